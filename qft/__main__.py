@@ -1,0 +1,5 @@
+"""`python -m qft`."""
+
+from qft.cli import main
+
+main()

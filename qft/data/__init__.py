@@ -1,0 +1,1 @@
+"""What is learnt from: files -> rows -> conversations -> tokens and labels -> batches."""

@@ -1,0 +1,75 @@
+"""Everything qft refuses to do, and the exit code a shell sees.
+
+    QftError                 1   something qft cannot do; the base of all below
+    ├─ RecipeError           2   the recipe is wrong, or asks what this machine cannot do
+    ├─ MissingError          3   a file, a dataset or a model is not there
+    ├─ GateError             4   the work was done and its result was not accepted
+    ├─ DataError             5   a row or a template cannot be trained on
+    ├─ ModelError            6   the model cannot be loaded or trained as asked
+    ├─ RunError              7   the run folder forbids it: not empty, not resumable, disk full
+    ├─ NonFiniteError        8   the loss or a gradient became NaN or infinite
+    └─ OutOfMemoryError      9   the device ran out of memory
+
+The message says what is wrong, where (`file:line` when there is one) and what to do. The command line prints it alone;
+`--debug` adds the traceback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+__all__ = [
+    "DataError",
+    "GateError",
+    "MissingError",
+    "ModelError",
+    "NonFiniteError",
+    "OutOfMemoryError",
+    "QftError",
+    "RecipeError",
+    "RunError",
+]
+
+
+class QftError(Exception):
+    """Base of every error that qft raises on purpose."""
+
+    exit_code = 1
+
+
+class RecipeError(QftError):
+    """One or more problems of a recipe, all of them found at once."""
+
+    exit_code = 2
+
+    def __init__(self, problems: str | Iterable[str]) -> None:
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class MissingError(QftError):
+    exit_code = 3
+
+
+class GateError(QftError):
+    exit_code = 4
+
+
+class DataError(QftError):
+    exit_code = 5
+
+
+class ModelError(QftError):
+    exit_code = 6
+
+
+class RunError(QftError):
+    exit_code = 7
+
+
+class NonFiniteError(QftError):
+    exit_code = 8
+
+
+class OutOfMemoryError(QftError):
+    exit_code = 9

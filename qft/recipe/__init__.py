@@ -1,0 +1,6 @@
+"""What is asked: YAML -> Recipe."""
+
+from qft.recipe.load import LoadedRecipe, dump, load
+from qft.recipe.schema import Recipe, Source
+
+__all__ = ["LoadedRecipe", "Recipe", "Source", "dump", "load"]

@@ -1,0 +1,224 @@
+"""A recipe file and its overrides -> a Recipe, or every problem at once."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from qft.errors import RecipeError
+from qft.recipe import source
+from qft.recipe.presets import PRESETS
+from qft.recipe.rules import broken_rules, unread_fields
+from qft.recipe.schema import Recipe
+from qft.recipe.source import Place, Tree
+
+__all__ = ["LoadedRecipe", "dump", "load"]
+
+MAX_EXTENDS = 16
+HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
+
+
+@dataclass(frozen=True)
+class LoadedRecipe:
+    """A valid recipe that still knows where each of its fields was written."""
+
+    recipe: Recipe
+    tree: Tree
+
+    def problem(self, field: str, text: str) -> str:
+        """`file:line: section.field: text`, for a problem that only the plan can see."""
+        return f"{self.tree.at(tuple(field.split('.')))}: {field}: {text}"
+
+    def given(self, field: str) -> bool:
+        """Whether the recipe (or its preset) sets this field, rather than leaving its default."""
+        section, name = field.split(".")
+        return name in self.tree.values.get(section, {})
+
+
+def load(path: Path, overrides: Iterable[str] = ()) -> LoadedRecipe:
+    """Read `path`, what it extends and the `section.field=value` overrides, and validate the whole.
+
+    Paths in a file are relative to that file, paths in an override to the working directory.
+    Raises RecipeError with every problem found, each as `file:line: field: what to do`; MissingError without a file.
+    """
+    tree = _read_extended(path, ())
+    for override in overrides:
+        tree.merge(_override(override))
+    _apply_presets(tree)
+    try:
+        recipe = Recipe.model_validate(tree.values)
+    except ValidationError as error:
+        problems = _readable(error, tree)
+    else:
+        loaded = LoadedRecipe(recipe, tree)
+        problems = [loaded.problem(field, text) for field, text in broken_rules(recipe, loaded.given)]
+        if not problems:
+            return loaded
+    raise RecipeError(sorted(problems, key=_line_order))
+
+
+def dump(recipe: Recipe) -> str:
+    """The recipe as YAML, every field that is read written out; it loads to a recipe that means the same."""
+    values = recipe.model_dump(mode="json")
+    for field in ["quant.preset", *unread_fields(recipe)]:  # the preset has been applied
+        section, name = field.split(".")
+        del values[section][name]
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def _read_extended(path: Path, seen: tuple[Path, ...]) -> Tree:
+    """`path` laid over the file that it extends, paths made absolute on the way."""
+    resolved = path.resolve()
+    if resolved in seen or len(seen) >= MAX_EXTENDS:
+        raise RecipeError(f"{path}:1: extends: a chain of recipes that never ends")
+    tree = source.read(path)
+    _resolve_paths(tree.values, path.parent)
+    if "extends" not in tree.values:
+        return tree
+    parent = tree.values.pop("extends")
+    if not isinstance(parent, str):
+        raise RecipeError(f"{tree.at(('extends',))}: extends: the path of one recipe")
+    base = _read_extended(path.parent / parent, (*seen, resolved))
+    base.merge(tree)
+    return base
+
+
+def _override(text: str) -> Tree:
+    """`train.learning_rate=2e-4` as a tree of its own."""
+    field, equals, value = text.partition("=")
+    if not equals or not re.fullmatch(r"[\w.]+", field):
+        raise RecipeError(f"--set {text}: write section.field=value")
+    try:
+        leaf = source.parse_value(value)
+    except RecipeError as error:
+        raise RecipeError(f"--set {text}: {error}") from None
+    keys = field.split(".")
+    values: dict[str, Any] = {}
+    inner = values
+    for key in keys[:-1]:
+        inner = inner.setdefault(key, {})
+    inner[keys[-1]] = leaf
+    _resolve_paths(values, Path())
+    return Tree(values, {tuple(keys): f"--set {field}"})
+
+
+def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
+    """Make the local paths in `values` absolute, reading them from `folder`."""
+
+    def local(value: Any) -> Any:
+        return str((folder / Path(value).expanduser()).resolve()) if isinstance(value, str) and value else value
+
+    def maybe_hub(value: Any) -> Any:
+        if not isinstance(value, str) or value.startswith("package:"):
+            return value
+        exists = (folder / Path(value).expanduser()).exists()
+        # A hub id looks like a relative path: it is one only if nothing of that name lies here and it has no suffix.
+        return value if not exists and _looks_like_hub_id(value) else local(value)
+
+    def each_source(value: Any) -> Any:
+        if isinstance(value, list):
+            return [each_source(item) for item in value]
+        if isinstance(value, dict):
+            return {**value, "path": maybe_hub(value["path"])} if "path" in value else value
+        return maybe_hub(value)
+
+    def change(section: str | None, name: str, how: Callable[[Any], Any]) -> None:
+        owner = values.get(section) if section else values
+        if isinstance(owner, dict) and name in owner:
+            owner[name] = how(owner[name])
+
+    change("model", "path", maybe_hub)
+    change("data", "train", each_source)
+    change("data", "eval", each_source)
+    change("data", "chat_template", local)
+    change(None, "output_dir", local)
+
+
+def _looks_like_hub_id(text: str) -> bool:
+    suffixes = (".gguf", ".jsonl", ".json", ".csv", ".parquet", ".txt", ".md")
+    return bool(HUB_ID.match(text)) and not text.endswith(suffixes)
+
+
+def _apply_presets(tree: Tree) -> None:
+    """Fill in what a section's preset says and its explicit fields do not."""
+    for section, presets in PRESETS.items():
+        values = tree.values.get(section)
+        chosen = presets.get(values.get("preset", "")) if isinstance(values, dict) else None
+        if chosen and values.get("mode", chosen["mode"]) == chosen["mode"]:  # else rules.py refuses the preset
+            for name, value in chosen.items():
+                if name not in values:
+                    values[name] = value
+                    tree.where[section, name] = tree.at((section, "preset"))
+
+
+def _readable(error: ValidationError, tree: Tree) -> list[str]:
+    """pydantic's findings, one line a field."""
+    found: dict[Place, list[str]] = {}
+    for item in error.errors():
+        place = _known_place(item["loc"], tree)
+        if item["type"] == "missing":
+            place = (*place, item["loc"][-1])
+        if item["type"] == "too_short" and place in tree.where and item["input"]:
+            continue  # its items are wrong, and they say so themselves
+        found.setdefault(place, []).append(_message(item, place))
+    return [
+        f"{tree.at(place)}: {'.'.join(map(str, place))}: {' or '.join(dict.fromkeys(messages))}"
+        for place, messages in found.items()
+    ]
+
+
+def _known_place(loc: Place, tree: Tree) -> Place:
+    """The part of pydantic's location that the recipe itself has: pydantic also names the members of a union,
+    and the list that a single source stands for."""
+    place: Place = ()
+    for part in loc:
+        if (*place, part) in tree.where:
+            place = (*place, part)
+        elif part != 0:
+            break
+    return place
+
+
+def _message(item: Any, place: Place) -> str:
+    kind, given = item["type"], item.get("input")
+    if kind == "extra_forbidden":
+        close = difflib.get_close_matches(str(place[-1]), _siblings(place[:-1]), n=1)
+        return "unknown field" + (f", did you mean {close[0]}?" if close else "")
+    if kind == "missing":
+        return "this field is needed"
+    if kind == "literal_error":
+        text = f"{given!r} is not {item['ctx']['expected']}"
+    elif kind == "string_pattern_mismatch":
+        text = f"{given!r} does not match {item['ctx']['pattern']}"
+    else:
+        text = f"{item['msg'].replace('Input s', 's').replace('tuple', 'list')}, not {given!r}"
+    if isinstance(given, bool):
+        word = "true, yes or on" if given else "false, no or off"
+        return f'{text} (a bare {word} is a boolean in YAML: put it in quotes if a word is meant)'
+    return text
+
+
+def _siblings(place: Place) -> list[str]:
+    """Names of the fields that the section at `place` has."""
+    section: type[BaseModel] = Recipe
+    for part in place:
+        if isinstance(part, int):
+            continue
+        annotation = section.model_fields[part].annotation
+        inner = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
+        if not inner:
+            return []
+        section = inner[0]
+    return list(section.model_fields)
+
+
+def _line_order(problem: str) -> tuple[str, int]:
+    match = re.match(r"(.*?):(\d+):", problem)
+    return (match[1], int(match[2])) if match else (problem, 0)

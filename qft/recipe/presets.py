@@ -1,0 +1,16 @@
+"""Named starting values. Explicit fields win over them; `{section: {preset: fields}}`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["PRESETS"]
+
+# The two uses of 4-bit weights differ: inference wants the plainest dequantization, finetuning the data type that
+# fits normally distributed weights, the smallest scales, and a compute dtype whose range gradients fit in.
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "quant": {
+        "inference": {"mode": "4bit", "quant_type": "fp4", "compute_dtype": "float32", "double_quant": False},
+        "finetune": {"mode": "4bit", "quant_type": "nf4", "compute_dtype": "bfloat16", "double_quant": True},
+    }
+}

@@ -1,0 +1,126 @@
+"""Rules between fields that need no knowledge of model, data or device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from qft.recipe.presets import PRESETS
+from qft.recipe.schema import AdapterSection, EvalSection, Recipe
+
+__all__ = ["broken_rules", "unread_fields"]
+
+Problem = tuple[str, str]
+
+QUANT_FIELDS = {
+    "quant_type": "4bit",
+    "double_quant": "4bit",
+    "compute_dtype": "4bit",
+    "quant_storage": "4bit",
+    "threshold": "8bit",
+}
+"""Fields of `quant` that only one mode reads."""
+
+
+def broken_rules(recipe: Recipe, given: Callable[[str], bool]) -> Iterator[Problem]:
+    """Yield (field, what is wrong and what to write instead); `given` tells which fields the recipe sets."""
+    for field, reason in unread_fields(recipe).items():
+        if given(field):
+            yield field, f"{reason}; remove it"
+    yield from _quant_rules(recipe)
+    yield from _adapter_rules(recipe)
+    yield from _data_rules(recipe)
+    yield from _train_rules(recipe)
+
+
+def unread_fields(recipe: Recipe) -> dict[str, str]:
+    """Fields that nothing reads beside the others' values, and why: to set one of them is an error."""
+    quant, train = recipe.quant, recipe.train
+    unread = {
+        f"quant.{name}": f"has a meaning only with quant.mode {mode}, and the mode is {quant.mode}"
+        for name, mode in QUANT_FIELDS.items()
+        if quant.mode != mode
+    }
+    if quant.mode == "none":
+        unread["quant.skip_modules"] = "nothing is quantized with quant.mode none"
+    if recipe.adapter.kind == "none":
+        for name in AdapterSection.model_fields.keys() - {"kind"}:
+            unread[f"adapter.{name}"] = "has no meaning with adapter.kind none"
+    if train.eval_strategy != "steps":
+        unread["train.eval_steps"] = "is read only with train.eval_strategy steps"
+    if train.save_strategy != "steps":
+        unread["train.save_steps"] = "is read only with train.save_strategy steps"
+    if train.save_strategy == "no":
+        unread["train.save_total_limit"] = "no checkpoint is written with train.save_strategy no"
+    if train.max_steps > 0:
+        unread["train.num_train_epochs"] = "train.max_steps overrides it"
+    if not recipe.eval.metrics:
+        for name in EvalSection.model_fields.keys() - {"metrics"}:
+            unread[f"eval.{name}"] = "is read only with eval.metrics"
+    return unread
+
+
+def _quant_rules(recipe: Recipe) -> Iterator[Problem]:
+    quant = recipe.quant
+    if quant.preset and quant.mode != PRESETS["quant"][quant.preset]["mode"]:
+        yield "quant.preset", f"{quant.preset} is a preset for 4bit, and the mode is {quant.mode}; remove one of the two"
+    if quant.mode != "none" and recipe.adapter.kind == "none":
+        yield (
+            "adapter.kind",
+            f"quantized weights cannot be trained themselves: set adapter.kind to lora to train adapters on the "
+            f"{quant.mode} base, or quant.mode to none to train all weights",
+        )
+    if quant.mode != "none" and recipe.train.torch_compile:
+        yield "train.torch_compile", f"a {quant.mode} base cannot be compiled for training; set it to false"
+
+
+def _adapter_rules(recipe: Recipe) -> Iterator[Problem]:
+    adapter, mode = recipe.adapter, recipe.quant.mode
+    if adapter.init_lora_weights == "loftq" and mode != "4bit":
+        yield "adapter.init_lora_weights", "loftq starts from a 4-bit quantization error: set quant.mode to 4bit"
+    if adapter.init_lora_weights.startswith(("pissa", "olora")) and mode != "none":
+        yield (
+            "adapter.init_lora_weights",
+            f"{adapter.init_lora_weights} moves part of the base weights into the adapter, which a {mode} base cannot "
+            "hold exactly: use default, gaussian or (with 4bit) loftq, or set quant.mode to none",
+        )
+    if adapter.layers_to_transform is not None and isinstance(adapter.target_modules, str):
+        yield "adapter.layers_to_transform", "needs adapter.target_modules as a list of layer names"
+
+
+def _data_rules(recipe: Recipe) -> Iterator[Problem]:
+    data, train = recipe.data, recipe.train
+    if data.eval and data.eval_fraction:
+        yield "data.eval_fraction", "data.eval already holds rows out; give one of the two"
+    if data.eval or data.eval_fraction:
+        return
+    remedy = "needs held-out rows: set data.eval or data.eval_fraction"
+    if train.eval_strategy != "no":
+        yield "train.eval_strategy", remedy
+    if recipe.eval.metrics:
+        yield "eval.metrics", remedy
+
+
+def _train_rules(recipe: Recipe) -> Iterator[Problem]:
+    train = recipe.train
+    if train.fp16 and train.bf16 is True:
+        yield "train.fp16", "fp16 and bf16 are two answers to one question; turn one of them off"
+    if train.fp16 and recipe.model.dtype == "float16" and recipe.adapter.kind == "none":
+        yield "train.fp16", "loss scaling needs float32 weights: set model.dtype to float32"
+    if train.max_steps == 0:
+        yield "train.max_steps", "0 steps train nothing; give 1 or more, or -1 to count epochs"
+    if train.eval_strategy == "steps" and train.eval_steps is None:
+        yield "train.eval_strategy", "steps needs train.eval_steps"
+    if train.early_stopping_patience is not None and not train.load_best_model_at_end:
+        yield "train.early_stopping_patience", "needs train.load_best_model_at_end: true"
+    if train.load_best_model_at_end:
+        yield from _best_model_rules(recipe)
+
+
+def _best_model_rules(recipe: Recipe) -> Iterator[Problem]:
+    train, field = recipe.train, "train.load_best_model_at_end"
+    if train.eval_strategy == "no":
+        yield field, "needs evaluations to choose by: set train.eval_strategy"
+    elif train.eval_strategy != train.save_strategy:
+        yield field, "needs train.save_strategy equal to train.eval_strategy, so that each evaluation has a checkpoint"
+    elif train.eval_strategy == "steps" and train.eval_steps and train.save_steps % train.eval_steps:
+        yield field, "needs train.save_steps to be a multiple of train.eval_steps"

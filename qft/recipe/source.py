@@ -1,0 +1,184 @@
+"""YAML text -> plain values and the place of each: safe, strict, and without YAML 1.1's traps.
+
+`1e-4` is a number, dates and base-60 numbers are strings, duplicate keys and Python tags are errors, and an alias
+cannot blow a small file up. Booleans stay as YAML 1.1 has them (yes, no, on, off), so that a bare `no` where a string
+is wanted is reported rather than guessed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qft.errors import MissingError, RecipeError
+
+__all__ = ["MAX_BYTES", "MAX_NODES", "Place", "Tree", "parse", "parse_value", "read"]
+
+MAX_BYTES = 2**20
+MAX_NODES = 20_000
+
+_TAGS = {"map", "seq", "str", "int", "float", "bool", "null"}
+
+Place = tuple[str | int, ...]
+"""Path to a value: ("train", "learning_rate"), ("data", "train", 0, "path")."""
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader with numbers as people write them."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in resolvers if tag.rsplit(":", 1)[1] in {"bool", "null", "merge"}]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][0-9_]*)$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?([0-9][0-9_]*(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
+    list("-+.0123456789"),
+)
+
+
+def _construct_float(loader: _Loader, node: yaml.ScalarNode) -> float:
+    text = str(loader.construct_scalar(node)).replace("_", "").lower()
+    return float(text.replace(".inf", "inf").replace(".nan", "nan"))
+
+
+_Loader.add_constructor("tag:yaml.org,2002:float", _construct_float)
+
+
+@dataclass
+class Tree:
+    """Plain values, and for each place the `file:line` that set it."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    where: dict[Place, str] = field(default_factory=dict)
+
+    def at(self, place: Place) -> str:
+        """`file:line` of `place`, or of the nearest thing around it."""
+        while place and place not in self.where:
+            place = place[:-1]
+        return self.where.get(place, "recipe")
+
+    def merge(self, other: Tree) -> None:
+        """Lay `other` over this tree: mappings merge, everything else is replaced."""
+        _merge(self.values, other.values, (), self.where)
+        self.where.update(other.where)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any], place: Place, where: dict[Place, str]) -> None:
+    for key, value in over.items():
+        here = (*place, key)
+        if isinstance(value, dict) and isinstance(base.get(key), dict):
+            _merge(base[key], value, here, where)
+        else:
+            for old in [p for p in where if p[: len(here)] == here]:
+                del where[old]
+            base[key] = value
+
+
+def read(path: Path) -> Tree:
+    """Parse the recipe file at `path`. Raises MissingError, or RecipeError naming file and line."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise MissingError(f"{path}: no such recipe") from None
+    except OSError as error:
+        raise MissingError(f"{path}: cannot be read: {error.strerror}") from None
+    if len(data) > MAX_BYTES:
+        raise RecipeError(f"{path}: {len(data)} bytes; a recipe has at most {MAX_BYTES}")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise RecipeError(f"{path}:{line}: not UTF-8") from None
+    return parse(text, str(path))
+
+
+def parse(text: str, name: str) -> Tree:
+    """Parse YAML `text`; `name` stands for the file in messages."""
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise RecipeError(f"{name}:{line}: not valid YAML: {error.problem}") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise RecipeError(f"{name}: not valid YAML: {str(error).splitlines()[0]}") from None
+    if node is None:
+        raise RecipeError(f"{name}: empty")
+    if not isinstance(node, yaml.MappingNode):
+        raise RecipeError(f"{name}:{node.start_mark.line + 1}: a recipe is a mapping of sections")
+    builder = _Builder(loader, name)
+    try:
+        values = builder.build(node, ())
+    except RecursionError:
+        raise RecipeError(f"{name}: nested too deeply, or an alias that contains itself") from None
+    if builder.problems:
+        raise RecipeError(builder.problems)
+    return Tree(values, builder.where)
+
+
+def parse_value(text: str) -> Any:
+    """One value as a recipe would read it: parse_value("1e-4") is a float."""
+    return parse(f"value: {text}", "--set").values["value"]
+
+
+class _Builder:
+    """Turns nodes into values, noting the line of each and every problem on the way."""
+
+    def __init__(self, loader: _Loader, name: str) -> None:
+        self.loader, self.name = loader, name
+        self.where: dict[Place, str] = {}
+        self.problems: list[str] = []
+        self.nodes = 0
+
+    def build(self, node: yaml.Node, place: Place) -> Any:
+        # Aliases make a node count at each use: a file of nested aliases stops here and not in memory.
+        self.nodes += 1
+        if self.nodes > MAX_NODES:
+            raise RecipeError(f"{self.name}: more than {MAX_NODES} values once its aliases are resolved")
+        self.where[place] = f"{self.name}:{node.start_mark.line + 1}"
+        if node.tag.rpartition(":")[2] not in _TAGS or not node.tag.startswith("tag:yaml.org,2002:"):
+            self._problem(node, f"the tag {node.tag} is not allowed; a recipe holds plain values only")
+            return None
+        if isinstance(node, yaml.MappingNode):
+            return self._mapping(node, place)
+        if isinstance(node, yaml.SequenceNode):
+            return [self.build(item, (*place, i)) for i, item in enumerate(node.value)]
+        return self._scalar(node)
+
+    def _mapping(self, node: yaml.MappingNode, place: Place) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        merged: dict[str, Any] = {}
+        seen: set[Hashable] = set()
+        for key_node, value_node in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                for source in value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]:
+                    merged = {**self.build(source, place), **merged}
+                continue
+            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
+            if key is None:
+                self._problem(key_node, "a key must be a name")
+                continue
+            if key in seen:
+                self._problem(key_node, f"{'.'.join(map(str, (*place, key)))}: given twice")
+            seen.add(key)
+            values[key] = self.build(value_node, (*place, key))
+            self.where[(*place, key)] = f"{self.name}:{key_node.start_mark.line + 1}"
+        return {**merged, **values}
+
+    def _scalar(self, node: yaml.Node) -> Any:
+        try:
+            return self.loader.construct_object(node)
+        except ValueError:
+            self._problem(node, f"cannot be read as {node.tag.rsplit(':', 1)[-1]}")
+        return None
+
+    def _problem(self, node: yaml.Node, text: str) -> None:
+        self.problems.append(f"{self.name}:{node.start_mark.line + 1}: {text}")

@@ -190,7 +190,8 @@ def _require_safetensors(asked: str, names: list[str]) -> None:
     pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
     if pickles:
         raise ModelError(
-            f"{asked}: its weights are pickled ({pickles[0]}), and unpickling can run any code; convert them to safetensors"
+            f"{asked}: its weights are pickled ({pickles[0]}), and unpickling can run any code; "
+            "convert them to safetensors"
         )
     raise MissingError(f"{asked}: has no .safetensors weights")
 

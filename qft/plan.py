@@ -113,7 +113,9 @@ def make_plan(loaded: LoadedRecipe) -> Plan:
     _refuse(loaded, [*_device_problems(recipe, device), *_package_problems(recipe)])
     checkpoint = find_checkpoint(recipe)
     if checkpoint.quantization:
-        _refuse(loaded, [*prequantized.contradictions(checkpoint.quantization, loaded), *_trainability(recipe, checkpoint)])
+        _refuse(
+            loaded, [*prequantized.contradictions(checkpoint.quantization, loaded), *_trainability(recipe, checkpoint)]
+        )
     dtype = _dtype(recipe, device)
     lora = _lora_arguments(recipe) if recipe.adapter.kind == "lora" else None
     shape = _shape(loaded, checkpoint, lora)
@@ -167,18 +169,21 @@ def _device_problems(recipe: Recipe, device: Device) -> Iterator[tuple[str, str]
     if train.tf32 is True and not device.tf32:
         yield "train.tf32", f"{device.name} has no TensorFloat-32; set it to auto or false"
     if device.kind == "cpu":
-        if train.fp16:
-            yield "train.fp16", "float16 with loss scaling needs a GPU; set it to false, and train.bf16 to true"
-        if train.optim.startswith("paged"):
-            yield "train.optim", f"{train.optim} pages between GPU and host; on a CPU use adamw_8bit or adamw_torch"
-        if model.attn_implementation.startswith("flash"):
-            yield "model.attn_implementation", f"{model.attn_implementation} needs a GPU; use sdpa"
-    if recipe.adapter.kind == "none" and model.dtype == "float16":
-        yield "model.dtype", "float16 weights cannot take small updates; train them in float32 or bfloat16"
+        yield from _cpu_problems(recipe)
+
+
+def _cpu_problems(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    train, attention = recipe.train, recipe.model.attn_implementation
+    if train.fp16:
+        yield "train.fp16", "float16 with loss scaling needs a GPU; set it to false, and train.bf16 to true"
+    if train.optim.startswith("paged"):
+        yield "train.optim", f"{train.optim} pages between GPU and host; on a CPU use adamw_8bit or adamw_torch"
+    if attention.startswith("flash"):
+        yield "model.attn_implementation", f"{attention} needs a GPU; use sdpa"
 
 
 def _package_problems(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    needed = [("train.report_to", name, name) for name in recipe.train.report_to]
+    needed: list[tuple[str, str, str]] = [("train.report_to", name, name) for name in recipe.train.report_to]
     if recipe.model.attn_implementation == "flash_attention_2":
         needed.append(("model.attn_implementation", "flash_attn", "flash-attn"))
     for field, module, package in needed:
@@ -233,7 +238,14 @@ def _lora_arguments(recipe: Recipe) -> dict[str, Any]:
 
 
 # Fields of `train` that are qft's own, or that it hands over in another form.
-NOT_TRAINING_ARGUMENTS = {"early_stopping_patience", "on_nonfinite", "gradient_checkpointing", "report_to", "bf16", "tf32"}
+NOT_TRAINING_ARGUMENTS = {
+    "early_stopping_patience",
+    "on_nonfinite",
+    "gradient_checkpointing",
+    "report_to",
+    "bf16",
+    "tf32",
+}
 
 
 def _training_arguments(recipe: Recipe, device: Device) -> dict[str, Any]:

@@ -25,8 +25,11 @@ class Conversation:
 
 def from_messages(row: dict[str, Any]) -> Conversation:
     """OpenAI's chat format: {"messages": [{"role", "content"}, …], "tools": […]}."""
-    messages = _list(row, "messages")
-    return Conversation(tuple(_message(m, i) for i, m in enumerate(messages)), tools=row.get("tools") or None)
+    messages = tuple(_message(m, i) for i, m in enumerate(_list(row, "messages")))
+    tools = row.get("tools") or None
+    if tools and not _are_objects(tools):
+        raise BadRow("tools: needs a list of JSON schemas")
+    return Conversation(messages, tools=tools)
 
 
 def from_sharegpt(row: dict[str, Any]) -> Conversation:
@@ -36,7 +39,7 @@ def from_sharegpt(row: dict[str, Any]) -> Conversation:
     for i, turn in enumerate(turns):
         if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
             raise BadRow(f"conversations.{i}: needs from and value")
-        role = SHAREGPT_ROLES.get(turn["from"])
+        role = SHAREGPT_ROLES.get(turn["from"]) if isinstance(turn["from"], str) else None
         if role is None:
             raise BadRow(f"conversations.{i}.from: {turn['from']!r} is none of {', '.join(SHAREGPT_ROLES)}")
         messages.append(_message({"role": role, "content": turn["value"]}, i))
@@ -60,7 +63,7 @@ def from_prompt_completion(row: dict[str, Any]) -> Conversation:
     """{"prompt", "completion"}: two texts, one question and its answer, or two lists of messages."""
     prompt, completion = row.get("prompt"), row.get("completion")
     if isinstance(prompt, list) and isinstance(completion, list):
-        return Conversation(tuple(_message(m, i) for i, m in enumerate([*prompt, *completion])))
+        return Conversation(tuple(_message(m, i) for i, m in enumerate([*prompt, *_list(row, "completion")])))
     return _question(_text(row, "prompt"), _text(row, "completion"))
 
 
@@ -131,6 +134,10 @@ def _list(row: dict[str, Any], name: str) -> list[Any]:
     return value
 
 
+def _are_objects(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
+
+
 def _message(message: Any, index: int) -> Message:
     """One checked message; fields that hold nothing (a parquet file has them in every row) are dropped."""
     where = f"messages.{index}"
@@ -139,6 +146,8 @@ def _message(message: Any, index: int) -> Message:
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         raise BadRow(f"{where}.role: {role!r} is none of {', '.join(ROLES)}")
+    if message.get("tool_calls") and not _are_objects(message["tool_calls"]):
+        raise BadRow(f"{where}.tool_calls: needs a list of calls")
     if isinstance(content, list):
         content = _parts(content, where)
     if not isinstance(content, str) and not (role == "assistant" and message.get("tool_calls")):

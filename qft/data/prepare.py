@@ -61,7 +61,8 @@ class SourceFacts:
 @dataclass(frozen=True)
 class Prepared:
     """Encoded rows: columns input_ids and labels (int32 [tokens]); length and supervised, in tokens; answer_start
-    (index of the last assistant turn's first token, -1 in plain text); source and row, for `place`."""
+    (index of the last assistant turn's first token, -1 if that turn is cut and in plain text); source and row, for
+    `place`."""
 
     train: Dataset
     eval: Dataset | None
@@ -109,7 +110,9 @@ def _encode(
     """One source's usable rows, its facts, and the problems that must stop the run."""
     data = recipe.data
     rows = open_source(source)
-    name = source.format if source.format != "auto" else data.format
+    if not len(rows.dataset):
+        raise DataError(f"{source.path}: holds no row")
+    name: str = source.format if source.format != "auto" else data.format
     if name == "auto":
         name = _detect(rows)
     everything = rows.dataset.map(
@@ -124,11 +127,7 @@ def _encode(
     status = np.array(everything["status"], dtype=object)
     usable = everything.select(np.flatnonzero((status == "ok") | (status == "truncated")))
     usable = usable.remove_columns(["status", "reason"])
-    stops = {
-        kind
-        for kind, policy in (("bad", data.on_bad_row), ("too long", data.on_too_long))
-        if policy == "stop"
-    }
+    stops = {kind for kind, policy in (("bad", data.on_bad_row), ("too long", data.on_too_long)) if policy == "stop"}
     problems = [
         f"{rows.place(int(i))}: {everything[int(i)]['reason']}" for i in np.flatnonzero(np.isin(status, list(stops)))
     ]
@@ -204,8 +203,9 @@ def _refuse(bad: Sequence[str]) -> None:
     lines = list(bad[:SHOWN])
     if len(bad) > SHOWN:
         lines.append(f"… and {len(bad) - SHOWN} more")
-    kinds = "data.on_too_long (skip, truncate)" if all("data.max_length" in b for b in bad) else "data.on_bad_row: skip"
-    raise DataError("\n".join([*lines, f"{len(bad)} rows cannot be used: mend them, or set {kinds}"]))
+    too_long = ["data.max_length" in line for line in bad]
+    remedies = ["data.on_bad_row: skip"] * (not all(too_long)) + ["data.on_too_long (skip, truncate)"] * any(too_long)
+    raise DataError("\n".join([*lines, f"{len(bad)} rows cannot be used: mend them, or set {' and '.join(remedies)}"]))
 
 
 def _split(rows: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Features, Value, disable_progress_bars, load_dataset
+from datasets.exceptions import DatasetsError
 
 from qft.errors import DataError, MissingError
 from qft.files import sha256
@@ -23,6 +24,9 @@ from qft.recipe import Source
 __all__ = ["JSON_COLUMN", "BadRow", "Rows", "open_source"]
 
 JSON_COLUMN = "__json__"
+TEXT_COLUMN = "__text__"
+LONGEST_CELL = 2**31 - 1
+"""Of a CSV file, in characters; the csv module's own limit is 131072."""
 SUFFIXES = ".jsonl, .json, .csv, .parquet, .txt and .md"
 
 
@@ -32,7 +36,8 @@ class BadRow(ValueError):
 
 @dataclass(frozen=True)
 class Rows:
-    """The raw rows of one source. `dataset` has the file's columns, or JSON_COLUMN alone, to be read by `decode`."""
+    """The raw rows of one source, to be read by `decode`: `dataset` has the file's columns, or JSON_COLUMN or
+    TEXT_COLUMN alone."""
 
     source: Source
     dataset: Dataset
@@ -51,6 +56,8 @@ def place(path: str, unit: str, index: int) -> str:
 
 def decode(row: dict[str, Any]) -> dict[str, Any] | None:
     """The fields of a raw row; None for a blank line. Raises BadRow."""
+    if TEXT_COLUMN in row:
+        return {"text": row[TEXT_COLUMN]} if row[TEXT_COLUMN].strip() else None
     if JSON_COLUMN not in row:
         return row
     text = row[JSON_COLUMN]
@@ -58,8 +65,14 @@ def decode(row: dict[str, Any]) -> dict[str, Any] | None:
         return None
     try:
         value = json.loads(text)
+        if "\\u" in text:  # an escape can spell half a surrogate pair, which no tokenizer takes
+            json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         raise BadRow(f"not valid JSON: {error.msg} at column {error.colno}") from None
+    except UnicodeEncodeError as error:
+        raise BadRow(f"not valid text: \\u{ord(error.object[error.start]):04x} is half a character") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise BadRow(f"not valid JSON: {error}") from None
     except RecursionError:
         raise BadRow("not valid JSON: nested too deeply") from None
     if not isinstance(value, dict):
@@ -81,51 +94,66 @@ def open_source(source: Source) -> Rows:
     if path.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty")
     try:
-        dataset, unit = reader(path, source)
-    except UnicodeDecodeError:
-        raise DataError(f"{path}: not UTF-8 text") from None
-    except (OSError, ValueError, RuntimeError) as error:
+        digest = sha256(path)
+        dataset, unit = reader(path, digest, source)
+    except (OSError, ValueError, RuntimeError, csv.Error, DatasetsError) as error:
         cause = error.__cause__ or error
-        raise DataError(f"{path}: cannot be read: {str(cause).splitlines()[0]}") from error
-    return Rows(source, dataset, unit, sha256(path))
+        if isinstance(cause, UnicodeDecodeError):
+            raise DataError(f"{path}: not UTF-8 text") from None
+        raise DataError(f"{path}: cannot be read: {_first_line(cause)}") from error
+    return Rows(source, dataset, unit, digest)
 
 
-def _read(kind: str, path: Path, **options: Any) -> Dataset:
-    return load_dataset(kind, data_files=glob.escape(str(path)), split="train", **options)
+def _read(kind: str, path: Path, digest: str, **options: Any) -> Dataset:
+    # The cache of `datasets` knows a file by its path and time; the digest as a name makes it go by the content too.
+    return load_dataset(kind, digest, data_files=glob.escape(str(path)), split="train", **options)
 
 
-def _jsonl(path: Path, source: Source) -> tuple[Dataset, str]:
-    return _read("text", path, features=Features({JSON_COLUMN: Value("string")})), "line"
+def _lines(path: Path, digest: str, column: str, sample_by: str = "line") -> Dataset:
+    features = Features({column: Value("string")})
+    return _read("text", path, digest, features=features, sample_by=sample_by, encoding="utf-8-sig")
 
 
-def _json(path: Path, source: Source) -> tuple[Dataset, str]:
+def _jsonl(path: Path, digest: str, source: Source) -> tuple[Dataset, str]:
+    return _lines(path, digest, JSON_COLUMN), "line"
+
+
+def _json(path: Path, digest: str, source: Source) -> tuple[Dataset, str]:
     text = path.read_text("utf-8-sig")
     if not text.lstrip().startswith("["):
-        return _jsonl(path, source)  # JSON lines under a .json name
+        return _jsonl(path, digest, source)  # JSON lines under a .json name
     try:
         rows = json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}") from None
-    return Dataset.from_dict({JSON_COLUMN: [json.dumps(row, ensure_ascii=False) for row in rows]}), "row"
+    return Dataset.from_dict({JSON_COLUMN: [json.dumps(row) for row in rows]}), "row"
 
 
-def _csv(path: Path, source: Source) -> tuple[Dataset, str]:
+def _csv(path: Path, digest: str, source: Source) -> tuple[Dataset, str]:
+    csv.field_size_limit(LONGEST_CELL)
     with path.open(encoding="utf-8-sig", newline="") as stream:
-        header = next(csv.reader(stream))
+        filled = (cells for cells in csv.reader(stream) if ",".join(cells).strip())
+        header, first = next(filled, []), next(filled, [])
+    if not first:
+        raise DataError(f"{path}: no row below the header")
+    if len(set(header)) < len(header):
+        raise DataError(f"{path}: two columns of its header have the same name")
+    if len(first) > len(header):  # pandas would take the first column for an index and shift the others
+        raise DataError(f"{path}: row 1 has {len(first)} cells and the header has {len(header)}")
     # Every cell is text: a column of digits must not lose its leading zeros.
     columns = Features({name: Value("string") for name in header})
-    return _read("csv", path, features=columns, keep_default_na=False), "row"
+    return _read("csv", path, digest, features=columns, keep_default_na=False), "row"
 
 
-def _parquet(path: Path, source: Source) -> tuple[Dataset, str]:
-    return _read("parquet", path), "row"
+def _parquet(path: Path, digest: str, source: Source) -> tuple[Dataset, str]:
+    return _read("parquet", path, digest), "row"
 
 
-def _text(path: Path, source: Source) -> tuple[Dataset, str]:
-    return _read("text", path, sample_by=source.sample_by), source.sample_by
+def _text(path: Path, digest: str, source: Source) -> tuple[Dataset, str]:
+    return _lines(path, digest, TEXT_COLUMN, source.sample_by), source.sample_by
 
 
-READERS: dict[str, Callable[[Path, Source], tuple[Dataset, str]]] = {
+READERS: dict[str, Callable[[Path, str, Source], tuple[Dataset, str]]] = {
     ".jsonl": _jsonl,
     ".json": _json,
     ".csv": _csv,
@@ -139,10 +167,13 @@ def _hub(source: Source) -> Rows:
     try:
         dataset = load_dataset(source.path, source.name, split=source.split, revision=source.revision)
     except Exception as error:  # datasets and huggingface_hub raise a dozen unrelated types here
-        reason = str(error).splitlines()[0]
         raise MissingError(
-            f"{source.path}: not a local file, and the hub dataset cannot be loaded: {reason}"
+            f"{source.path}: not a local file, and the hub dataset cannot be loaded: {_first_line(error)}"
         ) from error
     checksums = dataset.info.download_checksums or {}
     commit = next((url.rsplit("@", 1)[1].split("/")[0] for url in checksums if "@" in url), source.revision)
     return Rows(source, dataset, "row", commit)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

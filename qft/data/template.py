@@ -11,11 +11,11 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from qft.data.formats import Conversation, Message
 from qft.data.sources import BadRow
+from qft.errors import DataError
 
 __all__ = ["IGNORED", "Encoded", "Encoder"]
 
@@ -34,7 +34,7 @@ class Encoded:
     input_ids: list[int]
     labels: list[int]
     answer_start: int = -1
-    """Index of the last assistant turn's first token; -1 for plain text."""
+    """Index of the last assistant turn's first token; -1 if that turn is cut, and for plain text."""
     truncated: bool = False
 
 
@@ -66,6 +66,7 @@ class Encoder:
         if self.on_too_long != "truncate":
             raise TooLong(f"{len(encoded.input_ids)} tokens, and data.max_length is {self.max_length}")
         encoded.truncated = True
+        encoded.answer_start = -1
         del encoded.input_ids[self.max_length :], encoded.labels[self.max_length :]
 
     def _text(self, text: str) -> Encoded:
@@ -79,7 +80,11 @@ class Encoder:
 
     def _chat(self, conversation: Conversation) -> Encoded:
         _check_turns(conversation)
-        marked = GENERATION_MARKER.search(str(self.tokenizer.get_chat_template()))
+        try:
+            template = self.tokenizer.get_chat_template(tools=conversation.tools)
+        except ValueError:
+            raise DataError("the model has no chat template; give one as data.chat_template") from None
+        marked = GENERATION_MARKER.search(template)
         ids, turns = self._by_markers(conversation) if marked else self._by_prefixes(conversation)
         if not turns:
             raise BadRow("the chat template leaves no token to the assistant")
@@ -126,7 +131,9 @@ class Encoder:
         """Leave out the line break that some templates write after the end-of-turn token: it is never generated."""
         start, end = turn
         last = end
-        while last > start and ids[last - 1] not in self.special_ids and not self.tokenizer.decode(ids[last - 1]).strip():
+        while last > start and ids[last - 1] not in self.special_ids:
+            if self.tokenizer.decode(ids[last - 1]).strip():
+                break
             last -= 1
         return (start, last) if last > start and ids[last - 1] in self.special_ids else turn
 
@@ -136,7 +143,9 @@ class Encoder:
             options |= {"return_dict": True, "return_assistant_tokens_mask": True}
         try:
             return self.tokenizer.apply_chat_template(list(messages), tools=tools, **options)
-        except jinja2.TemplateError as error:
+        except (
+            Exception
+        ) as error:  # a template is a program: beside jinja's errors, it raises whatever its data make it
             raise BadRow(f"the chat template refuses the conversation: {error}") from None
 
 

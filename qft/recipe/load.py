@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from qft.errors import RecipeError
@@ -22,6 +22,7 @@ from qft.recipe.source import Place, Tree
 __all__ = ["LoadedRecipe", "dump", "load"]
 
 MAX_EXTENDS = 16
+MAX_SHOWN = 100
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
 
 
@@ -50,7 +51,7 @@ def load(path: Path, overrides: Iterable[str] = ()) -> LoadedRecipe:
     """
     tree = _read_extended(path, ())
     for override in overrides:
-        tree.merge(_override(override))
+        _apply_override(tree, override)
     _apply_presets(tree)
     try:
         recipe = Recipe.model_validate(tree.values)
@@ -70,12 +71,14 @@ def dump(recipe: Recipe) -> str:
     for field in ["quant.preset", *unread_fields(recipe)]:  # the preset has been applied
         section, name = field.split(".")
         del values[section][name]
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    if recipe.quant.mode == "none":  # written out, it would contradict a checkpoint that comes quantized
+        del values["quant"]
+    return source.write(values)
 
 
 def _read_extended(path: Path, seen: tuple[Path, ...]) -> Tree:
     """`path` laid over the file that it extends, paths made absolute on the way."""
-    resolved = path.resolve()
+    resolved = Path(os.path.realpath(path))
     if resolved in seen or len(seen) >= MAX_EXTENDS:
         raise RecipeError(f"{path}:1: extends: a chain of recipes that never ends")
     tree = source.read(path)
@@ -85,40 +88,43 @@ def _read_extended(path: Path, seen: tuple[Path, ...]) -> Tree:
     parent = tree.values.pop("extends")
     if not isinstance(parent, str):
         raise RecipeError(f"{tree.at(('extends',))}: extends: the path of one recipe")
-    base = _read_extended(path.parent / parent, (*seen, resolved))
+    base = _read_extended(path.parent / os.path.expanduser(parent), (*seen, resolved))
     base.merge(tree)
     return base
 
 
-def _override(text: str) -> Tree:
-    """`train.learning_rate=2e-4` as a tree of its own."""
+def _apply_override(tree: Tree, text: str) -> None:
+    """Lay `train.learning_rate=2e-4` over `tree`."""
     field, equals, value = text.partition("=")
-    if not equals or not re.fullmatch(r"[\w.]+", field):
+    if not equals or not re.fullmatch(r"\w+(\.\w+)*", field):
         raise RecipeError(f"--set {text}: write section.field=value")
+    origin = f"--set {field}"
     try:
-        leaf = source.parse_value(value)
+        parsed = source.parse(f"value: {value}", "--set")
     except RecipeError as error:
-        raise RecipeError(f"--set {text}: {error}") from None
-    keys = field.split(".")
-    values: dict[str, Any] = {}
-    inner = values
-    for key in keys[:-1]:
-        inner = inner.setdefault(key, {})
-    inner[keys[-1]] = leaf
+        raise RecipeError(re.sub(r"^--set:\d+", origin, problem) for problem in error.problems) from None
+    if len(parsed.values) > 1:
+        raise RecipeError(f"{origin}: write one value")
+    keys = tuple(field.split("."))
+    values = parsed.values["value"]
+    for key in reversed(keys):
+        values = {key: values}
     _resolve_paths(values, Path())
-    return Tree(values, {tuple(keys): f"--set {field}"})
+    tree.merge(Tree(values, {(*keys, *place[1:]): origin for place in parsed.where if place}))
+    for depth in range(1, len(keys)):
+        tree.where.setdefault(keys[:depth], origin)  # a section that no file has
 
 
 def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
     """Make the local paths in `values` absolute, reading them from `folder`."""
 
     def local(value: Any) -> Any:
-        return str((folder / Path(value).expanduser()).resolve()) if isinstance(value, str) and value else value
+        return os.path.realpath(folder / os.path.expanduser(value)) if isinstance(value, str) and value else value
 
     def maybe_hub(value: Any) -> Any:
         if not isinstance(value, str) or value.startswith("package:"):
             return value
-        exists = (folder / Path(value).expanduser()).exists()
+        exists = os.path.exists(folder / os.path.expanduser(value))
         # A hub id looks like a relative path: it is one only if nothing of that name lies here and it has no suffix.
         return value if not exists and _looks_like_hub_id(value) else local(value)
 
@@ -143,14 +149,16 @@ def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
 
 def _looks_like_hub_id(text: str) -> bool:
     suffixes = (".gguf", ".jsonl", ".json", ".csv", ".parquet", ".txt", ".md")
-    return bool(HUB_ID.match(text)) and not text.endswith(suffixes)
+    return bool(HUB_ID.match(text)) and not text.lower().endswith(suffixes)
 
 
 def _apply_presets(tree: Tree) -> None:
     """Fill in what a section's preset says and its explicit fields do not."""
     for section, presets in PRESETS.items():
         values = tree.values.get(section)
-        chosen = presets.get(values.get("preset", "")) if isinstance(values, dict) else None
+        if not isinstance(values, dict) or not isinstance(values.get("preset"), str):
+            continue
+        chosen = presets.get(values["preset"])
         if chosen and values.get("mode", chosen["mode"]) == chosen["mode"]:  # else rules.py refuses the preset
             for name, value in chosen.items():
                 if name not in values:
@@ -160,17 +168,17 @@ def _apply_presets(tree: Tree) -> None:
 
 def _readable(error: ValidationError, tree: Tree) -> list[str]:
     """pydantic's findings, one line a field."""
-    found: dict[Place, list[str]] = {}
+    found: dict[Place, list[Any]] = {}
     for item in error.errors():
         place = _known_place(item["loc"], tree)
         if item["type"] == "missing":
             place = (*place, item["loc"][-1])
-        if item["type"] == "too_short" and place in tree.where and item["input"]:
-            continue  # its items are wrong, and they say so themselves
-        found.setdefault(place, []).append(_message(item, place))
+        found.setdefault(place, []).append(item)
+    around = {place[:depth] for place in found for depth in range(len(place))}  # their problem is what they hold
     return [
-        f"{tree.at(place)}: {'.'.join(map(str, place))}: {' or '.join(dict.fromkeys(messages))}"
-        for place, messages in found.items()
+        f"{tree.at(place)}: {'.'.join(map(str, place))}: {_message(items, place)}"
+        for place, items in found.items()
+        if place not in around
     ]
 
 
@@ -181,28 +189,39 @@ def _known_place(loc: Place, tree: Tree) -> Place:
     for part in loc:
         if (*place, part) in tree.where:
             place = (*place, part)
-        elif part != 0:
-            break
     return place
 
 
-def _message(item: Any, place: Place) -> str:
-    kind, given = item["type"], item.get("input")
+def _message(items: list[Any], place: Place) -> str:
+    """One text for a place, from the finding of each member of its union."""
+    kind, given = items[0]["type"], items[0].get("input")
     if kind == "extra_forbidden":
         close = difflib.get_close_matches(str(place[-1]), _siblings(place[:-1]), n=1)
         return "unknown field" + (f", did you mean {close[0]}?" if close else "")
     if kind == "missing":
         return "this field is needed"
-    if kind == "literal_error":
-        text = f"{given!r} is not {item['ctx']['expected']}"
-    elif kind == "string_pattern_mismatch":
-        text = f"{given!r} does not match {item['ctx']['pattern']}"
-    else:
-        text = f"{item['msg'].replace('Input s', 's').replace('tuple', 'list')}, not {given!r}"
+    shown = repr(given)
+    wanted = " or ".join(dict.fromkeys(_wanted(item) for item in items))
+    text = f"should be {wanted}, not {shown if len(shown) <= MAX_SHOWN else shown[:MAX_SHOWN] + '…'}"
     if isinstance(given, bool):
         word = "true, yes or on" if given else "false, no or off"
-        return f'{text} (a bare {word} is a boolean in YAML: put it in quotes if a word is meant)'
+        return f"{text} (a bare {word} is a boolean in YAML: put it in quotes if a word is meant)"
     return text
+
+
+def _wanted(item: Any) -> str:
+    """What one of pydantic's findings wants, to follow `should be`."""
+    match item["type"]:
+        case "literal_error":
+            return str(item["ctx"]["expected"])
+        case "string_pattern_mismatch":
+            return f"a match of {item['ctx']['pattern']}"
+        case "model_type":
+            return "a mapping of fields"
+        case "too_short" | "string_too_short":
+            return "more than nothing"
+        case _:
+            return str(item["msg"]).removeprefix("Input should be ").replace("tuple", "list")
 
 
 def _siblings(place: Place) -> list[str]:
@@ -216,7 +235,7 @@ def _siblings(place: Place) -> list[str]:
         if not inner:
             return []
         section = inner[0]
-    return list(section.model_fields)
+    return [*section.model_fields, *([] if place else ["extends"])]
 
 
 def _line_order(problem: str) -> tuple[str, int]:

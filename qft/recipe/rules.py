@@ -20,6 +20,9 @@ QUANT_FIELDS = {
 }
 """Fields of `quant` that only one mode reads."""
 
+ADAPTER_FIELDS = [name for name in AdapterSection.model_fields if name != "kind"]
+EVAL_FIELDS = [name for name in EvalSection.model_fields if name != "metrics"]
+
 
 def broken_rules(recipe: Recipe, given: Callable[[str], bool]) -> Iterator[Problem]:
     """Yield (field, what is wrong and what to write instead); `given` tells which fields the recipe sets."""
@@ -43,8 +46,7 @@ def unread_fields(recipe: Recipe) -> dict[str, str]:
     if quant.mode == "none":
         unread["quant.skip_modules"] = "nothing is quantized with quant.mode none"
     if recipe.adapter.kind == "none":
-        for name in AdapterSection.model_fields.keys() - {"kind"}:
-            unread[f"adapter.{name}"] = "has no meaning with adapter.kind none"
+        unread |= {f"adapter.{name}": "has no meaning with adapter.kind none" for name in ADAPTER_FIELDS}
     if train.eval_strategy != "steps":
         unread["train.eval_steps"] = "is read only with train.eval_strategy steps"
     if train.save_strategy != "steps":
@@ -54,15 +56,17 @@ def unread_fields(recipe: Recipe) -> dict[str, str]:
     if train.max_steps > 0:
         unread["train.num_train_epochs"] = "train.max_steps overrides it"
     if not recipe.eval.metrics:
-        for name in EvalSection.model_fields.keys() - {"metrics"}:
-            unread[f"eval.{name}"] = "is read only with eval.metrics"
+        unread |= {f"eval.{name}": "is read only with eval.metrics" for name in EVAL_FIELDS}
     return unread
 
 
 def _quant_rules(recipe: Recipe) -> Iterator[Problem]:
     quant = recipe.quant
     if quant.preset and quant.mode != PRESETS["quant"][quant.preset]["mode"]:
-        yield "quant.preset", f"{quant.preset} is a preset for 4bit, and the mode is {quant.mode}; remove one of the two"
+        yield (
+            "quant.preset",
+            f"{quant.preset} is a preset for 4bit, and the mode is {quant.mode}; remove one of the two",
+        )
     if quant.mode != "none" and recipe.adapter.kind == "none":
         yield (
             "adapter.kind",
@@ -104,8 +108,8 @@ def _train_rules(recipe: Recipe) -> Iterator[Problem]:
     train = recipe.train
     if train.fp16 and train.bf16 is True:
         yield "train.fp16", "fp16 and bf16 are two answers to one question; turn one of them off"
-    if train.fp16 and recipe.model.dtype == "float16" and recipe.adapter.kind == "none":
-        yield "train.fp16", "loss scaling needs float32 weights: set model.dtype to float32"
+    if recipe.adapter.kind == "none" and recipe.model.dtype == "float16":
+        yield "model.dtype", "float16 weights cannot take small updates; train them in float32 or bfloat16"
     if train.max_steps == 0:
         yield "train.max_steps", "0 steps train nothing; give 1 or more, or -1 to count epochs"
     if train.eval_strategy == "steps" and train.eval_steps is None:

@@ -33,17 +33,19 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 class Section(BaseModel):
     """A part of a recipe: unknown fields are errors, values are never converted, nothing changes after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class ModelSection(Section):
     """Which model, and how its unquantized weights are held."""
 
-    path: str
+    path: str = Field(min_length=1)
     """A hub id, a local folder, a .gguf file, or package:NAME/FILE (a file that an installed Python package ships)."""
     revision: str | None = None
     """Branch, tag or commit of a hub model; the commit it stands for is recorded. None: the main branch."""
-    dtype: Dtype | Literal["auto"] = "auto"
+    dtype: Literal[Dtype, "auto"] = "auto"
     """Dtype of every weight that is not quantized: norms, head, embeddings, and the linears under quant.mode none.
     auto: bfloat16 where the device has it, else float16 on a GPU; float32 when all weights are trained."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -66,7 +68,7 @@ class QuantSection(Section):
     """4-bit data type: nf4 (normal float, for weights that are trained on) or fp4. Only with mode 4bit."""
     double_quant: bool = True
     """Quantize the scaling factors too: about 0.4 bits a weight less. Only with mode 4bit."""
-    compute_dtype: Dtype | Literal["auto"] = "auto"
+    compute_dtype: Literal[Dtype, "auto"] = "auto"
     """Dtype in which dequantized weights are multiplied. auto: model.dtype. Only with mode 4bit."""
     quant_storage: Literal["uint8", "float16", "bfloat16", "float32"] = "uint8"
     """Dtype of the tensors that hold the packed 4-bit weights; FSDP wants the compute dtype. Only with mode 4bit."""
@@ -97,9 +99,9 @@ class AdapterSection(Section):
     """Rank-stabilised scaling (arXiv:2312.03732)."""
     use_dora: bool = False
     """Weight-decomposed update (arXiv:2402.09353)."""
-    init_lora_weights: Annotated[
-        str, Field(pattern=r"^(default|gaussian|olora|loftq|pissa(_niter_[0-9]+)?)$")
-    ] = "default"
+    init_lora_weights: Annotated[str, Field(pattern=r"^(default|gaussian|olora|loftq|pissa(_niter_[0-9]+)?)$")] = (
+        "default"
+    )
     """default (B is zero), gaussian, loftq (starts from the quantization error; mode 4bit only),
     or pissa, pissa_niter_N, olora (these change the base weights; mode none only)."""
     bias: Literal["none", "all", "lora_only"] = "none"
@@ -111,7 +113,7 @@ class AdapterSection(Section):
 class Source(Section):
     """One place where rows come from."""
 
-    path: str
+    path: str = Field(min_length=1)
     """A local .jsonl, .json, .csv, .parquet, .txt or .md file, or a hub dataset id."""
     format: Format = "auto"
     """Format of this source's rows. auto: data.format."""
@@ -280,7 +282,7 @@ class Recipe(Section):
     data: DataSection
     train: TrainSection = TrainSection()
     eval: EvalSection = EvalSection()
-    output_dir: str
+    output_dir: str = Field(min_length=1)
     """The run folder: recipe, manifest, checkpoints, adapter and report."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Seed of everything that is drawn: initial weights, splits, order, dropout."""

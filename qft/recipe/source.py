@@ -8,7 +8,6 @@ is wanted is reported rather than guessed.
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,19 @@ import yaml
 
 from qft.errors import MissingError, RecipeError
 
-__all__ = ["MAX_BYTES", "MAX_NODES", "Place", "Tree", "parse", "parse_value", "read"]
+__all__ = ["MAX_BYTES", "MAX_NODES", "Place", "Tree", "parse", "read", "write"]
 
 MAX_BYTES = 2**20
 MAX_NODES = 20_000
 
-_TAGS = {"map", "seq", "str", "int", "float", "bool", "null"}
+_TAGS = {
+    yaml.MappingNode: {"tag:yaml.org,2002:map"},
+    yaml.SequenceNode: {"tag:yaml.org,2002:seq"},
+    yaml.ScalarNode: {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null")},
+}
+_MERGE = "tag:yaml.org,2002:merge"
+_NO_TEXT = re.compile(r"[\0\ud800-\udfff]")
+"""What escapes in a YAML string can make and no path or text can hold: NUL and halves of a surrogate pair."""
 
 Place = tuple[str | int, ...]
 """Path to a value: ("train", "learning_rate"), ("data", "train", 0, "path")."""
@@ -39,7 +45,10 @@ _Loader.yaml_implicit_resolvers = {
 _Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][0-9_]*)$"), list("-+0123456789"))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?([0-9][0-9_]*(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
+    re.compile(
+        r"^[-+]?([0-9][0-9_]*(\.[0-9]*([eE][-+]?[0-9]+)?|[eE][-+]?[0-9]+)|\.[0-9]+([eE][-+]?[0-9]+)?)$"
+        r"|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"
+    ),
     list("-+.0123456789"),
 )
 
@@ -50,6 +59,16 @@ def _construct_float(loader: _Loader, node: yaml.ScalarNode) -> float:
 
 
 _Loader.add_constructor("tag:yaml.org,2002:float", _construct_float)
+
+
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes each string that either _Loader or YAML 1.1 would read as something else."""
+
+
+_Dumper.yaml_implicit_resolvers = {
+    first: [*yaml.SafeDumper.yaml_implicit_resolvers.get(first, []), *_Loader.yaml_implicit_resolvers.get(first, [])]
+    for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *_Loader.yaml_implicit_resolvers}
+}
 
 
 @dataclass
@@ -85,13 +104,14 @@ def _merge(base: dict[str, Any], over: dict[str, Any], place: Place, where: dict
 def read(path: Path) -> Tree:
     """Parse the recipe file at `path`. Raises MissingError, or RecipeError naming file and line."""
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
         raise MissingError(f"{path}: no such recipe") from None
     except OSError as error:
         raise MissingError(f"{path}: cannot be read: {error.strerror}") from None
     if len(data) > MAX_BYTES:
-        raise RecipeError(f"{path}: {len(data)} bytes; a recipe has at most {MAX_BYTES}")
+        raise RecipeError(f"{path}: more than {MAX_BYTES} bytes, and a recipe has at most that many")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -107,9 +127,13 @@ def parse(text: str, name: str) -> Tree:
         node = loader.get_single_node()
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise RecipeError(f"{name}:{line}: not valid YAML: {error.problem}") from None
-    except (yaml.YAMLError, RecursionError) as error:
-        raise RecipeError(f"{name}: not valid YAML: {str(error).splitlines()[0]}") from None
+        text = ", ".join(filter(None, [error.context, error.problem]))
+        raise RecipeError(f"{name}:{line}: not valid YAML: {text}") from None
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise RecipeError(f"{name}:{line}: not valid YAML: the character U+{error.character:04X}") from None
+    except RecursionError:
+        raise RecipeError(f"{name}: nested too deeply") from None
     if node is None:
         raise RecipeError(f"{name}: empty")
     if not isinstance(node, yaml.MappingNode):
@@ -124,9 +148,9 @@ def parse(text: str, name: str) -> Tree:
     return Tree(values, builder.where)
 
 
-def parse_value(text: str) -> Any:
-    """One value as a recipe would read it: parse_value("1e-4") is a float."""
-    return parse(f"value: {text}", "--set").values["value"]
+def write(values: dict[str, Any]) -> str:
+    """`values` as YAML that `parse` reads as the same values."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 class _Builder:
@@ -144,8 +168,7 @@ class _Builder:
         if self.nodes > MAX_NODES:
             raise RecipeError(f"{self.name}: more than {MAX_NODES} values once its aliases are resolved")
         self.where[place] = f"{self.name}:{node.start_mark.line + 1}"
-        if node.tag.rpartition(":")[2] not in _TAGS or not node.tag.startswith("tag:yaml.org,2002:"):
-            self._problem(node, f"the tag {node.tag} is not allowed; a recipe holds plain values only")
+        if not self._plain(node):
             return None
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, place)
@@ -154,31 +177,53 @@ class _Builder:
         return self._scalar(node)
 
     def _mapping(self, node: yaml.MappingNode, place: Place) -> dict[str, Any]:
-        values: dict[str, Any] = {}
-        merged: dict[str, Any] = {}
-        seen: set[Hashable] = set()
+        values = self._merged(node, place)  # first, so that the lines of the mapping's own fields overwrite theirs
+        seen: set[str] = set()
         for key_node, value_node in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                for source in value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]:
-                    merged = {**self.build(source, place), **merged}
-                continue
-            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
-            if key is None:
+            if not isinstance(key_node, yaml.ScalarNode):
                 self._problem(key_node, "a key must be a name")
+                continue
+            key, is_merge = key_node.value, key_node.tag == _MERGE
+            if not is_merge and not self._plain(key_node):
                 continue
             if key in seen:
                 self._problem(key_node, f"{'.'.join(map(str, (*place, key)))}: given twice")
             seen.add(key)
-            values[key] = self.build(value_node, (*place, key))
-            self.where[(*place, key)] = f"{self.name}:{key_node.start_mark.line + 1}"
-        return {**merged, **values}
+            if not is_merge:
+                values[key] = self.build(value_node, (*place, key))
+                self.where[(*place, key)] = f"{self.name}:{key_node.start_mark.line + 1}"
+        return values
+
+    def _merged(self, node: yaml.MappingNode, place: Place) -> dict[str, Any]:
+        """What `<<` brings into a mapping; of a list of mappings, the first that has a field gives it."""
+        values: dict[str, Any] = {}
+        here = self.where[place]
+        for key_node, value_node in node.value:
+            if key_node.tag == _MERGE:
+                for source in reversed(value_node.value) if isinstance(value_node, yaml.SequenceNode) else [value_node]:
+                    if isinstance(source, yaml.MappingNode):
+                        values.update(self.build(source, place) or {})
+                    else:
+                        self._problem(source, "<< takes a mapping or a list of mappings")
+        self.where[place] = here
+        return values
 
     def _scalar(self, node: yaml.Node) -> Any:
         try:
             return self.loader.construct_object(node)
-        except ValueError:
+        except (ValueError, KeyError, IndexError):  # !!int x, !!bool x, !!int ''
             self._problem(node, f"cannot be read as {node.tag.rsplit(':', 1)[-1]}")
         return None
+
+    def _plain(self, node: yaml.Node) -> bool:
+        """Whether `node` is one of YAML's plain kinds of value; a problem if not."""
+        if node.tag not in _TAGS[type(node)]:
+            self._problem(node, f"the tag {node.tag} is not allowed; a recipe holds plain values only")
+        elif isinstance(node, yaml.ScalarNode) and _NO_TEXT.search(node.value):
+            self._problem(node, "holds a character that no text can hold (NUL, or half of a surrogate pair)")
+        else:
+            return True
+        return False
 
     def _problem(self, node: yaml.Node, text: str) -> None:
         self.problems.append(f"{self.name}:{node.start_mark.line + 1}: {text}")

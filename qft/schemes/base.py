@@ -15,7 +15,7 @@ class Scheme(Protocol):
     """What qft asks of a quantization scheme."""
 
     def config(self, quant: QuantSection, compute_dtype: str, heads: list[str]) -> dict[str, Any]:
-        """Arguments of the transformers quantization config; empty if nothing is quantized. `heads` stay as they are."""
+        """Arguments of BitsAndBytesConfig; empty if nothing is quantized. The output `heads` stay as they are."""
 
     def after_load(self, model: nn.Module) -> None:
         """Settle what the library leaves in a state that training would stumble on. Called after every load."""

@@ -9,7 +9,7 @@ from transformers.quantizers import AutoHfQuantizer
 
 from qft.recipe.load import LoadedRecipe
 
-__all__ = ["method", "mode", "contradictions", "untrainable"]
+__all__ = ["contradictions", "method", "mode", "untrainable"]
 
 # Recipe field -> key of the checkpoint's own quantization_config.
 BNB_KEYS = {

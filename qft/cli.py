@@ -1,0 +1,196 @@
+"""The commands. Each reads a recipe and hands it on; everything heavy is imported inside."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qft.errors import QftError
+from qft.quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Finetune language models whose weights are held in few bits.",
+)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="SECTION.FIELD=VALUE", help="Override a field; paths are relative to here. Repeatable."
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, and nothing else.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def main() -> None:
+    """Entry point of `qft`."""
+    app()
+
+
+@contextmanager
+def messages(debug: bool) -> Iterator[None]:
+    """Turn a QftError into its one message and exit code."""
+    try:
+        yield
+    except QftError as error:
+        if debug:
+            raise
+        typer.echo(f"error: {error}" if "\n" not in str(error) else str(error), err=True)
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        typer.echo("interrupted; continue with --resume once a checkpoint is written", err=True)
+        raise typer.Exit(130) from None
+
+
+def consoles(as_json: bool) -> Console:
+    """Where people read: standard output, or standard error when that carries JSON."""
+    from rich.console import Console
+
+    return Console(stderr=as_json)
+
+
+def show_version(wanted: bool) -> None:
+    if not wanted:
+        return
+    from qft.machine import find_device, versions
+
+    device = find_device("auto")
+    for name, version in versions().items():
+        typer.echo(f"{name:<14}{version or 'none'}")
+    typer.echo(f"{'gpu':<14}{device.name if device and device.kind == 'cuda' else 'none'}")
+    raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the versions that matter.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def check(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False, debug: Debug = False) -> None:
+    """Say what a recipe would do, and whether it can, before anything is loaded."""
+    with messages(debug):
+        from qft.recipe import load
+
+        loaded = load(recipe, overrides or [])
+        quiet_libraries()
+        from qft.plan import make_plan
+        from qft.report.plan import render_plan
+
+        plan = make_plan(loaded)
+        if as_json:
+            print_json(plan.facts())
+        else:
+            consoles(False).print(render_plan(plan.facts()))
+
+
+@app.command()
+def train(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in output_dir.")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Finetune as the recipe says, and report memory and throughput."""
+    with messages(debug):
+        from qft.recipe import load
+
+        loaded = load(recipe, overrides or [])
+        if resume and overwrite:
+            raise typer.BadParameter("--resume continues a run and --overwrite replaces it; give one of the two")
+        quiet_libraries()
+        from qft.report.live import choose_view
+        from qft.report.terminal import render
+        from qft.train import train as run_training
+
+        console = consoles(as_json)
+        with choose_view(console, quiet=quiet) as view:
+            report = run_training(loaded, view, resume=resume, overwrite=overwrite)
+        if as_json:
+            print_json(report.model_dump(mode="json"))
+        elif not quiet:
+            console.print(render(report))
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="A run folder.", show_default=False)],
+    svg: Annotated[Path | None, typer.Option(help="Write the tables as an SVG picture.")] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Show the report of a finished run again."""
+    with messages(debug):
+        from io import StringIO
+
+        from rich.console import Console
+
+        from qft.files import write_text
+        from qft.report.document import read_report
+        from qft.report.terminal import render
+
+        document = read_report(run)
+        if as_json:
+            print_json(document.model_dump(mode="json"))
+        elif svg:
+            console = Console(record=True, width=100, file=StringIO(), force_terminal=True)
+            console.print(render(document))
+            write_text(svg, console.export_svg(title=f"qft report {run.name}"))
+        else:
+            consoles(False).print(render(document))
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe to write.", show_default=False)],
+    model: Annotated[str, typer.Option(help="Hub id, folder, .gguf file or package:NAME/FILE.")],
+    data: Annotated[Path, typer.Option(help="The training rows.")],
+    debug: Debug = False,
+) -> None:
+    """Write a commented starter recipe."""
+    with messages(debug):
+        from qft.recipe.starter import write_starter
+
+        write_starter(path, model, data)
+        typer.echo(f"{path} written; next: qft check {path}")
+
+
+@app.command()
+def schema(
+    of: Annotated[str, typer.Argument(metavar="[recipe|report]", help="Which document.")] = "recipe",
+) -> None:
+    """Print the JSON Schema of a recipe (for editors) or of report.json."""
+    if of == "recipe":
+        from qft.recipe import Recipe as Document
+    elif of == "report":
+        from qft.report.document import Report as Document  # type: ignore[assignment]
+    else:
+        raise typer.BadParameter(f"{of} is neither recipe nor report")
+    print_json({"$schema": "https://json-schema.org/draft/2020-12/schema", **Document.model_json_schema()})
+
+
+def print_json(document: object) -> None:
+    import json
+
+    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False, default=str) + "\n")

@@ -1,0 +1,1 @@
+"""Memory, in bytes: what is measured (meter)."""

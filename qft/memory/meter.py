@@ -1,0 +1,128 @@
+"""Memory as measured, in bytes: of the GPU by its allocator, of the host by the process's resident set."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+__all__ = ["HostSampler", "Meter", "Snapshot", "optimizer_bytes", "tensor_bytes", "weight_bytes"]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Memory in use at one moment."""
+
+    gpu: int
+    """Allocated by tensors; 0 without a GPU."""
+    gpu_reserved: int
+    """Held by the allocator."""
+    host: int
+    """Resident set of this process."""
+
+
+class HostSampler(threading.Thread):
+    """Notes the largest resident set, looking 20 times a second."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True, name="host-memory")
+        self.peak = 0
+        self._stop_event = threading.Event()
+        self._process = psutil.Process()
+
+    def run(self) -> None:
+        while not self._stop_event.wait(0.05):
+            self.look()
+
+    def look(self) -> int:
+        now = int(self._process.memory_info().rss)
+        self.peak = max(self.peak, now)
+        return now
+
+    def stop(self) -> None:
+        self._stop_event.set()
+
+
+class Meter:
+    """Measures one device and the host while it is entered."""
+
+    def __init__(self, kind: str) -> None:
+        self.on_gpu = kind == "cuda"
+        self.sampler = HostSampler()
+
+    def __enter__(self) -> Meter:
+        self.sampler.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.sampler.stop()
+
+    def now(self) -> Snapshot:
+        gpu = torch.cuda.memory_allocated() if self.on_gpu else 0
+        reserved = torch.cuda.memory_reserved() if self.on_gpu else 0
+        return Snapshot(gpu, reserved, self.sampler.look())
+
+    def settled(self) -> Snapshot:
+        """Memory in use once what is no longer needed has gone back to the system."""
+        gc.collect()
+        if sys.platform == "linux":
+            # glibc keeps freed blocks: without this, what loading used would hide what training uses.
+            trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+            if trim is not None:
+                trim(0)
+        return self.now()
+
+    def peak(self) -> Snapshot:
+        """Largest values since the last restart."""
+        gpu = torch.cuda.max_memory_allocated() if self.on_gpu else 0
+        reserved = torch.cuda.max_memory_reserved() if self.on_gpu else 0
+        self.sampler.look()
+        return Snapshot(gpu, reserved, self.sampler.peak)
+
+    def restart(self) -> None:
+        """Forget the peaks so far."""
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        self.sampler.peak = 0
+
+
+def weight_bytes(model: nn.Module) -> dict[str, int]:
+    """Bytes of the model's weights: `frozen` (with the scales of quantized ones) and `trainable`."""
+    frozen: list[torch.Tensor] = list(model.buffers())
+    trainable: list[torch.Tensor] = []
+    for parameter in model.parameters():
+        (trainable if parameter.requires_grad else frozen).append(parameter)
+        frozen.extend(_scales(parameter))
+    return {"frozen": tensor_bytes(frozen), "trainable": tensor_bytes(trainable)}
+
+
+def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the optimizer's state tensors."""
+    states = (value for state in optimizer.state.values() for value in state.values())
+    return tensor_bytes(value for value in states if isinstance(value, torch.Tensor))
+
+
+def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of the storages behind `tensors`, each counted once (tied weights share one)."""
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.device.type != "meta"
+    }
+    return sum(storages.values())
+
+
+def _scales(parameter: Any) -> list[torch.Tensor]:
+    """What bitsandbytes keeps beside a quantized weight: scales, code books, nested states."""
+    found = [getattr(parameter, name, None) for name in ("CB", "SCB")]
+    state = getattr(parameter, "quant_state", None)
+    while state is not None:
+        found += [state.absmax, state.code, state.offset]
+        state = state.state2
+    return [tensor for tensor in found if isinstance(tensor, torch.Tensor)]

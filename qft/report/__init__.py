@@ -1,0 +1,1 @@
+"""What was measured: the document, and its views."""

@@ -1,0 +1,164 @@
+"""The report: one JSON document, of which every table and picture is a view."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from qft.errors import MissingError, RunError
+
+__all__ = ["Evaluation", "Report", "read_report"]
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ModelPart(Part):
+    path: str
+    """As the recipe says."""
+    architecture: str
+    device: str
+    """Name of the GPU or CPU."""
+    scheme: str
+    """How the linear layers are held: none, 8bit, 4bit, or the method of a checkpoint that came quantized."""
+    quant_type: str | None
+    """nf4 or fp4, for 4bit."""
+    dtype: str
+    """Dtype of the weights that are not quantized."""
+    parameters: int
+    trainable_parameters: int
+    trainable_share: float
+    """trainable_parameters / parameters."""
+    bits_per_weight: float
+    """Bits of memory for each of the base's parameters, scales included."""
+
+
+class Throughput(Part):
+    """Over the steps after the first, evaluations and checkpoints aside. Padding does not count."""
+
+    tokens_per_second: float
+    samples_per_second: float
+    step_seconds_p50: float
+    step_seconds_p95: float
+    padding_share: float
+    """Share of the computed tokens that were padding."""
+
+
+class Components(Part):
+    """Bytes of each part, as held by this run."""
+
+    base_weights: int
+    """Frozen weights and buffers, with the scales of quantized ones."""
+    trainable_weights: int
+    """Adapter, or all weights."""
+    gradients: int
+    optimizer_state: int
+    activations: int
+    """What the peak holds beside the above: activations, logits and workspace."""
+
+
+class Memory(Part):
+    """Bytes. Of the GPU: allocated by tensors; of the host: resident set of the process."""
+
+    peak_gpu_bytes: int
+    """0 without a GPU."""
+    peak_gpu_reserved_bytes: int
+    """What the allocator held at its peak."""
+    peak_host_bytes: int
+    device_bytes: int
+    """Memory that the device has."""
+    after_load_bytes: int
+    """On the device that trains, as are the two below."""
+    after_first_step_bytes: int
+    at_end_bytes: int
+    growing: bool
+    """Whether the memory after a step kept growing to the end: a leak."""
+    components: Components
+
+
+class Loss(Part):
+    """Mean over the supervised tokens of a step."""
+
+    first: float
+    last: float
+    """Mean of the last tenth of the steps."""
+    lowest: float
+    spikes: int
+    """Steps whose loss rose by more than four times the usual change from step to step."""
+    history: list[tuple[int, float, float, float]]
+    """[step, loss, learning rate, gradient norm before clipping]."""
+
+
+class Evaluation(Part):
+    """Held-out rows."""
+
+    step: int
+    loss: float
+    """Mean over the supervised tokens."""
+    perplexity: float
+    """exp(loss)."""
+    tokens: int
+    """Supervised tokens."""
+    rows: int
+    scores: dict[str, float] = {}
+    """Shares, by the names in eval.metrics."""
+
+
+class Evaluations(Part):
+    before: Evaluation | None = None
+    after: Evaluation | None = None
+    history: list[Evaluation] = []
+    """During the training."""
+
+
+class Phases(Part):
+    """Share of the training time, in sum 1."""
+
+    data: float
+    forward: float
+    backward: float
+    optimizer: float
+
+
+class Report(Part):
+    """What a training measured. Bytes, seconds and tokens throughout; shares are between 0 and 1."""
+
+    schema_version: Literal[1] = 1
+    kind: Literal["train"] = "train"
+    run: str
+    """The run folder."""
+    result: str
+    """Where the adapter, or the model, was written."""
+    model: ModelPart
+    throughput: Throughput
+    phases: Phases
+    memory: Memory
+    loss: Loss
+    eval: Evaluations
+    steps: int
+    """Optimizer steps of this call (a resumed run counts from its checkpoint)."""
+    skipped_steps: int
+    """Updates that were not made because a number was not finite."""
+    samples: int
+    tokens: int
+    """Tokens trained on, padding aside."""
+    supervised_tokens: int
+    wall_seconds: float
+    """From the command to the report: loading, training, evaluations and checkpoints."""
+    advice: list[str]
+
+
+def read_report(folder: Path) -> Report:
+    """The report of a run folder. Raises MissingError if there is none, RunError if it cannot be read."""
+    path = folder / "report.json"
+    try:
+        text = path.read_text("utf-8")
+    except OSError:
+        raise MissingError(f"{path}: no report; a run writes it when it completes") from None
+    try:
+        return Report.model_validate_json(text)
+    except ValidationError as error:
+        raise RunError(f"{path}: not a report that this qft can read: {error.errors()[0]['msg']}") from None

@@ -1,0 +1,127 @@
+"""The report as rich tables."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from qft.report.document import Evaluation, Report
+
+__all__ = ["render", "si", "size", "sparkline", "table"]
+
+BARS = "▁▂▃▄▅▆▇█"
+
+
+def size(count: float) -> str:
+    """Bytes with a binary unit."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def si(count: float) -> str:
+    """A count with k, M or B."""
+    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e4, "k")):
+        if abs(count) >= limit:
+            return f"{count / limit * (10 if unit == 'k' else 1):.1f}{unit}"
+    return f"{count:,.0f}"
+
+
+def sparkline(values: list[float], width: int) -> str:
+    """The values as bars, averaged into at most `width` of them."""
+    finite = [v for v in values if v == v and abs(v) != float("inf")]
+    if not finite:
+        return ""
+    count = min(width, len(finite))
+    edges = [round(i * len(finite) / count) for i in range(count + 1)]
+    means = [sum(finite[a:b]) / (b - a) for a, b in pairwise(edges)]
+    low, high = min(means), max(means)
+    span = (high - low) or 1.0
+    return "".join(BARS[round((v - low) / span * (len(BARS) - 1))] for v in means)
+
+
+def render(report: Report) -> Group:
+    """All of the report, for a terminal of 80 columns or more."""
+    parts: list[RenderableType] = [_model(report), _learning(report), _speed(report), _memory(report)]
+    if report.advice:
+        parts.append(Panel(Text("\n".join(f"• {line}" for line in report.advice)), title="Advice", title_align="left"))
+    parts.append(Text(f"Written to {report.result}"))
+    return Group(*parts)
+
+
+def table(title: str, *columns: str) -> Table:
+    """A titled table: of names and what they are, or with a head of its own."""
+    made = Table(title=title, title_justify="left", title_style="bold", expand=True, show_header=bool(columns))
+    made.add_column(columns[0] if columns else "", style="cyan", overflow="fold", ratio=2)
+    for name in columns[1:] or ("",):
+        made.add_column(name, justify="right" if columns else "left", ratio=1 if len(columns) > 3 else 3)
+    return made
+
+
+def _model(report: Report) -> Table:
+    model = report.model
+    held = {"none": f"{model.dtype}, not quantized", "8bit": "8 bit, LLM.int8()"}.get(
+        model.scheme, f"{model.scheme}{f', {model.quant_type}' if model.quant_type else ''}"
+    )
+    rows = table("Model")
+    rows.add_row("base", f"{model.architecture}, {si(model.parameters)} parameters")
+    rows.add_row("held as", f"{held}: {model.bits_per_weight:.2f} bits a weight with scales, norms and head")
+    rows.add_row("trained", f"{si(model.trainable_parameters)} parameters ({model.trainable_share:.2%})")
+    rows.add_row("on", model.device)
+    return rows
+
+
+def _learning(report: Report) -> Table:
+    rows = table("Learning", "", "before", "after")
+    before, after = report.eval.before, report.eval.after
+    rows.add_row("training loss", f"{report.loss.first:.4f}", f"{report.loss.last:.4f}")
+    if before and after:
+        rows.add_row(f"held-out loss ({after.rows} rows)", f"{before.loss:.4f}", f"{after.loss:.4f}")
+        rows.add_row("held-out perplexity", f"{before.perplexity:.2f}", f"{after.perplexity:.2f}")
+        for name in after.scores:
+            rows.add_row(name.replace("_", " "), _score(before, name), _score(after, name))
+    line = sparkline([loss for _, loss, _, _ in report.loss.history], 24)
+    rows.add_row("curve", line, f"{report.loss.spikes} spikes in {report.steps} steps")
+    return rows
+
+
+def _score(evaluation: Evaluation, name: str) -> str:
+    share = evaluation.scores[name]
+    return f"{share:.1%}"
+
+
+def _speed(report: Report) -> Table:
+    throughput, phases = report.throughput, report.phases
+    rows = table("Speed")
+    rows.add_row(
+        "throughput", f"{throughput.tokens_per_second:,.0f} tokens/s, {throughput.samples_per_second:.2f} rows/s"
+    )
+    rows.add_row(
+        "step", f"{throughput.step_seconds_p50:.3f} s median, {throughput.step_seconds_p95:.3f} s 95th percentile"
+    )
+    shares = (f"{name} {share:.0%}" for name, share in phases.model_dump().items())
+    rows.add_row("time in", ", ".join(shares))
+    rows.add_row("in all", f"{report.steps} steps, {report.tokens:,} tokens, {report.wall_seconds:.0f} s")
+    return rows
+
+
+def _memory(report: Report) -> Table:
+    memory, parts = report.memory, report.memory.components
+    rows = table("Memory")
+    for name, count in parts.model_dump().items():
+        rows.add_row(name.replace("_", " "), size(count))
+    where = "GPU" if memory.peak_gpu_bytes else "host"
+    peak = memory.peak_gpu_bytes or memory.peak_host_bytes
+    rows.add_row(f"peak, {where}", f"{size(peak)} of {size(memory.device_bytes)}")
+    if memory.peak_gpu_bytes:
+        rows.add_row("peak, host", size(memory.peak_host_bytes))
+    moments = (memory.after_load_bytes, memory.after_first_step_bytes, memory.at_end_bytes)
+    trend = " (growing)" if memory.growing else ""
+    rows.add_row("load → step 1 → end", " → ".join(size(m) for m in moments) + trend)
+    return rows

@@ -1,0 +1,174 @@
+"""The run folder: what was asked, with what it was done, and its results.
+
+recipe.yaml      the resolved recipe
+manifest.json    command, versions, hardware, seed, content hashes of data and base, status
+plan.json        what was decided before anything was loaded
+checkpoints/     checkpoint-N, to resume from
+adapter/         the adapter in peft's layout (model/ when all weights were trained)
+events/          TensorBoard events
+answers/         the held-out rows' answers, before and after
+report.json      what was measured; written last, so a run with a report is complete
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qft.errors import RunError
+from qft.files import require_free_space, write_json, write_text
+from qft.machine import describe, versions
+from qft.plan import Plan
+from qft.recipe import dump
+
+__all__ = ["Run", "check_folder", "record_base", "start_run"]
+
+MANIFEST = "manifest.json"
+
+# What a resumed run may not change: the checkpoint was made by it.
+FIXED = ("model", "quant", "adapter", "data", "seed")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run's folder."""
+
+    folder: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        return self.folder / "adapter"
+
+    @property
+    def full_model(self) -> Path:
+        return self.folder / "model"
+
+    @property
+    def initial_adapter(self) -> Path:
+        return self.checkpoints / "initial-adapter"
+
+    @property
+    def events(self) -> Path:
+        return self.folder / "events"
+
+    @property
+    def answers(self) -> Path:
+        return self.folder / "answers"
+
+    @property
+    def report(self) -> Path:
+        return self.folder / "report.json"
+
+    def manifest(self) -> dict[str, Any]:
+        """The manifest; empty if the folder is no run."""
+        try:
+            found = json.loads((self.folder / MANIFEST).read_text("utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def newest_checkpoint(self) -> Path | None:
+        """The last checkpoint that was written whole (the Trainer writes trainer_state.json last)."""
+        found = [p for p in self.checkpoints.glob("checkpoint-*") if _is_whole(p)]
+        return max(found, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
+
+    def set_status(self, status: str, **more: Any) -> None:
+        """running, complete, failed or interrupted."""
+        write_json(self.folder / MANIFEST, self.manifest() | {"status": status, "updated": _now()} | more)
+
+
+def check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
+    """Whether a run may begin here, asked before any work. Raises RunError."""
+    run = Run(folder)
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"{folder}: output_dir is a file; give a folder")
+    if resume:
+        if not run.manifest():
+            raise RunError(f"{folder}: there is no run to resume; leave --resume away to start one")
+        if run.newest_checkpoint() is None:
+            raise RunError(f"{folder}: the run has no whole checkpoint to resume from; use --overwrite to start again")
+    elif folder.exists() and any(folder.iterdir()):
+        if not overwrite:
+            raise RunError(f"{folder}: output_dir is not empty; use --resume, --overwrite, or another output_dir")
+        if not run.manifest():
+            raise RunError(f"{folder}: output_dir is not empty and not a run of qft, so it is not overwritten")
+
+
+def start_run(plan: Plan, *, resume: bool, overwrite: bool) -> Run:
+    """Make the run folder, or take up the one that is there. Raises RunError if it cannot be resumed or the disk
+    has no room for the checkpoints."""
+    run = Run(Path(plan.recipe.output_dir))
+    check_folder(run.folder, resume=resume, overwrite=overwrite)
+    digests = {facts.path: facts.digest for facts in plan.data.sources}
+    if resume:
+        _require_same(run, plan, digests)
+    require_free_space(run.folder, _checkpoint_bytes(plan), "its checkpoints")
+    if overwrite and run.folder.exists():
+        shutil.rmtree(run.folder)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    write_text(run.folder / "recipe.yaml", dump(plan.recipe))
+    write_json(run.folder / "plan.json", plan.facts())
+    run.set_status(
+        "running",
+        command=sys.argv,
+        started=_now(),
+        seed=plan.recipe.seed,
+        versions=versions(),
+        hardware=describe(plan.device),
+        data=digests,
+    )
+    return run
+
+
+def record_base(run: Run, plan: Plan) -> None:
+    """Note which weights the run starts from, once they are on this machine."""
+    checkpoint = plan.checkpoint
+    base = {"path": checkpoint.path, "commit": checkpoint.commit, "sha256": checkpoint.digests()}
+    before = run.manifest().get("base")
+    if before is not None and before != base:
+        raise RunError(f"{run.folder}: the base model has changed since the run began; use --overwrite to start again")
+    run.set_status("running", base=base)
+
+
+def _require_same(run: Run, plan: Plan, digests: dict[str, str | None]) -> None:
+    before = yaml.safe_load((run.folder / "recipe.yaml").read_text("utf-8"))
+    now = yaml.safe_load(dump(plan.recipe))
+    changed = [name for name in FIXED if before.get(name) != now.get(name)]
+    if changed:
+        raise RunError(
+            f"{run.folder}: {', '.join(changed)} differ from the run's own recipe.yaml, so its checkpoint does not fit; "
+            "restore them, or start again with --overwrite"
+        )
+    if run.manifest().get("data") != digests:
+        raise RunError(f"{run.folder}: the data has changed since the run began; use --overwrite to start again")
+
+
+def _checkpoint_bytes(plan: Plan) -> int:
+    """Bytes of the checkpoints kept and the result: float32 weights and two moments each."""
+    if plan.recipe.train.save_strategy == "no":
+        return plan.shape.trainable_parameters * 4
+    kept = (plan.recipe.train.save_total_limit or 1) + 1
+    return plan.shape.trainable_parameters * 4 * (3 * kept + 1)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return (checkpoint / "optimizer.pt").exists() and (checkpoint / "scheduler.pt").exists()
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,366 @@
+"""`qft train`: Recipe -> Plan -> Run -> Report."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
+from transformers.integrations import TensorBoardCallback
+
+from qft.data.batch import Collator, pad_token_id
+from qft.errors import ModelError, QftError, RunError
+from qft.files import write_json, write_text
+from qft.memory.meter import Meter, Snapshot, weight_bytes
+from qft.models import CHANGES_BASE, attach_adapter, load_base, memory_guard, save_adapter, save_full
+from qft.plan import Plan, make_plan
+from qft.recipe import LoadedRecipe
+from qft.report.advice import advise
+from qft.report.document import (
+    Components,
+    Evaluation,
+    Evaluations,
+    Loss,
+    Memory,
+    ModelPart,
+    Phases,
+    Report,
+    Throughput,
+)
+from qft.report.live import View
+from qft.runs import Run, check_folder, record_base, start_run
+from qft.scores import answer_rows, exact_match
+from qft.trainer import QftTrainer, Step
+
+__all__ = ["train"]
+
+
+def train(loaded: LoadedRecipe, view: View, *, resume: bool = False, overwrite: bool = False) -> Report:
+    """Train as the recipe says and write the run folder.
+
+    Raises QftError: RunError before any work if the folder forbids it, then whatever `make_plan` refuses, then
+    NonFiniteError or OutOfMemoryError from the training itself. The last good checkpoint is kept in every case.
+    """
+    started = time.perf_counter()
+    check_folder(Path(loaded.recipe.output_dir), resume=resume, overwrite=overwrite)
+    view.note("Reading the data and the model's configuration")
+    plan = make_plan(loaded)
+    run = start_run(plan, resume=resume, overwrite=overwrite)
+    try:
+        report = _Training(plan, run, view, started).run_all(resume=resume)
+    except KeyboardInterrupt:
+        run.set_status("interrupted")
+        raise
+    except BaseException as error:
+        run.set_status("failed", error=f"{type(error).__name__}: {error}")
+        raise
+    write_json(run.report, report.model_dump(mode="json"))
+    run.set_status("complete")
+    return report
+
+
+@dataclass
+class _Training:
+    """One training, from the plan to its report."""
+
+    plan: Plan
+    run: Run
+    view: View
+    started: float
+    steps: list[Step] = field(default_factory=list)
+    evaluations: list[Evaluation] = field(default_factory=list)
+
+    def run_all(self, *, resume: bool) -> Report:
+        plan, recipe = self.plan, self.plan.recipe
+        set_seed(recipe.seed)
+        checkpoint = self.run.newest_checkpoint() if resume else None
+        with Meter(plan.device.kind) as meter:
+            self.view.note(f"Loading {plan.checkpoint.path}")
+            model = load_base(plan)
+            record_base(self.run, plan)
+            model = attach_adapter(model, plan)
+            if self._changes_base and not resume:
+                model.save_pretrained(str(self.run.initial_adapter))
+            self.trainer = self._trainer(model, meter)
+            weights, self.after_load = weight_bytes(model), meter.settled()
+            with memory_guard("training"):
+                before = self._evaluate_all("before", 0) if checkpoint is None else self._earlier_evaluation()
+                done = _step_of(checkpoint)
+                if done >= plan.steps:
+                    raise RunError(f"{self.run.folder}: the run has made its {done} steps; there is nothing to resume")
+                self.view.begin(plan.steps, done)
+                meter.restart()
+                self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+                self.peak = meter.peak()
+                self.trainer.clock.settle()
+                at_end = meter.now()
+                result = self._save()
+                after = self._evaluate_all("after", self.trainer.state.global_step)
+        return self._report(weights, at_end, result, before, after)
+
+    @property
+    def _held_out(self) -> Dataset:
+        if self.plan.data.eval is None:
+            raise QftError("no rows were held out")
+        return self.plan.data.eval
+
+    @property
+    def _changes_base(self) -> bool:
+        return self.plan.recipe.adapter.init_lora_weights.startswith(CHANGES_BASE)
+
+    def _trainer(self, model: Any, meter: Meter) -> QftTrainer:
+        plan = self.plan
+        arguments = training_arguments(plan, self.run)
+        trainer = QftTrainer(
+            on_step=self._on_step,
+            on_nonfinite=plan.recipe.train.on_nonfinite,
+            place=plan.data.place,
+            meter=meter,
+            model=model,
+            args=arguments,
+            train_dataset=plan.data.train,
+            eval_dataset=plan.data.eval,
+            data_collator=Collator(pad_token_id(plan.tokenizer)),
+            processing_class=plan.tokenizer,
+            callbacks=self._callbacks(),
+        )
+        trainer.remove_callback(PrinterCallback)
+        if not trainer.model_accepts_loss_kwargs and plan.recipe.train.gradient_accumulation_steps > 1:
+            raise ModelError(
+                f"{plan.shape.architecture} averages its loss over each micro-batch, so accumulated gradients would "
+                "weigh short rows more: set train.gradient_accumulation_steps to 1"
+            )
+        return trainer
+
+    def _callbacks(self) -> list[TrainerCallback]:
+        train = self.plan.recipe.train
+        callbacks: list[TrainerCallback] = [_Evaluations(self)]
+        if train.early_stopping_patience:
+            callbacks.append(EarlyStoppingCallback(train.early_stopping_patience))
+        if "tensorboard" in train.report_to:
+            tensorboard = TensorBoardCallback()
+            tensorboard.logging_dir = str(self.run.events)
+            callbacks.append(tensorboard)
+        return callbacks
+
+    def _on_step(self, step: Step) -> None:
+        if not self.steps:
+            self.after_first_step = self.trainer.meter.now()
+        self.steps.append(step)
+        self.view.step(step)
+
+    def _evaluate_all(self, moment: str, step: int) -> Evaluation | None:
+        """Loss and scores of the held-out rows; None without any."""
+        plan, settings = self.plan, self.plan.recipe.eval
+        if plan.data.eval is None:
+            return None
+        self.view.note(f"Evaluating {len(plan.data.eval)} held-out rows {moment} training")
+        metrics = self.trainer.evaluate(metric_key_prefix=moment)
+        scores = {}
+        if "exact_match" in settings.metrics:
+            scores["exact_match"] = self._exact_match(moment)
+        evaluation = self._evaluation(step, metrics[f"{moment}_loss"], metrics[f"{moment}_tokens"], scores)
+        self.view.evaluated(evaluation)
+        write_json(self.run.folder / f"eval-{moment}.json", evaluation.model_dump(mode="json"))
+        return evaluation
+
+    def _exact_match(self, moment: str) -> float:
+        plan, settings = self.plan, self.plan.recipe.eval
+        rows = self._held_out
+        if settings.samples is not None:
+            rows = rows.select(range(min(settings.samples, len(rows))))
+        with self.trainer.accelerator.autocast():
+            answers = answer_rows(
+                self.trainer.model,
+                plan.tokenizer,
+                rows,
+                max_new_tokens=settings.max_new_tokens,
+                batch_size=settings.batch_size,
+            )
+        lines = [
+            json.dumps({"place": plan.data.place(a.source, a.row), "right": a.right, **asdict(a)}, ensure_ascii=False)
+            for a in answers
+        ]
+        write_text(self.run.answers / f"{moment}.jsonl", "\n".join(lines) + "\n")
+        return exact_match(answers)
+
+    def _evaluation(self, step: int, loss: float, tokens: int, scores: dict[str, float]) -> Evaluation:
+        rows = len(self._held_out)
+        return Evaluation(step=step, loss=loss, perplexity=_exp(loss), tokens=tokens, rows=rows, scores=scores)
+
+    def _earlier_evaluation(self) -> Evaluation | None:
+        path = self.run.folder / "eval-before.json"
+        return Evaluation.model_validate_json(path.read_text("utf-8")) if path.exists() else None
+
+    def note_evaluation(self, metrics: dict[str, float]) -> None:
+        """An evaluation within the training."""
+        evaluation = self._evaluation(
+            self.trainer.state.global_step, metrics["eval_loss"], int(metrics["eval_tokens"]), {}
+        )
+        self.evaluations.append(evaluation)
+        self.view.evaluated(evaluation)
+
+    def _save(self) -> Path:
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        if self.plan.lora is None:
+            save_full(model, self.plan, self.run.full_model)
+            return self.run.full_model
+        save_adapter(model, self.plan, self.run.adapter, self.run.initial_adapter if self._changes_base else None)
+        return self.run.adapter
+
+    def _report(
+        self,
+        weights: dict[str, int],
+        at_end: Snapshot,
+        result: Path,
+        before: Evaluation | None,
+        after: Evaluation | None,
+    ) -> Report:
+        plan, steps = self.plan, self.steps
+        report = Report(
+            run=str(self.run.folder),
+            result=str(result),
+            model=self._model_part(weights),
+            throughput=_throughput(steps),
+            phases=Phases(**self.trainer.clock.shares()),
+            memory=self._memory_part(weights, at_end),
+            loss=_loss(steps),
+            eval=Evaluations(before=before, after=after, history=self.evaluations),
+            steps=len(steps),
+            skipped_steps=self.trainer.skipped_steps,
+            samples=sum(step.rows for step in steps),
+            tokens=sum(step.tokens for step in steps),
+            supervised_tokens=sum(step.supervised_tokens for step in steps),
+            wall_seconds=time.perf_counter() - self.started,
+            advice=[],
+        )
+        advice = advise(
+            report,
+            checkpointing=plan.recipe.train.gradient_checkpointing,
+            device_kind=plan.device.kind,
+            has_eval=plan.data.eval is not None,
+        )
+        return report.model_copy(update={"advice": advice})
+
+    def _model_part(self, weights: dict[str, int]) -> ModelPart:
+        plan, shape = self.plan, self.plan.shape
+        base = weights["frozen"] if plan.lora else weights["trainable"]
+        return ModelPart(
+            path=plan.checkpoint.path,
+            architecture=shape.architecture,
+            device=plan.device.name,
+            scheme=plan.scheme,
+            quant_type=(plan.quantization or plan.checkpoint.quantization).get("bnb_4bit_quant_type"),
+            dtype=plan.dtype,
+            parameters=shape.parameters,
+            trainable_parameters=shape.trainable_parameters,
+            trainable_share=shape.trainable_parameters / shape.parameters,
+            bits_per_weight=base * 8 / shape.parameters,
+        )
+
+    def _memory_part(self, weights: dict[str, int], at_end: Snapshot) -> Memory:
+        on_gpu = self.plan.device.kind == "cuda"
+        trainer, peak = self.trainer, self.peak
+        held = trainer.gradient_bytes + trainer.optimizer_bytes
+        # On a GPU the peak holds the weights too; on the host, only what came since they were loaded is told apart.
+        base = sum(weights.values()) if on_gpu else self.after_load.host
+        activations = (peak.gpu if on_gpu else peak.host) - base - held
+        moments = [s.gpu if on_gpu else s.host for s in (self.after_load, self.after_first_step, at_end)]
+        return Memory(
+            peak_gpu_bytes=peak.gpu,
+            peak_gpu_reserved_bytes=peak.gpu_reserved,
+            peak_host_bytes=peak.host,
+            device_bytes=self.plan.device.total_bytes,
+            after_load_bytes=moments[0],
+            after_first_step_bytes=moments[1],
+            at_end_bytes=moments[2],
+            growing=_growing([step.memory for step in self.steps]),
+            components=Components(
+                base_weights=weights["frozen"],
+                trainable_weights=weights["trainable"],
+                gradients=trainer.gradient_bytes,
+                optimizer_state=trainer.optimizer_bytes,
+                activations=max(activations, 0),
+            ),
+        )
+
+
+class _Evaluations(TrainerCallback):
+    """Carries evaluations within the training to the report and the view."""
+
+    def __init__(self, training: _Training) -> None:
+        self.training = training
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+        if "eval_loss" in metrics:
+            self.training.note_evaluation(metrics)
+
+
+def training_arguments(plan: Plan, run: Run) -> TrainingArguments:
+    """The TrainingArguments of a run: one device, its folders, and what the plan says."""
+    arguments = {"run_name": plan.recipe.train.run_name or run.folder.name}
+    made = TrainingArguments(**plan.training | arguments, output_dir=str(run.checkpoints))
+    if made.n_gpu > 1:
+        made._n_gpu = 1  # with several GPUs in sight the Trainer would wrap the model in DataParallel
+    return made
+
+
+def _step_of(checkpoint: Path | None) -> int:
+    return int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+
+
+def _exp(loss: float) -> float:
+    return math.exp(min(loss, 700.0))
+
+
+def _throughput(steps: list[Step]) -> Throughput:
+    timed = steps[1:] or steps  # the first step also allocates, and compiles kernels
+    seconds = sum(step.seconds for step in timed)
+    each = sorted(step.seconds for step in timed)
+    return Throughput(
+        tokens_per_second=sum(step.tokens for step in timed) / seconds,
+        samples_per_second=sum(step.rows for step in timed) / seconds,
+        step_seconds_p50=statistics.median(each),
+        step_seconds_p95=each[min(len(each) - 1, math.ceil(len(each) * 0.95) - 1)],
+        padding_share=1 - sum(step.tokens for step in steps) / sum(step.padded_tokens for step in steps),
+    )
+
+
+def _loss(steps: list[Step]) -> Loss:
+    taken = [step for step in steps if not step.skipped]
+    losses = [step.loss for step in taken]
+    if not losses:
+        raise QftError("every update was skipped because a number was not finite: nothing was learnt")
+    tail = losses[-max(len(losses) // 10, 1) :]
+    return Loss(
+        first=losses[0],
+        last=statistics.fmean(tail),
+        lowest=min(losses),
+        spikes=_spikes(losses),
+        history=[(step.step, step.loss, step.learning_rate, step.grad_norm) for step in taken],
+    )
+
+
+def _spikes(losses: list[float]) -> int:
+    """Steps that rose by more than four times the median change."""
+    changes = [b - a for a, b in pairwise(losses)]
+    if len(changes) < 8:
+        return 0
+    usual = statistics.median(abs(change) for change in changes)
+    return sum(change > 4 * usual for change in changes)
+
+
+def _growing(memory: list[int]) -> bool:
+    """Whether memory after a step still rises: the last third above the middle one by 5%, and that above the first."""
+    third = len(memory) // 3
+    if third < 3:
+        return False
+    first, middle, last = (statistics.median(memory[i * third : (i + 1) * third]) for i in range(3))
+    return last > middle * 1.05 and middle > first * 1.05

@@ -182,12 +182,15 @@ def schema(
 ) -> None:
     """Print the JSON Schema of a recipe (for editors) or of report.json."""
     if of == "recipe":
-        from qft.recipe import Recipe as Document
+        from qft.recipe import json_schema
+
+        print_json(json_schema())
     elif of == "report":
-        from qft.report.document import Report as Document  # type: ignore[assignment]
+        from qft.report.document import Report
+
+        print_json({"$schema": "https://json-schema.org/draft/2020-12/schema", **Report.model_json_schema()})
     else:
         raise typer.BadParameter(f"{of} is neither recipe nor report")
-    print_json({"$schema": "https://json-schema.org/draft/2020-12/schema", **Document.model_json_schema()})
 
 
 def print_json(document: object) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,6 +55,9 @@ def attach_adapter(model: PreTrainedModel, plan: Plan) -> PeftModel | PreTrained
         return model.requires_grad_(True)
     with memory_guard("attaching the adapters"):
         adapted = get_peft_model(model, LoraConfig(**plan.lora))
+        if plan.checkpoint.gguf_file:
+            # Else peft would ask the hub for the base's config at each checkpoint.
+            adapted.peft_config["default"].base_model_name_or_path = ""
         if plan.recipe.adapter.init_lora_weights == "loftq":
             _start_from_quantization_error(adapted, plan)
     return adapted
@@ -67,7 +72,9 @@ def save_adapter(model: PeftModel, plan: Plan, folder: Path, initial: Path | Non
     config = model.peft_config["default"]
     config.base_model_name_or_path, config.revision = plan.checkpoint.path, plan.checkpoint.commit
     arguments = {"path_initial_model_for_weight_conversion": str(initial)} if initial else {}
-    with atomic_folder(folder) as temporary:
+    with atomic_folder(folder) as temporary, warnings.catch_warnings():
+        # To subtract it, peft loads the initial adapter beside the trained one, and warns of what it is asked to do.
+        warnings.filterwarnings("ignore", message=".*changes the base weights of the model", category=UserWarning)
         # The vocabulary is never changed, so the base's embeddings need not travel with the adapter.
         model.save_pretrained(str(temporary), save_embedding_layers=False, **arguments)
 

@@ -10,7 +10,7 @@ __all__ = ["quiet_libraries"]
 
 HARMLESS = (
     # transformers calls its own renamed property.
-    (r".*is_gradient_checkpointing. is deprecated.*", FutureWarning),
+    (r".is_gradient_checkpointing. is deprecated", FutureWarning),
     # LLM.int8() computes outliers in float16, whatever the activations are.
     (r"MatMul8bitLt: inputs will be cast", UserWarning),
     # peft looks for the base's vocabulary size, which qft never changes.

@@ -162,11 +162,13 @@ class _Training:
         if plan.data.eval is None:
             return None
         self.view.note(f"Evaluating {len(plan.data.eval)} held-out rows {moment} training")
-        metrics = self.trainer.evaluate(metric_key_prefix=moment)
+        # Not `evaluate`: its callbacks would take this for one of the evaluations within the training.
+        loader = self.trainer.get_eval_dataloader()
+        metrics = self.trainer.evaluation_loop(loader, moment, prediction_loss_only=True).metrics
         scores = {}
         if "exact_match" in settings.metrics:
             scores["exact_match"] = self._exact_match(moment)
-        evaluation = self._evaluation(step, metrics[f"{moment}_loss"], metrics[f"{moment}_tokens"], scores)
+        evaluation = self._evaluation(step, metrics["eval_loss"], metrics["eval_tokens"], scores)
         self.view.evaluated(evaluation)
         write_json(self.run.folder / f"eval-{moment}.json", evaluation.model_dump(mode="json"))
         return evaluation

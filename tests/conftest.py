@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="qft-tests-")
 os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -97,7 +99,7 @@ def chat_file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def recipe_file(tmp_path: Path, tiny_model: Path, chat_file: Path) -> Callable[..., Path]:
-    """Writes a valid recipe of the tiny model, its sections updated with the arguments; None drops a section."""
+    """Writes a valid recipe of the tiny model, its sections updated with the arguments: None drops a section, ... a field."""
 
     def write(name: str = "recipe.yaml", **sections: Any) -> Path:
         recipe: dict[str, Any] = {
@@ -112,7 +114,8 @@ def recipe_file(tmp_path: Path, tiny_model: Path, chat_file: Path) -> Callable[.
             if value is None:
                 recipe.pop(section, None)
             elif isinstance(value, dict):
-                recipe[section] = {**recipe.get(section, {}), **value}
+                fields = {**recipe.get(section, {}), **value}
+                recipe[section] = {name: field for name, field in fields.items() if field is not ...}
             else:
                 recipe[section] = value
         path = tmp_path / name

@@ -25,7 +25,7 @@ class Conversation:
 
 def from_messages(row: dict[str, Any]) -> Conversation:
     """OpenAI's chat format: {"messages": [{"role", "content"}, …], "tools": […]}."""
-    messages = tuple(_message(m, i) for i, m in enumerate(_list(row, "messages")))
+    messages = _messages(row, "messages")
     tools = row.get("tools") or None
     if tools and not _are_objects(tools):
         raise BadRow("tools: needs a list of JSON schemas")
@@ -42,7 +42,7 @@ def from_sharegpt(row: dict[str, Any]) -> Conversation:
         role = SHAREGPT_ROLES.get(turn["from"]) if isinstance(turn["from"], str) else None
         if role is None:
             raise BadRow(f"conversations.{i}.from: {turn['from']!r} is none of {', '.join(SHAREGPT_ROLES)}")
-        messages.append(_message({"role": role, "content": turn["value"]}, i))
+        messages.append(_message({"role": role, "content": turn["value"]}, f"conversations.{i}"))
     if row.get("system"):
         messages.insert(0, {"role": "system", "content": _text(row, "system")})
     return Conversation(tuple(messages))
@@ -63,7 +63,7 @@ def from_prompt_completion(row: dict[str, Any]) -> Conversation:
     """{"prompt", "completion"}: two texts, one question and its answer, or two lists of messages."""
     prompt, completion = row.get("prompt"), row.get("completion")
     if isinstance(prompt, list) and isinstance(completion, list):
-        return Conversation(tuple(_message(m, i) for i, m in enumerate([*prompt, *_list(row, "completion")])))
+        return Conversation((*(_messages(row, "prompt") if prompt else ()), *_messages(row, "completion")))
     return _question(_text(row, "prompt"), _text(row, "completion"))
 
 
@@ -138,9 +138,12 @@ def _are_objects(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, dict) for item in value)
 
 
-def _message(message: Any, index: int) -> Message:
+def _messages(row: dict[str, Any], name: str) -> tuple[Message, ...]:
+    return tuple(_message(message, f"{name}.{i}") for i, message in enumerate(_list(row, name)))
+
+
+def _message(message: Any, where: str) -> Message:
     """One checked message; fields that hold nothing (a parquet file has them in every row) are dropped."""
-    where = f"messages.{index}"
     if not isinstance(message, dict):
         raise BadRow(f"{where}: needs role and content, not {type(message).__name__}")
     role, content = message.get("role"), message.get("content")

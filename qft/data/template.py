@@ -143,9 +143,7 @@ class Encoder:
             options |= {"return_dict": True, "return_assistant_tokens_mask": True}
         try:
             return self.tokenizer.apply_chat_template(list(messages), tools=tools, **options)
-        except (
-            Exception
-        ) as error:  # a template is a program: beside jinja's errors, it raises whatever its data make it
+        except Exception as error:  # a template is a program: it can fail with more than jinja's own errors
             raise BadRow(f"the chat template refuses the conversation: {error}") from None
 
 

@@ -1,6 +1,6 @@
 """What is asked: YAML -> Recipe."""
 
-from qft.recipe.load import LoadedRecipe, dump, load
+from qft.recipe.load import LoadedRecipe, dump, json_schema, load
 from qft.recipe.schema import Recipe, Source
 
-__all__ = ["LoadedRecipe", "Recipe", "Source", "dump", "load"]
+__all__ = ["LoadedRecipe", "Recipe", "Source", "dump", "json_schema", "load"]

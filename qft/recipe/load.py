@@ -19,7 +19,7 @@ from qft.recipe.rules import broken_rules, unread_fields
 from qft.recipe.schema import Recipe
 from qft.recipe.source import Place, Tree
 
-__all__ = ["LoadedRecipe", "dump", "load"]
+__all__ = ["LoadedRecipe", "dump", "json_schema", "load"]
 
 MAX_EXTENDS = 16
 MAX_SHOWN = 100
@@ -53,6 +53,8 @@ def load(path: Path, overrides: Iterable[str] = ()) -> LoadedRecipe:
     for override in overrides:
         _apply_override(tree, override)
     _apply_presets(tree)
+    for name in [name for name, section in tree.values.items() if section is None and name in Recipe.model_fields]:
+        tree.values[name] = {}  # a section whose every field is commented out
     try:
         recipe = Recipe.model_validate(tree.values)
     except ValidationError as error:
@@ -63,6 +65,14 @@ def load(path: Path, overrides: Iterable[str] = ()) -> LoadedRecipe:
         if not problems:
             return loaded
     raise RecipeError(sorted(problems, key=_line_order))
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of a recipe file, for editors: a file that extends another may leave anything to it."""
+    schema = Recipe.model_json_schema()
+    schema["properties"]["extends"] = {"type": "string", "description": "A recipe to start from; relative to this file."}
+    del schema["required"]
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
 def dump(recipe: Recipe) -> str:

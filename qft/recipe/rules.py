@@ -53,8 +53,6 @@ def unread_fields(recipe: Recipe) -> dict[str, str]:
         unread["train.save_steps"] = "is read only with train.save_strategy steps"
     if train.save_strategy == "no":
         unread["train.save_total_limit"] = "no checkpoint is written with train.save_strategy no"
-    if train.max_steps > 0:
-        unread["train.num_train_epochs"] = "train.max_steps overrides it"
     if not recipe.eval.metrics:
         unread |= {f"eval.{name}": "is read only with eval.metrics" for name in EVAL_FIELDS}
     return unread
@@ -95,6 +93,9 @@ def _data_rules(recipe: Recipe) -> Iterator[Problem]:
     data, train = recipe.data, recipe.train
     if data.eval and data.eval_fraction:
         yield "data.eval_fraction", "data.eval already holds rows out; give one of the two"
+    for i, source in enumerate(data.eval):
+        if source.weight != 1:
+            yield f"data.eval.{i}.weight", "held-out rows count once each; weights are for data.train"
     if data.eval or data.eval_fraction:
         return
     remedy = "needs held-out rows: set data.eval or data.eval_fraction"

@@ -179,7 +179,7 @@ class TrainSection(Section):
     gradient_accumulation_steps: int = Field(8, ge=1)
     """Forward passes in one optimizer step; the loss is averaged over all their tokens."""
     num_train_epochs: float = Field(1.0, gt=0)
-    """Passes over the data. max_steps overrides it."""
+    """Passes over the data; max_steps, if it is set, takes precedence."""
     max_steps: int = Field(-1, ge=-1)
     """Optimizer steps in all. -1: as num_train_epochs says."""
     learning_rate: float = Field(2e-4, gt=0)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from qft.errors import MissingError, RecipeError
 from qft.files import write_text
+from qft.recipe.load import json_schema
 
 __all__ = ["write_starter"]
 
@@ -64,7 +65,5 @@ def write_starter(path: Path, model: str, data: Path) -> None:
     text = STARTER.format(
         schema=SCHEMA_FILE, model=where, data=relative(data), recipe=path, output=json.dumps(f"runs/{path.stem}")
     )
-    from qft.recipe.schema import Recipe
-
-    write_text(path.parent / SCHEMA_FILE, json.dumps(Recipe.model_json_schema(), indent=2) + "\n")
+    write_text(path.parent / SCHEMA_FILE, json.dumps(json_schema(), indent=2) + "\n")
     write_text(path, text)

@@ -147,7 +147,7 @@ def _require_same(run: Run, plan: Plan, digests: dict[str, str | None]) -> None:
     changed = [name for name in FIXED if before.get(name) != now.get(name)]
     if changed:
         raise RunError(
-            f"{run.folder}: {', '.join(changed)} differ from the run's own recipe.yaml, so its checkpoint does not fit; "
+            f"{run.folder}: {', '.join(changed)} differ from the run's own recipe.yaml: "
             "restore them, or start again with --overwrite"
         )
     if run.manifest().get("data") != digests:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from peft.helpers import disable_input_dtype_casting
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 
@@ -90,7 +91,9 @@ class _Training:
                 model.save_pretrained(str(self.run.initial_adapter))
             self.trainer = self._trainer(model, meter)
             weights, self.after_load = weight_bytes(model), meter.settled()
-            with memory_guard("training"):
+            # Under autocast a LoRA layer need not cast its input to float32 first, which would be kept for backward.
+            mixed = plan.training["bf16"] or plan.training["fp16"]
+            with memory_guard("training"), disable_input_dtype_casting(model, active=mixed):
                 before = self._evaluate_all("before", 0) if checkpoint is None else self._earlier_evaluation()
                 done = _step_of(checkpoint)
                 if done >= plan.steps:

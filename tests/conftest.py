@@ -99,7 +99,7 @@ def chat_file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def recipe_file(tmp_path: Path, tiny_model: Path, chat_file: Path) -> Callable[..., Path]:
-    """Writes a valid recipe of the tiny model, its sections updated with the arguments: None drops a section, ... a field."""
+    """Writes a valid recipe of the tiny model, its sections updated: None drops a section, ... a field."""
 
     def write(name: str = "recipe.yaml", **sections: Any) -> Path:
         recipe: dict[str, Any] = {

@@ -189,7 +189,7 @@ def test_a_format_that_is_given_is_not_guessed(tmp_path: Path, where: str) -> No
     assert [facts.format for facts in given.sources] == ["text"]
 
 
-def test_two_processes_give_the_rows_of_one(chat_file: Path) -> None:
+def test_rows_are_encoded_by_as_many_processes_as_asked(chat_file: Path) -> None:
     one, two = prepared(str(chat_file)), prepared(str(chat_file), num_proc=2)
     assert one.eval is two.eval is None
     assert two.train.to_list() == one.train.to_list()

@@ -103,7 +103,7 @@ def test_an_unknown_field_comes_with_a_close_name_if_there_is_one(line: str, mes
         "train.fp16='true'", "train.bf16=1", "train.run_name=3", "train.report_to=tensorboard", "seed=true", "seed=-1",
         "seed=4294967296", "adapter.lora_dropout=1", "adapter.r=0", "adapter.layers_to_transform=1",
         "quant.skip_modules={a: b}", "quant.preset=[finetune]", "data.train=[]", "data.train=null", "model.path=''",
-        "output_dir=''", "adapter.init_lora_weights=pissa_niter_", "model=org/model", "train=null", "train=[]",
+        "output_dir=''", "adapter.init_lora_weights=pissa_niter_", "model=org/model", "train=[]",
     ],
 )  # fmt: skip
 def test_a_value_of_another_type_or_range_is_an_error_and_never_converted(change: str) -> None:

@@ -33,7 +33,7 @@ MODES = {
     "bf16": {"quant": None, "model": {"dtype": "bfloat16"}},
     "fp32": {"quant": None, "model": {"dtype": "float32"}},
 }
-HARD = {"max_steps": 12, "learning_rate": 3e-2, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+HARD = {"max_steps": 12, "learning_rate": 1e-2, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
 
 
 def run(path: Path, **options: Any) -> Report:
@@ -50,10 +50,10 @@ def test_every_mode_learns_and_its_adapter_reloads_to_the_same_loss(
 ) -> None:
     path = recipe_file(**MODES[mode], train=HARD, data={"eval": str(chat_file)})
     report = run(path)
-    assert report.loss.last < 0.8 * report.loss.first
+    assert report.loss.last < 0.9 * report.loss.first
     assert report.eval.before is not None
     assert report.eval.after is not None
-    assert report.eval.after.loss < 0.8 * report.eval.before.loss
+    assert report.eval.after.loss < 0.9 * report.eval.before.loss
 
     plan = make_plan(load(path))
     model = PeftModel.from_pretrained(load_base(plan), tmp_path / "run" / "adapter").eval()
@@ -77,7 +77,7 @@ def test_all_weights_of_an_unquantized_model_train(recipe_file: RecipeFile, tiny
     before = {p.name: hashlib.sha256(p.read_bytes()).digest() for p in tiny_model.iterdir()}
     settings = HARD | {"learning_rate": 3e-3}
     report = run(recipe_file(quant=None, adapter={"kind": "none", "r": ...}, train=settings))
-    assert report.loss.last < 0.8 * report.loss.first
+    assert report.loss.last < 0.9 * report.loss.first
     assert report.model.trainable_share == 1
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     assert model.dtype == torch.float32

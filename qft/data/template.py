@@ -94,6 +94,12 @@ class Encoder:
                 "the chat template ends the assistant's turn without a special token, so a trained model would never "
                 "stop; give one that does as data.chat_template"
             )
+        for start, end in turns:
+            if ids[end - 1] in ids[start : end - 1]:
+                token = self.tokenizer.decode(ids[end - 1])
+                raise BadRow(
+                    f"the assistant's text contains the end-of-turn token {token}: it would learn to stop there"
+                )
         labels = list(ids) if self.loss_on == "all" else [IGNORED] * len(ids)
         for start, end in turns:
             labels[start:end] = ids[start:end]

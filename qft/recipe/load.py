@@ -53,8 +53,9 @@ def load(path: Path, overrides: Iterable[str] = ()) -> LoadedRecipe:
     for override in overrides:
         _apply_override(tree, override)
     _apply_presets(tree)
-    for name in [name for name, section in tree.values.items() if section is None and name in Recipe.model_fields]:
-        tree.values[name] = {}  # a section whose every field is commented out
+    for name, field in Recipe.model_fields.items():
+        if tree.values.get(name, ...) is None and isinstance(field.annotation, type(BaseModel)):
+            tree.values[name] = {}  # a section whose every field is commented out
     try:
         recipe = Recipe.model_validate(tree.values)
     except ValidationError as error:
@@ -70,7 +71,10 @@ def load(path: Path, overrides: Iterable[str] = ()) -> LoadedRecipe:
 def json_schema() -> dict[str, Any]:
     """JSON Schema of a recipe file, for editors: a file that extends another may leave anything to it."""
     schema = Recipe.model_json_schema()
-    schema["properties"]["extends"] = {"type": "string", "description": "A recipe to start from; relative to this file."}
+    schema["properties"]["extends"] = {
+        "type": "string",
+        "description": "A recipe to start from; relative to this file.",
+    }
     del schema["required"]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 

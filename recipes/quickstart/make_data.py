@@ -3,17 +3,27 @@
     python recipes/quickstart/make_data.py
 
 300 rows to train on and 60 held out. No name, place or item of the held-out rows occurs in training: what is learnt
-is the task, not the words. The seed makes the files the same each time.
+is the task, not the words. Half of the training words are made of syllables, so that only copying gets them right.
+The seeds make the files the same each time.
 """
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 
-# Names and places are made of syllables, so that nearly every row has its own and only copying gets them right.
-SYLLABLES = "ba be bo da de di fa fe ga go ha he ja jo ka ke la le li lo ma me mi mo na ne ni no pa pe ra re ri ro".split()
-NAME_ENDS = "n na ra lia vin mir sha ton dra lle s rik".split()
+SYLLABLES = (
+    "ba be bi bo bra ca co da de di do dra fa fe fi fo ga ge go gra ha he hi ho ja je jo ka ke ki ko la le li lo lu ma "
+    "me mi mo mu na ne ni no nu pa pe pi po pra ra re ri ro ru sa se si so sta ta te ti to tra va ve vi"
+).split()
+NAME_ENDS = "n na ra lia vin mir sha ton dra lle nda rik s bert mund wen".split()
 PLACE_ENDS = "burg ford ville stad mouth dorf gate haven field bridge port wick".split()
+NAMES = (
+    "Marta Jonas Aisha Pedro Ingrid Tomas Leila Hugo Sofia Emil Nadia Victor Greta Omar Felix Anton Lucia Boris".split()
+)
+PLACES = (
+    "Lisbon Oslo Cairo Prague Geneva Milan Athens Warsaw Tunis Zurich Lyon Porto Naples Seville Bergen Krakow".split()
+)
 
 ADJECTIVES = (
     "oak steel glass wool clay pine brass linen copper leather silver cotton marble bamboo velvet iron red blue green "
@@ -31,7 +41,11 @@ THINGS = (
     "ornaments paddles racks scissors thimbles urns valves whistles yokes zippers benches coasters figurines ribbons"
 ).split()
 
-HELD_OUT_ADJECTIVES = "walnut ceramic plastic silk granite rubber paper bronze orange narrow curved sturdy".split()
+HELD_OUT_NAMES = "Emma Oliver Hannah Daniel Laura Simon Alice Peter Julia Martin Sarah David Anna Robert Clara".split()
+HELD_OUT_PLACES = "London Paris Berlin Boston Chicago Dublin Vienna Sydney Toronto Madrid Denver Austin".split()
+HELD_OUT_ADJECTIVES = (
+    "golden modern vintage simple bright dark thick thin soft warm plastic orange narrow curved".split()
+)
 HELD_OUT_THINGS = "tables plates mirrors blankets candles buckets frames shelves helmets tents baskets clocks".split()
 
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
@@ -45,53 +59,54 @@ SENTENCES = (
     "Can you ship {quantity} {item} to {place}? It must be there on {day}. Regards, {name}",
 )
 
+Order = dict[str, object]
+
 SYSTEM = "Write the order as JSON."
 
 
-def made_of_syllables(draw: random.Random, ends: list[str]) -> str:
-    return ("".join(draw.sample(SYLLABLES, draw.randint(1, 2))) + draw.choice(ends)).capitalize()
+def made_up(draw: random.Random, ends: list[str]) -> str:
+    return ("".join(draw.sample(SYLLABLES, 2)) + draw.choice(ends)).capitalize()
 
 
-def orders(count: int, adjectives: list[str], things: list[str], seed: int, without: set[str]) -> list[dict[str, object]]:
-    """`count` orders whose names and places are not in `without`."""
-    draw = random.Random(seed)
+def training_order(draw: random.Random) -> Order:
+    """An order of ordinary and made-up words."""
 
-    def fresh(ends: list[str]) -> str:
-        while (word := made_of_syllables(draw, ends)) in without:
-            pass
-        return word
+    def word(ordinary: list[str], ends: list[str]) -> str:
+        return draw.choice(ordinary) if draw.random() < 0.5 else made_up(draw, ends)
 
-    return [
-        {
-            "name": fresh(NAME_ENDS),
-            "place": fresh(PLACE_ENDS),
-            "item": f"{draw.choice(adjectives)} {draw.choice(things)}",
-            "quantity": draw.randint(2, 60),
-            "day": draw.choice(DAYS),
-        }
-        for _ in range(count)
-    ]
+    return order(
+        draw, word(NAMES, NAME_ENDS), word(PLACES, PLACE_ENDS), word(ADJECTIVES, NAME_ENDS), draw.choice(THINGS)
+    )
 
 
-def write(path: Path, rows: list[dict[str, object]], seed: int) -> None:
-    """One conversation a line: the order in a sentence, and as JSON."""
+def held_out_order(draw: random.Random) -> Order:
+    """An order none of whose words is known."""
+    words = (HELD_OUT_NAMES, HELD_OUT_PLACES, HELD_OUT_ADJECTIVES, HELD_OUT_THINGS)
+    return order(draw, *(draw.choice(choices) for choices in words))
+
+
+def order(draw: random.Random, name: str, place: str, adjective: str, thing: str) -> Order:
+    quantity, day = draw.randint(2, 60), draw.choice(DAYS)
+    return {"name": name, "place": place, "item": f"{adjective} {thing}", "quantity": quantity, "day": day}
+
+
+def write(path: Path, count: int, make: Callable[[random.Random], Order], seed: int) -> None:
+    """`count` conversations, one a line: an order in a sentence, and as JSON."""
     draw = random.Random(seed)
     with path.open("w", encoding="utf-8") as file:
-        for order in rows:
+        for _ in range(count):
+            made = make(draw)
             messages = [
                 {"role": "system", "content": SYSTEM},
-                {"role": "user", "content": draw.choice(SENTENCES).format(**order)},
-                {"role": "assistant", "content": json.dumps(order)},
+                {"role": "user", "content": draw.choice(SENTENCES).format(**made)},
+                {"role": "assistant", "content": json.dumps(made)},
             ]
             file.write(json.dumps({"messages": messages}) + "\n")
 
 
 def main(folder: Path) -> None:
-    train = orders(300, ADJECTIVES, THINGS, seed=1, without=set())
-    known = {str(order[field]) for order in train for field in ("name", "place")}
-    held_out = orders(60, HELD_OUT_ADJECTIVES, HELD_OUT_THINGS, seed=2, without=known)
-    write(folder / "train.jsonl", train, seed=3)
-    write(folder / "held_out.jsonl", held_out, seed=4)
+    write(folder / "train.jsonl", 300, training_order, seed=1)
+    write(folder / "held_out.jsonl", 60, held_out_order, seed=2)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,45 @@
+# The two commands of the README are `make quickstart` and `make test`; everything they need they install into .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+THREADS := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
+# Oversubscribed cores make small-model training ten times slower.
+export OMP_NUM_THREADS ?= $(THREADS)
+
+.PHONY: setup quickstart test check bench picture schema clean
+
+setup: $(VENV)/.installed
+
+# torch goes in first, by its exact version: a range may pull gigabytes of CUDA onto a machine without a GPU.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt $$(grep '^torch==' constraints.txt)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+quickstart: setup
+	$(BIN)/qft train recipes/quickstart.yaml --overwrite
+
+test: setup
+	$(BIN)/python -m pytest
+
+# What a commit must pass beside the tests; pre-commit runs the same.
+check: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: setup
+	$(BIN)/python benchmarks/modes.py
+
+# The picture in the README, from the report of the last quick start.
+picture: setup
+	$(BIN)/qft report runs/quickstart --svg docs/report.svg
+
+schema: setup
+	$(BIN)/qft schema > recipes/recipe.schema.json
+
+clean:
+	rm -rf $(VENV) runs dist build *.egg-info

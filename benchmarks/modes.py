@@ -1,0 +1,210 @@
+"""Speed and memory of each way to hold the base, and of plain transformers + peft beside it, on random weights.
+
+    python benchmarks/modes.py                                        a small Llama, whatever device there is
+    python benchmarks/modes.py --size 1b --batch 8 --length 2048      a Llama of 1.5 billion parameters
+    python benchmarks/modes.py --size 8b --batch 4 --checkpointing
+
+Every arm runs in a process of its own, with LoRA r=16 on all linear layers and rows that fill `--length` tokens. The
+arm `plain` is the same nf4 training by the Trainer without qft; `ratio` is each arm's tokens/s over its.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+SIZES = {
+    "small": {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 8},
+    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},
+    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
+}
+ARMS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "nf4": {"quant": {"preset": "finetune"}},
+    "fp4": {"quant": {"mode": "4bit", "quant_type": "fp4", "compute_dtype": "bfloat16", "double_quant": True}},
+    "8bit": {"quant": {"mode": "8bit"}},
+    "bf16": {"model": {"dtype": "bfloat16"}},
+    "fp32": {"model": {"dtype": "float32"}},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--batch", type=int, default=2, help="rows in a step")
+    parser.add_argument("--length", type=int, default=256, help="tokens in a row")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--plain", metavar="FOLDER", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.plain:
+        print(json.dumps(plain(Path(options.plain), options)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        make_inputs(Path(folder), options)
+        results = {arm: run_arm(arm, Path(folder), options) for arm in options.arms}
+    base = results.get("plain", {}).get("tokens_per_second")
+    for arm, result in results.items():
+        ratio = result["tokens_per_second"] / base if base and "tokens_per_second" in result else None
+        print(json.dumps({"arm": arm, **result, "ratio": ratio and round(ratio, 2)}))
+
+
+def make_inputs(folder: Path, options: argparse.Namespace) -> None:
+    """A random model, a tokenizer of one token a byte, and rows of exactly `length` tokens."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+    vocabulary = {token: i for i, token in enumerate(["<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder / "model")
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=2048 if options.size == "small" else 128256,
+        num_key_value_heads=8,
+        max_position_embeddings=max(options.length, 2048),
+        tie_word_embeddings=options.size == "small",
+        bos_token_id=0,
+        eos_token_id=0,
+        **SIZES[options.size],
+    )
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
+    torch.set_default_dtype(torch.float32)
+
+    draw = random.Random(0)
+    letters = "abcdefghijklmnopqrstuvwxyz "
+    with (folder / "rows.jsonl").open("w") as file:
+        for _ in range(options.batch * options.steps):
+            file.write(json.dumps({"text": "a" + "".join(draw.choices(letters, k=options.length - 2))}) + "\n")
+
+
+def recipe(arm: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    made: dict[str, Any] = {
+        "model": {"path": str(folder / "model")},
+        "data": {"train": str(folder / "rows.jsonl"), "format": "text", "max_length": options.length},
+        "train": {
+            "max_steps": options.steps,
+            "per_device_train_batch_size": options.batch,
+            "gradient_accumulation_steps": 1,
+            "optim": "adamw_8bit",
+            "gradient_checkpointing": options.checkpointing,
+            "save_strategy": "no",
+            "report_to": [],
+        },
+        "output_dir": str(folder / arm),
+    }
+    for section, values in ARMS[arm].items():
+        made.setdefault(section, {}).update(values)
+    return made
+
+
+def run_arm(arm: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    started = time.perf_counter()
+    if arm == "plain":
+        command = [sys.executable, __file__, *sys.argv[1:], "--plain", str(folder)]
+    else:
+        path = folder / f"{arm}.yaml"
+        path.write_text(json.dumps(recipe(arm, folder, options)))
+        command = [sys.executable, "-m", "qft", "train", str(path), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return {"failed": done.returncode, "error": done.stderr.strip().splitlines()[-1:]}
+    result = json.loads(done.stdout.splitlines()[-1] if arm == "plain" else done.stdout)
+    if arm != "plain":
+        result = {
+            "tokens_per_second": result["throughput"]["tokens_per_second"],
+            "step_seconds": result["throughput"]["step_seconds_p50"],
+            "peak_gpu_gib": result["memory"]["peak_gpu_bytes"] / 2**30,
+            "phases": {name: round(share, 3) for name, share in result["phases"].items()},
+            "loss": result["loss"]["last"],
+        }
+    rounded = {name: round(value, 4) if isinstance(value, float) else value for name, value in result.items()}
+    return rounded | {"process_seconds": round(time.perf_counter() - started, 1)}
+
+
+def plain(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """What one would write without qft."""
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        BitsAndBytesConfig,
+        Trainer,
+        TrainerCallback,
+        TrainingArguments,
+    )
+
+    on_gpu = torch.cuda.is_available()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    lines = (folder / "rows.jsonl").read_text().splitlines()
+    ids = [[*tokenizer(json.loads(line)["text"]).input_ids, tokenizer.eos_token_id] for line in lines]
+    rows = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * len(i) for i in ids], "labels": ids})
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        folder / "model", dtype=torch.bfloat16, device_map={"": 0 if on_gpu else "cpu"}, quantization_config=config
+    )
+    model = prepare_model_for_kbit_training(
+        model,
+        use_gradient_checkpointing=options.checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+    )
+    lora = LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(model, lora)
+
+    times: list[float] = []
+
+    class Clock(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if on_gpu:
+                torch.cuda.synchronize()
+                if state.global_step == 1:
+                    torch.cuda.reset_peak_memory_stats()
+            times.append(time.perf_counter())
+
+    arguments = TrainingArguments(
+        output_dir=str(folder / "plain"),
+        per_device_train_batch_size=options.batch,
+        max_steps=options.steps,
+        optim="adamw_8bit",
+        learning_rate=2e-4,
+        bf16=True,
+        use_cpu=not on_gpu,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        logging_steps=1000,
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[Clock()])
+    loss = trainer.train().training_loss
+    seconds = sorted(b - a for a, b in pairwise(times))
+    return {
+        "tokens_per_second": options.batch * options.length * len(seconds) / sum(seconds),
+        "step_seconds": seconds[len(seconds) // 2],
+        "peak_gpu_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0,
+        "loss": loss,
+    }
+
+
+if __name__ == "__main__":
+    main()

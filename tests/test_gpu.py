@@ -1,0 +1,96 @@
+"""Training on a CUDA device: every way to hold the base, and what only a GPU has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_train import HARD, MODES, plain_loss
+
+from qft.models import attach_adapter, load_base
+from qft.plan import make_plan
+from qft.recipe import load
+from qft.report.live import View
+from qft.train import train
+
+pytestmark = pytest.mark.gpu
+
+RecipeFile = Callable[..., Path]
+QUIET = {"report_to": []}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_every_mode_learns_on_a_gpu(mode: str, checkpointing: bool, recipe_file: RecipeFile, chat_file: Path) -> None:
+    sections: dict[str, Any] = {"model": {"device": "cuda"}, **MODES[mode]}
+    sections["model"] = {"device": "cuda", **MODES[mode].get("model", {})}
+    path = recipe_file(
+        **sections,
+        train=HARD | QUIET | {"gradient_checkpointing": checkpointing, "optim": "paged_adamw_8bit"},
+        data={"eval": str(chat_file)},
+    )
+    report = train(load(path), View())
+    assert report.loss.last < 0.9 * report.loss.first
+    assert report.memory.peak_gpu_bytes > report.memory.components.base_weights > 0
+    assert report.memory.components.activations > 0
+    assert sum(report.phases.model_dump().values()) == pytest.approx(1)
+
+
+def test_fp16_with_loss_scaling_learns(recipe_file: RecipeFile) -> None:
+    path = recipe_file(
+        model={"device": "cuda", "dtype": "float16"},
+        quant={"compute_dtype": "float16"},
+        train=HARD | QUIET | {"fp16": True, "max_steps": 24},
+    )
+    report = train(load(path), View())
+    assert report.loss.last < 0.9 * report.loss.first
+
+
+def test_answers_are_generated_on_the_gpu(recipe_file: RecipeFile, chat_file: Path) -> None:
+    path = recipe_file(
+        model={"device": "cuda"},
+        data={"eval": str(chat_file)},
+        train=QUIET,
+        eval={"metrics": ["exact_match"], "max_new_tokens": 8},
+    )
+    report = train(load(path), View())
+    assert report.eval.after is not None
+    assert report.eval.after.scores.keys() == {"exact_match"}
+
+
+def test_cpu_and_gpu_agree_on_the_gradients(recipe_file: RecipeFile) -> None:
+    gradients = []
+    for device in ("cpu", "cuda"):
+        path = recipe_file(
+            model={"device": device, "dtype": "float32"},
+            quant={"compute_dtype": "float32"},
+            adapter={"init_lora_weights": "gaussian"},
+            train=QUIET | {"tf32": False} if device == "cuda" else QUIET,
+        )
+        plan = make_plan(load(path))
+        torch.manual_seed(0)
+        model = attach_adapter(load_base(plan), plan).train()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    generator = torch.Generator().manual_seed(len(name))
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+        ids = torch.arange(40, device=device).reshape(1, 40)
+        model(input_ids=ids, labels=ids).loss.backward()
+        gradients.append(torch.cat([p.grad.flatten().cpu() for p in model.parameters() if p.grad is not None]))
+    cosine = torch.nn.functional.cosine_similarity(*gradients, dim=0)
+    assert cosine > 0.9999
+
+
+def test_the_evaluated_loss_on_a_gpu_is_the_plain_one(recipe_file: RecipeFile, chat_file: Path) -> None:
+    path = recipe_file(
+        model={"device": "cuda", "dtype": "float32"}, quant=None, data={"eval": str(chat_file)}, train=QUIET
+    )
+    report = train(load(path), View())
+    plan = make_plan(load(path))
+    model = load_base(plan).cpu()
+    assert report.eval.before is not None
+    assert report.eval.before.loss == pytest.approx(plain_loss(model, plan.data.eval), rel=1e-3)

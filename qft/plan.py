@@ -176,6 +176,8 @@ def _cpu_problems(recipe: Recipe) -> Iterator[tuple[str, str]]:
     train, attention = recipe.train, recipe.model.attn_implementation
     if train.fp16:
         yield "train.fp16", "float16 with loss scaling needs a GPU; set it to false, and train.bf16 to true"
+    if train.dataloader_pin_memory is True:
+        yield "train.dataloader_pin_memory", "is for copies to a GPU; set it to auto or false"
     if train.optim.startswith("paged"):
         yield "train.optim", f"{train.optim} pages between GPU and host; on a CPU use adamw_8bit or adamw_torch"
     if attention.startswith("flash"):
@@ -256,6 +258,7 @@ def _training_arguments(recipe: Recipe, device: Device) -> dict[str, Any]:
         "tf32": device.tf32 if train.tf32 == "auto" else train.tf32,
         "seed": recipe.seed,
         "use_cpu": device.kind == "cpu",
+        "dataloader_pin_memory": device.kind == "cuda" and train.dataloader_pin_memory is not False,
         # TensorBoard's events belong in the run folder, which only its own callback can be told.
         "report_to": [name for name in train.report_to if name != "tensorboard"],
         "disable_tqdm": True,

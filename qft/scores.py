@@ -54,8 +54,8 @@ def answer_rows(
                 source=example["source"],
                 row=example["row"],
                 prompt=tokenizer.decode(prompt),
-                expected=tokenizer.decode(example["input_ids"][example["answer_start"] :], skip_special_tokens=True),
-                given=tokenizer.decode(ids, skip_special_tokens=True),
+                expected=tokenizer.decode(_until(example["input_ids"][len(prompt) :], settings.eos_token_id)),
+                given=tokenizer.decode(ids),
             )
     model.train(was_training)
     return [found[i] for i in range(len(examples))]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import byte_tokenizer, chat, write_jsonl
+from datasets import Dataset
 
 from qft.data.batch import Collator, pad_token_id
 from qft.data.prepare import Prepared, prepare
@@ -189,11 +190,15 @@ def test_a_format_that_is_given_is_not_guessed(tmp_path: Path, where: str) -> No
     assert [facts.format for facts in given.sources] == ["text"]
 
 
-def test_rows_are_encoded_by_as_many_processes_as_asked(chat_file: Path) -> None:
+def test_rows_are_encoded_by_as_many_processes_as_asked(chat_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    real = Dataset.map
+    monkeypatch.setattr(Dataset, "map", lambda *args, **kw: (asked.append(kw["num_proc"]), real(*args, **kw))[1])
     one, two = prepared(str(chat_file)), prepared(str(chat_file), num_proc=2)
     assert one.eval is two.eval is None
     assert two.train.to_list() == one.train.to_list()
     assert two.facts() == one.facts()
+    assert asked == [None, 2]
 
 
 def test_the_facts_are_those_of_the_file(tmp_path: Path) -> None:

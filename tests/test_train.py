@@ -111,6 +111,18 @@ def test_accumulating_single_rows_equals_one_large_batch(recipe_file: RecipeFile
         torch.testing.assert_close(tensor, weights[1][1][name], rtol=1e-4, atol=1e-6)
 
 
+def test_checkpointing_changes_nothing_that_is_learnt(recipe_file: RecipeFile, tmp_path: Path) -> None:
+    adapters = []
+    for checkpointing in (False, True):
+        path = recipe_file(
+            train={"gradient_checkpointing": checkpointing}, output_dir=str(tmp_path / str(checkpointing))
+        )
+        run(path)
+        adapters.append(adapter(tmp_path / str(checkpointing)))
+    for name, tensor in adapters[0].items():
+        torch.testing.assert_close(tensor, adapters[1][name], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("mode", ["nf4", "fp4"])
 def test_an_evaluation_leaves_later_gradients_as_they_were(mode: str, recipe_file: RecipeFile) -> None:
     from qft.models import attach_adapter
@@ -232,21 +244,16 @@ def test_the_evaluated_loss_counts_tokens_and_ignores_smoothing(recipe_file: Rec
     assert report.eval.before.perplexity == pytest.approx(math.exp(report.eval.before.loss))
 
 
-def test_early_stopping_and_the_best_checkpoint(recipe_file: RecipeFile, chat_file: Path, tmp_path: Path) -> None:
-    """At an absurd rate the first evaluation is the best one: the run stops early and hands that one over."""
+def test_early_stopping_and_the_best_checkpoint(recipe_file: RecipeFile, tmp_path: Path) -> None:
+    """What is learnt makes the held-out answers less likely, so the first evaluation stays the best one."""
+    write_jsonl(tmp_path / "held.jsonl", [chat("say", "QWXZ" * 4)] * 4)
     cadence = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
-    settings = cadence | {
-        "max_steps": 12,
-        "learning_rate": 3.0,
-        "load_best_model_at_end": True,
-        "early_stopping_patience": 2,
-        "warmup_steps": 0.0,
-    }
-    report = run(recipe_file(train=settings, data={"eval": str(chat_file)}))
-    assert report.steps < 12
+    settings = HARD | cadence | {"load_best_model_at_end": True, "early_stopping_patience": 2, "learning_rate": 3e-2}
+    report = run(recipe_file(train=settings, data={"eval": str(tmp_path / "held.jsonl")}))
     losses = [evaluation.loss for evaluation in report.eval.history]
+    assert report.steps == len(losses) == losses.index(min(losses)) + 3 < 12
     assert report.eval.after is not None
-    assert report.eval.after.loss == pytest.approx(min(losses), rel=1e-3)
+    assert report.eval.after.loss == pytest.approx(min(losses), rel=1e-4)
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])

@@ -231,8 +231,8 @@ class TrainSection(Section):
     """Order of the rows in an epoch."""
     dataloader_num_workers: int = Field(0, ge=0)
     """Processes that prepare batches. 0: the training process."""
-    dataloader_pin_memory: bool = True
-    """Page-locked host memory for copies to a GPU."""
+    dataloader_pin_memory: bool | Literal["auto"] = "auto"
+    """Page-locked host memory for copies to a GPU. auto: on with a GPU."""
     logging_steps: int = Field(1, ge=1)
     """Optimizer steps between two log entries."""
     eval_strategy: Literal["no", "steps", "epoch"] = "no"

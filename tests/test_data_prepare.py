@@ -227,7 +227,7 @@ def test_each_row_knows_its_length_and_what_of_it_is_learnt(chat_file: Path) -> 
         ("a.jsonl", '{"messages": []}\n', {"on_bad_row": "skip"}, "data.train: no row is left"),
         ("a.jsonl", json.dumps(LONG) + "\n", {"max_length": 64, "on_too_long": "skip"}, "data.train: no row is left"),
         ("a.jsonl", "\n \n", {"format": "messages"}, "data.train: no row is left"),
-        ("a.jsonl", "\n \n", {}, "a.jsonl:1: none of the first rows can be read"),
+        ("a.jsonl", "\n \n", {}, "a.jsonl:1: blank; nor can any"),
         ("a.jsonl", json.dumps(chat("a", "b")) + "\n", {"eval_fraction": 0.5}, "data.train: no row is left"),
         ("a.json", "[]", {"format": "messages"}, "a.json: holds no row"),
         ("a.json", "[]", {}, "a.json: holds no row"),

@@ -186,17 +186,20 @@ def encode_row(row: dict[str, Any], index: int, encoder: Encoder, format_name: s
 
 def _detect(rows: Rows) -> str:
     """Format of the first row that can be read at all."""
+    unreadable = []
     for index, row in enumerate(islice(rows.dataset, 100)):
         try:
             fields = decode(row)
-        except BadRow:
+        except BadRow as error:
+            unreadable.append(f"{rows.place(index)}: {error}")
             continue
         if fields is not None:
             try:
                 return detect(fields)
             except BadRow as error:
                 raise DataError(f"{rows.place(index)}: {error}") from None
-    raise DataError(f"{rows.place(0)}: none of the first rows can be read; is this the right file?")
+    first = unreadable[0] if unreadable else f"{rows.place(0)}: blank"
+    raise DataError(f"{first}; nor can any of the next rows be read: is this the right file?")
 
 
 def _refuse(bad: Sequence[str]) -> None:

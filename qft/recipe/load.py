@@ -75,7 +75,8 @@ def json_schema() -> dict[str, Any]:
         "type": "string",
         "description": "A recipe to start from; relative to this file.",
     }
-    del schema["required"]
+    for part in (schema, schema["$defs"]["ModelSection"], schema["$defs"]["DataSection"]):
+        del part["required"]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from rich.console import Group
@@ -14,7 +15,7 @@ __all__ = ["render_plan"]
 
 def render_plan(facts: dict[str, Any]) -> Group:
     """What `qft check` shows; `facts` are those of Plan.facts()."""
-    return Group(_model(facts), _training(facts), _data(facts))
+    return Group("", _model(facts), "", _training(facts), "", _data(facts))
 
 
 def _model(facts: dict[str, Any]) -> Table:
@@ -23,10 +24,7 @@ def _model(facts: dict[str, Any]) -> Table:
     commit = f" at {model['commit']}" if model["commit"] else ""
     rows.add_row("path", f"{model['path']}{commit}")
     rows.add_row("base", f"{model['architecture']}, {si(model['parameters'])} parameters, {model['layers']} blocks")
-    details = ", ".join(f"{name} {value}" for name, value in quantization.items() if name != "scheme")
-    rows.add_row(
-        "held as", f"{quantization['scheme']}{f' ({details})' if details else ''}; the rest in {model['dtype']}"
-    )
+    rows.add_row("held as", f"{_held(quantization)}; the rest in {model['dtype']}")
     share = model["trainable_parameters"] / model["parameters"]
     kind = f"LoRA r={adapter['r']} on {_names(adapter['target_modules'])}" if adapter else "all weights"
     rows.add_row("trained", f"{kind}: {si(model['trainable_parameters'])} parameters ({share:.2%})")
@@ -53,8 +51,22 @@ def _data(facts: dict[str, Any]) -> Table:
     rows = table("Data", "source", "format", "rows", "tokens", "learnt", "longest", "skipped", "cut")
     for source in facts["data"]["sources"]:
         counts = (source[name] for name in ("rows", "tokens", "supervised_tokens", "longest", "skipped", "truncated"))
-        rows.add_row(f"{source['part']}: {source['path']}", source["format"], *(f"{count:,}" for count in counts))
+        name = f"{source['part']}: {Path(source['path']).name}"
+        rows.add_row(name, source["format"], *(f"{count:,}" for count in counts))
     return rows
+
+
+def _held(quantization: dict[str, Any]) -> str:
+    """The scheme with its data type: `4bit nf4, double quantization, computed in bfloat16`."""
+    parts = [quantization["scheme"]]
+    if data_type := quantization.get("bnb_4bit_quant_type"):
+        parts[0] += f" {data_type}"
+        if quantization.get("bnb_4bit_use_double_quant"):
+            parts.append("double quantization")
+        parts.append(f"computed in {quantization.get('bnb_4bit_compute_dtype')}")
+    if skipped := quantization.get("llm_int8_skip_modules"):
+        parts.append(f"not {', '.join(skipped)}")
+    return ", ".join(parts)
 
 
 def _names(targets: str | list[str]) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+from rich import box
 from rich.console import Group, RenderableType
-from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
@@ -48,19 +48,29 @@ def sparkline(values: list[float], width: int) -> str:
 
 def render(report: Report) -> Group:
     """All of the report, for a terminal of 80 columns or more."""
-    parts: list[RenderableType] = [_model(report), _learning(report), _speed(report), _memory(report)]
+    parts: list[RenderableType] = []
+    for part in (_model(report), _learning(report), _speed(report), _memory(report)):
+        parts += ["", part]
     if report.advice:
-        parts.append(Panel(Text("\n".join(f"• {line}" for line in report.advice)), title="Advice", title_align="left"))
-    parts.append(Text(f"Written to {report.result}"))
-    return Group(*parts)
+        parts += ["", Text("Advice", style="bold"), *(Text(f"• {line}") for line in report.advice)]
+    return Group(*parts, "", Text(f"Written to {report.result}"))
 
 
 def table(title: str, *columns: str) -> Table:
     """A titled table: of names and what they are, or with a head of its own."""
-    made = Table(title=title, title_justify="left", title_style="bold", expand=True, show_header=bool(columns))
-    made.add_column(columns[0] if columns else "", style="cyan", overflow="fold", ratio=2)
+    made = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD if columns else None,
+        show_header=bool(columns),
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 2, 0, 0),
+    )
+    made.add_column(columns[0] if columns else "", style="cyan", min_width=0 if columns else 22, overflow="fold")
     for name in columns[1:] or ("",):
-        made.add_column(name, justify="right" if columns else "left", ratio=1 if len(columns) > 3 else 3)
+        made.add_column(name, justify="right" if columns else "left", overflow="fold")
     return made
 
 
@@ -112,15 +122,16 @@ def _speed(report: Report) -> Table:
 
 
 def _memory(report: Report) -> Table:
-    memory, parts = report.memory, report.memory.components
+    memory, parts = report.memory, report.memory.components.model_dump()
+    on_gpu = memory.peak_gpu_bytes > 0
+    peak = memory.peak_gpu_bytes if on_gpu else memory.peak_host_bytes
     rows = table("Memory")
-    for name, count in parts.model_dump().items():
-        rows.add_row(name.replace("_", " "), size(count))
-    where = "GPU" if memory.peak_gpu_bytes else "host"
-    peak = memory.peak_gpu_bytes or memory.peak_host_bytes
-    rows.add_row(f"peak, {where}", f"{size(peak)} of {size(memory.device_bytes)}")
-    if memory.peak_gpu_bytes:
-        rows.add_row("peak, host", size(memory.peak_host_bytes))
+    for name, count in parts.items():
+        bar = "█" * round(24 * count / max(*parts.values(), 1))
+        rows.add_row(name.replace("_", " "), f"{size(count):>10}  {bar}")
+    rows.add_row("peak, GPU" if on_gpu else "peak, host", f"{size(peak):>10}  of {size(memory.device_bytes)}")
+    if on_gpu:
+        rows.add_row("peak, host", f"{size(memory.peak_host_bytes):>10}")
     moments = (memory.after_load_bytes, memory.after_first_step_bytes, memory.at_end_bytes)
     trend = " (growing)" if memory.growing else ""
     rows.add_row("load → step 1 → end", " → ".join(size(m) for m in moments) + trend)

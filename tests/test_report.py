@@ -1,0 +1,220 @@
+"""What the report and the live views show."""
+
+from __future__ import annotations
+
+import io
+import time
+
+import pytest
+from rich.console import Console
+
+from qft.clock import PhaseClock
+from qft.files import atomic_folder, require_free_space, write_json, write_text
+from qft.report.advice import advise
+from qft.report.document import (
+    Components,
+    Evaluation,
+    Evaluations,
+    Loss,
+    Memory,
+    ModelPart,
+    Phases,
+    Report,
+    Throughput,
+)
+from qft.report.live import LineView, LiveView, QuietView, choose_view
+from qft.report.terminal import render, si, size, sparkline
+from qft.train import _growing, _spikes
+from qft.trainer import Step
+
+GIB = 2**30
+
+
+def report(**changes: object) -> Report:
+    """A made-up run on a GPU, in which nothing calls for advice."""
+    evaluation = Evaluation(step=0, loss=2.0, perplexity=7.39, tokens=100, rows=10)
+    made = Report(
+        run="run",
+        result="run/adapter",
+        model=ModelPart(
+            path="org/model",
+            architecture="LlamaForCausalLM",
+            device="GPU",
+            scheme="4bit",
+            quant_type="nf4",
+            dtype="bfloat16",
+            parameters=8_000_000_000,
+            trainable_parameters=40_000_000,
+            trainable_share=0.005,
+            bits_per_weight=5.3,
+        ),
+        throughput=Throughput(
+            tokens_per_second=6000, samples_per_second=3, step_seconds_p50=1, step_seconds_p95=1.1, padding_share=0.0
+        ),
+        phases=Phases(data=0.0, forward=0.3, backward=0.65, optimizer=0.05),
+        memory=Memory(
+            peak_gpu_bytes=60 * GIB,
+            peak_gpu_reserved_bytes=65 * GIB,
+            peak_host_bytes=4 * GIB,
+            device_bytes=80 * GIB,
+            after_load_bytes=6 * GIB,
+            after_first_step_bytes=7 * GIB,
+            at_end_bytes=7 * GIB,
+            growing=False,
+            components=Components(
+                base_weights=5 * GIB, trainable_weights=1, gradients=1, optimizer_state=1, activations=50 * GIB
+            ),
+        ),
+        loss=Loss(first=2.0, last=1.0, lowest=0.9, spikes=0, history=[(1, 2.0, 1e-4, 0.5), (2, 1.0, 1e-4, 0.5)]),
+        eval=Evaluations(before=evaluation, after=evaluation.model_copy(update={"loss": 1.5})),
+        steps=30,
+        skipped_steps=0,
+        samples=60,
+        tokens=6000,
+        supervised_tokens=3000,
+        wall_seconds=60,
+        advice=[],
+    )
+    for path, value in changes.items():
+        *parents, name = path.split("__")
+        made = replaced(made, parents, name, value)
+    return made
+
+
+def replaced(document: object, parents: list[str], name: str, value: object) -> object:
+    if parents:
+        value, name = replaced(getattr(document, parents[0]), parents[1:], name, value), parents[0]
+    return document.model_copy(update={name: value})  # type: ignore[attr-defined]
+
+
+def advice(*, checkpointing: bool = False, has_eval: bool = True, **changes: object) -> str:
+    return "\n".join(advise(report(**changes), checkpointing=checkpointing, device_kind="cuda", has_eval=has_eval))
+
+
+def test_nothing_to_say_is_said_about_a_good_run() -> None:
+    assert advice() == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"checkpointing": True, "memory__peak_gpu_reserved_bytes": 10 * GIB}, "about 30% of each step"),
+        ({"memory__peak_gpu_reserved_bytes": 10 * GIB}, "70 GiB of 80 were free"),
+        ({"memory__peak_gpu_reserved_bytes": 79 * GIB}, "Only 1.0 GiB were free"),
+        ({"memory__growing": True, "memory__at_end_bytes": 9 * GIB}, "grew by 2.00 GiB"),
+        ({"phases__data": 0.25}, "25% of the time went to preparing batches"),
+        ({"throughput__padding_share": 0.4}, "40% of the computed tokens were padding"),
+        ({"throughput__step_seconds_p95": 4.0}, "4.0 times the median"),
+        ({"has_eval": False, "eval__before": None, "eval__after": None}, "No rows were held out"),
+        ({"eval__before": Evaluation(step=0, loss=1.0, perplexity=2.7, tokens=1, rows=1)}, "rose from 1.000 to 1.500"),
+        (
+            {"eval__history": [Evaluation(step=5, loss=1.2, perplexity=3.3, tokens=1, rows=1)]},
+            "lowest at step 5 (1.200)",
+        ),
+        ({"loss__spikes": 4}, "4 of 30 steps spiked"),
+        ({"skipped_steps": 2}, "2 updates were skipped"),
+    ],
+)
+def test_advice_names_its_figure(changes: dict[str, object], sentence: str) -> None:
+    assert sentence in advice(**changes)  # type: ignore[arg-type]
+
+
+def test_the_report_fits_in_80_columns() -> None:
+    console = Console(width=80, file=io.StringIO(), record=True)
+    console.print(render(report(advice=["Something to try."])))
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= 80
+    for figure in ("6,000 tokens/s", "60.0 GiB", "5.30 bits", "Something to try.", "2.0000", "1.5000"):
+        assert figure in text
+
+
+def test_figures_are_short() -> None:
+    assert [size(n) for n in (0, 1023, 1024, 1.5 * GIB, 2**41)] == ["0 B", "1023 B", "1.0 KiB", "1.5 GiB", "2.0 TiB"]
+    assert [si(n) for n in (12, 9999, 12_345, 4_884_480, 8.03e9)] == ["12", "9,999", "12.3k", "4.9M", "8.0B"]
+
+
+def test_a_sparkline_has_a_bar_a_group_and_no_place_for_nan() -> None:
+    assert sparkline([1, 2, 3, float("nan"), 8], 4) == "▁▂▃█"
+    assert len(sparkline([float(i) for i in range(1000)], 24)) == 24
+    assert sparkline([], 10) == ""
+
+
+def step(number: int, **changes: object) -> Step:
+    values = {"loss": 1 / number, "learning_rate": 1e-4, "grad_norm": 1.0, "tokens": 100, "padded_tokens": 100}
+    rest = {"supervised_tokens": 50, "rows": 2, "seconds": 0.5, "memory": GIB, "peak_memory": 2 * GIB}
+    return Step(step=number, **values | rest | changes)  # type: ignore[arg-type]
+
+
+def test_the_view_fits_where_the_output_goes() -> None:
+    assert isinstance(choose_view(Console(file=io.StringIO()), quiet=False), LineView)
+    assert isinstance(choose_view(Console(force_terminal=True, file=io.StringIO()), quiet=False), LiveView)
+    assert type(choose_view(Console(force_terminal=True, file=io.StringIO()), quiet=True)) is QuietView
+
+
+def test_the_live_view_shows_progress_speed_memory_and_the_curve() -> None:
+    console = Console(force_terminal=True, width=100, file=io.StringIO())
+    with LiveView(console) as view:
+        view.note("Loading")
+        view.begin(4, 0)
+        for number in (1, 2, 3):
+            view.step(step(number))
+        view.step(step(4, skipped=True))
+        view.evaluated(Evaluation(step=4, loss=0.5, perplexity=1.65, tokens=9, rows=3, scores={"exact_match": 0.5}))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    for part in ("Loading", "4/4", "200 tokens/s", "1.0 GiB, peak 2.0 GiB", "█", "skipped", "exact match 50.0%"):
+        assert part in text
+
+
+def test_lines_are_few_and_the_last_step_is_among_them() -> None:
+    console = Console(width=200, file=io.StringIO())
+    view = LineView(console, every=3600)
+    view.begin(3, 0)
+    for number in (1, 2, 3):
+        view.step(step(number))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert [line.split()[1] for line in lines] == ["1/3", "3/3"]
+    assert "200 tokens/s" in lines[0]
+
+
+def test_growing_memory_is_told_from_noise() -> None:
+    assert _growing([100 + 10 * i for i in range(12)])
+    assert not _growing([100, 140, *[150] * 10])
+    assert not _growing([100, 200])
+
+
+def test_spikes_are_counted_against_the_usual_change() -> None:
+    smooth = [5 - 0.1 * i for i in range(20)]
+    assert _spikes(smooth) == 0
+    assert _spikes([*smooth[:10], 9.0, *smooth[10:]]) == 1
+
+
+def test_the_clock_counts_each_phase_and_not_what_is_between() -> None:
+    clock = PhaseClock(on_gpu=False)
+    started = time.perf_counter()
+    for phase, seconds in (("data", 0.0), ("forward", 0.02), ("", 0.05), ("backward", 0.04), ("", 0.0)):
+        clock.enter(phase)
+        time.sleep(seconds)
+    clock.settle()
+    assert clock.seconds["forward"] >= 0.02
+    assert clock.seconds["backward"] >= 0.04
+    assert sum(clock.seconds.values()) <= time.perf_counter() - started - 0.05
+    assert sum(clock.shares().values()) == pytest.approx(1)
+
+
+def test_files_are_whole_or_absent(tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("files")
+    write_text(folder / "a.txt", "old")
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(folder / "a.txt", {"loss": float("nan")})
+    assert (folder / "a.txt").read_text() == "old"
+    with pytest.raises(FileNotFoundError), atomic_folder(folder / "result") as temporary:
+        write_json(temporary / "half", {}), (temporary / "nowhere" / "half").touch()
+    assert [path.name for path in folder.iterdir()] == ["a.txt"]
+    with atomic_folder(folder / "result") as temporary:
+        (temporary / "whole").touch()
+    assert [path.name for path in (folder / "result").iterdir()] == ["whole"]
+
+
+def test_a_full_disk_is_told_before_the_work(tmp_path_factory: pytest.TempPathFactory) -> None:
+    with pytest.raises(Exception, match=r"its checkpoints needs .* GiB and the disk has"):
+        require_free_space(tmp_path_factory.mktemp("disk") / "not-there-yet", 2**60, "its checkpoints")

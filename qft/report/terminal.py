@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from itertools import pairwise
 
 from rich import box
@@ -53,7 +54,13 @@ def render(report: Report) -> Group:
         parts += ["", part]
     if report.advice:
         parts += ["", Text("Advice", style="bold"), *(Text(f"• {line}") for line in report.advice)]
-    return Group(*parts, "", Text(f"Written to {report.result}"))
+    return Group(*parts, "", Text(f"Written to {_from_here(report.result)}"))
+
+
+def _from_here(path: str) -> str:
+    """The path as one would type it here."""
+    here = os.path.relpath(path)
+    return path if here.startswith("..") else here
 
 
 def table(title: str, *columns: str) -> Table:

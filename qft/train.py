@@ -7,7 +7,6 @@ import math
 import statistics
 import time
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +18,28 @@ from transformers.integrations import TensorBoardCallback
 from qft.data.batch import Collator, pad_token_id
 from qft.errors import ModelError, QftError, RunError
 from qft.files import write_json, write_text
+from qft.memory.checkpointing import CheckpointingProbe
 from qft.memory.meter import Meter, Snapshot, weight_bytes
 from qft.models import CHANGES_BASE, attach_adapter, load_base, memory_guard, save_adapter, save_full
 from qft.plan import Plan, make_plan
 from qft.recipe import LoadedRecipe
+from qft.report import summary
 from qft.report.advice import advise
 from qft.report.document import (
+    Checkpointing,
     Components,
     Evaluation,
     Evaluations,
-    Loss,
     Memory,
     ModelPart,
     Phases,
     Report,
-    Throughput,
 )
 from qft.report.live import View
 from qft.runs import Run, check_folder, record_base, start_run
 from qft.scores import answer_rows, exact_match
-from qft.trainer import QftTrainer, Step
+from qft.steps import Step
+from qft.trainer import QftTrainer
 
 __all__ = ["train"]
 
@@ -75,6 +76,7 @@ class _Training:
     run: Run
     view: View
     started: float
+    checkpointing: tuple[int, float] | None = None
     steps: list[Step] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
 
@@ -89,6 +91,7 @@ class _Training:
             model = attach_adapter(model, plan)
             if self._changes_base and not resume:
                 model.save_pretrained(str(self.run.initial_adapter))
+            self.probe = CheckpointingProbe(model) if recipe.train.gradient_checkpointing else None
             self.trainer = self._trainer(model, meter)
             weights, self.after_load = weight_bytes(model), meter.settled()
             # Under autocast a LoRA layer need not cast its input to float32 first, which would be kept for backward.
@@ -156,6 +159,9 @@ class _Training:
     def _on_step(self, step: Step) -> None:
         if not self.steps:
             self.after_first_step = self.trainer.meter.now()
+            if self.probe:
+                with self.trainer.accelerator.autocast():
+                    self.checkpointing = self.probe.measure()
         self.steps.append(step)
         self.view.step(step)
 
@@ -233,11 +239,13 @@ class _Training:
             run=str(self.run.folder),
             result=str(result),
             model=self._model_part(weights),
-            throughput=_throughput(steps),
+            throughput=summary.throughput(steps),
             phases=Phases(**self.trainer.clock.shares()),
             memory=self._memory_part(weights, at_end),
-            loss=_loss(steps),
+            checkpointing=self._checkpointing_part(),
+            loss=summary.loss(steps),
             eval=Evaluations(before=before, after=after, history=self.evaluations),
+            lengths=summary.lengths(plan.data.train["length"]),
             steps=len(steps),
             skipped_steps=self.trainer.skipped_steps,
             samples=sum(step.rows for step in steps),
@@ -248,7 +256,6 @@ class _Training:
         )
         advice = advise(
             report,
-            checkpointing=plan.recipe.train.gradient_checkpointing,
             device_kind=plan.device.kind,
             has_eval=plan.data.eval is not None,
         )
@@ -270,6 +277,14 @@ class _Training:
             bits_per_weight=base * 8 / shape.parameters,
         )
 
+    def _checkpointing_part(self) -> Checkpointing | None:
+        if self.checkpointing is None:
+            return None
+        saved, seconds = self.checkpointing
+        again = seconds * self.plan.recipe.train.gradient_accumulation_steps
+        step = statistics.median(step.seconds for step in self.steps)
+        return Checkpointing(saved_bytes=saved, cost_share=again / max(step - again, again))
+
     def _memory_part(self, weights: dict[str, int], at_end: Snapshot) -> Memory:
         on_gpu = self.plan.device.kind == "cuda"
         trainer, peak = self.trainer, self.peak
@@ -286,7 +301,8 @@ class _Training:
             after_load_bytes=moments[0],
             after_first_step_bytes=moments[1],
             at_end_bytes=moments[2],
-            growing=_growing([step.memory for step in self.steps]),
+            history=[(step.step, step.memory, step.peak_memory) for step in self.steps],
+            growing=summary.growing([step.memory for step in self.steps]),
             components=Components(
                 base_weights=weights["frozen"],
                 trainable_weights=weights["trainable"],
@@ -323,49 +339,3 @@ def _step_of(checkpoint: Path | None) -> int:
 
 def _exp(loss: float) -> float:
     return math.exp(min(loss, 700.0))
-
-
-def _throughput(steps: list[Step]) -> Throughput:
-    timed = steps[1:] or steps  # the first step also allocates, and compiles kernels
-    seconds = sum(step.seconds for step in timed)
-    each = sorted(step.seconds for step in timed)
-    return Throughput(
-        tokens_per_second=sum(step.tokens for step in timed) / seconds,
-        samples_per_second=sum(step.rows for step in timed) / seconds,
-        step_seconds_p50=statistics.median(each),
-        step_seconds_p95=each[min(len(each) - 1, math.ceil(len(each) * 0.95) - 1)],
-        padding_share=1 - sum(step.tokens for step in steps) / sum(step.padded_tokens for step in steps),
-    )
-
-
-def _loss(steps: list[Step]) -> Loss:
-    taken = [step for step in steps if not step.skipped]
-    losses = [step.loss for step in taken]
-    if not losses:
-        raise QftError("every update was skipped because a number was not finite: nothing was learnt")
-    tail = losses[-max(len(losses) // 10, 1) :]
-    return Loss(
-        first=losses[0],
-        last=statistics.fmean(tail),
-        lowest=min(losses),
-        spikes=_spikes(losses),
-        history=[(step.step, step.loss, step.learning_rate, step.grad_norm) for step in taken],
-    )
-
-
-def _spikes(losses: list[float]) -> int:
-    """Steps that rose by more than four times the median change."""
-    changes = [b - a for a, b in pairwise(losses)]
-    if len(changes) < 8:
-        return 0
-    usual = statistics.median(abs(change) for change in changes)
-    return sum(change > 4 * usual for change in changes)
-
-
-def _growing(memory: list[int]) -> bool:
-    """Whether memory after a step still rises: the last third above the middle one by 5%, and that above the first."""
-    third = len(memory) // 3
-    if third < 3:
-        return False
-    first, middle, last = (statistics.median(memory[i * third : (i + 1) * third]) for i in range(3))
-    return last > middle * 1.05 and middle > first * 1.05

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,34 +17,11 @@ from transformers import Trainer, TrainerCallback
 from qft.clock import PhaseClock
 from qft.errors import NonFiniteError
 from qft.memory.meter import Meter, optimizer_bytes, tensor_bytes
+from qft.steps import Step
 
-__all__ = ["QftTrainer", "Step"]
+__all__ = ["QftTrainer"]
 
 SHOWN_ROWS = 16
-
-
-@dataclass(frozen=True)
-class Step:
-    """One optimizer step, as measured."""
-
-    step: int
-    loss: float
-    """Mean over the supervised tokens; NaN where the step was skipped for it."""
-    learning_rate: float
-    grad_norm: float
-    """Norm before clipping."""
-    tokens: int
-    """Tokens that are not padding."""
-    padded_tokens: int
-    """Tokens with padding."""
-    supervised_tokens: int
-    rows: int
-    seconds: float
-    """From taking the batch to the end of the update."""
-    memory: int
-    """Bytes in use after the step: of the GPU, or of this process on a CPU."""
-    peak_memory: int
-    skipped: bool = False
 
 
 class QftTrainer(Trainer):

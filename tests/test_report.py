@@ -12,6 +12,7 @@ from qft.clock import PhaseClock
 from qft.files import atomic_folder, require_free_space, write_json, write_text
 from qft.report.advice import advise
 from qft.report.document import (
+    Checkpointing,
     Components,
     Evaluation,
     Evaluations,
@@ -23,11 +24,12 @@ from qft.report.document import (
     Throughput,
 )
 from qft.report.live import LineView, LiveView, QuietView, choose_view
+from qft.report.summary import growing, lengths, spikes
 from qft.report.terminal import render, si, size, sparkline
-from qft.train import _growing, _spikes
-from qft.trainer import Step
+from qft.steps import Step
 
 GIB = 2**30
+CHECKPOINTING = Checkpointing(saved_bytes=12 * GIB, cost_share=0.31)
 
 
 def report(**changes: object) -> Report:
@@ -49,7 +51,12 @@ def report(**changes: object) -> Report:
             bits_per_weight=5.3,
         ),
         throughput=Throughput(
-            tokens_per_second=6000, samples_per_second=3, step_seconds_p50=1, step_seconds_p95=1.1, padding_share=0.0
+            tokens_per_second=6000,
+            samples_per_second=3,
+            step_seconds_p50=1,
+            step_seconds_p95=1.1,
+            padding_share=0.0,
+            history=[(1, 6000.0), (2, 6100.0)],
         ),
         phases=Phases(data=0.0, forward=0.3, backward=0.65, optimizer=0.05),
         memory=Memory(
@@ -61,12 +68,14 @@ def report(**changes: object) -> Report:
             after_first_step_bytes=7 * GIB,
             at_end_bytes=7 * GIB,
             growing=False,
+            history=[(1, 7 * GIB, 60 * GIB), (2, 7 * GIB, 60 * GIB)],
             components=Components(
                 base_weights=5 * GIB, trainable_weights=1, gradients=1, optimizer_state=1, activations=50 * GIB
             ),
         ),
         loss=Loss(first=2.0, last=1.0, lowest=0.9, spikes=0, history=[(1, 2.0, 1e-4, 0.5), (2, 1.0, 1e-4, 0.5)]),
         eval=Evaluations(before=evaluation, after=evaluation.model_copy(update={"loss": 1.5})),
+        lengths=[(50, 10), (100, 20)],
         steps=30,
         skipped_steps=0,
         samples=60,
@@ -87,8 +96,8 @@ def replaced(document: object, parents: list[str], name: str, value: object) -> 
     return document.model_copy(update={name: value})  # type: ignore[attr-defined]
 
 
-def advice(*, checkpointing: bool = False, has_eval: bool = True, **changes: object) -> str:
-    return "\n".join(advise(report(**changes), checkpointing=checkpointing, device_kind="cuda", has_eval=has_eval))
+def advice(*, has_eval: bool = True, **changes: object) -> str:
+    return "\n".join(advise(report(**changes), device_kind="cuda", has_eval=has_eval))
 
 
 def test_nothing_to_say_is_said_about_a_good_run() -> None:
@@ -98,7 +107,8 @@ def test_nothing_to_say_is_said_about_a_good_run() -> None:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"checkpointing": True, "memory__peak_gpu_reserved_bytes": 10 * GIB}, "about 30% of each step"),
+        ({"checkpointing": CHECKPOINTING}, "31% longer and saved 12.0 GiB; 15.0 GiB were free: try it off"),
+        ({"checkpointing": CHECKPOINTING, "memory__peak_gpu_reserved_bytes": 70 * GIB}, "it is needed"),
         ({"memory__peak_gpu_reserved_bytes": 10 * GIB}, "70 GiB of 80 were free"),
         ({"memory__peak_gpu_reserved_bytes": 79 * GIB}, "Only 1.0 GiB were free"),
         ({"memory__growing": True, "memory__at_end_bytes": 9 * GIB}, "grew by 2.00 GiB"),
@@ -177,15 +187,22 @@ def test_lines_are_few_and_the_last_step_is_among_them() -> None:
 
 
 def test_growing_memory_is_told_from_noise() -> None:
-    assert _growing([100 + 10 * i for i in range(12)])
-    assert not _growing([100, 140, *[150] * 10])
-    assert not _growing([100, 200])
+    assert growing([100 + 10 * i for i in range(12)])
+    assert not growing([100, 140, *[150] * 10])
+    assert not growing([100, 200])
 
 
 def test_spikes_are_counted_against_the_usual_change() -> None:
     smooth = [5 - 0.1 * i for i in range(20)]
-    assert _spikes(smooth) == 0
-    assert _spikes([*smooth[:10], 9.0, *smooth[10:]]) == 1
+    assert spikes(smooth) == 0
+    assert spikes([*smooth[:10], 9.0, *smooth[10:]]) == 1
+
+
+def test_lengths_are_counted_in_equal_bins() -> None:
+    assert lengths([1, 10, 11, 20, 95, 100], bins=10) == [
+        (10, 2), (20, 2), (30, 0), (40, 0), (50, 0), (60, 0), (70, 0), (80, 0), (90, 0), (100, 2),
+    ]  # fmt: skip
+    assert lengths([3]) == [(1, 0), (2, 0), (3, 1)]
 
 
 def test_the_clock_counts_each_phase_and_not_what_is_between() -> None:

@@ -111,16 +111,20 @@ def test_accumulating_single_rows_equals_one_large_batch(recipe_file: RecipeFile
         torch.testing.assert_close(tensor, weights[1][1][name], rtol=1e-4, atol=1e-6)
 
 
-def test_checkpointing_changes_nothing_that_is_learnt(recipe_file: RecipeFile, tmp_path: Path) -> None:
-    adapters = []
+def test_checkpointing_saves_memory_and_changes_nothing_that_is_learnt(recipe_file: RecipeFile, tmp_path: Path) -> None:
+    reports = []
     for checkpointing in (False, True):
-        path = recipe_file(
-            train={"gradient_checkpointing": checkpointing}, output_dir=str(tmp_path / str(checkpointing))
-        )
-        run(path)
-        adapters.append(adapter(tmp_path / str(checkpointing)))
-    for name, tensor in adapters[0].items():
-        torch.testing.assert_close(tensor, adapters[1][name], rtol=0, atol=0)
+        folder = tmp_path / str(checkpointing)
+        reports.append(run(recipe_file(train={"gradient_checkpointing": checkpointing}, output_dir=str(folder))))
+    for name, tensor in adapter(tmp_path / "False").items():
+        torch.testing.assert_close(tensor, adapter(tmp_path / "True")[name], rtol=0, atol=0)
+    kept, recomputed = reports
+    assert kept.checkpointing is None
+    assert recomputed.checkpointing is not None
+    # Two blocks, 2 x 40 tokens of width 64: at least the inputs of their seven linears, at most some thirty tensors.
+    one = 2 * 2 * 40 * 64 * 2
+    assert 7 * one < recomputed.checkpointing.saved_bytes < 60 * one
+    assert recomputed.checkpointing.cost_share > 0
 
 
 @pytest.mark.parametrize("mode", ["nf4", "fp4"])

@@ -11,40 +11,39 @@ __all__ = ["advise"]
 GIB = 2**30
 
 
-def advise(report: Report, *, checkpointing: bool, device_kind: str, has_eval: bool) -> list[str]:
+def advise(report: Report, *, device_kind: str, has_eval: bool) -> list[str]:
     """Advice on a finished run, most useful first."""
     return [
-        *_on_memory(report, checkpointing, device_kind),
-        *_on_speed(report, device_kind),
+        *_on_memory(report, device_kind),
+        *_on_speed(report),
         *_on_learning(report, has_eval),
     ]
 
 
-def _on_memory(report: Report, checkpointing: bool, device_kind: str) -> Iterator[str]:
+def _on_memory(report: Report, device_kind: str) -> Iterator[str]:
     memory = report.memory
     if memory.growing:
         grown = (memory.at_end_bytes - memory.after_first_step_bytes) / GIB
         yield f"Memory grew by {grown:.2f} GiB between the first step and the end: something is not let go."
-    if device_kind != "cuda":
-        return
-    free = memory.device_bytes - memory.peak_gpu_reserved_bytes
-    if checkpointing and free > memory.device_bytes / 4:
-        # Recomputing in the backward pass costs about one more forward pass.
-        cost = report.phases.forward
+    peak = memory.peak_gpu_reserved_bytes if device_kind == "cuda" else memory.peak_host_bytes
+    free = memory.device_bytes - peak
+    if checkpointing := report.checkpointing:
+        saved, cost = checkpointing.saved_bytes, checkpointing.cost_share
+        verdict = "try it off" if free > 1.2 * saved else "it is needed"
         yield (
-            f"gradient_checkpointing costs about {cost:.0%} of each step (one more forward pass), and "
-            f"{free / GIB:.0f} GiB of {memory.device_bytes / GIB:.0f} were free: try it off."
+            f"gradient_checkpointing made each step some {cost:.0%} longer and saved {saved / GIB:.1f} GiB; "
+            f"{free / GIB:.1f} GiB were free: {verdict}."
         )
-    elif free > memory.device_bytes / 2:
+    elif device_kind == "cuda" and free > memory.device_bytes / 2:
         yield (
             f"{free / GIB:.0f} GiB of {memory.device_bytes / GIB:.0f} were free: a larger per_device_train_batch_size "
             "with fewer gradient_accumulation_steps gives the same updates with larger products."
         )
-    elif free < memory.device_bytes / 20:
+    if free < memory.device_bytes / 20:
         yield f"Only {free / GIB:.1f} GiB were free at the peak: a longer batch may not fit."
 
 
-def _on_speed(report: Report, device_kind: str) -> Iterator[str]:
+def _on_speed(report: Report) -> Iterator[str]:
     if report.phases.data > 0.1:
         yield f"{report.phases.data:.0%} of the time went to preparing batches: raise dataloader_num_workers."
     if report.throughput.padding_share > 0.2:

@@ -45,6 +45,8 @@ class Throughput(Part):
     step_seconds_p95: float
     padding_share: float
     """Share of the computed tokens that were padding."""
+    history: list[tuple[int, float]]
+    """[step, tokens per second]."""
 
 
 class Components(Part):
@@ -76,7 +78,18 @@ class Memory(Part):
     at_end_bytes: int
     growing: bool
     """Whether the memory after a step kept growing to the end: a leak."""
+    history: list[tuple[int, int, int]]
+    """[step, bytes after it, largest so far], on the device that trains."""
     components: Components
+
+
+class Checkpointing(Part):
+    """What gradient checkpointing did, measured on one block and its first batch."""
+
+    saved_bytes: int
+    """What all blocks would keep for the backward pass without it."""
+    cost_share: float
+    """Time of computing the blocks again, over the rest of the step."""
 
 
 class Loss(Part):
@@ -136,8 +149,12 @@ class Report(Part):
     throughput: Throughput
     phases: Phases
     memory: Memory
+    checkpointing: Checkpointing | None = None
+    """None where it is off."""
     loss: Loss
     eval: Evaluations
+    lengths: list[tuple[int, int]]
+    """Histogram of the training rows: [longest of the bin in tokens, rows]."""
     steps: int
     """Optimizer steps of this call (a resumed run counts from its checkpoint)."""
     skipped_steps: int

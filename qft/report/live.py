@@ -6,7 +6,6 @@ import time
 from collections import deque
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Protocol
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -15,29 +14,9 @@ from rich.text import Text
 
 from qft.report.document import Evaluation
 from qft.report.terminal import size, sparkline
+from qft.steps import Step
 
-__all__ = ["LineView", "LiveView", "Measured", "QuietView", "View", "choose_view"]
-
-
-class Measured(Protocol):
-    """What a view shows of one optimizer step."""
-
-    @property
-    def step(self) -> int: ...
-    @property
-    def loss(self) -> float: ...
-    @property
-    def learning_rate(self) -> float: ...
-    @property
-    def tokens(self) -> int: ...
-    @property
-    def seconds(self) -> float: ...
-    @property
-    def memory(self) -> int: ...
-    @property
-    def peak_memory(self) -> int: ...
-    @property
-    def skipped(self) -> bool: ...
+__all__ = ["LineView", "LiveView", "QuietView", "View", "choose_view"]
 
 
 class View(AbstractContextManager["View"]):
@@ -54,7 +33,7 @@ class View(AbstractContextManager["View"]):
     def begin(self, steps: int, done: int) -> None:
         """The training starts: `steps` in all, `done` of them by the run that is resumed."""
 
-    def step(self, step: Measured) -> None:
+    def step(self, step: Step) -> None:
         """One optimizer step was made."""
 
     def evaluated(self, evaluation: Evaluation) -> None:
@@ -92,7 +71,7 @@ class LineView(View):
     def begin(self, steps: int, done: int) -> None:
         self.steps = steps
 
-    def step(self, step: Measured) -> None:
+    def step(self, step: Step) -> None:
         now = time.monotonic()
         if now - self._last < self.every and step.step != self.steps:
             return
@@ -142,7 +121,7 @@ class LiveView(View):
     def begin(self, steps: int, done: int) -> None:
         self.progress.update(self.task, total=steps, completed=done, visible=True)
 
-    def step(self, step: Measured) -> None:
+    def step(self, step: Step) -> None:
         self.losses.append(step.loss)
         self.recent.append((step.tokens, step.seconds))
         if step.skipped:

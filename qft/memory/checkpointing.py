@@ -1,0 +1,62 @@
+"""What gradient checkpointing saves and costs, measured on one block of the running model."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+__all__ = ["CheckpointingProbe"]
+
+
+class CheckpointingProbe:
+    """Notes the first input of the first checkpointed block, and measures what it is for."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        self.inputs: tuple[Any, Any] | None = None
+        if self.blocks:
+            self._hook = self.blocks[0].register_forward_pre_hook(self._note, with_kwargs=True)
+
+    def _note(self, block: nn.Module, args: Any, kwargs: Any) -> None:
+        if block.training:
+            self.inputs = (args, kwargs)
+            self._hook.remove()
+
+    def measure(self) -> tuple[int, float]:
+        """Bytes that all blocks would keep for the backward pass beside their inputs, and the seconds that computing
+        them again takes, for the batch noted; then forgets it. Zeros if no block was run."""
+        if self.inputs is None:
+            return 0, 0.0
+        (args, kwargs), self.inputs = self.inputs, None
+        block = self.blocks[0]
+        known = {tensor.untyped_storage().data_ptr() for tensor in (*block.parameters(), *block.buffers())}
+        known |= {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
+        kept: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in known:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        was_on, block.gradient_checkpointing = block.gradient_checkpointing, False
+        try:
+            with torch.enable_grad():
+                with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+                    block(*args, **kwargs)
+                _wait()
+                started = time.perf_counter()
+                block(*args, **kwargs)
+                _wait()
+        finally:
+            block.gradient_checkpointing = was_on
+        return sum(kept.values()) * len(self.blocks), (time.perf_counter() - started) * len(self.blocks)
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from qft.checkpoints import Checkpoint
 from qft.errors import ModelError, OutOfMemoryError, QftError
 from qft.files import atomic_folder
-from qft.plan import Plan
+from qft.plan import ModelPlan, Plan
 from qft.schemes import SCHEMES
 
 __all__ = ["attach_adapter", "load_base", "memory_guard", "save_adapter", "save_full", "settle"]
@@ -27,7 +27,7 @@ CHANGES_BASE = ("pissa", "olora")
 """Initialisations that move a part of the base weights into the adapter."""
 
 
-def load_base(plan: Plan) -> PreTrainedModel:
+def load_base(plan: ModelPlan) -> PreTrainedModel:
     """The base model on its device, quantized as planned, its other weights in plan.dtype."""
     with memory_guard("loading the model"):
         try:
@@ -106,7 +106,7 @@ def _out_of_memory(what: str, error: BaseException) -> str:
     )
 
 
-def _load(plan: Plan) -> PreTrainedModel:
+def _load(plan: ModelPlan) -> PreTrainedModel:
     model = plan.recipe.model
     arguments: dict[str, Any] = {
         "dtype": getattr(torch, plan.dtype),

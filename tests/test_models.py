@@ -125,6 +125,7 @@ def test_a_quantizer_without_training_is_named(
 ) -> None:
     folder = tmp_path / method
     tiny_llama().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": method, "bits": 4}
     (folder / "config.json").write_text(json.dumps(config))

@@ -1,0 +1,187 @@
+"""Which model, where, and in how few bits: everything about a model that is decided before it is loaded.
+
+Nothing here loads a weight: the model is built on the meta device, where tensors have shapes and no contents.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from qft.checkpoints import Checkpoint, find_checkpoint, load_tokenizer
+from qft.errors import RecipeError
+from qft.machine import Device, find_device
+from qft.recipe import LoadedRecipe, Recipe
+from qft.schemes import SCHEMES, prequantized
+
+__all__ = ["ModelPlan", "Shape", "plan_model", "refuse"]
+
+Problem = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the model is made of, counted without its weights."""
+
+    architecture: str
+    layers: int
+    hidden_size: int
+    parameters: int
+    linear_parameters: int
+    """Weights of the linear layers that quantization applies to (all but the output head)."""
+    trainable_parameters: int
+    max_positions: int | None
+    """Longest sequence, in tokens, that the model was built for."""
+    heads: tuple[str, ...]
+    """Names of the output head."""
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """What `qft.models.load_base` needs to know."""
+
+    loaded: LoadedRecipe
+    device: Device
+    checkpoint: Checkpoint
+    tokenizer: PreTrainedTokenizerBase
+    shape: Shape
+    dtype: str
+    """Of the weights that are not quantized."""
+    scheme: str
+    """Key of SCHEMES, or the method of a checkpoint that comes quantized."""
+    quantization: dict[str, Any]
+    """Arguments of the quantization config; empty if nothing is quantized here."""
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.loaded.recipe
+
+
+def plan_model(loaded: LoadedRecipe, lora: dict[str, Any] | None = None) -> ModelPlan:
+    """Decide device, dtype and quantization, and count the parameters, with the adapters of `lora` attached.
+
+    Raises RecipeError for what model or device cannot do, MissingError or ModelError if the model is not to be had."""
+    recipe = loaded.recipe
+    device = _device(loaded)
+    refuse(loaded, _device_problems(recipe, device))
+    checkpoint = find_checkpoint(recipe)
+    if checkpoint.quantization:
+        refuse(loaded, prequantized.contradictions(checkpoint.quantization, loaded))
+    dtype = _dtype(recipe, device)
+    shape = _shape(loaded, checkpoint, lora)
+    compute_dtype = recipe.quant.compute_dtype if recipe.quant.compute_dtype != "auto" else dtype
+    if checkpoint.quantization:
+        scheme, quantization = prequantized.mode(checkpoint.quantization), {}
+    else:
+        scheme = recipe.quant.mode
+        quantization = SCHEMES[scheme].config(recipe.quant, compute_dtype, list(shape.heads))
+    return ModelPlan(
+        loaded=loaded,
+        device=device,
+        checkpoint=checkpoint,
+        tokenizer=load_tokenizer(checkpoint, recipe),
+        shape=shape,
+        dtype=dtype,
+        scheme=scheme,
+        quantization=quantization,
+    )
+
+
+def refuse(loaded: LoadedRecipe, problems: Iterable[Problem]) -> None:
+    """Raise RecipeError with all `problems`, each at its place in the recipe."""
+    found = [loaded.problem(field, text) for field, text in problems]
+    if found:
+        raise RecipeError(found)
+
+
+def _device(loaded: LoadedRecipe) -> Device:
+    device = find_device(loaded.recipe.model.device)
+    if device is None:
+        text = "this torch sees no CUDA device; set it to auto or cpu, or install a CUDA build of torch"
+        raise RecipeError(loaded.problem("model.device", text))
+    return device
+
+
+def _device_problems(recipe: Recipe, device: Device) -> Iterator[Problem]:
+    model, train = recipe.model, recipe.train
+    if not device.bf16:
+        remedy = f"{device.name} has no bfloat16; use float16 or float32"
+        if model.dtype == "bfloat16":
+            yield "model.dtype", remedy
+        if recipe.quant.mode == "4bit" and recipe.quant.compute_dtype == "bfloat16":
+            yield "quant.compute_dtype", remedy
+        if train.bf16 is True:
+            yield "train.bf16", f"{device.name} has no bfloat16; set it to false, and train.fp16 to true"
+    if train.tf32 is True and not device.tf32:
+        yield "train.tf32", f"{device.name} has no TensorFloat-32; set it to auto or false"
+    if device.kind == "cpu":
+        yield from _cpu_problems(recipe)
+    elif model.attn_implementation == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        yield "model.attn_implementation", "flash-attn is not installed; pip install flash-attn, or use sdpa"
+
+
+def _cpu_problems(recipe: Recipe) -> Iterator[Problem]:
+    train, attention = recipe.train, recipe.model.attn_implementation
+    if train.fp16:
+        yield "train.fp16", "float16 with loss scaling needs a GPU; set it to false, and train.bf16 to true"
+    if train.dataloader_pin_memory is True:
+        yield "train.dataloader_pin_memory", "is for copies to a GPU; set it to auto or false"
+    if train.optim.startswith("paged"):
+        yield "train.optim", f"{train.optim} pages between GPU and host; on a CPU use adamw_8bit or adamw_torch"
+    if attention.startswith("flash"):
+        yield "model.attn_implementation", f"{attention} needs a GPU; use sdpa"
+
+
+def _dtype(recipe: Recipe, device: Device) -> str:
+    if recipe.model.dtype != "auto":
+        return recipe.model.dtype
+    # An update is far smaller than its weight: in 16 bits most of it would be rounded away.
+    if recipe.adapter.kind == "none":
+        return "float32"
+    return "bfloat16" if device.bf16 else "float16"
+
+
+def _shape(loaded: LoadedRecipe, checkpoint: Checkpoint, lora: dict[str, Any] | None) -> Shape:
+    """Build the model without contents, attach the adapters, and count."""
+    config = checkpoint.config
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config, trust_remote_code=loaded.recipe.model.trust_remote_code, dtype=torch.float32
+        )
+    head = model.get_output_embeddings()
+    heads = tuple(name for name, module in model.named_modules() if module is head)
+    linears = [module for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in heads]
+    text = config.get_text_config()
+    shape = Shape(
+        architecture=type(model).__name__,
+        layers=text.num_hidden_layers,
+        hidden_size=text.hidden_size,
+        parameters=sum(p.numel() for p in model.parameters()),
+        linear_parameters=sum(module.weight.numel() for module in linears),
+        trainable_parameters=sum(p.numel() for p in model.parameters()),
+        max_positions=getattr(text, "max_position_embeddings", None),
+        heads=heads,
+    )
+    if lora is None:
+        return shape
+    return dataclasses.replace(shape, trainable_parameters=_trainable(loaded, model, lora))
+
+
+def _trainable(loaded: LoadedRecipe, model: nn.Module, lora: dict[str, Any]) -> int:
+    """Trainable parameters once the adapters are attached. Raises RecipeError if they fit nowhere."""
+    names = sorted({n.rpartition(".")[2] for n, module in model.named_modules() if isinstance(module, nn.Linear)})
+    try:
+        with torch.device("meta"):
+            adapted = get_peft_model(model, LoraConfig(**lora | {"init_lora_weights": False}))
+    except (ValueError, KeyError) as error:
+        text = f"{str(error).splitlines()[0]} (the linear layers are called {', '.join(names)})"
+        raise RecipeError(loaded.problem("adapter.target_modules", text)) from error
+    return sum(p.numel() for p in adapted.parameters() if p.requires_grad)

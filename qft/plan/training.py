@@ -1,0 +1,178 @@
+"""How a training goes: ModelPlan + data -> Plan, with the arguments of peft and of the Trainer."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+from transformers import TrainingArguments
+
+from qft.checkpoints import Checkpoint
+from qft.data.prepare import Prepared, prepare
+from qft.machine import Device
+from qft.plan.model import ModelPlan, Problem, Shape, plan_model, refuse
+from qft.recipe import LoadedRecipe, Recipe
+from qft.schemes import prequantized
+
+__all__ = ["Plan", "make_plan"]
+
+
+@dataclass(frozen=True)
+class Plan(ModelPlan):
+    """Everything that is decided before anything is loaded."""
+
+    lora: dict[str, Any] | None
+    """Arguments of peft.LoraConfig."""
+    training: dict[str, Any]
+    """Arguments of TrainingArguments, beside the folders."""
+    data: Prepared
+
+    @cached_property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one pass over the training rows."""
+        train = self.recipe.train
+        micro_batches = math.ceil(len(self.data.train) / train.per_device_train_batch_size)
+        return max(math.ceil(micro_batches / train.gradient_accumulation_steps), 1)
+
+    @cached_property
+    def steps(self) -> int:
+        """Optimizer steps in all."""
+        train = self.recipe.train
+        return train.max_steps if train.max_steps > 0 else math.ceil(train.num_train_epochs * self.steps_per_epoch)
+
+    def facts(self) -> dict[str, Any]:
+        """The plan as plain values, for `qft check --json` and the manifest."""
+        return {
+            "device": asdict(self.device),
+            "model": {
+                "path": self.checkpoint.path,
+                "commit": self.checkpoint.commit,
+                "dtype": self.dtype,
+                **asdict(self.shape),
+            },
+            "quantization": {"scheme": self.scheme, **(self.quantization or self.checkpoint.quantization)},
+            "adapter": self.lora,
+            "training": self.training,
+            "data": {
+                "train_rows": len(self.data.train),
+                "eval_rows": len(self.data.eval) if self.data.eval else 0,
+                "sources": self.data.facts(),
+            },
+            "steps": self.steps,
+        }
+
+
+def make_plan(loaded: LoadedRecipe) -> Plan:
+    """Decide everything. Raises RecipeError for what model, data or device cannot do; MissingError, DataError,
+    ModelError as the layers below."""
+    recipe = loaded.recipe
+    refuse(loaded, _package_problems(recipe))
+    lora = _lora_arguments(recipe) if recipe.adapter.kind == "lora" else None
+    model = plan_model(loaded, lora)
+    refuse(loaded, [*_trainability(recipe, model.checkpoint), *_length_problems(recipe, model.shape)])
+    return Plan(
+        **{field.name: getattr(model, field.name) for field in dataclasses.fields(model)},
+        lora=lora,
+        training=_training_arguments(recipe, model.device),
+        data=prepare(recipe, model.tokenizer),
+    )
+
+
+def _trainability(recipe: Recipe, checkpoint: Checkpoint) -> Iterator[Problem]:
+    if not checkpoint.quantization:
+        return
+    if recipe.adapter.kind == "none":
+        yield (
+            "adapter.kind",
+            f"the checkpoint is quantized ({prequantized.method(checkpoint.quantization)}), and quantized weights "
+            "cannot be trained themselves: set it to lora",
+        )
+    reason = prequantized.untrainable(checkpoint.quantization)
+    if reason:
+        yield "model.path", reason
+    if recipe.train.torch_compile:
+        yield "train.torch_compile", "a quantized base cannot be compiled for training; set it to false"
+    if recipe.adapter.init_lora_weights not in ("default", "gaussian"):
+        yield (
+            "adapter.init_lora_weights",
+            f"{recipe.adapter.init_lora_weights} needs the unquantized weights, and this checkpoint has none",
+        )
+
+
+def _length_problems(recipe: Recipe, shape: Shape) -> Iterator[Problem]:
+    longest = shape.max_positions
+    if longest and recipe.data.max_length > longest:
+        yield "data.max_length", f"{recipe.data.max_length}, and the model was built for {longest} tokens"
+
+
+def _package_problems(recipe: Recipe) -> Iterator[Problem]:
+    for name in recipe.train.report_to:
+        if importlib.util.find_spec(name) is None:
+            yield "train.report_to", f"{name} is not installed; pip install {name}, or change the field"
+
+
+def _lora_arguments(recipe: Recipe) -> dict[str, Any]:
+    adapter = recipe.adapter
+    arguments: dict[str, Any] = {
+        name: list(value) if isinstance(value, tuple) else value for name, value in adapter if name != "kind"
+    }
+    # loftq starts from the error of our own quantization, so models.py sets it once the weights are there.
+    known = {"default": True, "loftq": True}
+    arguments["init_lora_weights"] = known.get(adapter.init_lora_weights, adapter.init_lora_weights)
+    arguments["modules_to_save"] = list(adapter.modules_to_save) or None
+    return arguments | {"task_type": "CAUSAL_LM"}
+
+
+# Fields of `train` that are qft's own, or that it hands over in another form.
+NOT_TRAINING_ARGUMENTS = {
+    "early_stopping_patience",
+    "on_nonfinite",
+    "gradient_checkpointing",
+    "report_to",
+    "bf16",
+    "tf32",
+}
+
+
+def _training_arguments(recipe: Recipe, device: Device) -> dict[str, Any]:
+    train = recipe.train
+    arguments = {name: value for name, value in train if name not in NOT_TRAINING_ARGUMENTS}
+    arguments |= {
+        "bf16": _mixed_bf16(recipe, device),
+        "tf32": device.tf32 if train.tf32 == "auto" else train.tf32,
+        "seed": recipe.seed,
+        "use_cpu": device.kind == "cpu",
+        "dataloader_pin_memory": device.kind == "cuda" and train.dataloader_pin_memory is not False,
+        # TensorBoard's events belong in the run folder, which only its own callback can be told.
+        "report_to": [name for name in train.report_to if name != "tensorboard"],
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "logging_nan_inf_filter": False,
+        "prediction_loss_only": True,
+        "label_names": ["labels"],
+    }
+    if not device.tf32 and arguments["tf32"] is False:
+        arguments["tf32"] = None  # False is an error to transformers where there is nothing to turn off
+    if train.load_best_model_at_end:
+        arguments |= {"metric_for_best_model": "eval_loss", "greater_is_better": False}
+    # transformers renamed gradient checkpointing; the recipe keeps the name that people know.
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    arguments[name] = train.gradient_checkpointing
+    if train.gradient_checkpointing:
+        arguments[f"{name}_kwargs"] = {"use_reentrant": False}
+    return arguments
+
+
+def _mixed_bf16(recipe: Recipe, device: Device) -> bool:
+    if recipe.train.bf16 != "auto":
+        return recipe.train.bf16
+    asks_float32 = recipe.model.dtype == "float32" or (
+        recipe.quant.mode == "4bit" and recipe.quant.compute_dtype == "float32"
+    )
+    return device.bf16 and not recipe.train.fp16 and not asks_float32

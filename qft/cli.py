@@ -34,6 +34,9 @@ Overrides = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+TARGET_HELP = (
+    "A recipe, a run, or a model; PATH@VARIANT for base, float32, bfloat16, float16, nf4, fp4, 8bit or merged."
+)
 
 
 def main() -> None:
@@ -133,6 +136,51 @@ def train(
             console.print(render(report))
 
 
+@app.command("eval")
+def evaluate(
+    targets: Annotated[list[str], typer.Argument(metavar="TARGET...", help=TARGET_HELP, show_default=False)],
+    adapter: Annotated[Path | None, typer.Option(help="Put this adapter on models that bring none.")] = None,
+    data: Annotated[str | None, typer.Option(help="Other rows, or a plain text.")] = None,
+    reference: Annotated[str | None, typer.Option(help="The target that the others are compared with.")] = None,
+    metric: Annotated[list[str] | None, typer.Option(help="A task score beside the recipe's. Repeatable.")] = None,
+    window: Annotated[int, typer.Option(min=2, help="Tokens of a window over plain text.")] = 512,
+    stride: Annotated[int, typer.Option(min=1, help="Tokens from one window to the next.")] = 256,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows that are read at once.")] = 8,
+    kl_tokens: Annotated[int, typer.Option(min=1, help="Tokens over which distributions are compared.")] = 8192,
+    layers: Annotated[bool, typer.Option("--layers", help="Tell each layer's error against the reference.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Where to write; by default into a run's folder.")] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Compare models on the same rows and tokens: quality, memory and speed."""
+    with messages(debug):
+        quiet_libraries()
+        from qft.evaluate import EvalOptions, default_out
+        from qft.evaluate import evaluate as run_evaluation
+        from qft.report.comparison import render_comparison
+        from qft.report.live import LineView, QuietView
+
+        console = consoles(as_json)
+        options = EvalOptions(
+            adapter=adapter,
+            data=data,
+            window=window,
+            stride=stride,
+            reference=reference,
+            metrics=tuple(metric or ()),
+            batch_size=batch_size,
+            kl_tokens=kl_tokens,
+            layers=layers,
+            out=out or default_out(targets),
+        )
+        document = run_evaluation(targets, options, QuietView() if quiet else LineView(console))
+        if as_json:
+            print_json(document.model_dump(mode="json"))
+        elif not quiet:
+            console.print(render_comparison(document))
+
+
 @app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="A run folder.", show_default=False)],
@@ -178,7 +226,7 @@ def init(
 
 @app.command()
 def schema(
-    of: Annotated[str, typer.Argument(metavar="[recipe|report]", help="Which document.")] = "recipe",
+    of: Annotated[str, typer.Argument(metavar="[recipe|report|eval]", help="Which document.")] = "recipe",
 ) -> None:
     """Print the JSON Schema of a recipe (for editors) or of report.json."""
     if of == "recipe":
@@ -189,8 +237,12 @@ def schema(
         from qft.report.document import Report
 
         print_json({"$schema": "https://json-schema.org/draft/2020-12/schema", **Report.model_json_schema()})
+    elif of == "eval":
+        from qft.report.evaluation import EvalDocument
+
+        print_json({"$schema": "https://json-schema.org/draft/2020-12/schema", **EvalDocument.model_json_schema()})
     else:
-        raise typer.BadParameter(f"{of} is neither recipe nor report")
+        raise typer.BadParameter(f"{of} is none of recipe, report and eval")
 
 
 def print_json(document: object) -> None:

@@ -1,18 +1,42 @@
-"""Answers to held-out rows, and how many are right."""
+"""Answers to held-out rows, and how good they are."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
+import importlib.util
+import json
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from datasets import Dataset
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from qft.data.batch import pad_token_id
+from qft.errors import DataError, RecipeError
+from qft.statistics import Interval, Statistic, change_interval, interval, mean_of
 
-__all__ = ["Answer", "answer_rows", "exact_match"]
+__all__ = ["SCORES", "Answer", "answer_rows", "as_jsonl", "missing_packages", "score", "score_change"]
+
+Texts = Sequence[tuple[str, str]]
+"""(expected, given), one pair a row."""
+
+PACKAGES = {
+    "f1_macro": ("sklearn", "scikit-learn"),
+    "f1_micro": ("sklearn", "scikit-learn"),
+    "rouge_l": ("rouge_score", "rouge-score"),
+}
+"""What a score needs beyond qft's own dependencies: name of the module, name of the package."""
+
+UNSPACED = re.compile(
+    "([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"  # Thai, Lao, Burmese, Khmer
+    "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff])"  # kana, Han
+)
+"""A character of a script that puts no space between words: each counts as a word."""
 
 
 @dataclass(frozen=True)
@@ -30,17 +54,185 @@ class Answer:
         return self.given.strip() == self.expected.strip()
 
 
-def exact_match(answers: Iterable[Answer]) -> float:
-    """Share of the answers that equal the expected ones, outer white space aside."""
-    right = [answer.right for answer in answers]
-    return sum(right) / len(right)
+def as_jsonl(answers: Iterable[Answer], place: Callable[[int, int], str]) -> str:
+    """One answer a line, with the place of its row."""
+    lines = (
+        json.dumps({"place": place(a.source, a.row), "right": a.right, **asdict(a)}, ensure_ascii=False) + "\n"
+        for a in answers
+    )
+    return "".join(lines)
+
+
+def score(name: str, answers: Sequence[Answer], *, pattern: str | None = None, seed: int = 0) -> Interval:
+    """A score of SCORES over the rows it applies to, between 0 and 1; `pattern` is what `regex` looks for."""
+    texts = _texts(name, answers)
+    return interval(_statistic(name, texts, pattern), len(texts), seed=seed)
+
+
+def score_change(
+    name: str, answers: Sequence[Answer], reference: Sequence[Answer], *, pattern: str | None = None, seed: int = 0
+) -> Interval:
+    """The score minus that of the reference's answers to the same rows; paired by rows."""
+    if [answer.expected for answer in answers] != [answer.expected for answer in reference]:
+        raise ValueError("a change of score needs answers to the same rows, in the same order")
+    texts, others = _texts(name, answers), _texts(name, reference)
+    return change_interval(_statistic(name, texts, pattern), _statistic(name, others, pattern), len(texts), seed=seed)
+
+
+def missing_packages(metrics: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Yield (field, what to install) for each score whose package is not there; imports nothing."""
+    for name in metrics:
+        module, package = PACKAGES.get(name, (None, None))
+        if module and importlib.util.find_spec(module) is None:
+            yield "eval.metrics", f"{name} needs {package}; pip install 'qft[eval]'"
+
+
+def _texts(name: str, answers: Sequence[Answer]) -> Texts:
+    """Expected and given texts of the rows that the score applies to, which the expected text alone decides."""
+    applies, needed = NEEDS.get(name, (lambda expected: True, "an answer"))
+    texts = [(answer.expected, answer.given) for answer in answers if applies(answer.expected)]
+    if not texts:
+        raise DataError(f"eval.metrics: {name} needs rows whose last turn holds {needed}, and there are none")
+    return texts
+
+
+def _statistic(name: str, texts: Texts, pattern: str | None) -> Statistic:
+    if problems := [f"{field}: {text}" for field, text in missing_packages([name])]:
+        raise RecipeError(problems)
+    return SCORES[name](texts, pattern)
+
+
+def _mean(of_row: Callable[[str, str], float]) -> Callable[[Texts, str | None], Statistic]:
+    """The score that is the mean of a value a row."""
+    return lambda texts, pattern: mean_of([of_row(expected, given) for expected, given in texts])
+
+
+def _same_text(expected: str, given: str) -> float:
+    return float(expected.strip() == given.strip())
+
+
+def _same_label(expected: str, given: str) -> float:
+    return float(expected.casefold().split() == given.casefold().split())
+
+
+def _f1(average: Literal["macro", "micro"]) -> Callable[[Texts, str | None], Statistic]:
+    """F1 of a classification, over the labels that the rows expect or were given; a resample has its own labels."""
+
+    def statistic(texts: Texts, pattern: str | None) -> Statistic:
+        from sklearn.metrics import f1_score
+
+        code: dict[str, int] = {}
+        labels = np.array([[code.setdefault(text.strip(), len(code)) for text in pair] for pair in texts])
+        return lambda rows: float(f1_score(*labels[rows].T, average=average, zero_division=0))
+
+    return statistic
+
+
+def _json_valid(expected: str, given: str) -> float:
+    return float(_is_json(given))
+
+
+def _json_f1(expected: str, given: str) -> float:
+    """F1 of the fields: a path and its value count as found when the answer has the same value at the same path."""
+    if not _is_json(given):
+        return 0.0
+    wanted, found = _fields(_parsed(expected)), _fields(_parsed(given))
+    return 2 * (wanted & found).total() / (wanted.total() + found.total())
+
+
+def _is_json(text: str) -> bool:
+    """Whether the text is one JSON object or array, as RFC 8259 has them, and nothing else."""
+    return isinstance(_parsed(text), tuple | list)
+
+
+def _parsed(text: str) -> Any:
+    """JSON, an object as a tuple of (key, value) pairs, for a key may come twice; None where it does not parse."""
+    try:
+        return json.loads(text.strip(), object_pairs_hook=tuple, parse_constant=_not_a_number)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _not_a_number(name: str) -> None:
+    raise ValueError(f"{name} is Python's, not JSON")
+
+
+def _fields(parsed: Any) -> Counter[Hashable]:
+    """How often each (path, kind, value) comes; an empty object or array is a value, and 1 and 1.0 are the same."""
+    fields: Counter[Hashable] = Counter()
+    pending: list[tuple[tuple[str | int, ...], Any]] = [((), parsed)]
+    while pending:
+        path, value = pending.pop()
+        if value and isinstance(value, tuple | list):
+            inner = value if isinstance(value, tuple) else enumerate(value)
+            pending += [((*path, step), part) for step, part in inner]
+        else:
+            kind = "number" if type(value) in (int, float) else type(value).__name__
+            fields[path, kind, None if value == [] else value] += 1
+    return fields
+
+
+def _rouge_l(texts: Texts, pattern: str | None) -> Statistic:
+    """F-measure of the longest common subsequence of words (C.-Y. Lin, 2004), one a row."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"], use_stemmer=False, tokenizer=_Tokenizer())
+    return mean_of([scorer.score(expected, given)["rougeL"].fmeasure for expected, given in texts])
+
+
+class _Tokenizer:
+    """rouge-score's own knows the letters a to z alone."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return _words(text)
+
+
+def _words(text: str) -> list[str]:
+    r"""The words `\w+` of a text, casefolded; with their combining marks, which `\w` leaves out, and UNSPACED apart."""
+    folded = unicodedata.normalize("NFC", text.casefold())
+    words = "".join(c if c == "_" or unicodedata.category(c)[0] in "LMN" else " " for c in folded)
+    return UNSPACED.sub(r" \1 ", words).split()
+
+
+def _regex(texts: Texts, pattern: str | None) -> Statistic:
+    """Whether the pattern is found anywhere in the given answer."""
+    if pattern is None:
+        raise RecipeError("eval.metrics: regex needs a pattern to look for")
+    return mean_of([float(re.search(pattern, given) is not None) for _, given in texts])
+
+
+SCORES: dict[str, Callable[[Texts, str | None], Statistic]] = {
+    "exact_match": _mean(_same_text),
+    "accuracy": _mean(_same_label),
+    "f1_macro": _f1("macro"),
+    "f1_micro": _f1("micro"),
+    "json_valid": _mean(_json_valid),
+    "json_f1": _mean(_json_f1),
+    "rouge_l": _rouge_l,
+    "regex": _regex,
+}
+"""By the names in `eval.metrics`: from texts, and the pattern that only `regex` reads, to a figure of any rows."""
+
+NEEDS: dict[str, tuple[Callable[[str], bool], str]] = {
+    "json_f1": (_is_json, "a JSON object or array"),
+    "rouge_l": (lambda expected: bool(_words(expected)), "a word"),
+}
+"""Which rows a score applies to, by their expected text; the others apply to all."""
 
 
 def answer_rows(
-    model: Any, tokenizer: PreTrainedTokenizerBase, rows: Dataset, *, max_new_tokens: int, batch_size: int
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    samples: int | None = None,
 ) -> list[Answer]:
-    """Greedy answers to the last assistant turn of each row, in the rows' order. Rows of plain text have none."""
-    examples = [row for row in rows if row["answer_start"] > 0]
+    """Greedy answers to the last assistant turn of each row, in the rows' order, of the first `samples` rows alone if
+    it is given. Rows of plain text have none."""
+    asked = rows if samples is None else rows.select(range(min(samples, len(rows))))
+    examples = [row for row in asked if row["answer_start"] > 0]
     by_length = sorted(range(len(examples)), key=lambda i: -examples[i]["answer_start"])
     found: dict[int, Answer] = {}
     settings = _generation_config(model, tokenizer, max_new_tokens, examples)

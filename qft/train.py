@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
 from qft.data.batch import Collator, pad_token_id
-from qft.errors import ModelError, QftError, RunError
+from qft.errors import ModelError, QftError, RecipeError, RunError
 from qft.files import write_json, write_text
 from qft.memory.checkpointing import CheckpointingProbe
 from qft.memory.meter import Meter, Snapshot, weight_bytes
@@ -37,7 +36,7 @@ from qft.report.document import (
 )
 from qft.report.live import View
 from qft.runs import Run, check_folder, record_base, start_run
-from qft.scores import answer_rows, exact_match
+from qft.scores import answer_rows, as_jsonl, missing_packages, score
 from qft.steps import Step
 from qft.trainer import QftTrainer
 
@@ -54,6 +53,8 @@ def train(loaded: LoadedRecipe, view: View, *, resume: bool = False, overwrite: 
     check_folder(Path(loaded.recipe.output_dir), resume=resume, overwrite=overwrite)
     view.note("Reading the data and the model's configuration")
     plan = make_plan(loaded)
+    if missing := [loaded.problem(name, text) for name, text in missing_packages(plan.recipe.eval.metrics)]:
+        raise RecipeError(missing)
     run = start_run(plan, resume=resume, overwrite=overwrite)
     try:
         report = _Training(plan, run, view, started).run_all(resume=resume)
@@ -167,40 +168,34 @@ class _Training:
 
     def _evaluate_all(self, moment: str, step: int) -> Evaluation | None:
         """Loss and scores of the held-out rows; None without any."""
-        plan, settings = self.plan, self.plan.recipe.eval
+        plan = self.plan
         if plan.data.eval is None:
             return None
         self.view.note(f"Evaluating {len(plan.data.eval)} held-out rows {moment} training")
         # Not `evaluate`: its callbacks would take this for one of the evaluations within the training.
         loader = self.trainer.get_eval_dataloader()
         metrics = self.trainer.evaluation_loop(loader, moment, prediction_loss_only=True).metrics
-        scores = {}
-        if "exact_match" in settings.metrics:
-            scores["exact_match"] = self._exact_match(moment)
-        evaluation = self._evaluation(step, metrics["eval_loss"], metrics["eval_tokens"], scores)
+        evaluation = self._evaluation(step, metrics["eval_loss"], metrics["eval_tokens"], self._scores(moment))
         self.view.evaluated(evaluation)
         write_json(self.run.folder / f"eval-{moment}.json", evaluation.model_dump(mode="json"))
         return evaluation
 
-    def _exact_match(self, moment: str) -> float:
+    def _scores(self, moment: str) -> dict[str, float]:
+        """Scores of the answers to the held-out rows, which are kept as `moment`.jsonl."""
         plan, settings = self.plan, self.plan.recipe.eval
-        rows = self._held_out
-        if settings.samples is not None:
-            rows = rows.select(range(min(settings.samples, len(rows))))
+        if not settings.metrics:
+            return {}
         with self.trainer.accelerator.autocast():
             answers = answer_rows(
                 self.trainer.model,
                 plan.tokenizer,
-                rows,
+                self._held_out,
                 max_new_tokens=settings.max_new_tokens,
                 batch_size=settings.batch_size,
+                samples=settings.samples,
             )
-        lines = [
-            json.dumps({"place": plan.data.place(a.source, a.row), "right": a.right, **asdict(a)}, ensure_ascii=False)
-            for a in answers
-        ]
-        write_text(self.run.answers / f"{moment}.jsonl", "\n".join(lines) + "\n")
-        return exact_match(answers)
+        write_text(self.run.answers / f"{moment}.jsonl", as_jsonl(answers, plan.data.place))
+        return {name: score(name, answers, pattern=settings.regex).value for name in settings.metrics}
 
     def _evaluation(self, step: int, loss: float, tokens: int, scores: dict[str, float]) -> Evaluation:
         rows = len(self._held_out)
@@ -212,9 +207,9 @@ class _Training:
 
     def note_evaluation(self, metrics: dict[str, float]) -> None:
         """An evaluation within the training."""
-        evaluation = self._evaluation(
-            self.trainer.state.global_step, metrics["eval_loss"], int(metrics["eval_tokens"]), {}
-        )
+        step = self.trainer.state.global_step
+        scores = self._scores(f"step-{step}")
+        evaluation = self._evaluation(step, metrics["eval_loss"], int(metrics["eval_tokens"]), scores)
         self.evaluations.append(evaluation)
         self.view.evaluated(evaluation)
 

@@ -98,6 +98,9 @@ def weight_bytes(model: nn.Module) -> dict[str, int]:
     """Bytes of the model's weights: `frozen` (with the scales of quantized ones) and `trainable`."""
     frozen: list[torch.Tensor] = list(model.buffers())
     trainable: list[torch.Tensor] = []
+    for module in model.modules():
+        # Its first forward pass moves the scales of an 8-bit weight to the layer's state.
+        frozen.extend(_tensors(getattr(module, "state", None), "CB", "SCB"))
     for parameter in model.parameters():
         (trainable if parameter.requires_grad else frozen).append(parameter)
         frozen.extend(_scales(parameter))
@@ -120,9 +123,14 @@ def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 def _scales(parameter: Any) -> list[torch.Tensor]:
     """What bitsandbytes keeps beside a quantized weight: scales, code books, nested states."""
-    found = [getattr(parameter, name, None) for name in ("CB", "SCB")]
+    found = _tensors(parameter, "CB", "SCB")
     state = getattr(parameter, "quant_state", None)
     while state is not None:
-        found += [state.absmax, state.code, state.offset]
+        found += _tensors(state, "absmax", "code", "offset")
         state = state.state2
-    return [tensor for tensor in found if isinstance(tensor, torch.Tensor)]
+    return found
+
+
+def _tensors(owner: Any, *names: str) -> list[torch.Tensor]:
+    values = (getattr(owner, name, None) for name in names)
+    return [value for value in values if isinstance(value, torch.Tensor)]

@@ -22,7 +22,7 @@ from qft.machine import Device, find_device
 from qft.recipe import LoadedRecipe, Recipe
 from qft.schemes import SCHEMES, prequantized
 
-__all__ = ["ModelPlan", "Shape", "plan_model", "refuse"]
+__all__ = ["ModelPlan", "Problem", "Shape", "device_problems", "plan_model", "refuse", "require_device"]
 
 Problem = tuple[str, str]
 
@@ -70,8 +70,8 @@ def plan_model(loaded: LoadedRecipe, lora: dict[str, Any] | None = None) -> Mode
 
     Raises RecipeError for what model or device cannot do, MissingError or ModelError if the model is not to be had."""
     recipe = loaded.recipe
-    device = _device(loaded)
-    refuse(loaded, _device_problems(recipe, device))
+    device = require_device(loaded)
+    refuse(loaded, device_problems(recipe, device))
     checkpoint = find_checkpoint(recipe)
     if checkpoint.quantization:
         refuse(loaded, prequantized.contradictions(checkpoint.quantization, loaded))
@@ -102,7 +102,8 @@ def refuse(loaded: LoadedRecipe, problems: Iterable[Problem]) -> None:
         raise RecipeError(found)
 
 
-def _device(loaded: LoadedRecipe) -> Device:
+def require_device(loaded: LoadedRecipe) -> Device:
+    """The device that model.device asks for. Raises RecipeError if there is none."""
     device = find_device(loaded.recipe.model.device)
     if device is None:
         text = "this torch sees no CUDA device; set it to auto or cpu, or install a CUDA build of torch"
@@ -110,34 +111,19 @@ def _device(loaded: LoadedRecipe) -> Device:
     return device
 
 
-def _device_problems(recipe: Recipe, device: Device) -> Iterator[Problem]:
-    model, train = recipe.model, recipe.train
+def device_problems(recipe: Recipe, device: Device) -> Iterator[Problem]:
+    """What the model and quant sections ask and the device cannot do."""
+    model, attention = recipe.model, recipe.model.attn_implementation
     if not device.bf16:
         remedy = f"{device.name} has no bfloat16; use float16 or float32"
         if model.dtype == "bfloat16":
             yield "model.dtype", remedy
         if recipe.quant.mode == "4bit" and recipe.quant.compute_dtype == "bfloat16":
             yield "quant.compute_dtype", remedy
-        if train.bf16 is True:
-            yield "train.bf16", f"{device.name} has no bfloat16; set it to false, and train.fp16 to true"
-    if train.tf32 is True and not device.tf32:
-        yield "train.tf32", f"{device.name} has no TensorFloat-32; set it to auto or false"
-    if device.kind == "cpu":
-        yield from _cpu_problems(recipe)
-    elif model.attn_implementation == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
-        yield "model.attn_implementation", "flash-attn is not installed; pip install flash-attn, or use sdpa"
-
-
-def _cpu_problems(recipe: Recipe) -> Iterator[Problem]:
-    train, attention = recipe.train, recipe.model.attn_implementation
-    if train.fp16:
-        yield "train.fp16", "float16 with loss scaling needs a GPU; set it to false, and train.bf16 to true"
-    if train.dataloader_pin_memory is True:
-        yield "train.dataloader_pin_memory", "is for copies to a GPU; set it to auto or false"
-    if train.optim.startswith("paged"):
-        yield "train.optim", f"{train.optim} pages between GPU and host; on a CPU use adamw_8bit or adamw_torch"
-    if attention.startswith("flash"):
+    if device.kind == "cpu" and attention.startswith("flash"):
         yield "model.attn_implementation", f"{attention} needs a GPU; use sdpa"
+    elif attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        yield "model.attn_implementation", "flash-attn is not installed; pip install flash-attn, or use sdpa"
 
 
 def _dtype(recipe: Recipe, device: Device) -> str:

@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 from qft.checkpoints import Checkpoint
 from qft.data.prepare import Prepared, prepare
 from qft.machine import Device
-from qft.plan.model import ModelPlan, Problem, Shape, plan_model, refuse
+from qft.plan.model import ModelPlan, Problem, Shape, device_problems, plan_model, refuse, require_device
 from qft.recipe import LoadedRecipe, Recipe
 from qft.schemes import prequantized
 
@@ -71,15 +71,19 @@ def make_plan(loaded: LoadedRecipe) -> Plan:
     """Decide everything. Raises RecipeError for what model, data or device cannot do; MissingError, DataError,
     ModelError as the layers below."""
     recipe = loaded.recipe
-    refuse(loaded, _package_problems(recipe))
+    device = require_device(loaded)
+    refuse(loaded, [*device_problems(recipe, device), *_training_problems(recipe, device)])
     lora = _lora_arguments(recipe) if recipe.adapter.kind == "lora" else None
     model = plan_model(loaded, lora)
     refuse(loaded, [*_trainability(recipe, model.checkpoint), *_length_problems(recipe, model.shape)])
+    data = prepare(recipe, model.tokenizer)
+    if recipe.eval.metrics and data.eval and max(data.eval["answer_start"]) < 0:
+        refuse(loaded, [("eval.metrics", "the held-out rows are plain text, which has no answers to score; remove it")])
     return Plan(
         **{field.name: getattr(model, field.name) for field in dataclasses.fields(model)},
         lora=lora,
-        training=_training_arguments(recipe, model.device),
-        data=prepare(recipe, model.tokenizer),
+        training=_training_arguments(recipe, device),
+        data=data,
     )
 
 
@@ -110,8 +114,21 @@ def _length_problems(recipe: Recipe, shape: Shape) -> Iterator[Problem]:
         yield "data.max_length", f"{recipe.data.max_length}, and the model was built for {longest} tokens"
 
 
-def _package_problems(recipe: Recipe) -> Iterator[Problem]:
-    for name in recipe.train.report_to:
+def _training_problems(recipe: Recipe, device: Device) -> Iterator[Problem]:
+    """What the train section asks and this machine cannot do."""
+    train = recipe.train
+    if train.bf16 is True and not device.bf16:
+        yield "train.bf16", f"{device.name} has no bfloat16; set it to false, and train.fp16 to true"
+    if train.tf32 is True and not device.tf32:
+        yield "train.tf32", f"{device.name} has no TensorFloat-32; set it to auto or false"
+    if device.kind == "cpu":
+        if train.fp16:
+            yield "train.fp16", "float16 with loss scaling needs a GPU; set it to false, and train.bf16 to true"
+        if train.dataloader_pin_memory is True:
+            yield "train.dataloader_pin_memory", "is for copies to a GPU; set it to auto or false"
+        if train.optim.startswith("paged"):
+            yield "train.optim", f"{train.optim} pages between GPU and host; on a CPU use adamw_8bit or adamw_torch"
+    for name in train.report_to:
         if importlib.util.find_spec(name) is None:
             yield "train.report_to", f"{name} is not installed; pip install {name}, or change the field"
 

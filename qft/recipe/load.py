@@ -68,6 +68,12 @@ def load(path: Path, overrides: Iterable[str] = ()) -> LoadedRecipe:
     raise RecipeError(sorted(problems, key=_line_order))
 
 
+def from_values(values: dict[str, Any]) -> LoadedRecipe:
+    """A recipe that no file holds; relative paths are relative to the working directory."""
+    _resolve_paths(values, Path())
+    return LoadedRecipe(Recipe.model_validate(values), Tree(values))
+
+
 def json_schema() -> dict[str, Any]:
     """JSON Schema of a recipe file, for editors: a file that extends another may leave anything to it."""
     schema = Recipe.model_json_schema()

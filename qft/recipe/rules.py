@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 
 from qft.recipe.presets import PRESETS
@@ -33,6 +34,7 @@ def broken_rules(recipe: Recipe, given: Callable[[str], bool]) -> Iterator[Probl
     yield from _adapter_rules(recipe)
     yield from _data_rules(recipe)
     yield from _train_rules(recipe)
+    yield from _eval_rules(recipe)
 
 
 def unread_fields(recipe: Recipe) -> dict[str, str]:
@@ -55,6 +57,8 @@ def unread_fields(recipe: Recipe) -> dict[str, str]:
         unread["train.save_total_limit"] = "no checkpoint is written with train.save_strategy no"
     if not recipe.eval.metrics:
         unread |= {f"eval.{name}": "is read only with eval.metrics" for name in EVAL_FIELDS}
+    elif "regex" not in recipe.eval.metrics:
+        unread["eval.regex"] = "is read only with the metric regex"
     return unread
 
 
@@ -103,6 +107,17 @@ def _data_rules(recipe: Recipe) -> Iterator[Problem]:
         yield "train.eval_strategy", remedy
     if recipe.eval.metrics:
         yield "eval.metrics", remedy
+
+
+def _eval_rules(recipe: Recipe) -> Iterator[Problem]:
+    pattern = recipe.eval.regex
+    if "regex" in recipe.eval.metrics and pattern is None:
+        yield "eval.metrics", "regex needs a pattern in eval.regex"
+    if pattern is not None:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            yield "eval.regex", f"is no regular expression: {error}"
 
 
 def _train_rules(recipe: Recipe) -> Iterator[Problem]:

@@ -263,8 +263,14 @@ class TrainSection(Section):
 class EvalSection(Section):
     """What is measured on the held-out rows, beside their loss, before and after the training."""
 
-    metrics: Many[Literal["exact_match"]] = ()
-    """exact_match: the share of rows whose greedy answer equals the last assistant turn, outer white space aside."""
+    metrics: Many[
+        Literal["exact_match", "accuracy", "f1_macro", "f1_micro", "json_valid", "json_f1", "rouge_l", "regex"]
+    ] = ()
+    """How greedy answers are scored against the last assistant turn. exact_match: equal, outer white space aside;
+    accuracy: equal, case and white space aside; f1_macro, f1_micro: as labels; json_valid: is JSON; json_f1: fields of
+    the JSON; rouge_l: longest common words; regex: contains eval.regex."""
+    regex: str | None = None
+    """Pattern that an answer must contain, for the metric regex."""
     max_new_tokens: int = Field(256, ge=1)
     """Longest answer, in tokens."""
     batch_size: int = Field(16, ge=1)

@@ -78,7 +78,7 @@ class TargetResult(Part):
     weight_bytes: int
     """Weights in memory, scales included."""
     disk_bytes: int
-    """Files that hold the model, adapter included; 0 for one that exists in memory only."""
+    """Files that the target is loaded from, adapter included."""
     layers: list[LayerError] = []
 
 

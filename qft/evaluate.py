@@ -1,0 +1,357 @@
+"""`qft eval`: several models on the same rows and the same tokens, compared."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, set_seed
+
+from qft.data.batch import pad_token_id
+from qft.data.prepare import Prepared, prepare
+from qft.errors import DataError, MissingError, ModelError, RecipeError
+from qft.files import require_free_space, write_json, write_text
+from qft.layers import layer_errors
+from qft.likelihood import Likelihood, LogProbs, Passage, measure, windows
+from qft.machine import versions
+from qft.memory.meter import Meter, weight_bytes
+from qft.models import memory_guard
+from qft.plan import ModelPlan
+from qft.recipe import Recipe
+from qft.recipe.schema import Source
+from qft.report.evaluation import EvalDocument, Score, SourceResult, TargetResult
+from qft.report.live import View
+from qft.runs import Run
+from qft.scores import Answer, answer_rows, as_jsonl, missing_packages, score, score_change
+from qft.speed import decode_speed, prefill_speed
+from qft.statistics import Interval, change_interval, interval
+from qft.targets import Target, load_target, parse_target
+
+__all__ = ["EvalOptions", "default_out", "evaluate"]
+
+TEXT_SUFFIXES = {".txt", ".md"}
+LAYER_TOKENS = 2048
+"""Tokens on whose activations layers are compared."""
+
+SPEED_PROMPT = 256
+"""Tokens of the prompt that speed is measured on, or fewer if the rows hold fewer."""
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """What the command line says beside the targets."""
+
+    adapter: Path | None = None
+    data: str | None = None
+    window: int = 512
+    """Tokens of a window over plain text."""
+    stride: int = 256
+    """Tokens from one window to the next."""
+    reference: str | None = None
+    metrics: tuple[str, ...] = ()
+    """Scores, beside those of the recipe."""
+    batch_size: int = 8
+    kl_tokens: int = 8192
+    """Tokens over which distributions are compared; each takes 4 bytes times the vocabulary on disk."""
+    layers: bool = False
+    """Measure what quantizing did to each linear layer, against the reference."""
+    out: Path | None = None
+
+
+@dataclass(frozen=True)
+class _Material:
+    """What every target is asked: passages to score, and rows to answer."""
+
+    passages: list[Passage]
+    sources: list[str]
+    text_bytes: int
+    """Bytes of the scored tokens' text."""
+    rows: Dataset | None
+    prepared: Prepared | None
+    windowed: bool
+
+    def place(self, source: int, row: int) -> str:
+        return self.prepared.place(source, row) if self.prepared else ""
+
+
+@dataclass
+class _Measured:
+    """One target, as measured; what the comparison still needs is kept."""
+
+    name: str
+    likelihood: Likelihood
+    answers: list[Answer]
+    model: Any
+    """The loaded model; kept of the reference alone, and while layers are compared."""
+    figures: dict[str, Any] = field(default_factory=dict)
+
+
+def evaluate(names: Sequence[str], options: EvalOptions, view: View) -> EvalDocument:
+    """Measure each target of `names` and compare them with the reference.
+
+    Raises QftError: whatever is wrong with a target, the data or a metric is told before any model is loaded.
+    """
+    started = time.perf_counter()
+    targets = _targets(names, options)
+    if options.layers and options.reference is None:
+        raise RecipeError("--layers compares with a reference: give --reference TARGET, an unquantized one")
+    recipe = next((t.loaded.recipe for t in targets if t.has_recipe), targets[0].loaded.recipe)
+    metrics = tuple(dict.fromkeys((*recipe.eval.metrics, *options.metrics)))
+    if problems := [f"{name}: {text}" for name, text in missing_packages(metrics)]:
+        raise RecipeError(problems)
+    view.note("Reading the configurations and the rows")
+    plans = [target.plan() for target in targets]
+    _require_one_tokenizer(targets, plans)
+    material = _material(recipe, plans[0].tokenizer, options, needs_rows=bool(metrics))
+    set_seed(recipe.seed)
+    measured: list[_Measured] = []
+    reference: _Measured | None = None
+    with _log_probs(material, plans[0], options) as store:
+        for target, plan in zip(targets, plans, strict=True):
+            view.note(f"Evaluating {target.name}")
+            role = "write" if target.name == options.reference else "against"
+            with memory_guard(f"evaluating {target.name}"):
+                found = _measure(target, plan, material, recipe, metrics, options, {role: store} if store else {})
+                if options.layers and reference:
+                    view.note("  comparing its layers with the reference's")
+                    found.figures["layers"] = layer_errors(reference.model, found.model, _batches(material, plan))
+            if target.name == options.reference:
+                reference = found
+            else:
+                found.model = None
+            measured.append(found)
+            view.note(f"  perplexity {found.likelihood.perplexity():.3f} over {found.likelihood.tokens.sum():,} tokens")
+    document = EvalDocument(
+        data=material.sources,
+        rows=len(material.passages),
+        window=options.window if material.windowed else None,
+        stride=options.stride if material.windowed else None,
+        reference=options.reference,
+        device=plans[0].device.name,
+        seed=recipe.seed,
+        versions=versions(),
+        targets=[_result(m, reference, material, recipe, metrics) for m in measured],
+        wall_seconds=time.perf_counter() - started,
+    )
+    if options.out:
+        _write(options.out, document, measured, material)
+    return document
+
+
+def _targets(names: Sequence[str], options: EvalOptions) -> list[Target]:
+    """The targets, the reference first."""
+    wanted = list(dict.fromkeys(names))
+    if options.reference is not None and options.reference not in wanted:
+        wanted.append(options.reference)
+    wanted.sort(key=lambda name: name != options.reference)
+    return [parse_target(name, adapter=options.adapter, data=options.data) for name in wanted]
+
+
+def _require_one_tokenizer(targets: list[Target], plans: list[ModelPlan]) -> None:
+    first = plans[0].tokenizer
+    for target, plan in zip(targets[1:], plans[1:], strict=True):
+        same = plan.tokenizer.get_vocab() == first.get_vocab() and plan.tokenizer.chat_template == first.chat_template
+        if not same:
+            raise ModelError(
+                f"{target.name}: its tokenizer or chat template differs from that of {targets[0].name}, so their "
+                "tokens cannot be compared; evaluate them apart (bits per byte compare across tokenizers)"
+            )
+
+
+def _material(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, options: EvalOptions, *, needs_rows: bool
+) -> _Material:
+    if options.data and Path(options.data).suffix.lower() in TEXT_SUFFIXES:
+        if needs_rows:
+            raise DataError(f"{options.data}: plain text has no answers to score; leave the metrics away")
+        return _windowed(Path(options.data), tokenizer, options)
+    prepared, rows = _held_out(recipe, tokenizer, options.data)
+    passages = [Passage(row["input_ids"], row["labels"], row["source"]) for row in rows]
+    sources = [facts.path for facts in prepared.sources]
+    return _Material(passages, sources, _text_bytes(passages, tokenizer), rows, prepared, windowed=False)
+
+
+def _held_out(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: str | None) -> tuple[Prepared, Dataset]:
+    """The rows of `data`, or those that the recipe holds out."""
+    if data:
+        source = Source(path=str(Path(data).resolve()) if Path(data).exists() else data)
+        section = recipe.data.model_copy(update={"train": (source,), "eval": (), "eval_fraction": 0.0})
+        prepared = prepare(recipe.model_copy(update={"data": section}), tokenizer)
+        return prepared, prepared.train
+    prepared = prepare(recipe, tokenizer)
+    if prepared.eval is None:
+        raise DataError("the recipe holds no rows out: set data.eval or data.eval_fraction, or give --data FILE")
+    return prepared, prepared.eval
+
+
+def _windowed(path: Path, tokenizer: PreTrainedTokenizerBase, options: EvalOptions) -> _Material:
+    if not path.is_file():
+        raise MissingError(f"{path}: no such file")
+    try:
+        text = path.read_text("utf-8-sig")
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: not UTF-8 text") from None
+    ids = list(tokenizer(text).input_ids)
+    if len(ids) < 2:
+        raise DataError(f"{path}: holds no text to score")
+    if not 1 <= options.stride <= options.window:
+        raise RecipeError(f"--stride {options.stride}: is between 1 and --window, which is {options.window}")
+    passages = windows(ids, options.window, options.stride)
+    return _Material(passages, [str(path)], _text_bytes(passages, tokenizer), None, None, windowed=True)
+
+
+def _text_bytes(passages: Sequence[Passage], tokenizer: Any) -> int:
+    """Bytes of the text whose tokens are scored."""
+    scored = [[label for label in passage.labels[1:] if label >= 0] for passage in passages]
+    return sum(len(tokenizer.decode(ids).encode()) for ids in scored)
+
+
+@contextmanager
+def _log_probs(material: _Material, plan: ModelPlan, options: EvalOptions) -> Iterator[LogProbs | None]:
+    """Room on disk for the reference's distributions; None without a reference."""
+    if options.reference is None:
+        yield None
+        return
+    vocabulary = plan.checkpoint.config.get_text_config().vocab_size
+    tokens = min(options.kl_tokens, sum(passage.scored for passage in material.passages))
+    with tempfile.TemporaryDirectory(prefix="qft-eval-") as folder:
+        require_free_space(Path(folder), tokens * vocabulary * 4, "the reference's distributions (--kl-tokens)")
+        yield LogProbs(Path(folder) / "log_probs.f32", tokens, vocabulary)
+
+
+def _measure(
+    target: Target,
+    plan: ModelPlan,
+    material: _Material,
+    recipe: Recipe,
+    metrics: Sequence[str],
+    options: EvalOptions,
+    store: dict[str, LogProbs],
+) -> _Measured:
+    with Meter(plan.device.kind) as meter:
+        before = meter.settled()
+        model = load_target(target, plan)
+        meter.settled()
+        meter.restart()
+        pad = pad_token_id(plan.tokenizer)
+        likelihood = measure(model, material.passages, batch_size=options.batch_size, pad=pad, **store)
+        answers = _answers(model, plan, material, recipe) if metrics else []
+        prompt = max((passage.input_ids for passage in material.passages), key=len)[:SPEED_PROMPT]
+        figures = {
+            "prefill_tokens_per_second": prefill_speed(model, prompt),
+            "decode_tokens_per_second": decode_speed(model, prompt),
+            "weight_bytes": sum(weight_bytes(model).values()),
+            "disk_bytes": _disk_bytes(target, plan),
+        }
+        peak = meter.peak()
+        figures["peak_bytes"] = peak.gpu if meter.on_gpu else max(peak.host - before.host, 0)
+    return _Measured(target.name, likelihood, answers, model, figures)
+
+
+def _batches(material: _Material, plan: ModelPlan) -> list[dict[str, torch.Tensor]]:
+    """Some of the passages, on the device: enough tokens to tell layers apart."""
+    batches, tokens = [], 0
+    for passage in material.passages:
+        if tokens >= LAYER_TOKENS:
+            break
+        ids = torch.tensor([list(passage.input_ids)], device=plan.device.kind)
+        batches.append({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+        tokens += ids.numel()
+    return batches
+
+
+def _answers(model: Any, plan: ModelPlan, material: _Material, recipe: Recipe) -> list[Answer]:
+    settings = recipe.eval
+    return answer_rows(
+        model,
+        plan.tokenizer,
+        material.rows,
+        max_new_tokens=settings.max_new_tokens,
+        batch_size=settings.batch_size,
+        samples=settings.samples,
+    )
+
+
+def _disk_bytes(target: Target, plan: ModelPlan) -> int:
+    checkpoint = plan.checkpoint
+    files = (
+        [checkpoint.folder / checkpoint.gguf_file] if checkpoint.gguf_file else checkpoint.folder.glob("*.safetensors")
+    )
+    adapter = target.adapter.glob("*.safetensors") if target.adapter else []
+    return sum(path.stat().st_size for path in [*files, *adapter])
+
+
+def _result(
+    measured: _Measured, reference: _Measured | None, material: _Material, recipe: Recipe, metrics: Sequence[str]
+) -> TargetResult:
+    likelihood, seed = measured.likelihood, recipe.seed
+    rows = len(material.passages)
+    result: dict[str, Any] = {
+        "name": measured.name,
+        "perplexity": likelihood.perplexity(),
+        "perplexity_interval": _score(interval(likelihood.perplexity, rows, seed=seed)),
+        "bits_per_byte": float(likelihood.nll.sum() / np.log(2) / material.text_bytes),
+        "eval_tokens": int(likelihood.tokens.sum()),
+        "scores": {n: _score(score(n, measured.answers, pattern=recipe.eval.regex, seed=seed)) for n in metrics},
+        "by_source": _by_source(likelihood, material),
+        **measured.figures,
+    }
+    if likelihood.divergence is not None:
+        kl, agrees = likelihood.divergence.kl, likelihood.divergence.agrees
+        result |= {"kl_mean": kl.mean(), "kl_p99": np.percentile(kl, 99), "top1_agreement": agrees.mean()}
+        result["kl_tokens"] = len(kl)
+    if reference is measured:
+        result |= {"kl_mean": 0.0, "kl_p99": 0.0, "top1_agreement": 1.0}
+    elif reference is not None:
+        theirs = reference.likelihood.perplexity
+        change = change_interval(
+            lambda drawn: likelihood.perplexity(drawn) / theirs(drawn), lambda _: 1.0, rows, seed=seed
+        )
+        result["perplexity_change"] = _score(change)
+        result["score_changes"] = {
+            n: _score(score_change(n, measured.answers, reference.answers, pattern=recipe.eval.regex, seed=seed))
+            for n in metrics
+        }
+    return TargetResult(**result)
+
+
+def _score(found: Interval) -> Score:
+    return Score(value=found.value, low=found.low, high=found.high)
+
+
+def _by_source(likelihood: Likelihood, material: _Material) -> list[SourceResult]:
+    numbers = np.array([passage.source for passage in material.passages])
+    found = []
+    for number in np.unique(numbers):
+        rows = np.flatnonzero(numbers == number)
+        found.append(
+            SourceResult(
+                source=material.sources[int(number)],
+                perplexity=likelihood.perplexity(rows),
+                eval_tokens=int(likelihood.tokens[rows].sum()),
+            )
+        )
+    return found
+
+
+def _write(out: Path, document: EvalDocument, measured: Sequence[_Measured], material: _Material) -> None:
+    """eval.json, and each target's answers as JSONL."""
+    for one in measured:
+        if one.answers:
+            name = "".join(c if c.isalnum() or c in "-._@" else "_" for c in one.name)
+            write_text(out / "answers" / f"{name}.jsonl", as_jsonl(one.answers, material.place))
+    write_json(out / "eval.json", document.model_dump(mode="json"))
+
+
+def default_out(names: Sequence[str]) -> Path | None:
+    """Where results go unless the user says: into the first run among the targets."""
+    runs = [Path(name.rpartition("@")[0] or name) for name in names]
+    return next((run / "eval" for run in runs if Run(run).manifest()), None)

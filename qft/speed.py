@@ -1,0 +1,54 @@
+"""How fast a model reads a prompt and writes an answer, in tokens per second."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+__all__ = ["decode_speed", "prefill_speed"]
+
+
+def prefill_speed(model: Any, prompt: Sequence[int], *, repeats: int = 3) -> float:
+    """Tokens per second of reading `prompt`, the best of `repeats` after one more to warm up."""
+    ids = torch.tensor([list(prompt)], device=next(model.parameters()).device)
+
+    def read() -> None:
+        with torch.inference_mode():
+            model(input_ids=ids, use_cache=True, logits_to_keep=1)
+
+    return len(prompt) / min(_seconds(read) for _ in range(repeats + 1))
+
+
+def decode_speed(model: Any, prompt: Sequence[int], *, tokens: int = 32) -> float:
+    """Tokens per second of writing `tokens` tokens after `prompt`, one row, reading the prompt left out."""
+    ids = torch.tensor([list(prompt)], device=next(model.parameters()).device)
+
+    def write(count: int) -> float:
+        settings = GenerationConfig(max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0)
+
+        def once() -> None:
+            with torch.inference_mode():
+                model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+
+        return _seconds(once)
+
+    write(1)
+    short = write(1)
+    return tokens / max(write(tokens + 1) - short, 1e-9)
+
+
+def _seconds(work: Any) -> float:
+    _wait()
+    started = time.perf_counter()
+    work()
+    _wait()
+    return time.perf_counter() - started
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -1,0 +1,144 @@
+"""What `qft eval` compares: `PATH` or `PATH@VARIANT`, told apart and loaded.
+
+PATH is a recipe, a run folder, or a model (hub id, folder, .gguf file, package:NAME/FILE). VARIANT is one of VARIANTS.
+Without one, a run is its adapter on its base, a recipe its base as it is held, and a model what it is.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+
+from qft.checkpoints import Checkpoint
+from qft.errors import MissingError, ModelError, RecipeError
+from qft.models import load_base, settle
+from qft.plan import ModelPlan, plan_model
+from qft.recipe import LoadedRecipe, load
+from qft.recipe.load import from_values
+from qft.recipe.schema import QuantSection, Recipe
+from qft.runs import Run
+
+__all__ = ["VARIANTS", "Target", "load_target", "parse_target"]
+
+UNQUANTIZED = QuantSection()
+FOUR_BIT = QuantSection(mode="4bit")
+
+VARIANTS: dict[str, tuple[QuantSection, str]] = {
+    "base": (UNQUANTIZED, "auto"),
+    "float32": (UNQUANTIZED, "float32"),
+    "bfloat16": (UNQUANTIZED, "bfloat16"),
+    "float16": (UNQUANTIZED, "float16"),
+    "nf4": (FOUR_BIT, "auto"),
+    "fp4": (FOUR_BIT.model_copy(update={"quant_type": "fp4"}), "auto"),
+    "8bit": (QuantSection(mode="8bit"), "auto"),
+    "merged": (UNQUANTIZED, "auto"),
+}
+"""How to hold the base, and the dtype of what is not quantized. merged: the adapter added to 16-bit weights."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """One model to evaluate."""
+
+    name: str
+    loaded: LoadedRecipe
+    """A recipe whose model and quant sections say how the base is held."""
+    has_recipe: bool
+    """Whether the recipe is the user's, so that its data and eval sections say something."""
+    adapter: Path | None = None
+    merged: bool = False
+
+    def plan(self) -> ModelPlan:
+        return plan_model(self.loaded)
+
+
+def parse_target(text: str, *, adapter: Path | None, data: str | None) -> Target:
+    """Tell what `text` names. Raises RecipeError, or MissingError for what is not there.
+
+    `adapter` is put on a model that brings none; `data` stands in for the recipe that a model has not."""
+    path, at, variant = text.rpartition("@")
+    if not at or variant not in VARIANTS:
+        if at and "/" not in variant and not Path(text).exists():
+            raise RecipeError(f"{text}: {variant} is none of the variants {', '.join(VARIANTS)}")
+        path, variant = text, ""
+    loaded, own_adapter = _find(path, data)
+    adapter = adapter or own_adapter
+    if variant and variant != "merged":
+        adapter = None
+    if variant == "merged" and adapter is None:
+        raise RecipeError(f"{text}: there is no adapter to merge; name a run, or give --adapter")
+    if adapter is not None and not (adapter / "adapter_config.json").is_file():
+        raise MissingError(f"{adapter}: holds no adapter (adapter_config.json)")
+    return Target(
+        name=text,
+        loaded=_held_as(loaded, variant),
+        has_recipe=Path(path).suffix in {".yaml", ".yml"} or bool(Run(Path(path)).manifest()),
+        adapter=adapter,
+        merged=variant == "merged",
+    )
+
+
+def load_target(target: Target, plan: ModelPlan) -> Any:
+    """The model, ready to evaluate. Raises ModelError if the adapter belongs to another base."""
+    model = load_base(plan)
+    if target.adapter is not None:
+        _require_same_base(target.adapter, plan.checkpoint)
+        model = _with_adapter(model, target.adapter)
+        if target.merged:
+            model = model.merge_and_unload()
+    settle(model, plan.scheme)
+    return model.eval()
+
+
+def _find(path: str, data: str | None) -> tuple[LoadedRecipe, Path | None]:
+    """The recipe behind `path` and the adapter that lies with it."""
+    run = Run(Path(path))
+    if run.manifest():
+        loaded = load(run.folder / "recipe.yaml")
+        if run.full_model.is_dir():
+            model = loaded.recipe.model.model_copy(update={"path": str(run.full_model.resolve())})
+            return LoadedRecipe(loaded.recipe.model_copy(update={"model": model}), loaded.tree), None
+        if not run.adapter.is_dir():
+            raise MissingError(f"{path}: the run has no adapter; it did not complete")
+        return loaded, run.adapter
+    if Path(path).suffix in {".yaml", ".yml"}:
+        return load(Path(path)), None
+    if data is None:
+        raise RecipeError(f"{path}: a model has no rows of its own; give --data FILE")
+    return from_values({"model": {"path": path}, "data": {"train": data}, "output_dir": "."}), None
+
+
+def _held_as(loaded: LoadedRecipe, variant: str) -> LoadedRecipe:
+    """The recipe with its base held as the variant says; without one, as it says itself."""
+    recipe = loaded.recipe
+    if variant:
+        quant, dtype = VARIANTS[variant]
+        model = recipe.model.model_copy(update={"dtype": dtype})
+        recipe = recipe.model_copy(update={"quant": quant, "model": model})
+    # Whether weights are trained decides the dtype that `auto` stands for; here none are.
+    adapter = recipe.adapter.model_copy(update={"kind": "lora"})
+    return LoadedRecipe(Recipe.model_copy(recipe, update={"adapter": adapter}), loaded.tree)
+
+
+def _require_same_base(adapter: Path, checkpoint: Checkpoint) -> None:
+    """An adapter of a run knows the hashes of its base."""
+    known = Run(adapter.parent).manifest().get("base", {}).get("sha256")
+    if known and known != checkpoint.digests():
+        raise ModelError(f"{adapter}: was trained on another base than {checkpoint.path} (their hashes differ)")
+
+
+def _with_adapter(model: Any, adapter: Path) -> Any:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        try:
+            return PeftModel.from_pretrained(model, str(adapter))
+        except (ValueError, RuntimeError, KeyError, UserWarning) as error:
+            kind = json.loads((adapter / "adapter_config.json").read_text("utf-8")).get("base_model_name_or_path")
+            raise ModelError(
+                f"{adapter}: does not fit this base (it names {kind!r} as its own): {str(error).splitlines()[0]}"
+            ) from error

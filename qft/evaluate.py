@@ -28,6 +28,7 @@ from qft.plan import ModelPlan
 from qft.recipe import Recipe
 from qft.recipe.schema import Source
 from qft.report.evaluation import EvalDocument, Score, SourceResult, TargetResult
+from qft.report.html import TargetAnswer, evaluation_page
 from qft.report.live import View
 from qft.runs import Run
 from qft.scores import Answer, answer_rows, as_jsonl, missing_packages, score, score_change
@@ -103,14 +104,15 @@ def evaluate(names: Sequence[str], options: EvalOptions, view: View) -> EvalDocu
     targets = _targets(names, options)
     if options.layers and options.reference is None:
         raise RecipeError("--layers compares with a reference: give --reference TARGET, an unquantized one")
-    recipe = next((t.loaded.recipe for t in targets if t.has_recipe), targets[0].loaded.recipe)
+    first = next((target for target in targets if target.has_recipe), targets[0])
+    recipe = first.loaded.recipe
     metrics = tuple(dict.fromkeys((*recipe.eval.metrics, *options.metrics)))
     if problems := [f"{name}: {text}" for name, text in missing_packages(metrics)]:
         raise RecipeError(problems)
     view.note("Reading the configurations and the rows")
     plans = [target.plan() for target in targets]
     _require_one_tokenizer(targets, plans)
-    material = _material(recipe, plans[0].tokenizer, options, needs_rows=bool(metrics))
+    material = _material(first, plans[0].tokenizer, options, needs_rows=bool(metrics))
     set_seed(recipe.seed)
     measured: list[_Measured] = []
     reference: _Measured | None = None
@@ -167,16 +169,28 @@ def _require_one_tokenizer(targets: list[Target], plans: list[ModelPlan]) -> Non
 
 
 def _material(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, options: EvalOptions, *, needs_rows: bool
+    target: Target, tokenizer: PreTrainedTokenizerBase, options: EvalOptions, *, needs_rows: bool
 ) -> _Material:
-    if options.data and Path(options.data).suffix.lower() in TEXT_SUFFIXES:
-        if needs_rows:
-            raise DataError(f"{options.data}: plain text has no answers to score; leave the metrics away")
-        return _windowed(Path(options.data), tokenizer, options)
-    prepared, rows = _held_out(recipe, tokenizer, options.data)
-    passages = [Passage(row["input_ids"], row["labels"], row["source"]) for row in rows]
-    sources = [facts.path for facts in prepared.sources]
-    return _Material(passages, sources, _text_bytes(passages, tokenizer), rows, prepared, windowed=False)
+    """What to score and to answer: the rows of --data or else those held out; a plain text is scored in windows, and
+    the answers are then those to the recipe's held-out rows."""
+    recipe = target.loaded.recipe
+    if not options.data or Path(options.data).suffix.lower() not in TEXT_SUFFIXES:
+        prepared, rows = _held_out(recipe, tokenizer, options.data)
+        passages = [Passage(row["input_ids"], row["labels"], row["source"]) for row in rows]
+        sources = [facts.path for facts in prepared.sources]
+        return _Material(passages, sources, _text_bytes(passages, tokenizer), rows, prepared, windowed=False)
+    if needs_rows and not target.has_recipe:
+        raise DataError(f"{options.data}: plain text has no answers to score; leave the metrics away, or name a run")
+    passages = _windowed(Path(options.data), tokenizer, options)
+    prepared_rows = _held_out(recipe, tokenizer, None) if needs_rows else (None, None)
+    return _Material(
+        passages,
+        [options.data],
+        _text_bytes(passages, tokenizer),
+        rows=prepared_rows[1],
+        prepared=prepared_rows[0],
+        windowed=True,
+    )
 
 
 def _held_out(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: str | None) -> tuple[Prepared, Dataset]:
@@ -192,7 +206,7 @@ def _held_out(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: str | No
     return prepared, prepared.eval
 
 
-def _windowed(path: Path, tokenizer: PreTrainedTokenizerBase, options: EvalOptions) -> _Material:
+def _windowed(path: Path, tokenizer: PreTrainedTokenizerBase, options: EvalOptions) -> list[Passage]:
     if not path.is_file():
         raise MissingError(f"{path}: no such file")
     try:
@@ -204,8 +218,7 @@ def _windowed(path: Path, tokenizer: PreTrainedTokenizerBase, options: EvalOptio
         raise DataError(f"{path}: holds no text to score")
     if not 1 <= options.stride <= options.window:
         raise RecipeError(f"--stride {options.stride}: is between 1 and --window, which is {options.window}")
-    passages = windows(ids, options.window, options.stride)
-    return _Material(passages, [str(path)], _text_bytes(passages, tokenizer), None, None, windowed=True)
+    return windows(ids, options.window, options.stride)
 
 
 def _text_bytes(passages: Sequence[Passage], tokenizer: Any) -> int:
@@ -343,12 +356,20 @@ def _by_source(likelihood: Likelihood, material: _Material) -> list[SourceResult
 
 
 def _write(out: Path, document: EvalDocument, measured: Sequence[_Measured], material: _Material) -> None:
-    """eval.json, and each target's answers as JSONL."""
+    """eval.json, report.html, and each target's answers as JSONL."""
+    shown: dict[str, list[TargetAnswer]] = {}
     for one in measured:
         if one.answers:
             name = "".join(c if c.isalnum() or c in "-._@" else "_" for c in one.name)
             write_text(out / "answers" / f"{name}.jsonl", as_jsonl(one.answers, material.place))
+            shown[one.name] = [_shown(answer, material) for answer in one.answers]
+    write_text(out / "report.html", evaluation_page(document, shown))
     write_json(out / "eval.json", document.model_dump(mode="json"))
+
+
+def _shown(answer: Answer, material: _Material) -> TargetAnswer:
+    place = material.place(answer.source, answer.row)
+    return TargetAnswer(place, answer.prompt, answer.expected, answer.given, answer.right)
 
 
 def default_out(names: Sequence[str]) -> Path | None:

@@ -7,6 +7,7 @@ checkpoints/     checkpoint-N, to resume from
 adapter/         the adapter in peft's layout (model/ when all weights were trained)
 events/          TensorBoard events
 answers/         the held-out rows' answers, before and after
+report.html      what was measured, with pictures; one file that needs no network
 report.json      what was measured; written last, so a run with a report is complete
 """
 
@@ -65,6 +66,10 @@ class Run:
     @property
     def answers(self) -> Path:
         return self.folder / "answers"
+
+    @property
+    def page(self) -> Path:
+        return self.folder / "report.html"
 
     @property
     def report(self) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,10 @@ from qft.report.document import (
     Phases,
     Report,
 )
+from qft.report.html import AnswerPair, training_page
 from qft.report.live import View
 from qft.runs import Run, check_folder, record_base, start_run
-from qft.scores import answer_rows, as_jsonl, missing_packages, score
+from qft.scores import Answer, answer_rows, as_jsonl, missing_packages, score
 from qft.steps import Step
 from qft.trainer import QftTrainer
 
@@ -57,13 +59,15 @@ def train(loaded: LoadedRecipe, view: View, *, resume: bool = False, overwrite: 
         raise RecipeError(missing)
     run = start_run(plan, resume=resume, overwrite=overwrite)
     try:
-        report = _Training(plan, run, view, started).run_all(resume=resume)
+        training = _Training(plan, run, view, started)
+        report = training.run_all(resume=resume)
     except KeyboardInterrupt:
         run.set_status("interrupted")
         raise
     except BaseException as error:
         run.set_status("failed", error=f"{type(error).__name__}: {error}")
         raise
+    write_text(run.page, training_page(report, training.answer_pairs()))
     write_json(run.report, report.model_dump(mode="json"))
     run.set_status("complete")
     return report
@@ -80,6 +84,8 @@ class _Training:
     checkpointing: tuple[int, float] | None = None
     steps: list[Step] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
+    answers: dict[str, list[Answer]] = field(default_factory=dict)
+    """To the held-out rows, by the moment: before, step-N, after."""
 
     def run_all(self, *, resume: bool) -> Report:
         plan, recipe = self.plan, self.plan.recipe
@@ -194,8 +200,26 @@ class _Training:
                 batch_size=settings.batch_size,
                 samples=settings.samples,
             )
+        self.answers[moment] = answers
         write_text(self.run.answers / f"{moment}.jsonl", as_jsonl(answers, plan.data.place))
         return {name: score(name, answers, pattern=settings.regex).value for name in settings.metrics}
+
+    def answer_pairs(self) -> list[AnswerPair]:
+        """The answers before and after, side by side; a resumed run has none from before."""
+        after = self.answers.get("after", [])
+        before: Sequence[Answer | None] = self.answers.get("before") or [None] * len(after)
+        return [
+            AnswerPair(
+                place=self.plan.data.place(new.source, new.row),
+                prompt=new.prompt,
+                expected=new.expected,
+                before=old.given if old else None,
+                after=new.given,
+                before_right=old.right if old else None,
+                after_right=new.right,
+            )
+            for old, new in zip(before, after, strict=True)
+        ]
 
     def _evaluation(self, step: int, loss: float, tokens: int, scores: dict[str, float]) -> Evaluation:
         rows = len(self._held_out)

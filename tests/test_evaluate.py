@@ -179,6 +179,7 @@ def test_a_run_is_compared_with_its_base_in_one_command(run_folder: Path, tmp_pa
     assert adapter.score_changes["rouge_l"].value == pytest.approx(
         adapter.scores["rouge_l"].value - base.scores["rouge_l"].value
     )
+    assert "merged" in (tmp_path / "out" / "report.html").read_text()
     written = json.loads((tmp_path / "out" / "eval.json").read_text())
     assert written == document.model_dump(mode="json")
     assert len(list((tmp_path / "out" / "answers").glob("*.jsonl"))) == 6
@@ -213,6 +214,15 @@ def test_other_rows_are_told_apart_by_source_and_scored_on_request(run_folder: P
     assert [source.source for source in result.by_source] == [str(rows)]
     assert result.by_source[0].perplexity == result.perplexity
     assert "f1_macro" in result.scores
+
+
+def test_a_text_is_scored_beside_the_answers_to_the_held_out_rows(run_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+    document = measured(run_folder, data=str(tmp_path / "text.txt"), window=64, stride=32)
+    [result] = document.targets
+    assert (document.window, document.stride) == (64, 32)
+    assert result.eval_tokens == len(TEXT.encode()) - 1
+    assert result.scores.keys() == {"exact_match", "rouge_l"}
 
 
 def test_what_cannot_be_evaluated_is_one_clear_message(

@@ -171,6 +171,7 @@ ELSEWHERE = {
     "train.on_nonfinite": test_train.test_skipped_updates_are_counted_and_change_nothing,
     "eval.metrics": test_train.test_generated_answers_are_scored_and_kept,
     "eval.samples": test_train.test_generated_answers_are_scored_and_kept,
+    "eval.regex": test_train.test_generated_answers_are_scored_and_kept,
     "eval.max_new_tokens": test_models.test_answers_come_in_batches_and_end_at_the_limit,
     "eval.batch_size": test_models.test_answers_come_in_batches_and_end_at_the_limit,
 }

@@ -308,13 +308,14 @@ def test_generated_answers_are_scored_and_kept(recipe_file: RecipeFile, chat_fil
             model={"dtype": "float32"},
             data={"train": str(tmp_path / "one.jsonl"), "eval": str(tmp_path / "one.jsonl")},
             train=HARD | {"max_steps": 40, "learning_rate": 2e-2},
-            eval={"metrics": ["exact_match"], "max_new_tokens": 8, "samples": 3},
+            eval={"metrics": ["exact_match", "regex"], "regex": "^y", "max_new_tokens": 8, "samples": 3},
         )
     )
     assert report.eval.before is not None
-    assert report.eval.before.scores == {"exact_match": 0.0}
+    assert report.eval.before.scores == {"exact_match": 0.0, "regex": 0.0}
     assert report.eval.after is not None
-    assert report.eval.after.scores == {"exact_match": 1.0}
+    assert report.eval.after.scores == {"exact_match": 1.0, "regex": 1.0}
+    assert (tmp_path / "run" / "report.html").read_text().startswith("<!doctype html>")
     lines = (tmp_path / "run" / "answers" / "after.jsonl").read_text().splitlines()
     assert [json.loads(line)["given"] for line in lines] == ["yo"] * 3
 

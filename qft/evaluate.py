@@ -265,7 +265,7 @@ def _measure(
             "disk_bytes": _disk_bytes(target, plan),
         }
         peak = meter.peak()
-        figures["peak_bytes"] = peak.gpu if meter.on_gpu else max(peak.host - before.host, 0)
+        figures["peak_bytes"] = max(peak.gpu - before.gpu if meter.on_gpu else peak.host - before.host, 0)
     return _Measured(target.name, likelihood, answers, model, figures)
 
 

@@ -74,7 +74,7 @@ class TargetResult(Part):
     decode_tokens_per_second: float
     """Writing an answer, one row at a time."""
     peak_bytes: int
-    """Largest memory while it was evaluated: of the GPU, or of the process beyond its start on a CPU."""
+    """Largest memory while it was evaluated, beyond what was held before it was loaded; of the GPU or the process."""
     weight_bytes: int
     """Weights in memory, scales included."""
     disk_bytes: int

@@ -7,8 +7,8 @@ checkpoints/     checkpoint-N, to resume from
 adapter/         the adapter in peft's layout (model/ when all weights were trained)
 events/          TensorBoard events
 answers/         the held-out rows' answers, before and after
-report.html      what was measured, with pictures; one file that needs no network
-report.json      what was measured; written last, so a run with a report is complete
+report.json      what was measured; written once all of the above is there
+report.html      the same with pictures; one file that needs no network
 """
 
 from __future__ import annotations

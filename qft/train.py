@@ -67,9 +67,9 @@ def train(loaded: LoadedRecipe, view: View, *, resume: bool = False, overwrite: 
     except BaseException as error:
         run.set_status("failed", error=f"{type(error).__name__}: {error}")
         raise
-    write_text(run.page, training_page(report, training.answer_pairs()))
     write_json(run.report, report.model_dump(mode="json"))
     run.set_status("complete")
+    write_text(run.page, training_page(report, training.answer_pairs()))  # last: a picture must not cost a result
     return report
 
 

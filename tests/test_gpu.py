@@ -10,6 +10,7 @@ import pytest
 import torch
 from test_train import HARD, MODES, plain_loss
 
+from qft.evaluate import EvalOptions, evaluate
 from qft.models import attach_adapter, load_base
 from qft.plan import make_plan
 from qft.recipe import load
@@ -94,3 +95,16 @@ def test_the_evaluated_loss_on_a_gpu_is_the_plain_one(recipe_file: RecipeFile, c
     model = load_base(plan).cpu()
     assert report.eval.before is not None
     assert report.eval.before.loss == pytest.approx(plain_loss(model, plan.data.eval), rel=1e-3)
+
+
+def test_models_are_compared_on_the_gpu(tiny_model: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 20)
+    names = [f"{tiny_model}@{variant}" for variant in ("float32", "nf4", "8bit")]
+    options = EvalOptions(data=str(text), reference=names[0], window=128, stride=64, layers=True)
+    reference, nf4, int8 = evaluate(names, options, View()).targets
+    assert nf4.kl_mean is not None
+    assert int8.kl_mean is not None
+    assert 0 < int8.kl_mean < nf4.kl_mean
+    assert nf4.weight_bytes < int8.weight_bytes < reference.weight_bytes <= reference.peak_bytes
+    assert len(nf4.layers) == 15

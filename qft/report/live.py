@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from contextlib import AbstractContextManager
@@ -63,7 +64,7 @@ class LineView(View):
     def __init__(self, console: Console, every: float = 5.0) -> None:
         self.console, self.every = console, every
         self.steps = 0
-        self._last = 0.0
+        self._last = -math.inf
 
     def note(self, text: str) -> None:
         self.console.print(text, highlight=False, soft_wrap=True)

@@ -12,33 +12,30 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import set_seed
 
 from qft.data.batch import pad_token_id
-from qft.data.prepare import Prepared, prepare
-from qft.errors import DataError, MissingError, ModelError, RecipeError
+from qft.errors import ModelError, RecipeError
 from qft.files import require_free_space, write_json, write_text
 from qft.layers import layer_errors
-from qft.likelihood import Likelihood, LogProbs, Passage, measure, windows
+from qft.likelihood import Likelihood, LogProbs, measure
 from qft.machine import versions
+from qft.material import Material, gather
 from qft.memory.meter import Meter, weight_bytes
 from qft.models import memory_guard
 from qft.plan import ModelPlan
 from qft.recipe import Recipe
-from qft.recipe.schema import Source
 from qft.report.evaluation import EvalDocument, Score, SourceResult, TargetResult
 from qft.report.html import TargetAnswer, evaluation_page
 from qft.report.live import View
 from qft.runs import Run
-from qft.scores import Answer, answer_rows, as_jsonl, missing_packages, score, score_change
+from qft.scores import SCORES, Answer, answer_rows, as_jsonl, missing_packages, score, score_change
 from qft.speed import decode_speed, prefill_speed
 from qft.statistics import Interval, change_interval, interval
 from qft.targets import Target, load_target, parse_target
 
 __all__ = ["EvalOptions", "default_out", "evaluate"]
 
-TEXT_SUFFIXES = {".txt", ".md"}
 LAYER_TOKENS = 2048
 """Tokens on whose activations layers are compared."""
 
@@ -67,22 +64,6 @@ class EvalOptions:
     out: Path | None = None
 
 
-@dataclass(frozen=True)
-class _Material:
-    """What every target is asked: passages to score, and rows to answer."""
-
-    passages: list[Passage]
-    sources: list[str]
-    text_bytes: int
-    """Bytes of the scored tokens' text."""
-    rows: Dataset | None
-    prepared: Prepared | None
-    windowed: bool
-
-    def place(self, source: int, row: int) -> str:
-        return self.prepared.place(source, row) if self.prepared else ""
-
-
 @dataclass
 class _Measured:
     """One target, as measured; what the comparison still needs is kept."""
@@ -107,12 +88,19 @@ def evaluate(names: Sequence[str], options: EvalOptions, view: View) -> EvalDocu
     first = next((target for target in targets if target.has_recipe), targets[0])
     recipe = first.loaded.recipe
     metrics = tuple(dict.fromkeys((*recipe.eval.metrics, *options.metrics)))
-    if problems := [f"{name}: {text}" for name, text in missing_packages(metrics)]:
-        raise RecipeError(problems)
+    _require_metrics(metrics, recipe)
     view.note("Reading the configurations and the rows")
     plans = [target.plan() for target in targets]
     _require_one_tokenizer(targets, plans)
-    material = _material(first, plans[0].tokenizer, options, needs_rows=bool(metrics))
+    material = gather(
+        recipe,
+        plans[0].tokenizer,
+        data=options.data,
+        window=options.window,
+        stride=options.stride,
+        with_answers=bool(metrics),
+        holds_rows_out=first.has_recipe,
+    )
     set_seed(recipe.seed)
     measured: list[_Measured] = []
     reference: _Measured | None = None
@@ -127,8 +115,8 @@ def evaluate(names: Sequence[str], options: EvalOptions, view: View) -> EvalDocu
                     found.figures["layers"] = layer_errors(reference.model, found.model, _batches(material, plan))
             if target.name == options.reference:
                 reference = found
-            else:
-                found.model = None
+            if found is not reference or not options.layers:
+                found.model = None  # only layers need two models at once
             measured.append(found)
             view.note(f"  perplexity {found.likelihood.perplexity():.3f} over {found.likelihood.tokens.sum():,} tokens")
     document = EvalDocument(
@@ -146,6 +134,15 @@ def evaluate(names: Sequence[str], options: EvalOptions, view: View) -> EvalDocu
     if options.out:
         _write(options.out, document, measured, material)
     return document
+
+
+def _require_metrics(metrics: Sequence[str], recipe: Recipe) -> None:
+    problems = [f"--metric {name}: is none of {', '.join(SCORES)}" for name in metrics if name not in SCORES]
+    if "regex" in metrics and recipe.eval.regex is None:
+        problems.append("--metric regex: looks for eval.regex, which only a recipe has")
+    problems += [f"{name}: {text}" for name, text in missing_packages(metrics)]
+    if problems:
+        raise RecipeError(problems)
 
 
 def _targets(names: Sequence[str], options: EvalOptions) -> list[Target]:
@@ -168,67 +165,8 @@ def _require_one_tokenizer(targets: list[Target], plans: list[ModelPlan]) -> Non
             )
 
 
-def _material(
-    target: Target, tokenizer: PreTrainedTokenizerBase, options: EvalOptions, *, needs_rows: bool
-) -> _Material:
-    """What to score and to answer: the rows of --data or else those held out; a plain text is scored in windows, and
-    the answers are then those to the recipe's held-out rows."""
-    recipe = target.loaded.recipe
-    if not options.data or Path(options.data).suffix.lower() not in TEXT_SUFFIXES:
-        prepared, rows = _held_out(recipe, tokenizer, options.data)
-        passages = [Passage(row["input_ids"], row["labels"], row["source"]) for row in rows]
-        sources = [facts.path for facts in prepared.sources]
-        return _Material(passages, sources, _text_bytes(passages, tokenizer), rows, prepared, windowed=False)
-    if needs_rows and not target.has_recipe:
-        raise DataError(f"{options.data}: plain text has no answers to score; leave the metrics away, or name a run")
-    passages = _windowed(Path(options.data), tokenizer, options)
-    prepared_rows = _held_out(recipe, tokenizer, None) if needs_rows else (None, None)
-    return _Material(
-        passages,
-        [options.data],
-        _text_bytes(passages, tokenizer),
-        rows=prepared_rows[1],
-        prepared=prepared_rows[0],
-        windowed=True,
-    )
-
-
-def _held_out(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: str | None) -> tuple[Prepared, Dataset]:
-    """The rows of `data`, or those that the recipe holds out."""
-    if data:
-        source = Source(path=str(Path(data).resolve()) if Path(data).exists() else data)
-        section = recipe.data.model_copy(update={"train": (source,), "eval": (), "eval_fraction": 0.0})
-        prepared = prepare(recipe.model_copy(update={"data": section}), tokenizer)
-        return prepared, prepared.train
-    prepared = prepare(recipe, tokenizer)
-    if prepared.eval is None:
-        raise DataError("the recipe holds no rows out: set data.eval or data.eval_fraction, or give --data FILE")
-    return prepared, prepared.eval
-
-
-def _windowed(path: Path, tokenizer: PreTrainedTokenizerBase, options: EvalOptions) -> list[Passage]:
-    if not path.is_file():
-        raise MissingError(f"{path}: no such file")
-    try:
-        text = path.read_text("utf-8-sig")
-    except UnicodeDecodeError:
-        raise DataError(f"{path}: not UTF-8 text") from None
-    ids = list(tokenizer(text).input_ids)
-    if len(ids) < 2:
-        raise DataError(f"{path}: holds no text to score")
-    if not 1 <= options.stride <= options.window:
-        raise RecipeError(f"--stride {options.stride}: is between 1 and --window, which is {options.window}")
-    return windows(ids, options.window, options.stride)
-
-
-def _text_bytes(passages: Sequence[Passage], tokenizer: Any) -> int:
-    """Bytes of the text whose tokens are scored."""
-    scored = [[label for label in passage.labels[1:] if label >= 0] for passage in passages]
-    return sum(len(tokenizer.decode(ids).encode()) for ids in scored)
-
-
 @contextmanager
-def _log_probs(material: _Material, plan: ModelPlan, options: EvalOptions) -> Iterator[LogProbs | None]:
+def _log_probs(material: Material, plan: ModelPlan, options: EvalOptions) -> Iterator[LogProbs | None]:
     """Room on disk for the reference's distributions; None without a reference."""
     if options.reference is None:
         yield None
@@ -243,7 +181,7 @@ def _log_probs(material: _Material, plan: ModelPlan, options: EvalOptions) -> It
 def _measure(
     target: Target,
     plan: ModelPlan,
-    material: _Material,
+    material: Material,
     recipe: Recipe,
     metrics: Sequence[str],
     options: EvalOptions,
@@ -269,7 +207,7 @@ def _measure(
     return _Measured(target.name, likelihood, answers, model, figures)
 
 
-def _batches(material: _Material, plan: ModelPlan) -> list[dict[str, torch.Tensor]]:
+def _batches(material: Material, plan: ModelPlan) -> list[dict[str, torch.Tensor]]:
     """Some of the passages, on the device: enough tokens to tell layers apart."""
     batches, tokens = [], 0
     for passage in material.passages:
@@ -281,7 +219,7 @@ def _batches(material: _Material, plan: ModelPlan) -> list[dict[str, torch.Tenso
     return batches
 
 
-def _answers(model: Any, plan: ModelPlan, material: _Material, recipe: Recipe) -> list[Answer]:
+def _answers(model: Any, plan: ModelPlan, material: Material, recipe: Recipe) -> list[Answer]:
     settings = recipe.eval
     return answer_rows(
         model,
@@ -303,7 +241,7 @@ def _disk_bytes(target: Target, plan: ModelPlan) -> int:
 
 
 def _result(
-    measured: _Measured, reference: _Measured | None, material: _Material, recipe: Recipe, metrics: Sequence[str]
+    measured: _Measured, reference: _Measured | None, material: Material, recipe: Recipe, metrics: Sequence[str]
 ) -> TargetResult:
     likelihood, seed = measured.likelihood, recipe.seed
     rows = len(material.passages)
@@ -340,7 +278,7 @@ def _score(found: Interval) -> Score:
     return Score(value=found.value, low=found.low, high=found.high)
 
 
-def _by_source(likelihood: Likelihood, material: _Material) -> list[SourceResult]:
+def _by_source(likelihood: Likelihood, material: Material) -> list[SourceResult]:
     numbers = np.array([passage.source for passage in material.passages])
     found = []
     for number in np.unique(numbers):
@@ -355,7 +293,7 @@ def _by_source(likelihood: Likelihood, material: _Material) -> list[SourceResult
     return found
 
 
-def _write(out: Path, document: EvalDocument, measured: Sequence[_Measured], material: _Material) -> None:
+def _write(out: Path, document: EvalDocument, measured: Sequence[_Measured], material: Material) -> None:
     """eval.json, report.html, and each target's answers as JSONL."""
     shown: dict[str, list[TargetAnswer]] = {}
     for one in measured:
@@ -367,7 +305,7 @@ def _write(out: Path, document: EvalDocument, measured: Sequence[_Measured], mat
     write_json(out / "eval.json", document.model_dump(mode="json"))
 
 
-def _shown(answer: Answer, material: _Material) -> TargetAnswer:
+def _shown(answer: Answer, material: Material) -> TargetAnswer:
     place = material.place(answer.source, answer.row)
     return TargetAnswer(place, answer.prompt, answer.expected, answer.given, answer.right)
 

@@ -244,6 +244,8 @@ def test_what_cannot_be_evaluated_is_one_clear_message(
     assert "no answers to score" in message(tiny_model, code=5, data=str(text), metrics=("exact_match",))
     assert "holds no rows out" in message(recipe_file(), code=5)
     assert "--stride" in message(tiny_model, code=2, data=str(text), window=10, stride=20)
+    assert "is none of exact_match" in message(run_folder, code=2, metrics=("bleu",))
+    assert "eval.regex" in message(run_folder, code=2, metrics=("regex",))
     (tmp_path / "empty.txt").touch()
     assert "no text to score" in message(tiny_model, code=5, data=str(tmp_path / "empty.txt"))
 

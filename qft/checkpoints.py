@@ -27,7 +27,7 @@ __all__ = ["Checkpoint", "find_checkpoint", "load_tokenizer"]
 
 # Everything a model needs beside its weights; pickles are not among them.
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]
-WEIGHTS = ["*.safetensors"]
+WEIGHTS = "*.safetensors"
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,17 @@ class Checkpoint:
     def with_weights(self) -> Checkpoint:
         """The same, once the weights of a hub model have been downloaded."""
         if self.hub_id:
-            _snapshot(self.hub_id, self.commit, SMALL_FILES + WEIGHTS)
+            _snapshot(self.hub_id, self.commit, [*SMALL_FILES, WEIGHTS])
         return self
+
+    def weight_files(self) -> list[Path]:
+        """The files that hold its weights."""
+        return [self.folder / self.gguf_file] if self.gguf_file else sorted(self.folder.glob(WEIGHTS))
 
     def digests(self) -> dict[str, str]:
         """SHA-256 of each file that defines the model, by name."""
-        names = [self.gguf_file] if self.gguf_file else sorted(p.name for p in _files(self.folder, "*.json", *WEIGHTS))
-        return {name: _digest(self.folder / name) for name in names}
+        described = [] if self.gguf_file else sorted(self.folder.glob("*.json"))
+        return {path.name: _digest(path) for path in [*described, *self.weight_files()]}
 
 
 def find_checkpoint(recipe: Recipe) -> Checkpoint:
@@ -70,13 +74,13 @@ def find_checkpoint(recipe: Recipe) -> Checkpoint:
     model = recipe.model
     path = Path(model.path)
     if model.path.startswith("package:"):
-        return _gguf(model.path, _package_file(model.path), model.trust_remote_code)
+        return _gguf(model.path, _package_file(model.path))
     if not path.is_absolute():
         return _hub(model.path, model.revision, model.trust_remote_code)
     if path.is_dir():
         return _folder(model.path, path, model.trust_remote_code)
     if path.suffix == ".gguf" and path.is_file():
-        return _gguf(model.path, path, model.trust_remote_code)
+        return _gguf(model.path, path)
     if path.is_file():
         raise ModelError(f"model.path: {path} is neither a folder nor a .gguf file")
     raise MissingError(f"model.path: {path} does not exist")
@@ -113,7 +117,7 @@ def _package_file(text: str) -> Path:
     return path
 
 
-def _gguf(asked: str, path: Path, trust_remote_code: bool) -> Checkpoint:
+def _gguf(asked: str, path: Path) -> Checkpoint:
     if importlib.util.find_spec("gguf") is None:
         raise ModelError(f"{asked}: reading GGUF needs the gguf package; pip install 'qft[gguf]'")
     with path.open("rb") as stream:
@@ -194,10 +198,6 @@ def _require_safetensors(asked: str, names: list[str]) -> None:
             "convert them to safetensors"
         )
     raise MissingError(f"{asked}: has no .safetensors weights")
-
-
-def _files(folder: Path, *patterns: str) -> list[Path]:
-    return [path for pattern in patterns for path in folder.glob(pattern)]
 
 
 def _digest(path: Path) -> str:

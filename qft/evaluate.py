@@ -24,12 +24,13 @@ from qft.material import Material, gather
 from qft.memory.meter import Meter, weight_bytes
 from qft.models import memory_guard
 from qft.plan import ModelPlan
+from qft.plan.packages import missing_packages
 from qft.recipe import Recipe
 from qft.report.evaluation import EvalDocument, Score, SourceResult, TargetResult
 from qft.report.html import TargetAnswer, evaluation_page
 from qft.report.live import View
 from qft.runs import Run
-from qft.scores import SCORES, Answer, answer_rows, as_jsonl, missing_packages, score, score_change
+from qft.scores import SCORES, Answer, answer_rows, as_jsonl, score, score_change
 from qft.speed import decode_speed, prefill_speed
 from qft.statistics import Interval, change_interval, interval
 from qft.targets import Target, load_target, parse_target
@@ -232,12 +233,8 @@ def _answers(model: Any, plan: ModelPlan, material: Material, recipe: Recipe) ->
 
 
 def _disk_bytes(target: Target, plan: ModelPlan) -> int:
-    checkpoint = plan.checkpoint
-    files = (
-        [checkpoint.folder / checkpoint.gguf_file] if checkpoint.gguf_file else checkpoint.folder.glob("*.safetensors")
-    )
     adapter = target.adapter.glob("*.safetensors") if target.adapter else []
-    return sum(path.stat().st_size for path in [*files, *adapter])
+    return sum(path.stat().st_size for path in [*plan.checkpoint.weight_files(), *adapter])
 
 
 def _result(

@@ -159,7 +159,7 @@ def _original_weights(checkpoint: Checkpoint) -> Callable[[str], torch.Tensor]:
         weights: dict[str, torch.Tensor] = _dequantized(checkpoint, torch.float32).state_dict()
         return weights.__getitem__
     where: dict[str, Path] = {}
-    for path in checkpoint.folder.glob("*.safetensors"):
+    for path in checkpoint.weight_files():
         with safe_open(path, framework="pt") as file:
             where.update(dict.fromkeys(file.keys(), path))
 

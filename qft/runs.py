@@ -29,7 +29,7 @@ from qft.machine import describe, versions
 from qft.plan import Plan
 from qft.recipe import dump
 
-__all__ = ["Run", "check_folder", "record_base", "start_run"]
+__all__ = ["Run", "check_folder", "record_base", "start_run", "step_of"]
 
 MANIFEST = "manifest.json"
 
@@ -86,11 +86,16 @@ class Run:
     def newest_checkpoint(self) -> Path | None:
         """The last checkpoint that was written whole (the Trainer writes trainer_state.json last)."""
         found = [p for p in self.checkpoints.glob("checkpoint-*") if _is_whole(p)]
-        return max(found, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
+        return max(found, key=step_of, default=None)
 
     def set_status(self, status: str, **more: Any) -> None:
         """running, complete, failed or interrupted."""
         write_json(self.folder / MANIFEST, self.manifest() | {"status": status, "updated": _now()} | more)
+
+
+def step_of(checkpoint: Path | None) -> int:
+    """Optimizer steps made by the time of a checkpoint; 0 without one."""
+    return int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
 
 
 def check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
@@ -118,6 +123,7 @@ def start_run(plan: Plan, *, resume: bool, overwrite: bool) -> Run:
     digests = {facts.path: facts.digest for facts in plan.data.sources}
     if resume:
         _require_same(run, plan, digests)
+        _require_steps_left(run, plan)
     require_free_space(run.folder, _checkpoint_bytes(plan), "its checkpoints")
     if overwrite and run.folder.exists():
         shutil.rmtree(run.folder)
@@ -157,6 +163,12 @@ def _require_same(run: Run, plan: Plan, digests: dict[str, str | None]) -> None:
         )
     if run.manifest().get("data") != digests:
         raise RunError(f"{run.folder}: the data has changed since the run began; use --overwrite to start again")
+
+
+def _require_steps_left(run: Run, plan: Plan) -> None:
+    done = step_of(run.newest_checkpoint())
+    if done >= plan.steps:
+        raise RunError(f"{run.folder}: the run has made its {done} steps; there is nothing to resume")
 
 
 def _checkpoint_bytes(plan: Plan) -> int:

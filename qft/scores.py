@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import unicodedata
@@ -18,19 +17,13 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from qft.data.batch import pad_token_id
 from qft.errors import DataError, RecipeError
+from qft.plan.packages import missing_packages
 from qft.statistics import Interval, Statistic, change_interval, interval, mean_of
 
 __all__ = ["SCORES", "Answer", "answer_rows", "as_jsonl", "missing_packages", "score", "score_change"]
 
 Texts = Sequence[tuple[str, str]]
 """(expected, given), one pair a row."""
-
-PACKAGES = {
-    "f1_macro": ("sklearn", "scikit-learn"),
-    "f1_micro": ("sklearn", "scikit-learn"),
-    "rouge_l": ("rouge_score", "rouge-score"),
-}
-"""What a score needs beyond qft's own dependencies: name of the module, name of the package."""
 
 UNSPACED = re.compile(
     "([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"  # Thai, Lao, Burmese, Khmer
@@ -77,14 +70,6 @@ def score_change(
         raise ValueError("a change of score needs answers to the same rows, in the same order")
     texts, others = _texts(name, answers), _texts(name, reference)
     return change_interval(_statistic(name, texts, pattern), _statistic(name, others, pattern), len(texts), seed=seed)
-
-
-def missing_packages(metrics: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Yield (field, what to install) for each score whose package is not there; imports nothing."""
-    for name in metrics:
-        module, package = PACKAGES.get(name, (None, None))
-        if module and importlib.util.find_spec(module) is None:
-            yield "eval.metrics", f"{name} needs {package}; pip install 'qft[eval]'"
 
 
 def _texts(name: str, answers: Sequence[Answer]) -> Texts:

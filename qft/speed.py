@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from qft.memory.meter import wait_for_device
+
 __all__ = ["decode_speed", "prefill_speed"]
 
 
@@ -42,13 +44,8 @@ def decode_speed(model: Any, prompt: Sequence[int], *, tokens: int = 32) -> floa
 
 
 def _seconds(work: Any) -> float:
-    _wait()
+    wait_for_device()
     started = time.perf_counter()
     work()
-    _wait()
+    wait_for_device()
     return time.perf_counter() - started
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

@@ -16,7 +16,7 @@ from peft import PeftModel
 
 from qft.checkpoints import Checkpoint
 from qft.errors import MissingError, ModelError, RecipeError
-from qft.models import load_base, settle
+from qft.models import load_base
 from qft.plan import ModelPlan, plan_model
 from qft.recipe import LoadedRecipe, load
 from qft.recipe.load import from_values
@@ -91,7 +91,6 @@ def load_target(target: Target, plan: ModelPlan) -> Any:
         model = _with_adapter(model, target.adapter)
         if target.merged:
             model = model.merge_and_unload()
-    settle(model, plan.scheme)
     return model.eval()
 
 

@@ -16,7 +16,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
 from qft.data.batch import Collator, pad_token_id
-from qft.errors import ModelError, QftError, RecipeError, RunError
+from qft.errors import ModelError, QftError
 from qft.files import write_json, write_text
 from qft.memory.checkpointing import CheckpointingProbe
 from qft.memory.meter import Meter, Snapshot, weight_bytes
@@ -37,8 +37,8 @@ from qft.report.document import (
 )
 from qft.report.html import AnswerPair, training_page
 from qft.report.live import View
-from qft.runs import Run, check_folder, record_base, start_run
-from qft.scores import Answer, answer_rows, as_jsonl, missing_packages, score
+from qft.runs import Run, check_folder, record_base, start_run, step_of
+from qft.scores import Answer, answer_rows, as_jsonl, score
 from qft.steps import Step
 from qft.trainer import QftTrainer
 
@@ -55,8 +55,6 @@ def train(loaded: LoadedRecipe, view: View, *, resume: bool = False, overwrite: 
     check_folder(Path(loaded.recipe.output_dir), resume=resume, overwrite=overwrite)
     view.note("Reading the data and the model's configuration")
     plan = make_plan(loaded)
-    if missing := [loaded.problem(name, text) for name, text in missing_packages(plan.recipe.eval.metrics)]:
-        raise RecipeError(missing)
     run = start_run(plan, resume=resume, overwrite=overwrite)
     try:
         training = _Training(plan, run, view, started)
@@ -105,10 +103,7 @@ class _Training:
             mixed = plan.training["bf16"] or plan.training["fp16"]
             with memory_guard("training"), disable_input_dtype_casting(model, active=mixed):
                 before = self._evaluate_all("before", 0) if checkpoint is None else self._earlier_evaluation()
-                done = _step_of(checkpoint)
-                if done >= plan.steps:
-                    raise RunError(f"{self.run.folder}: the run has made its {done} steps; there is nothing to resume")
-                self.view.begin(plan.steps, done)
+                self.view.begin(plan.steps, step_of(checkpoint))
                 meter.restart()
                 self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
                 self.peak = meter.peak()
@@ -350,10 +345,6 @@ def training_arguments(plan: Plan, run: Run) -> TrainingArguments:
     if made.n_gpu > 1:
         made._n_gpu = 1  # with several GPUs in sight the Trainer would wrap the model in DataParallel
     return made
-
-
-def _step_of(checkpoint: Path | None) -> int:
-    return int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
 
 
 def _exp(loss: float) -> float:

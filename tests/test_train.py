@@ -167,6 +167,7 @@ def test_a_resumed_run_must_be_the_same_run(recipe_file: RecipeFile, tmp_path: P
     run(recipe_file())
     with pytest.raises(RunError, match="nothing to resume"):
         run(recipe_file(), resume=True)
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["status"] == "complete"
     with pytest.raises(RunError, match=r"adapter differ"):
         run(recipe_file(adapter={"r": 8}, train={"max_steps": 4}), resume=True)
     write_jsonl(chat_file, [chat("another", "file")] * 16)

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from qft.memory.meter import wait_for_device
+
 __all__ = ["CheckpointingProbe"]
 
 
@@ -48,15 +50,10 @@ class CheckpointingProbe:
             with torch.enable_grad():
                 with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
                     block(*args, **kwargs)
-                _wait()
+                wait_for_device()
                 started = time.perf_counter()
                 block(*args, **kwargs)
-                _wait()
+                wait_for_device()
         finally:
             block.gradient_checkpointing = was_on
         return sum(kept.values()) * len(self.blocks), (time.perf_counter() - started) * len(self.blocks)
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

@@ -14,7 +14,7 @@ import psutil
 import torch
 from torch import nn
 
-__all__ = ["HostSampler", "Meter", "Snapshot", "optimizer_bytes", "tensor_bytes", "weight_bytes"]
+__all__ = ["HostSampler", "Meter", "Snapshot", "optimizer_bytes", "tensor_bytes", "wait_for_device", "weight_bytes"]
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,12 @@ class Meter:
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats()
         self.sampler.peak = 0
+
+
+def wait_for_device() -> None:
+    """Until the GPU has done what it was given; at once without one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def weight_bytes(model: nn.Module) -> dict[str, int]:

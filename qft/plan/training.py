@@ -16,6 +16,7 @@ from qft.checkpoints import Checkpoint
 from qft.data.prepare import Prepared, prepare
 from qft.machine import Device
 from qft.plan.model import ModelPlan, Problem, Shape, device_problems, plan_model, refuse, require_device
+from qft.plan.packages import missing_packages
 from qft.recipe import LoadedRecipe, Recipe
 from qft.schemes import prequantized
 
@@ -115,7 +116,7 @@ def _length_problems(recipe: Recipe, shape: Shape) -> Iterator[Problem]:
 
 
 def _training_problems(recipe: Recipe, device: Device) -> Iterator[Problem]:
-    """What the train section asks and this machine cannot do."""
+    """What the train and eval sections ask and this machine cannot do."""
     train = recipe.train
     if train.bf16 is True and not device.bf16:
         yield "train.bf16", f"{device.name} has no bfloat16; set it to false, and train.fp16 to true"
@@ -131,6 +132,7 @@ def _training_problems(recipe: Recipe, device: Device) -> Iterator[Problem]:
     for name in train.report_to:
         if importlib.util.find_spec(name) is None:
             yield "train.report_to", f"{name} is not installed; pip install {name}, or change the field"
+    yield from missing_packages(recipe.eval.metrics)
 
 
 def _lora_arguments(recipe: Recipe) -> dict[str, Any]:

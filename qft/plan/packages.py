@@ -1,0 +1,23 @@
+"""What the task scores need beyond qft's own dependencies."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable, Iterator
+
+__all__ = ["missing_packages"]
+
+PACKAGES = {
+    "f1_macro": ("sklearn", "scikit-learn"),
+    "f1_micro": ("sklearn", "scikit-learn"),
+    "rouge_l": ("rouge_score", "rouge-score"),
+}
+"""What a score needs beyond qft's own dependencies: name of the module, name of the package."""
+
+
+def missing_packages(metrics: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Yield (field, what to install) for each score whose package is not there; imports nothing."""
+    for name in metrics:
+        module, package = PACKAGES.get(name, (None, None))
+        if module and importlib.util.find_spec(module) is None:
+            yield "eval.metrics", f"{name} needs {package}; pip install 'qft[eval]'"

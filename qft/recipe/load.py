@@ -54,7 +54,7 @@ def load(path: Path, overrides: Iterable[str] = ()) -> LoadedRecipe:
         _apply_override(tree, override)
     _apply_presets(tree)
     for name, field in Recipe.model_fields.items():
-        if tree.values.get(name, ...) is None and isinstance(field.annotation, type(BaseModel)):
+        if tree.values.get(name, ...) is None and _section_class(field.annotation):
             tree.values[name] = {}  # a section whose every field is commented out
     try:
         recipe = Recipe.model_validate(tree.values)
@@ -81,7 +81,7 @@ def json_schema() -> dict[str, Any]:
         "type": "string",
         "description": "A recipe to start from; relative to this file.",
     }
-    for part in (schema, schema["$defs"]["ModelSection"], schema["$defs"]["DataSection"]):
+    for part in (schema, schema["$defs"]["ModelSection"]):
         del part["required"]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
@@ -89,9 +89,12 @@ def json_schema() -> dict[str, Any]:
 def dump(recipe: Recipe) -> str:
     """The recipe as YAML, every field that is read written out; it loads to a recipe that means the same."""
     values = recipe.model_dump(mode="json")
-    for field in ["quant.preset", *unread_fields(recipe)]:  # the preset has been applied
+    for field in ["quant.preset", *(["calibrate.preset"] if recipe.calibrate else []), *unread_fields(recipe)]:
+        # The presets have been applied.
         section, name = field.split(".")
         del values[section][name]
+    if recipe.calibrate is None:
+        del values["calibrate"]
     if recipe.quant.mode == "none":  # written out, it would contradict a checkpoint that comes quantized
         del values["quant"]
     return source.write(values)
@@ -165,6 +168,7 @@ def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
     change("data", "train", each_source)
     change("data", "eval", each_source)
     change("data", "chat_template", local)
+    change("calibrate", "data", each_source)
     change(None, "output_dir", local)
 
 
@@ -180,7 +184,7 @@ def _apply_presets(tree: Tree) -> None:
         if not isinstance(values, dict) or not isinstance(values.get("preset"), str):
             continue
         chosen = presets.get(values["preset"])
-        if chosen and values.get("mode", chosen["mode"]) == chosen["mode"]:  # else rules.py refuses the preset
+        if chosen and values.get("mode", chosen.get("mode")) == chosen.get("mode"):  # else rules.py refuses the preset
             for name, value in chosen.items():
                 if name not in values:
                     values[name] = value
@@ -251,12 +255,17 @@ def _siblings(place: Place) -> list[str]:
     for part in place:
         if isinstance(part, int):
             continue
-        annotation = section.model_fields[part].annotation
-        inner = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
-        if not inner:
+        inner = _section_class(section.model_fields[part].annotation)
+        if inner is None:
             return []
-        section = inner[0]
+        section = inner
     return [*section.model_fields, *([] if place else ["extends"])]
+
+
+def _section_class(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field's annotation names, optional or not; None for a plain value."""
+    members = (annotation, *get_args(annotation))
+    return next((a for a in members if isinstance(a, type) and issubclass(a, BaseModel)), None)
 
 
 def _line_order(problem: str) -> tuple[str, int]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 
 from qft.recipe.presets import PRESETS
-from qft.recipe.schema import AdapterSection, EvalSection, Recipe
+from qft.recipe.schema import AcceptSection, AdapterSection, CalibrateSection, EvalSection, Recipe
 
 __all__ = ["broken_rules", "unread_fields"]
 
@@ -35,6 +35,8 @@ def broken_rules(recipe: Recipe, given: Callable[[str], bool]) -> Iterator[Probl
     yield from _data_rules(recipe)
     yield from _train_rules(recipe)
     yield from _eval_rules(recipe)
+    if recipe.calibrate:
+        yield from _calibrate_rules(recipe.calibrate, recipe)
 
 
 def unread_fields(recipe: Recipe) -> dict[str, str]:
@@ -59,6 +61,25 @@ def unread_fields(recipe: Recipe) -> dict[str, str]:
         unread |= {f"eval.{name}": "is read only with eval.metrics" for name in EVAL_FIELDS}
     elif "regex" not in recipe.eval.metrics:
         unread["eval.regex"] = "is read only with the metric regex"
+    return unread | (_unread_by_calibration(recipe.calibrate) if recipe.calibrate else {})
+
+
+def _unread_by_calibration(calibrate: CalibrateSection) -> dict[str, str]:
+    engine, activations = calibrate.engine, calibrate.activations
+    unread = {}
+    if engine != "autoround":
+        unread["calibrate.iters"] = "is read only with calibrate.engine autoround"
+        if activations != "static":
+            unread["calibrate.samples"] = f"{engine} needs no calibration windows unless activations are static"
+    if engine in ("bitsandbytes", "torchao"):
+        unread["calibrate.symmetric"] = f"{engine} decides it itself"
+        unread["calibrate.group_size"] = f"{engine} decides it itself"
+    elif calibrate.data_type == "float":
+        unread["calibrate.symmetric"] = "float8 has no zero point"
+    if calibrate.accept == AcceptSection():
+        unread["calibrate.remedy"] = "has nothing to reach without calibrate.accept"
+    if calibrate.remedy == "none":
+        unread["calibrate.max_bytes"] = "is read only with calibrate.remedy auto"
     return unread
 
 
@@ -95,6 +116,8 @@ def _adapter_rules(recipe: Recipe) -> Iterator[Problem]:
 
 def _data_rules(recipe: Recipe) -> Iterator[Problem]:
     data, train = recipe.data, recipe.train
+    if not data.train and not (recipe.calibrate and recipe.calibrate.data):
+        yield "data.train", "should be a path, one source ({path, format, weight, …}), or a list of either"
     if data.eval and data.eval_fraction:
         yield "data.eval_fraction", "data.eval already holds rows out; give one of the two"
     for i, source in enumerate(data.eval):
@@ -107,6 +130,36 @@ def _data_rules(recipe: Recipe) -> Iterator[Problem]:
         yield "train.eval_strategy", remedy
     if recipe.eval.metrics:
         yield "eval.metrics", remedy
+
+
+HELD = {
+    "autoround": {("int", 4, "none"), ("int", 8, "none")},
+    "rtn": {
+        ("int", 4, "none"),
+        ("int", 8, "none"),
+        ("int", 8, "dynamic"),
+        ("int", 8, "static"),
+        ("float", 8, "dynamic"),
+        ("float", 8, "static"),
+    },
+    "bitsandbytes": {("nf4", 4, "none"), ("fp4", 4, "none"), ("int", 8, "dynamic")},
+    "torchao": {("int", 8, "none"), ("int", 8, "dynamic")},
+}
+"""What each engine makes: data_type, bits, activations."""
+
+
+def _calibrate_rules(calibrate: CalibrateSection, recipe: Recipe) -> Iterator[Problem]:
+    held = HELD[calibrate.engine]
+    if (calibrate.data_type, calibrate.bits, calibrate.activations) not in held:
+        able = "; ".join(f"{kind} with {bits} bits and activations {acts}" for kind, bits, acts in sorted(held))
+        yield "calibrate.engine", f"{calibrate.engine} makes {able}: change data_type, bits, activations or the engine"
+    by_row = calibrate.data_type == "float" or calibrate.activations != "none"
+    if by_row and calibrate.group_size not in ("auto", -1):
+        yield "calibrate.group_size", "8-bit products need one scale a row: set it to auto or -1"
+    if calibrate.activations != "none" and not calibrate.symmetric:
+        yield "calibrate.symmetric", "8-bit products of activations need weights without a zero point: set it to true"
+    if calibrate.accept.score_drop is not None and not recipe.eval.metrics:
+        yield "calibrate.accept.score_drop", "needs scores that can drop: set eval.metrics"
 
 
 def _eval_rules(recipe: Recipe) -> Iterator[Problem]:

@@ -7,12 +7,15 @@ error. `auto` is decided by the plan, never here.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
 
 __all__ = [
+    "AcceptSection",
     "AdapterSection",
+    "CalibrateSection",
     "DataSection",
     "EvalSection",
     "ModelSection",
@@ -147,7 +150,7 @@ Sources = Annotated[
 class DataSection(Section):
     """What is learnt from."""
 
-    train: Sources = Field(min_length=1)
+    train: Sources = ()
     """Training rows: a path, one source ({path, format, weight, …}), or a list of either."""
     eval: Sources = ()
     """Held-out rows, in the same form."""
@@ -279,15 +282,83 @@ class EvalSection(Section):
     """Answer only the first so many held-out rows. None: all."""
 
 
+def _as_share(value: Any) -> Any:
+    """`5%` as 0.05."""
+    if isinstance(value, str) and re.fullmatch(r"\s*\d+(\.\d+)?\s*%\s*", value):
+        return float(value.strip().rstrip("%")) / 100
+    return value
+
+
+Share = Annotated[float, Field(ge=0), BeforeValidator(_as_share, json_schema_input_type=float | str)]
+"""A share: 0.05, or 5%."""
+
+
+class AcceptSection(Section):
+    """How much worse than the unquantized model a result may be, on rows that calibrated nothing."""
+
+    perplexity_increase: Share | None = None
+    """Largest relative increase of the perplexity: 5%, or 0.05."""
+    kl: float | None = Field(None, ge=0)
+    """Largest mean KL divergence of the next-token distributions, in nats."""
+    score_drop: Share | None = None
+    """Largest drop of any of eval.metrics, in points of the score: 1%, or 0.01."""
+
+
+class CalibrateSection(Section):
+    """How `qft calibrate` quantizes a trained model for inference. It starts from the unquantized weights."""
+
+    preset: Literal["w4a16", "w8a16", "w8a8-dynamic", "w8a8-static", "fp8"] | None = None
+    """Starting values that explicit fields override. w4a16, w8a16: weights alone, 4 or 8 bits; w8a8-dynamic,
+    w8a8-static: int8 activations too, scaled per token or by the calibration; fp8: float8 of both, for GPUs that have
+    it."""
+    engine: Literal["autoround", "rtn", "bitsandbytes", "torchao"] = "autoround"
+    """autoround (arXiv:2309.05516): rounding and scales chosen by the calibration data; rtn: to the nearest;
+    bitsandbytes: nf4, fp4 and LLM.int8(), in its own format; torchao: int8, in its own format. The first two are
+    written as compressed-tensors, which vLLM, SGLang and transformers read."""
+    data: Sources = ()
+    """Calibration rows, in the form of data.train. None: rows of data.train."""
+    samples: int = Field(128, ge=1)
+    """Calibration windows."""
+    max_length: int = Field(512, ge=8)
+    """Tokens of a calibration window; rows are drawn, joined and cut to it."""
+    data_type: Literal["int", "float", "nf4", "fp4"] = "int"
+    """Of the weights. float is float8 e4m3; nf4 and fp4 are bitsandbytes'."""
+    bits: Literal[4, 8] = 4
+    """Of a weight."""
+    group_size: Literal["auto", -1, 32, 64, 128] = "auto"
+    """Weights of a row that share a scale; -1: a whole row. auto: 128 for 4 bits (or 64, or 32, where the layers'
+    inputs do not divide by it), a row for 8 bits."""
+    symmetric: bool = True
+    """Zero is in the middle of the range. false: each group has a zero point too."""
+    activations: Literal["none", "dynamic", "static"] = "none"
+    """Activations in 8 bits too, scaled per token as they come (dynamic) or by the calibration's largest (static)."""
+    iters: int = Field(0, ge=0)
+    """autoround's steps for each block. 0: only scales are searched, minutes; 200: rounding is learnt as well."""
+    skip_modules: Many[str] = ()
+    """Linear layers to leave in 16 bits, beside the output head that is always left: their names or the ends of these."""
+    seed: int | None = Field(None, ge=0, lt=2**32)
+    """Of the rows drawn and of the tuning. None: the recipe's."""
+    verify_samples: int = Field(64, ge=1)
+    """Held-out rows on which the result is compared with the unquantized model: of data.eval or data.eval_fraction,
+    else drawn from the calibration's rows and kept out of it."""
+    accept: AcceptSection = AcceptSection()
+    """What the result must hold, or it is refused."""
+    remedy: Literal["none", "auto"] = "none"
+    """auto: a refused result keeps its worst layers in more bits until it is accepted."""
+    max_bytes: int | None = Field(None, ge=1)
+    """Largest result of the remedy, in bytes of weights."""
+
+
 class Recipe(Section):
     """A whole recipe."""
 
     model: ModelSection
     quant: QuantSection = QuantSection()
     adapter: AdapterSection = AdapterSection()
-    data: DataSection
+    data: DataSection = DataSection()
     train: TrainSection = TrainSection()
     eval: EvalSection = EvalSection()
+    calibrate: CalibrateSection | None = None
     output_dir: str = Field(min_length=1)
     """The run folder: recipe, manifest, checkpoints, adapter and report."""
     seed: int = Field(0, ge=0, lt=2**32)

@@ -335,7 +335,7 @@ class CalibrateSection(Section):
     iters: int = Field(0, ge=0)
     """autoround's steps for each block. 0: only scales are searched, minutes; 200: rounding is learnt as well."""
     skip_modules: Many[str] = ()
-    """Linear layers to leave in 16 bits, beside the output head that is always left: their names or the ends of these."""
+    """Linear layers to leave in 16 bits, beside the output head that is always left: names, or the ends of names."""
     seed: int | None = Field(None, ge=0, lt=2**32)
     """Of the rows drawn and of the tuning. None: the recipe's."""
     verify_samples: int = Field(64, ge=1)

@@ -1,0 +1,31 @@
+"""Ways to quantize a trained model, one file each; an engine and its library are imported only when asked for."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from qft.engines.base import Block, Engine, Held, LayerScheme
+
+__all__ = ["ENGINES", "Block", "Engine", "Held", "LayerScheme", "find_engine"]
+
+ENGINES: dict[str, tuple[str, str]] = {
+    "autoround": ("qft.engines.autoround", "AutoRound"),
+    "rtn": ("qft.engines.rtn", "RoundToNearest"),
+    "bitsandbytes": ("qft.engines.bitsandbytes", "BitsAndBytes"),
+    "torchao": ("qft.engines.torchao", "TorchAo"),
+}
+"""By calibrate.engine: module and class."""
+
+PACKAGES: dict[str, tuple[str, ...]] = {
+    "autoround": ("auto_round", "compressed_tensors"),
+    "rtn": ("compressed_tensors",),
+    "torchao": ("torchao",),
+}
+"""What an engine needs beside qft's own requirements, by the names of the modules."""
+
+
+def find_engine(name: str) -> Engine:
+    """The engine of that name. Raises ImportError without its packages."""
+    module, kind = ENGINES[name]
+    engine: Engine = getattr(import_module(module), kind)()
+    return engine

@@ -1,0 +1,75 @@
+"""What an engine of `qft calibrate` is given, and what it gives back: one block of the model at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+__all__ = ["Block", "Engine", "Held", "LayerScheme"]
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class LayerScheme:
+    """How one linear layer is held."""
+
+    data_type: str
+    """int, float, nf4 or fp4."""
+    bits: int
+    group_size: int = -1
+    """Weights of a row that share a scale; -1: all of it."""
+    symmetric: bool = True
+    activations: str = "none"
+    """none, dynamic or static."""
+
+
+@dataclass
+class Block:
+    """One block to quantize, as the unquantized model has it."""
+
+    name: str
+    """Within the model: model.layers.3"""
+    module: nn.Module
+    """On the device, in the dtype that it computes in; an engine may change it."""
+    schemes: Mapping[str, LayerScheme]
+    """Of each linear layer that is to be quantized, by its name within the block."""
+    calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]] = ()
+    """Arguments of the block for each window, in the unquantized model; hidden states [1, tokens, hidden] come first."""
+    quantized_inputs: Sequence[torch.Tensor] = ()
+    """The same hidden states once the blocks before are quantized."""
+    largest_inputs: Mapping[str, float] = field(default_factory=dict)
+    """Largest magnitude that each layer with static activations was given."""
+    iters: int = 0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Held:
+    """One linear layer as an engine holds it."""
+
+    module: nn.Module
+    """Computes what the layer will compute once it is loaded again."""
+    tensors: Tensors
+    """What is written, by names within the layer."""
+
+
+class Engine(Protocol):
+    """One way to quantize the linear layers of a model that is trained."""
+
+    def needs_windows(self, scheme: LayerScheme) -> bool:
+        """Whether it looks at activations."""
+
+    def quantize(self, block: Block) -> dict[str, Held]:
+        """Each layer of block.schemes."""
+
+    def restore(self, layer: nn.Linear, tensors: Tensors, scheme: LayerScheme) -> nn.Module:
+        """The module of a Held from its tensors; `layer` is the unquantized one."""
+
+    def config(self, schemes: Mapping[str, LayerScheme | None]) -> dict[str, Any]:
+        """quantization_config of the result's config.json; `schemes` of every linear layer by its full name, None for
+        those in 16 bits."""

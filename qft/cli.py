@@ -136,6 +136,38 @@ def train(
             console.print(render(report))
 
 
+@app.command()
+def calibrate(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Where to write instead of output_dir.", show_default=False)] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue behind the last finished block.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in output_dir.")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Quantize a trained model for inference, and accept the result or refuse it by what it lost."""
+    with messages(debug):
+        from qft.recipe import load
+
+        loaded = load(recipe, [*(overrides or []), *([f"output_dir={out}"] if out else [])])
+        if resume and overwrite:
+            raise typer.BadParameter("--resume continues a run and --overwrite replaces it; give one of the two")
+        quiet_libraries()
+        from qft.calibrate import calibrate as run_calibration
+        from qft.report.acceptance import render_calibration
+        from qft.report.live import LineView, QuietView
+
+        console = consoles(as_json)
+        view = QuietView() if quiet else LineView(console)
+        report = run_calibration(loaded, view, resume=resume, overwrite=overwrite)
+        if as_json:
+            print_json(report.model_dump(mode="json"))
+        elif not quiet:
+            console.print(render_calibration(report))
+
+
 @app.command("eval")
 def evaluate(
     targets: Annotated[list[str], typer.Argument(metavar="TARGET...", help=TARGET_HELP, show_default=False)],
@@ -226,7 +258,7 @@ def init(
 
 @app.command()
 def schema(
-    of: Annotated[str, typer.Argument(metavar="[recipe|report|eval]", help="Which document.")] = "recipe",
+    of: Annotated[str, typer.Argument(metavar="[recipe|report|eval|calibration]", help="Which document.")] = "recipe",
 ) -> None:
     """Print the JSON Schema of a recipe (for editors) or of report.json."""
     if of == "recipe":
@@ -241,8 +273,12 @@ def schema(
         from qft.report.evaluation import EvalDocument
 
         print_json({"$schema": "https://json-schema.org/draft/2020-12/schema", **EvalDocument.model_json_schema()})
+    elif of == "calibration":
+        from qft.report.calibration import CalibrationReport
+
+        print_json({"$schema": "https://json-schema.org/draft/2020-12/schema", **CalibrationReport.model_json_schema()})
     else:
-        raise typer.BadParameter(f"{of} is none of recipe, report and eval")
+        raise typer.BadParameter(f"{of} is none of recipe, report, eval and calibration")
 
 
 def print_json(document: object) -> None:

@@ -27,7 +27,7 @@ from qft.errors import ModelError
 from qft.memory.meter import weight_bytes
 from qft.report.evaluation import LayerError
 
-__all__ = ["layer_errors", "suggest_skip_modules"]
+__all__ = ["block_errors", "layer_errors", "suggest_skip_modules"]
 
 SNR_LIMIT = 200.0
 """Decibels that stand for an exact output, whose ratio is infinite and has no JSON."""
@@ -57,6 +57,17 @@ def layer_errors(
             for batch in batches:
                 _visit_inputs(reference, pairs, batch, visit)
         return [pair.error() for pair in pairs if pair.values]
+
+
+def block_errors(pairs: Mapping[str, tuple[nn.Linear, nn.Module]], run: Callable[[], object]) -> list[LayerError]:
+    """Each pair (unquantized layer, the same as it is held) by its name, on the inputs that `run` sends through the
+    unquantized ones. It is called twice, and no token of it may be padding."""
+    made = [_Pair(name, reference, layer) for name, (reference, layer) in pairs.items()]
+    with torch.no_grad():
+        for visit in (_Pair.compare, _Pair.count_outliers):
+            with _inputs_seen(made, lambda pair, inputs, visit=visit: visit(pair, inputs.flatten(0, -2))):  # type: ignore[misc]
+                run()
+        return [pair.error() for pair in made if pair.values]
 
 
 def suggest_skip_modules(
@@ -161,17 +172,25 @@ def _visit_inputs(
     batch = {name: batch[name].to(reference.device) for name in ("input_ids", "attention_mask")}
     mask = batch["attention_mask"].bool()
 
-    def look(pair: _Pair) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-            rows = _rows(inputs[0], mask, pair.name)
-            if len(rows):
-                visit(pair, rows)
+    def look(pair: _Pair, inputs: torch.Tensor) -> None:
+        rows = _rows(inputs, mask, pair.name)
+        if len(rows):
+            visit(pair, rows)
 
-        return hook
-
-    handles = [pair.reference.register_forward_pre_hook(look(pair)) for pair in pairs]
-    try:
+    with _inputs_seen(pairs, look):
         reference(**batch, use_cache=False)
+
+
+@contextmanager
+def _inputs_seen(pairs: list[_Pair], look: Callable[[_Pair, torch.Tensor], None]) -> Iterator[None]:
+    """Give `look` whatever the layers of the reference are given."""
+
+    def hook(pair: _Pair) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda _, inputs: look(pair, inputs[0])
+
+    handles = [pair.reference.register_forward_pre_hook(hook(pair)) for pair in pairs]
+    try:
+        yield
     finally:
         for handle in handles:
             handle.remove()

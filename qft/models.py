@@ -21,7 +21,7 @@ from qft.files import atomic_folder
 from qft.plan import ModelPlan, Plan
 from qft.schemes import SCHEMES
 
-__all__ = ["attach_adapter", "load_base", "memory_guard", "save_adapter", "save_full", "settle"]
+__all__ = ["attach_adapter", "load_base", "memory_guard", "read_weights", "save_adapter", "save_full", "settle"]
 
 CHANGES_BASE = ("pissa", "olora")
 """Initialisations that move a part of the base weights into the adapter."""
@@ -137,7 +137,7 @@ def _dequantized(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
 
 def _start_from_quantization_error(model: PeftModel, plan: Plan) -> None:
     """LoftQ's first step (arXiv:2310.08659): the adapter starts as the best rank-r fit of what quantizing lost."""
-    original = _original_weights(plan.checkpoint)
+    original = read_weights(plan.checkpoint)
     base_name = "base_model.model."
     for name, module in model.named_modules():
         base = getattr(module, "base_layer", None)
@@ -153,7 +153,7 @@ def _start_from_quantization_error(model: PeftModel, plan: Plan) -> None:
         module.lora_A["default"].weight.data.copy_(root[:, None] * v[:r])
 
 
-def _original_weights(checkpoint: Checkpoint) -> Callable[[str], torch.Tensor]:
+def read_weights(checkpoint: Checkpoint) -> Callable[[str], torch.Tensor]:
     """A function from a parameter's name to its unquantized value."""
     if checkpoint.gguf_file:
         weights: dict[str, torch.Tensor] = _dequantized(checkpoint, torch.float32).state_dict()
@@ -165,7 +165,7 @@ def _original_weights(checkpoint: Checkpoint) -> Callable[[str], torch.Tensor]:
 
     def read(name: str) -> torch.Tensor:
         if name not in where:
-            raise ModelError(f"{checkpoint.path}: has no weight called {name}, which loftq needs")
+            raise ModelError(f"{checkpoint.path}: has no weight called {name}")
         with safe_open(where[name], framework="pt") as file:
             tensor: torch.Tensor = file.get_tensor(name)
             return tensor

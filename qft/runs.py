@@ -4,7 +4,9 @@ recipe.yaml      the resolved recipe
 manifest.json    command, versions, hardware, seed, content hashes of data and base, status
 plan.json        what was decided before anything was loaded
 checkpoints/     checkpoint-N, to resume from
-adapter/         the adapter in peft's layout (model/ when all weights were trained)
+adapter/         the adapter in peft's layout (model/ when all weights were trained, or a calibration)
+work/            what a calibration that was cut off resumes from
+calibration.jsonl  the windows that it looked at
 events/          TensorBoard events
 answers/         the held-out rows' answers, before and after
 report.json      what was measured; written once all of the above is there
@@ -25,16 +27,19 @@ import yaml
 
 from qft.errors import RunError
 from qft.files import require_free_space, write_json, write_text
-from qft.machine import describe, versions
-from qft.plan import Plan
-from qft.recipe import dump
+from qft.machine import Device, describe, versions
+from qft.plan import CalibrationPlan, ModelPlan, Plan
+from qft.recipe import Recipe, dump
 
-__all__ = ["Run", "check_folder", "record_base", "start_run", "step_of"]
+__all__ = ["Run", "check_folder", "record_base", "start_calibration", "start_run", "step_of"]
 
 MANIFEST = "manifest.json"
 
 # What a resumed run may not change: the checkpoint was made by it.
 FIXED = ("model", "quant", "adapter", "data", "seed")
+FIXED_CALIBRATION = ("model", "data", "calibrate", "seed")
+UNFIXED = ("accept", "remedy", "max_bytes")
+"""Of `calibrate`: what is asked of a result once its blocks are quantized."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,10 @@ class Run:
     @property
     def answers(self) -> Path:
         return self.folder / "answers"
+
+    @property
+    def work(self) -> Path:
+        return self.folder / "work"
 
     @property
     def page(self) -> Path:
@@ -106,7 +115,7 @@ def check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
     if resume:
         if not run.manifest():
             raise RunError(f"{folder}: there is no run to resume; leave --resume away to start one")
-        if run.newest_checkpoint() is None:
+        if run.newest_checkpoint() is None and not run.work.is_dir():
             raise RunError(f"{folder}: the run has no whole checkpoint to resume from; use --overwrite to start again")
     elif folder.exists() and any(folder.iterdir()):
         if not overwrite:
@@ -122,27 +131,46 @@ def start_run(plan: Plan, *, resume: bool, overwrite: bool) -> Run:
     check_folder(run.folder, resume=resume, overwrite=overwrite)
     digests = {facts.path: facts.digest for facts in plan.data.sources}
     if resume:
-        _require_same(run, plan, digests)
+        _require_same(run, plan.recipe, digests, FIXED)
         _require_steps_left(run, plan)
     require_free_space(run.folder, _checkpoint_bytes(plan), "its checkpoints")
+    _begin(run, plan.recipe, plan.facts(), plan.device, digests, overwrite=overwrite)
+    return run
+
+
+def start_calibration(plan: CalibrationPlan, needed: int, *, resume: bool, overwrite: bool) -> Run:
+    """The same for a calibration, whose folder will hold `needed` bytes."""
+    run = Run(Path(plan.recipe.output_dir))
+    check_folder(run.folder, resume=resume, overwrite=overwrite)
+    digests = {facts.path: facts.digest for facts in plan.data.prepared.sources}
+    if resume:
+        _require_same(run, plan.recipe, digests, FIXED_CALIBRATION)
+    else:
+        require_free_space(run.folder, needed, "the quantized model, its blocks and their activations")
+    _begin(run, plan.recipe, plan.facts(), plan.device, digests, overwrite=overwrite)
+    return run
+
+
+def _begin(
+    run: Run, recipe: Recipe, facts: dict[str, Any], device: Device, digests: dict[str, str | None], *, overwrite: bool
+) -> None:
     if overwrite and run.folder.exists():
         shutil.rmtree(run.folder)
     run.folder.mkdir(parents=True, exist_ok=True)
-    write_text(run.folder / "recipe.yaml", dump(plan.recipe))
-    write_json(run.folder / "plan.json", plan.facts())
+    write_text(run.folder / "recipe.yaml", dump(recipe))
+    write_json(run.folder / "plan.json", facts)
     run.set_status(
         "running",
         command=sys.argv,
         started=_now(),
-        seed=plan.recipe.seed,
+        seed=recipe.seed,
         versions=versions(),
-        hardware=describe(plan.device),
+        hardware=describe(device),
         data=digests,
     )
-    return run
 
 
-def record_base(run: Run, plan: Plan) -> None:
+def record_base(run: Run, plan: ModelPlan) -> None:
     """Note which weights the run starts from, once they are on this machine."""
     checkpoint = plan.checkpoint
     base = {"path": checkpoint.path, "commit": checkpoint.commit, "sha256": checkpoint.digests()}
@@ -152,10 +180,13 @@ def record_base(run: Run, plan: Plan) -> None:
     run.set_status("running", base=base)
 
 
-def _require_same(run: Run, plan: Plan, digests: dict[str, str | None]) -> None:
+def _require_same(run: Run, recipe: Recipe, digests: dict[str, str | None], fixed: tuple[str, ...]) -> None:
     before = yaml.safe_load((run.folder / "recipe.yaml").read_text("utf-8"))
-    now = yaml.safe_load(dump(plan.recipe))
-    changed = [name for name in FIXED if before.get(name) != now.get(name)]
+    now = yaml.safe_load(dump(recipe))
+    for asked in (before, now):
+        for name in UNFIXED:
+            asked.get("calibrate", {}).pop(name, None)
+    changed = [name for name in fixed if before.get(name) != now.get(name)]
     if changed:
         raise RunError(
             f"{run.folder}: {', '.join(changed)} differ from the run's own recipe.yaml: "

@@ -16,13 +16,6 @@ ENGINES: dict[str, tuple[str, str]] = {
 }
 """By calibrate.engine: module and class."""
 
-PACKAGES: dict[str, tuple[str, ...]] = {
-    "autoround": ("auto_round", "compressed_tensors"),
-    "rtn": ("compressed_tensors",),
-    "torchao": ("torchao",),
-}
-"""What an engine needs beside qft's own requirements, by the names of the modules."""
-
 
 def find_engine(name: str) -> Engine:
     """The engine of that name. Raises ImportError without its packages."""

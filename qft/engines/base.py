@@ -39,7 +39,7 @@ class Block:
     schemes: Mapping[str, LayerScheme]
     """Of each linear layer that is to be quantized, by its name within the block."""
     calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]] = ()
-    """Arguments of the block for each window, in the unquantized model; hidden states [1, tokens, hidden] come first."""
+    """Arguments of the block for each window, unquantized; hidden states [1, tokens, hidden] come first."""
     quantized_inputs: Sequence[torch.Tensor] = ()
     """The same hidden states once the blocks before are quantized."""
     largest_inputs: Mapping[str, float] = field(default_factory=dict)

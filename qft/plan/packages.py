@@ -1,18 +1,25 @@
-"""What the task scores need beyond qft's own dependencies."""
+"""What the task scores and the engines need beyond qft's own dependencies."""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterable, Iterator
 
-__all__ = ["missing_packages"]
+__all__ = ["missing_engine", "missing_packages"]
 
 PACKAGES = {
     "f1_macro": ("sklearn", "scikit-learn"),
     "f1_micro": ("sklearn", "scikit-learn"),
     "rouge_l": ("rouge_score", "rouge-score"),
 }
-"""What a score needs beyond qft's own dependencies: name of the module, name of the package."""
+"""What a score needs: name of the module, name of the package."""
+
+ENGINE_PACKAGES = {
+    "autoround": ("auto_round", "compressed_tensors"),
+    "rtn": ("compressed_tensors",),
+    "torchao": ("torchao",),
+}
+"""What an engine needs: names of the modules."""
 
 
 def missing_packages(metrics: Iterable[str]) -> Iterator[tuple[str, str]]:
@@ -21,3 +28,11 @@ def missing_packages(metrics: Iterable[str]) -> Iterator[tuple[str, str]]:
         module, package = PACKAGES.get(name, (None, None))
         if module and importlib.util.find_spec(module) is None:
             yield "eval.metrics", f"{name} needs {package}; pip install 'qft[eval]'"
+
+
+def missing_engine(name: str) -> Iterator[tuple[str, str]]:
+    """Yield (field, what to install) if the engine's packages are not there; imports nothing."""
+    for module in ENGINE_PACKAGES.get(name, ()):
+        if importlib.util.find_spec(module) is None:
+            package = module.replace("_", "-")
+            yield "calibrate.engine", f"{name} needs {package}; pip install 'qft[calibrate]'"

@@ -1,0 +1,378 @@
+"""`qft calibrate`: a trained model, quantized for inference, and proof of what it cost."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import GenerationConfig, set_seed
+
+from qft.blocks import Read, StreamedModel
+from qft.engines import LayerScheme
+from qft.errors import GateError, MissingError
+from qft.files import atomic_folder, write_json, write_text
+from qft.likelihood import Likelihood
+from qft.machine import versions
+from qft.memory.meter import Meter, Snapshot
+from qft.models import load_base, memory_guard, read_weights
+from qft.plan import CalibrationPlan, ModelPlan, plan_calibration, plan_model
+from qft.quantize import Quantization, Verification
+from qft.recipe import LoadedRecipe, load
+from qft.recipe.load import from_values
+from qft.recipe.schema import AcceptSection
+from qft.report.calibration import Attempt, CalibrationReport, Check
+from qft.report.evaluation import LayerError, Score
+from qft.report.live import View
+from qft.runs import Run, record_base, start_calibration
+from qft.scores import answer_rows, score
+from qft.statistics import Interval, change_interval, interval
+from qft.targets import load_target, parse_target
+
+__all__ = ["calibrate", "find_plan"]
+
+Schemes = dict[str, LayerScheme | None]
+
+SIBLINGS = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
+"""Layers that inference engines fuse into one, so that they must be held alike."""
+
+
+def find_plan(loaded: LoadedRecipe) -> tuple[CalibrationPlan, Path | None]:
+    """The plan, and the run whose adapter is to be merged first, where model.path names one."""
+    path = Path(loaded.recipe.model.path)
+    run = Run(path)
+    if not run.manifest():
+        return plan_calibration(loaded), None
+    if not run.adapter.is_dir() and not run.full_model.is_dir():
+        raise MissingError(f"{path}: the run has neither an adapter nor a model; it did not complete")
+    base = load(run.folder / "recipe.yaml").recipe.model
+    if run.full_model.is_dir():
+        base = base.model_copy(update={"path": str(run.full_model.resolve()), "revision": None})
+    own = loaded.recipe.model.model_dump(exclude={"path", "revision"})
+    model = base.model_copy(update=own)
+    plan = plan_calibration(LoadedRecipe(loaded.recipe.model_copy(update={"model": model}), loaded.tree))
+    return plan, path if run.adapter.is_dir() else None
+
+
+def calibrate(loaded: LoadedRecipe, view: View, *, resume: bool = False, overwrite: bool = False) -> CalibrationReport:
+    """Quantize block by block into output_dir/model, unless it is refused.
+
+    Raises GateError if calibrate.accept is not met: report.json then has the figures, and no model is left. Raises
+    RecipeError, MissingError, DataError, ModelError or RunError for what cannot be done."""
+    started = time.perf_counter()
+    plan, merged_run = find_plan(loaded)
+    run = start_calibration(plan, _needed_bytes(plan), resume=resume, overwrite=overwrite)
+    try:
+        with memory_guard("calibrating"), Meter(plan.device.kind) as meter:
+            report = _Calibration(plan, run, view, meter, merged_run).run_all(started)
+    except KeyboardInterrupt:
+        run.set_status("interrupted")
+        raise
+    except BaseException as error:
+        run.set_status("failed", error=f"{type(error).__name__}: {error}")
+        raise
+    write_json(run.report, report.model_dump(mode="json"))
+    run.set_status("complete" if report.accepted else "refused")
+    if not report.accepted:
+        raise GateError(_refusal(report, run))
+    shutil.rmtree(run.work)
+    return report
+
+
+class _Calibration:
+    def __init__(self, plan: CalibrationPlan, run: Run, view: View, meter: Meter, merged_run: Path | None) -> None:
+        self.plan, self.run, self.view, self.meter = plan, run, view, meter
+        self.before = meter.settled()
+        meter.restart()
+        set_seed(plan.seed)
+        view.note(f"Reading {plan.checkpoint.path}")
+        self.model = StreamedModel(plan, _reader(plan, merged_run))
+        record_base(run, plan)
+        write_text(run.folder / "calibration.jsonl", plan.data.as_jsonl())
+        self.work = Quantization(plan, self.model, run.work, view)
+        self.merged_run = merged_run
+        self.attempts: list[Attempt] = []
+        self.scores_before: dict[str, float] = {}
+
+    def run_all(self, started: float) -> CalibrationReport:
+        first = self.work.quantize()
+        checks, result = self._attempt(self.plan.schemes, first)
+        if not _passed(checks) and self.plan.calibrate.remedy == "auto":
+            for schemes in self._remedies():
+                number = len(self.attempts)
+                checks, result = self._attempt(schemes, self.work.again(schemes, number))
+                if _passed(checks):
+                    break
+        return self._report(first, checks, result, time.perf_counter() - started)
+
+    def _attempt(self, schemes: Schemes, found: Verification) -> tuple[list[Check], Path | None]:
+        """Judge one way to hold the layers, and write the model if it is accepted."""
+        number, accept = len(self.attempts), self.plan.calibrate.accept
+        attempt = self._measured(schemes, found)
+        checks = _checks(attempt, accept)
+        result = None
+        if _passed(checks):
+            try:
+                with atomic_folder(self.run.full_model) as folder:
+                    self._assemble(folder, schemes, number)
+                    if accept.score_drop is not None:
+                        attempt = attempt.model_copy(update={"scores": self._scores(folder)})
+                        checks.append(self._score_check(attempt, accept.score_drop))
+                        if not checks[-1].passed:
+                            raise _MissedError
+                result = self.run.full_model
+            except _MissedError:
+                pass
+        self.view.note(_told(attempt, checks))
+        self.attempts.append(attempt)
+        return checks, result
+
+    def _measured(self, schemes: Schemes, found: Verification) -> Attempt:
+        seed, rows = self.plan.seed, len(self.work.rows)
+        change = change_interval(
+            lambda drawn: found.after.perplexity(drawn) / found.before.perplexity(drawn), lambda _: 1.0, rows, seed=seed
+        )
+        assert found.after.divergence is not None
+        kl, agrees = found.after.divergence.kl, found.after.divergence.agrees
+        before = self.plan.schemes
+        raised = {name: scheme.bits if scheme else 16 for name, scheme in schemes.items() if scheme != before[name]}
+        return Attempt(
+            kept=raised,
+            weight_bytes=self._bytes(len(self.attempts)),
+            perplexity=_perplexity(found.after, seed),
+            perplexity_change=_score(change),
+            kl_mean=float(kl.mean()),
+            kl_p99=float(np.percentile(kl, 99)),
+            top1_agreement=float(agrees.mean()),
+        )
+
+    def _bytes(self, attempt: int) -> int:
+        around = sum(t.numel() * t.element_size() for t in self.model.around().values())
+        return around + sum(self.work.shard(number, attempt).stat().st_size for number in range(len(self.model)))
+
+    def _remedies(self) -> Iterator[Schemes]:
+        """The worst layers in 8 bits, then in 16; one more, two more, four more, … as far as max_bytes allows."""
+        schemes, units = dict(self.plan.schemes), self._units()
+        limit = self.plan.calibrate.max_bytes
+        size, used = dict.fromkeys(schemes, 0), self.attempts[0].weight_bytes
+        size |= {error.name: error.bytes for error in self.work.errors()}
+        for raised in _ladder(self.plan):
+            done = 0
+            while done < len(units):
+                count, before = done + 1, dict(schemes)
+                for unit in units[done : done + count]:
+                    wanted = {name: self._weights(name) * (raised.bits if raised else 16) // 8 for name in unit}
+                    more = sum(wanted.values()) - sum(size[name] for name in unit)
+                    if limit is None or used + more <= limit:
+                        schemes |= dict.fromkeys(unit, raised)
+                        size, used = size | wanted, used + more
+                done += count
+                if schemes != before:
+                    yield dict(schemes)
+
+    def _units(self) -> list[list[str]]:
+        """Layers that are raised together, those with the noisiest output first."""
+        noise: dict[tuple[str, str], list[LayerError]] = {}
+        for error in self.work.errors():
+            owner, _, kind = error.name.rpartition(".")
+            fused = next((min(group) for group in SIBLINGS if kind in group), kind)
+            noise.setdefault((owner, fused), []).append(error)
+        order = sorted(noise.values(), key=lambda errors: min(error.output_snr_db for error in errors))
+        return [[error.name for error in errors] for errors in order]
+
+    def _weights(self, name: str) -> int:
+        weight: torch.Tensor = self.model.model.get_submodule(name).weight
+        return weight.numel()
+
+    def _assemble(self, folder: Path, schemes: Schemes, attempt: int) -> None:
+        """The model as engines load it: the blocks' files, the rest, configuration and tokenizer."""
+        around = {name: tensor.cpu().contiguous() for name, tensor in self.model.around().items()}
+        save_file(around, folder / "model-around.safetensors", metadata={"format": "pt"})
+        for number in range(len(self.model)):
+            target = folder / f"model-block-{number:05}.safetensors"
+            shutil.copyfile(self.work.shard(number, attempt), target)
+        _write_index(folder)
+        config = copy.deepcopy(self.model.model.config)
+        config.quantization_config = self.work.engine.config(schemes)
+        config.save_pretrained(folder)
+        _generation_config(self.plan).save_pretrained(folder)
+        self.plan.tokenizer.save_pretrained(folder)
+        manifest = self.run.manifest()
+        record = {"base": manifest["base"], "data": manifest["data"], "versions": versions(), "seed": self.plan.seed}
+        write_json(folder / "calibration.json", record)
+
+    def _scores(self, folder: Path | None) -> dict[str, float]:
+        """Task scores of the result in `folder`, loaded by its engine; of the unquantized model without one."""
+        settings = self.plan.recipe.eval
+        if folder is None:
+            model = _load_unquantized(self.plan, self.merged_run)
+        else:
+            section = {"path": str(folder), "device": self.plan.recipe.model.device, "dtype": self.plan.dtype}
+            model = load_base(plan_model(from_values({"model": section, "data": {"train": "-"}, "output_dir": "-"})))
+        answers = answer_rows(
+            model.eval(),
+            self.plan.tokenizer,
+            self.plan.data.verify,
+            max_new_tokens=settings.max_new_tokens,
+            batch_size=settings.batch_size,
+            samples=settings.samples,
+        )
+        return {name: score(name, answers, pattern=settings.regex).value for name in settings.metrics}
+
+    def _score_check(self, attempt: Attempt, limit: float) -> Check:
+        if not self.scores_before:
+            self.scores_before = self._scores(None)
+        drop = max(self.scores_before[name] - attempt.scores[name] for name in attempt.scores)
+        return Check(name="score_drop", value=drop, limit=limit, passed=drop <= limit)
+
+    def _report(
+        self, found: Verification, checks: list[Check], result: Path | None, wall_seconds: float
+    ) -> CalibrationReport:
+        plan, peak = self.plan, self.meter.peak()
+        scheme = next(scheme for scheme in plan.schemes.values() if scheme)
+        tokens = sum(map(len, plan.data.windows)) + sum(len(row["input_ids"]) for row in self.work.rows)
+        seconds = self.work.block_seconds
+        return CalibrationReport(
+            model=plan.recipe.model.path,
+            device=plan.device.name,
+            engine=plan.calibrate.engine,
+            scheme=asdict(scheme),
+            quantized_layers=sum(scheme is not None for scheme in plan.schemes.values()),
+            skipped_layers=[name for name, scheme in plan.schemes.items() if scheme is None],
+            calibration=asdict(plan.data.audit) if plan.data.audit else None,
+            warnings=list(plan.data.warnings),
+            verify_rows=len(self.work.rows),
+            verify_tokens=int(found.before.tokens.sum()),
+            perplexity_before=_perplexity(found.before, plan.seed),
+            scores_before=self.scores_before,
+            attempts=self.attempts,
+            checks=checks,
+            accepted=result is not None,
+            bytes_before=plan.shape.parameters * self.model.dtype.itemsize,
+            bytes_after=self.attempts[-1].weight_bytes,
+            layers=self.work.errors(),
+            peak_bytes=_beyond(peak, self.before, self.meter.on_gpu),
+            peak_host_bytes=peak.host,
+            block_seconds=seconds,
+            tokens_per_second=tokens * len(seconds) / (len(self.model) * sum(seconds)) if seconds else 0.0,
+            wall_seconds=wall_seconds,
+            seed=plan.seed,
+            versions=versions(),
+            result=str(result) if result else None,
+        )
+
+
+class _MissedError(Exception):
+    """A written model is not accepted."""
+
+
+def _reader(plan: CalibrationPlan, merged_run: Path | None) -> Read:
+    if merged_run is None:
+        return read_weights(plan.checkpoint.with_weights())
+    weights: dict[str, torch.Tensor] = _load_unquantized(plan, merged_run, device="cpu").state_dict()
+    return weights.__getitem__
+
+
+def _load_unquantized(plan: CalibrationPlan, merged_run: Path | None, device: str | None = None) -> Any:
+    """The model that is quantized, whole."""
+    if merged_run is None:
+        return load_base(plan)
+    target = parse_target(f"{merged_run}@merged", adapter=None, data=None)
+    section = plan.recipe.model
+    own = {"device": device or section.device, "dtype": plan.dtype, "attn_implementation": section.attn_implementation}
+    recipe = target.loaded.recipe
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update=own)})
+    target = replace(target, loaded=LoadedRecipe(recipe, target.loaded.tree))
+    return load_target(target, target.plan())
+
+
+def _ladder(plan: CalibrationPlan) -> list[LayerScheme | None]:
+    """What the remedy raises layers to; None is 16 bits."""
+    in_8_bits = LayerScheme("int", 8)
+    takes_8 = plan.calibrate.data_type == "int" and plan.calibrate.bits == 4
+    return [in_8_bits, None] if takes_8 else [None]
+
+
+def _write_index(folder: Path) -> None:
+    where, total = {}, 0
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            where.update(dict.fromkeys(file.keys(), path.name))
+        total += path.stat().st_size
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+    write_json(folder / "model.safetensors.index.json", index)
+
+
+def _generation_config(plan: ModelPlan) -> GenerationConfig:
+    checkpoint = plan.checkpoint
+    if checkpoint.gguf_file is None and (checkpoint.folder / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(checkpoint.folder)
+    return GenerationConfig.from_model_config(checkpoint.config)
+
+
+def _needed_bytes(plan: CalibrationPlan) -> int:
+    """Room for the blocks, the model made of them, and two sets of hidden states."""
+    quantized = sum(scheme.bits if scheme else 0 for scheme in plan.schemes.values())
+    bits = quantized / max(sum(scheme is not None for scheme in plan.schemes.values()), 1)
+    linears = plan.shape.linear_parameters
+    weights = (plan.shape.parameters - linears) * 2 + linears * (bits + 1) / 8
+    tokens = sum(map(len, plan.data.windows)) + sum(len(row["input_ids"]) for row in plan.data.verify)
+    return int(2 * weights + 2 * 2 * tokens * plan.shape.hidden_size * 4)
+
+
+def _checks(attempt: Attempt, accept: AcceptSection) -> list[Check]:
+    """Of what needs no generation."""
+    asked = {
+        "perplexity_increase": (attempt.perplexity_change.value, accept.perplexity_increase),
+        "kl": (attempt.kl_mean, accept.kl),
+    }
+    return [
+        Check(name=name, value=value, limit=limit, passed=value <= limit)
+        for name, (value, limit) in asked.items()
+        if limit is not None
+    ]
+
+
+def _passed(checks: Iterable[Check]) -> bool:
+    return all(check.passed for check in checks)
+
+
+def _perplexity(likelihood: Likelihood, seed: int) -> Score:
+    return _score(interval(likelihood.perplexity, len(likelihood.tokens), seed=seed))
+
+
+def _score(found: Interval) -> Score:
+    return Score(value=found.value, low=found.low, high=found.high)
+
+
+def _beyond(peak: Snapshot, before: Snapshot, on_gpu: bool) -> int:
+    return max(peak.gpu - before.gpu if on_gpu else peak.host - before.host, 0)
+
+
+def _told(attempt: Attempt, checks: list[Check]) -> str:
+    kept = f", {len(attempt.kept)} layers in more bits" if attempt.kept else ""
+    verdict = ": accepted" if _passed(checks) else ": not accepted"
+    return (
+        f"{attempt.weight_bytes / 2**20:,.1f} MiB{kept}: perplexity {attempt.perplexity.value:.3f} "
+        f"({attempt.perplexity_change.value:+.2%}), KL {attempt.kl_mean:.4f}{verdict if checks else ''}"
+    )
+
+
+def _refusal(report: CalibrationReport, run: Run) -> str:
+    missed = [
+        f"{check.name} is {check.value:.4g}, above {check.limit:.4g}" for check in report.checks if not check.passed
+    ]
+    tried = f" after {len(report.attempts)} attempts" if len(report.attempts) > 1 else ""
+    return (
+        f"{run.folder}: not accepted{tried}: {'; '.join(missed)}. Hold more bits (calibrate.bits, a smaller "
+        "group_size, skip_modules), let calibrate.remedy: auto choose the layers, or accept more; "
+        "--resume then takes the blocks as they are"
+    )

@@ -1,0 +1,149 @@
+"""Which layers are quantized how, and on which rows: everything that is decided before a calibration begins."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from qft.data.calibration import CalibrationData, calibration_data
+from qft.engines import LayerScheme
+from qft.errors import ModelError
+from qft.machine import Device
+from qft.plan.model import ModelPlan, Problem, plan_model, refuse, require_device
+from qft.plan.packages import missing_engine, missing_packages
+from qft.recipe import LoadedRecipe, Recipe
+from qft.recipe.schema import AdapterSection, CalibrateSection, QuantSection
+
+__all__ = ["CalibrationPlan", "find_blocks", "plan_calibration"]
+
+GROUPS = (128, 64, 32)
+"""Sizes that inference engines have kernels for, the smallest file first."""
+FLOAT8_CAPABILITY = (8, 9)
+"""Of the first GPUs that multiply in float8."""
+
+
+@dataclass(frozen=True)
+class CalibrationPlan(ModelPlan):
+    """A ModelPlan of the unquantized model, and what becomes of it."""
+
+    schemes: dict[str, LayerScheme | None]
+    """Of every linear layer, by its name; None: left in 16 bits."""
+    data: CalibrationData
+
+    @property
+    def calibrate(self) -> CalibrateSection:
+        assert self.recipe.calibrate is not None
+        return self.recipe.calibrate
+
+    @property
+    def seed(self) -> int:
+        return self.recipe.seed if self.calibrate.seed is None else self.calibrate.seed
+
+    def facts(self) -> dict[str, Any]:
+        """The plan as plain values, for `qft check --json` and the run folder."""
+        return {
+            "device": asdict(self.device),
+            "model": {"path": self.checkpoint.path, "commit": self.checkpoint.commit, "dtype": self.dtype}
+            | asdict(self.shape),
+            "engine": self.calibrate.engine,
+            "schemes": {name: scheme and asdict(scheme) for name, scheme in self.schemes.items()},
+            "data": {"audit": self.data.audit and asdict(self.data.audit), "warnings": list(self.data.warnings)},
+        }
+
+
+def plan_calibration(loaded: LoadedRecipe) -> CalibrationPlan:
+    """Decide everything. Raises RecipeError for what model or device cannot do; MissingError, DataError, ModelError as
+    the layers below."""
+    recipe = loaded.recipe
+    device = require_device(loaded)
+    refuse(loaded, _problems(recipe, device))
+    # How training holds the base says nothing here: the calibration starts from the unquantized weights.
+    unquantized = recipe.model_copy(update={"quant": QuantSection(), "adapter": AdapterSection()})
+    model = plan_model(LoadedRecipe(unquantized, loaded.tree))
+    if model.checkpoint.quantization:
+        text = "is already quantized; start from the unquantized model, or from a run whose base is unquantized"
+        refuse(loaded, [("model.path", text)])
+    assert recipe.calibrate is not None
+    linears, blocks = _linears(model)
+    skipped = recipe.calibrate.skip_modules
+    taken = {name for name in linears if name.startswith(f"{blocks}.") and not _is_skipped(name, skipped)}
+    scheme = _scheme(recipe.calibrate, [linears[name] for name in taken])
+    schemes = {name: scheme if name in taken else None for name in linears}
+    refuse(loaded, _layer_problems(recipe.calibrate, schemes, linears))
+    needs_windows = recipe.calibrate.engine == "autoround" or scheme.activations == "static"
+    return CalibrationPlan(
+        **{field.name: getattr(model, field.name) for field in dataclasses.fields(model)},
+        schemes=schemes,
+        data=calibration_data(recipe, model.tokenizer, needs_windows=needs_windows),
+    )
+
+
+def _problems(recipe: Recipe, device: Device) -> Iterator[Problem]:
+    calibrate = recipe.calibrate
+    if calibrate is None:
+        yield "calibrate", "there is no such section; add one, if only `calibrate: {preset: w4a16}`"
+        return
+    yield from missing_engine(calibrate.engine)
+    if calibrate.accept.score_drop is not None:
+        yield from missing_packages(recipe.eval.metrics)
+    if calibrate.data_type == "float" and not _has_float8(device):
+        yield "calibrate.data_type", f"{device.name} does not compute in float8; use int, or a GPU of capability 8.9"
+
+
+def _has_float8(device: Device) -> bool:
+    return device.capability is not None and tuple(map(int, device.capability.split("."))) >= FLOAT8_CAPABILITY
+
+
+def find_blocks(model: nn.Module, count: int) -> tuple[str, nn.ModuleList]:
+    """Name and modules of the stack of `count` blocks. Raises ModelError if there is none."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return name, module
+    raise ModelError(f"{type(model).__name__}: has no list of {count} blocks to go through one by one")
+
+
+def _linears(plan: ModelPlan) -> tuple[dict[str, int], str]:
+    """Inputs of each linear layer by its name, and the name of the stack of blocks."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            plan.checkpoint.config, trust_remote_code=plan.recipe.model.trust_remote_code
+        )
+    linears = {name: module.in_features for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    return linears, find_blocks(model, plan.shape.layers)[0]
+
+
+def _scheme(calibrate: CalibrateSection, inputs: Sequence[int]) -> LayerScheme:
+    size: int | str = calibrate.group_size
+    if size == "auto":
+        fitting = [size for size in GROUPS if all(count % size == 0 for count in inputs)]
+        size = next(iter(fitting), GROUPS[0]) if calibrate.data_type == "int" and calibrate.bits == 4 else -1
+    return LayerScheme(calibrate.data_type, calibrate.bits, int(size), calibrate.symmetric, calibrate.activations)
+
+
+def _is_skipped(name: str, skipped: tuple[str, ...]) -> bool:
+    return any(f".{name}".endswith(f".{end}") for end in skipped)
+
+
+def _layer_problems(
+    calibrate: CalibrateSection, schemes: dict[str, LayerScheme | None], linears: dict[str, int]
+) -> Iterator[Problem]:
+    for end in calibrate.skip_modules:
+        if not any(_is_skipped(name, (end,)) for name in linears):
+            names = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
+            yield "calibrate.skip_modules", f"{end} is no linear layer (they are called {names})"
+    if not any(schemes.values()):
+        yield "calibrate.skip_modules", "leaves nothing to quantize"
+    for name, scheme in schemes.items():
+        if scheme and scheme.group_size > 0 and linears[name] % scheme.group_size:
+            yield (
+                "calibrate.group_size",
+                f"{name} has {linears[name]} inputs, which {scheme.group_size} does not divide: use a smaller group, "
+                "-1, or leave the layer out with calibrate.skip_modules",
+            )
+            return

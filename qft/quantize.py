@@ -1,0 +1,275 @@
+"""A streamed model -> its quantized blocks on disk, one at a time, and what they do to held-out rows.
+
+Every sequence goes through twice: as the unquantized model has it, and as the quantized one will. A block counts as
+finished once the hidden states behind it are written, which is where an interrupted run goes on.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.functional import kl_div, log_softmax
+
+from qft.blocks import StreamedModel
+from qft.data.template import IGNORED
+from qft.engines import Block, Engine, Held, LayerScheme, find_engine
+from qft.files import write_json
+from qft.layers import block_errors
+from qft.likelihood import Divergence, Likelihood
+from qft.plan import CalibrationPlan
+from qft.report.evaluation import LayerError
+from qft.report.live import View
+
+__all__ = ["Quantization", "Verification"]
+
+Schemes = Mapping[str, LayerScheme | None]
+Hidden = list[torch.Tensor]
+
+
+@dataclass
+class _Streams:
+    """Hidden states [1, tokens, hidden] of each sequence in front of a block, on the host."""
+
+    windows: Hidden
+    verify: Hidden
+    quantized_windows: Hidden
+    quantized_verify: Hidden
+
+    def save(self, path: Path) -> None:
+        _save({f"{name}.{i}": h for name, all_ in vars(self).items() for i, h in enumerate(all_)}, path)
+
+    @classmethod
+    def load(cls, path: Path) -> _Streams:
+        tensors = load_file(path)
+        names = cls.__dataclass_fields__
+        counts = {name: sum(key.startswith(f"{name}.") for key in tensors) for name in names}
+        return cls(**{name: [tensors[f"{name}.{i}"] for i in range(count)] for name, count in counts.items()})
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The held-out rows in both models, row by row."""
+
+    before: Likelihood
+    after: Likelihood
+    """With the divergence from `before` of every scored token."""
+
+
+@dataclass
+class Quantization:
+    """The blocks of one calibration, in `folder`."""
+
+    plan: CalibrationPlan
+    model: StreamedModel
+    folder: Path
+    view: View
+    block_seconds: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.engine: Engine = find_engine(self.plan.calibrate.engine)
+        self.rows = list(self.plan.data.verify)
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def shard(self, number: int, attempt: int = 0) -> Path:
+        """The newest file of a block's weights up to an attempt; only what an attempt changed is written again."""
+        found = (self._shard(number, back) for back in range(attempt, 0, -1))
+        return next((path for path in found if path.exists()), self._shard(number, 0))
+
+    def quantize(self) -> Verification:
+        """All blocks, from the first that is not finished."""
+        done, streams = self._resume()
+        for number in range(done, len(self.model)):
+            started = time.perf_counter()
+            errors = self._quantize_block(number, streams)
+            write_json(self.folder / f"errors-{number:05}.json", [error.model_dump() for error in errors])
+            streams.save(self._streams(number + 1))
+            self._streams(number).unlink(missing_ok=True)
+            self.block_seconds.append(time.perf_counter() - started)
+            self._tell(number, errors)
+        return self.verify(streams.verify, streams.quantized_verify)
+
+    def errors(self) -> list[LayerError]:
+        """Of every quantized layer as the recipe has it."""
+        paths = sorted(self.folder.glob("errors-*.json"))
+        return [LayerError(**error) for path in paths for error in json.loads(path.read_text("utf-8"))]
+
+    def again(self, schemes: Schemes, attempt: int) -> Verification:
+        """The same with some layers held otherwise; those that are not stay as they are."""
+        hidden = [self.model.enter(row["input_ids"]) for row in self.rows]
+        for number in range(len(self.model)):
+            block = self._as_held(number, schemes, attempt)
+            hidden = [self.model.run(block, number, h) for h in hidden]
+        unquantized = _Streams.load(self._streams(len(self.model))).verify
+        return self.verify(unquantized, hidden)
+
+    def verify(self, unquantized: Hidden, quantized: Hidden) -> Verification:
+        """Compare both models' predictions, from the hidden states behind the last block."""
+        sums, tokens, kl, agrees = [], [], [], []
+        for row, *pair in zip(self.rows, unquantized, quantized, strict=True):
+            labels = torch.tensor(row["labels"][1:], device=self.model.device)
+            at = labels != IGNORED
+            before, after = (log_softmax(self.model.leave(h)[: len(labels)][at].float(), -1) for h in pair)
+            nll = [-float(found.gather(1, labels[at][:, None]).double().sum()) for found in (before, after)]
+            sums.append(nll)
+            tokens.append(int(at.sum()))
+            kl.append(kl_div(after, before, reduction="none", log_target=True).sum(-1).clamp(min=0).cpu().numpy())
+            agrees.append((before.argmax(-1) == after.argmax(-1)).cpu().numpy())
+        of_row, counts = np.array(sums), np.array(tokens)
+        divergence = Divergence(np.concatenate(kl).astype(np.float64), np.concatenate(agrees))
+        return Verification(Likelihood(of_row[:, 0], counts), Likelihood(of_row[:, 1], counts, divergence))
+
+    def _resume(self) -> tuple[int, _Streams]:
+        """Blocks that are finished, and what stands behind them."""
+        finished = [int(path.stem.partition("-")[2]) for path in self.folder.glob("streams-*.safetensors")]
+        if finished:
+            done = max(finished)
+            streams = _Streams.load(self._streams(done))
+            for ids in [*self.plan.data.windows[:1], *(row["input_ids"] for row in self.rows)]:
+                self.model.enter(ids)  # teaches the model the arguments of each length
+            return done, streams
+        windows = [self.model.enter(ids) for ids in self.plan.data.windows]
+        verify = [self.model.enter(row["input_ids"]) for row in self.rows]
+        return 0, _Streams(windows, verify, list(windows), list(verify))
+
+    def _quantize_block(self, number: int, streams: _Streams) -> list[LayerError]:
+        """Quantize a block, write it, and take `streams` behind it."""
+        model = self.model
+        block = model.block(number)
+        schemes = self._within(number, self.plan.schemes)
+        held = self.engine.quantize(self._given(number, block, schemes, streams)) if schemes else {}
+        pairs = {f"{model.name(number)}.{name}": (_linear(block, name), one.module) for name, one in held.items()}
+        after: Hidden = []
+
+        def run() -> None:
+            after[:] = [model.run(block, number, h) for h in streams.verify]
+
+        errors = block_errors(pairs, run)
+        if not errors:
+            run()
+        streams.verify = after
+        streams.windows = [model.run(block, number, h) for h in streams.windows]
+        self._write(number, 0, block, held)
+        for name, one in held.items():
+            block.set_submodule(name, one.module)
+        streams.quantized_windows = [model.run(block, number, h) for h in streams.quantized_windows]
+        streams.quantized_verify = [model.run(block, number, h) for h in streams.quantized_verify]
+        sizes = {f"{model.name(number)}.{name}": _bytes(one.tensors) for name, one in held.items()}
+        return [error.model_copy(update={"bytes": sizes[error.name]}) for error in errors]
+
+    def _given(self, number: int, block: nn.Module, schemes: dict[str, LayerScheme], streams: _Streams) -> Block:
+        largest = {}
+        if any(scheme.activations == "static" for scheme in schemes.values()):
+            with _largest_inputs(block, schemes) as largest:
+                for hidden in streams.quantized_windows:
+                    self.model.run(block, number, hidden)
+        return Block(
+            name=self.model.name(number),
+            module=copy.deepcopy(block),
+            schemes=schemes,
+            calls=[self.model.call(number, hidden) for hidden in streams.windows],
+            quantized_inputs=streams.quantized_windows,
+            largest_inputs=largest,
+            iters=self.plan.calibrate.iters,
+            seed=self.plan.seed + number,
+        )
+
+    def _as_held(self, number: int, schemes: Schemes, attempt: int) -> nn.Module:
+        """A block as an attempt holds it, written if the attempt changes it."""
+        block, before, wanted = self.model.block(number), self.plan.schemes, self._within(number, schemes)
+        tensors = load_file(self._shard(number, 0))
+        held = {}
+        for name in self._within(number, before):
+            full, layer = f"{self.model.name(number)}.{name}", _linear(block, name)
+            if schemes[full] == before[full]:
+                own = {key.removeprefix(f"{full}."): t for key, t in tensors.items() if key.startswith(f"{full}.")}
+                held[name] = Held(self.engine.restore(layer, own, wanted[name]), own)
+        raised = {name: scheme for name, scheme in wanted.items() if name not in held}
+        if raised:
+            # 8 bits are close enough to need no data, whatever the engine.
+            held |= find_engine("rtn").quantize(Block(self.model.name(number), copy.deepcopy(block), raised))
+        if held.keys() != self._within(number, before).keys() or raised:
+            self._write(number, attempt, block, held)
+        for name, one in held.items():
+            block.set_submodule(name, one.module)
+        return block
+
+    def _within(self, number: int, schemes: Schemes) -> dict[str, LayerScheme]:
+        """Schemes of a block's quantized layers, by their names within it."""
+        prefix = f"{self.model.name(number)}."
+        return {name.removeprefix(prefix): s for name, s in schemes.items() if s and name.startswith(prefix)}
+
+    def _write(self, number: int, attempt: int, block: nn.Module, held: Mapping[str, Held]) -> None:
+        prefix = self.model.name(number)
+        rest = {
+            name: p.data for name, p in block.named_parameters() if not any(name.startswith(f"{own}.") for own in held)
+        }
+        layers = {f"{name}.{key}": t for name, one in held.items() for key, t in one.tensors.items()}
+        tensors = {f"{prefix}.{name}": t.detach().cpu().contiguous() for name, t in (rest | layers).items()}
+        _save(tensors, self._shard(number, attempt))
+
+    def _tell(self, number: int, errors: list[LayerError]) -> None:
+        left = (len(self.model) - number - 1) * sum(self.block_seconds) / len(self.block_seconds)
+        worst = min(errors, key=lambda error: error.output_snr_db, default=None)
+        noise = f", {worst.kind} {worst.output_snr_db:.1f} dB" if worst else ""
+        self.view.note(
+            f"block {number + 1} of {len(self.model)}{noise}, {self.block_seconds[-1]:.1f} s, {left:,.0f} s left"
+        )
+
+    def _shard(self, number: int, attempt: int) -> Path:
+        return self.folder / f"block-{number:05}-{attempt}.safetensors"
+
+    def _streams(self, number: int) -> Path:
+        return self.folder / f"streams-{number:05}.safetensors"
+
+
+def _linear(block: nn.Module, name: str) -> nn.Linear:
+    layer = block.get_submodule(name)
+    assert isinstance(layer, nn.Linear)
+    return layer
+
+
+def _bytes(tensors: Mapping[str, torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+@contextmanager
+def _largest_inputs(block: nn.Module, names: Mapping[str, Any]) -> Iterator[dict[str, float]]:
+    """Largest magnitude that each of the layers is given."""
+    largest: dict[str, float] = dict.fromkeys(names, 0.0)
+
+    def look(name: str) -> Any:
+        def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            largest[name] = max(largest[name], float(inputs[0].abs().max()))
+
+        return hook
+
+    handles = [block.get_submodule(name).register_forward_pre_hook(look(name)) for name in names]
+    try:
+        yield largest
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write a safetensors file that is whole or absent."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -108,15 +108,22 @@ class StreamedModel:
         return forward
 
     def _fill(self, module: nn.Module, prefix: str, skip: str = "\0") -> None:
-        """Read the parameters of `module`, and compute the buffers that no file has."""
-        for name, parameter in list(module.named_parameters()):
+        """Read what the files have of `module`, and compute the buffers that they have not."""
+        persistent = module.state_dict(keep_vars=True)
+        owned = [*module.named_parameters(), *((name, b) for name, b in module.named_buffers() if name in persistent)]
+        for name, meta in owned:
             if not name.startswith(skip):
-                owner = module.get_submodule(name.rpartition(".")[0])
-                value = self.read(prefix + name).to(self.device, self.dtype)
-                if value.shape != parameter.shape:
-                    raise ModelError(f"{prefix}{name}: is {list(value.shape)} and should be {list(parameter.shape)}")
-                setattr(owner, name.rpartition(".")[2], nn.Parameter(value, requires_grad=False))
+                value = self.read(prefix + name).to(self.device, self.dtype if meta.is_floating_point() else None)
+                if value.shape != meta.shape:
+                    raise ModelError(f"{prefix}{name}: is {list(value.shape)} and should be {list(meta.shape)}")
+                is_parameter = isinstance(meta, nn.Parameter)
+                filled = nn.Parameter(value, requires_grad=False) if is_parameter else value
+                filled._is_hf_initialized = True  # type: ignore[attr-defined]  # below, it is to be left alone
+                owner, _, own = name.rpartition(".")
+                setattr(module.get_submodule(owner), own, filled)
         for name, part in module.named_modules():
-            if part._buffers and not f"{name}.".startswith(skip):
-                part.to_empty(device=self.device, recurse=False)
+            computed = part._non_persistent_buffers_set
+            if computed and not f"{name}.".startswith(skip):
+                for own in computed:
+                    part._buffers[own] = torch.empty_like(part._buffers[own], device=self.device)
                 self.model._init_weights(part)

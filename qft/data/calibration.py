@@ -36,7 +36,7 @@ SHORT_WINDOWS = 4
 SHORTEST = 32
 """Tokens of such a window: in shorter ones most tokens have hardly any context, which is not how a model is used."""
 FEW = 16
-"""Windows, or verification rows, below which a warning is due: as few as AWQ (arXiv:2306.00978) was shown to do with."""
+"""Windows, or verification rows, below which a warning is due: as few as AWQ (arXiv:2306.00978) shows to suffice."""
 NARROW_SHARE, NARROW_TOKENS = 0.02, 1000
 """A set is narrow below both: 2% of a 50k vocabulary is a language's commonest tokens alone, and a small vocabulary
 (of bytes, say) has few tokens however wide the text is."""

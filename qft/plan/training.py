@@ -72,6 +72,8 @@ def make_plan(loaded: LoadedRecipe) -> Plan:
     """Decide everything. Raises RecipeError for what model, data or device cannot do; MissingError, DataError,
     ModelError as the layers below."""
     recipe = loaded.recipe
+    if not recipe.data.train:
+        refuse(loaded, [("data.train", "holds no rows to train on; calibrate.data is for `qft calibrate` alone")])
     device = require_device(loaded)
     refuse(loaded, [*device_problems(recipe, device), *_training_problems(recipe, device)])
     lora = _lora_arguments(recipe) if recipe.adapter.kind == "lora" else None

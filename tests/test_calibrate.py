@@ -362,7 +362,7 @@ def test_other_block_stacks_are_streamed_alike(tmp_path: Path, recipe: Recipe) -
     document = evaluate(targets, EvalOptions(data=data), View())
     plain, quantized = (target.perplexity for target in document.targets)
     assert report.perplexity_before.value == pytest.approx(plain, rel=1e-5)
-    assert report.attempts[0].perplexity.value == pytest.approx(quantized, rel=1e-4)
+    assert report.attempts[0].perplexity.value == pytest.approx(quantized, rel=5e-4)
 
 
 def test_an_unquantized_tiny_llama_of_one_block(tmp_path: Path, recipe: Recipe) -> None:

@@ -95,9 +95,11 @@ def check(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = Fal
 
         loaded = load(recipe, overrides or [])
         quiet_libraries()
+        from qft.harness import asked_tasks, check_tasks
         from qft.plan import make_plan
         from qft.report.plan import render_plan
 
+        check_tasks(asked_tasks(loaded))
         plan = make_plan(loaded)
         if as_json:
             print_json(plan.facts())
@@ -175,6 +177,10 @@ def evaluate(
     data: Annotated[str | None, typer.Option(help="Other rows, or a plain text.")] = None,
     reference: Annotated[str | None, typer.Option(help="The target that the others are compared with.")] = None,
     metric: Annotated[list[str] | None, typer.Option(help="A task score beside the recipe's. Repeatable.")] = None,
+    harness: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TASK", help="A task of lm-evaluation-harness, by name or file. Repeatable."),
+    ] = None,
     window: Annotated[int, typer.Option(min=2, help="Tokens of a window over plain text.")] = 512,
     stride: Annotated[int, typer.Option(min=1, help="Tokens from one window to the next.")] = 256,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows that are read at once.")] = 8,
@@ -201,6 +207,7 @@ def evaluate(
             stride=stride,
             reference=reference,
             metrics=tuple(metric or ()),
+            harness=tuple(harness or ()),
             batch_size=batch_size,
             kl_tokens=kl_tokens,
             layers=layers,

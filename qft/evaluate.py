@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import set_seed
 from qft.data.batch import pad_token_id
 from qft.errors import ModelError, RecipeError
 from qft.files import require_free_space, write_json, write_text
+from qft.harness import asked_tasks, check_tasks, load_tasks, run_tasks
 from qft.layers import layer_errors
 from qft.likelihood import Likelihood, LogProbs, measure
 from qft.machine import versions
@@ -26,7 +28,7 @@ from qft.models import memory_guard
 from qft.plan import ModelPlan
 from qft.plan.packages import missing_packages
 from qft.recipe import Recipe
-from qft.report.evaluation import EvalDocument, Score, SourceResult, TargetResult
+from qft.report.evaluation import EvalDocument, HarnessResult, Score, SourceResult, TargetResult
 from qft.report.html import TargetAnswer, evaluation_page
 from qft.report.live import View
 from qft.runs import Run
@@ -57,6 +59,8 @@ class EvalOptions:
     reference: str | None = None
     metrics: tuple[str, ...] = ()
     """Scores, beside those of the recipe."""
+    harness: tuple[str, ...] = ()
+    """Tasks of lm-evaluation-harness, beside those of the recipe."""
     batch_size: int = 8
     kl_tokens: int = 8192
     """Tokens over which distributions are compared; each takes 4 bytes times the vocabulary on disk."""
@@ -90,6 +94,8 @@ def evaluate(names: Sequence[str], options: EvalOptions, view: View) -> EvalDocu
     recipe = first.loaded.recipe
     metrics = tuple(dict.fromkeys((*recipe.eval.metrics, *options.metrics)))
     _require_metrics(metrics, recipe)
+    asked = asked_tasks(first.loaded, options.harness)
+    check_tasks(asked)
     view.note("Reading the configurations and the rows")
     plans = [target.plan() for target in targets]
     _require_one_tokenizer(targets, plans)
@@ -102,6 +108,7 @@ def evaluate(names: Sequence[str], options: EvalOptions, view: View) -> EvalDocu
         with_answers=bool(metrics),
         holds_rows_out=first.has_recipe,
     )
+    tasks = load_tasks(asked, seed=recipe.seed)
     set_seed(recipe.seed)
     measured: list[_Measured] = []
     reference: _Measured | None = None
@@ -111,6 +118,9 @@ def evaluate(names: Sequence[str], options: EvalOptions, view: View) -> EvalDocu
             role = "write" if target.name == options.reference else "against"
             with memory_guard(f"evaluating {target.name}"):
                 found = _measure(target, plan, material, recipe, metrics, options, {role: store} if store else {})
+                if tasks:
+                    view.note(f"  asking lm-evaluation-harness: {', '.join(Path(task).name for task in tasks)}")
+                    found.figures["harness"] = _harness(found.model, plan, tasks, recipe)
                 if options.layers and reference:
                     view.note("  comparing its layers with the reference's")
                     found.figures["layers"] = layer_errors(reference.model, found.model, _batches(material, plan))
@@ -128,7 +138,7 @@ def evaluate(names: Sequence[str], options: EvalOptions, view: View) -> EvalDocu
         reference=options.reference,
         device=plans[0].device.name,
         seed=recipe.seed,
-        versions=versions(),
+        versions=versions() | ({"lm_eval": version("lm_eval")} if tasks else {}),
         targets=[_result(m, reference, material, recipe, metrics) for m in measured],
         wall_seconds=time.perf_counter() - started,
     )
@@ -229,6 +239,18 @@ def _answers(model: Any, plan: ModelPlan, material: Material, recipe: Recipe) ->
         max_new_tokens=settings.max_new_tokens,
         batch_size=settings.batch_size,
         samples=settings.samples,
+    )
+
+
+def _harness(model: Any, plan: ModelPlan, tasks: Mapping[str, Any], recipe: Recipe) -> list[HarnessResult]:
+    return run_tasks(
+        model,
+        plan.tokenizer,
+        tasks,
+        seed=recipe.seed,
+        batch_size=recipe.eval.batch_size,
+        max_length=plan.shape.max_positions,
+        limit=recipe.eval.harness_limit,
     )
 
 

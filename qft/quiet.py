@@ -23,7 +23,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")  # of third parties; downloads keep theirs
-    for name in ("bitsandbytes", "accelerate", "peft", "torch.utils.tensorboard", "matplotlib"):
+    for name in ("bitsandbytes", "accelerate", "peft", "torch.utils.tensorboard", "matplotlib", "lm_eval"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for message, category in HARMLESS:
         warnings.filterwarnings("ignore", message=message, category=category)

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from qft.report.document import Components, Evaluation, Evaluations, Loss, Memory, ModelPart, Phases, Report, Throughput
-from qft.report.evaluation import EvalDocument, LayerError, Score, SourceResult, TargetResult
+from qft.report.evaluation import EvalDocument, HarnessResult, LayerError, Score, SourceResult, TargetResult
 from qft.report.html import AnswerPair, TargetAnswer, evaluation_page, training_page
 
 GIB = 2**30
@@ -342,6 +342,21 @@ def test_the_figures_of_an_evaluation_are_there() -> None:
     assert dict(zip(page.text("dt"), page.text("dd")[1::2], strict=True))["Lowest perplexity"] == "bf16"
 
 
+def test_the_tasks_of_the_harness_are_a_row_a_metric_with_the_targets_side_by_side() -> None:
+    def result(value: float | None, **changes: Any) -> HarnessResult:
+        fields = {"task": "arc", "version": "1.0", "metric": "acc", "filter": None, "stderr": 0.04, "samples": 1172}
+        return HarnessResult(**fields | changes, value=value)
+
+    first = [result(0.5), result(0.25, metric="exact_match", filter="strict", stderr=None)]
+    targets = [target("bf16", harness=first), target("nf4", 1, harness=[result(None, stderr=None)])]
+    page = Page(evaluation_page(evaluation(targets)))
+    rows = re.findall(r"<tr><th scope=.row.>arc</th>(.*?)</tr>", page.html)
+    assert [re.sub(r"(<.*?>)+", "|", row) for row in rows] == [
+        "|acc|0.5000|± 0.0400|not finite|1,172|",
+        "|exact_match|strict|0.2500|not measured|1,172|",
+    ]
+
+
 def test_what_was_not_measured_is_said_and_not_drawn() -> None:
     report = training(eval=Evaluations(), memory=memory(peak_gpu_bytes=0, peak_gpu_reserved_bytes=0, history=[]))
     page = Page(training_page(report))
@@ -358,6 +373,7 @@ def test_what_was_not_measured_is_said_and_not_drawn() -> None:
     assert [text for text, *_ in text_boxes(partial.svg("score0")) if text in "ab"] == ["a"]
     assert "For 1 of 2 targets it was not measured." in " ".join(partial.text("desc"))
     assert "The layers were not measured." in partial.text("span")
+    assert "No task of lm-evaluation-harness was run." in partial.text("span")
     assert "not measured" in partial.text("td")
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import test_data_prepare
+import test_harness
 import test_hub
 import test_models
 import test_train
@@ -174,6 +175,8 @@ ELSEWHERE = {
     "eval.regex": test_train.test_generated_answers_are_scored_and_kept,
     "eval.max_new_tokens": test_models.test_answers_come_in_batches_and_end_at_the_limit,
     "eval.batch_size": test_models.test_answers_come_in_batches_and_end_at_the_limit,
+    "eval.harness": test_harness.test_every_kind_of_target_is_asked,
+    "eval.harness_limit": test_harness.test_the_limit_is_that_of_the_recipe,
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +16,9 @@ import torch
 import yaml
 from conftest import PACKAGE_MODEL, chat, write_jsonl
 from peft import PeftModel
+from test_harness import text_task
 
+from qft.evaluate import EvalOptions, evaluate
 from qft.models import attach_adapter, load_base
 from qft.plan import make_plan
 from qft.recipe import load
@@ -121,3 +124,18 @@ def test_a_killed_run_leaves_nothing_that_looks_complete_and_resumes(tmp_path: P
     assert report.eval.after is not None
     assert report.eval.after.loss < report.eval.before.loss
     assert (run / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_the_harness_finds_the_perplexity_that_we_find(tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="needs lm-eval (pip install 'qft[eval]')")
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")[:4000]
+    (tmp_path / "text.txt").write_text("<|im_start|>" + text)  # which the harness begins a text with
+    options = EvalOptions(
+        data=str(tmp_path / "text.txt"), window=2048, stride=2048, harness=(str(text_task(tmp_path, text)),)
+    )
+    [target] = evaluate([f"{PACKAGE_MODEL}@base"], options, View()).targets
+    found = {result.metric: result.value for result in target.harness}
+    assert 900 < target.eval_tokens < 1500
+    per_token = (found["word_perplexity"] or 0) ** (len(re.split(r"\s+", text)) / target.eval_tokens)
+    assert per_token == pytest.approx(target.perplexity, rel=0.01)
+    assert found["bits_per_byte"] == pytest.approx(target.bits_per_byte, rel=0.01)

@@ -253,6 +253,8 @@ UNREAD_ADAPTER = [
         (["eval.max_new_tokens=9"], "eval.max_new_tokens"),
         (["eval.batch_size=9"], "eval.batch_size"),
         (["eval.samples=9"], "eval.samples"),
+        (["eval.harness_limit=9"], "eval.harness_limit"),
+        (["eval.harness=[arc_easy]", "eval.samples=9"], "eval.samples"),
         (["quant.preset=finetune", "quant.mode=8bit"], "quant.preset"),
         (["quant.preset=inference", "quant.mode=none"], "quant.preset"),
         (["quant.mode=4bit", "adapter.kind=none"], "adapter.kind"),
@@ -298,6 +300,8 @@ def test_a_broken_rule_is_reported_at_its_field(changes: list[str], field: str) 
         ["data.eval=e.jsonl", "train.eval_strategy=epoch", BEST, "train.early_stopping_patience=2"],
         [*STEPS, "train.save_steps=8", BEST],
         [HELD_OUT, "eval.metrics=[exact_match]", "eval.samples=9"],
+        [HELD_OUT, "eval.metrics=[exact_match]", "eval.batch_size=9"],
+        ["eval.harness=[arc_easy]", "eval.harness_limit=9", "eval.batch_size=9"],
     ],
 )
 def test_what_the_rules_ask_for_is_accepted(changes: list[str]) -> None:

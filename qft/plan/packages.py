@@ -1,9 +1,9 @@
-"""What the task scores and the engines need beyond qft's own dependencies."""
+"""What evaluations and engines need beyond qft's own dependencies."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 __all__ = ["missing_engine", "missing_packages"]
 
@@ -22,12 +22,15 @@ ENGINE_PACKAGES = {
 """What an engine needs: names of the modules."""
 
 
-def missing_packages(metrics: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Yield (field, what to install) for each score whose package is not there; imports nothing."""
+def missing_packages(metrics: Iterable[str] = (), harness: Collection[str] = ()) -> Iterator[tuple[str, str]]:
+    """Yield (field, what to install) for each score whose package is not there, and for tasks of the harness; imports
+    nothing."""
     for name in metrics:
         module, package = PACKAGES.get(name, (None, None))
         if module and importlib.util.find_spec(module) is None:
             yield "eval.metrics", f"{name} needs {package}; pip install 'qft[eval]'"
+    if harness and importlib.util.find_spec("lm_eval") is None:
+        yield "eval.harness", "needs lm-eval; pip install 'qft[eval]'"
 
 
 def missing_engine(name: str) -> Iterator[tuple[str, str]]:

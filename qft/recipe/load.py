@@ -159,6 +159,9 @@ def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
             return {**value, "path": maybe_hub(value["path"])} if "path" in value else value
         return maybe_hub(value)
 
+    def each_task(value: Any) -> Any:
+        return [local(item) if is_task_file(item) else item for item in value] if isinstance(value, list) else value
+
     def change(section: str | None, name: str, how: Callable[[Any], Any]) -> None:
         owner = values.get(section) if section else values
         if isinstance(owner, dict) and name in owner:
@@ -169,7 +172,13 @@ def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
     change("data", "eval", each_source)
     change("data", "chat_template", local)
     change("calibrate", "data", each_source)
+    change("eval", "harness", each_task)
     change(None, "output_dir", local)
+
+
+def is_task_file(task: Any) -> bool:
+    """Whether one of eval.harness is a path, rather than a name that the harness knows."""
+    return isinstance(task, str) and task.lower().endswith((".yaml", ".yml"))
 
 
 def _looks_like_hub_id(text: str) -> bool:

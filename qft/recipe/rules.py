@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 
 from qft.recipe.presets import PRESETS
-from qft.recipe.schema import AcceptSection, AdapterSection, CalibrateSection, EvalSection, Recipe
+from qft.recipe.schema import AcceptSection, AdapterSection, CalibrateSection, Recipe
 
 __all__ = ["broken_rules", "unread_fields"]
 
@@ -22,7 +22,8 @@ QUANT_FIELDS = {
 """Fields of `quant` that only one mode reads."""
 
 ADAPTER_FIELDS = [name for name in AdapterSection.model_fields if name != "kind"]
-EVAL_FIELDS = [name for name in EvalSection.model_fields if name != "metrics"]
+ANSWER_FIELDS = ("regex", "max_new_tokens", "samples")
+"""Fields of `eval` that only the metrics read."""
 
 
 def broken_rules(recipe: Recipe, given: Callable[[str], bool]) -> Iterator[Problem]:
@@ -58,9 +59,13 @@ def unread_fields(recipe: Recipe) -> dict[str, str]:
     if train.save_strategy == "no":
         unread["train.save_total_limit"] = "no checkpoint is written with train.save_strategy no"
     if not recipe.eval.metrics:
-        unread |= {f"eval.{name}": "is read only with eval.metrics" for name in EVAL_FIELDS}
+        unread |= {f"eval.{name}": "is read only with eval.metrics" for name in ANSWER_FIELDS}
     elif "regex" not in recipe.eval.metrics:
         unread["eval.regex"] = "is read only with the metric regex"
+    if not recipe.eval.harness:
+        unread["eval.harness_limit"] = "is read only with eval.harness"
+        if not recipe.eval.metrics:
+            unread["eval.batch_size"] = "is read only with eval.metrics or eval.harness"
     return unread | (_unread_by_calibration(recipe.calibrate) if recipe.calibrate else {})
 
 

@@ -264,7 +264,8 @@ class TrainSection(Section):
 
 
 class EvalSection(Section):
-    """What is measured on the held-out rows, beside their loss, before and after the training."""
+    """What is measured on the held-out rows, beside their loss, before and after the training; and the tasks of
+    qft eval."""
 
     metrics: Many[
         Literal["exact_match", "accuracy", "f1_macro", "f1_micro", "json_valid", "json_f1", "rouge_l", "regex"]
@@ -277,9 +278,14 @@ class EvalSection(Section):
     max_new_tokens: int = Field(256, ge=1)
     """Longest answer, in tokens."""
     batch_size: int = Field(16, ge=1)
-    """Rows that are answered at once."""
+    """Rows that are answered at once, by metrics and harness."""
     samples: int | None = Field(None, ge=1)
     """Answer only the first so many held-out rows. None: all."""
+    harness: Many[Annotated[str, Field(min_length=1)]] = ()
+    """Tasks of EleutherAI's lm-evaluation-harness that qft eval runs, and qft train does not: names that it knows, or
+    paths of task files (.yaml), whose relative data_files are relative to them. Needs pip install 'qft[eval]'."""
+    harness_limit: int | None = Field(None, ge=1)
+    """Ask only the first so many samples of each task in harness. None: all."""
 
 
 def _as_share(value: Any) -> Any:

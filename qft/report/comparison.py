@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from qft.report.evaluation import EvalDocument, Score, TargetResult
+from qft.report.evaluation import EvalDocument, HarnessResult, Score, TargetResult
 from qft.report.terminal import size, table
 
 __all__ = ["render_comparison"]
@@ -15,10 +15,12 @@ WORST_LAYERS = 5
 
 
 def render_comparison(document: EvalDocument) -> Group:
-    """Quality, task scores, and speed and memory; one row a target."""
+    """Quality, task scores, and speed and memory, one row a target; tasks of the harness, one row a metric."""
     parts: list[RenderableType] = ["", _quality(document)]
     if any(target.scores for target in document.targets):
         parts += ["", _scores(document)]
+    if any(target.harness for target in document.targets):
+        parts += ["", _harness(document)]
     if any(target.layers for target in document.targets):
         parts += ["", _layers(document)]
     parts += ["", _costs(document), "", Text(_footnote(document), style="dim")]
@@ -50,6 +52,19 @@ def _scores(document: EvalDocument) -> RenderableType:
     for target in document.targets:
         rows.add_row(_name(target), *(_share(target.scores[name]) for name in names))
     return rows
+
+
+def _harness(document: EvalDocument) -> RenderableType:
+    rows = table("lm-evaluation-harness (± standard error)", "task", "metric", "samples", *map(_name, document.targets))
+    for same in zip(*(target.harness for target in document.targets), strict=True):
+        metric = ", ".join(filter(None, (same[0].metric, same[0].filter)))
+        rows.add_row(same[0].task, metric, f"{same[0].samples:,}", *map(_measured, same))
+    return rows
+
+
+def _measured(found: HarnessResult) -> str:
+    value = "not finite" if found.value is None else f"{found.value:.4g}"
+    return value if found.stderr is None else f"{value} ±{found.stderr:.2g}"
 
 
 def _layers(document: EvalDocument) -> RenderableType:

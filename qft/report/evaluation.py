@@ -6,7 +6,7 @@ from typing import Literal
 
 from qft.report.document import Part
 
-__all__ = ["EvalDocument", "LayerError", "Score", "SourceResult", "TargetResult"]
+__all__ = ["EvalDocument", "HarnessResult", "LayerError", "Score", "SourceResult", "TargetResult"]
 
 
 class Score(Part):
@@ -43,6 +43,25 @@ class LayerError(Part):
     """What the layer takes as the target holds it."""
 
 
+class HarnessResult(Part):
+    """One metric of a task of EleutherAI's lm-evaluation-harness, as the harness takes it."""
+
+    task: str
+    """Name of the task, or of a group of tasks."""
+    version: str | None
+    """The task's own; None if it has none."""
+    metric: str
+    """acc, word_perplexity, … Perplexities are of words or bytes; bits_per_byte is in bits."""
+    filter: str | None
+    """How answers were read before they were scored; None: as they are."""
+    value: float | None
+    """In the metric's own unit: shares are between 0 and 1. None if it is no finite number."""
+    stderr: float | None
+    """Standard error of value over the samples; None where the harness knows none."""
+    samples: int
+    """Documents that were asked."""
+
+
 class TargetResult(Part):
     """One model."""
 
@@ -69,12 +88,15 @@ class TargetResult(Part):
     score_changes: dict[str, Score] = {}
     """Score minus the reference's; paired by rows."""
     by_source: list[SourceResult] = []
+    harness: list[HarnessResult] = []
+    """Tasks of eval.harness and --harness."""
     prefill_tokens_per_second: float
     """Reading a prompt."""
     decode_tokens_per_second: float
     """Writing an answer, one row at a time."""
     peak_bytes: int
-    """Largest memory while it was evaluated, beyond what was held before it was loaded; of the GPU or the process."""
+    """Largest memory while it was evaluated, the harness aside, beyond what was held before it was loaded; of the GPU
+    or the process."""
     weight_bytes: int
     """Weights in memory, scales included."""
     disk_bytes: int

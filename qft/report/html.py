@@ -10,7 +10,7 @@ from typing import Any
 
 from qft.report import pictures
 from qft.report.document import Evaluation, Part, Report
-from qft.report.evaluation import EvalDocument, Score, TargetResult
+from qft.report.evaluation import EvalDocument, HarnessResult, Score, TargetResult
 from qft.report.pictures import Picture, interval, number, percent, plain, shorten
 from qft.report.terminal import si, size
 
@@ -99,6 +99,7 @@ def evaluation_page(document: EvalDocument, answers: Mapping[str, Sequence[Targe
             "Targets": _quality_table(document, metrics) + _cost_table(targets),
             "Quality and size": _pictures([pictures.quality(targets, reference)]),
             "Scores": _pictures(by_metric) or f"<p>{_missing('No score was measured.')}</p>",
+            "Harness": _harness(targets),
             "Layers": _layers(with_layers, heat),
             "Sources": _sources(targets),
             "Sample predictions": _samples(_side_by_side([t.name for t in targets], answers)),
@@ -452,6 +453,32 @@ def _cost_table(targets: Iterable[TargetResult]) -> str:
     )
     head = ("Target", "Prefill, tokens/s", "Decode, tokens/s", "Weights", "Peak memory", "On disk", "Scored tokens")
     return _table("Speed and size", (*head, "Tokens of the KL"), rows)
+
+
+def _harness(targets: Sequence[TargetResult]) -> str:
+    by_target = [{(r.task, r.metric, r.filter): r for r in t.harness} for t in targets]
+    found = {key: r for results in by_target for key, r in results.items()}
+    if not found:
+        return f"<p>{_missing('No task of lm-evaluation-harness was run.')}</p>"
+
+    def cell(r: HarnessResult | None) -> str:
+        if r is None:
+            return "not measured"
+        value = "not finite" if r.value is None else number(r.value)
+        return value if r.stderr is None else _Markup(f"{value}<small>± {number(r.stderr)}</small>")
+
+    rows = (
+        (
+            task,
+            metric if used is None else _Markup(f"{_text(metric)}<small>{_text(used)}</small>"),
+            *(cell(results.get(key)) for results in by_target),
+            f"{found[key].samples:,}",
+        )
+        for key in found
+        for task, metric, used in (key,)
+    )
+    caption = "Tasks of lm-evaluation-harness, with the standard errors that it knows"
+    return _table(caption, ("Task", "Metric", *(t.name for t in targets), "Samples"), rows)
 
 
 def _layers(targets: Sequence[TargetResult], heat: Sequence[Picture]) -> str:

@@ -136,6 +136,15 @@ def test_the_original_is_left_alone_and_its_hash_recorded(recipe: Recipe, tiny_m
     assert (tmp_path / "run" / "calibration.jsonl").exists()
 
 
+def test_tuning_changes_the_rounding(recipe: Recipe, tmp_path: Path) -> None:
+    for iters in (0, 3):
+        own = {"engine": "autoround", "group_size": 32, "iters": iters}
+        calibrated(recipe(output_dir=str(tmp_path / f"{iters}"), calibrate=own))
+    searched, tuned = (weights(tmp_path / f"{iters}" / "model") for iters in (0, 3))
+    assert searched.keys() == tuned.keys()
+    assert searched["model-block-00000.safetensors"] != tuned["model-block-00000.safetensors"]
+
+
 @pytest.mark.parametrize("engine", ["rtn", "autoround"])
 def test_an_interrupted_calibration_resumes_to_the_same_bits(engine: str, recipe: Recipe, tmp_path: Path) -> None:
     own = {"engine": engine, "bits": 4, "group_size": 32}

@@ -10,9 +10,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import UnionType
+from typing import Any, NamedTuple, get_args, get_origin
 
 import pytest
+import test_calibrate
 import test_data_prepare
 import test_harness
 import test_hub
@@ -27,7 +29,7 @@ from transformers import BitsAndBytesConfig
 
 from qft.errors import QftError
 from qft.models import attach_adapter, load_base
-from qft.plan import Plan, make_plan
+from qft.plan import Plan, make_plan, plan_calibration
 from qft.recipe import Recipe, Source, load
 from qft.runs import Run
 from qft.train import training_arguments
@@ -65,6 +67,12 @@ def trainable(plan: Plan) -> Any:
     return {name: p.detach().double().norm().item() for name, p in made.named_parameters() if p.requires_grad}
 
 
+def calibration(plan: Plan) -> Any:
+    """How each layer is to be held, the windows, and the rows that verify."""
+    planned = plan_calibration(plan.loaded)
+    return planned.facts(), planned.data.windows, planned.data.verify.to_list()
+
+
 class Case(NamedTuple):
     value: str
     """The changed value, as written in YAML."""
@@ -83,6 +91,9 @@ EVERY_2 = (
     "train.save_strategy=steps",
     "train.save_steps=2",
 )
+RTN = ("calibrate.engine=rtn",)
+RTN_8 = (*RTN, "calibrate.bits=8")
+STATIC = (*RTN_8, "calibrate.activations=static", "calibrate.max_length=32")
 PAIR = "data.train=[{path: chats.jsonl}, {path: other.jsonl}]"
 
 CASES: dict[str, Case] = {
@@ -158,6 +169,19 @@ CASES: dict[str, Case] = {
     "train.full_determinism": Case("true", training),
     "train.report_to": Case("[wandb]", training),
     "train.run_name": Case("second", training),
+    "calibrate.preset": Case("w8a16", calibration, ("calibrate.preset=w8a8-dynamic",)),
+    "calibrate.engine": Case("torchao", calibration, RTN_8),
+    "calibrate.data": Case("other.jsonl", calibration, STATIC),
+    "calibrate.samples": Case("3", calibration, STATIC),
+    "calibrate.max_length": Case("48", calibration, STATIC),
+    "calibrate.data_type": Case("float", calibration, (*RTN_8, "calibrate.activations=dynamic")),
+    "calibrate.bits": Case("8", calibration, RTN),
+    "calibrate.group_size": Case("32", calibration, RTN),
+    "calibrate.symmetric": Case("false", calibration, RTN),
+    "calibrate.activations": Case("dynamic", calibration, RTN_8),
+    "calibrate.skip_modules": Case("[up_proj]", calibration, RTN),
+    "calibrate.seed": Case("7", calibration, STATIC),
+    "calibrate.verify_samples": Case("3", calibration, RTN),
     "output_dir": Case("elsewhere", training),
     "seed": Case("7", training),
 }
@@ -170,6 +194,12 @@ ELSEWHERE = {
     "data.num_proc": test_data_prepare.test_rows_are_encoded_by_as_many_processes_as_asked,
     "train.early_stopping_patience": test_train.test_early_stopping_and_the_best_checkpoint,
     "train.on_nonfinite": test_train.test_skipped_updates_are_counted_and_change_nothing,
+    "calibrate.iters": test_calibrate.test_tuning_changes_the_rounding,
+    "calibrate.accept.perplexity_increase": test_calibrate.test_a_miss_is_refused_with_its_figures_and_leaves_no_model,
+    "calibrate.accept.kl": test_calibrate.test_a_miss_is_refused_with_its_figures_and_leaves_no_model,
+    "calibrate.accept.score_drop": test_calibrate.test_a_drop_of_a_score_is_refused,
+    "calibrate.remedy": test_calibrate.test_the_remedy_keeps_the_worst_layers_until_it_is_accepted,
+    "calibrate.max_bytes": test_calibrate.test_the_remedy_stays_within_its_bytes,
     "eval.metrics": test_train.test_generated_answers_are_scored_and_kept,
     "eval.samples": test_train.test_generated_answers_are_scored_and_kept,
     "eval.regex": test_train.test_generated_answers_are_scored_and_kept,
@@ -183,9 +213,11 @@ ELSEWHERE = {
 def fields(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[str]:
     """Every field of the schema, those of a data source included."""
     for name, field in section.model_fields.items():
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            yield from fields(inner, f"{prefix}{name}.")
+        optional = get_args(field.annotation) if get_origin(field.annotation) is UnionType else ()
+        members = (field.annotation, *optional)
+        sections = [inner for inner in members if isinstance(inner, type) and issubclass(inner, BaseModel)]
+        if sections:
+            yield from fields(sections[0], f"{prefix}{name}.")
             continue
         yield f"{prefix}{name}"
         if f"{prefix}{name}" == "data.train":

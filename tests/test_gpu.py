@@ -10,6 +10,7 @@ import pytest
 import torch
 from test_train import HARD, MODES, plain_loss
 
+from qft.calibrate import calibrate
 from qft.evaluate import EvalOptions, evaluate
 from qft.models import attach_adapter, load_base
 from qft.plan import make_plan
@@ -108,3 +109,32 @@ def test_models_are_compared_on_the_gpu(tiny_model: Path, tmp_path: Path) -> Non
     assert 0 < int8.kl_mean < nf4.kl_mean
     assert nf4.weight_bytes < int8.weight_bytes < reference.weight_bytes <= reference.peak_bytes
     assert len(nf4.layers) == 15
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"preset": "fp8"},
+        {"preset": "fp8", "activations": "static", "samples": 4},
+        {"preset": "w8a8-static", "samples": 4},
+        {"engine": "autoround", "group_size": 32, "samples": 4, "iters": 2},
+        {"engine": "bitsandbytes", "data_type": "nf4"},
+        {"engine": "bitsandbytes", "bits": 8, "activations": "dynamic"},
+    ],
+)
+def test_a_calibration_on_a_gpu_loads_as_what_was_measured(own: dict[str, Any], recipe_file: RecipeFile) -> None:
+    path = recipe_file(
+        model={"device": "cuda"},
+        quant=None,
+        adapter=None,
+        train=None,
+        data={"eval_fraction": 0.5},
+        calibrate={"max_length": 32, **own},
+    )
+    report = calibrate(load(path), View())
+    assert report.peak_bytes > 0
+    [attempt] = report.attempts
+    held_out = str(path.parent / "chats.jsonl")
+    result = evaluate([report.result or ""], EvalOptions(data=held_out), View()).targets[0]
+    # Of all rows, not the held-out half alone: a random model finds them equally unlikely.
+    assert result.perplexity == pytest.approx(attempt.perplexity.value, rel=0.05)

@@ -231,7 +231,7 @@ def _linear(module: nn.Module | None) -> nn.Module | None:
 
 
 def _is_quantized(linear: nn.Module) -> bool:
-    return isinstance(linear.weight, bnb.nn.Params4bit | bnb.nn.Int8Params)
+    return isinstance(linear.weight, bnb.nn.Params4bit | bnb.nn.Int8Params) or hasattr(linear, "dequantize")
 
 
 def _device(layer: nn.Module) -> torch.device:
@@ -249,7 +249,9 @@ def _weight(layer: Any, name: str) -> torch.Tensor:
     """The weight that the layer multiplies with, float32 [out, in]: dequantized, active adapters added."""
     linear: Any = _linear(layer)
     held = linear.weight.detach()
-    if _is_quantized(linear):
+    if hasattr(linear, "dequantize"):  # a plugin's
+        held = linear.dequantize().detach()
+    elif _is_quantized(linear):
         held = dequantize_bnb_weight(linear.weight, state=getattr(linear, "state", None))
     weight: torch.Tensor = held.float()
     if isinstance(layer, BaseTunerLayer) and not layer.disable_adapters and not layer.merged:

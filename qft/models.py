@@ -13,7 +13,8 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.quantizers import AutoQuantizationConfig
 
 from qft.checkpoints import Checkpoint
 from qft.errors import ModelError, OutOfMemoryError, QftError
@@ -36,6 +37,8 @@ def load_base(plan: ModelPlan) -> PreTrainedModel:
             raise
         except (ValueError, OSError, ImportError, KeyError) as error:
             raise ModelError(f"{plan.checkpoint.path}: cannot be loaded: {str(error).splitlines()[0]}") from error
+    if plan.plugin:
+        plan.plugin.require_layers(model)
     settle(model, plan.scheme)
     return model
 
@@ -115,8 +118,10 @@ def _load(plan: ModelPlan) -> PreTrainedModel:
     }
     if model.attn_implementation != "auto":
         arguments["attn_implementation"] = model.attn_implementation
+    if plan.plugin:
+        plan.plugin.activate()
     if plan.quantization:
-        arguments["quantization_config"] = BitsAndBytesConfig(**plan.quantization)
+        arguments["quantization_config"] = AutoQuantizationConfig.from_dict(plan.quantization)
     if plan.checkpoint.gguf_file:
         # transformers reads a GGUF file or quantizes, not both at once: dequantize first, then load from memory.
         dequantized = _dequantized(plan.checkpoint, arguments["dtype"])

@@ -1,7 +1,7 @@
 """The run folder: what was asked, with what it was done, and its results.
 
 recipe.yaml      the resolved recipe
-manifest.json    command, versions, hardware, seed, content hashes of data and base, status
+manifest.json    command, versions, hardware, seed, content hashes of data, base and plugin, status
 plan.json        what was decided before anything was loaded
 checkpoints/     checkpoint-N, to resume from
 adapter/         the adapter in peft's layout (model/ when all weights were trained, or a calibration)
@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -167,6 +167,7 @@ def _begin(
         versions=versions(),
         hardware=describe(device),
         data=digests,
+        plugin=_plugin(plan),
     )
 
 
@@ -194,6 +195,12 @@ def _require_same(run: Run, recipe: Recipe, digests: dict[str, str | None], fixe
         )
     if run.manifest().get("data") != digests:
         raise RunError(f"{run.folder}: the data has changed since the run began; use --overwrite to start again")
+    if run.manifest().get("plugin") != _plugin(plan):
+        raise RunError(f"{run.folder}: quant.plugin has changed since the run began; use --overwrite to start again")
+
+
+def _plugin(plan: Plan) -> dict[str, Any] | None:
+    return asdict(plan.plugin) if plan.plugin else None
 
 
 def _require_steps_left(run: Run, plan: Plan) -> None:

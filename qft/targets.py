@@ -14,7 +14,6 @@ from typing import Any
 
 from peft import PeftModel
 
-from qft.checkpoints import Checkpoint
 from qft.errors import MissingError, ModelError, RecipeError
 from qft.models import load_base
 from qft.plan import ModelPlan, plan_model
@@ -87,7 +86,7 @@ def load_target(target: Target, plan: ModelPlan) -> Any:
     """The model, ready to evaluate. Raises ModelError if the adapter belongs to another base."""
     model = load_base(plan)
     if target.adapter is not None:
-        _require_same_base(target.adapter, plan.checkpoint)
+        _require_same_base(target.adapter, plan)
         model = _with_adapter(model, target.adapter)
         if target.merged:
             model = model.merge_and_unload()
@@ -124,11 +123,14 @@ def _held_as(loaded: LoadedRecipe, variant: str) -> LoadedRecipe:
     return LoadedRecipe(Recipe.model_copy(recipe, update={"adapter": adapter}), loaded.tree)
 
 
-def _require_same_base(adapter: Path, checkpoint: Checkpoint) -> None:
-    """An adapter of a run knows the hashes of its base."""
-    known = Run(adapter.parent).manifest().get("base", {}).get("sha256")
-    if known and known != checkpoint.digests():
-        raise ModelError(f"{adapter}: was trained on another base than {checkpoint.path} (their hashes differ)")
+def _require_same_base(adapter: Path, plan: ModelPlan) -> None:
+    """An adapter of a run knows the hashes of its base, and of the plugin that quantized it."""
+    manifest = Run(adapter.parent).manifest()
+    known, plugin = manifest.get("base", {}).get("sha256"), manifest.get("plugin")
+    if known and known != plan.checkpoint.digests():
+        raise ModelError(f"{adapter}: was trained on another base than {plan.checkpoint.path} (their hashes differ)")
+    if plugin and plan.plugin and plugin["path"] == plan.plugin.path and plugin["sha256"] != plan.plugin.sha256:
+        raise ModelError(f"{adapter}: quant.plugin ({plan.plugin.path}) has changed since this was trained")
 
 
 def _with_adapter(model: Any, adapter: Path) -> Any:

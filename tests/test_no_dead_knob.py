@@ -19,6 +19,7 @@ import test_data_prepare
 import test_harness
 import test_hub
 import test_models
+import test_plugin
 import test_train
 import torch
 import yaml
@@ -82,7 +83,7 @@ class Case(NamedTuple):
 
 
 FLOAT = "model.dtype=float32"
-FOUR, EIGHT = "quant.mode=4bit", "quant.mode=8bit"
+FOUR, EIGHT, CUSTOM = "quant.mode=4bit", "quant.mode=8bit", "quant.mode=custom"
 HELD_OUT = "data.eval_fraction=0.25"
 EVERY_2 = (
     HELD_OUT,
@@ -104,6 +105,7 @@ CASES: dict[str, Case] = {
     "model.trust_remote_code": Case("true", model, ("model.path=remote",)),
     "quant.preset": Case("inference", quantization, ("quant.preset=finetune",)),
     "quant.mode": Case("8bit", model),
+    "quant.plugin": Case("coarse.py", model, (CUSTOM, "quant.plugin=int8_symmetric.py")),
     "quant.quant_type": Case("fp4", quantization, (FOUR,)),
     "quant.double_quant": Case("false", quantization, (FOUR,)),
     "quant.compute_dtype": Case("float32", quantization, (FOUR,)),
@@ -241,6 +243,9 @@ def workshop(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path
     tiny_llama(num_hidden_layers=1).save_pretrained(folder / "other-model")
     byte_tokenizer().save_pretrained(folder / "other-model")
     test_models.write_remote_code_model(folder / "remote")
+    code = test_plugin.SHIPPED.read_text()
+    (folder / "int8_symmetric.py").write_text(code)
+    (folder / "coarse.py").write_text(code.replace("LEVELS = 127", "LEVELS = 3"))
     recipe = {
         "model": {"path": str(tiny_model)},
         "data": {"train": "chats.jsonl", "max_length": 128},

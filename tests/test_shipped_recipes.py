@@ -17,7 +17,7 @@ from qft.recipe import Recipe, json_schema, load
 from qft.recipe.source import read
 
 FOLDER = Path(__file__).parent.parent / "recipes"
-RECIPES = sorted(path.name for path in FOLDER.glob("*.yaml"))
+RECIPES = sorted(path.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*.yaml"))
 EXPECTED = {
     "quickstart.yaml",
     "qlora-8b-24gb.yaml",
@@ -25,6 +25,7 @@ EXPECTED = {
     "lora-bf16.yaml",
     "int8.yaml",
     "full-finetune-small.yaml",
+    "custom/int8_symmetric.yaml",
 }
 
 
@@ -42,7 +43,8 @@ def test_it_loads_and_fits_the_schema(name: str) -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_it_opens_with_its_schema_what_it_needs_and_its_command(name: str) -> None:
     lines = (FOLDER / name).read_text().splitlines()
-    assert lines[0] == "# yaml-language-server: $schema=recipe.schema.json"
+    schema = "../" * name.count("/") + "recipe.schema.json"
+    assert lines[0] == f"# yaml-language-server: $schema={schema}"
     head = "\n".join(line for line in lines[: lines.index("")])
     assert "Needs:" in head
     assert f"qft train recipes/{name}" in head
@@ -69,7 +71,7 @@ def test_a_gpu_recipe_resolves_to_a_plan(name: str, tiny_model: Path, chat_file:
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("name", ["quickstart.yaml", "full-finetune-small.yaml"])
+@pytest.mark.parametrize("name", ["quickstart.yaml", "full-finetune-small.yaml", "custom/int8_symmetric.yaml"])
 def test_a_cpu_recipe_resolves_to_a_plan(name: str) -> None:
     plan = make_plan(load(FOLDER / name, ["model.device=cpu"]))
     assert plan.shape.parameters == 134_515_008

@@ -9,6 +9,7 @@ import dataclasses
 import importlib.util
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from qft.errors import RecipeError
 from qft.machine import Device, find_device
 from qft.recipe import LoadedRecipe, Recipe
 from qft.schemes import SCHEMES, prequantized
+from qft.schemes.custom import Plugin, load_plugin
 
 __all__ = ["ModelPlan", "Problem", "Shape", "device_problems", "plan_model", "refuse", "require_device"]
 
@@ -56,9 +58,11 @@ class ModelPlan:
     dtype: str
     """Of the weights that are not quantized."""
     scheme: str
-    """Key of SCHEMES, or the method of a checkpoint that comes quantized."""
+    """Key of SCHEMES, or the method of a plugin or of a checkpoint that comes quantized."""
     quantization: dict[str, Any]
     """Arguments of the quantization config; empty if nothing is quantized here."""
+    plugin: Plugin | None
+    """The code of quant.plugin; None unless the recipe names one."""
 
     @property
     def recipe(self) -> Recipe:
@@ -72,14 +76,17 @@ def plan_model(loaded: LoadedRecipe, lora: dict[str, Any] | None = None) -> Mode
     recipe = loaded.recipe
     device = require_device(loaded)
     refuse(loaded, device_problems(recipe, device))
+    plugin = load_plugin(Path(recipe.quant.plugin)) if recipe.quant.plugin else None
     checkpoint = find_checkpoint(recipe)
     if checkpoint.quantization:
-        refuse(loaded, prequantized.contradictions(checkpoint.quantization, loaded))
+        refuse(loaded, prequantized.contradictions(checkpoint.quantization, loaded, plugin))
     dtype = _dtype(recipe, device)
     shape = _shape(loaded, checkpoint, lora)
     compute_dtype = recipe.quant.compute_dtype if recipe.quant.compute_dtype != "auto" else dtype
     if checkpoint.quantization:
         scheme, quantization = prequantized.mode(checkpoint.quantization), {}
+    elif plugin:
+        scheme, quantization = plugin.method, plugin.config([*shape.heads, *recipe.quant.skip_modules])
     else:
         scheme = recipe.quant.mode
         quantization = SCHEMES[scheme].config(recipe.quant, compute_dtype, list(shape.heads))
@@ -92,6 +99,7 @@ def plan_model(loaded: LoadedRecipe, lora: dict[str, Any] | None = None) -> Mode
         dtype=dtype,
         scheme=scheme,
         quantization=quantization,
+        plugin=plugin,
     )
 
 

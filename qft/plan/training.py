@@ -12,7 +12,6 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from qft.checkpoints import Checkpoint
 from qft.data.prepare import Prepared, prepare
 from qft.machine import Device
 from qft.plan.model import ModelPlan, Problem, Shape, device_problems, plan_model, refuse, require_device
@@ -56,7 +55,11 @@ class Plan(ModelPlan):
                 "dtype": self.dtype,
                 **asdict(self.shape),
             },
-            "quantization": {"scheme": self.scheme, **(self.quantization or self.checkpoint.quantization)},
+            "quantization": {
+                "scheme": self.scheme,
+                **(self.quantization or self.checkpoint.quantization),
+                "plugin": asdict(self.plugin) if self.plugin else None,
+            },
             "adapter": self.lora,
             "training": self.training,
             "data": {
@@ -78,7 +81,7 @@ def make_plan(loaded: LoadedRecipe) -> Plan:
     refuse(loaded, [*device_problems(recipe, device), *_training_problems(recipe, device)])
     lora = _lora_arguments(recipe) if recipe.adapter.kind == "lora" else None
     model = plan_model(loaded, lora)
-    refuse(loaded, [*_trainability(recipe, model.checkpoint), *_length_problems(recipe, model.shape)])
+    refuse(loaded, [*_trainability(recipe, model), *_length_problems(recipe, model.shape)])
     data = prepare(recipe, model.tokenizer)
     if recipe.eval.metrics and data.eval and max(data.eval["answer_start"]) < 0:
         refuse(loaded, [("eval.metrics", "the held-out rows are plain text, which has no answers to score; remove it")])
@@ -90,8 +93,11 @@ def make_plan(loaded: LoadedRecipe) -> Plan:
     )
 
 
-def _trainability(recipe: Recipe, checkpoint: Checkpoint) -> Iterator[Problem]:
+def _trainability(recipe: Recipe, model: ModelPlan) -> Iterator[Problem]:
+    checkpoint = model.checkpoint
     if not checkpoint.quantization:
+        if model.plugin and (reason := model.plugin.untrainable(model.quantization)):
+            yield "quant.plugin", reason
         return
     if recipe.adapter.kind == "none":
         yield (

@@ -168,6 +168,7 @@ def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
             owner[name] = how(owner[name])
 
     change("model", "path", maybe_hub)
+    change("quant", "plugin", local)
     change("data", "train", each_source)
     change("data", "eval", each_source)
     change("data", "chat_template", local)

@@ -18,6 +18,7 @@ QUANT_FIELDS = {
     "compute_dtype": "4bit",
     "quant_storage": "4bit",
     "threshold": "8bit",
+    "plugin": "custom",
 }
 """Fields of `quant` that only one mode reads."""
 
@@ -90,6 +91,8 @@ def _unread_by_calibration(calibrate: CalibrateSection) -> dict[str, str]:
 
 def _quant_rules(recipe: Recipe) -> Iterator[Problem]:
     quant = recipe.quant
+    if quant.mode == "custom" and quant.plugin is None:
+        yield "quant.plugin", "quant.mode custom needs the Python file of a quantizer; name it, or change the mode"
     if quant.preset and quant.mode != PRESETS["quant"][quant.preset]["mode"]:
         yield (
             "quant.preset",
@@ -115,6 +118,8 @@ def _adapter_rules(recipe: Recipe) -> Iterator[Problem]:
             f"{adapter.init_lora_weights} moves part of the base weights into the adapter, which a {mode} base cannot "
             "hold exactly: use default, gaussian or (with 4bit) loftq, or set quant.mode to none",
         )
+    if adapter.use_dora and mode == "custom":
+        yield "adapter.use_dora", "peft scales the base weight itself, and cannot read a plugin's; set it to false"
     if adapter.layers_to_transform is not None and isinstance(adapter.target_modules, str):
         yield "adapter.layers_to_transform", "needs adapter.target_modules as a list of layer names"
 

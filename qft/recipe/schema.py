@@ -65,8 +65,12 @@ class QuantSection(Section):
     preset: Literal["inference", "finetune"] | None = None
     """Starting values that explicit fields override. inference: 4bit fp4, float32 compute, no double quantization.
     finetune: 4bit nf4, bfloat16 compute, double quantization."""
-    mode: Literal["none", "8bit", "4bit"] = "none"
-    """none: as model.dtype says; 8bit: LLM.int8(); 4bit: the 4-bit data type of quant_type."""
+    mode: Literal["none", "8bit", "4bit", "custom"] = "none"
+    """none: as model.dtype says; 8bit: LLM.int8(); 4bit: the 4-bit data type of quant_type; custom: by the code of
+    plugin."""
+    plugin: str | None = Field(None, min_length=1)
+    """A Python file that registers a quantizer with transformers. It is run: name only code that you trust. Only with
+    mode custom, which needs it."""
     quant_type: Literal["nf4", "fp4"] = "nf4"
     """4-bit data type: nf4 (normal float, for weights that are trained on) or fp4. Only with mode 4bit."""
     double_quant: bool = True

@@ -25,6 +25,8 @@ def _model(facts: dict[str, Any]) -> Table:
     rows.add_row("path", f"{model['path']}{commit}")
     rows.add_row("base", f"{model['architecture']}, {si(model['parameters'])} parameters, {model['layers']} blocks")
     rows.add_row("held as", f"{_held(quantization)}; the rest in {model['dtype']}")
+    if plugin := quantization["plugin"]:
+        rows.add_row("quantizer", f"{plugin['path']}, SHA-256 {plugin['sha256'][:12]}…")
     share = model["trainable_parameters"] / model["parameters"]
     kind = f"LoRA r={adapter['r']} on {_names(adapter['target_modules'])}" if adapter else "all weights"
     rows.add_row("trained", f"{kind}: {si(model['trainable_parameters'])} parameters ({share:.2%})")
@@ -64,7 +66,7 @@ def _held(quantization: dict[str, Any]) -> str:
         if quantization.get("bnb_4bit_use_double_quant"):
             parts.append("double quantization")
         parts.append(f"computed in {quantization.get('bnb_4bit_compute_dtype')}")
-    if skipped := quantization.get("llm_int8_skip_modules"):
+    if skipped := quantization.get("llm_int8_skip_modules") or quantization.get("modules_to_not_convert"):
         parts.append(f"not {', '.join(skipped)}")
     return ", ".join(parts)
 

@@ -8,6 +8,7 @@ from typing import Any
 from transformers.quantizers import AutoHfQuantizer
 
 from qft.recipe.load import LoadedRecipe
+from qft.schemes.custom import Plugin, is_known
 
 __all__ = ["contradictions", "method", "mode", "untrainable"]
 
@@ -34,19 +35,33 @@ def mode(quantization: dict[str, Any]) -> str:
     return "4bit" if quantization.get("load_in_4bit") else "8bit"
 
 
-def contradictions(quantization: dict[str, Any], loaded: LoadedRecipe) -> Iterator[tuple[str, str]]:
+def contradictions(
+    quantization: dict[str, Any], loaded: LoadedRecipe, plugin: Plugin | None
+) -> Iterator[tuple[str, str]]:
     """Yield (field, text) for each field that the recipe sets and the checkpoint has otherwise."""
     own = mode(quantization)
     quant = loaded.recipe.quant
-    if loaded.given("quant.mode") and quant.mode != own:
-        yield "quant.mode", f"the checkpoint is already quantized ({own}), not {quant.mode}; remove the quant section"
+    asked = plugin.method if plugin else quant.mode
+    if loaded.given("quant.mode") and asked != own:
+        yield "quant.mode", f"the checkpoint is already quantized ({own}), not {asked}; {_remedy(own)}"
+        return
+    # transformers would only warn, and then read the integers as weights.
+    if plugin is None and own not in ("4bit", "8bit") and not is_known(own):
+        yield "model.path", f"the checkpoint is quantized with {own}, which transformers does not know; {_remedy(own)}"
         return
     for name, key in BNB_KEYS.items():
         wanted, has = getattr(quant, name), quantization.get(key)
         if loaded.given(f"quant.{name}") and wanted not in (has, "auto"):
             yield f"quant.{name}", f"the checkpoint is already quantized with {has}, not {wanted}; remove the field"
-    if quant.skip_modules and set(quant.skip_modules) - set(quantization.get("llm_int8_skip_modules") or ()):
+    kept = quantization.get("llm_int8_skip_modules") or quantization.get("modules_to_not_convert") or ()
+    if set(quant.skip_modules) - set(kept):
         yield "quant.skip_modules", "the checkpoint is already quantized and its modules are settled; remove the field"
+
+
+def _remedy(own: str) -> str:
+    if own in ("4bit", "8bit") or is_known(own):
+        return "remove the quant section"
+    return "set quant.mode to custom and quant.plugin to the file that made it"
 
 
 def untrainable(quantization: dict[str, Any]) -> str | None:

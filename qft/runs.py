@@ -27,9 +27,9 @@ import yaml
 
 from qft.errors import RunError
 from qft.files import require_free_space, write_json, write_text
-from qft.machine import Device, describe, versions
+from qft.machine import describe, versions
 from qft.plan import CalibrationPlan, ModelPlan, Plan
-from qft.recipe import Recipe, dump
+from qft.recipe import dump
 
 __all__ = ["Run", "check_folder", "record_base", "start_calibration", "start_run", "step_of"]
 
@@ -131,10 +131,10 @@ def start_run(plan: Plan, *, resume: bool, overwrite: bool) -> Run:
     check_folder(run.folder, resume=resume, overwrite=overwrite)
     digests = {facts.path: facts.digest for facts in plan.data.sources}
     if resume:
-        _require_same(run, plan.recipe, digests, FIXED)
+        _require_same(run, plan, digests, FIXED)
         _require_steps_left(run, plan)
     require_free_space(run.folder, _checkpoint_bytes(plan), "its checkpoints")
-    _begin(run, plan.recipe, plan.facts(), plan.device, digests, overwrite=overwrite)
+    _begin(run, plan, digests, overwrite=overwrite)
     return run
 
 
@@ -144,28 +144,26 @@ def start_calibration(plan: CalibrationPlan, needed: int, *, resume: bool, overw
     check_folder(run.folder, resume=resume, overwrite=overwrite)
     digests = {facts.path: facts.digest for facts in plan.data.prepared.sources}
     if resume:
-        _require_same(run, plan.recipe, digests, FIXED_CALIBRATION)
+        _require_same(run, plan, digests, FIXED_CALIBRATION)
     else:
         require_free_space(run.folder, needed, "the quantized model, its blocks and their activations")
-    _begin(run, plan.recipe, plan.facts(), plan.device, digests, overwrite=overwrite)
+    _begin(run, plan, digests, overwrite=overwrite)
     return run
 
 
-def _begin(
-    run: Run, recipe: Recipe, facts: dict[str, Any], device: Device, digests: dict[str, str | None], *, overwrite: bool
-) -> None:
+def _begin(run: Run, plan: Plan | CalibrationPlan, digests: dict[str, str | None], *, overwrite: bool) -> None:
     if overwrite and run.folder.exists():
         shutil.rmtree(run.folder)
     run.folder.mkdir(parents=True, exist_ok=True)
-    write_text(run.folder / "recipe.yaml", dump(recipe))
-    write_json(run.folder / "plan.json", facts)
+    write_text(run.folder / "recipe.yaml", dump(plan.recipe))
+    write_json(run.folder / "plan.json", plan.facts())
     run.set_status(
         "running",
         command=sys.argv,
         started=_now(),
-        seed=recipe.seed,
+        seed=plan.recipe.seed,
         versions=versions(),
-        hardware=describe(device),
+        hardware=describe(plan.device),
         data=digests,
         plugin=_plugin(plan),
     )
@@ -181,9 +179,9 @@ def record_base(run: Run, plan: ModelPlan) -> None:
     run.set_status("running", base=base)
 
 
-def _require_same(run: Run, recipe: Recipe, digests: dict[str, str | None], fixed: tuple[str, ...]) -> None:
+def _require_same(run: Run, plan: ModelPlan, digests: dict[str, str | None], fixed: tuple[str, ...]) -> None:
     before = yaml.safe_load((run.folder / "recipe.yaml").read_text("utf-8"))
-    now = yaml.safe_load(dump(recipe))
+    now = yaml.safe_load(dump(plan.recipe))
     for asked in (before, now):
         for name in UNFIXED:
             asked.get("calibrate", {}).pop(name, None)
@@ -199,7 +197,7 @@ def _require_same(run: Run, recipe: Recipe, digests: dict[str, str | None], fixe
         raise RunError(f"{run.folder}: quant.plugin has changed since the run began; use --overwrite to start again")
 
 
-def _plugin(plan: Plan) -> dict[str, Any] | None:
+def _plugin(plan: ModelPlan) -> dict[str, Any] | None:
     return asdict(plan.plugin) if plan.plugin else None
 
 

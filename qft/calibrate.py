@@ -194,14 +194,17 @@ class _Calibration:
 
     def _assemble(self, folder: Path, schemes: Schemes, attempt: int) -> None:
         """The model as engines load it: the blocks' files, the rest, configuration and tokenizer."""
-        around = {name: tensor.cpu().contiguous() for name, tensor in self.model.around().items()}
-        save_file(around, folder / "model-around.safetensors", metadata={"format": "pt"})
+        told: dict[str, str] = {}
         for number in range(len(self.model)):
-            target = folder / f"model-block-{number:05}.safetensors"
-            shutil.copyfile(self.work.shard(number, attempt), target)
+            shutil.copyfile(self.work.shard(number, attempt), folder / f"model-block-{number:05}.safetensors")
+            told |= self.work.metadata(number, attempt)
+        around = {name: tensor.cpu().contiguous() for name, tensor in self.model.around().items()}
+        # The last file by name: its header speaks for all.
+        header = {"format": "pt"} | self.work.engine.header(told, list(around))
+        save_file(around, folder / "model-outside.safetensors", metadata=header)
         _write_index(folder)
         config = copy.deepcopy(self.model.model.config)
-        config.quantization_config = self.work.engine.config(schemes)
+        config.quantization_config = self.work.engine.config(schemes, self.model.dtype)
         config.save_pretrained(folder)
         _generation_config(self.plan).save_pretrained(folder)
         self.plan.tokenizer.save_pretrained(folder)
@@ -297,7 +300,8 @@ def _load_unquantized(plan: CalibrationPlan, merged_run: Path | None, device: st
 def _ladder(plan: CalibrationPlan) -> list[LayerScheme | None]:
     """What the remedy raises layers to; None is 16 bits."""
     in_8_bits = LayerScheme("int", 8)
-    takes_8 = plan.calibrate.data_type == "int" and plan.calibrate.bits == 4
+    # compressed-tensors loads packed zero points only where all layers are held alike.
+    takes_8 = plan.calibrate.data_type == "int" and plan.calibrate.bits == 4 and plan.calibrate.symmetric
     return [in_8_bits, None] if takes_8 else [None]
 
 

@@ -21,11 +21,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
 from qft.errors import ModelError
 from qft.memory.meter import weight_bytes
 from qft.report.evaluation import LayerError
+from qft.skipping import skip_entry
 
 __all__ = ["block_errors", "layer_errors", "suggest_skip_modules"]
 
@@ -53,6 +55,8 @@ def layer_errors(
     """
     pairs, batches = _pairs(reference, model), list(batches)
     with _evaluating(reference, model), torch.no_grad():
+        # compressed-tensors unpacks a loaded model in its first pass, and the layers alone would never see one.
+        model(torch.zeros(1, 1, dtype=torch.long, device=_device(model)), use_cache=False)
         for visit in (_Pair.compare, _Pair.count_outliers):
             for batch in batches:
                 _visit_inputs(reference, pairs, batch, visit)
@@ -85,7 +89,7 @@ def suggest_skip_modules(
     for error in sorted(errors, key=lambda error: (error.output_snr_db, error.bytes)):
         cost = max(0, math.ceil(error.bytes * (full_bits / held_bits - 1)))
         if error.weight_error > ROUNDING_16_BIT and cost <= left:
-            kept.append(_skip_entry(error.name, names))
+            kept.append(skip_entry(error.name, names))
             left -= cost
     return kept
 
@@ -112,6 +116,8 @@ class _Pair:
     def compare(self, rows: torch.Tensor) -> None:
         """Send the input `rows` [tokens, features] through both layers."""
         # By forward, not by call: neither layer's hooks are to run, least of all the one that this is called from.
+        # As one row of a batch: compressed-tensors scales activations for each token of a batch only.
+        rows = rows[None]
         expected = self.reference.forward(rows)
         given = self.layer.forward(rows.to(_device(self.layer), _input_dtype(self.layer, rows.dtype)))
         difference = given.to(expected.device, torch.float32) - expected.float()
@@ -253,6 +259,8 @@ def _weight(layer: Any, name: str) -> torch.Tensor:
         held = linear.dequantize().detach()
     elif _is_quantized(linear):
         held = dequantize_bnb_weight(linear.weight, state=getattr(linear, "state", None))
+    elif is_traceable_wrapper_subclass(held):  # torchao's
+        held = linear.weight.dequantize()
     weight: torch.Tensor = held.float()
     if isinstance(layer, BaseTunerLayer) and not layer.disable_adapters and not layer.merged:
         for adapter in layer.active_adapters:
@@ -301,13 +309,3 @@ def _decibels(signal: float, noise: float) -> float:
     if not signal:
         return -SNR_LIMIT
     return min(SNR_LIMIT, max(-SNR_LIMIT, 10 * math.log10(signal / noise)))
-
-
-def _skip_entry(name: str, names: list[str]) -> str:
-    """What makes transformers leave exactly this layer of `names` unquantized: its name, ended by $ where it must be.
-
-    transformers matches an entry as a regular expression from the start of a name, up to a dot or the end since 5.24
-    and without any end before, and as the end of a name (quantizers_utils.should_convert_module).
-    """
-    alone = not any(re.match(name, other) or other.endswith(name) for other in names if other != name)
-    return name if alone else f"{name}$"

@@ -14,7 +14,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -36,6 +37,7 @@ __all__ = ["Quantization", "Verification"]
 
 Schemes = Mapping[str, LayerScheme | None]
 Hidden = list[torch.Tensor]
+T = TypeVar("T")
 
 
 @dataclass
@@ -86,6 +88,11 @@ class Quantization:
         """The newest file of a block's weights up to an attempt; only what an attempt changed is written again."""
         found = (self._shard(number, back) for back in range(attempt, 0, -1))
         return next((path for path in found if path.exists()), self._shard(number, 0))
+
+    def metadata(self, number: int, attempt: int) -> dict[str, str]:
+        """Held.metadata of that file, by full names."""
+        found: dict[str, str] = json.loads(self.shard(number, attempt).with_suffix(".json").read_text("utf-8"))
+        return found
 
     def quantize(self) -> Verification:
         """All blocks, from the first that is not finished."""
@@ -188,13 +195,13 @@ class Quantization:
     def _as_held(self, number: int, schemes: Schemes, attempt: int) -> nn.Module:
         """A block as an attempt holds it, written if the attempt changes it."""
         block, before, wanted = self.model.block(number), self.plan.schemes, self._within(number, schemes)
-        tensors = load_file(self._shard(number, 0))
+        tensors, metadata = load_file(self._shard(number, 0)), self.metadata(number, 0)
         held = {}
         for name in self._within(number, before):
             full, layer = f"{self.model.name(number)}.{name}", _linear(block, name)
             if schemes[full] == before[full]:
-                own = {key.removeprefix(f"{full}."): t for key, t in tensors.items() if key.startswith(f"{full}.")}
-                held[name] = Held(self.engine.restore(layer, own, wanted[name]), own)
+                own, told = (_of_layer(full, found) for found in (tensors, metadata))
+                held[name] = Held(self.engine.restore(layer, own, wanted[name]), own, told)
         raised = {name: scheme for name, scheme in wanted.items() if name not in held}
         if raised:
             # 8 bits are close enough to need no data, whatever the engine.
@@ -217,7 +224,10 @@ class Quantization:
         }
         layers = {f"{name}.{key}": t for name, one in held.items() for key, t in one.tensors.items()}
         tensors = {f"{prefix}.{name}": t.detach().cpu().contiguous() for name, t in (rest | layers).items()}
-        _save(tensors, self._shard(number, attempt))
+        told = {f"{prefix}.{name}.{key}": text for name, one in held.items() for key, text in one.metadata.items()}
+        path = self._shard(number, attempt)
+        write_json(path.with_suffix(".json"), told)
+        _save(tensors, path, self.engine.header(told, [f"{prefix}.{name}" for name in rest]))
 
     def _tell(self, number: int, errors: list[LayerError]) -> None:
         left = (len(self.model) - number - 1) * sum(self.block_seconds) / len(self.block_seconds)
@@ -238,6 +248,11 @@ def _linear(block: nn.Module, name: str) -> nn.Linear:
     layer = block.get_submodule(name)
     assert isinstance(layer, nn.Linear)
     return layer
+
+
+def _of_layer(name: str, found: Mapping[str, T]) -> dict[str, T]:
+    """What belongs to a layer, by names within it."""
+    return {key.removeprefix(f"{name}."): value for key, value in found.items() if key.startswith(f"{name}.")}
 
 
 def _bytes(tensors: Mapping[str, torch.Tensor]) -> int:
@@ -263,11 +278,11 @@ def _largest_inputs(block: nn.Module, names: Mapping[str, Any]) -> Iterator[dict
             handle.remove()
 
 
-def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+def _save(tensors: dict[str, torch.Tensor], path: Path, header: Mapping[str, str] = MappingProxyType({})) -> None:
     """Write a safetensors file that is whole or absent."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file(tensors, temporary, metadata={"format": "pt"})
+        save_file(tensors, temporary, metadata={"format": "pt"} | dict(header))
         with temporary.open("rb") as stream:
             os.fsync(stream.fileno())
         os.replace(temporary, path)

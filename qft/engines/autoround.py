@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ from qft.engines import compressed
 from qft.engines.base import Block, Held, LayerScheme, Tensors
 
 __all__ = ["AutoRound"]
+
+# auto-round refuses zero points of 8 bits for the sake of formats that lack them; compressed-tensors has them.
+os.environ.setdefault("AR_ALLOW_W8_ASYM", "1")
 
 BATCH = 8
 """Windows of one tuning step, auto-round's own default."""
@@ -34,8 +38,11 @@ class AutoRound:
     def restore(self, layer: nn.Linear, tensors: Tensors, scheme: LayerScheme) -> nn.Module:
         return compressed.restore(layer, tensors, scheme)
 
-    def config(self, schemes: Mapping[str, LayerScheme | None]) -> dict[str, Any]:
+    def config(self, schemes: Mapping[str, LayerScheme | None], dtype: torch.dtype) -> dict[str, Any]:
         return compressed.config(schemes)
+
+    def header(self, held: Mapping[str, str], others: Sequence[str]) -> dict[str, str]:
+        return {}
 
 
 class _Alone(nn.Module):
@@ -55,7 +62,8 @@ class _Alone(nn.Module):
 
 def _tune(block: Block) -> None:
     """Replace the weights of block.module by their rounded values, and leave scales and zero points beside them."""
-    device = str(next(block.module.parameters()).device)
+    parameter = next(block.module.parameters())
+    device, dtype = str(parameter.device), parameter.dtype
     linears = [name for name, module in block.module.named_modules() if isinstance(module, nn.Linear)]
     first = next(iter(block.schemes.values()))
     tuner = Tuner(
@@ -70,13 +78,15 @@ def _tune(block: Block) -> None:
         enable_torch_compile=False,
         device_map=device,
         seed=block.seed,
-        scale_dtype=next(block.module.parameters()).dtype,
+        scale_dtype=dtype,
+        amp=dtype != torch.float32,  # else float32 would be rounded to bfloat16
     )
     inputs = [(call,) for call in block.calls]
     with torch.enable_grad():
         tuner.quantize_block(
             block.module, inputs, q_input=list(block.quantized_inputs) or None, device=device, auto_offload=False
         )
+    block.module.to(dtype)  # auto-round computes in float32 on a GPU without bfloat16, and leaves the block in it
 
 
 def _settings(scheme: LayerScheme | None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-__all__ = ["Block", "Engine", "Held", "LayerScheme"]
+__all__ = ["Block", "Engine", "Held", "LayerScheme", "only_scheme"]
 
 Tensors = dict[str, torch.Tensor]
 
@@ -56,6 +56,9 @@ class Held:
     """Computes what the layer will compute once it is loaded again."""
     tensors: Tensors
     """What is written, by names within the layer."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    """What the header of the safetensors file must tell of them, by names within the layer (`weight`, `bias`), which
+    need not be names of `tensors`. `Engine.header` makes the header of it."""
 
 
 class Engine(Protocol):
@@ -70,6 +73,23 @@ class Engine(Protocol):
     def restore(self, layer: nn.Linear, tensors: Tensors, scheme: LayerScheme) -> nn.Module:
         """The module of a Held from its tensors; `layer` is the unquantized one."""
 
-    def config(self, schemes: Mapping[str, LayerScheme | None]) -> dict[str, Any]:
-        """quantization_config of the result's config.json; `schemes` of every linear layer by its full name, None for
-        those in 16 bits."""
+    def config(self, schemes: Mapping[str, LayerScheme | None], dtype: torch.dtype) -> dict[str, Any]:
+        """quantization_config of the result's config.json; `schemes` of every linear layer by its full name (the output
+        head too), None for those in 16 bits; `dtype` in which the blocks were quantized. Raises ValueError for schemes
+        that the format cannot hold in one model."""
+
+    def header(self, held: Mapping[str, str], others: Sequence[str]) -> dict[str, str]:
+        """What the header of a safetensors file must hold beside {"format": "pt"}; empty if nothing.
+
+        `held` is Held.metadata of the layers in the file, by full names (<block>.<layer>.<name>); `others` are the
+        full names of the file's tensors that are in no Held. transformers adds the files' headers up in the order of
+        their names, and the last word on a key holds: in the last file by name, `held` is that of all files together.
+        """
+
+
+def only_scheme(schemes: Mapping[str, LayerScheme | None]) -> LayerScheme:
+    """The one scheme of all layers that have any. Raises ValueError where there is none, or a second."""
+    kinds = {scheme for scheme in schemes.values() if scheme}
+    if len(kinds) != 1:
+        raise ValueError(f"this format holds all quantized layers of a model alike, not in {len(kinds)} ways")
+    return kinds.pop()

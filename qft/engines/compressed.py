@@ -80,8 +80,15 @@ def restore(layer: nn.Linear, tensors: Tensors, scheme: LayerScheme) -> nn.Modul
 
 
 def config(schemes: Mapping[str, LayerScheme | None]) -> dict[str, Any]:
-    """The quantization_config of config.json."""
+    """The quantization_config of config.json. Raises ValueError for zero points beside a second scheme.
+
+    transformers (5.24) makes no room for packed zero points and refuses them, but for a model that says `dequantize`:
+    that one it unpacks as it loads it, and then it takes all layers for the first group's.
+    """
     held = sorted({scheme for scheme in schemes.values() if scheme}, key=repr)
+    with_zero_points = not all(scheme.symmetric for scheme in held)
+    if with_zero_points and len(held) > 1:
+        raise ValueError("layers with zero points cannot be mixed with layers of another scheme")
     groups = {}
     for number, scheme in enumerate(held):
         names = [name for name, own in schemes.items() if own == scheme]
@@ -97,7 +104,7 @@ def config(schemes: Mapping[str, LayerScheme | None]) -> dict[str, Any]:
         quantization_status=QuantizationStatus.COMPRESSED,
         ignore=[name for name, scheme in schemes.items() if scheme is None],
     ).model_dump(mode="json")
-    return made
+    return made | ({"dequantize": True} if with_zero_points else {})
 
 
 def _arguments(scheme: LayerScheme) -> QuantizationScheme:

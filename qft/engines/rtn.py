@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from qft.engines import compressed
@@ -28,5 +29,8 @@ class RoundToNearest:
     def restore(self, layer: nn.Linear, tensors: Tensors, scheme: LayerScheme) -> nn.Module:
         return compressed.restore(layer, tensors, scheme)
 
-    def config(self, schemes: Mapping[str, LayerScheme | None]) -> dict[str, Any]:
+    def config(self, schemes: Mapping[str, LayerScheme | None], dtype: torch.dtype) -> dict[str, Any]:
         return compressed.config(schemes)
+
+    def header(self, held: Mapping[str, str], others: Sequence[str]) -> dict[str, str]:
+        return {}

@@ -6,13 +6,14 @@ import ctypes
 import gc
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import psutil
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 __all__ = ["HostSampler", "Meter", "Snapshot", "optimizer_bytes", "tensor_bytes", "wait_for_device", "weight_bytes"]
 
@@ -122,9 +123,21 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
 def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of the storages behind `tensors`, each counted once (tied weights share one)."""
     storages = {
-        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.device.type != "meta"
+        part.untyped_storage().data_ptr(): part.untyped_storage().nbytes()
+        for tensor in tensors
+        for part in _parts(tensor)
+        if part.device.type != "meta"
     }
     return sum(storages.values())
+
+
+def _parts(tensor: Any) -> Iterator[torch.Tensor]:
+    """The tensors that one of torchao's classes is made of, and any other tensor itself."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _parts(getattr(tensor, name))
 
 
 def _scales(parameter: Any) -> list[torch.Tensor]:

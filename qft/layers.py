@@ -75,19 +75,18 @@ def block_errors(pairs: Mapping[str, tuple[nn.Linear, nn.Module]], run: Callable
 
 
 def suggest_skip_modules(
-    errors: Sequence[LayerError], *, budget_bytes: int, full_bits: int = 16, held_bits: float = 4
+    errors: Sequence[LayerError], weights: Mapping[str, int], *, budget_bytes: int, full_bits: int = 16
 ) -> list[str]:
     """Layers to keep unquantized for at most `budget_bytes` more memory: entries for quant.skip_modules, worst first.
 
     The noise of layers adds up, and that of the worst outweighs the others', so the layer whose output has the lowest
     signal-to-noise ratio comes first, the smaller one of two alike; a layer that no longer fits is passed over for the
-    next. Its cost is an upper bound, as a LayerError does not tell the number of weights: all its bytes count as
-    weights of `held_bits` (4, or 8 for LLM.int8()) that grow to `full_bits`. Layers as good as their 16-bit rounding
-    have nothing to gain and are not suggested. The errors are to be those of a model without adapters.
+    next. `weights` tells the number of each layer's weights, which take `full_bits` unquantized. Layers as good as
+    their 16-bit rounding have nothing to gain and are not suggested. The errors are those of a model without adapters.
     """
     names, kept, left = [error.name for error in errors], [], budget_bytes
     for error in sorted(errors, key=lambda error: (error.output_snr_db, error.bytes)):
-        cost = max(0, math.ceil(error.bytes * (full_bits / held_bits - 1)))
+        cost = max(0, weights[error.name] * full_bits // 8 - error.bytes)
         if error.weight_error > ROUNDING_16_BIT and cost <= left:
             kept.append(skip_entry(error.name, names))
             left -= cost

@@ -118,6 +118,9 @@ def _held_as(loaded: LoadedRecipe, variant: str) -> LoadedRecipe:
         quant, dtype = VARIANTS[variant]
         model = recipe.model.model_copy(update={"dtype": dtype})
         recipe = recipe.model_copy(update={"quant": quant, "model": model})
+    elif recipe.quant.skip_modules == "auto":
+        text = "auto is decided by `qft train`: name the run, or a variant such as @nf4"
+        raise RecipeError(loaded.problem("quant.skip_modules", text))
     # Whether weights are trained decides the dtype that `auto` stands for; here none are.
     adapter = recipe.adapter.model_copy(update={"kind": "lora"})
     return LoadedRecipe(Recipe.model_copy(recipe, update={"adapter": adapter}), loaded.tree)

@@ -20,8 +20,9 @@ from qft.errors import ModelError, QftError
 from qft.files import write_json, write_text
 from qft.memory.checkpointing import CheckpointingProbe
 from qft.memory.meter import Meter, Snapshot, weight_bytes
+from qft.mixed import choose_skip_modules, skipped_before
 from qft.models import CHANGES_BASE, attach_adapter, load_base, memory_guard, save_adapter, save_full
-from qft.plan import Plan, make_plan
+from qft.plan import Plan, make_plan, with_skip_modules
 from qft.recipe import LoadedRecipe
 from qft.report import summary
 from qft.report.advice import advise
@@ -34,6 +35,7 @@ from qft.report.document import (
     ModelPart,
     Phases,
     Report,
+    SkippedModules,
 )
 from qft.report.html import AnswerPair, training_page
 from qft.report.live import View
@@ -55,9 +57,15 @@ def train(loaded: LoadedRecipe, view: View, *, resume: bool = False, overwrite: 
     check_folder(Path(loaded.recipe.output_dir), resume=resume, overwrite=overwrite)
     view.note("Reading the data and the model's configuration")
     plan = make_plan(loaded)
+    skipped = None
+    if plan.recipe.quant.skip_modules == "auto":
+        skipped = skipped_before(Path(loaded.recipe.output_dir)) if resume else choose_skip_modules(plan, view)
+        plan = with_skip_modules(plan, skipped.names)
     run = start_run(plan, resume=resume, overwrite=overwrite)
+    if skipped:
+        run.set_status("running", skipped_modules=skipped.model_dump(mode="json"))
     try:
-        training = _Training(plan, run, view, started)
+        training = _Training(plan, run, view, started, skipped)
         report = training.run_all(resume=resume)
     except KeyboardInterrupt:
         run.set_status("interrupted")
@@ -79,6 +87,7 @@ class _Training:
     run: Run
     view: View
     started: float
+    skipped_modules: SkippedModules | None = None
     checkpointing: tuple[int, float] | None = None
     steps: list[Step] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
@@ -256,6 +265,7 @@ class _Training:
             throughput=summary.throughput(steps),
             phases=Phases(**self.trainer.clock.shares()),
             memory=self._memory_part(weights, at_end),
+            skipped_modules=self.skipped_modules,
             checkpointing=self._checkpointing_part(),
             loss=summary.loss(steps),
             eval=Evaluations(before=before, after=after, history=self.evaluations),

@@ -398,26 +398,31 @@ def made_up(name: str, snr: float, size: int = 100, weight_error: float = 0.1) -
     )
 
 
+def suggested(errors: list[LayerError], budget: int, **arguments: Any) -> list[str]:
+    """Of layers whose every byte holds two weights."""
+    return suggest_skip_modules(errors, {e.name: 2 * e.bytes for e in errors}, budget_bytes=budget, **arguments)
+
+
 def test_the_worst_layers_that_fit_are_suggested() -> None:
     errors = [made_up("a", 20), made_up("b", 10, 1000), made_up("c", 15), made_up("d", 12), made_up("e", 15, 50)]
-    assert suggest_skip_modules(errors, budget_bytes=10000) == ["b", "d", "e", "c", "a"]
-    assert suggest_skip_modules(errors, budget_bytes=3000) == ["b"]
-    assert suggest_skip_modules(errors, budget_bytes=2999) == ["d", "e", "c", "a"]
-    assert suggest_skip_modules(errors, budget_bytes=300) == ["d"]
-    assert suggest_skip_modules(errors, budget_bytes=299) == ["e"]
-    assert suggest_skip_modules(errors, budget_bytes=149) == []
-    assert suggest_skip_modules(errors, budget_bytes=300, full_bits=32) == []
-    assert suggest_skip_modules(errors, budget_bytes=300, held_bits=8) == ["d", "e", "c"]
+    assert suggested(errors, 10000) == ["b", "d", "e", "c", "a"]
+    assert suggested(errors, 3000) == ["b"]
+    assert suggested(errors, 2999) == ["d", "e", "c", "a"]
+    assert suggested(errors, 300) == ["d"]
+    assert suggested(errors, 299) == ["e"]
+    assert suggested(errors, 149) == []
+    assert suggested(errors, 300, full_bits=32) == []
+    assert suggested(errors, 300, full_bits=8) == ["d", "e", "c"]
 
 
 def test_what_is_not_quantized_is_not_suggested() -> None:
     errors = [made_up("exact", 200, weight_error=0), made_up("bfloat16", 50, weight_error=2**-9), made_up("8bit", 40)]
-    assert suggest_skip_modules(errors, budget_bytes=10**6) == ["8bit"]
+    assert suggested(errors, 10**6) == ["8bit"]
 
 
 def test_a_name_that_begins_or_ends_another_is_closed() -> None:
     names = ["l.1.gate", "l.1.gate_proj", "l.11.gate", "fc", "l.1.fc", "l.1.up"]
-    entries = suggest_skip_modules([made_up(name, 10) for name in names], budget_bytes=10**6)
+    entries = suggested([made_up(name, 10) for name in names], 10**6)
     assert entries == ["l.1.gate$", "l.1.gate_proj", "l.11.gate", "fc$", "l.1.fc", "l.1.up"]
     for name, entry in zip(names, entries, strict=True):
         assert [other for other in names if not should_convert_module(other, [entry])] == [name]
@@ -435,12 +440,12 @@ def test_a_suggestion_keeps_its_layers_and_its_budget(tmp_path: Path) -> None:
     errors = layer_errors(reference, model, BATCHES)
     before = sum(weight_bytes(model).values())
 
-    everything = suggest_skip_modules(errors, budget_bytes=10**9)
+    everything = suggested(errors, 10**9)
     assert everything[:3] == worst
     assert sorted(everything) == sorted(error.name for error in errors if error.kind != "lm_head")
 
     budget = 3 * sum(by_name(errors)[name].bytes for name in worst)
-    suggestion = suggest_skip_modules(errors, budget_bytes=budget)
+    suggestion = suggested(errors, budget)
     assert suggestion == worst
     kept = quantized(tmp_path, suggestion, dtype=torch.bfloat16)
     assert [name for name, module in kept.named_modules() if type(module) is nn.Linear] == [

@@ -18,6 +18,7 @@ import test_calibrate
 import test_data_prepare
 import test_harness
 import test_hub
+import test_mixed
 import test_models
 import test_plugin
 import test_train
@@ -202,6 +203,8 @@ ELSEWHERE = {
     "calibrate.accept.score_drop": test_calibrate.test_a_drop_of_a_score_is_refused,
     "calibrate.remedy": test_calibrate.test_the_remedy_keeps_the_worst_layers_until_it_is_accepted,
     "calibrate.max_bytes": test_calibrate.test_the_remedy_stays_within_its_bytes,
+    "quant.skip_budget_bits": test_mixed.test_a_budget_in_bits_is_one_in_bytes,
+    "quant.skip_budget_bytes": test_mixed.test_the_worst_layers_are_left_and_that_brings_the_model_closer,
     "eval.metrics": test_train.test_generated_answers_are_scored_and_kept,
     "eval.samples": test_train.test_generated_answers_are_scored_and_kept,
     "eval.regex": test_train.test_generated_answers_are_scored_and_kept,

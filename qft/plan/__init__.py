@@ -1,8 +1,8 @@
 """What is decided, before anything is loaded. The only place where an `auto` is decided."""
 
-from qft.plan.calibration import CalibrationPlan, find_blocks, plan_calibration
+from qft.plan.calibration import CalibrationPlan, find_blocks, linear_layers, plan_calibration
 from qft.plan.model import ModelPlan, Shape, plan_model
-from qft.plan.training import Plan, make_plan
+from qft.plan.training import Plan, make_plan, with_skip_modules
 
 __all__ = [
     "CalibrationPlan",
@@ -10,7 +10,9 @@ __all__ = [
     "Plan",
     "Shape",
     "find_blocks",
+    "linear_layers",
     "make_plan",
     "plan_calibration",
     "plan_model",
+    "with_skip_modules",
 ]

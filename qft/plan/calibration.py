@@ -20,7 +20,7 @@ from qft.plan.packages import missing_engine, missing_packages
 from qft.recipe import LoadedRecipe, Recipe
 from qft.recipe.schema import AdapterSection, CalibrateSection, QuantSection
 
-__all__ = ["CalibrationPlan", "find_blocks", "plan_calibration"]
+__all__ = ["CalibrationPlan", "find_blocks", "linear_layers", "plan_calibration"]
 
 GROUPS = (128, 64, 32)
 """Sizes that inference engines have kernels for, the smallest file first."""
@@ -70,7 +70,7 @@ def plan_calibration(loaded: LoadedRecipe) -> CalibrationPlan:
         text = "is already quantized; start from the unquantized model, or from a run whose base is unquantized"
         refuse(loaded, [("model.path", text)])
     assert recipe.calibrate is not None
-    linears, blocks = _linears(model)
+    linears, blocks = linear_layers(model)
     skipped = recipe.calibrate.skip_modules
     taken = {name for name in linears if name.startswith(f"{blocks}.") and not _is_skipped(name, skipped)}
     scheme = _scheme(recipe.calibrate, [linears[name] for name in taken])
@@ -108,7 +108,7 @@ def find_blocks(model: nn.Module, count: int) -> tuple[str, nn.ModuleList]:
     raise ModelError(f"{type(model).__name__}: has no list of {count} blocks to go through one by one")
 
 
-def _linears(plan: ModelPlan) -> tuple[dict[str, int], str]:
+def linear_layers(plan: ModelPlan) -> tuple[dict[str, int], str]:
     """Inputs of each linear layer by its name, and the name of the stack of blocks."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(

@@ -88,8 +88,10 @@ def plan_model(loaded: LoadedRecipe, lora: dict[str, Any] | None = None) -> Mode
     elif plugin:
         scheme, quantization = plugin.method, plugin.config([*shape.heads, *recipe.quant.skip_modules])
     else:
-        scheme = recipe.quant.mode
-        quantization = SCHEMES[scheme].config(recipe.quant, compute_dtype, list(shape.heads))
+        scheme, quant = recipe.quant.mode, recipe.quant
+        if quant.skip_modules == "auto":  # which ones, only a measurement can tell: see with_skip_modules
+            quant = quant.model_copy(update={"skip_modules": ()})
+        quantization = SCHEMES[scheme].config(quant, compute_dtype, list(shape.heads))
     return ModelPlan(
         loaded=loaded,
         device=device,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -60,6 +60,7 @@ class Plan(ModelPlan):
                 **(self.quantization or self.checkpoint.quantization),
                 "plugin": asdict(self.plugin) if self.plugin else None,
             },
+            "skip_modules": self.recipe.quant.skip_modules,
             "adapter": self.lora,
             "training": self.training,
             "data": {
@@ -90,6 +91,17 @@ def make_plan(loaded: LoadedRecipe) -> Plan:
         lora=lora,
         training=_training_arguments(recipe, device),
         data=data,
+    )
+
+
+def with_skip_modules(plan: Plan, names: Sequence[str]) -> Plan:
+    """The plan once quant.skip_modules auto has become `names`."""
+    chosen = {"skip_modules": tuple(names), "skip_budget_bits": None, "skip_budget_bytes": None}
+    recipe = plan.recipe.model_copy(update={"quant": plan.recipe.quant.model_copy(update=chosen)})
+    return dataclasses.replace(
+        plan,
+        loaded=LoadedRecipe(recipe, plan.loaded.tree),
+        quantization=plan.quantization | {"llm_int8_skip_modules": [*plan.shape.heads, *names]},
     )
 
 

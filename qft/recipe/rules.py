@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 
 from qft.recipe.presets import PRESETS
-from qft.recipe.schema import AcceptSection, AdapterSection, CalibrateSection, Recipe
+from qft.recipe.schema import AcceptSection, AdapterSection, CalibrateSection, QuantSection, Recipe
 
 __all__ = ["broken_rules", "unread_fields"]
 
@@ -22,6 +22,7 @@ QUANT_FIELDS = {
 }
 """Fields of `quant` that only one mode reads."""
 
+SKIP_BUDGETS = ("quant.skip_budget_bits", "quant.skip_budget_bytes")
 ADAPTER_FIELDS = [name for name in AdapterSection.model_fields if name != "kind"]
 ANSWER_FIELDS = ("regex", "max_new_tokens", "samples")
 """Fields of `eval` that only the metrics read."""
@@ -33,6 +34,7 @@ def broken_rules(recipe: Recipe, given: Callable[[str], bool]) -> Iterator[Probl
         if given(field):
             yield field, f"{reason}; remove it"
     yield from _quant_rules(recipe)
+    yield from _skip_rules(recipe.quant)
     yield from _adapter_rules(recipe)
     yield from _data_rules(recipe)
     yield from _train_rules(recipe)
@@ -43,14 +45,7 @@ def broken_rules(recipe: Recipe, given: Callable[[str], bool]) -> Iterator[Probl
 
 def unread_fields(recipe: Recipe) -> dict[str, str]:
     """Fields that nothing reads beside the others' values, and why: to set one of them is an error."""
-    quant, train = recipe.quant, recipe.train
-    unread = {
-        f"quant.{name}": f"has a meaning only with quant.mode {mode}, and the mode is {quant.mode}"
-        for name, mode in QUANT_FIELDS.items()
-        if quant.mode != mode
-    }
-    if quant.mode == "none":
-        unread["quant.skip_modules"] = "nothing is quantized with quant.mode none"
+    train, unread = recipe.train, _unread_by_quant(recipe.quant)
     if recipe.adapter.kind == "none":
         unread |= {f"adapter.{name}": "has no meaning with adapter.kind none" for name in ADAPTER_FIELDS}
     if train.eval_strategy != "steps":
@@ -68,6 +63,19 @@ def unread_fields(recipe: Recipe) -> dict[str, str]:
         if not recipe.eval.metrics:
             unread["eval.batch_size"] = "is read only with eval.metrics or eval.harness"
     return unread | (_unread_by_calibration(recipe.calibrate) if recipe.calibrate else {})
+
+
+def _unread_by_quant(quant: QuantSection) -> dict[str, str]:
+    unread = {
+        f"quant.{name}": f"has a meaning only with quant.mode {mode}, and the mode is {quant.mode}"
+        for name, mode in QUANT_FIELDS.items()
+        if quant.mode != mode
+    }
+    if quant.mode == "none":
+        unread["quant.skip_modules"] = "nothing is quantized with quant.mode none"
+    if quant.skip_modules != "auto":
+        unread |= dict.fromkeys(SKIP_BUDGETS, "is read only with quant.skip_modules auto")
+    return unread
 
 
 def _unread_by_calibration(calibrate: CalibrateSection) -> dict[str, str]:
@@ -106,6 +114,15 @@ def _quant_rules(recipe: Recipe) -> Iterator[Problem]:
         )
     if quant.mode != "none" and recipe.train.torch_compile:
         yield "train.torch_compile", f"a {quant.mode} base cannot be compiled for training; set it to false"
+
+
+def _skip_rules(quant: QuantSection) -> Iterator[Problem]:
+    if quant.skip_modules != "auto":
+        return
+    if quant.mode == "custom":
+        yield "quant.skip_modules", "auto measures nf4, fp4 and LLM.int8(): name the layers that the plugin is to leave"
+    if (quant.skip_budget_bits is None) == (quant.skip_budget_bytes is None):
+        yield "quant.skip_modules", "auto needs one budget: skip_budget_bits or skip_budget_bytes"
 
 
 def _adapter_rules(recipe: Recipe) -> Iterator[Problem]:

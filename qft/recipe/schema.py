@@ -81,8 +81,13 @@ class QuantSection(Section):
     """Dtype of the tensors that hold the packed 4-bit weights; FSDP wants the compute dtype. Only with mode 4bit."""
     threshold: float = Field(6.0, ge=0)
     """Activations above this magnitude are multiplied in 16 bits (LLM.int8()'s outliers). Only with mode 8bit."""
-    skip_modules: Many[str] = ()
-    """Names of linear layers to leave unquantized, beside the output head that is always left."""
+    skip_modules: Literal["auto"] | Many[str] = ()
+    """Names of linear layers to leave unquantized, beside the output head that is always left. auto: those whose output
+    quantizing harms most, measured on training rows before the training, within one of the budgets below."""
+    skip_budget_bits: float | None = Field(None, gt=0)
+    """Bits that a linear weight may take more on average, for skip_modules auto."""
+    skip_budget_bytes: int | None = Field(None, ge=1)
+    """Bytes that the linear layers may take more in all, for skip_modules auto."""
 
 
 class AdapterSection(Section):

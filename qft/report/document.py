@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from qft.errors import MissingError, RunError
 
-__all__ = ["Evaluation", "Report", "read_report"]
+__all__ = ["Evaluation", "Report", "SkippedModules", "read_report"]
 
 
 class Part(BaseModel):
@@ -136,6 +136,26 @@ class Phases(Part):
     optimizer: float
 
 
+class SkippedModules(Part):
+    """Layers that quant.skip_modules auto left unquantized, and what that is expected to buy. Bytes throughout."""
+
+    names: list[str]
+    budget_bytes: int
+    linear_bytes_before: int
+    """Of all quantized linear layers, as measured."""
+    linear_bytes_after: int
+    """The same with `names` in 16 bits, predicted."""
+    rows: int
+    """Training rows on which it was measured."""
+    kl_before: float
+    """Mean KL divergence from the unquantized model's next-token distributions, in nats, all layers quantized."""
+    kl_after: float
+    """The same with `names` unquantized."""
+    perplexity_unquantized: float
+    perplexity_before: float
+    perplexity_after: float
+
+
 class Report(Part):
     """What a training measured. Bytes, seconds and tokens throughout; shares are between 0 and 1."""
 
@@ -149,6 +169,8 @@ class Report(Part):
     throughput: Throughput
     phases: Phases
     memory: Memory
+    skipped_modules: SkippedModules | None = None
+    """None unless quant.skip_modules is auto."""
     checkpointing: Checkpointing | None = None
     """None where it is off."""
     loss: Loss

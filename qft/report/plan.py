@@ -25,6 +25,8 @@ def _model(facts: dict[str, Any]) -> Table:
     rows.add_row("path", f"{model['path']}{commit}")
     rows.add_row("base", f"{model['architecture']}, {si(model['parameters'])} parameters, {model['layers']} blocks")
     rows.add_row("held as", f"{_held(quantization)}; the rest in {model['dtype']}")
+    if facts["skip_modules"] == "auto":
+        rows.add_row("", "layers to leave in 16 bits are measured and chosen by `qft train`")
     if plugin := quantization["plugin"]:
         rows.add_row("quantizer", f"{plugin['path']}, SHA-256 {plugin['sha256'][:12]}…")
     share = model["trainable_parameters"] / model["parameters"]

@@ -89,6 +89,12 @@ def _model(report: Report) -> Table:
     rows = table("Model")
     rows.add_row("base", f"{model.architecture}, {si(model.parameters)} parameters")
     rows.add_row("held as", f"{held}: {model.bits_per_weight:.2f} bits a weight with scales, norms and head")
+    if skipped := report.skipped_modules:
+        rows.add_row(
+            "left in 16 bits",
+            f"{len(skipped.names)} layers: KL {skipped.kl_before:.4f} to {skipped.kl_after:.4f} for "
+            f"{size(skipped.linear_bytes_after - skipped.linear_bytes_before)}",
+        )
     rows.add_row("trained", f"{si(model.trainable_parameters)} parameters ({model.trainable_share:.2%})")
     rows.add_row("on", model.device)
     return rows

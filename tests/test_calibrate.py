@@ -46,7 +46,7 @@ def recipe(recipe_file: Recipe, tmp_path: Path) -> Recipe:
             own.setdefault("samples", 8)
         return recipe_file(
             name,
-            quant=None,
+            quant=sections.pop("quant", None),
             adapter=None,
             train=None,
             data={"train": "rows.jsonl", "max_length": ..., **sections.pop("data", {})},

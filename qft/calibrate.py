@@ -204,7 +204,12 @@ class _Calibration:
         _generation_config(self.plan).save_pretrained(folder)
         self.plan.tokenizer.save_pretrained(folder)
         manifest = self.run.manifest()
-        record = {"base": manifest["base"], "data": manifest["data"], "versions": versions(), "seed": self.plan.seed}
+        record = {
+            "base": manifest["base"],
+            "data": manifest["data"],
+            "versions": self._versions(),
+            "seed": self.plan.seed,
+        }
         if plugin := manifest["plugin"]:
             record["plugin"] = plugin | {"path": Path(plugin["path"]).name}
         write_json(folder / "calibration.json", record)
@@ -223,6 +228,9 @@ class _Calibration:
         )
         return {name: score(name, answers, pattern=settings.regex).value for name in settings.metrics}
 
+    def _versions(self) -> dict[str, str | None]:
+        return versions() | (self.work.versions if isinstance(self.work, WholeModel) else {})
+
     def _score_check(self, attempt: Attempt, limit: float) -> Check:
         if not self.scores_before:
             self.scores_before = self._scores(None)
@@ -232,7 +240,9 @@ class _Calibration:
     def _report(
         self, found: Verification, checks: list[Check], result: Path | None, wall_seconds: float
     ) -> CalibrationReport:
-        plan, peak = self.plan, self.meter.peak()
+        plan, peak, of_engine = self.plan, self.meter.peak(), (0, 0)
+        if isinstance(self.work, WholeModel):
+            of_engine = self.work.peak_bytes, self.work.peak_host_bytes
         return CalibrationReport(
             model=plan.recipe.model.path,
             device=plan.device.name,
@@ -252,13 +262,13 @@ class _Calibration:
             bytes_before=plan.shape.parameters * getattr(torch, plan.dtype).itemsize,
             bytes_after=self.attempts[-1].weight_bytes,
             layers=self.work.errors(),
-            peak_bytes=_beyond(peak, self.before, self.meter.on_gpu),
-            peak_host_bytes=peak.host,
+            peak_bytes=max(_beyond(peak, self.before, self.meter.on_gpu), of_engine[0]),
+            peak_host_bytes=max(peak.host, of_engine[1]),
             block_seconds=self.work.block_seconds,
             tokens_per_second=self.work.tokens_per_second(),
             wall_seconds=wall_seconds,
             seed=plan.seed,
-            versions=versions(),
+            versions=self._versions(),
             result=str(result) if result else None,
         )
 
@@ -291,7 +301,8 @@ def _scheme(plan: CalibrationPlan) -> dict[str, Any]:
     """As the report tells it."""
     if plan.quantized:
         return dict(plan.quantized.quantization)
-    return asdict(next(scheme for scheme in plan.schemes.values() if scheme))
+    scheme = asdict(next(scheme for scheme in plan.schemes.values() if scheme))
+    return scheme | ({"algorithm": plan.algorithm} if plan.algorithm else {})
 
 
 def _weights(work: Quantization, layer: str) -> int:
@@ -373,7 +384,8 @@ def _refusal(report: CalibrationReport, run: Run) -> str:
     tried = f" after {len(report.attempts)} attempts" if len(report.attempts) > 1 else ""
     told = f"{run.folder}: not accepted{tried}: {'; '.join(missed)}."
     if report.engine in WHOLE_MODEL:
-        return f"{told} Hold more bits, leave layers out (quant.skip_modules), or accept more"
+        section = "quant" if report.engine == "custom" else "calibrate"
+        return f"{told} Hold more bits, leave layers out ({section}.skip_modules), or accept more"
     return (
         f"{told} Hold more bits (calibrate.bits, a smaller group_size, skip_modules), let calibrate.remedy: auto "
         "choose the layers, or accept more; --resume then takes the blocks as they are"

@@ -20,8 +20,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from qft.engines.llmcompressor import run_job
 from qft.errors import ModelError
-from qft.files import atomic_folder
+from qft.files import atomic_folder, write_json, write_text
 from qft.layers import layer_errors
 from qft.likelihood import Verification, compare
 from qft.models import load_base
@@ -51,6 +52,12 @@ class WholeModel:
     """Of all other linear layers."""
     block_seconds: list[float] = field(default_factory=list)
     """Stays empty: there are no blocks."""
+    versions: dict[str, str] = field(default_factory=dict)
+    """Of the packages that an engine in an environment of its own has used."""
+    peak_bytes: int = 0
+    """Largest memory of such an engine's process: of its GPU, or of the host beyond what its imports took."""
+    peak_host_bytes: int = 0
+    """Largest resident set of such an engine's process."""
 
     def __post_init__(self) -> None:
         self.rows = list(self.plan.data.verify)
@@ -61,7 +68,10 @@ class WholeModel:
 
         Raises ModelError if the engine fails, or if what it wrote does not load."""
         with atomic_folder(self._result) as folder:
-            self._by_plugin(folder)
+            if self.plan.calibrate.engine == "custom":
+                self._by_plugin(folder)
+            else:
+                self._by_llmcompressor(folder)
             self.plan.tokenizer.save_pretrained(folder)
         gc.collect()  # models refer to themselves
         self.view.note(f"Comparing the result with the unquantized model on {len(self.rows)} rows")
@@ -81,7 +91,8 @@ class WholeModel:
 
     def assemble(self, folder: Path, schemes: object, attempt: int) -> None:
         """Copy the result's weights and configuration. There is one attempt, and it is as the recipe says."""
-        shutil.copytree(self._result, folder, dirs_exist_ok=True)
+        # copyfile: some libraries write files that their owner alone may read.
+        shutil.copytree(self._result, folder, dirs_exist_ok=True, copy_function=shutil.copyfile)
 
     def tokens_per_second(self) -> float:
         """0: how long the engine was busy with tokens is not told apart from the rest."""
@@ -103,6 +114,33 @@ class WholeModel:
             text = f"quant.plugin: {plan.plugin.path}: the model that it quantized cannot be saved: {told}"
             raise ModelError(text) from error
 
+    def _by_llmcompressor(self, folder: Path) -> None:
+        plan, calibrate = self.plan, self.plan.calibrate
+        source, windows = self._unquantized_folder(), self.work / "windows.jsonl"
+        write_text(windows, plan.data.as_jsonl())
+        job = {
+            "model": str(source),
+            "dtype": plan.dtype,
+            "trust_remote_code": plan.recipe.model.trust_remote_code,
+            "windows": str(windows),
+            "algorithm": calibrate.algorithm,
+            "scheme": dataclasses.asdict(next(scheme for scheme in plan.schemes.values() if scheme)),
+            "ignore": [name for name, scheme in plan.schemes.items() if scheme is None],
+            "seed": plan.seed,
+            "output": str(folder),
+        }
+        assert calibrate.engine_python is not None
+        self.view.note(f"Quantizing the whole model by {calibrate.algorithm} of {calibrate.engine_python}")
+        on_gpu = plan.device.kind == "cuda"
+        done = run_job(calibrate.engine_python, job, self.work, self.view.note, on_gpu=on_gpu)
+        self.peak_bytes, self.peak_host_bytes = done["peak_bytes"], done["peak_host_bytes"]
+        self.versions = {
+            name if name == "llmcompressor" else f"llmcompressor's {name}": version
+            for name, version in done["versions"].items()
+        }
+        if not calibrate.symmetric:
+            _let_transformers_unpack(folder)
+
     def _plugin_plan(self) -> ModelPlan:
         """How the plugin loads the model, from the merged weights if there are any."""
         assert self.plan.quantized is not None
@@ -113,7 +151,9 @@ class WholeModel:
         return dataclasses.replace(self.plan.quantized, checkpoint=checkpoint)
 
     def _unquantized_folder(self) -> Path:
-        """The unquantized model as safetensors in plan.dtype, with its tokenizer."""
+        """Where the unquantized model lies as safetensors, with its tokenizer: written here if it does nowhere else."""
+        if not self.merged and not self.plan.checkpoint.gguf_file:
+            return self.plan.checkpoint.folder
         with atomic_folder(self.work / "unquantized") as folder:
             self.unquantized().save_pretrained(folder)
             self.plan.tokenizer.save_pretrained(folder)
@@ -121,10 +161,10 @@ class WholeModel:
         return self.work / "unquantized"
 
     def _note_layers(self, before: nn.Module, after: nn.Module) -> None:
-        held = dict(after.named_modules())
+        held, stored = dict(after.named_modules()), _stored_bytes(self._result)
         for name, module in before.named_modules():
             if isinstance(module, nn.Linear):
-                is_quantized = hasattr(held.get(name), "dequantize")
+                is_quantized = hasattr(held.get(name), "dequantize") or f"{name}.weight_scale" in stored
                 (self.quantized_layers if is_quantized else self.skipped_layers).append(name)
 
     def _logits(self, model: Any) -> Any:
@@ -134,6 +174,8 @@ class WholeModel:
                 yield model(input_ids=_ids(row, model), use_cache=False).logits[0]
 
     def _layer_errors(self, before: PreTrainedModel, after: PreTrainedModel) -> list[LayerError]:
+        if self.plan.algorithm in ("awq", "smoothquant"):
+            return []  # they scale a layer's inputs and weights against each other
         ids = [_ids(row, before) for row in self.rows]
         errors = layer_errors(before, after, [{"input_ids": i, "attention_mask": torch.ones_like(i)} for i in ids])
         sizes = _stored_bytes(self._result)
@@ -158,6 +200,13 @@ def load_result(plan: CalibrationPlan, folder: Path) -> PreTrainedModel:
     if not found.checkpoint.quantization:
         raise ModelError(f"{folder}: its config.json has no quantization_config, so nobody could load it")
     return load_base(found)
+
+
+def _let_transformers_unpack(folder: Path) -> None:
+    """See qft.engines.compressed.config, which says the same of models with zero points."""
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    config["quantization_config"]["dequantize"] = True
+    write_json(folder / "config.json", config)
 
 
 def _ids(row: dict[str, Sequence[int]], model: Any) -> torch.Tensor:

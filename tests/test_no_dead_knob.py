@@ -95,6 +95,7 @@ EVERY_2 = (
 )
 RTN = ("calibrate.engine=rtn",)
 RTN_8 = (*RTN, "calibrate.bits=8")
+LLMCOMPRESSOR = ("calibrate.engine=llmcompressor", "calibrate.engine_python=some/python")  # which is not there
 STATIC = (*RTN_8, "calibrate.activations=static", "calibrate.max_length=32")
 PAIR = "data.train=[{path: chats.jsonl}, {path: other.jsonl}]"
 
@@ -174,6 +175,8 @@ CASES: dict[str, Case] = {
     "train.run_name": Case("second", training),
     "calibrate.preset": Case("w8a16", calibration, ("calibrate.preset=w8a8-dynamic",)),
     "calibrate.engine": Case("torchao", calibration, RTN_8),
+    "calibrate.engine_python": Case("other/python", calibration, LLMCOMPRESSOR),
+    "calibrate.algorithm": Case("awq", calibration, (*LLMCOMPRESSOR, "calibrate.bits=8")),
     "calibrate.data": Case("other.jsonl", calibration, STATIC),
     "calibrate.samples": Case("3", calibration, STATIC),
     "calibrate.max_length": Case("48", calibration, STATIC),

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from conftest import PACKAGE_MODEL, byte_tokenizer, tiny_llama
 from safetensors.torch import load_file
-from test_calibrate import calibrated, held_out, recipe, refusal, weights
+from test_calibrate import calibrated, held_out, perplexity, recipe, refusal, weights
 from test_cli import qft
 from test_plugin import changed, custom, plugin
 
@@ -28,6 +31,10 @@ from qft.train import train
 __all__ = ["plugin", "recipe"]  # fixtures
 
 Recipe = Callable[..., Path]
+LLMCOMPRESSOR = os.environ.get("QFT_LLMCOMPRESSOR_PYTHON", "")
+needs_llmcompressor = pytest.mark.skipif(
+    not LLMCOMPRESSOR, reason="needs QFT_LLMCOMPRESSOR_PYTHON, the Python of an environment that has llmcompressor"
+)
 SCORES = {"metrics": ["exact_match"], "max_new_tokens": 4, "batch_size": 4, "samples": 4}
 
 
@@ -230,6 +237,175 @@ def test_a_changed_plugin_does_not_load_the_result(own: Recipe, plugin: Path, tm
     changed(plugin, "LEVELS = 127", "LEVELS = 100")
     with pytest.raises(ModelError, match=r"quant\.plugin .* has changed since this was quantized"):
         result_perplexity(path, report, tmp_path / "run")
+
+
+def by_llmcompressor(**calibrate: Any) -> dict[str, Any]:
+    return {"engine": "llmcompressor", "engine_python": LLMCOMPRESSOR, "samples": 8, **calibrate}
+
+
+MADE: dict[str, dict[str, Any]] = {
+    "gptq": {"group_size": 32},
+    "gptq with zero points": {"group_size": 32, "symmetric": False},
+    "gptq, 8 bits": {"bits": 8},
+    "awq": {"algorithm": "awq", "group_size": 32},
+    "awq with zero points": {"algorithm": "awq", "group_size": 32, "symmetric": False},
+    "smoothquant": {"algorithm": "smoothquant", "bits": 8, "activations": "dynamic"},
+    "smoothquant, static": {"algorithm": "smoothquant", "bits": 8, "activations": "static"},
+}
+
+
+@needs_llmcompressor
+@pytest.mark.parametrize("case", MADE)
+def test_llmcompressor_makes_what_is_measured_once_it_is_loaded_again(
+    case: str, recipe: Recipe, tiny_model: Path, tmp_path: Path
+) -> None:
+    before, asked = weights(tiny_model), by_llmcompressor(**MADE[case], skip_modules=["layers.1.mlp.up_proj"])
+    path = recipe(calibrate=asked | {"accept": {"kl": 0.1}})
+    report = calibrated(path)
+    [attempt] = report.attempts
+    assert report.accepted
+    assert perplexity(report, path) == pytest.approx(attempt.perplexity.value, rel=1e-3)
+    assert attempt.perplexity.value != report.perplexity_before.value
+    assert 0 < attempt.kl_mean < 0.1
+    assert weights(tiny_model) == before
+    assert report.bytes_after < report.bytes_before
+    assert report.quantized_layers == 13
+    assert report.skipped_layers == ["model.layers.1.mlp.up_proj", "lm_head"]
+    assert report.scheme["algorithm"] == MADE[case].get("algorithm", "gptq")
+    assert report.versions["llmcompressor"]
+    assert report.calibration is not None
+    assert report.calibration["windows"] == 8
+    assert report.peak_host_bytes > report.peak_bytes > 0
+    run = tmp_path / "run"
+    saved = load_file(run / "model" / "model.safetensors")
+    norms = torch.cat([tensor.float() for name, tensor in saved.items() if name.endswith("_layernorm.weight")])
+    if report.scheme["algorithm"] == "gptq":
+        assert len(report.layers) == 13
+        assert all(layer.output_snr_db > 10 for layer in report.layers)
+        assert (norms == 1).all()
+    else:
+        assert report.layers == []
+        assert norms.unique().numel() > 8  # where it scales the layers' inputs
+    assert not (run / "work").exists()
+    record = json.loads((run / "model" / "calibration.json").read_text())
+    assert record["versions"]["llmcompressor"] == report.versions["llmcompressor"]
+
+
+@needs_llmcompressor
+def test_gptq_makes_less_noise_than_rounding(recipe: Recipe, tmp_path: Path) -> None:
+    """Of the layers' outputs, which is what it minimises."""
+    gptq = calibrated(recipe(model={"dtype": "float32"}, calibrate=by_llmcompressor(group_size=32, samples=32)))
+    rtn = calibrated(
+        recipe("rtn.yaml", model={"dtype": "float32"}, output_dir=str(tmp_path / "rtn"), calibrate={"group_size": 32})
+    )
+    gained = [one.output_snr_db - other.output_snr_db for one, other in zip(gptq.layers, rtn.layers, strict=True)]
+    assert sum(gained) / len(gained) > 0.5
+
+
+@needs_llmcompressor
+def test_llmcompressor_quantizes_a_merged_run(recipe: Recipe, recipe_file: Recipe, tmp_path: Path) -> None:
+    run, hard = tmp_path / "trained", {"report_to": [], "learning_rate": 0.05}
+    train(load(recipe_file("train.yaml", train=hard, output_dir=str(run))), View())
+    path = recipe(model={"path": str(run), "dtype": "float32"}, calibrate=by_llmcompressor(bits=8))
+    report = calibrated(path)
+    data = held_out(report, path)
+    targets = [f"{run}@merged", f"{run}@base", report.result or ""]
+    merged, base, quantized = (t.perplexity for t in evaluate(targets, EvalOptions(data=data), View()).targets)
+    assert abs(merged - base) / base > 0.05
+    assert report.perplexity_before.value == pytest.approx(merged, rel=0.02)
+    assert quantized == pytest.approx(merged, rel=0.05)
+
+
+@needs_llmcompressor
+def test_a_failure_of_llmcompressor_is_told_in_one_line(recipe: Recipe, tmp_path: Path) -> None:
+    """It knows no norm in front of the layers of this model, which AWQ would scale."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=264, bos_token_id=0, eos_token_id=2, **sizes)).save_pretrained(
+        tmp_path / "neox"
+    )
+    byte_tokenizer().save_pretrained(tmp_path / "neox")
+    asked = by_llmcompressor(algorithm="awq", group_size=32)
+    error = refusal(recipe(model={"path": str(tmp_path / "neox")}, calibrate=asked))
+    assert isinstance(error, ModelError)
+    assert len(str(error).splitlines()) == 1
+    assert str(error).startswith("calibrate.engine: llmcompressor failed (1): ")
+    assert not (tmp_path / "run" / "model").exists()
+    assert not (tmp_path / "run" / "work").exists()
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["status"] == "failed"
+
+
+@needs_llmcompressor
+def test_its_progress_is_told_and_an_interrupt_ends_its_process(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TQDM_DISABLE", "1")  # as qft.quiet has it for qft's own process
+    monkeypatch.setenv("TQDM_DELAY", "5")
+    told: list[str] = []
+
+    class Watch(View):
+        def note(self, text: str) -> None:
+            told.append(text)
+            if text.startswith("llm-compressor: part 2"):
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(load(recipe(calibrate=by_llmcompressor(group_size=32))), Watch())
+    assert told[-2:] == ["llm-compressor: part 1 of 3", "llm-compressor: part 2 of 3"]
+    assert not psutil.Process().children()
+    assert not (tmp_path / "run" / "work").exists()
+    assert not (tmp_path / "run" / "model").exists()
+
+
+NO_LLMCOMPRESSOR: dict[str, tuple[dict[str, Any], str]] = {
+    "no Python": ({"engine_python": ...}, "calibrate.engine_python: llmcompressor runs in an environment of its own"),
+    "not there": ({"engine_python": "env/bin/python"}, "/env/bin/python does not exist"),
+    "no program": ({"engine_python": "rows.jsonl"}, "rows.jsonl cannot be run: [Errno 13]"),
+    "not installed": (
+        {"engine_python": sys.executable},
+        f"cannot import llmcompressor (ModuleNotFoundError: No module named 'llmcompressor'); "
+        f"install it there: {sys.executable} -m pip install 'llmcompressor>=",
+    ),
+    "AWQ of 8 bits": (
+        {"engine_python": sys.executable, "algorithm": "awq", "bits": 8},
+        "calibrate.algorithm: awq makes int with 4 bits and activations none",
+    ),
+    "SmoothQuant of 4": (
+        {"engine_python": sys.executable, "algorithm": "smoothquant"},
+        "calibrate.algorithm: smoothquant makes int with 8 bits and activations dynamic; int with 8 bits and activ",
+    ),
+    "GPTQ of nf4": ({"engine_python": sys.executable, "data_type": "nf4"}, "calibrate.algorithm: gptq makes int"),
+    "the remedy": (
+        {"engine_python": sys.executable, "accept": {"kl": 1.0}, "remedy": "auto"},
+        "calibrate.remedy: holds single layers in more bits, and llmcompressor quantizes the whole model at once",
+    ),
+    "another engine": ({"engine": "rtn", "engine_python": sys.executable}, "only with calibrate.engine llmcompressor"),
+    "another's algorithm": (
+        {"engine": "rtn", "engine_python": ..., "algorithm": "awq"},
+        "calibrate.algorithm: is read",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NO_LLMCOMPRESSOR)
+def test_llmcompressor_is_refused_before_anything_is_loaded(case: str, recipe: Recipe, tmp_path: Path) -> None:
+    asked, text = NO_LLMCOMPRESSOR[case]
+    own = {"engine": "llmcompressor", **asked}
+    error = refusal(recipe(calibrate={name: value for name, value in own.items() if value is not ...}))
+    assert isinstance(error, RecipeError)
+    assert text in str(error)
+    assert "recipe.yaml:" in str(error)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_python_of_a_virtual_environment_is_not_resolved(recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "env").mkdir()
+    (tmp_path / "env" / "python").symlink_to(sys.executable)
+    loaded = load(recipe(calibrate={"engine": "llmcompressor", "engine_python": "env/python"}))
+    assert loaded.recipe.calibrate is not None
+    assert loaded.recipe.calibrate.engine_python == str(tmp_path / "env" / "python")
 
 
 PLUGIN = "the code of quant.plugin"

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from qft.data.calibration import CalibrationData, calibration_data
 from qft.engines import LayerScheme
+from qft.engines.llmcompressor import find_problem
 from qft.errors import ModelError
 from qft.machine import Device
 from qft.plan.model import ModelPlan, Problem, plan_model, refuse, require_device
@@ -53,6 +54,11 @@ class CalibrationPlan(ModelPlan):
         """Whether the engine quantizes the whole model at once."""
         return self.calibrate.engine in WHOLE_MODEL
 
+    @property
+    def algorithm(self) -> str | None:
+        """Of engine llmcompressor; None with the others."""
+        return self.calibrate.algorithm if self.calibrate.engine == "llmcompressor" else None
+
     def facts(self) -> dict[str, Any]:
         """The plan as plain values, for `qft check --json` and the run folder."""
         return {
@@ -60,6 +66,7 @@ class CalibrationPlan(ModelPlan):
             "model": {"path": self.checkpoint.path, "commit": self.checkpoint.commit, "dtype": self.dtype}
             | asdict(self.shape),
             "engine": self.calibrate.engine,
+            "algorithm": self.algorithm,
             "schemes": {name: scheme and asdict(scheme) for name, scheme in self.schemes.items()},
             "quantization": self.quantized and _quantization(self.quantized),
             "data": {"audit": self.data.audit and asdict(self.data.audit), "warnings": list(self.data.warnings)},
@@ -87,7 +94,7 @@ def plan_calibration(loaded: LoadedRecipe) -> CalibrationPlan:
     scheme = _scheme(recipe.calibrate, [linears[name] for name in taken])
     schemes = {name: scheme if name in taken else None for name in linears}
     refuse(loaded, _layer_problems(recipe.calibrate, schemes, linears))
-    needs_windows = recipe.calibrate.engine == "autoround" or scheme.activations == "static"
+    needs_windows = recipe.calibrate.engine in ("autoround", "llmcompressor") or scheme.activations == "static"
     return CalibrationPlan(
         **{field.name: getattr(model, field.name) for field in dataclasses.fields(model)},
         schemes=schemes,
@@ -120,6 +127,8 @@ def _problems(recipe: Recipe, device: Device) -> Iterator[Problem]:
         yield "calibrate", "there is no such section; add one, if only `calibrate: {preset: w4a16}`"
         return
     yield from missing_engine(calibrate.engine)
+    if calibrate.engine_python and (problem := find_problem(calibrate.engine_python)):
+        yield "calibrate.engine_python", problem
     if calibrate.accept.score_drop is not None:
         yield from missing_packages(recipe.eval.metrics)
     if calibrate.data_type == "float" and not _has_float8(device):

@@ -18,6 +18,7 @@ ENGINE_PACKAGES = {
     "autoround": ("auto_round", "compressed_tensors"),
     "rtn": ("compressed_tensors",),
     "torchao": ("torchao",),
+    "llmcompressor": ("compressed_tensors",),
 }
 """What an engine needs: names of the modules."""
 

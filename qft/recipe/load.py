@@ -173,8 +173,14 @@ def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
     change("data", "eval", each_source)
     change("data", "chat_template", local)
     change("calibrate", "data", each_source)
+    change("calibrate", "engine_python", lambda value: _program(value, folder))
     change("eval", "harness", each_task)
     change(None, "output_dir", local)
+
+
+def _program(value: Any, folder: Path) -> Any:
+    """Links are left as they are: the Python of a virtual environment is one, and knows it by where it lies."""
+    return os.path.abspath(folder / os.path.expanduser(value)) if isinstance(value, str) and value else value
 
 
 def is_task_file(task: Any) -> bool:

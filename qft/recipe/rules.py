@@ -23,7 +23,7 @@ QUANT_FIELDS = {
 """Fields of `quant` that only one mode reads."""
 
 SKIP_BUDGETS = ("quant.skip_budget_bits", "quant.skip_budget_bytes")
-WHOLE_MODEL = ("custom",)
+WHOLE_MODEL = ("custom", "llmcompressor")
 """Engines that quantize the whole model at once, rather than block by block."""
 PLUGIN_DECIDES = ("data_type", "bits", "group_size", "symmetric", "activations")
 """Fields of `calibrate` that engine custom does not read."""
@@ -88,8 +88,11 @@ def _unread_by_calibration(calibrate: CalibrateSection) -> dict[str, str]:
     unread = {}
     if engine != "autoround":
         unread["calibrate.iters"] = "is read only with calibrate.engine autoround"
-        if activations != "static":
+        if engine != "llmcompressor" and activations != "static":
             unread["calibrate.samples"] = f"{engine} needs no calibration windows unless activations are static"
+    if engine != "llmcompressor":
+        unread["calibrate.engine_python"] = "is read only with calibrate.engine llmcompressor"
+        unread["calibrate.algorithm"] = "is read only with calibrate.engine llmcompressor"
     if engine == "custom":
         unread |= {f"calibrate.{name}": "the code of quant.plugin decides it" for name in PLUGIN_DECIDES}
         unread["calibrate.samples"] = "the code of quant.plugin is given no calibration windows"
@@ -184,6 +187,14 @@ HELD = {
 """What each engine makes: data_type, bits, activations."""
 
 
+ALGORITHMS = {
+    "gptq": {("int", 4, "none"), ("int", 8, "none")},
+    "awq": {("int", 4, "none")},
+    "smoothquant": {("int", 8, "dynamic"), ("int", 8, "static")},
+}
+"""The same of engine llmcompressor's algorithms."""
+
+
 def _calibrate_rules(calibrate: CalibrateSection, recipe: Recipe) -> Iterator[Problem]:
     engine = calibrate.engine
     if engine == "custom" and recipe.quant.mode != "custom":
@@ -192,6 +203,9 @@ def _calibrate_rules(calibrate: CalibrateSection, recipe: Recipe) -> Iterator[Pr
             f"custom quantizes by the code of quant.plugin, and quant.mode is {recipe.quant.mode}: set quant.mode to "
             "custom and quant.plugin to the file, or choose another engine",
         )
+    if engine == "llmcompressor" and calibrate.engine_python is None:
+        text = "llmcompressor runs in an environment of its own: name the Python of one that has it"
+        yield "calibrate.engine_python", text
     if engine != "custom":
         yield from _scheme_rules(calibrate)
     if engine in WHOLE_MODEL and calibrate.remedy == "auto":
@@ -202,10 +216,12 @@ def _calibrate_rules(calibrate: CalibrateSection, recipe: Recipe) -> Iterator[Pr
 
 
 def _scheme_rules(calibrate: CalibrateSection) -> Iterator[Problem]:
-    held = HELD[calibrate.engine]
-    if (calibrate.data_type, calibrate.bits, calibrate.activations) not in held:
-        able = "; ".join(f"{kind} with {bits} bits and activations {acts}" for kind, bits, acts in sorted(held))
-        yield "calibrate.engine", f"{calibrate.engine} makes {able}: change data_type, bits, activations or the engine"
+    engine = calibrate.engine
+    field, held = ("algorithm", ALGORITHMS) if engine == "llmcompressor" else ("engine", HELD)
+    name = getattr(calibrate, field)
+    if (calibrate.data_type, calibrate.bits, calibrate.activations) not in held[name]:
+        able = "; ".join(f"{kind} with {bits} bits and activations {acts}" for kind, bits, acts in sorted(held[name]))
+        yield f"calibrate.{field}", f"{name} makes {able}: change data_type, bits, activations or the {field}"
     by_row = calibrate.data_type == "float" or calibrate.activations != "none"
     if by_row and calibrate.group_size not in ("auto", -1):
         yield "calibrate.group_size", "8-bit products need one scale a row: set it to auto or -1"

@@ -326,11 +326,18 @@ class CalibrateSection(Section):
     """Starting values that explicit fields override. w4a16, w8a16: weights alone, 4 or 8 bits; w8a8-dynamic,
     w8a8-static: int8 activations too, scaled per token or by the calibration; fp8: float8 of both, for GPUs that have
     it."""
-    engine: Literal["autoround", "rtn", "bitsandbytes", "torchao", "custom"] = "autoround"
+    engine: Literal["autoround", "rtn", "bitsandbytes", "torchao", "custom", "llmcompressor"] = "autoround"
     """autoround (arXiv:2309.05516): rounding and scales chosen by the calibration data; rtn: to the nearest;
     bitsandbytes: nf4, fp4 and LLM.int8(), in its own format; torchao: int8, in its own format. The first two are
     written as compressed-tensors, which vLLM, SGLang and transformers read. custom: by the code of quant.plugin, with
-    quant.mode custom, the whole model at once and not block by block."""
+    quant.mode custom; llmcompressor: by the algorithm of that name, in the environment of engine_python, written as
+    compressed-tensors. The last two quantize the whole model at once and not block by block."""
+    engine_python: str | None = Field(None, min_length=1)
+    """A Python that has llmcompressor, which needs an environment of its own; llmcompressor_job.py is run by it. Only
+    with engine llmcompressor, which needs it."""
+    algorithm: Literal["gptq", "awq", "smoothquant"] = "gptq"
+    """gptq (arXiv:2210.17323); awq (arXiv:2306.00978): 4 bits; smoothquant (arXiv:2211.10438), followed by GPTQ: 8 bits
+    for weights and activations. Only with engine llmcompressor."""
     data: Sources = ()
     """Calibration rows, in the form of data.train. None: rows of data.train."""
     samples: int = Field(128, ge=1)

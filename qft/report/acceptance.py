@@ -14,7 +14,8 @@ __all__ = ["render_calibration"]
 
 def render_calibration(report: CalibrationReport) -> Group:
     """What it cost, the layers that lost most, and bytes, time and memory."""
-    parts: list[RenderableType] = ["", _quality(report), "", _layers(report), "", _costs(report), ""]
+    layers: list[RenderableType] = [_layers(report), ""] if report.layers else []
+    parts: list[RenderableType] = ["", _quality(report), "", *layers, _costs(report), ""]
     parts += [Text(f"• {warning}", style="yellow") for warning in report.warnings]
     return Group(*parts, Text(f"Written to {report.result}"))
 
@@ -44,7 +45,8 @@ def _name(report: CalibrationReport, attempt: Attempt) -> str:
     group = f" g{scheme['group_size']}" if scheme["group_size"] > 0 else ""
     activations = "" if scheme["activations"] == "none" else f", {scheme['activations']} activations"
     kept = f", {len(attempt.kept)} layers in more bits" if attempt.kept else ""
-    return f"{report.engine} {scheme['data_type']}{scheme['bits']}{group}{activations}{kept}".replace("nf44", "nf4")
+    maker = scheme.get("algorithm", report.engine)
+    return f"{maker} {scheme['data_type']}{scheme['bits']}{group}{activations}{kept}".replace("nf44", "nf4")
 
 
 def _layers(report: CalibrationReport) -> RenderableType:

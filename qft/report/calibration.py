@@ -50,8 +50,8 @@ class CalibrationReport(Part):
     device: str
     engine: str
     scheme: dict[str, Any]
-    """data_type, bits, group_size, symmetric, activations; of engine custom the plugin's quantization config, with its
-    quant_method."""
+    """data_type, bits, group_size, symmetric, activations, and the algorithm of engine llmcompressor; of engine custom
+    the plugin's quantization config instead, with its quant_method."""
     quantized_layers: int
     skipped_layers: list[str]
     """Linear layers left in 16 bits by the recipe."""
@@ -72,11 +72,13 @@ class CalibrationReport(Part):
     """Of all weights in the dtype that they were computed in."""
     bytes_after: int
     layers: list[LayerError]
-    """Of the last attempt, on the verification rows."""
+    """Of the last attempt, on the verification rows. Empty for AWQ and SmoothQuant, which scale a layer's inputs and
+    weights against each other: no layer alone is near what it was."""
     peak_bytes: int
-    """Largest memory, beyond what was held before: of the GPU's allocator, or of the process on a CPU."""
+    """Largest memory, beyond what was held before: of the GPU's allocator, or of the process on a CPU. Where
+    the engine has a process of its own, the larger one's."""
     peak_host_bytes: int
-    """Largest resident set of the process."""
+    """Largest resident set of the process, or of the engine's own if that is larger."""
     block_seconds: list[float]
     """Time of each block that this process quantized; empty with engines that take the whole model at once."""
     tokens_per_second: float

@@ -53,7 +53,8 @@ class CalibrationPlan(ModelPlan):
             | asdict(self.shape),
             "engine": self.calibrate.engine,
             "schemes": {name: scheme and asdict(scheme) for name, scheme in self.schemes.items()},
-            "data": {"audit": self.data.audit and asdict(self.data.audit), "warnings": list(self.data.warnings)},
+            "data": {"audit": self.data.audit and asdict(self.data.audit), "warnings": list(self.data.warnings)}
+            | {"verify_rows": len(self.data.verify)},
         }
 
 

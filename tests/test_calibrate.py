@@ -115,7 +115,8 @@ def test_a_result_is_what_was_measured_once_it_is_loaded_again(scheme: str, reci
 
 def perplexity(report: CalibrationReport, path: Path) -> float:
     """Of the result, loaded again, on the verification rows."""
-    return evaluate([report.result or ""], EvalOptions(data=held_out(report, path)), View()).targets[0].perplexity
+    run = str(Path(report.result or "").parent)
+    return evaluate([run], EvalOptions(data=held_out(report, path)), View()).targets[0].perplexity
 
 
 def held_out(report: CalibrationReport, path: Path) -> str:

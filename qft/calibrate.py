@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-import copy
 import shutil
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from transformers import GenerationConfig, set_seed
 
 from qft.blocks import Read, StreamedModel
 from qft.engines import LayerScheme
-from qft.errors import GateError, MissingError
+from qft.errors import GateError, MissingError, RunError
 from qft.files import atomic_folder, write_json, write_text
-from qft.likelihood import Likelihood
+from qft.likelihood import Likelihood, Verification
 from qft.machine import versions
 from qft.memory.meter import Meter, Snapshot
 from qft.models import load_base, memory_guard, read_weights
-from qft.plan import CalibrationPlan, ModelPlan, plan_calibration, plan_model
-from qft.quantize import Quantization, Verification
+from qft.plan import CalibrationPlan, ModelPlan, plan_calibration
+from qft.quantize import Quantization
 from qft.recipe import LoadedRecipe, load
-from qft.recipe.load import from_values
+from qft.recipe.rules import WHOLE_MODEL
 from qft.recipe.schema import AcceptSection
 from qft.report.calibration import Attempt, CalibrationReport, Check
 from qft.report.evaluation import LayerError, Score
@@ -36,6 +34,7 @@ from qft.runs import Run, record_base, start_calibration
 from qft.scores import answer_rows, score
 from qft.statistics import Interval, change_interval, interval
 from qft.targets import load_target, parse_target
+from qft.whole import WholeModel, load_result
 
 __all__ = ["calibrate", "find_plan"]
 
@@ -63,12 +62,17 @@ def find_plan(loaded: LoadedRecipe) -> tuple[CalibrationPlan, Path | None]:
 
 
 def calibrate(loaded: LoadedRecipe, view: View, *, resume: bool = False, overwrite: bool = False) -> CalibrationReport:
-    """Quantize block by block into output_dir/model, unless it is refused.
+    """Quantize into output_dir/model, block by block or all at once as the engine does, unless it is refused.
 
     Raises GateError if calibrate.accept is not met: report.json then has the figures, and no model is left. Raises
     RecipeError, MissingError, DataError, ModelError or RunError for what cannot be done."""
     started = time.perf_counter()
     plan, merged_run = find_plan(loaded)
+    if resume and plan.whole_model:
+        raise RunError(
+            f"{plan.recipe.output_dir}: calibrate.engine {plan.calibrate.engine} quantizes the whole model at once, "
+            "and leaves nothing to resume from; use --overwrite to start again"
+        )
     run = start_calibration(plan, _needed_bytes(plan), resume=resume, overwrite=overwrite)
     try:
         with memory_guard("calibrating"), Meter(plan.device.kind) as meter:
@@ -79,11 +83,14 @@ def calibrate(loaded: LoadedRecipe, view: View, *, resume: bool = False, overwri
     except BaseException as error:
         run.set_status("failed", error=f"{type(error).__name__}: {error}")
         raise
+    finally:
+        if plan.whole_model:
+            shutil.rmtree(run.work, ignore_errors=True)
     write_json(run.report, report.model_dump(mode="json"))
     run.set_status("complete" if report.accepted else "refused")
     if not report.accepted:
         raise GateError(_refusal(report, run))
-    shutil.rmtree(run.work)
+    shutil.rmtree(run.work, ignore_errors=True)
     return report
 
 
@@ -94,19 +101,26 @@ class _Calibration:
         meter.restart()
         set_seed(plan.seed)
         view.note(f"Reading {plan.checkpoint.path}")
-        self.model = StreamedModel(plan, _reader(plan, merged_run))
+        self.merged_run = merged_run
+        self.work = self._begin()
         record_base(run, plan)
         write_text(run.folder / "calibration.jsonl", plan.data.as_jsonl())
-        self.work = Quantization(plan, self.model, run.work, view)
-        self.merged_run = merged_run
         self.attempts: list[Attempt] = []
         self.scores_before: dict[str, float] = {}
+
+    def _begin(self) -> Quantization | WholeModel:
+        plan, merged = self.plan, self.merged_run
+        if plan.whole_model:
+            plan.checkpoint.with_weights()
+            unquantized = partial(_load_unquantized, plan, merged)
+            return WholeModel(plan, self.run.work, self.view, unquantized, merged=merged is not None)
+        return Quantization(plan, StreamedModel(plan, _reader(plan, merged)), self.run.work, self.view)
 
     def run_all(self, started: float) -> CalibrationReport:
         first = self.work.quantize()
         checks, result = self._attempt(self.plan.schemes, first)
-        if not _passed(checks) and self.plan.calibrate.remedy == "auto":
-            for schemes in self._remedies():
+        if not _passed(checks) and self.plan.calibrate.remedy == "auto" and isinstance(self.work, Quantization):
+            for schemes in self._remedies(self.work):
                 number = len(self.attempts)
                 checks, result = self._attempt(schemes, self.work.again(schemes, number))
                 if _passed(checks):
@@ -146,30 +160,27 @@ class _Calibration:
         raised = {name: scheme.bits if scheme else 16 for name, scheme in schemes.items() if scheme != before[name]}
         return Attempt(
             kept=raised,
-            weight_bytes=self._bytes(len(self.attempts)),
+            weight_bytes=self.work.weight_bytes(len(self.attempts)),
             perplexity=_perplexity(found.after, seed),
             perplexity_change=_score(change),
             kl_mean=float(kl.mean()),
+            kl_interval=_score(interval(found.after.mean_kl, rows, seed=seed)),
             kl_p99=float(np.percentile(kl, 99)),
             top1_agreement=float(agrees.mean()),
         )
 
-    def _bytes(self, attempt: int) -> int:
-        around = sum(t.numel() * t.element_size() for t in self.model.around().values())
-        return around + sum(self.work.shard(number, attempt).stat().st_size for number in range(len(self.model)))
-
-    def _remedies(self) -> Iterator[Schemes]:
+    def _remedies(self, work: Quantization) -> Iterator[Schemes]:
         """The worst layers in 8 bits, then in 16; one more, two more, four more, … as far as max_bytes allows."""
         schemes, units = dict(self.plan.schemes), self._units()
         limit = self.plan.calibrate.max_bytes
         size, used = dict.fromkeys(schemes, 0), self.attempts[0].weight_bytes
-        size |= {error.name: error.bytes for error in self.work.errors()}
+        size |= {error.name: error.bytes for error in work.errors()}
         for raised in _ladder(self.plan):
             done = 0
             while done < len(units):
                 count, before = done + 1, dict(schemes)
                 for unit in units[done : done + count]:
-                    wanted = {name: self._weights(name) * (raised.bits if raised else 16) // 8 for name in unit}
+                    wanted = {name: _weights(work, name) * (raised.bits if raised else 16) // 8 for name in unit}
                     more = sum(wanted.values()) - sum(size[name] for name in unit)
                     if limit is None or used + more <= limit:
                         schemes |= dict.fromkeys(unit, raised)
@@ -188,38 +199,21 @@ class _Calibration:
         order = sorted(noise.values(), key=lambda errors: min(error.output_snr_db for error in errors))
         return [[error.name for error in errors] for errors in order]
 
-    def _weights(self, name: str) -> int:
-        weight: torch.Tensor = self.model.model.get_submodule(name).weight
-        return weight.numel()
-
     def _assemble(self, folder: Path, schemes: Schemes, attempt: int) -> None:
-        """The model as engines load it: the blocks' files, the rest, configuration and tokenizer."""
-        told: dict[str, str] = {}
-        for number in range(len(self.model)):
-            shutil.copyfile(self.work.shard(number, attempt), folder / f"model-block-{number:05}.safetensors")
-            told |= self.work.metadata(number, attempt)
-        around = {name: tensor.cpu().contiguous() for name, tensor in self.model.around().items()}
-        # The last file by name: its header speaks for all.
-        header = {"format": "pt"} | self.work.engine.header(told, list(around))
-        save_file(around, folder / "model-outside.safetensors", metadata=header)
-        _write_index(folder)
-        config = copy.deepcopy(self.model.model.config)
-        config.quantization_config = self.work.engine.config(schemes, self.model.dtype)
-        config.save_pretrained(folder)
+        """The model as engines load it: weights, configuration and tokenizer."""
+        self.work.assemble(folder, schemes, attempt)
         _generation_config(self.plan).save_pretrained(folder)
         self.plan.tokenizer.save_pretrained(folder)
         manifest = self.run.manifest()
         record = {"base": manifest["base"], "data": manifest["data"], "versions": versions(), "seed": self.plan.seed}
+        if plugin := manifest["plugin"]:
+            record["plugin"] = plugin | {"path": Path(plugin["path"]).name}
         write_json(folder / "calibration.json", record)
 
     def _scores(self, folder: Path | None) -> dict[str, float]:
         """Task scores of the result in `folder`, loaded by its engine; of the unquantized model without one."""
         settings = self.plan.recipe.eval
-        if folder is None:
-            model = _load_unquantized(self.plan, self.merged_run)
-        else:
-            section = {"path": str(folder), "device": self.plan.recipe.model.device, "dtype": self.plan.dtype}
-            model = load_base(plan_model(from_values({"model": section, "data": {"train": "-"}, "output_dir": "-"})))
+        model = load_result(self.plan, folder) if folder else _load_unquantized(self.plan, self.merged_run)
         answers = answer_rows(
             model.eval(),
             self.plan.tokenizer,
@@ -240,16 +234,13 @@ class _Calibration:
         self, found: Verification, checks: list[Check], result: Path | None, wall_seconds: float
     ) -> CalibrationReport:
         plan, peak = self.plan, self.meter.peak()
-        scheme = next(scheme for scheme in plan.schemes.values() if scheme)
-        tokens = sum(map(len, plan.data.windows)) + sum(len(row["input_ids"]) for row in self.work.rows)
-        seconds = self.work.block_seconds
         return CalibrationReport(
             model=plan.recipe.model.path,
             device=plan.device.name,
             engine=plan.calibrate.engine,
-            scheme=asdict(scheme),
-            quantized_layers=sum(scheme is not None for scheme in plan.schemes.values()),
-            skipped_layers=[name for name, scheme in plan.schemes.items() if scheme is None],
+            scheme=_scheme(plan),
+            quantized_layers=len(self.work.quantized_layers),
+            skipped_layers=self.work.skipped_layers,
             calibration=asdict(plan.data.audit) if plan.data.audit else None,
             warnings=list(plan.data.warnings),
             verify_rows=len(self.work.rows),
@@ -259,13 +250,13 @@ class _Calibration:
             attempts=self.attempts,
             checks=checks,
             accepted=result is not None,
-            bytes_before=plan.shape.parameters * self.model.dtype.itemsize,
+            bytes_before=plan.shape.parameters * getattr(torch, plan.dtype).itemsize,
             bytes_after=self.attempts[-1].weight_bytes,
             layers=self.work.errors(),
             peak_bytes=_beyond(peak, self.before, self.meter.on_gpu),
             peak_host_bytes=peak.host,
-            block_seconds=seconds,
-            tokens_per_second=tokens * len(seconds) / (len(self.model) * sum(seconds)) if seconds else 0.0,
+            block_seconds=self.work.block_seconds,
+            tokens_per_second=self.work.tokens_per_second(),
             wall_seconds=wall_seconds,
             seed=plan.seed,
             versions=versions(),
@@ -297,22 +288,25 @@ def _load_unquantized(plan: CalibrationPlan, merged_run: Path | None, device: st
     return load_target(target, target.plan())
 
 
+def _scheme(plan: CalibrationPlan) -> dict[str, Any]:
+    """As the report tells it."""
+    if plan.quantized:
+        return dict(plan.quantized.quantization)
+    return asdict(next(scheme for scheme in plan.schemes.values() if scheme))
+
+
+def _weights(work: Quantization, layer: str) -> int:
+    """How many weights a layer has."""
+    weight: torch.Tensor = work.model.model.get_submodule(layer).weight
+    return weight.numel()
+
+
 def _ladder(plan: CalibrationPlan) -> list[LayerScheme | None]:
     """What the remedy raises layers to; None is 16 bits."""
     in_8_bits = LayerScheme("int", 8)
     # compressed-tensors loads packed zero points only where all layers are held alike.
     takes_8 = plan.calibrate.data_type == "int" and plan.calibrate.bits == 4 and plan.calibrate.symmetric
     return [in_8_bits, None] if takes_8 else [None]
-
-
-def _write_index(folder: Path) -> None:
-    where, total = {}, 0
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            where.update(dict.fromkeys(file.keys(), path.name))
-        total += path.stat().st_size
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
-    write_json(folder / "model.safetensors.index.json", index)
 
 
 def _generation_config(plan: ModelPlan) -> GenerationConfig:
@@ -323,7 +317,10 @@ def _generation_config(plan: ModelPlan) -> GenerationConfig:
 
 
 def _needed_bytes(plan: CalibrationPlan) -> int:
-    """Room for the blocks, the model made of them, and two sets of hidden states."""
+    """Room for the blocks, the model made of them, and two sets of hidden states; for engines that take the whole model
+    its unquantized weights, and the result twice."""
+    if plan.whole_model:
+        return plan.shape.parameters * 2 * 3
     quantized = sum(scheme.bits if scheme else 0 for scheme in plan.schemes.values())
     bits = quantized / max(sum(scheme is not None for scheme in plan.schemes.values()), 1)
     linears = plan.shape.linear_parameters
@@ -375,8 +372,10 @@ def _refusal(report: CalibrationReport, run: Run) -> str:
         f"{check.name} is {check.value:.4g}, above {check.limit:.4g}" for check in report.checks if not check.passed
     ]
     tried = f" after {len(report.attempts)} attempts" if len(report.attempts) > 1 else ""
+    told = f"{run.folder}: not accepted{tried}: {'; '.join(missed)}."
+    if report.engine in WHOLE_MODEL:
+        return f"{told} Hold more bits, leave layers out (quant.skip_modules), or accept more"
     return (
-        f"{run.folder}: not accepted{tried}: {'; '.join(missed)}. Hold more bits (calibrate.bits, a smaller "
-        "group_size, skip_modules), let calibrate.remedy: auto choose the layers, or accept more; "
-        "--resume then takes the blocks as they are"
+        f"{told} Hold more bits (calibrate.bits, a smaller group_size, skip_modules), let calibrate.remedy: auto "
+        "choose the layers, or accept more; --resume then takes the blocks as they are"
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch.nn.functional import kl_div, log_softmax
 
 from qft.data.template import IGNORED
 
-__all__ = ["Divergence", "Likelihood", "LogProbs", "Passage", "measure", "windows"]
+__all__ = ["Divergence", "Likelihood", "LogProbs", "Passage", "Verification", "compare", "measure", "windows"]
 
 Floats = NDArray[np.float64]
 Counts = NDArray[np.int64]
@@ -76,6 +76,44 @@ class Likelihood:
         """exp of the mean over tokens, of all sequences or of those at `rows`."""
         nll, tokens = (self.nll, self.tokens) if rows is None else (self.nll[rows], self.tokens[rows])
         return math.exp(min(float(nll.sum() / tokens.sum()), 700.0))
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The held-out rows in both models, row by row."""
+
+    before: Likelihood
+    after: Likelihood
+    """With the divergence from `before` of every scored token."""
+
+
+def compare(
+    labels: Iterable[Sequence[int]], before: Iterable[torch.Tensor], after: Iterable[torch.Tensor]
+) -> Verification:
+    """What two models make of the same rows: of each its `labels` [tokens], IGNORED where nothing is scored, and both
+    models' logits [tokens, vocabulary] of any float dtype. Logits are asked for one row at a time."""
+    sums, tokens, kl, agrees = [], [], [], []
+    models = iter(before), iter(after)
+    for row in labels:
+        wanted = torch.tensor(row[1:])
+        at = wanted != IGNORED
+        # One model's logits after the other's: of both together only the scored tokens are held.
+        old, new = (log_softmax(logits[: len(wanted)][at].float(), -1) for logits in map(next, models))
+        place = wanted[at].to(old.device)[:, None]
+        sums.append([-float(found.gather(1, place).double().sum()) for found in (old, new)])
+        tokens.append(len(place))
+        kl.append(kl_div(new, old, reduction="none", log_target=True).sum(-1).clamp(min=0).cpu().numpy())
+        agrees.append((old.argmax(-1) == new.argmax(-1)).cpu().numpy())
+    of_row, counts = np.array(sums), np.array(tokens)
+    divergence = Divergence(np.concatenate(kl).astype(np.float64), np.concatenate(agrees))
+    return Verification(Likelihood(of_row[:, 0], counts), Likelihood(of_row[:, 1], counts, divergence))
+
+    def mean_kl(self, rows: Counts | None = None) -> float:
+        """Mean KL over the tokens of all sequences or of those at `rows`, in nats; every token must have been compared."""
+        assert self.divergence is not None
+        sums = np.add.reduceat(self.divergence.kl, np.concatenate([[0], np.cumsum(self.tokens)[:-1]]))
+        sums, tokens = (sums, self.tokens) if rows is None else (sums[rows], self.tokens[rows])
+        return float(sums.sum() / tokens.sum())
 
 
 class LogProbs:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,23 +18,21 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.nn.functional import kl_div, log_softmax
 
 from qft.blocks import StreamedModel
-from qft.data.template import IGNORED
 from qft.engines import Block, Engine, Held, LayerScheme, find_engine
 from qft.files import write_json
 from qft.layers import block_errors
-from qft.likelihood import Divergence, Likelihood
+from qft.likelihood import Verification, compare
 from qft.plan import CalibrationPlan
 from qft.report.evaluation import LayerError
 from qft.report.live import View
 
-__all__ = ["Quantization", "Verification"]
+__all__ = ["Quantization"]
 
 Schemes = Mapping[str, LayerScheme | None]
 Hidden = list[torch.Tensor]
@@ -60,15 +59,6 @@ class _Streams:
         return cls(**{name: [tensors[f"{name}.{i}"] for i in range(count)] for name, count in counts.items()})
 
 
-@dataclass(frozen=True)
-class Verification:
-    """The held-out rows in both models, row by row."""
-
-    before: Likelihood
-    after: Likelihood
-    """With the divergence from `before` of every scored token."""
-
-
 @dataclass
 class Quantization:
     """The blocks of one calibration, in `folder`."""
@@ -83,6 +73,16 @@ class Quantization:
         self.engine: Engine = find_engine(self.plan.calibrate.engine)
         self.rows = list(self.plan.data.verify)
         self.folder.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def quantized_layers(self) -> list[str]:
+        """Names of the linear layers that the recipe holds in fewer bits."""
+        return [name for name, scheme in self.plan.schemes.items() if scheme]
+
+    @property
+    def skipped_layers(self) -> list[str]:
+        """Of all other linear layers."""
+        return [name for name, scheme in self.plan.schemes.items() if scheme is None]
 
     def shard(self, number: int, attempt: int = 0) -> Path:
         """The newest file of a block's weights up to an attempt; only what an attempt changed is written again."""
@@ -123,19 +123,34 @@ class Quantization:
 
     def verify(self, unquantized: Hidden, quantized: Hidden) -> Verification:
         """Compare both models' predictions, from the hidden states behind the last block."""
-        sums, tokens, kl, agrees = [], [], [], []
-        for row, *pair in zip(self.rows, unquantized, quantized, strict=True):
-            labels = torch.tensor(row["labels"][1:], device=self.model.device)
-            at = labels != IGNORED
-            before, after = (log_softmax(self.model.leave(h)[: len(labels)][at].float(), -1) for h in pair)
-            nll = [-float(found.gather(1, labels[at][:, None]).double().sum()) for found in (before, after)]
-            sums.append(nll)
-            tokens.append(int(at.sum()))
-            kl.append(kl_div(after, before, reduction="none", log_target=True).sum(-1).clamp(min=0).cpu().numpy())
-            agrees.append((before.argmax(-1) == after.argmax(-1)).cpu().numpy())
-        of_row, counts = np.array(sums), np.array(tokens)
-        divergence = Divergence(np.concatenate(kl).astype(np.float64), np.concatenate(agrees))
-        return Verification(Likelihood(of_row[:, 0], counts), Likelihood(of_row[:, 1], counts, divergence))
+        before, after = (map(self.model.leave, hidden) for hidden in (unquantized, quantized))
+        return compare((row["labels"] for row in self.rows), before, after)
+
+    def weight_bytes(self, attempt: int) -> int:
+        """Of all weights as an attempt's result holds them, in files."""
+        around = sum(t.numel() * t.element_size() for t in self.model.around().values())
+        return around + sum(self.shard(number, attempt).stat().st_size for number in range(len(self.model)))
+
+    def assemble(self, folder: Path, schemes: Schemes, attempt: int) -> None:
+        """Write the weights and the configuration of an attempt as engines load them: the blocks' files, the rest."""
+        told: dict[str, str] = {}
+        for number in range(len(self.model)):
+            shutil.copyfile(self.shard(number, attempt), folder / f"model-block-{number:05}.safetensors")
+            told |= self.metadata(number, attempt)
+        around = {name: tensor.cpu().contiguous() for name, tensor in self.model.around().items()}
+        # The last file by name: its header speaks for all.
+        header = {"format": "pt"} | self.engine.header(told, list(around))
+        save_file(around, folder / "model-outside.safetensors", metadata=header)
+        _write_index(folder)
+        config = copy.deepcopy(self.model.model.config)
+        config.quantization_config = self.engine.config(schemes, self.model.dtype)
+        config.save_pretrained(folder)
+
+    def tokens_per_second(self) -> float:
+        """Calibration and verification tokens times blocks, over the time of the blocks; 0 if all were finished."""
+        tokens = sum(map(len, self.plan.data.windows)) + sum(len(row["input_ids"]) for row in self.rows)
+        seconds = self.block_seconds
+        return tokens * len(seconds) / (len(self.model) * sum(seconds)) if seconds else 0.0
 
     def _resume(self) -> tuple[int, _Streams]:
         """Blocks that are finished, and what stands behind them."""
@@ -242,6 +257,16 @@ class Quantization:
 
     def _streams(self, number: int) -> Path:
         return self.folder / f"streams-{number:05}.safetensors"
+
+
+def _write_index(folder: Path) -> None:
+    where, total = {}, 0
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            where.update(dict.fromkeys(file.keys(), path.name))
+        total += path.stat().st_size
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+    write_json(folder / "model.safetensors.index.json", index)
 
 
 def _linear(block: nn.Module, name: str) -> nn.Linear:

@@ -198,7 +198,9 @@ def _require_same(run: Run, plan: ModelPlan, digests: dict[str, str | None], fix
 
 
 def _plugin(plan: ModelPlan) -> dict[str, Any] | None:
-    return asdict(plan.plugin) if plan.plugin else None
+    quantized = plan.quantized if isinstance(plan, CalibrationPlan) else None
+    plugin = (quantized or plan).plugin
+    return asdict(plugin) if plugin else None
 
 
 def _require_steps_left(run: Run, plan: Plan) -> None:

@@ -84,6 +84,7 @@ def parse_target(text: str, *, adapter: Path | None, data: str | None) -> Target
 
 def load_target(target: Target, plan: ModelPlan) -> Any:
     """The model, ready to evaluate. Raises ModelError if the adapter belongs to another base."""
+    _require_same_plugin(plan.checkpoint.folder, plan, "quantized")
     model = load_base(plan)
     if target.adapter is not None:
         _require_same_base(target.adapter, plan)
@@ -128,12 +129,17 @@ def _held_as(loaded: LoadedRecipe, variant: str) -> LoadedRecipe:
 
 def _require_same_base(adapter: Path, plan: ModelPlan) -> None:
     """An adapter of a run knows the hashes of its base, and of the plugin that quantized it."""
-    manifest = Run(adapter.parent).manifest()
-    known, plugin = manifest.get("base", {}).get("sha256"), manifest.get("plugin")
+    known = Run(adapter.parent).manifest().get("base", {}).get("sha256")
     if known and known != plan.checkpoint.digests():
         raise ModelError(f"{adapter}: was trained on another base than {plan.checkpoint.path} (their hashes differ)")
+    _require_same_plugin(adapter, plan, "trained")
+
+
+def _require_same_plugin(part: Path, plan: ModelPlan, made: str) -> None:
+    """What a run has made (its adapter, its model) belongs to the plugin as it was then."""
+    plugin = Run(part.parent).manifest().get("plugin")
     if plugin and plan.plugin and plugin["path"] == plan.plugin.path and plugin["sha256"] != plan.plugin.sha256:
-        raise ModelError(f"{adapter}: quant.plugin ({plan.plugin.path}) has changed since this was trained")
+        raise ModelError(f"{part}: quant.plugin ({plan.plugin.path}) has changed since this was {made}")
 
 
 def _with_adapter(model: Any, adapter: Path) -> Any:

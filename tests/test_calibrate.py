@@ -46,7 +46,7 @@ def recipe(recipe_file: Recipe, tmp_path: Path) -> Recipe:
             own.setdefault("samples", 8)
         return recipe_file(
             name,
-            quant=None,
+            quant=sections.pop("quant", None),
             adapter=None,
             train=None,
             data={"train": "rows.jsonl", "max_length": ..., **sections.pop("data", {})},
@@ -107,6 +107,8 @@ def test_a_result_is_what_was_measured_once_it_is_loaded_again(scheme: str, reci
     [attempt] = report.attempts
     assert perplexity(report, path) == pytest.approx(attempt.perplexity.value, rel=1e-3)
     assert attempt.perplexity.value != report.perplexity_before.value
+    assert attempt.kl_interval.low <= attempt.kl_interval.value <= attempt.kl_interval.high
+    assert attempt.kl_interval.value == pytest.approx(attempt.kl_mean)
     assert len(report.layers) == report.quantized_layers == 14
     assert report.skipped_layers == ["lm_head"]
     assert json.loads((tmp_path / "run" / "report.json").read_text()) == report.model_dump(mode="json")

@@ -18,6 +18,7 @@ from qft.machine import Device
 from qft.plan.model import ModelPlan, Problem, plan_model, refuse, require_device
 from qft.plan.packages import missing_engine, missing_packages
 from qft.recipe import LoadedRecipe, Recipe
+from qft.recipe.rules import WHOLE_MODEL
 from qft.recipe.schema import AdapterSection, CalibrateSection, QuantSection
 
 __all__ = ["CalibrationPlan", "find_blocks", "linear_layers", "plan_calibration"]
@@ -33,8 +34,10 @@ class CalibrationPlan(ModelPlan):
     """A ModelPlan of the unquantized model, and what becomes of it."""
 
     schemes: dict[str, LayerScheme | None]
-    """Of every linear layer, by its name; None: left in 16 bits."""
+    """Of every linear layer, by its name; None: left in 16 bits. Empty with engine custom, whose plugin decides."""
     data: CalibrationData
+    quantized: ModelPlan | None = None
+    """The model as engine custom loads it; None with the others."""
 
     @property
     def calibrate(self) -> CalibrateSection:
@@ -45,6 +48,11 @@ class CalibrationPlan(ModelPlan):
     def seed(self) -> int:
         return self.recipe.seed if self.calibrate.seed is None else self.calibrate.seed
 
+    @property
+    def whole_model(self) -> bool:
+        """Whether the engine quantizes the whole model at once."""
+        return self.calibrate.engine in WHOLE_MODEL
+
     def facts(self) -> dict[str, Any]:
         """The plan as plain values, for `qft check --json` and the run folder."""
         return {
@@ -53,6 +61,7 @@ class CalibrationPlan(ModelPlan):
             | asdict(self.shape),
             "engine": self.calibrate.engine,
             "schemes": {name: scheme and asdict(scheme) for name, scheme in self.schemes.items()},
+            "quantization": self.quantized and _quantization(self.quantized),
             "data": {"audit": self.data.audit and asdict(self.data.audit), "warnings": list(self.data.warnings)}
             | {"verify_rows": len(self.data.verify)},
         }
@@ -71,6 +80,8 @@ def plan_calibration(loaded: LoadedRecipe) -> CalibrationPlan:
         text = "is already quantized; start from the unquantized model, or from a run whose base is unquantized"
         refuse(loaded, [("model.path", text)])
     assert recipe.calibrate is not None
+    if recipe.calibrate.engine == "custom":
+        return _by_plugin(LoadedRecipe(recipe.model_copy(update={"adapter": AdapterSection()}), loaded.tree), model)
     linears, blocks = linear_layers(model)
     skipped = recipe.calibrate.skip_modules
     taken = {name for name in linears if name.startswith(f"{blocks}.") and not _is_skipped(name, skipped)}
@@ -83,6 +94,25 @@ def plan_calibration(loaded: LoadedRecipe) -> CalibrationPlan:
         schemes=schemes,
         data=calibration_data(recipe, model.tokenizer, needs_windows=needs_windows),
     )
+
+
+def _by_plugin(loaded: LoadedRecipe, model: ModelPlan) -> CalibrationPlan:
+    """The plan of engine custom; `model` is that of the unquantized model."""
+    quantized = plan_model(loaded)
+    assert quantized.plugin is not None
+    unserializable = quantized.plugin.unserializable(quantized.quantization)
+    if unserializable:
+        refuse(loaded, [("quant.plugin", unserializable)])
+    return CalibrationPlan(
+        **{field.name: getattr(model, field.name) for field in dataclasses.fields(model)} | {"loaded": loaded},
+        schemes={},
+        data=calibration_data(loaded.recipe, model.tokenizer, needs_windows=False),
+        quantized=quantized,
+    )
+
+
+def _quantization(plan: ModelPlan) -> dict[str, Any]:
+    return {"scheme": plan.scheme, **plan.quantization, "plugin": asdict(plan.plugin) if plan.plugin else None}
 
 
 def _problems(recipe: Recipe, device: Device) -> Iterator[Problem]:

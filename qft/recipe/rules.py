@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from qft.recipe.presets import PRESETS
 from qft.recipe.schema import AcceptSection, AdapterSection, CalibrateSection, QuantSection, Recipe
 
-__all__ = ["broken_rules", "unread_fields"]
+__all__ = ["WHOLE_MODEL", "broken_rules", "unread_fields"]
 
 Problem = tuple[str, str]
 
@@ -23,6 +23,11 @@ QUANT_FIELDS = {
 """Fields of `quant` that only one mode reads."""
 
 SKIP_BUDGETS = ("quant.skip_budget_bits", "quant.skip_budget_bytes")
+WHOLE_MODEL = ("custom",)
+"""Engines that quantize the whole model at once, rather than block by block."""
+PLUGIN_DECIDES = ("data_type", "bits", "group_size", "symmetric", "activations")
+"""Fields of `calibrate` that engine custom does not read."""
+
 ADAPTER_FIELDS = [name for name in AdapterSection.model_fields if name != "kind"]
 ANSWER_FIELDS = ("regex", "max_new_tokens", "samples")
 """Fields of `eval` that only the metrics read."""
@@ -85,7 +90,11 @@ def _unread_by_calibration(calibrate: CalibrateSection) -> dict[str, str]:
         unread["calibrate.iters"] = "is read only with calibrate.engine autoround"
         if activations != "static":
             unread["calibrate.samples"] = f"{engine} needs no calibration windows unless activations are static"
-    if engine in ("bitsandbytes", "torchao"):
+    if engine == "custom":
+        unread |= {f"calibrate.{name}": "the code of quant.plugin decides it" for name in PLUGIN_DECIDES}
+        unread["calibrate.samples"] = "the code of quant.plugin is given no calibration windows"
+        unread["calibrate.skip_modules"] = "the code of quant.plugin is given quant.skip_modules instead"
+    elif engine in ("bitsandbytes", "torchao"):
         unread["calibrate.symmetric"] = f"{engine} decides it itself"
         unread["calibrate.group_size"] = f"{engine} decides it itself"
     elif calibrate.data_type == "float":
@@ -176,6 +185,23 @@ HELD = {
 
 
 def _calibrate_rules(calibrate: CalibrateSection, recipe: Recipe) -> Iterator[Problem]:
+    engine = calibrate.engine
+    if engine == "custom" and recipe.quant.mode != "custom":
+        yield (
+            "calibrate.engine",
+            f"custom quantizes by the code of quant.plugin, and quant.mode is {recipe.quant.mode}: set quant.mode to "
+            "custom and quant.plugin to the file, or choose another engine",
+        )
+    if engine != "custom":
+        yield from _scheme_rules(calibrate)
+    if engine in WHOLE_MODEL and calibrate.remedy == "auto":
+        text = f"holds single layers in more bits, and {engine} quantizes the whole model at once; set it to none"
+        yield "calibrate.remedy", text
+    if calibrate.accept.score_drop is not None and not recipe.eval.metrics:
+        yield "calibrate.accept.score_drop", "needs scores that can drop: set eval.metrics"
+
+
+def _scheme_rules(calibrate: CalibrateSection) -> Iterator[Problem]:
     held = HELD[calibrate.engine]
     if (calibrate.data_type, calibrate.bits, calibrate.activations) not in held:
         able = "; ".join(f"{kind} with {bits} bits and activations {acts}" for kind, bits, acts in sorted(held))
@@ -185,8 +211,6 @@ def _calibrate_rules(calibrate: CalibrateSection, recipe: Recipe) -> Iterator[Pr
         yield "calibrate.group_size", "8-bit products need one scale a row: set it to auto or -1"
     if calibrate.activations != "none" and not calibrate.symmetric:
         yield "calibrate.symmetric", "8-bit products of activations need weights without a zero point: set it to true"
-    if calibrate.accept.score_drop is not None and not recipe.eval.metrics:
-        yield "calibrate.accept.score_drop", "needs scores that can drop: set eval.metrics"
 
 
 def _eval_rules(recipe: Recipe) -> Iterator[Problem]:

@@ -326,10 +326,11 @@ class CalibrateSection(Section):
     """Starting values that explicit fields override. w4a16, w8a16: weights alone, 4 or 8 bits; w8a8-dynamic,
     w8a8-static: int8 activations too, scaled per token or by the calibration; fp8: float8 of both, for GPUs that have
     it."""
-    engine: Literal["autoround", "rtn", "bitsandbytes", "torchao"] = "autoround"
+    engine: Literal["autoround", "rtn", "bitsandbytes", "torchao", "custom"] = "autoround"
     """autoround (arXiv:2309.05516): rounding and scales chosen by the calibration data; rtn: to the nearest;
     bitsandbytes: nf4, fp4 and LLM.int8(), in its own format; torchao: int8, in its own format. The first two are
-    written as compressed-tensors, which vLLM, SGLang and transformers read."""
+    written as compressed-tensors, which vLLM, SGLang and transformers read. custom: by the code of quant.plugin, with
+    quant.mode custom, the whole model at once and not block by block."""
     data: Sources = ()
     """Calibration rows, in the form of data.train. None: rows of data.train."""
     samples: int = Field(128, ge=1)

@@ -30,7 +30,7 @@ def _quality(report: CalibrationReport) -> RenderableType:
             size(attempt.weight_bytes),
             f"{attempt.perplexity.value:.3f}",
             f"{change.value:+.2%} [{change.low:+.2%}, {change.high:+.2%}]",
-            f"{attempt.kl_mean:.4f}",
+            f"{attempt.kl_mean:.4f} [{attempt.kl_interval.low:.4f}, {attempt.kl_interval.high:.4f}]",
             f"{attempt.kl_p99:.3f}",
             f"{attempt.top1_agreement:.1%}",
         )
@@ -39,6 +39,8 @@ def _quality(report: CalibrationReport) -> RenderableType:
 
 def _name(report: CalibrationReport, attempt: Attempt) -> str:
     scheme = report.scheme
+    if report.engine == "custom":
+        return f"{report.engine} {scheme['quant_method']}"
     group = f" g{scheme['group_size']}" if scheme["group_size"] > 0 else ""
     activations = "" if scheme["activations"] == "none" else f", {scheme['activations']} activations"
     kept = f", {len(attempt.kept)} layers in more bits" if attempt.kept else ""
@@ -59,7 +61,7 @@ def _costs(report: CalibrationReport) -> RenderableType:
     rows.add_row(
         f"{report.verify_rows} held out",
         f"{tokens:,}",
-        f"{report.tokens_per_second:,.0f}",
+        f"{report.tokens_per_second:,.0f}" if report.block_seconds else "",
         f"{report.wall_seconds:,.0f} s",
         size(report.peak_bytes),
         size(report.peak_host_bytes),

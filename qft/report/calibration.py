@@ -23,6 +23,8 @@ class Attempt(Part):
     """Perplexity over that of the unquantized model, minus 1; paired by rows."""
     kl_mean: float
     """Mean KL divergence of the next-token distributions from the unquantized model's, in nats."""
+    kl_interval: Score
+    """The mean, with its interval over rows."""
     kl_p99: float
     top1_agreement: float
     """Share of tokens at which both models find the same token most likely."""
@@ -50,7 +52,8 @@ class CalibrationReport(Part):
     device: str
     engine: str
     scheme: dict[str, Any]
-    """data_type, bits, group_size, symmetric, activations."""
+    """data_type, bits, group_size, symmetric, activations; of engine custom the plugin's quantization config, with its
+    quant_method."""
     quantized_layers: int
     skipped_layers: list[str]
     """Linear layers left in 16 bits by the recipe."""
@@ -77,9 +80,9 @@ class CalibrationReport(Part):
     peak_host_bytes: int
     """Largest resident set of the process."""
     block_seconds: list[float]
-    """Time of each block that this process quantized."""
+    """Time of each block that this process quantized; empty with engines that take the whole model at once."""
     tokens_per_second: float
-    """Calibration and verification tokens times blocks, over the time of the blocks."""
+    """Calibration and verification tokens times blocks, over the time of the blocks; 0 without blocks."""
     wall_seconds: float
     seed: int
     versions: dict[str, str | None]

@@ -27,11 +27,13 @@ def _calibration(facts: dict[str, Any]) -> Group:
     model, schemes, audit = facts["model"], facts["schemes"], facts["data"]["audit"]
     rows = table("Calibration")
     rows.add_row("model", f"{model['path']}, {si(model['parameters'])} parameters, {model['layers']} blocks")
-    held = [scheme for scheme in schemes.values() if scheme]
-    group = f", groups of {held[0]['group_size']}" if held[0]["group_size"] > 0 else ""
-    kind = f"{held[0]['data_type']}, {held[0]['bits']} bits{group}; activations {held[0]['activations']}"
-    rows.add_row("weights", f"{kind}, by {facts['engine']}")
-    rows.add_row("layers", f"{len(held)} quantized, {len(schemes) - len(held)} left in {model['dtype']}")
+    if held := [scheme for scheme in schemes.values() if scheme]:
+        group = f", groups of {held[0]['group_size']}" if held[0]["group_size"] > 0 else ""
+        kind = f"{held[0]['data_type']}, {held[0]['bits']} bits{group}; activations {held[0]['activations']}"
+        rows.add_row("weights", f"{kind}, by {facts['engine']}")
+        rows.add_row("layers", f"{len(held)} quantized, {len(schemes) - len(held)} left in {model['dtype']}")
+    else:
+        rows.add_row("weights", "as quant.plugin holds them")
     windows = f"{audit['windows']} windows of {audit['window_tokens']} tokens" if audit else "none needed"
     rows.add_row("looks at", windows)
     rows.add_row("judged by", f"{facts['data']['verify_rows']} held-out rows")

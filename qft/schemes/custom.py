@@ -46,11 +46,23 @@ class Plugin:
     def untrainable(self, quantization: dict[str, Any]) -> str | None:
         """Why adapters cannot be trained on an unquantized model that it quantizes; None if they can."""
         try:
-            _, config_class, quantizer_class = REGISTERED[self.sha256]
-            trainable = quantizer_class(config_class.from_dict(quantization), pre_quantized=False).is_trainable
+            trainable = self._quantizer(quantization).is_trainable
         except Exception as error:
             return f"its quantizer cannot be used here: {_told(error)}"
         return None if trainable else f"its quantizer says that adapters cannot be trained on {self.method}"
+
+    def unserializable(self, quantization: dict[str, Any]) -> str | None:
+        """Why a model that it quantizes cannot be saved; None if it can."""
+        try:
+            serializable = self._quantizer(quantization).is_serializable()
+        except Exception as error:
+            return f"its quantizer cannot be used here: {_told(error)}"
+        return None if serializable else f"its quantizer says (is_serializable) that {self.method} cannot be saved"
+
+    def _quantizer(self, quantization: dict[str, Any]) -> Any:
+        """As it would quantize an unquantized model."""
+        _, config_class, quantizer_class = REGISTERED[self.sha256]
+        return quantizer_class(config_class.from_dict(quantization), pre_quantized=False)
 
     def require_layers(self, model: nn.Module) -> None:
         """Raise ModelError if it has put nothing into the loaded `model` that peft and qft can work with."""

@@ -77,6 +77,13 @@ class Likelihood:
         nll, tokens = (self.nll, self.tokens) if rows is None else (self.nll[rows], self.tokens[rows])
         return math.exp(min(float(nll.sum() / tokens.sum()), 700.0))
 
+    def mean_kl(self, rows: Counts | None = None) -> float:
+        """Mean KL in nats over the tokens of all sequences, or of those at `rows`; needs every token compared."""
+        assert self.divergence is not None
+        sums = np.add.reduceat(self.divergence.kl, np.concatenate([[0], np.cumsum(self.tokens)[:-1]]))
+        sums, tokens = (sums, self.tokens) if rows is None else (sums[rows], self.tokens[rows])
+        return float(sums.sum() / tokens.sum())
+
 
 @dataclass(frozen=True)
 class Verification:
@@ -107,13 +114,6 @@ def compare(
     of_row, counts = np.array(sums), np.array(tokens)
     divergence = Divergence(np.concatenate(kl).astype(np.float64), np.concatenate(agrees))
     return Verification(Likelihood(of_row[:, 0], counts), Likelihood(of_row[:, 1], counts, divergence))
-
-    def mean_kl(self, rows: Counts | None = None) -> float:
-        """Mean KL over the tokens of all sequences or of those at `rows`, in nats; every token must have been compared."""
-        assert self.divergence is not None
-        sums = np.add.reduceat(self.divergence.kl, np.concatenate([[0], np.cumsum(self.tokens)[:-1]]))
-        sums, tokens = (sums, self.tokens) if rows is None else (sums[rows], self.tokens[rows])
-        return float(sums.sum() / tokens.sum())
 
 
 class LogProbs:

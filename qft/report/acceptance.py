@@ -30,7 +30,7 @@ def _quality(report: CalibrationReport) -> RenderableType:
             size(attempt.weight_bytes),
             f"{attempt.perplexity.value:.3f}",
             f"{change.value:+.2%} [{change.low:+.2%}, {change.high:+.2%}]",
-            f"{attempt.kl_mean:.4f} [{attempt.kl_interval.low:.4f}, {attempt.kl_interval.high:.4f}]",
+            f"{attempt.kl_mean:.4f}",
             f"{attempt.kl_p99:.3f}",
             f"{attempt.top1_agreement:.1%}",
         )

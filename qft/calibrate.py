@@ -164,6 +164,7 @@ class _Calibration:
             perplexity=_perplexity(found.after, seed),
             perplexity_change=_score(change),
             kl_mean=float(kl.mean()),
+            kl_interval=_score(interval(found.after.mean_kl, rows, seed=seed)),
             kl_p99=float(np.percentile(kl, 99)),
             top1_agreement=float(agrees.mean()),
         )

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +15,8 @@ from qft.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from qft.recipe import LoadedRecipe
 
 __all__ = ["app", "main"]
 
@@ -95,16 +97,13 @@ def check(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = Fal
 
         loaded = load(recipe, overrides or [])
         quiet_libraries()
-        from qft.harness import asked_tasks, check_tasks
-        from qft.plan import make_plan
         from qft.report.plan import render_plan
 
-        check_tasks(asked_tasks(loaded))
-        plan = make_plan(loaded)
+        facts = planned(loaded)
         if as_json:
-            print_json(plan.facts())
+            print_json(facts)
         else:
-            consoles(False).print(render_plan(plan.facts()))
+            consoles(False).print(render_plan(facts))
 
 
 @app.command()
@@ -286,6 +285,20 @@ def schema(
         print_json({"$schema": "https://json-schema.org/draft/2020-12/schema", **CalibrationReport.model_json_schema()})
     else:
         raise typer.BadParameter(f"{of} is none of recipe, report, eval and calibration")
+
+
+def planned(loaded: LoadedRecipe) -> dict[str, Any]:
+    """Facts of the training, and under `calibration` those of the calibration; of what the recipe has sections for."""
+    from qft.calibrate import find_plan
+    from qft.harness import asked_tasks, check_tasks
+    from qft.plan import make_plan
+
+    check_tasks(asked_tasks(loaded))
+    calibrates = loaded.recipe.calibrate is not None
+    facts: dict[str, Any] = {}
+    if not calibrates or any(loaded.has(section) for section in ("train", "adapter", "quant")):
+        facts = make_plan(loaded).facts()
+    return facts | ({"calibration": find_plan(loaded)[0].facts()} if calibrates else {})
 
 
 def print_json(document: object) -> None:

@@ -77,6 +77,13 @@ class Likelihood:
         nll, tokens = (self.nll, self.tokens) if rows is None else (self.nll[rows], self.tokens[rows])
         return math.exp(min(float(nll.sum() / tokens.sum()), 700.0))
 
+    def mean_kl(self, rows: Counts | None = None) -> float:
+        """Mean KL in nats over the tokens of all sequences, or of those at `rows`; needs every token compared."""
+        assert self.divergence is not None
+        sums = np.add.reduceat(self.divergence.kl, np.concatenate([[0], np.cumsum(self.tokens)[:-1]]))
+        sums, tokens = (sums, self.tokens) if rows is None else (sums[rows], self.tokens[rows])
+        return float(sums.sum() / tokens.sum())
+
 
 @dataclass(frozen=True)
 class Verification:

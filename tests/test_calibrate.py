@@ -107,6 +107,8 @@ def test_a_result_is_what_was_measured_once_it_is_loaded_again(scheme: str, reci
     [attempt] = report.attempts
     assert perplexity(report, path) == pytest.approx(attempt.perplexity.value, rel=1e-3)
     assert attempt.perplexity.value != report.perplexity_before.value
+    assert attempt.kl_interval.low <= attempt.kl_interval.value <= attempt.kl_interval.high
+    assert attempt.kl_interval.value == pytest.approx(attempt.kl_mean)
     assert len(report.layers) == report.quantized_layers == 14
     assert report.skipped_layers == ["lm_head"]
     assert json.loads((tmp_path / "run" / "report.json").read_text()) == report.model_dump(mode="json")
@@ -115,7 +117,8 @@ def test_a_result_is_what_was_measured_once_it_is_loaded_again(scheme: str, reci
 
 def perplexity(report: CalibrationReport, path: Path) -> float:
     """Of the result, loaded again, on the verification rows."""
-    return evaluate([report.result or ""], EvalOptions(data=held_out(report, path)), View()).targets[0].perplexity
+    run = str(Path(report.result or "").parent)
+    return evaluate([run], EvalOptions(data=held_out(report, path)), View()).targets[0].perplexity
 
 
 def held_out(report: CalibrationReport, path: Path) -> str:

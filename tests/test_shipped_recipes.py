@@ -26,6 +26,7 @@ EXPECTED = {
     "int8.yaml",
     "full-finetune-small.yaml",
     "custom/int8_symmetric.yaml",
+    "calibrate.yaml",
 }
 
 
@@ -47,7 +48,8 @@ def test_it_opens_with_its_schema_what_it_needs_and_its_command(name: str) -> No
     assert lines[0] == f"# yaml-language-server: $schema={schema}"
     head = "\n".join(line for line in lines[: lines.index("")])
     assert "Needs:" in head
-    assert f"qft train recipes/{name}" in head
+    command = "calibrate" if load(FOLDER / name).recipe.calibrate else "train"
+    assert f"qft {command} recipes/{name}" in head
 
 
 def test_the_schema_file_is_the_schema() -> None:

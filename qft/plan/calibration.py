@@ -69,7 +69,8 @@ class CalibrationPlan(ModelPlan):
             "algorithm": self.algorithm,
             "schemes": {name: scheme and asdict(scheme) for name, scheme in self.schemes.items()},
             "quantization": self.quantized and _quantization(self.quantized),
-            "data": {"audit": self.data.audit and asdict(self.data.audit), "warnings": list(self.data.warnings)},
+            "data": {"audit": self.data.audit and asdict(self.data.audit), "warnings": list(self.data.warnings)}
+            | {"verify_rows": len(self.data.verify)},
         }
 
 

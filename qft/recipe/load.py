@@ -42,6 +42,10 @@ class LoadedRecipe:
         section, name = field.split(".")
         return name in self.tree.values.get(section, {})
 
+    def has(self, section: str) -> bool:
+        """Whether the recipe has this section at all."""
+        return section in self.tree.values
+
 
 def load(path: Path, overrides: Iterable[str] = ()) -> LoadedRecipe:
     """Read `path`, what it extends and the `section.field=value` overrides, and validate the whole.

@@ -23,6 +23,8 @@ class Attempt(Part):
     """Perplexity over that of the unquantized model, minus 1; paired by rows."""
     kl_mean: float
     """Mean KL divergence of the next-token distributions from the unquantized model's, in nats."""
+    kl_interval: Score
+    """The mean, with its interval over rows."""
     kl_p99: float
     top1_agreement: float
     """Share of tokens at which both models find the same token most likely."""

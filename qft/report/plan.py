@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from qft.report.terminal import si, table
 
@@ -15,7 +16,29 @@ __all__ = ["render_plan"]
 
 def render_plan(facts: dict[str, Any]) -> Group:
     """What `qft check` shows; `facts` are those of Plan.facts()."""
-    return Group("", _model(facts), "", _training(facts), "", _data(facts))
+    parts: list[RenderableType] = [_model(facts), _training(facts), _data(facts)] if "training" in facts else []
+    if "calibration" in facts:
+        parts.append(_calibration(facts["calibration"]))
+    return Group(*(line for part in parts for line in ("", part)))
+
+
+def _calibration(facts: dict[str, Any]) -> Group:
+    """How a calibration holds the layers, and on what it looks."""
+    model, schemes, audit = facts["model"], facts["schemes"], facts["data"]["audit"]
+    rows = table("Calibration")
+    rows.add_row("model", f"{model['path']}, {si(model['parameters'])} parameters, {model['layers']} blocks")
+    if held := [scheme for scheme in schemes.values() if scheme]:
+        group = f", groups of {held[0]['group_size']}" if held[0]["group_size"] > 0 else ""
+        kind = f"{held[0]['data_type']}, {held[0]['bits']} bits{group}; activations {held[0]['activations']}"
+        rows.add_row("weights", f"{kind}, by {facts['engine']}")
+        rows.add_row("layers", f"{len(held)} quantized, {len(schemes) - len(held)} left in {model['dtype']}")
+    else:
+        rows.add_row("weights", "as quant.plugin holds them")
+    windows = f"{audit['windows']} windows of {audit['window_tokens']} tokens" if audit else "none needed"
+    rows.add_row("looks at", windows)
+    rows.add_row("judged by", f"{facts['data']['verify_rows']} held-out rows")
+    rows.add_row("on", facts["device"]["name"])
+    return Group(rows, *(Text(f"• {warning}", style="yellow") for warning in facts["data"]["warnings"]))
 
 
 def _model(facts: dict[str, Any]) -> Table:

@@ -400,6 +400,21 @@ def test_llmcompressor_is_refused_before_anything_is_loaded(case: str, recipe: R
     assert not (tmp_path / "run").exists()
 
 
+def test_qft_check_asks_the_python_for_llmcompressor(recipe: Recipe) -> None:
+    asked = {"engine": "llmcompressor", "engine_python": sys.executable}
+    refused = qft("check", str(recipe(calibrate=asked)))
+    assert refused.exit_code == 2
+    assert "calibrate.engine_python:" in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1
+
+
+@needs_llmcompressor
+def test_qft_check_tells_the_algorithm(recipe: Recipe) -> None:
+    told = qft("check", str(recipe(calibrate=by_llmcompressor(algorithm="awq", group_size=32))))
+    assert told.exit_code == 0, told.stderr
+    assert "by awq of llmcompressor" in " ".join(told.stdout.split())
+
+
 def test_the_python_of_a_virtual_environment_is_not_resolved(recipe: Recipe, tmp_path: Path) -> None:
     (tmp_path / "env").mkdir()
     (tmp_path / "env" / "python").symlink_to(sys.executable)

@@ -30,7 +30,8 @@ def _calibration(facts: dict[str, Any]) -> Group:
     if held := [scheme for scheme in schemes.values() if scheme]:
         group = f", groups of {held[0]['group_size']}" if held[0]["group_size"] > 0 else ""
         kind = f"{held[0]['data_type']}, {held[0]['bits']} bits{group}; activations {held[0]['activations']}"
-        rows.add_row("weights", f"{kind}, by {facts['engine']}")
+        maker = f"{facts['algorithm']} of {facts['engine']}" if facts["algorithm"] else facts["engine"]
+        rows.add_row("weights", f"{kind}, by {maker}")
         rows.add_row("layers", f"{len(held)} quantized, {len(schemes) - len(held)} left in {model['dtype']}")
     else:
         rows.add_row("weights", "as quant.plugin holds them")

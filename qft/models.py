@@ -27,6 +27,11 @@ __all__ = ["attach_adapter", "load_base", "memory_guard", "read_weights", "save_
 CHANGES_BASE = ("pissa", "olora")
 """Initialisations that move a part of the base weights into the adapter."""
 
+SMALLER_TRAINING = (
+    "Lower train.per_device_train_batch_size (and raise gradient_accumulation_steps by as much), lower "
+    "data.max_length, set train.gradient_checkpointing: true, or hold the base in fewer bits (quant.mode: 4bit)"
+)
+
 
 def load_base(plan: ModelPlan) -> PreTrainedModel:
     """The base model on its device, quantized as planned, its other weights in plan.dtype."""
@@ -89,23 +94,21 @@ def save_full(model: PreTrainedModel, plan: Plan, folder: Path) -> None:
 
 
 @contextmanager
-def memory_guard(what: str) -> Iterator[None]:
+def memory_guard(what: str, remedy: str = SMALLER_TRAINING) -> Iterator[None]:
     """Turn an allocator's failure into one message that says what to change."""
     try:
         yield
     except (torch.cuda.OutOfMemoryError, MemoryError) as error:
-        raise OutOfMemoryError(_out_of_memory(what, error)) from error
+        raise OutOfMemoryError(_out_of_memory(what, remedy, error)) from error
     except RuntimeError as error:
         if "can't allocate memory" not in str(error):
             raise
-        raise OutOfMemoryError(_out_of_memory(what, error)) from error
+        raise OutOfMemoryError(_out_of_memory(what, remedy, error)) from error
 
 
-def _out_of_memory(what: str, error: BaseException) -> str:
+def _out_of_memory(what: str, remedy: str, error: BaseException) -> str:
     return (
-        f"out of memory while {what}: {str(error).splitlines()[0] if str(error) else 'the host has no more'}. "
-        "Lower train.per_device_train_batch_size (and raise gradient_accumulation_steps by as much), lower "
-        "data.max_length, set train.gradient_checkpointing: true, or hold the base in fewer bits (quant.mode: 4bit)"
+        f"out of memory while {what}: {str(error).splitlines()[0] if str(error) else 'the host has no more'}. {remedy}"
     )
 
 

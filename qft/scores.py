@@ -16,11 +16,21 @@ from datasets import Dataset
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from qft.data.batch import pad_token_id
+from qft.data.template import special_ids
 from qft.errors import DataError, RecipeError
 from qft.plan.packages import missing_packages
 from qft.statistics import Interval, Statistic, change_interval, interval, mean_of
 
-__all__ = ["SCORES", "Answer", "answer_rows", "as_jsonl", "missing_packages", "score", "score_change"]
+__all__ = [
+    "SCORES",
+    "Answer",
+    "answer_rows",
+    "as_jsonl",
+    "generation_config",
+    "missing_packages",
+    "score",
+    "score_change",
+]
 
 Texts = Sequence[tuple[str, str]]
 """(expected, given), one pair a row."""
@@ -220,7 +230,7 @@ def answer_rows(
     examples = [row for row in asked if row["answer_start"] > 0]
     by_length = sorted(range(len(examples)), key=lambda i: -examples[i]["answer_start"])
     found: dict[int, Answer] = {}
-    settings = _generation_config(model, tokenizer, max_new_tokens, examples)
+    settings = generation_config(model, tokenizer, max_new_tokens, examples[0]["labels"] if examples else ())
     was_training = model.training
     model.eval()
     for batch in _chunks(by_length, batch_size):
@@ -238,18 +248,20 @@ def answer_rows(
     return [found[i] for i in range(len(examples))]
 
 
-def _generation_config(model: Any, tokenizer: Any, max_new_tokens: int, examples: list[Any]) -> GenerationConfig:
-    """Greedy decoding that stops where the tokenizer, the model or the rows themselves end a turn."""
+def generation_config(
+    model: Any, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, labels: Sequence[int]
+) -> GenerationConfig:
+    """Greedy decoding that stops where the tokenizer or the model ends a turn, or the chat template does: at the last
+    special token of `labels`, those of any row that it rendered."""
     stops = {tokenizer.eos_token_id}
     own = getattr(model.generation_config, "eos_token_id", None)
     stops.update(own if isinstance(own, list) else [own])
-    special = set(tokenizer.all_special_ids)
-    for example in examples[:1]:
-        learnt = [token for token in example["labels"] if token in special]
-        stops.update(learnt[-1:])
+    special = special_ids(tokenizer)
+    stops.update([token for token in labels if token in special][-1:])
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
+        num_beams=1,  # unset fields are the model's own, and it may ask for beams
         use_cache=True,
         pad_token_id=pad_token_id(tokenizer),
         eos_token_id=sorted(stop for stop in stops if stop is not None),

@@ -1,4 +1,4 @@
-"""What `qft eval` compares: `PATH` or `PATH@VARIANT`, told apart and loaded.
+"""What `qft eval` compares and `qft chat` talks to: `PATH` or `PATH@VARIANT`, told apart and loaded.
 
 PATH is a recipe, a run folder, or a model (hub id, folder, .gguf file, package:NAME/FILE). VARIANT is one of VARIANTS.
 Without one, a run is its adapter on its base, a recipe its base as it is held, and a model what it is.
@@ -42,7 +42,7 @@ VARIANTS: dict[str, tuple[QuantSection, str]] = {
 
 @dataclass(frozen=True)
 class Target:
-    """One model to evaluate."""
+    """One model to evaluate or to talk to."""
 
     name: str
     loaded: LoadedRecipe
@@ -56,16 +56,17 @@ class Target:
         return plan_model(self.loaded)
 
 
-def parse_target(text: str, *, adapter: Path | None, data: str | None) -> Target:
+def parse_target(text: str, *, adapter: Path | None, data: str | None, needs_rows: bool = True) -> Target:
     """Tell what `text` names. Raises RecipeError, or MissingError for what is not there.
 
-    `adapter` is put on a model that brings none; `data` stands in for the recipe that a model has not."""
+    `adapter` is put on a model that brings none; `data` stands in for the recipe that a model has not, and may be None
+    where no rows are read (`needs_rows`)."""
     path, at, variant = text.rpartition("@")
     if not at or variant not in VARIANTS:
         if at and "/" not in variant and not Path(text).exists():
             raise RecipeError(f"{text}: {variant} is none of the variants {', '.join(VARIANTS)}")
         path, variant = text, ""
-    loaded, own_adapter = _find(path, data)
+    loaded, own_adapter = _find(path, data, needs_rows)
     adapter = adapter or own_adapter
     if variant and variant != "merged":
         adapter = None
@@ -94,7 +95,7 @@ def load_target(target: Target, plan: ModelPlan) -> Any:
     return model.eval()
 
 
-def _find(path: str, data: str | None) -> tuple[LoadedRecipe, Path | None]:
+def _find(path: str, data: str | None, needs_rows: bool) -> tuple[LoadedRecipe, Path | None]:
     """The recipe behind `path` and the adapter that lies with it."""
     run = Run(Path(path))
     if run.manifest():
@@ -107,9 +108,9 @@ def _find(path: str, data: str | None) -> tuple[LoadedRecipe, Path | None]:
         return loaded, run.adapter
     if Path(path).suffix in {".yaml", ".yml"}:
         return load(Path(path)), None
-    if data is None:
+    if data is None and needs_rows:
         raise RecipeError(f"{path}: a model has no rows of its own; give --data FILE")
-    return from_values({"model": {"path": path}, "data": {"train": data}, "output_dir": "."}), None
+    return from_values({"model": {"path": path}, "data": {"train": data or ()}, "output_dir": "."}), None
 
 
 def _held_as(loaded: LoadedRecipe, variant: str) -> LoadedRecipe:

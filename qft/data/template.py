@@ -8,6 +8,7 @@ whole, the turn is what lies between. A template for which that does not hold is
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +18,7 @@ from qft.data.formats import Conversation, Message
 from qft.data.sources import BadRow
 from qft.errors import DataError
 
-__all__ = ["IGNORED", "Encoded", "Encoder"]
+__all__ = ["IGNORED", "Encoded", "Encoder", "encode_prompt", "special_ids"]
 
 IGNORED = -100
 """Label of a token that is not learnt."""
@@ -49,8 +50,7 @@ class Encoder:
     special_ids: set[int] = field(init=False)
 
     def __post_init__(self) -> None:
-        added = self.tokenizer.added_tokens_decoder
-        self.special_ids = {i for i, token in added.items() if token.special} | set(self.tokenizer.all_special_ids)
+        self.special_ids = special_ids(self.tokenizer)
 
     def __call__(self, conversation: Conversation) -> Encoded:
         encoded = self._text(conversation.text) if conversation.text is not None else self._chat(conversation)
@@ -151,6 +151,23 @@ class Encoder:
             return self.tokenizer.apply_chat_template(list(messages), tools=tools, **options)
         except Exception as error:  # a template is a program: it can fail with more than jinja's own errors
             raise BadRow(f"the chat template refuses the conversation: {error}") from None
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Ids of the tokens that stand for no text."""
+    added = tokenizer.added_tokens_decoder
+    return {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+    """Token ids of a conversation up to where the assistant's next turn begins, as training has them.
+
+    Raises DataError if the tokenizer has no chat template, or if that refuses the conversation."""
+    try:
+        text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+    except Exception as error:  # a template is a program: it can fail with more than jinja's own errors
+        raise DataError(f"the chat template refuses the conversation: {error}") from None
+    return list(tokenizer(text, add_special_tokens=False).input_ids)
 
 
 class TooLong(BadRow):

@@ -218,6 +218,14 @@ def test_names_lead_nowhere_else(name: str, registry: Path, tmp_path: Path) -> N
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_an_artifact_in_read_only_folders_can_be_added(registry: Path, tmp_path: Path) -> None:
+    out = artifact(tmp_path / "out")
+    (out / "inner").chmod(0o555)
+    versions.add(registry, "m", out, {})
+    assert (registry / "m" / "v1" / "artifact" / "inner").stat().st_mode & 0o777 == 0o755
+    (out / "inner").chmod(0o755)
+
+
 def test_what_cannot_be_added(registry: Path, tmp_path: Path) -> None:
     out = artifact(tmp_path / "out")
     with pytest.raises(MissingError):
@@ -424,6 +432,11 @@ def test_the_run_and_the_export_must_agree(registry: Path, tmp_path: Path, base:
     (run / "manifest.json").write_text(json.dumps({"base": base | {"commit": "other"}}))
     assert qft("add", "m", out, "--run", run, "--registry", registry).exit_code == 7
     assert qft("add", "m", out, "--run", tmp_path, "--registry", registry).exit_code == 3
+    document = json.loads((out / "export.json").read_text())
+    for wrong in ({"gate": "passed"}, {"sha256": None}, {"sha256": ["a"]}):
+        (out / "export.json").write_text(json.dumps(document | wrong))
+        assert qft("add", "m", out, "--registry", registry).exit_code == 7
+    (out / "export.json").write_text(json.dumps(document))
     (out / "model.safetensors").write_text("retouched")
     assert qft("add", "m", out, "--registry", registry).exit_code == 4
 

@@ -19,6 +19,8 @@ def facts_of(artifact: Path, run: Path | None) -> Record:
     read or the two tell of different bases."""
     exported = _read(artifact / "export.json")
     facts = {name: exported.get(name) for name in ("target", "base", "gate", "sha256")}
+    if facts["gate"] and not facts["sha256"]:
+        raise RunError(f"{artifact / 'export.json'}: has a verdict and no sha256, so nothing says of which files it is")
     if run is None:
         return facts
     manifest = _read(run / "manifest.json")

@@ -24,6 +24,7 @@ __all__ = ["FACTS", "add", "promote", "rollback", "versions"]
 
 FACTS = ("target", "base", "data", "recipe", "scores", "gate", "run")
 """What a manifest says beside bytes and hashes, None where nobody said it; see facts_of."""
+MAPPINGS = ("base", "data", "recipe", "scores", "gate", "sha256")
 SIDE = ("export.json", "README.md")
 """Files that tell of an export and are not part of what its gate hashed."""
 
@@ -169,6 +170,9 @@ def _require_addable(registry: Path, artifact: Path, facts: Record) -> None:
     unknown = sorted(facts.keys() - {*FACTS, "sha256"})
     if unknown:
         raise RecipeError(f"{', '.join(unknown)}: is no fact of a version; known: {', '.join(FACTS)}, sha256")
+    odd = [name for name in MAPPINGS if not isinstance(facts.get(name, {}), dict | None)]
+    if odd:
+        raise RunError(f"{artifact}: what is told of its {', '.join(odd)} is no mapping of names to values")
     if not artifact.is_dir():
         raise MissingError(f"{artifact}: is no folder; give the folder of an exported model")
     if registry.resolve().is_relative_to(artifact.resolve()):
@@ -186,6 +190,7 @@ def _fill(folder: Path, artifact: Path, facts: Record) -> None:
         shutil.copytree(artifact, folder / ARTIFACT)
     except (shutil.Error, OSError) as error:
         raise RunError(f"{artifact}: cannot be copied: {str(error)[:300]}") from None
+    _open_folders(folder)
     files = files_of(folder / ARTIFACT)
     hashes = {name: sha256(path) for name, path in files.items()}
     if facts.get("sha256") is not None:
@@ -201,7 +206,13 @@ def _fill(folder: Path, artifact: Path, facts: Record) -> None:
     for path in [*files.values(), folder / MANIFEST]:
         path.chmod(0o444)
         _flush(path)
-    folder.chmod(0o755)
+
+
+def _open_folders(folder: Path) -> None:
+    """Copied from folders that may be read-only, out of which nothing could be deleted."""
+    for path in [folder, *folder.rglob("*")]:
+        if path.is_dir():
+            path.chmod(0o755)
 
 
 def _require_same(artifact: Path, said: dict[str, str], hashes: dict[str, str]) -> None:
@@ -261,6 +272,7 @@ def _remove_leftovers(shelf: Shelf) -> None:
     """Of killed commands. Call it under ADD_LOCK, so that no .add.* belongs to a running add."""
     for path in shelf.folder.glob(".add.*"):
         if path.name != ADD_LOCK:
+            _open_folders(path)
             shutil.rmtree(path)
     with shelf.locked(LOCK):
         for pattern in (".current.*", ".history.jsonl.*"):

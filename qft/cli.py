@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qft.errors import QftError
+from qft.cli_models import models
 from qft.quiet import quiet_libraries
+from qft.shell import AsJson, Debug, Quiet, consoles, messages, print_json
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from qft.recipe import LoadedRecipe
 
 __all__ = ["app", "main"]
@@ -25,6 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Finetune language models whose weights are held in few bits.",
 )
+app.add_typer(models, name="models")
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.", show_default=False)]
 Overrides = Annotated[
@@ -33,9 +30,6 @@ Overrides = Annotated[
         "--set", metavar="SECTION.FIELD=VALUE", help="Override a field; paths are relative to here. Repeatable."
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, and nothing else.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 TARGET_HELP = (
     "A recipe, a run, or a model; PATH@VARIANT for base, float32, bfloat16, float16, nf4, fp4, 8bit or merged."
 )
@@ -44,30 +38,6 @@ TARGET_HELP = (
 def main() -> None:
     """Entry point of `qft`."""
     app()
-
-
-@contextmanager
-def messages(
-    debug: bool, interrupted: str = "interrupted; continue with --resume once a checkpoint is written"
-) -> Iterator[None]:
-    """Turn a QftError into its one message and exit code, and Ctrl-C into `interrupted`."""
-    try:
-        yield
-    except QftError as error:
-        if debug:
-            raise
-        typer.echo(f"error: {error}" if "\n" not in str(error) else str(error), err=True)
-        raise typer.Exit(error.exit_code) from None
-    except KeyboardInterrupt:
-        typer.echo(interrupted, err=True)
-        raise typer.Exit(130) from None
-
-
-def consoles(as_json: bool) -> Console:
-    """Where people read: standard output, or standard error when that carries JSON."""
-    from rich.console import Console
-
-    return Console(stderr=as_json)
 
 
 def show_version(wanted: bool) -> None:
@@ -331,9 +301,3 @@ def planned(loaded: LoadedRecipe) -> dict[str, Any]:
     if not calibrates or any(loaded.has(section) for section in ("train", "adapter", "quant")):
         facts = make_plan(loaded).facts()
     return facts | ({"calibration": find_plan(loaded)[0].facts()} if calibrates else {})
-
-
-def print_json(document: object) -> None:
-    import json
-
-    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False, default=str) + "\n")

@@ -1,0 +1,26 @@
+"""Versions of exported models in a local folder: immutable, numbered, one of them current, and the way back."""
+
+from qft.registry.compare import Row, diff
+from qft.registry.facts import facts_of
+from qft.registry.shelf import ORIGINAL, Shelf, find_shelf, names
+from qft.registry.verify import Finding, Which, inspect, problems, verify
+from qft.registry.write import add, promote, rollback, versions
+
+__all__ = [
+    "ORIGINAL",
+    "Finding",
+    "Row",
+    "Shelf",
+    "Which",
+    "add",
+    "diff",
+    "facts_of",
+    "find_shelf",
+    "inspect",
+    "names",
+    "problems",
+    "promote",
+    "rollback",
+    "verify",
+    "versions",
+]

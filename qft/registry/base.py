@@ -1,0 +1,58 @@
+"""The base that versions were made from: never copied, referenced by what its files hash to."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import tempfile
+from pathlib import Path
+
+from qft.errors import RunError
+from qft.files import write_json
+from qft.registry.shelf import MANIFEST, ORIGINAL, Record, Shelf, now
+
+__all__ = ["base_entry", "base_file", "record_base"]
+
+
+def base_entry(base: Record, of: str) -> str:
+    """original-HASH for the base of version `of`. Raises RunError if its hashes were not recorded."""
+    hashes = base.get("sha256")
+    if not isinstance(hashes, dict) or not hashes:
+        raise RunError(f"{of}: the base was not recorded; add the version with --run, or with its export.json")
+    lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(hashes.items()))
+    return f"{ORIGINAL}-{hashlib.sha256(lines.encode()).hexdigest()[:12]}"
+
+
+def record_base(shelf: Shelf, entry: str, base: Record) -> None:
+    """Write down what the base is, once. Call it under the lock."""
+    final = shelf.folder / entry
+    if final.is_dir():
+        return
+    temporary = Path(tempfile.mkdtemp(dir=shelf.folder, prefix=f".{entry}."))
+    write_json(temporary / MANIFEST, {"schema_version": 1, "kind": ORIGINAL, "created": now(), "base": base})
+    (temporary / MANIFEST).chmod(0o444)
+    temporary.chmod(0o755)
+    os.rename(temporary, final)
+
+
+def base_file(base: Record, name: str) -> Path | None:
+    """Where one file of the base is on this machine; None if it is not. Asks no network."""
+    path = str(base.get("path"))
+    if path.startswith("package:"):
+        package, _, inner = path.removeprefix("package:").partition("/")
+        spec = importlib.util.find_spec(package)
+        folders = list(spec.submodule_search_locations or ()) if spec else []
+        found = [Path(folder) / inner for folder in folders]
+    elif Path(path).is_absolute():
+        found = [Path(path) / name, Path(path)]
+    else:
+        found = _cached(path, base.get("commit"), name)
+    return next((file for file in found if file.name == name and file.is_file()), None)
+
+
+def _cached(repository: str, commit: str | None, name: str) -> list[Path]:
+    from huggingface_hub import try_to_load_from_cache
+
+    file = try_to_load_from_cache(repository, name, revision=commit)
+    return [Path(file)] if isinstance(file, str) else []

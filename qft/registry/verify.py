@@ -1,0 +1,165 @@
+"""Whether a registry holds what it held when its versions were added."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from qft.errors import GateError, QftError, RunError
+from qft.files import sha256
+from qft.registry.base import base_entry, base_file
+from qft.registry.shelf import ARTIFACT, MANIFEST, ORIGINAL, Record, Shelf, find_shelf
+
+__all__ = ["Finding", "Which", "files_of", "inspect", "inspect_entry", "pending", "problems", "verify"]
+
+Which = int | Literal["original"] | None
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One version, or the original, beside its manifest. Paths are relative to its folder."""
+
+    entry: str
+    missing: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
+    extra: list[str] = field(default_factory=list)
+
+    @property
+    def whole(self) -> bool:
+        return not (self.missing or self.changed or self.extra)
+
+    def sentences(self) -> list[str]:
+        kinds = {"missing": self.missing, "changed": self.changed, "not in the manifest": self.extra}
+        return [f"{self.entry}: {name}: {kind}" for kind, found in kinds.items() for name in found]
+
+
+def verify(registry: Path, name: str, version: Which = None) -> None:
+    """Raise GateError that names every file which is missing, changed or extra; and, for version None, whatever else
+    is wrong with the model's folder."""
+    if version is None:
+        found = problems(registry, name)
+    else:
+        found = [text for finding in inspect(registry, name, version) for text in finding.sentences()]
+    if found:
+        raise GateError("\n".join(f"{name}: {text}" for text in found))
+
+
+def inspect(registry: Path, name: str, version: Which = None) -> list[Finding]:
+    """Hash every file of a version; of None: of all versions, and of the base if it is current; of "original": of all
+    bases that are recorded. Raises MissingError if there is no such version."""
+    shelf = find_shelf(registry, name)
+    if isinstance(version, int):
+        return [inspect_entry(shelf, f"v{version}")]
+    originals = sorted(path.name for path in shelf.folder.glob(f"{ORIGINAL}-*"))
+    if version == ORIGINAL:
+        return [inspect_entry(shelf, entry) for entry in originals]
+    pointer = shelf.folder / "current"
+    pointed = pointer.readlink().name if pointer.is_symlink() else None
+    entries = [f"v{number}" for number in shelf.numbers()] + [entry for entry in originals if entry == pointed]
+    return [inspect_entry(shelf, entry) for entry in entries]
+
+
+def inspect_entry(shelf: Shelf, entry: str) -> Finding:
+    """The same of one entry. Raises MissingError if it is not there."""
+    folder = shelf.folder / entry
+    if not folder.is_dir():
+        shelf.manifest(entry)
+    if not (folder / MANIFEST).is_file():
+        return Finding(entry, missing=[MANIFEST])
+    try:
+        manifest = shelf.manifest(entry)
+    except QftError:
+        return Finding(entry, changed=[MANIFEST])
+    if entry.startswith(ORIGINAL):
+        return _inspect_original(entry, manifest)
+    return _inspect_version(shelf, entry, manifest)
+
+
+def files_of(folder: Path) -> dict[str, Path]:
+    """Every file below a folder, by its path within it."""
+    return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if not path.is_dir()}
+
+
+def _inspect_version(shelf: Shelf, entry: str, manifest: Record) -> Finding:
+    hashes = manifest.get("sha256")
+    if not isinstance(hashes, dict):
+        return Finding(entry, changed=[MANIFEST])
+    expected: dict[str, Any] = {f"{ARTIFACT}/{name}": digest for name, digest in hashes.items()}
+    expected[MANIFEST] = _recorded(shelf, entry)
+    there = files_of(shelf.folder / entry)
+    changed = [name for name in expected if name in there and expected[name] and _differs(there[name], expected[name])]
+    return Finding(entry, sorted(expected.keys() - there.keys()), changed, sorted(there.keys() - expected.keys()))
+
+
+def _recorded(shelf: Shelf, entry: str) -> str | None:
+    """What the manifest hashed to when the version was added; None if a kill came before the record."""
+    try:
+        found = [r.get("manifest_sha256") for r in shelf.history() if (r["action"], r["to"]) == ("add", entry)]
+    except QftError:  # problems() tells of it
+        return None
+    return str(found[0]) if found else None
+
+
+def _inspect_original(entry: str, manifest: Record) -> Finding:
+    base: Record = manifest.get("base") or {}
+    try:
+        named = base_entry(base, entry)
+    except QftError:
+        named = None
+    if named != entry:
+        return Finding(entry, changed=[MANIFEST])
+    files = {name: base_file(base, name) for name in base["sha256"]}
+    missing = [f"{base.get('path')}: {name}" for name, path in files.items() if path is None]
+    changed = [str(path) for name, path in files.items() if path and _differs(path, base["sha256"][name])]
+    return Finding(entry, missing, changed)
+
+
+def _differs(path: Path, digest: str) -> bool:
+    return not path.is_file() or sha256(path) != digest
+
+
+def problems(registry: Path, name: str, findings: list[Finding] | None = None) -> list[str]:
+    """All that is wrong with a model's folder, in sentences; none if it is valid, which is when
+
+    - every version is whole and hashes to what its manifest and the record of its add say, the base too if current,
+    - `current` is absent or leads to a version, or to the record of a base,
+    - every line of the history parses, and its last promote or rollback leads to where `current` does; or is one step
+      ahead of it, as a kill between the two leaves it: the next add, promote or rollback then takes that step,
+    - every version has the record of its add; a kill may have left the newest without, and the next command adds it.
+
+    What begins with a dot is not looked at. `findings` are those of `inspect`, if it was asked before. Raises
+    MissingError if there is no such model."""
+    shelf = find_shelf(registry, name)
+    if findings is None:
+        findings = inspect(registry, name)
+    found = [text for finding in findings for text in finding.sentences()]
+    try:
+        history, current = shelf.history(), shelf.current()
+    except QftError as error:
+        return [*found, str(error)]
+    if current and not (shelf.folder / current).is_dir():
+        found.append(f"current: leads to {current}, which is not there")
+    try:
+        pending(history, current)
+    except QftError as error:
+        found.append(str(error))
+    added = {record["to"] for record in history if record["action"] == "add"}
+    unrecorded = [number for number in shelf.numbers() if f"v{number}" not in added]
+    return found + [f"v{number}: no record of its add" for number in unrecorded if number != max(shelf.numbers())]
+
+
+def pending(history: list[Record], current: str | None) -> str | None:
+    """Where `current` should lead, if the last promote or rollback was cut off before it got there; else None.
+
+    Raises RunError if `current` leads neither where it did before nor after."""
+    moves = [record for record in history if record["action"] != "add"]
+    last = moves[-1] if moves else {"from": None, "to": None}
+    if last["to"] == current:
+        return None
+    if last.get("from") != current:
+        raise RunError(
+            f"current: leads to {current}, and by the history it should lead to {last['to']}; "
+            "set it right by hand (ln -sfn) before anything else"
+        )
+    return str(last["to"])

@@ -1,0 +1,51 @@
+"""What all commands share: how they speak, and how they fail."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qft.errors import QftError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["AsJson", "Debug", "Quiet", "consoles", "messages", "print_json"]
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, and nothing else.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@contextmanager
+def messages(
+    debug: bool, interrupted: str = "interrupted; continue with --resume once a checkpoint is written"
+) -> Iterator[None]:
+    """Turn a QftError into its one message and exit code, and Ctrl-C into `interrupted`."""
+    try:
+        yield
+    except QftError as error:
+        if debug:
+            raise
+        typer.echo(f"error: {error}" if "\n" not in str(error) else str(error), err=True)
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        typer.echo(interrupted, err=True)
+        raise typer.Exit(130) from None
+
+
+def consoles(as_json: bool) -> Console:
+    """Where people read: standard output, or standard error when that carries JSON."""
+    from rich.console import Console
+
+    return Console(stderr=as_json)
+
+
+def print_json(document: object) -> None:
+    import json
+
+    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False, default=str) + "\n")

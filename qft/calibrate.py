@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import GenerationConfig, set_seed
+from transformers import set_seed
 
 from qft.blocks import Read, StreamedModel
 from qft.engines import LayerScheme
@@ -23,8 +22,8 @@ from qft.files import atomic_folder, write_json, write_text
 from qft.likelihood import Likelihood
 from qft.machine import versions
 from qft.memory.meter import Meter, Snapshot
-from qft.models import load_base, memory_guard, read_weights
-from qft.plan import CalibrationPlan, ModelPlan, plan_calibration, plan_model
+from qft.models import generation_config, load_base, memory_guard, read_weights, write_index
+from qft.plan import CalibrationPlan, plan_calibration, plan_model
 from qft.quantize import Quantization, Verification
 from qft.recipe import LoadedRecipe, load
 from qft.recipe.load import from_values
@@ -202,11 +201,11 @@ class _Calibration:
         # The last file by name: its header speaks for all.
         header = {"format": "pt"} | self.work.engine.header(told, list(around))
         save_file(around, folder / "model-outside.safetensors", metadata=header)
-        _write_index(folder)
+        write_index(folder)
         config = copy.deepcopy(self.model.model.config)
         config.quantization_config = self.work.engine.config(schemes, self.model.dtype)
         config.save_pretrained(folder)
-        _generation_config(self.plan).save_pretrained(folder)
+        generation_config(self.plan).save_pretrained(folder)
         self.plan.tokenizer.save_pretrained(folder)
         manifest = self.run.manifest()
         record = {"base": manifest["base"], "data": manifest["data"], "versions": versions(), "seed": self.plan.seed}
@@ -303,23 +302,6 @@ def _ladder(plan: CalibrationPlan) -> list[LayerScheme | None]:
     # compressed-tensors loads packed zero points only where all layers are held alike.
     takes_8 = plan.calibrate.data_type == "int" and plan.calibrate.bits == 4 and plan.calibrate.symmetric
     return [in_8_bits, None] if takes_8 else [None]
-
-
-def _write_index(folder: Path) -> None:
-    where, total = {}, 0
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            where.update(dict.fromkeys(file.keys(), path.name))
-        total += path.stat().st_size
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
-    write_json(folder / "model.safetensors.index.json", index)
-
-
-def _generation_config(plan: ModelPlan) -> GenerationConfig:
-    checkpoint = plan.checkpoint
-    if checkpoint.gguf_file is None and (checkpoint.folder / "generation_config.json").is_file():
-        return GenerationConfig.from_pretrained(checkpoint.folder)
-    return GenerationConfig.from_model_config(checkpoint.config)
 
 
 def _needed_bytes(plan: CalibrationPlan) -> int:

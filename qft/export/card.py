@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -30,10 +32,9 @@ def model_card(job: Job, exporter: Exporter, document: ExportDocument) -> str:
 
 
 def _metadata(job: Job, exporter: Exporter, document: ExportDocument) -> dict[str, Any]:
-    checkpoint = job.plan.checkpoint
     license_ = _license(job)
     return {
-        **({"base_model": _base(job)} if checkpoint.hub_id or not _base(job).startswith("/") else {}),
+        **({"base_model": _base(job)} if job.run.manifest().get("base", {}).get("commit") else {}),
         "library_name": exporter.library,
         **({"license": license_} if license_ else {}),
         "pipeline_tag": "text-generation",
@@ -42,7 +43,9 @@ def _metadata(job: Job, exporter: Exporter, document: ExportDocument) -> dict[st
 
 
 def _base(job: Job) -> str:
-    return str(job.run.manifest().get("base", {}).get("path", job.plan.checkpoint.path))
+    """Its hub id, or its name without the folders of this machine."""
+    path = str(job.run.manifest().get("base", {}).get("path", job.plan.checkpoint.path))
+    return Path(path).name if Path(path).is_absolute() else path
 
 
 def _license(job: Job) -> str | None:
@@ -79,15 +82,17 @@ def _scheme(job: Job) -> str:
 
 
 def _data(job: Job) -> str:
-    recipe = job.target.loaded.recipe
-    sources = [f"{source.format} rows" for source in recipe.data.train]
+    """Counts, of the plan and of the run's report; no contents and no paths."""
     try:
         report = read_report(job.run.folder)
-    except QftError:
-        return f"{len(sources)} sources."
+        planned = json.loads((job.run.folder / "plan.json").read_text("utf-8"))["data"]
+    except (QftError, OSError, ValueError, KeyError):
+        return "The run has no record of its data."
+    formats = ", ".join(dict.fromkeys(source["format"] for source in planned["sources"]))
     return (
-        f"{len(sources)} source{'s' * (len(sources) > 1)}; {report.samples:,} rows and {report.tokens:,} tokens in "
-        f"{report.steps:,} optimizer steps, {report.supervised_tokens:,} of them learnt. No row is reproduced here."
+        f"{planned['train_rows']:,} training rows ({formats}) and {planned['eval_rows']:,} held out. Trained on "
+        f"{report.samples:,} rows and {report.tokens:,} tokens, {report.supervised_tokens:,} of them learnt, in "
+        f"{report.steps:,} optimizer steps."
     )
 
 

@@ -67,7 +67,7 @@ MERGED = Exporter(
     load=load,
     engine="transformers",
     merges=True,
-    limits=Limits(kl=0.01, top1_agreement=0.97, perplexity_increase=0.01),
+    limits=Limits(kl=0.03, top1_agreement=0.93, perplexity_increase=0.03),
     limits_original=Limits(kl=0.1, top1_agreement=0.9, perplexity_increase=0.05),
     library="transformers",
     usage=USAGE,

@@ -35,7 +35,7 @@ __all__ = ["Reference", "reference", "verify"]
 ROWS = 32
 """Rows on which the models are asked, at most."""
 TOKENS = 4096
-"""Over which distributions are compared, at most."""
+"""Learnt tokens over which distributions are compared, at most."""
 CONTINUATIONS, NEW_TOKENS = 4, 16
 """Prompts that are continued greedily, and by how many tokens."""
 BATCH = 8
@@ -62,7 +62,7 @@ def reference(job: Job, scratch: Path) -> Iterator[Reference]:
     """Ask the model as trained; its log probabilities lie in `scratch` meanwhile. Raises MissingError without the rows
     that the recipe names, RunError without room for 4 bytes a token and entry of the vocabulary."""
     rows = _rows(job)
-    passages = [Passage(row["input_ids"], row["input_ids"], row["source"]) for row in rows]
+    passages = [Passage(row["input_ids"], row["labels"], row["source"]) for row in rows]
     tokens = min(TOKENS, sum(passage.scored for passage in passages))
     with memory_guard("asking the model as trained"):
         model = load_target(job.target, job.plan)

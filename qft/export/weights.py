@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,6 @@ class MergedWeights:
         self.linears = {name: m for name, m in self.model.named_modules() if isinstance(m, nn.Linear)}
         self.scheme = _scheme(job)
         self._require_known_layers()
-        self._read = read_weights(job.plan.checkpoint.with_weights())
 
     def groups(self) -> Iterator[dict[str, torch.Tensor]]:
         """What is outside the blocks, then each block: tensors by their names in the model."""
@@ -103,6 +102,10 @@ class MergedWeights:
             inside = [name for name in self.names if name.startswith(prefix)]
             outside = [name for name in self.names if not name.startswith(f"{self.prefix}.")]
             yield {name: self.tensor(name) for name in (inside if number >= 0 else outside)}
+
+    @cached_property
+    def _read(self) -> Callable[[str], torch.Tensor]:
+        return read_weights(self.plan.checkpoint.with_weights())
 
     @cached_property
     def names(self) -> dict[str, torch.Tensor]:

@@ -31,7 +31,7 @@ class Gate(Part):
     rows: int
     """Rows of the recipe on which both models were asked."""
     tokens: int
-    """Tokens over which distributions were compared."""
+    """Learnt tokens of these rows, over which distributions were compared."""
     worst_weight: str | None = None
     """Where a comparison missed: the weight that is farthest from what it should be, with its signal-to-noise ratio."""
     checks: list[GateCheck]

@@ -49,6 +49,7 @@ ADAPTER = Exporter(
     load=load,
     engine="peft",
     merges=False,
+    regrids=False,
     limits=Limits(kl=0.001, top1_agreement=0.99, perplexity_increase=0.002),
     limits_original=Limits(kl=0.001, top1_agreement=0.99, perplexity_increase=0.002),
     library="peft",

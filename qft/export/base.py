@@ -48,7 +48,7 @@ class Job:
     plan: ModelPlan
     """Of the base as it was trained on, or of the full model."""
     merge_into: MergeInto | None
-    """None: there is no adapter, or its base is not quantized."""
+    """None: there is no adapter, or its base is not quantized. `run.for_target` decides it."""
     view: View
 
     @property
@@ -79,6 +79,8 @@ class Exporter:
     engine: str
     merges: bool
     """Whether the adapter is added to weights."""
+    regrids: bool
+    """Whether weights are rounded to the 4-bit grid that a 4-bit base came from: a small delta on top of it is lost."""
     limits: Limits
     """Where the base's weights are those that the adapter was trained against."""
     limits_original: Limits

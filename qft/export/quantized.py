@@ -74,13 +74,16 @@ def _compressed(job: Job) -> CalibrateSection:
     return section
 
 
-def _exporter(section: Callable[[Job], CalibrateSection], limits: Limits, original: Limits, usage: str) -> Exporter:
+def _exporter(
+    section: Callable[[Job], CalibrateSection], limits: Limits, original: Limits, usage: str, *, regrids: bool = False
+) -> Exporter:
     return Exporter(
         write=_writer(section),
         needed_bytes=_needed_bytes,
         load=merged.load,
         engine="transformers",
         merges=True,
+        regrids=regrids,
         limits=limits,
         limits_original=original,
         library="transformers",
@@ -89,16 +92,13 @@ def _exporter(section: Callable[[Job], CalibrateSection], limits: Limits, origin
 
 
 FOUR_BITS = Limits(kl=0.1, top1_agreement=0.85, perplexity_increase=0.1)
-FOUR_BITS_ORIGINAL = Limits(kl=0.2, top1_agreement=0.8, perplexity_increase=0.15)
+FOUR_BITS_ORIGINAL = Limits(kl=0.3, top1_agreement=0.8, perplexity_increase=0.15)
 EIGHT_BITS = Limits(kl=0.02, top1_agreement=0.95, perplexity_increase=0.02)
 EIGHT_BITS_ORIGINAL = Limits(kl=0.1, top1_agreement=0.9, perplexity_increase=0.05)
 
-BNB_4BIT = _exporter(
-    lambda _: NF4, FOUR_BITS, FOUR_BITS_ORIGINAL, "transformers needs the package bitsandbytes for it."
-)
-BNB_8BIT = _exporter(
-    lambda _: INT8, EIGHT_BITS, EIGHT_BITS_ORIGINAL, "transformers needs the package bitsandbytes for it."
-)
+BITSANDBYTES = "transformers needs the package bitsandbytes for it."
+BNB_4BIT = _exporter(lambda _: NF4, FOUR_BITS, FOUR_BITS_ORIGINAL, BITSANDBYTES, regrids=True)
+BNB_8BIT = _exporter(lambda _: INT8, EIGHT_BITS, EIGHT_BITS_ORIGINAL, BITSANDBYTES)
 COMPRESSED = _exporter(
     _compressed, FOUR_BITS, FOUR_BITS_ORIGINAL, "transformers needs the package compressed-tensors for it."
 )

@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from qft.report.live import View
 from qft.runs import Run
 from qft.targets import parse_target
 
-__all__ = ["EXPORTERS", "ExportOptions", "export", "find_job", "judge"]
+__all__ = ["EXPORTERS", "ExportOptions", "export", "find_job", "for_target", "judge"]
 
 EXPORTERS: dict[str, Exporter] = {
     "adapter": ADAPTER,
@@ -80,7 +80,7 @@ def export(folder: Path, options: ExportOptions, view: View) -> list[ExportDocum
             view.note("The gate is off (--no-gate): nothing will be known of what is written")
         for name in names:
             try:
-                documents.append(_export(job, name, out / name, expected))
+                documents.append(_export(for_target(job, name, options), name, out / name, expected))
             except GateError as error:
                 refusals.append(str(error))
     if refusals:
@@ -121,10 +121,18 @@ def find_job(folder: Path, loaded: LoadedRecipe, options: ExportOptions, view: V
     view.note("Reading the configuration")
     plan = target.plan()
     quantized = target.adapter is not None and plan.scheme != "none"
+    asked = options.merge_into or loaded.recipe.export.merge_into
     if options.merge_into and not quantized:
-        raise RecipeError(f"--merge-into {options.merge_into}: has no meaning for a run whose base is not quantized")
-    merge_into = (options.merge_into or loaded.recipe.export.merge_into) if quantized else None
-    return Job(run, loaded, target, plan, merge_into, view)
+        raise RecipeError(f"--merge-into {asked}: has no meaning for a run whose base is not quantized")
+    job = Job(run, loaded, target, plan, "dequantized" if quantized else None, view)
+    return job if asked == "auto" or not quantized else replace(job, merge_into=asked)
+
+
+def for_target(job: Job, name: str, options: ExportOptions) -> Job:
+    """The job with what `auto` means for this target."""
+    auto = options.merge_into is None and job.loaded.recipe.export.merge_into == "auto"
+    loses = EXPORTERS[name].regrids and job.plan.scheme == "4bit"
+    return replace(job, merge_into="original") if auto and loses and job.merge_into else job
 
 
 def _require_room(job: Job, names: Sequence[str], out: Path, options: ExportOptions) -> None:
@@ -132,7 +140,7 @@ def _require_room(job: Job, names: Sequence[str], out: Path, options: ExportOpti
     for name in names:
         if (out / name).exists() and not options.overwrite:
             raise RunError(f"{out / name}: is there already; give --overwrite, or another folder with --out")
-    needed = sum(EXPORTERS[name].needed_bytes(job) for name in names)
+    needed = sum(EXPORTERS[name].needed_bytes(for_target(job, name, options)) for name in names)
     require_free_space(out, needed, "the export")
     free = shutil.disk_usage(next(p for p in (out, *out.absolute().parents) if p.exists())).free
     job.view.note(f"Needs up to {needed / 2**30:.2f} GiB of the {free / 2**30:.2f} GiB that are free")

@@ -385,9 +385,10 @@ class ExportSection(Section):
     target: Many[ExportTarget] = ()
     """Forms to write, each into a folder of its own: adapter (peft's), merged (16-bit safetensors), bnb-4bit and
     bnb-8bit (bitsandbytes), compressed-tensors (as calibrate says, else 4-bit weights, rounded). --to replaces it."""
-    merge_into: Literal["dequantized", "original"] = "dequantized"
+    merge_into: Literal["auto", "dequantized", "original"] = "auto"
     """The base weights that an adapter is added to: those that it was trained against, dequantized, or the original
-    ones, which it has not seen. Only with a quantized base."""
+    ones, which it has not seen. auto: dequantized; original for bnb-4bit on a 4-bit base, since rounding to the grid
+    that the base came from would round the adapter away. Only with a quantized base."""
     gate: ExportGate = ExportGate()
     """What an artifact must hold, or it is refused."""
 

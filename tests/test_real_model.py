@@ -82,6 +82,12 @@ def test_it_learns_a_fact_and_the_saved_adapter_still_knows_it(tmp_path: Path) -
         [answer] = answer_rows(model, plan.tokenizer, rows, max_new_tokens=16, batch_size=1)
     assert answer.right
 
+    [document] = export(tmp_path / "run", ExportOptions(to=("merged",)), View())
+    checks = {check.name: check.value for check in document.gate.checks}
+    assert document.passed
+    assert checks["same_continuations"] == 1
+    assert document.bytes < 300e6
+
 
 def test_an_evaluation_leaves_the_gradients_of_the_real_model_alone(tmp_path: Path) -> None:
     plan = make_plan(load(recipe(tmp_path)))
@@ -140,19 +146,3 @@ def test_the_harness_finds_the_perplexity_that_we_find(tmp_path: Path) -> None:
     per_token = (found["word_perplexity"] or 0) ** (len(re.split(r"\s+", text)) / target.eval_tokens)
     assert per_token == pytest.approx(target.perplexity, rel=0.01)
     assert found["bits_per_byte"] == pytest.approx(target.bits_per_byte, rel=0.01)
-
-
-def test_the_merged_model_is_the_one_that_was_trained(tmp_path: Path) -> None:
-    path = recipe(tmp_path, max_steps=2, save_strategy="no")
-    rows = [chat(f"Name {i} things.", f"Here are {i} things: " + "one, " * i) for i in range(3, 8)]
-    write_jsonl(tmp_path / "rows.jsonl", rows)
-    values = yaml.safe_load(path.read_text())
-    del values["eval"]
-    path.write_text(yaml.safe_dump(values))
-    train(load(path), View())
-    [document] = export(tmp_path / "run", ExportOptions(to=("merged",)), View())
-    checks = {check.name: check.value for check in document.gate.checks}
-    assert document.passed
-    assert checks["kl"] < 0.02
-    assert checks["bos_count"] == 0
-    assert document.bytes < 300e6

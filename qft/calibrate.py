@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, set_seed
+from transformers import set_seed
 
 from qft.blocks import Read, StreamedModel
 from qft.engines import LayerScheme
@@ -21,8 +21,8 @@ from qft.files import atomic_folder, write_json, write_text
 from qft.likelihood import Likelihood, Verification
 from qft.machine import versions
 from qft.memory.meter import Meter, Snapshot
-from qft.models import load_base, memory_guard, read_weights
-from qft.plan import CalibrationPlan, ModelPlan, plan_calibration
+from qft.models import generation_config, load_base, memory_guard, read_weights
+from qft.plan import CalibrationPlan, plan_calibration
 from qft.quantize import Quantization
 from qft.recipe import LoadedRecipe, load
 from qft.recipe.rules import WHOLE_MODEL
@@ -202,7 +202,7 @@ class _Calibration:
     def _assemble(self, folder: Path, schemes: Schemes, attempt: int) -> None:
         """The model as engines load it: weights, configuration and tokenizer."""
         self.work.assemble(folder, schemes, attempt)
-        _generation_config(self.plan).save_pretrained(folder)
+        generation_config(self.plan).save_pretrained(folder)
         self.plan.tokenizer.save_pretrained(folder)
         manifest = self.run.manifest()
         record = {
@@ -318,13 +318,6 @@ def _ladder(plan: CalibrationPlan) -> list[LayerScheme | None]:
     # compressed-tensors loads packed zero points only where all layers are held alike.
     takes_8 = plan.calibrate.data_type == "int" and plan.calibrate.bits == 4 and plan.calibrate.symmetric
     return [in_8_bits, None] if takes_8 else [None]
-
-
-def _generation_config(plan: ModelPlan) -> GenerationConfig:
-    checkpoint = plan.checkpoint
-    if checkpoint.gguf_file is None and (checkpoint.folder / "generation_config.json").is_file():
-        return GenerationConfig.from_pretrained(checkpoint.folder)
-    return GenerationConfig.from_model_config(checkpoint.config)
 
 
 def _needed_bytes(plan: CalibrationPlan) -> int:

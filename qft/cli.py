@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -30,6 +30,7 @@ Overrides = Annotated[
         "--set", metavar="SECTION.FIELD=VALUE", help="Override a field; paths are relative to here. Repeatable."
     ),
 ]
+MergeInto = Literal["dequantized", "original"]
 TARGET_HELP = (
     "A recipe, a run, or a model; PATH@VARIANT for base, float32, bfloat16, float16, nf4, fp4, 8bit or merged."
 )
@@ -192,6 +193,42 @@ def evaluate(
 
 
 @app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="The folder of a finished training.", show_default=False)],
+    to: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TARGET",
+            help="adapter, merged, bnb-4bit, bnb-8bit or compressed-tensors; by default the recipe's. Repeatable.",
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Where the artifacts' folders go; by default RUN/export.")] = None,
+    merge_into: Annotated[MergeInto | None, typer.Option(help="Base weights to add the adapter to.")] = None,
+    gate: Annotated[bool, typer.Option("--gate/--no-gate", help="Prove what was written, or do not.")] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace artifacts of an earlier export.")] = False,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Hand over a trained model in other forms, each proven to be the one that was trained."""
+    with messages(debug):
+        quiet_libraries()
+        from qft.export import ExportOptions
+        from qft.export import export as run_export
+        from qft.report.handover import render_exports
+        from qft.report.live import LineView, QuietView
+
+        console = consoles(as_json)
+        options = ExportOptions(tuple(to or ()), out, merge_into, gate, overwrite, tuple(overrides or ()))
+        documents = run_export(run, options, QuietView() if quiet else LineView(console))
+        if as_json:
+            print_json([document.model_dump(mode="json") for document in documents])
+        elif not quiet:
+            console.print(render_exports(documents))
+
+
+@app.command()
 def chat(
     target: Annotated[str, typer.Argument(metavar="TARGET", help=TARGET_HELP, show_default=False)],
     adapter: Annotated[Path | None, typer.Option(help="Put this adapter on a model that brings none.")] = None,
@@ -266,7 +303,9 @@ def init(
 
 @app.command()
 def schema(
-    of: Annotated[str, typer.Argument(metavar="[recipe|report|eval|calibration]", help="Which document.")] = "recipe",
+    of: Annotated[
+        str, typer.Argument(metavar="[recipe|report|eval|calibration|export]", help="Which document.")
+    ] = "recipe",
 ) -> None:
     """Print the JSON Schema of a recipe (for editors) or of report.json."""
     if of == "recipe":
@@ -285,8 +324,12 @@ def schema(
         from qft.report.calibration import CalibrationReport
 
         print_json({"$schema": "https://json-schema.org/draft/2020-12/schema", **CalibrationReport.model_json_schema()})
+    elif of == "export":
+        from qft.report.export import ExportDocument
+
+        print_json({"$schema": "https://json-schema.org/draft/2020-12/schema", **ExportDocument.model_json_schema()})
     else:
-        raise typer.BadParameter(f"{of} is none of recipe, report, eval and calibration")
+        raise typer.BadParameter(f"{of} is none of recipe, report, eval, calibration and export")
 
 
 def planned(loaded: LoadedRecipe) -> dict[str, Any]:

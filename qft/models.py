@@ -13,16 +13,26 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.quantizers import AutoQuantizationConfig
 
 from qft.checkpoints import Checkpoint
 from qft.errors import ModelError, OutOfMemoryError, QftError
-from qft.files import atomic_folder
+from qft.files import atomic_folder, write_json
 from qft.plan import ModelPlan, Plan
 from qft.schemes import SCHEMES
 
-__all__ = ["attach_adapter", "load_base", "memory_guard", "read_weights", "save_adapter", "save_full", "settle"]
+__all__ = [
+    "attach_adapter",
+    "generation_config",
+    "load_base",
+    "memory_guard",
+    "read_weights",
+    "save_adapter",
+    "save_full",
+    "settle",
+    "write_index",
+]
 
 CHANGES_BASE = ("pissa", "olora")
 """Initialisations that move a part of the base weights into the adapter."""
@@ -179,3 +189,22 @@ def read_weights(checkpoint: Checkpoint) -> Callable[[str], torch.Tensor]:
             return tensor
 
     return read
+
+
+def generation_config(plan: ModelPlan) -> GenerationConfig:
+    """The base's own, or what its configuration says of generation."""
+    checkpoint = plan.checkpoint
+    if checkpoint.gguf_file is None and (checkpoint.folder / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(checkpoint.folder)
+    return GenerationConfig.from_model_config(checkpoint.config)
+
+
+def write_index(folder: Path) -> None:
+    """model.safetensors.index.json of the safetensors files in `folder`: which file holds which tensor."""
+    where, total = {}, 0
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            where.update(dict.fromkeys(file.keys(), path.name))
+        total += path.stat().st_size
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+    write_json(folder / "model.safetensors.index.json", index)

@@ -19,7 +19,6 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -28,6 +27,7 @@ from qft.engines import Block, Engine, Held, LayerScheme, find_engine
 from qft.files import write_json
 from qft.layers import block_errors
 from qft.likelihood import Verification, compare
+from qft.models import write_index
 from qft.plan import CalibrationPlan
 from qft.report.evaluation import LayerError
 from qft.report.live import View
@@ -141,7 +141,7 @@ class Quantization:
         # The last file by name: its header speaks for all.
         header = {"format": "pt"} | self.engine.header(told, list(around))
         save_file(around, folder / "model-outside.safetensors", metadata=header)
-        _write_index(folder)
+        write_index(folder)
         config = copy.deepcopy(self.model.model.config)
         config.quantization_config = self.engine.config(schemes, self.model.dtype)
         config.save_pretrained(folder)
@@ -257,16 +257,6 @@ class Quantization:
 
     def _streams(self, number: int) -> Path:
         return self.folder / f"streams-{number:05}.safetensors"
-
-
-def _write_index(folder: Path) -> None:
-    where, total = {}, 0
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            where.update(dict.fromkeys(file.keys(), path.name))
-        total += path.stat().st_size
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
-    write_json(folder / "model.safetensors.index.json", index)
 
 
 def _linear(block: nn.Module, name: str) -> nn.Linear:

@@ -22,7 +22,7 @@ from qft.recipe.load import from_values
 from qft.recipe.schema import QuantSection, Recipe
 from qft.runs import Run
 
-__all__ = ["VARIANTS", "Target", "load_target", "parse_target"]
+__all__ = ["VARIANTS", "Target", "load_target", "parse_target", "with_adapter"]
 
 UNQUANTIZED = QuantSection()
 FOUR_BIT = QuantSection(mode="4bit")
@@ -89,7 +89,7 @@ def load_target(target: Target, plan: ModelPlan) -> Any:
     model = load_base(plan)
     if target.adapter is not None:
         _require_same_base(target.adapter, plan)
-        model = _with_adapter(model, target.adapter)
+        model = with_adapter(model, target.adapter)
         if target.merged:
             model = model.merge_and_unload()
     return model.eval()
@@ -143,7 +143,8 @@ def _require_same_plugin(part: Path, plan: ModelPlan, made: str) -> None:
         raise ModelError(f"{part}: quant.plugin ({plan.plugin.path}) has changed since this was {made}")
 
 
-def _with_adapter(model: Any, adapter: Path) -> Any:
+def with_adapter(model: Any, adapter: Path) -> Any:
+    """`model` with the adapter in that folder. Raises ModelError if it does not fit."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")
         try:

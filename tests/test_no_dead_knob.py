@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, get_args, get_origin
 import pytest
 import test_calibrate
 import test_data_prepare
+import test_export
 import test_harness
 import test_hub
 import test_mixed
@@ -206,6 +207,11 @@ ELSEWHERE = {
     "calibrate.accept.score_drop": test_calibrate.test_a_drop_of_a_score_is_refused,
     "calibrate.remedy": test_calibrate.test_the_remedy_keeps_the_worst_layers_until_it_is_accepted,
     "calibrate.max_bytes": test_calibrate.test_the_remedy_stays_within_its_bytes,
+    "export.target": test_export.test_the_recipe_names_targets_and_weights,
+    "export.merge_into": test_export.test_the_recipe_names_targets_and_weights,
+    "export.gate.kl": test_export.test_the_recipes_thresholds_win,
+    "export.gate.top1_agreement": test_export.test_the_recipes_thresholds_win,
+    "export.gate.perplexity_increase": test_export.test_the_recipes_thresholds_win,
     "quant.skip_budget_bits": test_mixed.test_a_budget_in_bits_is_one_in_bytes,
     "quant.skip_budget_bytes": test_mixed.test_the_worst_layers_are_left_and_that_brings_the_model_closer,
     "eval.metrics": test_train.test_generated_answers_are_scored_and_kept,

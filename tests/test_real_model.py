@@ -19,6 +19,7 @@ from peft import PeftModel
 from test_harness import text_task
 
 from qft.evaluate import EvalOptions, evaluate
+from qft.export import ExportOptions, export
 from qft.models import attach_adapter, load_base
 from qft.plan import make_plan
 from qft.recipe import load
@@ -80,6 +81,12 @@ def test_it_learns_a_fact_and_the_saved_adapter_still_knows_it(tmp_path: Path) -
     with torch.autocast("cpu", torch.bfloat16):
         [answer] = answer_rows(model, plan.tokenizer, rows, max_new_tokens=16, batch_size=1)
     assert answer.right
+
+    [document] = export(tmp_path / "run", ExportOptions(to=("merged",)), View())
+    checks = {check.name: check.value for check in document.gate.checks}
+    assert document.passed
+    assert checks["same_continuations"] == 1
+    assert document.bytes < 300e6
 
 
 def test_an_evaluation_leaves_the_gradients_of_the_real_model_alone(tmp_path: Path) -> None:

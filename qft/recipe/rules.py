@@ -44,6 +44,10 @@ def broken_rules(recipe: Recipe, given: Callable[[str], bool]) -> Iterator[Probl
     yield from _data_rules(recipe)
     yield from _train_rules(recipe)
     yield from _eval_rules(recipe)
+    if recipe.adapter.kind == "none" and "adapter" in recipe.export.target:
+        yield "export.target", "adapter: there is none with adapter.kind none; export merged, or a quantized form"
+    if "compressed-tensors" in recipe.export.target and recipe.calibrate:
+        yield from _compressed_rules(recipe.calibrate)
     if recipe.calibrate:
         yield from _calibrate_rules(recipe.calibrate, recipe)
 
@@ -67,6 +71,8 @@ def unread_fields(recipe: Recipe) -> dict[str, str]:
         unread["eval.harness_limit"] = "is read only with eval.harness"
         if not recipe.eval.metrics:
             unread["eval.batch_size"] = "is read only with eval.metrics or eval.harness"
+    if recipe.quant.mode == "none":
+        unread["export.merge_into"] = "has no meaning with quant.mode none: there is one kind of base weights"
     return unread | (_unread_by_calibration(recipe.calibrate) if recipe.calibrate else {})
 
 
@@ -227,6 +233,12 @@ def _scheme_rules(calibrate: CalibrateSection) -> Iterator[Problem]:
         yield "calibrate.group_size", "8-bit products need one scale a row: set it to auto or -1"
     if calibrate.activations != "none" and not calibrate.symmetric:
         yield "calibrate.symmetric", "8-bit products of activations need weights without a zero point: set it to true"
+
+
+def _compressed_rules(calibrate: CalibrateSection) -> Iterator[Problem]:
+    if calibrate.engine not in ("autoround", "rtn"):
+        text = f"{calibrate.engine} writes its own format, not compressed-tensors (export.target): use autoround or rtn"
+        yield "calibrate.engine", text
 
 
 def _eval_rules(recipe: Recipe) -> Iterator[Problem]:

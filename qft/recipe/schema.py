@@ -18,6 +18,9 @@ __all__ = [
     "CalibrateSection",
     "DataSection",
     "EvalSection",
+    "ExportGate",
+    "ExportSection",
+    "ExportTarget",
     "ModelSection",
     "QuantSection",
     "Recipe",
@@ -26,6 +29,7 @@ __all__ = [
 ]
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+ExportTarget = Literal["adapter", "merged", "bnb-4bit", "bnb-8bit", "compressed-tensors"]
 Format = Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text"]
 T = TypeVar("T")
 Many = Annotated[tuple[T, ...], Strict(False)]
@@ -372,6 +376,31 @@ class CalibrateSection(Section):
     """Largest result of the remedy, in bytes of weights."""
 
 
+class ExportGate(Section):
+    """How far an artifact may be from the model as trained, on held-out rows. None: what the target's table says."""
+
+    kl: float | None = Field(None, ge=0)
+    """Largest mean KL divergence of the next-token distributions, in nats."""
+    top1_agreement: Share | None = Field(None, le=1)
+    """Smallest share of tokens at which both find the same token most likely: 95%, or 0.95."""
+    perplexity_increase: Share | None = None
+    """Largest relative increase of the perplexity: 1%, or 0.01."""
+
+
+class ExportSection(Section):
+    """What `qft export` hands over, and what it must hold."""
+
+    target: Many[ExportTarget] = ()
+    """Forms to write, each into a folder of its own: adapter (peft's), merged (16-bit safetensors), bnb-4bit and
+    bnb-8bit (bitsandbytes), compressed-tensors (as calibrate says, else 4-bit weights, rounded). --to replaces it."""
+    merge_into: Literal["auto", "dequantized", "original"] = "auto"
+    """The base weights that an adapter is added to: those that it was trained against, dequantized, or the original
+    ones, which it has not seen. auto: dequantized; original for bnb-4bit on a 4-bit base, since rounding to the grid
+    that the base came from would round the adapter away. Only with a quantized base."""
+    gate: ExportGate = ExportGate()
+    """What an artifact must hold, or it is refused."""
+
+
 class Recipe(Section):
     """A whole recipe."""
 
@@ -382,6 +411,7 @@ class Recipe(Section):
     train: TrainSection = TrainSection()
     eval: EvalSection = EvalSection()
     calibrate: CalibrateSection | None = None
+    export: ExportSection = ExportSection()
     output_dir: str = Field(min_length=1)
     """The run folder: recipe, manifest, checkpoints, adapter and report."""
     seed: int = Field(0, ge=0, lt=2**32)

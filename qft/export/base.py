@@ -1,0 +1,91 @@
+"""What an export target is given, and what it says of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from qft.plan import ModelPlan
+from qft.recipe import LoadedRecipe
+from qft.recipe.schema import ExportGate
+from qft.report.live import View
+from qft.runs import Run
+from qft.targets import Target
+
+__all__ = ["Exporter", "Job", "Limits", "MergeInto"]
+
+MergeInto = Literal["dequantized", "original"]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the gate asks of an artifact against the model as trained."""
+
+    kl: float
+    """Largest mean KL divergence of the next-token distributions, in nats."""
+    top1_agreement: float
+    """Smallest share of tokens at which both models find the same token most likely."""
+    perplexity_increase: float
+    """Largest relative increase of the perplexity."""
+
+    def under(self, recipe: ExportGate) -> Limits:
+        """The same with what the recipe gives in the place of the defaults."""
+        given = {name: value for name, value in recipe if value is not None}
+        return Limits(**vars(self) | given)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run to export."""
+
+    run: Run
+    loaded: LoadedRecipe
+    """The run's recipe, its `export` and `calibrate` sections as they hold now."""
+    target: Target
+    """The run as `qft eval` knows it: adapter on base, or all weights."""
+    plan: ModelPlan
+    """Of the base as it was trained on, or of the full model."""
+    merge_into: MergeInto | None
+    """None: there is no adapter, or its base is not quantized. `run.for_target` decides it."""
+    view: View
+
+    @property
+    def adapter(self) -> Path | None:
+        return self.target.adapter
+
+    def without_adapter(self) -> Target:
+        return replace(self.target, adapter=None)
+
+    @property
+    def dtype(self) -> str:
+        """In which the run multiplied its weights."""
+        computed = self.plan.quantization.get("bnb_4bit_compute_dtype", self.plan.dtype)
+        return str(computed)
+
+
+@dataclass(frozen=True)
+class Exporter:
+    """One export target."""
+
+    write: Callable[[Job, Path], dict[str, Any] | None]
+    """Write the artifact into an empty folder. Says how a second quantization went, if there was one. Raises
+    ModelError or RecipeError for what it cannot write."""
+    needed_bytes: Callable[[Job], int]
+    """Room on the disk that writing takes, temporary files included."""
+    load: Callable[[Job, Path], Any]
+    """The artifact, loaded from its folder by its engine and ready to evaluate."""
+    engine: str
+    merges: bool
+    """Whether the adapter is added to weights."""
+    regrids: bool
+    """Whether weights are rounded to the 4-bit grid that a 4-bit base came from: a small delta on top of it is lost."""
+    limits: Limits
+    """Where the base's weights are those that the adapter was trained against."""
+    limits_original: Limits
+    """Where the adapter was added to the original weights, which it has not seen."""
+    library: str
+    """library_name of the Hub."""
+    usage: str
+    """How to load it, in Markdown."""

@@ -1,0 +1,136 @@
+"""README.md of an artifact: its model card, with the metadata that the Hub reads."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qft.errors import QftError
+from qft.export.base import Exporter, Job
+from qft.report.document import read_report
+from qft.report.export import ExportDocument
+
+__all__ = ["model_card"]
+
+
+def model_card(job: Job, exporter: Exporter, document: ExportDocument) -> str:
+    """Markdown with front matter; figures are those of the run's report and of the gate."""
+    parts = [
+        f"---\n{yaml.safe_dump(_metadata(job, exporter, document), sort_keys=False)}---",
+        f"# {job.run.folder.name}, {document.target}",
+        _origin(job, document),
+        f"## Data\n\n{_data(job)}",
+        f"## Scores\n\n{_scores(job)}",
+        f"## Gate\n\n{_gate(document)}",
+        f"## Loading\n\n{_usage(job, exporter)}",
+    ]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _metadata(job: Job, exporter: Exporter, document: ExportDocument) -> dict[str, Any]:
+    license_ = _license(job)
+    return {
+        **({"base_model": _base(job)} if job.run.manifest().get("base", {}).get("commit") else {}),
+        "library_name": exporter.library,
+        **({"license": license_} if license_ else {}),
+        "pipeline_tag": "text-generation",
+        "tags": ["qft", document.target, *(["lora"] if job.adapter else [])],
+    }
+
+
+def _base(job: Job) -> str:
+    """Its hub id, or its name without the folders of this machine."""
+    path = str(job.run.manifest().get("base", {}).get("path", job.plan.checkpoint.path))
+    return Path(path).name if Path(path).is_absolute() else path
+
+
+def _license(job: Job) -> str | None:
+    """Of the base, if its own card tells."""
+    card = job.plan.checkpoint.folder / "README.md"
+    found = re.match(r"---\n(.*?)\n---", card.read_text("utf-8"), re.DOTALL) if card.is_file() else None
+    values = yaml.safe_load(found[1]) if found else None
+    told = values.get("license") if isinstance(values, dict) else None
+    return told if isinstance(told, str) else None
+
+
+def _origin(job: Job, document: ExportDocument) -> str:
+    commit = document.base.get("commit")
+    lines = [f"Finetuned with qft from `{_base(job)}`{f' at commit `{commit}`' if commit else ''}."]
+    if job.adapter:
+        lines.append(f"The adapter was trained on a base held in {_scheme(job)}.")
+    if document.merge_into:
+        which = "the same values, dequantized" if document.merge_into == "dequantized" else "the original weights"
+        lines.append(f"It was added to {which}.")
+    if document.quantization:
+        told = document.quantization
+        lines.append(
+            f"The result was quantized again ({told['engine']}, {told['scheme']}): mean KL {told['kl']:.4f} nats and "
+            f"perplexity {told['perplexity_change']:+.2%} from the merged model."
+        )
+    return " ".join([*lines, f"Other weights are {document.dtype}."])
+
+
+def _scheme(job: Job) -> str:
+    kinds = {"none": job.plan.dtype, "8bit": "8 bits (LLM.int8())"}
+    if job.plan.scheme == "4bit":
+        return f"4 bits ({job.plan.quantization.get('bnb_4bit_quant_type', '4-bit')})"
+    return kinds.get(job.plan.scheme, job.plan.scheme)
+
+
+def _data(job: Job) -> str:
+    """Counts, of the plan and of the run's report; no contents and no paths."""
+    try:
+        report = read_report(job.run.folder)
+        planned = json.loads((job.run.folder / "plan.json").read_text("utf-8"))["data"]
+    except (QftError, OSError, ValueError, KeyError):
+        return "The run has no record of its data."
+    formats = ", ".join(dict.fromkeys(source["format"] for source in planned["sources"]))
+    return (
+        f"{planned['train_rows']:,} training rows ({formats}) and {planned['eval_rows']:,} held out. Trained on "
+        f"{report.samples:,} rows and {report.tokens:,} tokens, {report.supervised_tokens:,} of them learnt, in "
+        f"{report.steps:,} optimizer steps."
+    )
+
+
+def _scores(job: Job) -> str:
+    try:
+        found = read_report(job.run.folder).eval
+    except QftError:
+        return "The run has no report."
+    moments = [(name, part) for name, part in (("before", found.before), ("after", found.after)) if part]
+    if not moments:
+        return "No rows were held out."
+    names = list(moments[0][1].scores)
+    head = ["training", "loss", "perplexity", *names]
+    lines = [" | ".join(head), " | ".join("---" for _ in head)]
+    for moment, part in moments:
+        figures = [f"{part.loss:.4f}", f"{part.perplexity:.3f}", *(f"{part.scores[name]:.3f}" for name in names)]
+        lines.append(" | ".join([moment, *figures]))
+    return f"On {moments[-1][1].rows:,} held-out rows:\n\n" + "\n".join(f"| {line} |" for line in lines)
+
+
+def _gate(document: ExportDocument) -> str:
+    gate = document.gate
+    if gate.passed is None:
+        return "**Not verified**: it was exported with the gate switched off."
+    verdict = "Passed" if gate.passed else "**Refused**"
+    lines = ["| check | value | threshold | passed |", "| --- | --- | --- | --- |"]
+    for check in gate.checks:
+        value = f"{check.value:.4g}" if isinstance(check.value, float) else _cell(check.value)
+        limit = f"{check.threshold:.4g}" if isinstance(check.threshold, float) else ""
+        lines.append(f"| {check.name} | {value} | {limit} | {'yes' if check.passed else 'no'} |")
+    told = f"{verdict}: loaded by {gate.engine} and compared with the model as trained on {gate.rows} rows."
+    return f"{told}\n\n" + "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    flat = text.replace("\n", " ").replace("|", "\\|")
+    return f"`{flat[:60]}`"
+
+
+def _usage(job: Job, exporter: Exporter) -> str:
+    return exporter.usage.replace("SCHEME", _scheme(job)).replace("BASE", _base(job))

@@ -1,0 +1,75 @@
+"""16-bit safetensors of base and adapter in one, written one block after the other: the whole is never in memory."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from qft.export.base import Exporter, Job, Limits
+from qft.export.weights import MergedWeights
+from qft.models import generation_config, load_base, write_index
+from qft.plan import plan_model
+from qft.recipe.load import from_values
+
+__all__ = ["MERGED", "load", "needed_bytes", "write"]
+
+USAGE = """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("FOLDER", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+```
+
+vLLM: `vllm serve FOLDER`.
+"""
+
+
+def write(job: Job, folder: Path) -> None:
+    """One safetensors file for each block and one for the rest, configuration and tokenizer."""
+    weights = MergedWeights(job)
+    for number, tensors in enumerate(weights.groups(), start=-1):
+        name = "model-outside" if number < 0 else f"model-block-{number:05}"
+        save_file(tensors, folder / f"{name}.safetensors", metadata={"format": "pt"})
+        (folder / f"{name}.safetensors").chmod(0o644)  # else its owner alone could serve it
+    write_index(folder)
+    config = copy.deepcopy(weights.model.config)
+    config.dtype, config.architectures = job.dtype, [job.plan.shape.architecture]
+    config.tie_word_embeddings = config.tie_word_embeddings and not weights.unties
+    config.save_pretrained(folder)
+    generation_config(job.plan).save_pretrained(folder)
+    job.plan.tokenizer.save_pretrained(folder)
+    if job.plan.recipe.model.trust_remote_code:
+        for path in job.plan.checkpoint.folder.glob("*.py"):
+            shutil.copyfile(path, folder / path.name)
+
+
+def needed_bytes(job: Job) -> int:
+    """Of the weights; 16 MiB stand for everything else."""
+    return MergedWeights(job).bytes + 2**24
+
+
+def load(job: Job, folder: Path) -> Any:
+    """By transformers, on the run's device. Raises ModelError if it cannot be loaded."""
+    section = job.plan.recipe.model
+    model: dict[str, Any] = {"path": str(folder.resolve()), "device": section.device, "dtype": job.dtype}
+    model |= {"attn_implementation": section.attn_implementation, "trust_remote_code": section.trust_remote_code}
+    return load_base(plan_model(from_values({"model": model, "data": {"train": "-"}, "output_dir": "-"}))).eval()
+
+
+MERGED = Exporter(
+    write=write,
+    needed_bytes=needed_bytes,
+    load=load,
+    engine="transformers",
+    merges=True,
+    regrids=False,
+    limits=Limits(kl=0.01, top1_agreement=0.95, perplexity_increase=0.02),
+    limits_original=Limits(kl=0.1, top1_agreement=0.9, perplexity_increase=0.05),
+    library="transformers",
+    usage=USAGE,
+)

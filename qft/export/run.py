@@ -1,0 +1,209 @@
+"""A run -> its artifacts: each is written beside its final name, put before the gate, and moved there if it passes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from qft.errors import GateError, MissingError, RecipeError, RunError
+from qft.export.adapter import ADAPTER
+from qft.export.base import Exporter, Job, MergeInto
+from qft.export.card import model_card
+from qft.export.compare import worst_weight
+from qft.export.merged import MERGED
+from qft.export.quantized import BNB_4BIT, BNB_8BIT, COMPRESSED
+from qft.export.verify import Reference, reference, verify
+from qft.files import atomic_folder, require_free_space, sha256, write_json, write_text
+from qft.machine import versions
+from qft.plan.packages import missing_engine
+from qft.recipe import LoadedRecipe, load
+from qft.recipe.schema import ExportSection
+from qft.report.export import ExportDocument, Gate
+from qft.report.live import View
+from qft.runs import Run
+from qft.targets import parse_target
+
+__all__ = ["EXPORTERS", "ExportOptions", "export", "find_job", "for_target", "judge"]
+
+EXPORTERS: dict[str, Exporter] = {
+    "adapter": ADAPTER,
+    "merged": MERGED,
+    "bnb-4bit": BNB_4BIT,
+    "bnb-8bit": BNB_8BIT,
+    "compressed-tensors": COMPRESSED,
+}
+"""By the names of export.target."""
+LIMITED = ("kl", "top1_agreement", "perplexity_increase")
+"""Checks that wrong weights fail."""
+SIDE = ("export.json", "README.md")
+UNVERIFIED = Gate(passed=None, engine=None, rows=0, tokens=0, checks=[])
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What the command line says; it wins over the recipe."""
+
+    to: tuple[str, ...] = ()
+    out: Path | None = None
+    """Folder of the artifacts' folders. None: RUN/export."""
+    merge_into: MergeInto | None = None
+    gate: bool = True
+    overwrite: bool = False
+    """Replace artifacts of an earlier export."""
+    overrides: tuple[str, ...] = ()
+    """export.* and calibrate.* fields."""
+
+
+def export(folder: Path, options: ExportOptions, view: View) -> list[ExportDocument]:
+    """Write each target into OUT/TARGET, or OUT/TARGET.failed if the gate refuses it.
+
+    Raises GateError once all are done if one was refused; RecipeError, MissingError, ModelError or RunError for what
+    cannot be done, most of it before any work."""
+    loaded = _load(folder, options.overrides)
+    names = _targets(loaded.recipe.export, options)
+    job = find_job(folder, loaded, options, view)
+    out = options.out or job.run.folder / "export"
+    _require_room(job, names, out, options)
+    documents, refusals = [], []
+    with ExitStack() as stack:
+        expected = None
+        if options.gate:
+            view.note("Asking the model as trained")
+            out.mkdir(parents=True, exist_ok=True)
+            expected = stack.enter_context(reference(job, out))
+        else:
+            view.note("The gate is off (--no-gate): nothing will be known of what is written")
+        for name in names:
+            try:
+                documents.append(_export(for_target(job, name, options), name, out / name, expected))
+            except GateError as error:
+                refusals.append(str(error))
+    if refusals:
+        raise GateError("\n".join(refusals))
+    return documents
+
+
+def _load(folder: Path, overrides: Sequence[str]) -> LoadedRecipe:
+    run = Run(folder)
+    if not run.manifest():
+        raise MissingError(f"{folder}: is no run of qft")
+    for text in overrides:
+        if text.partition(".")[0] not in ("export", "calibrate"):
+            raise RecipeError(f"--set {text}: the run is done; only export.* and calibrate.* can still be set")
+    return load(run.folder / "recipe.yaml", overrides)
+
+
+def _targets(section: ExportSection, options: ExportOptions) -> list[str]:
+    names = list(dict.fromkeys(options.to or section.target))
+    known = ", ".join(EXPORTERS)
+    if not names:
+        raise RecipeError(f"nothing is asked for: give --to TARGET, or set export.target in the recipe ({known})")
+    for name in names:
+        if name not in EXPORTERS:
+            raise RecipeError(f"--to {name}: is none of {known}")
+    if "compressed-tensors" in names and (missing := list(missing_engine("rtn"))):
+        raise RecipeError([f"--to compressed-tensors: {text}" for _, text in missing])
+    return names
+
+
+def find_job(folder: Path, loaded: LoadedRecipe, options: ExportOptions, view: View) -> Job:
+    """What a run is to an exporter. Raises RunError if it did not complete."""
+    run = Run(folder)
+    status = run.manifest().get("status")
+    if status != "complete":
+        raise RunError(f"{folder}: the run is {status}, not complete; finish it with `qft train --resume`")
+    target = parse_target(str(folder), adapter=None, data=None)
+    view.note("Reading the configuration")
+    plan = target.plan()
+    quantized = target.adapter is not None and plan.scheme != "none"
+    asked = options.merge_into or loaded.recipe.export.merge_into
+    if options.merge_into and not quantized:
+        raise RecipeError(f"--merge-into {asked}: has no meaning for a run whose base is not quantized")
+    job = Job(run, loaded, target, plan, "dequantized" if quantized else None, view)
+    return job if asked == "auto" or not quantized else replace(job, merge_into=asked)
+
+
+def for_target(job: Job, name: str, options: ExportOptions) -> Job:
+    """The job with what `auto` means for this target."""
+    auto = options.merge_into is None and job.loaded.recipe.export.merge_into == "auto"
+    loses = EXPORTERS[name].regrids and job.plan.scheme == "4bit"
+    return replace(job, merge_into="original") if auto and loses and job.merge_into else job
+
+
+def _require_room(job: Job, names: Sequence[str], out: Path, options: ExportOptions) -> None:
+    """Raises RunError if something is in the way or the disk is too full, whatever the exporter refuses besides."""
+    for name in names:
+        if (out / name).exists() and not options.overwrite:
+            raise RunError(f"{out / name}: is there already; give --overwrite, or another folder with --out")
+    needed = sum(EXPORTERS[name].needed_bytes(for_target(job, name, options)) for name in names)
+    require_free_space(out, needed, "the export")
+    free = shutil.disk_usage(next(p for p in (out, *out.absolute().parents) if p.exists())).free
+    job.view.note(f"Needs up to {needed / 2**30:.2f} GiB of the {free / 2**30:.2f} GiB that are free")
+
+
+def _export(job: Job, name: str, final: Path, expected: Reference | None) -> ExportDocument:
+    """One artifact. Raises GateError if it is refused; it is then at `final`.failed, and `final` is as it was."""
+    exporter, failed = EXPORTERS[name], final.with_name(f"{name}.failed")
+    job.view.note(f"Writing {name}")
+    with atomic_folder(final) as folder:
+        quantization = exporter.write(job, folder)
+        gate = UNVERIFIED
+        if expected:
+            job.view.note(f"Loading {name} again")
+            gate = judge(job, name, folder, expected)
+        told = final if gate.passed is not False else failed
+        document = _document(job, name, folder, told, gate, quantization)
+        write_text(folder / "README.md", model_card(job, exporter, document))
+        write_json(folder / "export.json", document.model_dump(mode="json"))
+        shutil.rmtree(failed, ignore_errors=True)
+        if gate.passed is False:
+            folder.chmod(0o755)
+            os.replace(folder, failed)
+            raise GateError(_refusal(gate, failed))
+    return document
+
+
+def judge(job: Job, name: str, folder: Path, expected: Reference) -> Gate:
+    """The verdict over the files in `folder`, by the limits of target and recipe."""
+    exporter = EXPORTERS[name]
+    default = exporter.limits_original if exporter.merges and job.merge_into == "original" else exporter.limits
+    gate = verify(job, exporter, folder, expected, default.under(job.loaded.recipe.export.gate))
+    missed = any(check.name in LIMITED and not check.passed for check in gate.checks)
+    if name == "merged" and missed:
+        return gate.model_copy(update={"worst_weight": worst_weight(job, folder)})
+    return gate
+
+
+def _document(
+    job: Job, name: str, folder: Path, told: Path, gate: Gate, quantization: dict[str, Any] | None
+) -> ExportDocument:
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in SIDE)
+    return ExportDocument(
+        target=name,
+        path=str(told),
+        run=str(job.run.folder),
+        passed=gate.passed,
+        bytes=sum(path.stat().st_size for path in files),
+        sha256={str(path.relative_to(folder)): sha256(path) for path in files},
+        base=job.run.manifest()["base"],
+        merge_into=job.merge_into if EXPORTERS[name].merges else None,
+        dtype=job.dtype,
+        quantization=quantization,
+        gate=gate,
+        versions=versions(),
+    )
+
+
+def _refusal(gate: Gate, failed: Path) -> str:
+    missed = [f"{c.name} is {_short(c.value)}, not {_short(c.threshold)}" for c in gate.checks if not c.passed]
+    where = f" (farthest from what it should be: {gate.worst_weight})" if gate.worst_weight else ""
+    return f"{failed}: is not the model that was trained: {'; '.join(missed)}{where}. It was left there to look at"
+
+
+def _short(value: float | str | None) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else repr(value)[:80]

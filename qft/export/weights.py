@@ -1,0 +1,221 @@
+"""A base and the tensors of an adapter -> the weights of the merged model, one block after the other.
+
+The delta is peft's own: W + s B A (arXiv:2106.09685), with DoRA (arXiv:2402.09353) scaled to the learnt magnitudes.
+Known are LoRA, rsLoRA and DoRA on linear layers, trained biases and modules that were saved whole; every other tensor
+of an adapter is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from qft.engines import Block, LayerScheme, find_engine
+from qft.errors import ModelError
+from qft.export.base import Job
+from qft.models import read_weights
+from qft.plan import find_blocks
+
+__all__ = ["Adapter", "MergedWeights"]
+
+PREFIX = "base_model.model."
+UNKNOWN = ("rank_pattern", "alpha_pattern", "fan_in_fan_out", "lora_bias", "layer_replication", "use_qalora",
+           "use_bdlora", "target_parameters", "trainable_token_indices", "alora_invocation_tokens", "arrow_config",
+           "kasa_config", "monteclora_config", "velora_config", "lora_ga_config")  # fmt: skip
+"""Settings of peft.LoraConfig that would change the delta, and that qft does not set."""
+
+
+class Adapter:
+    """The tensors of an adapter in peft's layout, by the names of the base's modules."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises ModelError for an adapter that is more than LoRA, rsLoRA or DoRA."""
+        self.folder = folder
+        config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+        other = [name for name in UNKNOWN if config.get(name)]
+        if config.get("peft_type") != "LORA" or other:
+            kind = ", ".join([str(config.get("peft_type")), *other])
+            raise ModelError(f"{folder}: an adapter of kind {kind}; only LoRA, rsLoRA and DoRA can be merged")
+        rank = config["r"]
+        self.scaling: float = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        self.deltas: dict[str, dict[str, torch.Tensor]] = {}
+        """Of each linear layer: lora_A [r, in], lora_B [out, r], and lora_magnitude_vector [out] with DoRA."""
+        self.replaced: dict[str, torch.Tensor] = {}
+        """Parameters that were trained themselves, by their names in the base."""
+        for key, tensor in load_file(folder / "adapter_model.safetensors").items():
+            self._take(key.removeprefix(PREFIX), tensor)
+
+    def apply(self, module: str, weight: torch.Tensor) -> torch.Tensor:
+        """Weight [out, in] of a linear layer with its delta, in float32."""
+        parts, held = self.deltas[module], weight.float()
+        changed = held + self.scaling * (parts["lora_B"].float() @ parts["lora_A"].float()).to(held.device)
+        if "lora_magnitude_vector" not in parts:
+            return changed
+        magnitude = parts["lora_magnitude_vector"].float().to(held.device)
+        scale: torch.Tensor = magnitude / torch.linalg.vector_norm(changed, dim=1)
+        return changed * scale[:, None]
+
+    def _take(self, key: str, tensor: torch.Tensor) -> None:
+        name = key.removesuffix(".weight").removesuffix(".default")
+        module, _, part = name.rpartition(".")
+        if part in ("lora_A", "lora_B", "lora_magnitude_vector"):
+            self.deltas.setdefault(module, {})[part] = tensor
+        elif "lora_" in key:
+            raise ModelError(f"{self.folder}: holds {key}, which only peft can apply; export --to adapter")
+        else:
+            self.replaced[key.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = tensor
+
+
+class MergedWeights:
+    """The weights of job.plan's model with the adapter added, in job.dtype on the host."""
+
+    def __init__(self, job: Job) -> None:
+        """Raises ModelError for a base whose quantized weights cannot be computed from its files."""
+        self.plan, self.dtype = job.plan, getattr(torch, job.dtype)
+        self.adapter = Adapter(job.adapter) if job.adapter else None
+        with torch.device("meta"):
+            self.model = AutoModelForCausalLM.from_config(
+                job.plan.checkpoint.config, trust_remote_code=job.plan.recipe.model.trust_remote_code
+            )
+        self.model.tie_weights()
+        self.prefix, self.stack = find_blocks(self.model, job.plan.shape.layers)
+        self.linears = {name: m for name, m in self.model.named_modules() if isinstance(m, nn.Linear)}
+        self.scheme = _scheme(job)
+        self._require_known_layers()
+
+    def groups(self) -> Iterator[dict[str, torch.Tensor]]:
+        """What is outside the blocks, then each block: tensors by their names in the model."""
+        for number in range(-1, len(self.stack)):
+            prefix = f"{self.prefix}.{number}."
+            inside = [name for name in self.names if name.startswith(prefix)]
+            outside = [name for name in self.names if not name.startswith(f"{self.prefix}.")]
+            yield {name: self.tensor(name) for name in (inside if number >= 0 else outside)}
+
+    @cached_property
+    def _read(self) -> Callable[[str], torch.Tensor]:
+        return read_weights(self.plan.checkpoint.with_weights())
+
+    @cached_property
+    def names(self) -> dict[str, torch.Tensor]:
+        """Every tensor that is written, without contents; of tied ones the first."""
+        kept = self.model.state_dict(keep_vars=True)
+        named = dict(self.model.named_parameters(remove_duplicate=not self.unties))
+        return named | {name: b for name, b in self.model.named_buffers() if name in kept}
+
+    @cached_property
+    def unties(self) -> bool:
+        """Whether the adapter trained one of two tied weights, which are then no longer the same."""
+        ends = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
+        if self.adapter is None or ends[0].weight is not ends[1].weight:
+            return False
+        shared = {name for name, module in self.model.named_modules() if module in ends}
+        touched = {name.rpartition(".")[0] for name in self.adapter.replaced} | self.adapter.deltas.keys()
+        return bool(shared & touched)
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.numel() * self.dtype.itemsize for t in self.names.values())
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One weight, merged."""
+        meta = self.names[name]
+        module, _, kind = name.rpartition(".")
+        if self.adapter and name in self.adapter.replaced:
+            return self._cast(self.adapter.replaced[name], meta)
+        value = self._source(name)
+        if value.shape != meta.shape:
+            raise ModelError(f"{self.plan.checkpoint.path}: {name} is {list(value.shape)}, not {list(meta.shape)}")
+        if kind != "weight":
+            return self._cast(value, meta)
+        if self.is_quantized(module):
+            value = self._dequantized(module, value)
+        if self.adapter and module in self.adapter.deltas:
+            value = self.adapter.apply(module, value)
+        return self._cast(value, meta)
+
+    def is_quantized(self, module: str) -> bool:
+        """Whether training held this layer in few bits, and the result is to hold what it held."""
+        skipped = self.plan.quantization.get("llm_int8_skip_modules", [])
+        return (
+            self.scheme is not None
+            and type(self.linears.get(module)) is nn.Linear
+            and should_convert_module(module, skipped)
+        )
+
+    def _source(self, name: str) -> torch.Tensor:
+        """The original weight in the dtype in which the base was loaded; of tied ones, whichever the files have."""
+        try:
+            value = self._read(name)
+        except (ModelError, KeyError):
+            everything = dict(self.model.named_parameters(remove_duplicate=False))
+            twins = [n for n, p in everything.items() if p is everything.get(name) and n != name]
+            if not twins:
+                raise
+            value = self._read(twins[0])
+        return value.to(getattr(torch, self.plan.dtype)) if value.is_floating_point() else value
+
+    def _dequantized(self, module: str, weight: torch.Tensor) -> torch.Tensor:
+        """What bitsandbytes makes of the weight, as training held it: on the same kind of device."""
+        assert self.scheme is not None
+        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        layer.weight = nn.Parameter(weight.to(self.plan.device.kind), requires_grad=False)
+        double = bool(self.plan.quantization.get("bnb_4bit_use_double_quant", True))
+        return _round_trip(layer, self.scheme, double).cpu()
+
+    def _cast(self, value: torch.Tensor, meta: torch.Tensor) -> torch.Tensor:
+        return value.cpu().to(self.dtype).contiguous() if meta.is_floating_point() else value.cpu().contiguous()
+
+    def _require_known_layers(self) -> None:
+        if self.adapter is None:
+            return
+        known = dict(self.model.named_parameters(remove_duplicate=False))
+        strange = [name for name in self.adapter.deltas if name not in self.linears]
+        strange += [name for name in self.adapter.replaced if name not in known]
+        if strange:
+            text = "which is no linear layer of the base and cannot be merged; export --to adapter"
+            raise ModelError(f"{self.adapter.folder}: changes {strange[0]}, {text}")
+
+
+def _scheme(job: Job) -> LayerScheme | None:
+    """How training held the base's linear layers, if the result is to hold the same values."""
+    plan = job.plan
+    if plan.checkpoint.quantization:
+        raise ModelError(
+            f"{plan.checkpoint.path}: comes quantized, and nothing is merged into such a base: export --to adapter"
+        )
+    if job.merge_into != "dequantized":
+        return None
+    if plan.scheme == "4bit":
+        return LayerScheme(plan.quantization["bnb_4bit_quant_type"], 4)
+    if plan.scheme == "8bit":
+        return LayerScheme("int", 8, activations="dynamic")
+    raise ModelError(
+        f"{plan.checkpoint.path}: is held by {plan.scheme}, whose values only its own code can dequantize: merge into "
+        "the original weights (--merge-into original), or export --to adapter"
+    )
+
+
+def _round_trip(layer: Any, scheme: LayerScheme, double_quant: bool) -> torch.Tensor:
+    """The layer's weight, quantized by bitsandbytes and dequantized again."""
+    if scheme.data_type == "int":
+        block = Block("", nn.ModuleDict({"layer": layer}), {"layer": scheme})
+        module: Any = find_engine("bitsandbytes").quantize(block)["layer"].module
+        held: torch.Tensor = dequantize_bnb_weight(module.weight, state=module.state)
+        return held
+    weight = bnb.nn.Params4bit(
+        layer.weight.data, requires_grad=False, quant_type=scheme.data_type, compress_statistics=double_quant
+    ).to(layer.weight.device)
+    dequantized: torch.Tensor = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+    return dequantized

@@ -1,0 +1,103 @@
+"""What a GGUF file says of a model's shape: architecture, sizes and rotary embedding."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import gguf
+import numpy as np
+from numpy.typing import NDArray
+
+from qft.errors import ModelError
+
+__all__ = ["ARCHITECTURES", "add_shape", "architecture", "head_dim", "rope_factors"]
+
+ARCHITECTURES = {
+    "LlamaForCausalLM": gguf.MODEL_ARCH.LLAMA,
+    "MistralForCausalLM": gguf.MODEL_ARCH.LLAMA,
+    "Qwen2ForCausalLM": gguf.MODEL_ARCH.QWEN2,
+    "Qwen3ForCausalLM": gguf.MODEL_ARCH.QWEN3,
+}
+"""Class of the model -> architecture of the file. llama.cpp runs Mistral as llama."""
+
+YARN_DEFAULTS = {"beta_fast": 32, "beta_slow": 1}
+"""What llama.cpp assumes where the file says nothing."""
+
+
+def architecture(config: Any) -> gguf.MODEL_ARCH:
+    """The file's architecture. Raises ModelError for a model that its llama.cpp counterpart would compute otherwise."""
+    name = (getattr(config, "architectures", None) or ["(none named)"])[0]
+    if name not in ARCHITECTURES:
+        raise ModelError(f"GGUF: cannot write {name}; supported are {', '.join(ARCHITECTURES)}")
+    if config.hidden_act != "silu":
+        raise ModelError(f"GGUF: hidden_act {config.hidden_act!r}: llama.cpp computes {name} with silu alone")
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        raise ModelError(f"GGUF: sliding_window {config.sliding_window}: llama.cpp gives {name} full attention")
+    return ARCHITECTURES[name]
+
+
+def head_dim(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def add_shape(writer: Any, config: Any) -> None:
+    """Write the hyperparameters (source: the GGUF specification, docs/gguf.md of ggml-org/ggml).
+
+    Raises ModelError for a rotary scaling that the file cannot express."""
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(head_dim(config))
+    writer.add_value_length(head_dim(config))
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(head_dim(config))
+    _add_rope(writer, config)
+
+
+def _add_rope(writer: Any, config: Any) -> None:
+    rope = config.rope_parameters
+    kind = rope.get("rope_type", "default")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ModelError("GGUF: partial_rotary_factor: only models whose whole head is rotated can be written")
+    writer.add_rope_freq_base(float(rope["rope_theta"]))
+    if kind in {"default", "llama3"}:  # llama3's factors travel as a tensor
+        return
+    if kind == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+    elif kind == "yarn":
+        _require_plain_yarn(rope)
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+        writer.add_rope_scaling_orig_ctx_len(original)
+    else:
+        raise ModelError(f"GGUF: rope_type {kind!r}: supported are default, linear, llama3 and yarn")
+    writer.add_rope_scaling_factor(float(rope["factor"]))
+
+
+def _require_plain_yarn(rope: dict[str, Any]) -> None:
+    known = {"rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "partial_rotary_factor"}
+    for name, value in rope.items():
+        if name not in known and value is not None and YARN_DEFAULTS.get(name) != value:
+            raise ModelError(f"GGUF: yarn with {name} {value}: the file can say factor and original length alone")
+
+
+def rope_factors(config: Any) -> NDArray[np.float32] | None:
+    """What llama.cpp divides each frequency by, float32 [head_dim / 2]; None unless the rotary scaling is llama3's.
+
+    Long waves are slowed by `factor`, short ones not at all, those between in proportion (Llama 3.1's rule).
+    """
+    rope = config.rope_parameters
+    if rope.get("rope_type") != "llama3":
+        return None
+    pairs = np.arange(0, head_dim(config), 2, dtype=np.float64) / head_dim(config)
+    wavelength = 2 * math.pi * rope["rope_theta"] ** pairs
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    share = (rope["original_max_position_embeddings"] / wavelength - low) / (high - low)
+    kept = np.clip(share, 0.0, 1.0)
+    factors: NDArray[np.float32] = (1.0 / (kept + (1.0 - kept) / rope["factor"])).astype(np.float32)
+    return factors

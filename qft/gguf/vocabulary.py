@@ -1,0 +1,122 @@
+"""What a GGUF file says of a tokenizer: its tokens, merges and the name of its pre-tokenizer."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import gguf
+
+from qft.errors import ModelError
+
+__all__ = ["add_tokenizer", "pre_tokenizer"]
+
+# The patterns are data: what tokenizer.json of Llama 3 and of Qwen 2 say.
+_LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
+_BYTES_SPLIT, _BYTES = ("ByteLevel", True), ("ByteLevel", False)
+
+PRE_TOKENIZERS: dict[tuple[Any, ...], str] = {
+    (_BYTES_SPLIT,): "gpt-2",
+    (("Digits", True), _BYTES_SPLIT): "smollm",
+    (("Split", _LLAMA3_SPLIT), _BYTES): "llama-bpe",
+    (("Split", _QWEN2_SPLIT), _BYTES): "qwen2",
+}
+"""Steps of the pre-tokenizer in tokenizer.json -> the name that llama.cpp has for them."""
+
+
+def add_tokenizer(writer: Any, tokenizer: Any, vocabulary: int) -> None:
+    """Write a byte-level BPE tokenizer; `vocabulary` is the number of the model's embeddings.
+
+    Raises ModelError for any other kind, and for one that llama.cpp would split text differently with."""
+    definition = json.loads(tokenizer.backend_tokenizer.to_str())
+    name = pre_tokenizer(definition)
+    tokens, types = _tokens(definition, vocabulary)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(name)
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges(_merges(definition))
+    writer.add_add_space_prefix(False)
+    _add_special(writer, tokenizer)
+    if tokenizer.chat_template is not None:
+        if not isinstance(tokenizer.chat_template, str):
+            raise ModelError("GGUF: the tokenizer has several chat templates; keep one")
+        writer.add_chat_template(tokenizer.chat_template)
+
+
+def pre_tokenizer(definition: dict[str, Any]) -> str:
+    """llama.cpp's name for the pre-tokenizer of a tokenizer.json. Raises ModelError where it has none known here."""
+    model = definition["model"]
+    if model["type"] != "BPE" or model.get("byte_fallback"):
+        kind = "BPE with byte fallback" if model["type"] == "BPE" else model["type"]
+        raise ModelError(f"GGUF: the tokenizer is {kind}; only byte-level BPE can be written")
+    steps = _steps(definition.get("pre_tokenizer"))
+    name = PRE_TOKENIZERS.get(steps)
+    if name is None:
+        raise ModelError(f"GGUF: no pre-tokenizer of llama.cpp is known to split text as this one does: {steps}")
+    # llama.cpp looks whole words up before merging for llama-bpe alone.
+    if bool(model.get("ignore_merges")) != (name == "llama-bpe"):
+        raise ModelError(f"GGUF: ignore_merges {model.get('ignore_merges')}: llama.cpp assumes otherwise for {name}")
+    normalizer = (definition.get("normalizer") or {}).get("type")
+    if normalizer is not None and (name, normalizer) != ("qwen2", "NFC"):
+        raise ModelError(f"GGUF: normalizer {normalizer}: llama.cpp normalizes no text for {name}")
+    return name
+
+
+def _steps(node: dict[str, Any] | None) -> tuple[Any, ...]:
+    """The pre-tokenizer's steps with what decides how each splits; anything else about them stays visible."""
+    if node is None:
+        return ()
+    kind = node["type"]
+    if kind == "Sequence":
+        return tuple(step for part in node["pretokenizers"] for step in _steps(part))
+    if kind == "ByteLevel" and not node.get("add_prefix_space"):
+        return ((kind, bool(node.get("use_regex", True))),)
+    if kind == "Digits":
+        return ((kind, bool(node.get("individual_digits"))),)
+    if kind == "Split" and node["behavior"] == "Isolated" and not node["invert"]:
+        return ((kind, node["pattern"].get("Regex")),)
+    return ((kind, json.dumps(node, sort_keys=True)),)
+
+
+def _tokens(definition: dict[str, Any], vocabulary: int) -> tuple[list[str], list[int]]:
+    """Token and type of each id below `vocabulary`; ids without a token are UNUSED."""
+    found = {i: (token, gguf.TokenType.NORMAL) for token, i in definition["model"]["vocab"].items()}
+    for added in definition["added_tokens"]:
+        kind = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
+        found[added["id"]] = (added["content"], kind)
+    if max(found) >= vocabulary:
+        raise ModelError(f"GGUF: the tokenizer's last id is {max(found)}, and the model embeds {vocabulary} tokens")
+    every = [found.get(i, (f"[PAD{i}]", gguf.TokenType.UNUSED)) for i in range(vocabulary)]
+    return [token for token, _ in every], [int(kind) for _, kind in every]
+
+
+def _merges(definition: dict[str, Any]) -> list[str]:
+    merges = definition["model"]["merges"]
+    if not merges:
+        raise ModelError("GGUF: the tokenizer has no merges, and llama.cpp loads no byte-level BPE without")
+    return [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+
+
+def _add_special(writer: Any, tokenizer: Any) -> None:
+    ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk", "pad")}
+    for name, value in ids.items():
+        if value is not None:
+            getattr(writer, f"add_{name}_token_id")(value)
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    before, after = _around(tokenizer("a")["input_ids"], bare)
+    if before not in ([], [ids["bos"]]) or after not in ([], [ids["eos"]]):
+        raise ModelError("GGUF: the tokenizer adds more to a text than BOS before it and EOS after it")
+    writer.add_add_bos_token(bool(before))
+    writer.add_add_eos_token(bool(after))
+
+
+def _around(whole: list[int], part: list[int]) -> tuple[list[int], list[int]]:
+    for start in range(len(whole) - len(part) + 1):
+        if whole[start : start + len(part)] == part:
+            return whole[:start], whole[start + len(part) :]
+    raise ModelError("GGUF: the tokenizer's special tokens change the tokens of the text")

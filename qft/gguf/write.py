@@ -1,0 +1,206 @@
+"""Tensors of a safetensors folder, one at a time, into a GGUF file."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from qft.errors import ModelError
+from qft.files import require_free_space
+from qft.gguf.shape import add_shape, architecture, rope_factors
+from qft.gguf.vocabulary import add_tokenizer
+
+__all__ = ["KINDS", "write_gguf"]
+
+_T, _F = gguf.GGMLQuantizationType, gguf.LlamaFileType
+
+KINDS = {
+    "f32": (_T.F32, _F.ALL_F32),
+    "f16": (_T.F16, _F.MOSTLY_F16),
+    "bf16": (_T.BF16, _F.MOSTLY_BF16),
+    "q8_0": (_T.Q8_0, _F.MOSTLY_Q8_0),
+    "q4_0": (_T.Q4_0, _F.MOSTLY_Q4_0),
+}
+"""Kind of file -> type of its matrices, and the file's own name for itself."""
+
+EMBEDDINGS = ("token_embd.weight", "output.weight")
+READ = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """One tensor of the file: its name there, shape and type, and how to read it as float32."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: gguf.GGMLQuantizationType
+    read: Callable[[], NDArray[np.float32]]
+
+    @property
+    def nbytes(self) -> int:
+        block, size = gguf.GGML_QUANT_SIZES[self.type]
+        return int(np.prod(self.shape)) // int(block) * int(size)
+
+
+def write_gguf(model_folder: Path, out: Path, *, kind: str) -> None:
+    """Write the model of `model_folder` as one GGUF file (version 3) that holds `out` whole or not at all.
+
+    The folder has config.json, a tokenizer and float32, float16 or bfloat16 safetensors in Hugging Face layout.
+    `kind` is one of KINDS. Matrices [out, in] become that type, vectors float32; in a q4_0 file the embedding and the
+    output layer are q8_0. One tensor at a time is in memory.
+
+    Raises ModelError for a model or tokenizer that GGUF cannot hold faithfully, RunError if the disk is too full.
+    Source: the GGUF specification, docs/gguf.md of ggml-org/ggml.
+    """
+    if kind not in KINDS:
+        raise ModelError(f"GGUF: kind {kind!r} is none of {', '.join(KINDS)}")
+    config = AutoConfig.from_pretrained(model_folder)
+    arch = architecture(config)
+    if getattr(config, "quantization_config", None):
+        raise ModelError(f"{model_folder}: its weights are quantized; GGUF is written from 16-bit or 32-bit weights")
+    tensors = _tensors(model_folder, config, arch, kind)
+    require_free_space(out.parent, sum(tensor.nbytes for tensor in tensors), "the GGUF file")
+    writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[arch])
+    writer.add_type("model")
+    writer.add_name(model_folder.resolve().name)
+    writer.add_file_type(KINDS[kind][1])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    add_shape(writer, config)
+    add_tokenizer(writer, AutoTokenizer.from_pretrained(model_folder), config.vocab_size)
+    _write(writer, tensors, out)
+
+
+def _write(writer: Any, tensors: list[_Tensor], out: Path) -> None:
+    for tensor in tensors:
+        dtype = np.dtype(np.float32)
+        writer.add_tensor_info(tensor.name, tensor.shape, dtype, tensor.nbytes, raw_dtype=tensor.type)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.")
+    os.close(handle)
+    try:
+        writer.write_header_to_file(Path(temporary))
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor in tensors:
+            writer.write_tensor_data(_encoded(tensor))
+        writer.close()
+        with open(temporary, "rb") as stream:
+            os.fsync(stream.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, out)
+    except BaseException:
+        if writer.fout is not None:
+            writer.close()
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _encoded(tensor: _Tensor) -> NDArray[Any]:
+    values = tensor.read()
+    if not np.isfinite(values).all():
+        raise ModelError(f"GGUF: {tensor.name} holds NaN or infinity")
+    if tensor.type == _T.F16 and np.abs(values).max() > np.finfo(np.float16).max:
+        raise ModelError(f"GGUF: {tensor.name} holds values beyond float16; write bf16, f32 or q8_0")
+    encoded: NDArray[Any] = gguf.quants.quantize(np.ascontiguousarray(values), tensor.type)
+    return encoded
+
+
+def _tensors(folder: Path, config: Any, arch: gguf.MODEL_ARCH, kind: str) -> list[_Tensor]:
+    """The file's tensors in the order of the model's. Raises ModelError unless the folder holds just those."""
+    where = _where(folder)
+    expected = _expected(config)
+    missing = sorted(set(expected) - set(where))
+    extra = sorted(n for n in set(where) - set(expected) if not _is_derived(n, config))
+    if missing or extra:
+        raise ModelError(f"{folder}: weights are not those of its config; missing: {missing[:3]}, other: {extra[:3]}")
+    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+    made = [_tensor(name, shape, where[name], names, config, arch, kind) for name, shape in expected.items()]
+    factors = rope_factors(config)
+    if factors is not None:
+        made.append(_Tensor("rope_freqs.weight", factors.shape, _T.F32, lambda: factors))
+    return made
+
+
+def _tensor(
+    name: str, shape: tuple[int, ...], path: Path, names: Any, config: Any, arch: gguf.MODEL_ARCH, kind: str
+) -> _Tensor:
+    theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
+    if theirs is None:
+        raise ModelError(f"GGUF: has no name for {name}")
+    held, real = _stored(path, name)
+    if held not in READ or real != shape:
+        raise ModelError(f"{path}: {name} is {held} {list(real)}; wanted is a 16-bit or 32-bit float {list(shape)}")
+    type_ = KINDS[kind][0] if len(shape) > 1 else _T.F32
+    if type_ == _T.Q4_0 and theirs in EMBEDDINGS:
+        type_ = _T.Q8_0
+    block = gguf.GGML_QUANT_SIZES[type_][0]
+    if shape[-1] % block:
+        raise ModelError(f"GGUF: {name} has rows of {shape[-1]} weights, and {kind} holds multiples of {block}")
+    heads = _heads_to_interleave(name, config, arch)
+    return _Tensor(theirs, shape, type_, lambda: _read(path, name, heads))
+
+
+def _heads_to_interleave(name: str, config: Any, arch: gguf.MODEL_ARCH) -> int:
+    """Heads of a projection whose rows are to be reordered, 0 for none."""
+    if arch != gguf.MODEL_ARCH.LLAMA:
+        return 0
+    if ".q_proj." in name:
+        return int(config.num_attention_heads)
+    return int(config.num_key_value_heads) if ".k_proj." in name else 0
+
+
+def _read(path: Path, name: str, heads: int) -> NDArray[np.float32]:
+    with safe_open(path, framework="pt") as file:
+        values: NDArray[np.float32] = file.get_tensor(name).float().numpy()
+    return interleave(values, heads) if heads else values
+
+
+def interleave(rows: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
+    """Reorder the rows [heads * head_dim, ...] of q or k so that each rotated pair lies side by side.
+
+    Hugging Face's Llama rotates row i of a head with row i + head_dim / 2; llama.cpp's rotates rows 2i and 2i + 1.
+    """
+    halves = rows.reshape(heads, 2, -1, *rows.shape[1:])
+    return np.stack([halves[:, 0], halves[:, 1]], axis=2).reshape(rows.shape)
+
+
+def _where(folder: Path) -> dict[str, Path]:
+    """The file of each weight."""
+    where: dict[str, Path] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            where.update(dict.fromkeys(file.keys(), path))
+    if not where:
+        raise ModelError(f"{folder}: has no .safetensors weights")
+    return where
+
+
+def _stored(path: Path, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+    with safe_open(path, framework="pt") as file:
+        part = file.get_slice(name)
+        shape = tuple(part.get_shape())
+        return part[:0].dtype, shape
+
+
+def _expected(config: Any) -> dict[str, tuple[int, ...]]:
+    """Name and shape of each weight that the configuration calls for; a tied output layer is none of its own."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    state = model.state_dict()
+    return {name: tuple(tensor.shape) for name, tensor in state.items() if not _is_derived(name, config)}
+
+
+def _is_derived(name: str, config: Any) -> bool:
+    """Whether the model makes this weight from others or from its configuration."""
+    return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and bool(config.tie_word_embeddings))

@@ -135,14 +135,14 @@ def test_a_killed_run_leaves_nothing_that_looks_complete_and_resumes(tmp_path: P
 
 def test_the_harness_finds_the_perplexity_that_we_find(tmp_path: Path) -> None:
     pytest.importorskip("lm_eval", reason="needs lm-eval (pip install 'qft[eval]')")
-    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")[:4000]
+    text = (ROOT / "benchmarks" / "english.txt").read_text("utf-8")[:4600]
     (tmp_path / "text.txt").write_text("<|im_start|>" + text)  # which the harness begins a text with
     options = EvalOptions(
         data=str(tmp_path / "text.txt"), window=2048, stride=2048, harness=(str(text_task(tmp_path, text)),)
     )
     [target] = evaluate([f"{PACKAGE_MODEL}@base"], options, View()).targets
     found = {result.metric: result.value for result in target.harness}
-    assert 900 < target.eval_tokens < 1500
+    assert target.eval_tokens > 900
     per_token = (found["word_perplexity"] or 0) ** (len(re.split(r"\s+", text)) / target.eval_tokens)
     assert per_token == pytest.approx(target.perplexity, rel=0.01)
     assert found["bits_per_byte"] == pytest.approx(target.bits_per_byte, rel=0.01)

@@ -314,7 +314,15 @@ def test_at_a_terminal_a_mistake_or_an_interrupt_does_not_end_the_conversation(t
 
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "qft", "chat", f"{tiny_model}@float32", "--max-new-tokens", str(TOKENS)]
-    talk = subprocess.Popen(command, cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs)
+    talk = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        # A shell's background job ignores interrupts, and what it starts would too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     os.close(theirs)
     shown = ""
 

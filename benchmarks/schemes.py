@@ -1,9 +1,10 @@
 """Every way that `qft calibrate` quantizes on a CPU, on one real model: the table of docs/calibrate.md.
 
-    python benchmarks/schemes.py OUT [--model MODEL] [--data FILE ...] [--schemes NAME ...]
+    python benchmarks/schemes.py OUT [--model MODEL] [--data FILE ...] [--schemes NAME ...] [--engine-python PYTHON]
 
 Each scheme is a `qft calibrate` of its own into OUT/NAME; a scheme that is there already is not made again. One `qft
 eval` then loads all of them, each by its engine, on benchmarks/english.txt, and the table is printed as Markdown.
+Those of llm-compressor are made where --engine-python names its environment.
 """
 
 from __future__ import annotations
@@ -37,6 +38,12 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "w4a16-g32-autoround-tuned": {"group_size": 32, "iters": 50},
     "mixed-g32-autoround": {"group_size": 32, "accept": {"kl": 0.1}, "remedy": "auto"},
 }
+LLMCOMPRESSOR: dict[str, dict[str, Any]] = {
+    "w4a16-g32-gptq": {"algorithm": "gptq", "group_size": 32},
+    "w4a16-g32-awq": {"algorithm": "awq", "group_size": 32},
+    "w8a8-dynamic-smoothquant": {"algorithm": "smoothquant", "bits": 8, "activations": "dynamic"},
+    "w8a8-static-smoothquant": {"algorithm": "smoothquant", "bits": 8, "activations": "static"},
+}
 LOOKS_AT_WINDOWS = {"samples": 16, "max_length": 512}
 
 
@@ -45,8 +52,10 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--data", nargs="+", default=[str(ROOT / name) for name in PROSE])
-    parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=list(SCHEMES))
+    parser.add_argument("--schemes", nargs="+", choices=[*SCHEMES, *LLMCOMPRESSOR])
+    parser.add_argument("--engine-python", help="a Python that has llmcompressor")
     options = parser.parse_args()
+    options.schemes = options.schemes or [*SCHEMES, *(LLMCOMPRESSOR if options.engine_python else ())]
     reports = {name: calibrated(name, options) for name in options.schemes}
     document = evaluated(reports, options)
     print(table(document, reports))
@@ -57,8 +66,10 @@ def calibrated(name: str, options: argparse.Namespace) -> dict[str, Any]:
     folder = options.out.resolve() / name
     report = folder / "report.json"
     if not report.exists():
-        own = SCHEMES[name]
-        looks = own.get("engine", "autoround" if "preset" not in own else "") == "autoround" or "static" in name
+        own = SCHEMES.get(name) or {"engine": "llmcompressor", "engine_python": options.engine_python}
+        own = own | LLMCOMPRESSOR.get(name, {})
+        engine = own.get("engine", "autoround" if "preset" not in own else "rtn")
+        looks = engine in ("autoround", "llmcompressor") or "static" in name
         recipe = {
             "model": {"path": options.model, "device": "cpu"},
             "data": {"train": [{"path": path, "sample_by": "paragraph"} for path in options.data], "max_length": 512},

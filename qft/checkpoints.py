@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers import __version__ as transformers_version
 
-from qft.errors import MissingError, ModelError
+from qft.errors import MissingError, ModelError, first_line
 from qft.files import sha256
 from qft.recipe import Recipe
 
@@ -93,7 +93,7 @@ def load_tokenizer(checkpoint: Checkpoint, recipe: Recipe) -> PreTrainedTokenize
             **checkpoint.load_arguments, trust_remote_code=recipe.model.trust_remote_code
         )
     except Exception as error:  # tokenizers fail in as many ways as there are file formats
-        raise ModelError(f"{checkpoint.path}: its tokenizer cannot be loaded: {_first_line(error)}") from error
+        raise ModelError(f"{checkpoint.path}: its tokenizer cannot be loaded: {first_line(error)}") from error
     if not tokenizer.is_fast:
         raise ModelError(f"{checkpoint.path}: its tokenizer has no fast version, which the loss masks need")
     if recipe.data.chat_template:
@@ -152,7 +152,7 @@ def _config(arguments: dict[str, Any], asked: str) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(**arguments)
     except Exception as error:  # a config is data: whatever is wrong with it, it is the model's
-        raise ModelError(f"{asked}: its configuration cannot be read: {_first_line(error)}") from error
+        raise ModelError(f"{asked}: its configuration cannot be read: {first_line(error)}") from error
 
 
 def _hub(name: str, revision: str | None, trust_remote_code: bool) -> Checkpoint:
@@ -184,7 +184,7 @@ def _snapshot(name: str, revision: str | None, patterns: list[str]) -> Path:
         raise MissingError(f"model.path: {name} is neither a file here nor a hub id") from None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise MissingError(
-            f"model.path: {name} is not on this machine, and the hub cannot be reached: {_first_line(error)}"
+            f"model.path: {name} is not on this machine, and the hub cannot be reached: {first_line(error)}"
         ) from error
 
 
@@ -204,7 +204,3 @@ def _digest(path: Path) -> str:
     # In the hub's cache a large file is a link to a blob that is named by its SHA-256.
     name = path.resolve().name if path.is_symlink() else ""
     return name if len(name) == 64 else sha256(path)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

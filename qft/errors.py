@@ -28,6 +28,7 @@ __all__ = [
     "QftError",
     "RecipeError",
     "RunError",
+    "first_line",
 ]
 
 
@@ -73,3 +74,8 @@ class NonFiniteError(QftError):
 
 class OutOfMemoryError(QftError):
     exit_code = 9
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says first; its kind if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

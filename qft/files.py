@@ -9,28 +9,47 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from qft.errors import RunError
 
-__all__ = ["atomic_folder", "require_free_space", "sha256", "write_json", "write_text"]
+__all__ = [
+    "atomic_file",
+    "atomic_folder",
+    "free_bytes",
+    "now",
+    "require_free_space",
+    "sha256",
+    "write_json",
+    "write_text",
+]
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary sibling file that becomes `path` on success and vanishes on failure: `path` holds the old
+    content or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())
+        temporary.chmod(0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` (UTF-8) so that `path` holds the old content or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    """Write `text` (UTF-8), atomically."""
+    with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8") as stream:
+        stream.write(text)
 
 
 def write_json(path: Path, document: Any) -> None:
@@ -60,10 +79,20 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def now() -> str:
+    """The time in UTC, to the second, as ISO 8601 has it."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def free_bytes(folder: Path) -> int:
+    """Free on the disk that holds `folder`, or will."""
+    existing = next(p for p in [folder, *folder.absolute().parents] if p.exists())
+    return shutil.disk_usage(existing).free
+
+
 def require_free_space(folder: Path, needed: int, what: str) -> None:
     """Raise RunError unless the disk that will hold `folder` has `needed` bytes free for `what`."""
-    existing = next(p for p in [folder, *folder.absolute().parents] if p.exists())
-    free = shutil.disk_usage(existing).free
+    free = free_bytes(folder)
     if free < needed:
         raise RunError(
             f"{folder}: {what} needs {needed / 2**30:.1f} GiB and the disk has {free / 2**30:.1f} GiB free; "

@@ -26,7 +26,7 @@ from datasets import disable_progress_bars
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from qft.data.batch import pad_token_id
-from qft.errors import MissingError, ModelError, RecipeError
+from qft.errors import MissingError, ModelError, RecipeError, first_line
 from qft.plan.packages import missing_packages
 from qft.recipe import LoadedRecipe
 from qft.recipe.load import is_task_file
@@ -100,7 +100,7 @@ def run_tasks(
             except (RuntimeError, MemoryError):  # torch's own; an allocator's failure among them
                 raise
             except Exception as error:
-                raise ModelError(f"eval.harness: {name}: failed on this model: {_first_line(error)}") from error
+                raise ModelError(f"eval.harness: {name}: failed on this model: {first_line(error)}") from error
             found += _results(document)
     return found
 
@@ -153,9 +153,9 @@ def _load(task: str, where: str) -> Any:
         with chdir(Path(task).parent) if from_file else nullcontext(), redirect_stdout(io.StringIO()):
             loaded = manager.load([task])
     except OSError as error:
-        raise MissingError(f"{where}: what it needs is not to be had: {_first_line(error)}") from error
+        raise MissingError(f"{where}: what it needs is not to be had: {first_line(error)}") from error
     except Exception as error:  # whatever a task's own code raises
-        raise RecipeError(f"{where}: cannot be set up: {_first_line(error)}") from error
+        raise RecipeError(f"{where}: cannot be set up: {first_line(error)}") from error
     for name, part in loaded["tasks"].items():
         if getattr(part, "UNSAFE_CODE", False) or getattr(part, "MULTIMODAL", False):
             raise RecipeError(f"{where}: {name} runs code that the model wrote, or shows it more than text; remove it")
@@ -212,7 +212,3 @@ def _version(given: object) -> str | None:
 
 def _finite(value: object) -> float | None:
     return float(value) if isinstance(value, Real) and math.isfinite(value) else None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import bitsandbytes as bnb
@@ -13,12 +14,13 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.quantizers import AutoQuantizationConfig
 
 from qft.checkpoints import Checkpoint
 from qft.errors import ModelError, OutOfMemoryError, QftError
-from qft.files import atomic_folder, write_json
+from qft.files import atomic_file, atomic_folder, write_json
 from qft.plan import ModelPlan, Plan
 from qft.schemes import SCHEMES
 
@@ -30,7 +32,9 @@ __all__ = [
     "read_weights",
     "save_adapter",
     "save_full",
+    "save_tensors",
     "settle",
+    "tensors_in",
     "write_index",
 ]
 
@@ -176,10 +180,7 @@ def read_weights(checkpoint: Checkpoint) -> Callable[[str], torch.Tensor]:
     if checkpoint.gguf_file:
         weights: dict[str, torch.Tensor] = _dequantized(checkpoint, torch.float32).state_dict()
         return weights.__getitem__
-    where: dict[str, Path] = {}
-    for path in checkpoint.weight_files():
-        with safe_open(path, framework="pt") as file:
-            where.update(dict.fromkeys(file.keys(), path))
+    where = tensors_in(checkpoint.weight_files())
 
     def read(name: str) -> torch.Tensor:
         if name not in where:
@@ -199,12 +200,26 @@ def generation_config(plan: ModelPlan) -> GenerationConfig:
     return GenerationConfig.from_model_config(checkpoint.config)
 
 
+def tensors_in(paths: Iterable[Path]) -> dict[str, Path]:
+    """Which of the safetensors files holds which tensor, by its name."""
+    where: dict[str, Path] = {}
+    for path in paths:
+        with safe_open(path, framework="pt") as file:
+            where.update(dict.fromkeys(file.keys(), path))
+    return where
+
+
+def save_tensors(
+    tensors: dict[str, torch.Tensor], path: Path, header: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """Write one safetensors file, atomically; `header` is what it says beside its format."""
+    with atomic_file(path) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"} | dict(header))
+
+
 def write_index(folder: Path) -> None:
     """model.safetensors.index.json of the safetensors files in `folder`: which file holds which tensor."""
-    where, total = {}, 0
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            where.update(dict.fromkeys(file.keys(), path.name))
-        total += path.stat().st_size
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+    paths = sorted(folder.glob("*.safetensors"))
+    where = {name: path.name for name, path in sorted(tensors_in(paths).items())}
+    index = {"metadata": {"total_size": sum(path.stat().st_size for path in paths)}, "weight_map": where}
     write_json(folder / "model.safetensors.index.json", index)

@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from qft.blocks import StreamedModel
@@ -27,7 +25,7 @@ from qft.engines import Block, Engine, Held, LayerScheme, find_engine
 from qft.files import write_json
 from qft.layers import block_errors
 from qft.likelihood import Verification, compare
-from qft.models import write_index
+from qft.models import save_tensors, write_index
 from qft.plan import CalibrationPlan
 from qft.report.evaluation import LayerError
 from qft.report.live import View
@@ -49,7 +47,7 @@ class _Streams:
     quantized_verify: Hidden
 
     def save(self, path: Path) -> None:
-        _save({f"{name}.{i}": h for name, all_ in vars(self).items() for i, h in enumerate(all_)}, path)
+        save_tensors({f"{name}.{i}": h for name, all_ in vars(self).items() for i, h in enumerate(all_)}, path)
 
     @classmethod
     def load(cls, path: Path) -> _Streams:
@@ -139,8 +137,7 @@ class Quantization:
             told |= self.metadata(number, attempt)
         around = {name: tensor.cpu().contiguous() for name, tensor in self.model.around().items()}
         # The last file by name: its header speaks for all.
-        header = {"format": "pt"} | self.engine.header(told, list(around))
-        save_file(around, folder / "model-outside.safetensors", metadata=header)
+        save_tensors(around, folder / "model-outside.safetensors", self.engine.header(told, list(around)))
         write_index(folder)
         config = copy.deepcopy(self.model.model.config)
         config.quantization_config = self.engine.config(schemes, self.model.dtype)
@@ -242,7 +239,7 @@ class Quantization:
         told = {f"{prefix}.{name}.{key}": text for name, one in held.items() for key, text in one.metadata.items()}
         path = self._shard(number, attempt)
         write_json(path.with_suffix(".json"), told)
-        _save(tensors, path, self.engine.header(told, [f"{prefix}.{name}" for name in rest]))
+        save_tensors(tensors, path, self.engine.header(told, [f"{prefix}.{name}" for name in rest]))
 
     def _tell(self, number: int, errors: list[LayerError]) -> None:
         left = (len(self.model) - number - 1) * sum(self.block_seconds) / len(self.block_seconds)
@@ -291,15 +288,3 @@ def _largest_inputs(block: nn.Module, names: Mapping[str, Any]) -> Iterator[dict
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _save(tensors: dict[str, torch.Tensor], path: Path, header: Mapping[str, str] = MappingProxyType({})) -> None:
-    """Write a safetensors file that is whole or absent."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save_file(tensors, temporary, metadata={"format": "pt"} | dict(header))
-        with temporary.open("rb") as stream:
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

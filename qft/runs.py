@@ -19,14 +19,13 @@ import json
 import shutil
 import sys
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from qft.errors import RunError
-from qft.files import require_free_space, write_json, write_text
+from qft.files import now, require_free_space, write_json, write_text
 from qft.machine import describe, versions
 from qft.plan import CalibrationPlan, ModelPlan, Plan
 from qft.recipe import dump
@@ -99,7 +98,7 @@ class Run:
 
     def set_status(self, status: str, **more: Any) -> None:
         """running, complete, failed or interrupted."""
-        write_json(self.folder / MANIFEST, self.manifest() | {"status": status, "updated": _now()} | more)
+        write_json(self.folder / MANIFEST, self.manifest() | {"status": status, "updated": now()} | more)
 
 
 def step_of(checkpoint: Path | None) -> int:
@@ -160,7 +159,7 @@ def _begin(run: Run, plan: Plan | CalibrationPlan, digests: dict[str, str | None
     run.set_status(
         "running",
         command=sys.argv,
-        started=_now(),
+        started=now(),
         seed=plan.recipe.seed,
         versions=versions(),
         hardware=describe(plan.device),
@@ -223,7 +222,3 @@ def _is_whole(checkpoint: Path) -> bool:
     except (OSError, ValueError):
         return False
     return (checkpoint / "optimizer.pt").exists() and (checkpoint / "scheduler.pt").exists()
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -17,7 +17,7 @@ from typing import Any
 from datasets import Dataset, Features, Value, disable_progress_bars, load_dataset
 from datasets.exceptions import DatasetsError
 
-from qft.errors import DataError, MissingError
+from qft.errors import DataError, MissingError, first_line
 from qft.files import sha256
 from qft.recipe import Source
 
@@ -100,7 +100,7 @@ def open_source(source: Source) -> Rows:
         cause = error.__cause__ or error
         if isinstance(cause, UnicodeDecodeError):
             raise DataError(f"{path}: not UTF-8 text") from None
-        raise DataError(f"{path}: cannot be read: {_first_line(cause)}") from error
+        raise DataError(f"{path}: cannot be read: {first_line(cause)}") from error
     return Rows(source, dataset, unit, digest)
 
 
@@ -168,12 +168,8 @@ def _hub(source: Source) -> Rows:
         dataset = load_dataset(source.path, source.name, split=source.split, revision=source.revision)
     except Exception as error:  # datasets and huggingface_hub raise a dozen unrelated types here
         raise MissingError(
-            f"{source.path}: not a local file, and the hub dataset cannot be loaded: {_first_line(error)}"
+            f"{source.path}: not a local file, and the hub dataset cannot be loaded: {first_line(error)}"
         ) from error
     checksums = dataset.info.download_checksums or {}
     commit = next((url.rsplit("@", 1)[1].split("/")[0] for url in checksums if "@" in url), source.revision)
     return Rows(source, dataset, "row", commit)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

@@ -10,16 +10,14 @@ from safetensors import safe_open
 
 from qft.export.base import Job
 from qft.export.weights import MergedWeights
+from qft.models import tensors_in
 
 __all__ = ["worst_weight"]
 
 
 def worst_weight(job: Job, folder: Path) -> str | None:
     """Name and signal-to-noise ratio of the weight; None if all are exactly what they should be."""
-    found: dict[str, Path] = {}
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            found.update(dict.fromkeys(file.keys(), path))
+    found = tensors_in(folder.glob("*.safetensors"))
     worst, noisiest = None, math.inf
     for tensors in MergedWeights(job).groups():
         for name, expected in tensors.items():

@@ -7,11 +7,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-
 from qft.export.base import Exporter, Job, Limits
 from qft.export.weights import MergedWeights
-from qft.models import generation_config, load_base, write_index
+from qft.models import generation_config, load_base, save_tensors, write_index
 from qft.plan import plan_model
 from qft.recipe.load import from_values
 
@@ -34,8 +32,7 @@ def write(job: Job, folder: Path) -> None:
     weights = MergedWeights(job)
     for number, tensors in enumerate(weights.groups(), start=-1):
         name = "model-outside" if number < 0 else f"model-block-{number:05}"
-        save_file(tensors, folder / f"{name}.safetensors", metadata={"format": "pt"})
-        (folder / f"{name}.safetensors").chmod(0o644)  # else its owner alone could serve it
+        save_tensors(tensors, folder / f"{name}.safetensors")
     write_index(folder)
     config = copy.deepcopy(weights.model.config)
     config.dtype, config.architectures = job.dtype, [job.plan.shape.architecture]

@@ -18,11 +18,12 @@ from qft.export.compare import worst_weight
 from qft.export.merged import MERGED
 from qft.export.quantized import BNB_4BIT, BNB_8BIT, COMPRESSED
 from qft.export.verify import Reference, reference, verify
-from qft.files import atomic_folder, require_free_space, sha256, write_json, write_text
+from qft.files import atomic_folder, free_bytes, require_free_space, sha256, write_json, write_text
 from qft.machine import versions
 from qft.plan.packages import missing_engine
 from qft.recipe import LoadedRecipe, load
 from qft.recipe.schema import ExportSection
+from qft.registry import SIDE
 from qft.report.export import ExportDocument, Gate
 from qft.report.live import View
 from qft.runs import Run
@@ -40,7 +41,6 @@ EXPORTERS: dict[str, Exporter] = {
 """By the names of export.target."""
 LIMITED = ("kl", "top1_agreement", "perplexity_increase")
 """Checks that wrong weights fail."""
-SIDE = ("export.json", "README.md")
 UNVERIFIED = Gate(passed=None, engine=None, rows=0, tokens=0, checks=[])
 
 
@@ -142,8 +142,7 @@ def _require_room(job: Job, names: Sequence[str], out: Path, options: ExportOpti
             raise RunError(f"{out / name}: is there already; give --overwrite, or another folder with --out")
     needed = sum(EXPORTERS[name].needed_bytes(for_target(job, name, options)) for name in names)
     require_free_space(out, needed, "the export")
-    free = shutil.disk_usage(next(p for p in (out, *out.absolute().parents) if p.exists())).free
-    job.view.note(f"Needs up to {needed / 2**30:.2f} GiB of the {free / 2**30:.2f} GiB that are free")
+    job.view.note(f"Needs up to {needed / 2**30:.2f} GiB of the {free_bytes(out) / 2**30:.2f} GiB that are free")
 
 
 def _export(job: Job, name: str, final: Path, expected: Reference | None) -> ExportDocument:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +15,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qft.errors import ModelError
-from qft.files import require_free_space
+from qft.files import atomic_file, require_free_space
 from qft.gguf.shape import add_shape, architecture, rope_factors
 from qft.gguf.vocabulary import add_tokenizer
 
@@ -85,25 +83,16 @@ def _write(writer: Any, tensors: list[_Tensor], out: Path) -> None:
     for tensor in tensors:
         dtype = np.dtype(np.float32)
         writer.add_tensor_info(tensor.name, tensor.shape, dtype, tensor.nbytes, raw_dtype=tensor.type)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.")
-    os.close(handle)
-    try:
-        writer.write_header_to_file(Path(temporary))
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for tensor in tensors:
-            writer.write_tensor_data(_encoded(tensor))
-        writer.close()
-        with open(temporary, "rb") as stream:
-            os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, out)
-    except BaseException:
-        if writer.fout is not None:
-            writer.close()
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with atomic_file(out) as temporary:
+        try:
+            writer.write_header_to_file(temporary)
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for tensor in tensors:
+                writer.write_tensor_data(_encoded(tensor))
+        finally:
+            if writer.fout is not None:
+                writer.close()
 
 
 def _encoded(tensor: _Tensor) -> NDArray[Any]:

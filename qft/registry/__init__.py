@@ -4,10 +4,11 @@ from qft.registry.compare import Row, diff
 from qft.registry.facts import facts_of
 from qft.registry.shelf import ORIGINAL, Shelf, find_shelf, names
 from qft.registry.verify import Finding, Which, inspect, problems, verify
-from qft.registry.write import add, promote, rollback, versions
+from qft.registry.write import SIDE, add, promote, rollback, versions
 
 __all__ = [
     "ORIGINAL",
+    "SIDE",
     "Finding",
     "Row",
     "Shelf",

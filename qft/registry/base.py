@@ -9,8 +9,8 @@ import tempfile
 from pathlib import Path
 
 from qft.errors import RunError
-from qft.files import write_json
-from qft.registry.shelf import MANIFEST, ORIGINAL, Record, Shelf, now
+from qft.files import now, write_json
+from qft.registry.shelf import MANIFEST, ORIGINAL, Record, Shelf
 
 __all__ = ["base_entry", "base_file", "record_base"]
 

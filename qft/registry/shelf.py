@@ -17,14 +17,13 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from qft.errors import MissingError, RecipeError, RunError
-from qft.files import write_text
+from qft.files import now, write_text
 
-__all__ = ["ADD_LOCK", "ARTIFACT", "LOCK", "MANIFEST", "ORIGINAL", "Record", "Shelf", "find_shelf", "names", "now"]
+__all__ = ["ADD_LOCK", "ARTIFACT", "LOCK", "MANIFEST", "ORIGINAL", "Record", "Shelf", "find_shelf", "names"]
 
 Record = dict[str, Any]
 
@@ -140,10 +139,6 @@ def find_shelf(registry: Path, name: str, *, new: bool = False) -> Shelf:
 def names(registry: Path) -> list[str]:
     """The models of a registry, by name; none if there is no such folder."""
     return sorted(path.name for path in registry.glob("*") if NAME.fullmatch(path.name) and _is_shelf(path))
-
-
-def now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _is_shelf(folder: Path) -> bool:

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Literal
 
 from qft.errors import GateError, MissingError, RecipeError, RunError
-from qft.files import require_free_space, sha256, write_json
+from qft.files import now, require_free_space, sha256, write_json
 from qft.registry.base import base_entry, record_base
-from qft.registry.shelf import ADD_LOCK, ARTIFACT, LOCK, MANIFEST, ORIGINAL, Record, Shelf, find_shelf, now
+from qft.registry.shelf import ADD_LOCK, ARTIFACT, LOCK, MANIFEST, ORIGINAL, Record, Shelf, find_shelf
 from qft.registry.verify import Finding, files_of, inspect_entry, pending
 
-__all__ = ["FACTS", "add", "promote", "rollback", "versions"]
+__all__ = ["FACTS", "SIDE", "add", "promote", "rollback", "versions"]
 
 FACTS = ("target", "base", "data", "recipe", "scores", "gate", "run")
 """What a manifest says beside bytes and hashes, None where nobody said it; see facts_of."""

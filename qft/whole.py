@@ -203,7 +203,7 @@ def load_result(plan: CalibrationPlan, folder: Path) -> PreTrainedModel:
 
 
 def _let_transformers_unpack(folder: Path) -> None:
-    """See qft.engines.compressed.config, which says the same of models with zero points."""
+    """See CompressedTensors.config of qft.engines, which says the same of models with zero points."""
     config = json.loads((folder / "config.json").read_text("utf-8"))
     config["quantization_config"]["dequantize"] = True
     write_json(folder / "config.json", config)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from auto_round import AutoRound as Tuner
 from torch import nn
 
-from qft.engines import compressed
-from qft.engines.base import Block, Held, LayerScheme, Tensors
+from qft.engines.base import Block, Held, LayerScheme
+from qft.engines.compressed import CompressedTensors, hold
 
 __all__ = ["AutoRound"]
 
@@ -22,10 +21,7 @@ BATCH = 8
 """Windows of one tuning step, auto-round's own default."""
 
 
-class AutoRound:
-    def needs_windows(self, scheme: LayerScheme) -> bool:
-        return True
-
+class AutoRound(CompressedTensors):
     def quantize(self, block: Block) -> dict[str, Held]:
         originals = {name: _copy(block.module.get_submodule(name)) for name in block.schemes}
         _tune(block)
@@ -34,15 +30,6 @@ class AutoRound:
             tuned: Any = block.module.get_submodule(name)
             held[name] = _hold(originals[name], tuned, scheme)
         return held
-
-    def restore(self, layer: nn.Linear, tensors: Tensors, scheme: LayerScheme) -> nn.Module:
-        return compressed.restore(layer, tensors, scheme)
-
-    def config(self, schemes: Mapping[str, LayerScheme | None], dtype: torch.dtype) -> dict[str, Any]:
-        return compressed.config(schemes)
-
-    def header(self, held: Mapping[str, str], others: Sequence[str]) -> dict[str, str]:
-        return {}
 
 
 class _Alone(nn.Module):
@@ -116,4 +103,4 @@ def _hold(original: Any, tuned: Any, scheme: LayerScheme) -> Held:
     middle = 2 ** (scheme.bits - 1)
     zero_point = torch.as_tensor(tuned.zp, device=device).expand_as(scale) - middle
     original.weight.data = tuned.weight.data.to(device, dtype)
-    return compressed.hold(original, scheme, scale, zero_point)
+    return hold(original, scheme, scale, zero_point)

@@ -64,9 +64,6 @@ class Held:
 class Engine(Protocol):
     """One way to quantize the linear layers of a model that is trained."""
 
-    def needs_windows(self, scheme: LayerScheme) -> bool:
-        """Whether it looks at activations."""
-
     def quantize(self, block: Block) -> dict[str, Held]:
         """Each layer of block.schemes."""
 

@@ -25,9 +25,6 @@ THRESHOLD = 6.0
 
 
 class BitsAndBytes:
-    def needs_windows(self, scheme: LayerScheme) -> bool:
-        return False
-
     def quantize(self, block: Block) -> dict[str, Held]:
         return {name: _hold(block.module.get_submodule(name), scheme) for name, scheme in block.schemes.items()}
 

@@ -6,7 +6,7 @@ Arithmetic and layout are the library's own, so that a layer computes here what 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,44 @@ from torch import nn
 
 from qft.engines.base import Held, LayerScheme, Tensors
 
-__all__ = ["config", "hold", "restore", "weight_scales"]
+__all__ = ["CompressedTensors", "hold", "weight_scales"]
+
+
+class CompressedTensors:
+    """What the engines that write this format have in common."""
+
+    def restore(self, layer: nn.Linear, tensors: Tensors, scheme: LayerScheme) -> nn.Module:
+        return _restore(layer, tensors, scheme)
+
+    def config(self, schemes: Mapping[str, LayerScheme | None], dtype: torch.dtype) -> dict[str, Any]:
+        """The quantization_config of config.json. Raises ValueError for zero points beside a second scheme.
+
+        transformers (5.24) makes no room for packed zero points and refuses them, but for a model that says
+        `dequantize`: that one it unpacks as it loads it, and then it takes all layers for the first group's.
+        """
+        held = sorted({scheme for scheme in schemes.values() if scheme}, key=repr)
+        with_zero_points = not all(scheme.symmetric for scheme in held)
+        if with_zero_points and len(held) > 1:
+            raise ValueError("layers with zero points cannot be mixed with layers of another scheme")
+        groups = {}
+        for number, scheme in enumerate(held):
+            names = [name for name, own in schemes.items() if own == scheme]
+            targets = ["Linear"] if len(held) == 1 else [f"re:^{re.escape(name)}$" for name in names]
+            arguments = _arguments(scheme)
+            arguments.targets = targets
+            arguments.format = infer_module_format(nn.Linear, arguments).value
+            groups[f"group_{number}"] = arguments
+        formats = {str(arguments.format) for arguments in groups.values()}
+        made: dict[str, Any] = QuantizationConfig(
+            config_groups=groups,
+            format=formats.pop() if len(formats) == 1 else "mixed-precision",
+            quantization_status=QuantizationStatus.COMPRESSED,
+            ignore=[name for name, scheme in schemes.items() if scheme is None],
+        ).model_dump(mode="json")
+        return made | ({"dequantize": True} if with_zero_points else {})
+
+    def header(self, held: Mapping[str, str], others: Sequence[str]) -> dict[str, str]:
+        return {}
 
 
 def weight_scales(weight: torch.Tensor, scheme: LayerScheme) -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,10 +95,10 @@ def hold(
     if layer.bias is not None:
         compressed["bias"] = layer.bias.data
     tensors = {name: tensor.contiguous() for name, tensor in compressed.items()}
-    return Held(restore(layer, tensors, scheme), tensors)
+    return Held(_restore(layer, tensors, scheme), tensors)
 
 
-def restore(layer: nn.Linear, tensors: Tensors, scheme: LayerScheme) -> nn.Module:
+def _restore(layer: nn.Linear, tensors: Tensors, scheme: LayerScheme) -> nn.Module:
     """A linear layer with the dequantized weights, which rounds its inputs as the scheme says."""
     arguments = _arguments(scheme)
     device = layer.weight.device
@@ -77,34 +114,6 @@ def restore(layer: nn.Linear, tensors: Tensors, scheme: LayerScheme) -> nn.Modul
             held.input_scale = nn.Parameter(state["input_scale"], requires_grad=False)
         set_forward_quantized(held)
     return held
-
-
-def config(schemes: Mapping[str, LayerScheme | None]) -> dict[str, Any]:
-    """The quantization_config of config.json. Raises ValueError for zero points beside a second scheme.
-
-    transformers (5.24) makes no room for packed zero points and refuses them, but for a model that says `dequantize`:
-    that one it unpacks as it loads it, and then it takes all layers for the first group's.
-    """
-    held = sorted({scheme for scheme in schemes.values() if scheme}, key=repr)
-    with_zero_points = not all(scheme.symmetric for scheme in held)
-    if with_zero_points and len(held) > 1:
-        raise ValueError("layers with zero points cannot be mixed with layers of another scheme")
-    groups = {}
-    for number, scheme in enumerate(held):
-        names = [name for name, own in schemes.items() if own == scheme]
-        targets = ["Linear"] if len(held) == 1 else [f"re:^{re.escape(name)}$" for name in names]
-        arguments = _arguments(scheme)
-        arguments.targets = targets
-        arguments.format = infer_module_format(nn.Linear, arguments).value
-        groups[f"group_{number}"] = arguments
-    formats = {str(arguments.format) for arguments in groups.values()}
-    made: dict[str, Any] = QuantizationConfig(
-        config_groups=groups,
-        format=formats.pop() if len(formats) == 1 else "mixed-precision",
-        quantization_status=QuantizationStatus.COMPRESSED,
-        ignore=[name for name, scheme in schemes.items() if scheme is None],
-    ).model_dump(mode="json")
-    return made | ({"dequantize": True} if with_zero_points else {})
 
 
 def _arguments(scheme: LayerScheme) -> QuantizationScheme:

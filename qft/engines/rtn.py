@@ -2,35 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import nn
-
-from qft.engines import compressed
-from qft.engines.base import Block, Held, LayerScheme, Tensors
+from qft.engines.base import Block, Held
+from qft.engines.compressed import CompressedTensors, hold, weight_scales
 
 __all__ = ["RoundToNearest"]
 
 
-class RoundToNearest:
-    def needs_windows(self, scheme: LayerScheme) -> bool:
-        return scheme.activations == "static"
-
+class RoundToNearest(CompressedTensors):
     def quantize(self, block: Block) -> dict[str, Held]:
         held = {}
         for name, scheme in block.schemes.items():
             layer: Any = block.module.get_submodule(name)
-            scales = compressed.weight_scales(layer.weight.data, scheme)
-            held[name] = compressed.hold(layer, scheme, *scales, block.largest_inputs.get(name))
+            scales = weight_scales(layer.weight.data, scheme)
+            held[name] = hold(layer, scheme, *scales, block.largest_inputs.get(name))
         return held
-
-    def restore(self, layer: nn.Linear, tensors: Tensors, scheme: LayerScheme) -> nn.Module:
-        return compressed.restore(layer, tensors, scheme)
-
-    def config(self, schemes: Mapping[str, LayerScheme | None], dtype: torch.dtype) -> dict[str, Any]:
-        return compressed.config(schemes)
-
-    def header(self, held: Mapping[str, str], others: Sequence[str]) -> dict[str, str]:
-        return {}

@@ -26,9 +26,6 @@ PLAIN = '{"_type": "Tensor"}'
 
 
 class TorchAo:
-    def needs_windows(self, scheme: LayerScheme) -> bool:
-        return False
-
     def quantize(self, block: Block) -> dict[str, Held]:
         return {name: _hold(block.module.get_submodule(name), scheme) for name, scheme in block.schemes.items()}
 

@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from qft.errors import ModelError
-from qft.plan import ModelPlan, find_blocks
+from qft.plan import ModelPlan, find_blocks, without_contents
 
 __all__ = ["Read", "StreamedModel"]
 
@@ -34,10 +33,7 @@ class StreamedModel:
         attention = (
             {} if section.attn_implementation == "auto" else {"attn_implementation": section.attn_implementation}
         )
-        with torch.device("meta"):
-            self.model = AutoModelForCausalLM.from_config(
-                plan.checkpoint.config, trust_remote_code=section.trust_remote_code, dtype=self.dtype, **attention
-            ).eval()
+        self.model = without_contents(plan.checkpoint, section, dtype=self.dtype, **attention).eval()
         self.prefix, self.stack = find_blocks(self.model, plan.shape.layers)
         self._fill(self.model, "", skip=f"{self.prefix}.")
         self.model.tie_weights()
@@ -86,6 +82,11 @@ class StreamedModel:
         self._leave = hidden.to(self.device)
         logits: torch.Tensor = self._forward(torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)).logits
         return logits[0]
+
+    def weights_of(self, layer: str) -> int:
+        """How many weights a linear layer has."""
+        weight: torch.Tensor = self.model.get_submodule(layer).weight
+        return weight.numel()
 
     def around(self) -> dict[str, torch.Tensor]:
         """Weights outside the blocks, by name, each once."""

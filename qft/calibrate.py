@@ -32,7 +32,7 @@ from qft.report.evaluation import LayerError, Score
 from qft.report.live import View
 from qft.runs import Run, record_base, start_calibration
 from qft.scores import answer_rows, score
-from qft.statistics import Interval, change_interval, interval
+from qft.statistics import interval
 from qft.targets import load_target, parse_target
 from qft.whole import WholeModel, load_result
 
@@ -75,14 +75,8 @@ def calibrate(loaded: LoadedRecipe, view: View, *, resume: bool = False, overwri
         )
     run = start_calibration(plan, _needed_bytes(plan), resume=resume, overwrite=overwrite)
     try:
-        with memory_guard("calibrating"), Meter(plan.device.kind) as meter:
+        with run.failure_noted(), memory_guard("calibrating"), Meter(plan.device.kind) as meter:
             report = _Calibration(plan, run, view, meter, merged_run).run_all(started)
-    except KeyboardInterrupt:
-        run.set_status("interrupted")
-        raise
-    except BaseException as error:
-        run.set_status("failed", error=f"{type(error).__name__}: {error}")
-        raise
     finally:
         if plan.whole_model:
             shutil.rmtree(run.work, ignore_errors=True)
@@ -151,9 +145,7 @@ class _Calibration:
 
     def _measured(self, schemes: Schemes, found: Verification) -> Attempt:
         seed, rows = self.plan.seed, len(self.work.rows)
-        change = change_interval(
-            lambda drawn: found.after.perplexity(drawn) / found.before.perplexity(drawn), lambda _: 1.0, rows, seed=seed
-        )
+        change = found.after.perplexity_change(found.before, seed=seed)
         assert found.after.divergence is not None
         kl, agrees = found.after.divergence.kl, found.after.divergence.agrees
         before = self.plan.schemes
@@ -162,9 +154,9 @@ class _Calibration:
             kept=raised,
             weight_bytes=self.work.weight_bytes(len(self.attempts)),
             perplexity=_perplexity(found.after, seed),
-            perplexity_change=_score(change),
+            perplexity_change=Score.of(change),
             kl_mean=float(kl.mean()),
-            kl_interval=_score(interval(found.after.mean_kl, rows, seed=seed)),
+            kl_interval=Score.of(interval(found.after.mean_kl, rows, seed=seed)),
             kl_p99=float(np.percentile(kl, 99)),
             top1_agreement=float(agrees.mean()),
         )
@@ -180,7 +172,7 @@ class _Calibration:
             while done < len(units):
                 count, before = done + 1, dict(schemes)
                 for unit in units[done : done + count]:
-                    wanted = {name: _weights(work, name) * (raised.bits if raised else 16) // 8 for name in unit}
+                    wanted = {name: work.model.weights_of(name) * (raised.bits if raised else 16) // 8 for name in unit}
                     more = sum(wanted.values()) - sum(size[name] for name in unit)
                     if limit is None or used + more <= limit:
                         schemes |= dict.fromkeys(unit, raised)
@@ -306,12 +298,6 @@ def _scheme(plan: CalibrationPlan) -> dict[str, Any]:
     return scheme | ({"algorithm": plan.algorithm} if plan.algorithm else {})
 
 
-def _weights(work: Quantization, layer: str) -> int:
-    """How many weights a layer has."""
-    weight: torch.Tensor = work.model.model.get_submodule(layer).weight
-    return weight.numel()
-
-
 def _ladder(plan: CalibrationPlan) -> list[LayerScheme | None]:
     """What the remedy raises layers to; None is 16 bits."""
     in_8_bits = LayerScheme("int", 8)
@@ -351,11 +337,7 @@ def _passed(checks: Iterable[Check]) -> bool:
 
 
 def _perplexity(likelihood: Likelihood, seed: int) -> Score:
-    return _score(interval(likelihood.perplexity, len(likelihood.tokens), seed=seed))
-
-
-def _score(found: Interval) -> Score:
-    return Score(value=found.value, low=found.low, high=found.high)
+    return Score.of(interval(likelihood.perplexity, len(likelihood.tokens), seed=seed))
 
 
 def _beyond(peak: Snapshot, before: Snapshot, on_gpu: bool) -> int:

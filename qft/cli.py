@@ -9,7 +9,7 @@ import typer
 
 from qft.cli_models import models
 from qft.quiet import quiet_libraries
-from qft.shell import AsJson, Debug, Quiet, consoles, messages, print_json
+from qft.shell import AsJson, Debug, Quiet, consoles, messages, print_json, tell
 
 if TYPE_CHECKING:
     from qft.recipe import LoadedRecipe
@@ -31,6 +31,13 @@ Overrides = Annotated[
     ),
 ]
 MergeInto = Literal["dequantized", "original"]
+DOCUMENTS = {
+    "report": ("qft.report.document", "Report"),
+    "eval": ("qft.report.evaluation", "EvalDocument"),
+    "calibration": ("qft.report.calibration", "CalibrationReport"),
+    "export": ("qft.report.export", "ExportDocument"),
+}
+"""What commands write, by its name for `qft schema`: module and class."""
 TARGET_HELP = (
     "A recipe, a run, or a model; PATH@VARIANT for base, float32, bfloat16, float16, nf4, fp4, 8bit or merged."
 )
@@ -72,11 +79,7 @@ def check(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = Fal
         quiet_libraries()
         from qft.report.plan import render_plan
 
-        facts = planned(loaded)
-        if as_json:
-            print_json(facts)
-        else:
-            consoles(False).print(render_plan(facts))
+        tell(planned(loaded), render_plan, as_json=as_json)
 
 
 @app.command()
@@ -94,20 +97,15 @@ def train(
         from qft.recipe import load
 
         loaded = load(recipe, overrides or [])
-        if resume and overwrite:
-            raise typer.BadParameter("--resume continues a run and --overwrite replaces it; give one of the two")
+        require_one_of(resume=resume, overwrite=overwrite)
         quiet_libraries()
         from qft.report.live import choose_view
         from qft.report.terminal import render
         from qft.train import train as run_training
 
-        console = consoles(as_json)
-        with choose_view(console, quiet=quiet) as view:
+        with choose_view(consoles(as_json), quiet=quiet) as view:
             report = run_training(loaded, view, resume=resume, overwrite=overwrite)
-        if as_json:
-            print_json(report.model_dump(mode="json"))
-        elif not quiet:
-            console.print(render(report))
+        tell(report, render, as_json=as_json, quiet=quiet)
 
 
 @app.command()
@@ -126,20 +124,15 @@ def calibrate(
         from qft.recipe import load
 
         loaded = load(recipe, [*(overrides or []), *([f"output_dir={out}"] if out else [])])
-        if resume and overwrite:
-            raise typer.BadParameter("--resume continues a run and --overwrite replaces it; give one of the two")
+        require_one_of(resume=resume, overwrite=overwrite)
         quiet_libraries()
         from qft.calibrate import calibrate as run_calibration
         from qft.report.acceptance import render_calibration
         from qft.report.live import LineView, QuietView
 
-        console = consoles(as_json)
-        view = QuietView() if quiet else LineView(console)
+        view = QuietView() if quiet else LineView(consoles(as_json))
         report = run_calibration(loaded, view, resume=resume, overwrite=overwrite)
-        if as_json:
-            print_json(report.model_dump(mode="json"))
-        elif not quiet:
-            console.print(render_calibration(report))
+        tell(report, render_calibration, as_json=as_json, quiet=quiet)
 
 
 @app.command("eval")
@@ -171,7 +164,6 @@ def evaluate(
         from qft.report.comparison import render_comparison
         from qft.report.live import LineView, QuietView
 
-        console = consoles(as_json)
         options = EvalOptions(
             adapter=adapter,
             data=data,
@@ -185,11 +177,8 @@ def evaluate(
             layers=layers,
             out=out or default_out(targets),
         )
-        document = run_evaluation(targets, options, QuietView() if quiet else LineView(console))
-        if as_json:
-            print_json(document.model_dump(mode="json"))
-        elif not quiet:
-            console.print(render_comparison(document))
+        view = QuietView() if quiet else LineView(consoles(as_json))
+        tell(run_evaluation(targets, options, view), render_comparison, as_json=as_json, quiet=quiet)
 
 
 @app.command()
@@ -219,13 +208,12 @@ def export(
         from qft.report.handover import render_exports
         from qft.report.live import LineView, QuietView
 
-        console = consoles(as_json)
         options = ExportOptions(tuple(to or ()), out, merge_into, gate, overwrite, tuple(overrides or ()))
-        documents = run_export(run, options, QuietView() if quiet else LineView(console))
+        documents = run_export(run, options, QuietView() if quiet else LineView(consoles(as_json)))
         if as_json:
             print_json([document.model_dump(mode="json") for document in documents])
         elif not quiet:
-            console.print(render_exports(documents))
+            consoles(False).print(render_exports(documents))
 
 
 @app.command()
@@ -307,29 +295,24 @@ def schema(
         str, typer.Argument(metavar="[recipe|report|eval|calibration|export]", help="Which document.")
     ] = "recipe",
 ) -> None:
-    """Print the JSON Schema of a recipe (for editors) or of report.json."""
+    """Print the JSON Schema of a recipe (for editors) or of a document, such as report.json."""
     if of == "recipe":
         from qft.recipe import json_schema
 
         print_json(json_schema())
-    elif of == "report":
-        from qft.report.document import Report
+    elif of in DOCUMENTS:
+        from importlib import import_module
 
-        print_json({"$schema": "https://json-schema.org/draft/2020-12/schema", **Report.model_json_schema()})
-    elif of == "eval":
-        from qft.report.evaluation import EvalDocument
-
-        print_json({"$schema": "https://json-schema.org/draft/2020-12/schema", **EvalDocument.model_json_schema()})
-    elif of == "calibration":
-        from qft.report.calibration import CalibrationReport
-
-        print_json({"$schema": "https://json-schema.org/draft/2020-12/schema", **CalibrationReport.model_json_schema()})
-    elif of == "export":
-        from qft.report.export import ExportDocument
-
-        print_json({"$schema": "https://json-schema.org/draft/2020-12/schema", **ExportDocument.model_json_schema()})
+        module, name = DOCUMENTS[of]
+        own = getattr(import_module(module), name).model_json_schema()
+        print_json({"$schema": "https://json-schema.org/draft/2020-12/schema", **own})
     else:
-        raise typer.BadParameter(f"{of} is none of recipe, report, eval, calibration and export")
+        raise typer.BadParameter(f"{of} is none of recipe, {', '.join(DOCUMENTS)}")
+
+
+def require_one_of(*, resume: bool, overwrite: bool) -> None:
+    if resume and overwrite:
+        raise typer.BadParameter("--resume continues a run and --overwrite replaces it; give one of the two")
 
 
 def planned(loaded: LoadedRecipe) -> dict[str, Any]:

@@ -8,11 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qft.errors import GateError
-from qft.shell import AsJson, Debug, consoles, messages, print_json
+from qft.shell import AsJson, Debug, messages, tell
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
     from qft.registry import Which
 
 __all__ = ["models"]
@@ -56,7 +54,7 @@ def list_models(
         from qft.report.versions import render_list
 
         found = {each: _listed(registry, each) for each in ([name] if name else versions.names(registry))}
-        _tell({"registry": str(registry), "models": found}, render_list, as_json)
+        tell({"registry": str(registry), "models": found}, render_list, as_json=as_json)
 
 
 @models.command()
@@ -82,7 +80,7 @@ def show(
             "manifest": shelf.manifest(entry),
             "history": shelf.history(),
         }
-        _tell(document, render_version, as_json)
+        tell(document, render_version, as_json=as_json)
 
 
 @models.command()
@@ -102,7 +100,7 @@ def diff(
         entries = [_entry(registry, name, text) for text in (a, b)]
         manifests = [versions.find_shelf(registry, name).manifest(entry) for entry in entries]
         rows = [row._asdict() for row in versions.diff(*manifests)]
-        _tell({"name": name, "a": entries[0], "b": entries[1], "rows": rows}, render_diff, as_json)
+        tell({"name": name, "a": entries[0], "b": entries[1], "rows": rows}, render_diff, as_json=as_json)
 
 
 @models.command()
@@ -166,17 +164,11 @@ def verify(
         found = [text for finding in findings for text in finding.sentences()]
         wrong = found if version else versions.problems(registry, name, findings)
         entries = [vars(finding) | {"whole": finding.whole} for finding in findings]
-        _tell({"name": name, "valid": not wrong, "entries": entries, "problems": wrong}, render_findings, as_json)
+        tell(
+            {"name": name, "valid": not wrong, "entries": entries, "problems": wrong}, render_findings, as_json=as_json
+        )
         if wrong:
             raise GateError("\n".join(f"{name}: {text}" for text in wrong))
-
-
-def _tell(document: dict[str, Any], render: Any, as_json: bool) -> None:
-    if as_json:
-        print_json(document)
-    else:
-        rendered: RenderableType = render(document)
-        consoles(False).print(rendered)
 
 
 def _listed(registry: Path, name: str) -> dict[str, Any]:

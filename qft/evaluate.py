@@ -34,7 +34,7 @@ from qft.report.live import View
 from qft.runs import Run
 from qft.scores import SCORES, Answer, answer_rows, as_jsonl, score, score_change
 from qft.speed import decode_speed, prefill_speed
-from qft.statistics import Interval, change_interval, interval
+from qft.statistics import interval
 from qft.targets import Target, load_target, parse_target
 
 __all__ = ["EvalOptions", "default_out", "evaluate"]
@@ -267,10 +267,10 @@ def _result(
     result: dict[str, Any] = {
         "name": measured.name,
         "perplexity": likelihood.perplexity(),
-        "perplexity_interval": _score(interval(likelihood.perplexity, rows, seed=seed)),
+        "perplexity_interval": Score.of(interval(likelihood.perplexity, rows, seed=seed)),
         "bits_per_byte": float(likelihood.nll.sum() / np.log(2) / material.text_bytes),
         "eval_tokens": int(likelihood.tokens.sum()),
-        "scores": {n: _score(score(n, measured.answers, pattern=recipe.eval.regex, seed=seed)) for n in metrics},
+        "scores": {n: Score.of(score(n, measured.answers, pattern=recipe.eval.regex, seed=seed)) for n in metrics},
         "by_source": _by_source(likelihood, material),
         **measured.figures,
     }
@@ -281,20 +281,12 @@ def _result(
     if reference is measured:
         result |= {"kl_mean": 0.0, "kl_p99": 0.0, "top1_agreement": 1.0}
     elif reference is not None:
-        theirs = reference.likelihood.perplexity
-        change = change_interval(
-            lambda drawn: likelihood.perplexity(drawn) / theirs(drawn), lambda _: 1.0, rows, seed=seed
-        )
-        result["perplexity_change"] = _score(change)
+        result["perplexity_change"] = Score.of(likelihood.perplexity_change(reference.likelihood, seed=seed))
         result["score_changes"] = {
-            n: _score(score_change(n, measured.answers, reference.answers, pattern=recipe.eval.regex, seed=seed))
+            n: Score.of(score_change(n, measured.answers, reference.answers, pattern=recipe.eval.regex, seed=seed))
             for n in metrics
         }
     return TargetResult(**result)
-
-
-def _score(found: Interval) -> Score:
-    return Score(value=found.value, low=found.low, high=found.high)
 
 
 def _by_source(likelihood: Likelihood, material: Material) -> list[SourceResult]:

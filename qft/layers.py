@@ -11,7 +11,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import bitsandbytes as bnb
 import torch
@@ -29,7 +30,9 @@ from qft.memory.meter import weight_bytes
 from qft.report.evaluation import LayerError
 from qft.skipping import skip_entry
 
-__all__ = ["block_errors", "layer_errors", "suggest_skip_modules"]
+__all__ = ["block_errors", "inputs_seen", "layer_errors", "suggest_skip_modules"]
+
+K = TypeVar("K")
 
 SNR_LIMIT = 200.0
 """Decibels that stand for an exact output, whose ratio is infinite and has no JSON."""
@@ -69,7 +72,8 @@ def block_errors(pairs: Mapping[str, tuple[nn.Linear, nn.Module]], run: Callable
     made = [_Pair(name, reference, layer) for name, (reference, layer) in pairs.items()]
     with torch.no_grad():
         for visit in (_Pair.compare, _Pair.count_outliers):
-            with _inputs_seen(made, lambda pair, inputs, visit=visit: visit(pair, inputs.flatten(0, -2))):  # type: ignore[misc]
+            seen = [(pair.reference, partial(visit, pair)) for pair in made]
+            with inputs_seen(seen, lambda look, inputs: look(inputs.flatten(0, -2))):
                 run()
         return [pair.error() for pair in made if pair.values]
 
@@ -182,18 +186,18 @@ def _visit_inputs(
         if len(rows):
             visit(pair, rows)
 
-    with _inputs_seen(pairs, look):
+    with inputs_seen([(pair.reference, pair) for pair in pairs], look):
         reference(**batch, use_cache=False)
 
 
 @contextmanager
-def _inputs_seen(pairs: list[_Pair], look: Callable[[_Pair, torch.Tensor], None]) -> Iterator[None]:
-    """Give `look` whatever the layers of the reference are given."""
+def inputs_seen(layers: Iterable[tuple[nn.Module, K]], look: Callable[[K, torch.Tensor], None]) -> Iterator[None]:
+    """Give `look` whatever each of the layers is given, with what stands beside the layer."""
 
-    def hook(pair: _Pair) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        return lambda _, inputs: look(pair, inputs[0])
+    def hook(key: K) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda _, inputs: look(key, inputs[0])
 
-    handles = [pair.reference.register_forward_pre_hook(hook(pair)) for pair in pairs]
+    handles = [layer.register_forward_pre_hook(hook(key)) for layer, key in layers]
     try:
         yield
     finally:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch.nn.functional import kl_div, log_softmax
 
 from qft.data.template import IGNORED
+from qft.statistics import Interval, change_interval
 
 __all__ = ["Divergence", "Likelihood", "LogProbs", "Passage", "Verification", "compare", "measure", "windows"]
 
@@ -76,6 +77,15 @@ class Likelihood:
         """exp of the mean over tokens, of all sequences or of those at `rows`."""
         nll, tokens = (self.nll, self.tokens) if rows is None else (self.nll[rows], self.tokens[rows])
         return math.exp(min(float(nll.sum() / tokens.sum()), 700.0))
+
+    def perplexity_change(self, reference: Likelihood, *, seed: int) -> Interval:
+        """Perplexity over the reference's, minus 1, with its interval; paired by sequences."""
+        return change_interval(
+            lambda drawn: self.perplexity(drawn) / reference.perplexity(drawn),
+            lambda _: 1.0,
+            len(self.tokens),
+            seed=seed,
+        )
 
     def mean_kl(self, rows: Counts | None = None) -> float:
         """Mean KL in nats over the tokens of all sequences, or of those at `rows`; needs every token compared."""

@@ -17,7 +17,6 @@ from qft.engines import LayerScheme
 from qft.errors import RunError
 from qft.files import require_free_space
 from qft.layers import suggest_skip_modules
-from qft.likelihood import Likelihood
 from qft.models import memory_guard, read_weights
 from qft.plan import CalibrationPlan, ModelPlan, Plan, linear_layers
 from qft.quantize import Quantization
@@ -45,7 +44,7 @@ def choose_skip_modules(plan: Plan, view: View) -> SkippedModules:
         quantization = Quantization(measured, model, Path(work), view)
         before, errors = quantization.quantize(), quantization.errors()
         budget = _budget_bytes(plan)
-        weights = {error.name: model.model.get_submodule(error.name).weight.numel() for error in errors}
+        weights = {error.name: model.weights_of(error.name) for error in errors}
         entries = suggest_skip_modules(errors, weights, budget_bytes=budget, full_bits=model.dtype.itemsize * 8)
         chosen = {entry.removesuffix("$") for entry in entries}
         after = quantization.again({n: None if n in chosen else s for n, s in measured.schemes.items()}, 1)
@@ -57,8 +56,8 @@ def choose_skip_modules(plan: Plan, view: View) -> SkippedModules:
         linear_bytes_before=held,
         linear_bytes_after=held + grown,
         rows=len(measured.data.verify),
-        kl_before=_kl(before.after),
-        kl_after=_kl(after.after),
+        kl_before=before.after.mean_kl(),
+        kl_after=after.after.mean_kl(),
         perplexity_unquantized=before.before.perplexity(),
         perplexity_before=before.after.perplexity(),
         perplexity_after=after.after.perplexity(),
@@ -110,8 +109,3 @@ def _budget_bytes(plan: Plan) -> int:
         return int(quant.skip_budget_bits * plan.shape.linear_parameters / 8)
     assert quant.skip_budget_bytes is not None
     return quant.skip_budget_bytes
-
-
-def _kl(likelihood: Likelihood) -> float:
-    assert likelihood.divergence is not None
-    return float(likelihood.divergence.kl.mean())

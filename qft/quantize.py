@@ -10,11 +10,10 @@ import copy
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from safetensors.torch import load_file
@@ -23,7 +22,7 @@ from torch import nn
 from qft.blocks import StreamedModel
 from qft.engines import Block, Engine, Held, LayerScheme, find_engine
 from qft.files import write_json
-from qft.layers import block_errors
+from qft.layers import block_errors, inputs_seen
 from qft.likelihood import Verification, compare
 from qft.models import save_tensors, write_index
 from qft.plan import CalibrationPlan
@@ -188,9 +187,13 @@ class Quantization:
         return [error.model_copy(update={"bytes": sizes[error.name]}) for error in errors]
 
     def _given(self, number: int, block: nn.Module, schemes: dict[str, LayerScheme], streams: _Streams) -> Block:
-        largest = {}
+        largest = dict.fromkeys(schemes, 0.0)
+
+        def look(name: str, inputs: torch.Tensor) -> None:
+            largest[name] = max(largest[name], float(inputs.abs().max()))
+
         if any(scheme.activations == "static" for scheme in schemes.values()):
-            with _largest_inputs(block, schemes) as largest:
+            with inputs_seen([(block.get_submodule(name), name) for name in schemes], look):
                 for hidden in streams.quantized_windows:
                     self.model.run(block, number, hidden)
         return Block(
@@ -269,22 +272,3 @@ def _of_layer(name: str, found: Mapping[str, T]) -> dict[str, T]:
 
 def _bytes(tensors: Mapping[str, torch.Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-
-
-@contextmanager
-def _largest_inputs(block: nn.Module, names: Mapping[str, Any]) -> Iterator[dict[str, float]]:
-    """Largest magnitude that each of the layers is given."""
-    largest: dict[str, float] = dict.fromkeys(names, 0.0)
-
-    def look(name: str) -> Any:
-        def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            largest[name] = max(largest[name], float(inputs[0].abs().max()))
-
-        return hook
-
-    handles = [block.get_submodule(name).register_forward_pre_hook(look(name)) for name in names]
-    try:
-        yield largest
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -18,6 +18,8 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -99,6 +101,18 @@ class Run:
     def set_status(self, status: str, **more: Any) -> None:
         """running, complete, failed or interrupted."""
         write_json(self.folder / MANIFEST, self.manifest() | {"status": status, "updated": now()} | more)
+
+    @contextmanager
+    def failure_noted(self) -> Iterator[None]:
+        """Around the run's work: the manifest says how it ended, if it was cut off or failed."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            self.set_status("interrupted")
+            raise
+        except BaseException as error:
+            self.set_status("failed", error=f"{type(error).__name__}: {error}")
+            raise
 
 
 def step_of(checkpoint: Path | None) -> int:

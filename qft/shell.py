@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qft.errors import QftError
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
 
-__all__ = ["AsJson", "Debug", "Quiet", "consoles", "messages", "print_json"]
+__all__ = ["AsJson", "Debug", "Quiet", "consoles", "messages", "print_json", "tell"]
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
@@ -43,6 +43,14 @@ def consoles(as_json: bool) -> Console:
     from rich.console import Console
 
     return Console(stderr=as_json)
+
+
+def tell(document: Any, render: Callable[[Any], RenderableType], *, as_json: bool, quiet: bool = False) -> None:
+    """Print a document: as JSON, as `render` draws it, or with `quiet` not at all."""
+    if as_json:
+        print_json(document.model_dump(mode="json") if hasattr(document, "model_dump") else document)
+    elif not quiet:
+        consoles(False).print(render(document))
 
 
 def print_json(document: object) -> None:

@@ -64,15 +64,9 @@ def train(loaded: LoadedRecipe, view: View, *, resume: bool = False, overwrite: 
     run = start_run(plan, resume=resume, overwrite=overwrite)
     if skipped:
         run.set_status("running", skipped_modules=skipped.model_dump(mode="json"))
-    try:
+    with run.failure_noted():
         training = _Training(plan, run, view, started, skipped)
         report = training.run_all(resume=resume)
-    except KeyboardInterrupt:
-        run.set_status("interrupted")
-        raise
-    except BaseException as error:
-        run.set_status("failed", error=f"{type(error).__name__}: {error}")
-        raise
     write_json(run.report, report.model_dump(mode="json"))
     run.set_status("complete")
     write_text(run.page, training_page(report, training.answer_pairs()))  # last: a picture must not cost a result

@@ -13,6 +13,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ from qft.files import atomic_folder, write_json, write_text
 from qft.layers import layer_errors
 from qft.likelihood import Verification, compare
 from qft.models import load_base
-from qft.plan import CalibrationPlan, ModelPlan, plan_model
-from qft.recipe.load import from_values
+from qft.plan import CalibrationPlan, ModelPlan, plan_folder
+from qft.recipe.schema import QuantSection
 from qft.report.evaluation import LayerError
 from qft.report.live import View
 
@@ -98,6 +99,11 @@ class WholeModel:
         """0: how long the engine was busy with tokens is not told apart from the rest."""
         return 0.0
 
+    @cached_property
+    def _stored(self) -> dict[str, int]:
+        """Bytes of each tensor of the result, by its name."""
+        return _stored_bytes(self._result)
+
     @property
     def _result(self) -> Path:
         return self.work / "quantized"
@@ -161,10 +167,10 @@ class WholeModel:
         return self.work / "unquantized"
 
     def _note_layers(self, before: nn.Module, after: nn.Module) -> None:
-        held, stored = dict(after.named_modules()), _stored_bytes(self._result)
+        held = dict(after.named_modules())
         for name, module in before.named_modules():
             if isinstance(module, nn.Linear):
-                is_quantized = hasattr(held.get(name), "dequantize") or f"{name}.weight_scale" in stored
+                is_quantized = hasattr(held.get(name), "dequantize") or f"{name}.weight_scale" in self._stored
                 (self.quantized_layers if is_quantized else self.skipped_layers).append(name)
 
     def _logits(self, model: Any) -> Any:
@@ -178,7 +184,7 @@ class WholeModel:
             return []  # they scale a layer's inputs and weights against each other
         ids = [_ids(row, before) for row in self.rows]
         errors = layer_errors(before, after, [{"input_ids": i, "attention_mask": torch.ones_like(i)} for i in ids])
-        sizes = _stored_bytes(self._result)
+        sizes = self._stored
         return [
             error.model_copy(update={"bytes": sum(n for name, n in sizes.items() if name.startswith(f"{error.name}."))})
             for error in errors
@@ -188,15 +194,9 @@ class WholeModel:
 
 def load_result(plan: CalibrationPlan, folder: Path) -> PreTrainedModel:
     """The quantized model in `folder`, loaded as anybody would. Raises ModelError if it says of no quantization."""
-    section = plan.recipe.model.model_dump(exclude={"path", "revision"})
-    values = {
-        "model": section | {"path": str(folder), "dtype": plan.dtype},
-        "data": {"train": "-"},
-        "output_dir": "-",
-    }
-    if plan.quantized and plan.quantized.plugin:
-        values["quant"] = {"mode": "custom", "plugin": plan.quantized.plugin.path}
-    found = plan_model(from_values(values))
+    plugin = plan.quantized.plugin if plan.quantized else None
+    quant = QuantSection(mode="custom", plugin=plugin.path) if plugin else None
+    found = plan_folder(folder, plan.recipe.model, plan.dtype, quant)
     if not found.checkpoint.quantization:
         raise ModelError(f"{folder}: its config.json has no quantization_config, so nobody could load it")
     return load_base(found)

@@ -10,8 +10,7 @@ from typing import Any
 from qft.export.base import Exporter, Job, Limits
 from qft.export.weights import MergedWeights
 from qft.models import generation_config, load_base, save_tensors, write_index
-from qft.plan import plan_model
-from qft.recipe.load import from_values
+from qft.plan import plan_folder
 
 __all__ = ["MERGED", "load", "needed_bytes", "write"]
 
@@ -52,10 +51,7 @@ def needed_bytes(job: Job) -> int:
 
 def load(job: Job, folder: Path) -> Any:
     """By transformers, on the run's device. Raises ModelError if it cannot be loaded."""
-    section = job.plan.recipe.model
-    model: dict[str, Any] = {"path": str(folder.resolve()), "device": section.device, "dtype": job.dtype}
-    model |= {"attn_implementation": section.attn_implementation, "trust_remote_code": section.trust_remote_code}
-    return load_base(plan_model(from_values({"model": model, "data": {"train": "-"}, "output_dir": "-"}))).eval()
+    return load_base(plan_folder(folder, job.plan.recipe.model, job.dtype)).eval()
 
 
 MERGED = Exporter(

@@ -18,7 +18,6 @@ import bitsandbytes as bnb
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM
 from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -26,7 +25,7 @@ from qft.engines import Block, LayerScheme, find_engine
 from qft.errors import ModelError
 from qft.export.base import Job
 from qft.models import read_weights
-from qft.plan import find_blocks
+from qft.plan import find_blocks, without_contents
 
 __all__ = ["Adapter", "MergedWeights"]
 
@@ -85,10 +84,7 @@ class MergedWeights:
         """Raises ModelError for a base whose quantized weights cannot be computed from its files."""
         self.plan, self.dtype = job.plan, getattr(torch, job.dtype)
         self.adapter = Adapter(job.adapter) if job.adapter else None
-        with torch.device("meta"):
-            self.model = AutoModelForCausalLM.from_config(
-                job.plan.checkpoint.config, trust_remote_code=job.plan.recipe.model.trust_remote_code
-            )
+        self.model = without_contents(job.plan.checkpoint, job.plan.recipe.model)
         self.model.tie_weights()
         self.prefix, self.stack = find_blocks(self.model, job.plan.shape.layers)
         self.linears = {name: m for name, m in self.model.named_modules() if isinstance(m, nn.Linear)}

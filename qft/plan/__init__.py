@@ -1,7 +1,7 @@
 """What is decided, before anything is loaded. The only place where an `auto` is decided."""
 
 from qft.plan.calibration import CalibrationPlan, find_blocks, linear_layers, plan_calibration
-from qft.plan.model import ModelPlan, Shape, plan_model
+from qft.plan.model import ModelPlan, Shape, plan_folder, plan_model, without_contents
 from qft.plan.training import Plan, make_plan, with_skip_modules
 
 __all__ = [
@@ -13,6 +13,8 @@ __all__ = [
     "linear_layers",
     "make_plan",
     "plan_calibration",
+    "plan_folder",
     "plan_model",
     "with_skip_modules",
+    "without_contents",
 ]

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from qft.data.calibration import CalibrationData, calibration_data
 from qft.engines import LayerScheme
 from qft.engines.llmcompressor import find_problem
 from qft.errors import ModelError
 from qft.machine import Device
-from qft.plan.model import ModelPlan, Problem, plan_model, refuse, require_device
+from qft.plan.model import ModelPlan, Problem, plan_model, refuse, require_device, without_contents
 from qft.plan.packages import missing_engine, missing_packages
 from qft.recipe import LoadedRecipe, Recipe
 from qft.recipe.rules import WHOLE_MODEL
@@ -97,7 +94,7 @@ def plan_calibration(loaded: LoadedRecipe) -> CalibrationPlan:
     refuse(loaded, _layer_problems(recipe.calibrate, schemes, linears))
     needs_windows = recipe.calibrate.engine in ("autoround", "llmcompressor") or scheme.activations == "static"
     return CalibrationPlan(
-        **{field.name: getattr(model, field.name) for field in dataclasses.fields(model)},
+        **vars(model),
         schemes=schemes,
         data=calibration_data(recipe, model.tokenizer, needs_windows=needs_windows),
     )
@@ -111,7 +108,7 @@ def _by_plugin(loaded: LoadedRecipe, model: ModelPlan) -> CalibrationPlan:
     if unserializable:
         refuse(loaded, [("quant.plugin", unserializable)])
     return CalibrationPlan(
-        **{field.name: getattr(model, field.name) for field in dataclasses.fields(model)} | {"loaded": loaded},
+        **vars(model) | {"loaded": loaded},
         schemes={},
         data=calibration_data(loaded.recipe, model.tokenizer, needs_windows=False),
         quantized=quantized,
@@ -150,10 +147,7 @@ def find_blocks(model: nn.Module, count: int) -> tuple[str, nn.ModuleList]:
 
 def linear_layers(plan: ModelPlan) -> tuple[dict[str, int], str]:
     """Inputs of each linear layer by its name, and the name of the stack of blocks."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            plan.checkpoint.config, trust_remote_code=plan.recipe.model.trust_remote_code
-        )
+    model = without_contents(plan.checkpoint, plan.recipe.model)
     linears = {name: module.in_features for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     return linears, find_blocks(model, plan.shape.layers)[0]
 

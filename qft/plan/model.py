@@ -15,16 +15,28 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from qft.checkpoints import Checkpoint, find_checkpoint, load_tokenizer
 from qft.errors import RecipeError
 from qft.machine import Device, find_device
 from qft.recipe import LoadedRecipe, Recipe
+from qft.recipe.load import from_values
+from qft.recipe.schema import ModelSection, QuantSection
 from qft.schemes import SCHEMES, prequantized
 from qft.schemes.custom import Plugin, load_plugin
 
-__all__ = ["ModelPlan", "Problem", "Shape", "device_problems", "plan_model", "refuse", "require_device"]
+__all__ = [
+    "ModelPlan",
+    "Problem",
+    "Shape",
+    "device_problems",
+    "plan_folder",
+    "plan_model",
+    "refuse",
+    "require_device",
+    "without_contents",
+]
 
 Problem = tuple[str, str]
 
@@ -145,13 +157,26 @@ def _dtype(recipe: Recipe, device: Device) -> str:
     return "bfloat16" if device.bf16 else "float16"
 
 
+def without_contents(checkpoint: Checkpoint, section: ModelSection, **arguments: Any) -> PreTrainedModel:
+    """The model on the meta device, where its tensors have shapes and no contents; `arguments` of from_config."""
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            checkpoint.config, trust_remote_code=section.trust_remote_code, **arguments
+        )
+    return model
+
+
+def plan_folder(folder: Path, section: ModelSection, dtype: str, quant: QuantSection | None = None) -> ModelPlan:
+    """The plan of a model that was written to `folder`, where and how `section` says its base is held."""
+    model = section.model_dump(exclude={"path", "revision"}) | {"path": str(folder.resolve()), "dtype": dtype}
+    values = {"model": model, "data": {"train": "-"}, "output_dir": "-"}
+    return plan_model(from_values(values | ({"quant": quant.model_dump(exclude_unset=True)} if quant else {})))
+
+
 def _shape(loaded: LoadedRecipe, checkpoint: Checkpoint, lora: dict[str, Any] | None) -> Shape:
     """Build the model without contents, attach the adapters, and count."""
     config = checkpoint.config
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            config, trust_remote_code=loaded.recipe.model.trust_remote_code, dtype=torch.float32
-        )
+    model = without_contents(checkpoint, loaded.recipe.model, dtype=torch.float32)
     head = model.get_output_embeddings()
     heads = tuple(name for name, module in model.named_modules() if module is head)
     linears = [module for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in heads]

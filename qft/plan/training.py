@@ -87,7 +87,7 @@ def make_plan(loaded: LoadedRecipe) -> Plan:
     if recipe.eval.metrics and data.eval and max(data.eval["answer_start"]) < 0:
         refuse(loaded, [("eval.metrics", "the held-out rows are plain text, which has no answers to score; remove it")])
     return Plan(
-        **{field.name: getattr(model, field.name) for field in dataclasses.fields(model)},
+        **vars(model),
         lora=lora,
         training=_training_arguments(recipe, device),
         data=data,

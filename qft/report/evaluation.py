@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from qft.report.document import Part
+from qft.statistics import Interval
 
 __all__ = ["EvalDocument", "HarnessResult", "LayerError", "Score", "SourceResult", "TargetResult"]
 
@@ -15,6 +16,10 @@ class Score(Part):
     value: float
     low: float
     high: float
+
+    @classmethod
+    def of(cls, found: Interval) -> Score:
+        return cls(**found._asdict())
 
 
 class SourceResult(Part):

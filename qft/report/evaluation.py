@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from qft.report.document import Part
-from qft.statistics import Interval
+
+if TYPE_CHECKING:  # a report is read without numpy
+    from qft.statistics import Interval
 
 __all__ = ["EvalDocument", "HarnessResult", "LayerError", "Score", "SourceResult", "TargetResult"]
 

@@ -188,7 +188,8 @@ def export(
         list[str] | None,
         typer.Option(
             metavar="TARGET",
-            help="adapter, merged, bnb-4bit, bnb-8bit or compressed-tensors; by default the recipe's. Repeatable.",
+            help="adapter, merged, bnb-4bit, bnb-8bit, compressed-tensors, gguf or gguf-KIND; by default the recipe's. "
+            "Repeatable.",
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Where the artifacts' folders go; by default RUN/export.")] = None,

@@ -1,81 +1,211 @@
-"""A GGUF file run by llama.cpp itself, through the server that the xllamacpp package brings."""
+"""A GGUF file run by llama.cpp itself, in the place of a transformers model: it reads token ids and tells logits."""
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
-import json
-import urllib.request
 from collections.abc import Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
-from numpy.typing import NDArray
+import torch
+from torch import nn
+from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
 
 from qft.errors import MissingError, ModelError
 
-__all__ = ["LlamaCpp"]
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["FILE_TYPES", "LlamaCpp", "quantize", "require_llamacpp"]
+
+FILE_TYPES = {"q4_k_m": 15, "q5_k_m": 17, "q6_k": 18}
+"""Kinds of GGUF file that llama.cpp itself makes -> their number in its enum llama_ftype."""
+
+CHUNK = 512
+"""Tokens that llama.cpp reads at once."""
+CELLS = 256
+"""Tokens that a context has room for beyond those that were asked for."""
+UNUSED, ADDED = 2, 8 | 16
+"""Bits of llama.cpp's enum llama_token_attr: UNUSED; CONTROL and USER_DEFINED."""
 
 
-class LlamaCpp:
-    """One loaded GGUF file. Ask with token ids: then no text is tokenized twice, and no BOS is added.
+def require_llamacpp() -> None:
+    """Raises MissingError unless llama.cpp is installed; imports nothing."""
+    if importlib.util.find_spec("cyllama") is None:
+        raise MissingError("llama.cpp: needs the package cyllama; pip install 'qft[llamacpp]'")
 
-    Raises MissingError without the package or the file, ModelError if llama.cpp does not load it or fails to answer.
-    Source: llama.cpp's server, routes /tokenize and /completion, on 127.0.0.1 for as long as this lives.
-    """
 
-    def __init__(self, path: Path, *, context: int, threads: int = 1) -> None:
-        if importlib.util.find_spec("xllamacpp") is None:
-            raise MissingError("llama.cpp: needs the package xllamacpp; pip install 'qft[llamacpp]'")
+def quantize(source: Path, out: Path, kind: str) -> None:
+    """Quantize a 16-bit or 32-bit GGUF file by llama.cpp. `kind` is one of FILE_TYPES. Raises ModelError."""
+    require_llamacpp()
+    from cyllama.llama import llama_cpp as binding
+
+    binding.disable_logging()
+    settings = binding.LlamaModelQuantizeParams()
+    settings.ftype, settings.nthread = FILE_TYPES[kind], torch.get_num_threads()
+    with _as_model_error(f"{source}: llama.cpp cannot quantize it"):
+        binding.model_quantize(str(source), str(out), settings)
+
+
+class LlamaCpp(PreTrainedModel, GenerationMixin):
+    """One GGUF file. It is evaluated and generates as any transformers model does, on the host, and never trains.
+
+    Source: llama.h of ggml-org/llama.cpp, through the package cyllama."""
+
+    config_class = PretrainedConfig
+    main_input_name = "input_ids"
+    _tied_weights_keys: ClassVar[dict[str, str]] = {}
+
+    def __init__(self, path: Path) -> None:
+        """Raises MissingError without the package or the file, ModelError if llama.cpp does not load it."""
+        require_llamacpp()
         if not path.is_file():
             raise MissingError(f"{path}: does not exist")
-        binding = importlib.import_module("xllamacpp")
-        settings = binding.CommonParams()
-        settings.model.path = str(path)
-        settings.n_ctx, settings.n_parallel, settings.warmup = context, 1, False
-        settings.cpuparams.n_threads = threads
-        try:
-            self._server = binding.Server(settings)
-        except Exception as error:  # the binding passes on whatever llama.cpp throws
-            raise ModelError(f"{path}: llama.cpp does not load it: {error}") from error
+        with _as_model_error(f"{path}: llama.cpp does not load it"):
+            loaded = _load(path)
+        vocabulary = loaded.get_vocab()
+        super().__init__(PretrainedConfig(vocab_size=vocabulary.n_vocab))
+        self.path = path
+        # llama.cpp maps the file; so does this, and thus the weights are counted as those of any model.
+        mapped = torch.from_file(str(path), shared=True, size=path.stat().st_size, dtype=torch.uint8)
+        self.file = nn.Parameter(mapped, requires_grad=False)
+        self._model, self._vocabulary = loaded, vocabulary
+        self._context: Any = None
+        self._rows: list[list[int]] = []
+        """Tokens of each sequence whose keys and values the context holds."""
+        self.generation_config = GenerationConfig(eos_token_id=self.stops or None)
+
+    @property
+    def stops(self) -> list[int]:
+        """Ids of the tokens at which llama.cpp ends an answer."""
+        return [token for token in range(self.config.vocab_size) if self._vocabulary.is_eog(token)]
+
+    @property
+    def bos_token_id(self) -> int:
+        """-1 if the file names none."""
+        return int(self._vocabulary.token_bos())
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The file's keys and values, except arrays."""
+        return dict(self._model.metadata())
+
+    @property
+    def added_tokens(self) -> dict[str, int]:
+        """Control and user-defined tokens that llama.cpp finds in a text, with their ids."""
+        known = {self._vocabulary.get_text(i): i for i in self._ids(ADDED)}
+        return {text: i for text, i in known.items() if self.tokenize(text, add_special=False) == [i]}
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Tokens that stand for something; the rest of the embeddings are padding."""
+        return int(self.config.vocab_size) - len(self._ids(UNUSED))
 
     def tokenize(self, text: str, *, add_special: bool = True) -> list[int]:
         """Ids of `text`, special tokens in it recognized; `add_special`: with BOS if the file asks for it."""
-        asked = {"content": text, "add_special": add_special, "parse_special": True}
-        tokens: list[int] = self._ask("/tokenize", asked)["tokens"]
-        return tokens
+        return list(self._vocabulary.tokenize(text, add_special, True)) if text else []
 
-    def next_log_probs(self, ids: Sequence[int], vocabulary: int) -> NDArray[np.float32]:
-        """Log probabilities in nats of the token after `ids`, float32 [vocabulary].
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        logits_to_keep: int = 0,
+        **_: Any,
+    ) -> CausalLMOutput:
+        """Logits float32 [rows, tokens, vocabulary] of token ids [rows, tokens], zero where `attention_mask` is 0.
 
-        One request a position: the server tells them of tokens that it generates, not of those it reads."""
-        # The server leaves out a token that is half a character. It is made to choose a letter: that changes what is
-        # sampled, not the probabilities, which are taken before sampling.
-        letter = self.tokenize("a", add_special=False)[0]
-        told = {"n_probs": vocabulary, "post_sampling_probs": False, "logit_bias": [[letter, 1e9]]}
-        answer = self._ask("/completion", _greedy(ids, 1) | told)
-        found = answer["completion_probabilities"][0]["top_logprobs"]
-        if len(found) != vocabulary:
-            raise ModelError(f"llama.cpp: told the probabilities of {len(found)} tokens where {vocabulary} were asked")
-        log_probs = np.full(vocabulary, np.nan, np.float32)
-        log_probs[[one["id"] for one in found]] = [one["logprob"] for one in found]
-        return log_probs
+        logits_to_keep: only of so many last tokens; 0 of all. What a row shares with the one that was read before in
+        its place is not read again."""
+        width = input_ids.shape[1]
+        kept = min(logits_to_keep or width, width)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        rows = [ids[seen.bool()].tolist() for ids, seen in zip(input_ids, mask, strict=True)]
+        columns = [seen.nonzero().flatten() - (width - kept) for seen in mask]
+        firsts = [int((column < 0).sum()) for column in columns]
+        self._make_room(rows, firsts)
+        logits = torch.zeros(len(input_ids), kept, self.config.vocab_size)
+        for row, (ids, column, first) in enumerate(zip(rows, columns, firsts, strict=True)):
+            logits[row, column[first:]] = self._read(row, ids, first)
+        return CausalLMOutput(logits=logits)
 
-    def generate(self, ids: Sequence[int], max_new_tokens: int) -> list[int]:
-        """The most likely continuation, up to and with the token that ends it."""
-        tokens: list[int] = self._ask("/completion", _greedy(ids, max_new_tokens))["tokens"]
-        return tokens
+    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
+        """The whole sequence each time: what of it is new, `forward` finds out."""
+        return {"input_ids": input_ids} | {n: kwargs[n] for n in ("attention_mask", "logits_to_keep") if n in kwargs}
 
-    def _ask(self, route: str, body: dict[str, Any]) -> Any:
-        address = self._server.listening_address + route
-        request = urllib.request.Request(address, json.dumps(body).encode(), {"Content-Type": "application/json"})  # noqa: S310
-        try:
-            with urllib.request.urlopen(request) as reply:  # noqa: S310 (the address is this process's own server)
-                return json.loads(reply.read())
-        except OSError as error:
-            raise ModelError(f"llama.cpp: {route} failed: {error}") from error
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # llama.cpp holds the keys and values
+
+    def _ids(self, attribute: int) -> list[int]:
+        return [i for i in range(self.config.vocab_size) if self._vocabulary.get_attr(i) & attribute]
+
+    def _make_room(self, rows: Sequence[Sequence[int]], firsts: Sequence[int]) -> None:
+        """A context for these rows, each a sequence of its own that keeps what it shares with the one held before."""
+        needed = sum(map(len, rows))
+        if self._context is None or len(rows) > len(self._rows) or needed > self._context.n_ctx:
+            self._open(len(rows), needed)
+        for row, held in enumerate(self._rows):
+            same = min(_shared(held, rows[row]), firsts[row]) if row < len(rows) else 0
+            self._context.memory_seq_rm(row, same, -1)
+            del held[same:]
+
+    def _open(self, rows: int, tokens: int) -> None:
+        from cyllama.llama import llama_cpp as binding
+
+        settings = binding.LlamaContextParams()
+        settings.n_ctx = tokens + tokens // 4 + CELLS  # an answer is to be written
+        settings.n_seq_max, settings.kv_unified = rows, True
+        settings.n_batch = settings.n_ubatch = CHUNK
+        settings.n_threads = settings.n_threads_batch = torch.get_num_threads()
+        self._rows = [[] for _ in range(rows)]
+        with _as_model_error(f"{self.path}: llama.cpp has no room for {tokens} tokens"):
+            self._context = binding.LlamaContext(self._model, settings, verbose=False)
+
+    def _read(self, row: int, ids: Sequence[int], first: int) -> torch.Tensor:
+        """Logits [len(ids) - first, vocabulary] of the tokens from `first` on."""
+        found = []
+        for start in range(len(self._rows[row]), len(ids), CHUNK):
+            found += self._decode(row, ids[start : start + CHUNK], start, first)
+        return torch.stack(found)
+
+    def _decode(self, row: int, ids: Sequence[int], start: int, first: int) -> list[torch.Tensor]:
+        from cyllama.llama import llama_cpp as binding
+
+        batch = binding.LlamaBatch(n_tokens=len(ids), embd=0, n_seq_max=1)
+        for at, token in enumerate(ids, start):
+            batch.add(token, at, [row], at >= first)
+        with _as_model_error(f"{self.path}: llama.cpp fails on it"):
+            self._context.decode(batch)
+            self._rows[row] += ids
+            places = range(max(first - start, 0), len(ids))
+            return [torch.tensor(self._context.get_logits_ith(at)) for at in places]
 
 
-def _greedy(ids: Sequence[int], count: int) -> dict[str, Any]:
-    return {"prompt": list(ids), "n_predict": count, "temperature": 0, "return_tokens": True, "cache_prompt": True}
+def _shared(held: Sequence[int], asked: Sequence[int]) -> int:
+    """Tokens at the start of both."""
+    pairs = zip(held, asked, strict=False)
+    return next((at for at, (old, new) in enumerate(pairs) if old != new), min(len(held), len(asked)))
+
+
+def _load(path: Path) -> Any:
+    from cyllama.llama import llama_cpp as binding
+
+    class Model(binding.LlamaModel):
+        # get_logits_ith of cyllama 0.2.18 asks the model, and only the vocabulary knows.
+        @property
+        def n_vocab(self) -> int:
+            return int(self.get_vocab().n_vocab)
+
+    binding.disable_logging()
+    return Model(str(path), binding.LlamaModelParams(), verbose=False)
+
+
+@contextmanager
+def _as_model_error(text: str) -> Iterator[None]:
+    """The binding passes on whatever llama.cpp throws."""
+    try:
+        yield
+    except (ValueError, RuntimeError, MemoryError) as error:
+        raise ModelError(f"{text}: {error}") from error

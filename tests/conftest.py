@@ -43,8 +43,9 @@ def byte_tokenizer(chat_template: str | None = CHATML) -> Any:
 
     special = ["<|bos|>", "<|im_start|>", "<|im_end|>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(special + alphabet)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    vocabulary = {token: i for i, token in enumerate([*special, *alphabet, "ĀĀ"])}
+    # llama.cpp loads none without merges: this one is of two NUL bytes, which no text here has.
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("Ā", "Ā")]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(special)

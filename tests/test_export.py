@@ -111,14 +111,20 @@ def test_every_target_passes_the_gate_and_tells_the_truth_of_its_files(run: Path
         assert document["merge_into"] == original.get(document["target"], "dequantized")
         card = (folder / "README.md").read_text()
         metadata = yaml.safe_load(card.split("---")[1])
-        assert metadata["library_name"] == ("peft" if document["target"] == "adapter" else "transformers")
+        library = {"adapter": "peft"}.get(document["target"], "gguf" if has_gguf(folder) else "transformers")
+        assert metadata["library_name"] == library
         assert "Passed" in card
         assert "and 13" not in card  # no row
         assert all(path.stat().st_mode & 0o044 for path in folder.iterdir())
         told = document["quantization"]
-        assert (told is not None) == (document["target"] not in ("adapter", "merged"))
+        assert (told is not None) == (document["target"] not in ("adapter", "merged") and not has_gguf(folder))
+        assert document["gate"]["engine"] == {"gguf": "llama.cpp"}.get(library, library)
         assert told is None or told["kl"] > 0
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(EXPORTERS)
+
+
+def has_gguf(folder: Path) -> bool:
+    return any(folder.glob("*.gguf"))
 
 
 def test_dequantized_plus_delta_has_the_logits_of_the_adapter_on_nf4(run: Path, tmp_path: Path) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from qft.export.facts import Facts, transformers_facts
 from qft.plan import ModelPlan
 from qft.recipe import LoadedRecipe
 from qft.recipe.schema import ExportGate
@@ -89,3 +90,5 @@ class Exporter:
     """library_name of the Hub."""
     usage: str
     """How to load it, in Markdown."""
+    facts: Callable[[Any, Job, Path, Sequence[str]], Facts] = transformers_facts
+    """What the loaded artifact is, of the model, the job, the folder and texts to tokenize."""

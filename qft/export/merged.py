@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from qft.export.base import Exporter, Job, Limits
@@ -12,7 +15,7 @@ from qft.export.weights import MergedWeights
 from qft.models import generation_config, load_base, save_tensors, write_index
 from qft.plan import plan_folder
 
-__all__ = ["MERGED", "load", "needed_bytes", "write"]
+__all__ = ["MERGED", "load", "merged_config", "merged_folder", "needed_bytes", "write"]
 
 USAGE = """\
 ```python
@@ -33,15 +36,31 @@ def write(job: Job, folder: Path) -> None:
         name = "model-outside" if number < 0 else f"model-block-{number:05}"
         save_tensors(tensors, folder / f"{name}.safetensors")
     write_index(folder)
-    config = copy.deepcopy(weights.model.config)
-    config.dtype, config.architectures = job.dtype, [job.plan.shape.architecture]
-    config.tie_word_embeddings = config.tie_word_embeddings and not weights.unties
-    config.save_pretrained(folder)
+    merged_config(job, weights).save_pretrained(folder)
     generation_config(job.plan).save_pretrained(folder)
     job.plan.tokenizer.save_pretrained(folder)
     if job.plan.recipe.model.trust_remote_code:
         for path in job.plan.checkpoint.folder.glob("*.py"):
             shutil.copyfile(path, folder / path.name)
+
+
+@contextmanager
+def merged_folder(job: Job, beside: Path) -> Iterator[Path]:
+    """The merged model in a folder that is gone afterwards, as is what else is put beside it."""
+    with TemporaryDirectory(dir=beside.parent, prefix=".merged-") as work:
+        whole = Path(work) / "merged"
+        whole.mkdir()
+        job.view.note("Merging")
+        write(job, whole)
+        yield whole
+
+
+def merged_config(job: Job, weights: MergedWeights) -> Any:
+    """The configuration of the merged model."""
+    config = copy.deepcopy(weights.model.config)
+    config.dtype, config.architectures = job.dtype, [job.plan.shape.architecture]
+    config.tie_word_embeddings = config.tie_word_embeddings and not weights.unties
+    return config
 
 
 def needed_bytes(job: Job) -> int:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from qft.calibrate import calibrate
@@ -27,12 +26,8 @@ INT8 = CalibrateSection(engine="bitsandbytes", bits=8, activations="dynamic")
 def _writer(section: Callable[[Job], CalibrateSection]) -> Callable[[Job, Path], Facts]:
     def write(job: Job, folder: Path) -> Facts:
         """Raises GateError if calibrate.accept is not met, and what `calibrate` raises."""
-        with TemporaryDirectory(dir=folder.parent, prefix=".merged-") as work:
-            whole = Path(work) / "merged"
-            whole.mkdir()
-            job.view.note("Merging")
-            merged.write(job, whole)
-            report = calibrate(_recipe(job, section(job), whole, Path(work) / "quantized"), job.view)
+        with merged.merged_folder(job, folder) as whole:
+            report = calibrate(_recipe(job, section(job), whole, whole.with_name("quantized")), job.view)
             assert report.result is not None
             for path in Path(report.result).iterdir():
                 if path.name != "calibration.json":  # it tells of the merged folder, which is gone

@@ -15,12 +15,13 @@ from qft.export.adapter import ADAPTER
 from qft.export.base import Exporter, Job, MergeInto
 from qft.export.card import model_card
 from qft.export.compare import worst_weight
+from qft.export.gguf import GGUF
 from qft.export.merged import MERGED
 from qft.export.quantized import BNB_4BIT, BNB_8BIT, COMPRESSED
 from qft.export.verify import Reference, reference, verify
 from qft.files import atomic_folder, free_bytes, require_free_space, sha256, write_json, write_text
 from qft.machine import versions
-from qft.plan.packages import missing_engine
+from qft.plan.packages import missing_for_export
 from qft.recipe import LoadedRecipe, load
 from qft.recipe.schema import ExportSection
 from qft.registry import SIDE
@@ -37,6 +38,7 @@ EXPORTERS: dict[str, Exporter] = {
     "bnb-4bit": BNB_4BIT,
     "bnb-8bit": BNB_8BIT,
     "compressed-tensors": COMPRESSED,
+    **GGUF,
 }
 """By the names of export.target."""
 LIMITED = ("kl", "top1_agreement", "perplexity_increase")
@@ -106,8 +108,8 @@ def _targets(section: ExportSection, options: ExportOptions) -> list[str]:
     for name in names:
         if name not in EXPORTERS:
             raise RecipeError(f"--to {name}: is none of {known}")
-    if "compressed-tensors" in names and (missing := list(missing_engine("rtn"))):
-        raise RecipeError([f"--to compressed-tensors: {text}" for _, text in missing])
+    if missing := [text for name in names for text in missing_for_export(name, gate=options.gate)]:
+        raise RecipeError(missing)
     return names
 
 

@@ -6,6 +6,8 @@ The model as trained is asked first and let go; its log probabilities wait on di
 from __future__ import annotations
 
 import gc
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,14 +17,13 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
-from transformers import AutoTokenizer
 
 from qft.data.batch import pad_token_id
 from qft.data.prepare import prepare
 from qft.errors import MissingError, ModelError
 from qft.export.base import Exporter, Job, Limits
+from qft.export.facts import Facts, facts_of
 from qft.files import require_free_space
 from qft.likelihood import Likelihood, LogProbs, Passage, measure
 from qft.models import memory_guard
@@ -39,9 +40,6 @@ TOKENS = 4096
 CONTINUATIONS, NEW_TOKENS = 4, 16
 """Prompts that are continued greedily, and by how many tokens."""
 BATCH = 8
-QUESTION = [{"role": "user", "content": "How many legs has a spider?"}]
-
-Facts = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -53,8 +51,9 @@ class Reference:
     likelihood: Likelihood
     log_probs: LogProbs
     answers: list[str]
+    texts: list[str]
+    """The rows as text."""
     facts: Facts
-    """Structure, by the names of the checks."""
 
 
 @contextmanager
@@ -73,10 +72,11 @@ def reference(job: Job, scratch: Path) -> Iterator[Reference]:
             pad = pad_token_id(job.plan.tokenizer)
             likelihood = measure(model, passages, batch_size=BATCH, pad=pad, write=store)
             answers = _answers(model, job, rows)
-            facts = _facts(model, job.plan.tokenizer)
+            texts = [job.plan.tokenizer.decode(row["input_ids"]) for row in rows]
+            facts = facts_of(model, job.plan.tokenizer, texts)
             del model
             gc.collect()
-            yield Reference(rows, passages, likelihood, store, answers, facts)
+            yield Reference(rows, passages, likelihood, store, answers, texts, facts)
 
 
 def verify(job: Job, exporter: Exporter, folder: Path, expected: Reference, limits: Limits) -> Gate:
@@ -95,11 +95,10 @@ def _checks(job: Job, exporter: Exporter, folder: Path, expected: Reference, lim
     try:
         with memory_guard("loading the artifact"):
             model = exporter.load(job, folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=job.plan.recipe.model.trust_remote_code)
+        facts = exporter.facts(model, job, folder, expected.texts)
     except (ModelError, MissingError, ValueError, OSError, SafetensorError) as error:
         yield GateCheck(name="loads", value=str(error).splitlines()[0], threshold="yes", passed=False)
         return
-    facts = _facts(model, tokenizer)
     if facts["embedding_rows"] == expected.facts["embedding_rows"]:  # else the rows' tokens mean nothing to it
         with memory_guard("asking the artifact"):
             yield from _quality(model, job, expected, limits)
@@ -161,33 +160,10 @@ def _structure(found: Facts, expected: Facts) -> list[GateCheck]:
     ]
 
 
-def _facts(model: Any, tokenizer: Any) -> Facts:
-    """What of a model and its tokenizer must be as it was."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    inside, outside = base.get_input_embeddings(), base.get_output_embeddings()
-    trained_head = isinstance(outside, BaseTunerLayer)
-    stops = base.generation_config.eos_token_id
-    bos = tokenizer.bos_token_id
-    return {
-        "tied_embeddings": not trained_head and getattr(outside, "weight", 0) is getattr(inside, "weight", None),
-        "embedding_rows": inside.weight.shape[0],
-        "vocabulary_size": len(tokenizer),
-        "added_tokens": dict(sorted(tokenizer.get_added_vocab().items())),
-        "bos_count": tokenizer(QUESTION[0]["content"]).input_ids.count(bos) if bos is not None else 0,
-        "chat_template": _rendered(tokenizer),
-        "eos_token_id": sorted(stops) if isinstance(stops, list) else [stops],
-    }
-
-
-def _rendered(tokenizer: Any) -> str:
-    """A prompt as the chat template renders it."""
-    if tokenizer.chat_template is None:
-        return "none"
-    text: str = tokenizer.apply_chat_template(QUESTION, tokenize=False, add_generation_prompt=True)
-    return text
-
-
 def _shown(value: Any) -> float | str:
+    if isinstance(value, list) and value and isinstance(value[0], list):
+        digest = hashlib.sha256(json.dumps(value).encode()).hexdigest()
+        return f"{sum(map(len, value))} tokens, SHA-256 {digest[:12]}"
     if isinstance(value, dict):
         return ", ".join(f"{token} {number}" for token, number in value.items()) or "none"
     return float(value) if isinstance(value, int) and not isinstance(value, bool) else str(value)

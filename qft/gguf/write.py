@@ -19,7 +19,7 @@ from qft.files import atomic_file, require_free_space
 from qft.gguf.shape import add_shape, architecture, rope_factors
 from qft.gguf.vocabulary import add_tokenizer
 
-__all__ = ["KINDS", "write_gguf"]
+__all__ = ["KINDS", "require_writable", "write_gguf"]
 
 _T, _F = gguf.GGMLQuantizationType, gguf.LlamaFileType
 
@@ -51,32 +51,44 @@ class _Tensor:
         return int(np.prod(self.shape)) // int(block) * int(size)
 
 
-def write_gguf(model_folder: Path, out: Path, *, kind: str) -> None:
+def require_writable(config: Any, tokenizer: Any, kind: str) -> None:
+    """Raises ModelError for a model or tokenizer that `write_gguf` would refuse, before there are weights."""
+    _header(config, tokenizer, kind, name="")
+
+
+def write_gguf(model_folder: Path, out: Path, *, kind: str, name: str | None = None) -> None:
     """Write the model of `model_folder` as one GGUF file (version 3) that holds `out` whole or not at all.
 
     The folder has config.json, a tokenizer and float32, float16 or bfloat16 safetensors in Hugging Face layout.
-    `kind` is one of KINDS. Matrices [out, in] become that type, vectors float32; in a q4_0 file the embedding and the
-    output layer are q8_0. One tensor at a time is in memory.
+    `kind` is one of KINDS; `name` is what the file calls the model, by default as its folder. Matrices [out, in] become
+    that type, vectors float32; in a q4_0 file the embedding and the output layer are q8_0. One tensor at a time is in
+    memory.
 
     Raises ModelError for a model or tokenizer that GGUF cannot hold faithfully, RunError if the disk is too full.
     Source: the GGUF specification, docs/gguf.md of ggml-org/ggml.
     """
-    if kind not in KINDS:
-        raise ModelError(f"GGUF: kind {kind!r} is none of {', '.join(KINDS)}")
     config = AutoConfig.from_pretrained(model_folder)
-    arch = architecture(config)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    writer = _header(config, tokenizer, kind, name or model_folder.resolve().name)
     if getattr(config, "quantization_config", None):
         raise ModelError(f"{model_folder}: its weights are quantized; GGUF is written from 16-bit or 32-bit weights")
-    tensors = _tensors(model_folder, config, arch, kind)
+    tensors = _tensors(model_folder, config, architecture(config), kind)
     require_free_space(out.parent, sum(tensor.nbytes for tensor in tensors), "the GGUF file")
-    writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[arch])
+    _write(writer, tensors, out)
+
+
+def _header(config: Any, tokenizer: Any, kind: str, name: str) -> Any:
+    """A writer that knows everything but the tensors."""
+    if kind not in KINDS:
+        raise ModelError(f"GGUF: kind {kind!r} is none of {', '.join(KINDS)}")
+    writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[architecture(config)])
     writer.add_type("model")
-    writer.add_name(model_folder.resolve().name)
+    writer.add_name(name)
     writer.add_file_type(KINDS[kind][1])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     add_shape(writer, config)
-    add_tokenizer(writer, AutoTokenizer.from_pretrained(model_folder), config.vocab_size)
-    _write(writer, tensors, out)
+    add_tokenizer(writer, tokenizer, config.vocab_size)
+    return writer
 
 
 def _write(writer: Any, tensors: list[_Tensor], out: Path) -> None:

@@ -196,6 +196,14 @@ def export(
     merge_into: Annotated[MergeInto | None, typer.Option(help="Base weights to add the adapter to.")] = None,
     gate: Annotated[bool, typer.Option("--gate/--no-gate", help="Prove what was written, or do not.")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace artifacts of an earlier export.")] = False,
+    environment: Annotated[
+        str | None,
+        typer.Option(
+            "--check-target",
+            metavar="ENV",
+            help="Export nothing; tell whether `here`, or an environment such as vllm=0.11.0,cuda=8.0, can load it.",
+        ),
+    ] = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -204,13 +212,20 @@ def export(
     """Hand over a trained model in other forms, each proven to be the one that was trained."""
     with messages(debug):
         quiet_libraries()
-        from qft.export import ExportOptions
+        from qft.export import ExportOptions, check_target, refuse_unloadable
         from qft.export import export as run_export
-        from qft.report.handover import render_exports
+        from qft.report.handover import render_exports, render_loads
         from qft.report.live import LineView, QuietView
 
         options = ExportOptions(tuple(to or ()), out, merge_into, gate, overwrite, tuple(overrides or ()))
-        documents = run_export(run, options, QuietView() if quiet else LineView(consoles(as_json)))
+        view = QuietView() if quiet else LineView(consoles(as_json))
+        if environment is not None:
+            checks = check_target(run, options, environment, view)
+            document = [check.model_dump(mode="json") for check in checks] if as_json else checks
+            tell(document, render_loads, as_json=as_json, quiet=quiet)
+            refuse_unloadable(checks)
+            return
+        documents = run_export(run, options, view)
         if as_json:
             print_json([document.model_dump(mode="json") for document in documents])
         elif not quiet:

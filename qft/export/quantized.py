@@ -15,7 +15,7 @@ from qft.export.base import Exporter, Job, Limits
 from qft.recipe import LoadedRecipe
 from qft.recipe.schema import AdapterSection, CalibrateSection, EvalSection, QuantSection
 
-__all__ = ["BNB_4BIT", "BNB_8BIT", "COMPRESSED"]
+__all__ = ["BNB_4BIT", "BNB_8BIT", "COMPRESSED", "compressed_section"]
 
 Facts = dict[str, Any]
 ROUND = CalibrateSection(engine="rtn")
@@ -61,7 +61,8 @@ def _needed_bytes(job: Job) -> int:
     return 2 * merged.needed_bytes(job)
 
 
-def _compressed(job: Job) -> CalibrateSection:
+def compressed_section(job: Job) -> CalibrateSection:
+    """How the target compressed-tensors quantizes. Raises RecipeError for an engine that writes another format."""
     section = job.loaded.recipe.calibrate or ROUND
     if section.engine not in ("autoround", "rtn"):
         text = f"{section.engine} writes its own format, not compressed-tensors: use autoround or rtn"
@@ -95,5 +96,5 @@ BITSANDBYTES = "transformers needs the package bitsandbytes for it."
 BNB_4BIT = _exporter(lambda _: NF4, FOUR_BITS, FOUR_BITS_ORIGINAL, BITSANDBYTES, regrids=True)
 BNB_8BIT = _exporter(lambda _: INT8, EIGHT_BITS, EIGHT_BITS_ORIGINAL, BITSANDBYTES)
 COMPRESSED = _exporter(
-    _compressed, FOUR_BITS, FOUR_BITS_ORIGINAL, "transformers needs the package compressed-tensors for it."
+    compressed_section, FOUR_BITS, FOUR_BITS_ORIGINAL, "transformers needs the package compressed-tensors for it."
 )

@@ -15,6 +15,7 @@ from qft.export.adapter import ADAPTER
 from qft.export.base import Exporter, Job, MergeInto
 from qft.export.card import model_card
 from qft.export.compare import worst_weight
+from qft.export.deployment import check_loads, environments, weight_format
 from qft.export.gguf import GGUF
 from qft.export.merged import MERGED
 from qft.export.quantized import BNB_4BIT, BNB_8BIT, COMPRESSED
@@ -25,12 +26,12 @@ from qft.plan.packages import missing_for_export
 from qft.recipe import LoadedRecipe, load
 from qft.recipe.schema import ExportSection
 from qft.registry import SIDE
-from qft.report.export import ExportDocument, Gate
+from qft.report.export import ExportDocument, Gate, LoadCheck
 from qft.report.live import View
 from qft.runs import Run
 from qft.targets import parse_target
 
-__all__ = ["EXPORTERS", "ExportOptions", "export", "find_job", "for_target", "judge"]
+__all__ = ["EXPORTERS", "ExportOptions", "check_target", "export", "find_job", "for_target", "judge"]
 
 EXPORTERS: dict[str, Exporter] = {
     "adapter": ADAPTER,
@@ -88,6 +89,17 @@ def export(folder: Path, options: ExportOptions, view: View) -> list[ExportDocum
     if refusals:
         raise GateError("\n".join(refusals))
     return documents
+
+
+def check_target(folder: Path, options: ExportOptions, environment: str, view: View) -> list[LoadCheck]:
+    """Whether `environment` can load what `export` would write; nothing is written or loaded.
+
+    Raises RecipeError for an environment that makes no sense, and what `export` raises before any work."""
+    asked = environments(environment)
+    loaded = _load(folder, options.overrides)
+    names = _targets(loaded.recipe.export, options)
+    job = find_job(folder, loaded, options, view)
+    return [check for name in names for check in check_loads(name, weight_format(job, name), job.dtype, asked)]
 
 
 def _load(folder: Path, overrides: Sequence[str]) -> LoadedRecipe:

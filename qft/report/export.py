@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from qft.report.document import Part
 
-__all__ = ["ExportDocument", "Gate", "GateCheck"]
+__all__ = ["ExportDocument", "Gate", "GateCheck", "LoadCheck"]
 
 
 class GateCheck(Part):
@@ -64,3 +64,23 @@ class ExportDocument(Part):
     and perplexity_change."""
     gate: Gate
     versions: dict[str, str | None]
+
+
+class LoadCheck(Part):
+    """Whether one environment can load one target, told before the export."""
+
+    target: str
+    format: str
+    """What the target would write."""
+    engine: str | None = None
+    """None: this machine has none that could read the format."""
+    version: str | None = None
+    device: str | None = None
+    """cpu, or the compute capability. None: it was not said."""
+    loads: bool | None
+    """None: not known."""
+    reasons: list[str]
+    """Why it cannot, or why it is not known."""
+    remedies: list[str]
+    source: str | None = None
+    """Where it is written."""

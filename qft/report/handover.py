@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from qft.report.export import ExportDocument
+from qft.report.export import ExportDocument, LoadCheck
 from qft.report.terminal import size, table
 
-__all__ = ["render_exports"]
+__all__ = ["render_exports", "render_loads"]
 
 
 def render_exports(documents: Sequence[ExportDocument]) -> Group:
@@ -35,6 +35,16 @@ def render_exports(documents: Sequence[ExportDocument]) -> Group:
             Text("The gate was off: nothing proves that these are the model that was trained.", style="bold red")
         )
     return Group(*parts, *(Text(f"Written to {document.path}") for document in documents))
+
+
+def render_loads(checks: Sequence[LoadCheck]) -> Group:
+    """What each environment can load, and where that is written."""
+    rows = table("Loads", "target", "format", "engine", "device", "loads", "source")
+    for check in checks:
+        engine = " ".join(part for part in (check.engine, check.version) if part)
+        verdict = {True: "yes", False: "no", None: "not known"}[check.loads]
+        rows.add_row(check.target, check.format, engine, check.device or "", verdict, check.source or "")
+    return Group("", rows)
 
 
 def _figure(value: float | str | None, form: str) -> str:

@@ -39,7 +39,8 @@ DOCUMENTS = {
 }
 """What commands write, by its name for `qft schema`: module and class."""
 TARGET_HELP = (
-    "A recipe, a run, or a model; PATH@VARIANT for base, float32, bfloat16, float16, nf4, fp4, 8bit or merged."
+    "A recipe, a run, or a model; PATH@VARIANT for base, float32, bfloat16, float16, nf4, fp4, 8bit, merged or (a "
+    ".gguf file) llama.cpp."
 )
 
 

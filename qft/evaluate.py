@@ -90,6 +90,8 @@ def evaluate(names: Sequence[str], options: EvalOptions, view: View) -> EvalDocu
     targets = _targets(names, options)
     if options.layers and options.reference is None:
         raise RecipeError("--layers compares with a reference: give --reference TARGET, an unquantized one")
+    if options.layers and (outside := [target.name for target in targets if target.in_llamacpp]):
+        raise RecipeError(f"--layers: looks into models that transformers runs, and {outside[0]} is run by llama.cpp")
     first = next((target for target in targets if target.has_recipe), targets[0])
     recipe = first.loaded.recipe
     metrics = tuple(dict.fromkeys((*recipe.eval.metrics, *options.metrics)))

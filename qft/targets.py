@@ -1,7 +1,8 @@
 """What `qft eval` compares and `qft chat` talks to: `PATH` or `PATH@VARIANT`, told apart and loaded.
 
 PATH is a recipe, a run folder, or a model (hub id, folder, .gguf file, package:NAME/FILE). VARIANT is one of VARIANTS.
-Without one, a run is its adapter on its base, a recipe its base as it is held, and a model what it is.
+Without one, a run is its adapter on its base, a recipe its base as it is held, and a model what it is. A .gguf file is
+dequantized by transformers, and with @llama.cpp run as it is; so is the file of an exported folder.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 from peft import PeftModel
 
 from qft.errors import MissingError, ModelError, RecipeError
+from qft.llamacpp import LlamaCpp, require_llamacpp
 from qft.models import load_base
 from qft.plan import ModelPlan, plan_model
 from qft.recipe import LoadedRecipe, load
@@ -24,6 +26,7 @@ from qft.runs import Run
 
 __all__ = ["VARIANTS", "Target", "load_target", "parse_target", "with_adapter"]
 
+LLAMACPP = "llama.cpp"
 UNQUANTIZED = QuantSection()
 FOUR_BIT = QuantSection(mode="4bit")
 
@@ -36,8 +39,10 @@ VARIANTS: dict[str, tuple[QuantSection, str]] = {
     "fp4": (FOUR_BIT.model_copy(update={"quant_type": "fp4"}), "auto"),
     "8bit": (QuantSection(mode="8bit"), "auto"),
     "merged": (UNQUANTIZED, "auto"),
+    LLAMACPP: (UNQUANTIZED, "auto"),
 }
-"""How to hold the base, and the dtype of what is not quantized. merged: the adapter added to 16-bit weights."""
+"""How to hold the base, and the dtype of what is not quantized. merged: the adapter added to 16-bit weights; llama.cpp:
+the .gguf file, run by llama.cpp."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,13 @@ class Target:
     has_recipe: bool
     """Whether the recipe is the user's, so that its data and eval sections say something."""
     adapter: Path | None = None
-    merged: bool = False
+    variant: str = ""
+    """Of VARIANTS; empty: the target is what it is."""
+
+    @property
+    def in_llamacpp(self) -> bool:
+        """Whether llama.cpp runs it, and not transformers."""
+        return self.variant == LLAMACPP
 
     def plan(self) -> ModelPlan:
         return plan_model(self.loaded)
@@ -66,6 +77,12 @@ def parse_target(text: str, *, adapter: Path | None, data: str | None, needs_row
         if at and "/" not in variant and not Path(text).exists():
             raise RecipeError(f"{text}: {variant} is none of the variants {', '.join(VARIANTS)}")
         path, variant = text, ""
+    if file := _exported_gguf(Path(path)):
+        path, variant = str(file), variant or LLAMACPP
+    if variant == LLAMACPP:
+        require_llamacpp()
+        if not path.endswith(".gguf"):
+            raise RecipeError(f"{text}: is no .gguf file, and llama.cpp runs no other")
     loaded, own_adapter = _find(path, data, needs_rows)
     adapter = adapter or own_adapter
     if variant and variant != "merged":
@@ -79,18 +96,20 @@ def parse_target(text: str, *, adapter: Path | None, data: str | None, needs_row
         loaded=_held_as(loaded, variant),
         has_recipe=Path(path).suffix in {".yaml", ".yml"} or bool(Run(Path(path)).manifest()),
         adapter=adapter,
-        merged=variant == "merged",
+        variant=variant,
     )
 
 
 def load_target(target: Target, plan: ModelPlan) -> Any:
     """The model, ready to evaluate. Raises ModelError if the adapter belongs to another base."""
+    if target.in_llamacpp:
+        return LlamaCpp(*plan.checkpoint.weight_files())
     _require_same_plugin(plan.checkpoint.folder, plan, "quantized")
     model = load_base(plan)
     if target.adapter is not None:
         _require_same_base(target.adapter, plan)
         model = with_adapter(model, target.adapter)
-        if target.merged:
+        if target.variant == "merged":
             model = model.merge_and_unload()
     return model.eval()
 
@@ -111,6 +130,12 @@ def _find(path: str, data: str | None, needs_rows: bool) -> tuple[LoadedRecipe, 
     if data is None and needs_rows:
         raise RecipeError(f"{path}: a model has no rows of its own; give --data FILE")
     return from_values({"model": {"path": path}, "data": {"train": data or ()}, "output_dir": "."}), None
+
+
+def _exported_gguf(folder: Path) -> Path | None:
+    """The file of a folder that holds one GGUF file and no other model."""
+    found = list(folder.glob("*.gguf")) if folder.is_dir() and not (folder / "config.json").exists() else []
+    return found[0] if len(found) == 1 else None
 
 
 def _held_as(loaded: LoadedRecipe, variant: str) -> LoadedRecipe:

@@ -195,6 +195,17 @@ def export(
     merge_into: Annotated[MergeInto | None, typer.Option(help="Base weights to add the adapter to.")] = None,
     gate: Annotated[bool, typer.Option("--gate/--no-gate", help="Prove what was written, or do not.")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace artifacts of an earlier export.")] = False,
+    register: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Add what is written to the registry, as this model's next version."),
+    ] = None,
+    registry: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Folder of the registry; by default the recipe's, or models.")
+    ] = None,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Upload what passed to this repository of the hub.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository of the hub private.")] = False,
     overrides: Overrides = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -208,7 +219,18 @@ def export(
         from qft.report.handover import render_exports
         from qft.report.live import LineView, QuietView
 
-        options = ExportOptions(tuple(to or ()), out, merge_into, gate, overwrite, tuple(overrides or ()))
+        options = ExportOptions(
+            tuple(to or ()),
+            out,
+            merge_into,
+            gate,
+            overwrite,
+            tuple(overrides or ()),
+            register=register,
+            registry=registry,
+            push_to_hub=push_to_hub,
+            private=private,
+        )
         documents = run_export(run, options, QuietView() if quiet else LineView(consoles(as_json)))
         if as_json:
             print_json([document.model_dump(mode="json") for document in documents])

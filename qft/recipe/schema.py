@@ -8,6 +8,7 @@ error. `auto` is decided by the plan, never here.
 from __future__ import annotations
 
 import re
+import warnings
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
@@ -387,6 +388,10 @@ class ExportGate(Section):
     """Largest relative increase of the perplexity: 1%, or 0.01."""
 
 
+# To pydantic the name hides ABCMeta.register, which no section is asked for.
+warnings.filterwarnings("ignore", 'Field name "register" in "ExportSection" shadows', UserWarning)
+
+
 class ExportSection(Section):
     """What `qft export` hands over, and what it must hold."""
 
@@ -399,6 +404,11 @@ class ExportSection(Section):
     that the base came from would round the adapter away. Only with a quantized base."""
     gate: ExportGate = ExportGate()
     """What an artifact must hold, or it is refused."""
+    register: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    """Add each artifact that is written and not refused to a registry, as the next version of this model; see
+    `qft models`. --register replaces it."""
+    registry: str | None = Field(None, min_length=1)
+    """Folder of the registry. None: `models` where the command is run, as for `qft models`. --registry replaces it."""
 
 
 class Recipe(Section):

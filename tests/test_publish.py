@@ -37,6 +37,8 @@ from qft.report.live import View
 
 ROOT = Path(__file__).parent.parent
 OID = "c" * 40
+# The hub's client, of the HTTP library that it brings.
+pytestmark = pytest.mark.filterwarnings("ignore:Use .content=:DeprecationWarning")
 
 
 @pytest.fixture(scope="module")
@@ -184,18 +186,23 @@ class Hub(BaseHTTPRequestHandler):
             return self.answer(200, self.state.user)
         if self.path == "/api/models/me/tiny" and self.state.info:
             return self.answer(200, self.state.info)
-        return self.answer(404, {"error": "Repository not found"}, code="RepoNotFound")
+        if self.path.startswith("/api/models/me/tiny/tree/main") and self.state.info:
+            names = [file["rfilename"] for file in self.state.info["siblings"]]
+            return self.answer(200, [{"type": "file", "path": name, "size": 1, "oid": "0" * 40} for name in names])
+        return self.answer(404, {}, **{"X-Error-Code": "RepoNotFound"})
 
     def do_PUT(self) -> None:
         body = self.body()
+        if self.path.endswith(self.state.fails_at):
+            return self.refuse()
         self.state.large[hashlib.sha256(body).hexdigest()] = body
-        self.answer(200, {})
+        return self.answer(200, {})
 
     def do_POST(self) -> None:
         body, state, path = self.body(), self.state, self.path.split("?")[0]
         state.asked.append(path)
         if path.endswith(state.fails_at):
-            return self.answer(403, {"error": "the disk of the hub is on fire"})
+            return self.refuse()
         if path == "/api/validate-yaml":
             state.cards.append(json.loads(body))
             return self.answer(200, {"errors": [], "warnings": []})
@@ -220,11 +227,14 @@ class Hub(BaseHTTPRequestHandler):
     def body(self) -> bytes:
         return self.rfile.read(int(self.headers.get("Content-Length", 0)))
 
-    def answer(self, status: int, document: Any, code: str | None = None) -> None:
+    def refuse(self) -> None:
+        self.answer(403, {}, **{"X-Error-Message": "the disk is full"})
+
+    def answer(self, status: int, document: Any, **headers: str) -> None:
         body = json.dumps(document).encode()
         self.send_response(status)
-        if code:
-            self.send_header("X-Error-Code", code)
+        for name, value in headers.items():
+            self.send_header(name, value)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -359,29 +369,37 @@ def test_what_is_refused_is_not_pushed(logged_in: HubState, run: Path, tmp_path:
     assert logged_in.asked == []
 
 
-@pytest.mark.parametrize("moment", ["/repos/create", "/preupload/main", "/objects/batch", "/commit/main"])
+@pytest.mark.parametrize("moment", ["/repos/create", "/preupload/main", "/objects/batch", "/large", "/commit/main"])
 def test_a_hub_that_fails_costs_only_the_push(moment: str, logged_in: HubState, run: Path, tmp_path: Path) -> None:
     logged_in.fails_at = moment
-    logged_in.info = {"id": "me/tiny", "private": True, "siblings": [{"rfilename": "model.safetensors"}]}
+    there = {"id": "me/tiny", "private": True, "siblings": [{"rfilename": "model.safetensors"}]}
+    logged_in.info = None if moment == "/repos/create" else there  # one may not have to make it
     to_hub = ("--to", "adapter", "--out", tmp_path, "--push-to-hub", "me/tiny", "--private")
     ran = qft("export", run, *to_hub)
     assert ran.exit_code == 1
-    assert "Traceback" not in ran.stderr
+    assert "not pushed to me/tiny: 403 Forbidden: the disk is full. Push" in ran.stderr
     assert logged_in.commits == []
     assert json.loads((tmp_path / "adapter" / "export.json").read_text())["passed"] is True
     command = shlex.split(ran.stderr.partition("Push it again: ")[2])
     staged = tmp_path / "adapter.hub"
-    assert command == ["hf", "upload", "me/tiny", str(staged), "--private", "--delete", "model.safetensors"]
+    stale = ["--delete", "model.safetensors"] if logged_in.info else []
+    assert command == ["hf", "upload", "me/tiny", str(staged), "--private", *stale]
     logged_in.fails_at = "/nowhere"
     environment = os.environ | {"HF_ENDPOINT": logged_in.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     if moment == "/commit/main":  # one is enough: what is staged is the same
-        logged_in.info["siblings"] = []
         hf = [str(Path(sys.executable).with_name("hf")), *command[1:]]
         done = subprocess.run(hf, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-        assert {name: body for name, body in logged_in.arrived().items()} == {
-            path.name: path.read_bytes() for path in staged.iterdir()
-        }
+        assert logged_in.deleted() == ["model.safetensors"]
+        assert logged_in.arrived() == {path.name: path.read_bytes() for path in staged.iterdir()}
+
+
+def test_what_waits_to_be_pushed_goes_with_its_artifact(logged_in: HubState, run: Path, tmp_path: Path) -> None:
+    logged_in.fails_at = "/commit/main"
+    refusal(run, "adapter", out=tmp_path, push_to_hub="me/tiny")
+    assert (tmp_path / "adapter.hub" / "adapter_model.safetensors").is_file()
+    export(run, options("adapter", out=tmp_path, overwrite=True), View())
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
 def test_no_work_is_done_for_what_cannot_be_pushed(

@@ -24,7 +24,7 @@ from qft.export.card import without_folders
 from qft.files import sha256, write_json, write_text
 from qft.report.export import ExportDocument, Pushed
 
-__all__ = ["Repository", "find_repository", "push", "require_pushable"]
+__all__ = ["Repository", "find_repository", "push", "require_pushable", "staging_folder"]
 
 MODEL_FILES = (".safetensors", ".json", ".jinja")
 """Endings of what a loader could take for part of the model. Such files of an earlier one must not stay beside it."""
@@ -75,7 +75,7 @@ def find_repository(name: str, *, private: bool) -> Repository:
     try:
         user, info = api.whoami(), _info(api, name)
     except Exception as error:  # those of the HTTP library too, which is another one with each version of the client
-        raise MissingError(f"--push-to-hub {name}: the hub cannot be asked: {first_line(error)}") from error
+        raise MissingError(f"--push-to-hub {name}: the hub cannot be asked: {_reason(error)}") from error
     _require_writer(name, user)
     if info is None:
         return Repository(name, private)
@@ -135,15 +135,26 @@ def _not_pushed(
     options += [word for name in stale for word in ("--delete", name)]
     again = shlex.join(["hf", "upload", repository.name, str(folder), *options])
     return (
-        f"{document.path}: passed its gate and is kept, but was not pushed to {repository.name}: {first_line(error)}. "
+        f"{document.path}: passed its gate and is kept, but was not pushed to {repository.name}: {_reason(error)}. "
         f"Push it again: {again}"
     )
 
 
+def _reason(error: BaseException) -> str:
+    """The client says of a file's upload only that it failed, and of the rest why."""
+    wrapped = isinstance(error, RuntimeError) and error.__cause__
+    return first_line(wrapped or error).rstrip(".")
+
+
+def staging_folder(artifact: Path) -> Path:
+    """Where what is to be uploaded lies until it has arrived."""
+    return artifact.with_name(f"{artifact.name}.hub")
+
+
 def _staged(document: ExportDocument, repository: str) -> Path:
-    """OUT/TARGET.hub: what is to be uploaded."""
+    """The filled staging folder."""
     artifact = Path(document.path)
-    folder = artifact.with_name(f"{artifact.name}.hub")
+    folder = staging_folder(artifact)
     shutil.rmtree(folder, ignore_errors=True)
     for path in artifact.rglob("*"):
         if path.is_file():

@@ -16,7 +16,7 @@ from qft.export.base import Exporter, Job, MergeInto
 from qft.export.card import model_card
 from qft.export.compare import worst_weight
 from qft.export.merged import MERGED
-from qft.export.publish import Repository, find_repository, push, require_pushable
+from qft.export.publish import Repository, find_repository, push, require_pushable, staging_folder
 from qft.export.quantized import BNB_4BIT, BNB_8BIT, COMPRESSED
 from qft.export.register import Registration, find_registration, register
 from qft.export.verify import Reference, reference, verify
@@ -183,6 +183,7 @@ def _export(job: Job, name: str, final: Path, expected: Reference | None) -> Exp
             folder.chmod(0o755)
             os.replace(folder, failed)
             raise GateError(_refusal(gate, failed))
+        shutil.rmtree(staging_folder(final), ignore_errors=True)  # its links lead to the files that are now replaced
     return document
 
 

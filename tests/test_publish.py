@@ -143,7 +143,8 @@ def test_no_work_is_done_for_a_registry_that_cannot_be_used(run: Path, tmp_path:
         assert nothing_was_done(more.get("out", out))
         return error
 
-    assert isinstance(refused("../m"), RecipeError)
+    for name in ("../m", ""):
+        assert isinstance(refused(name), RecipeError)
     assert "--register" in str(refused(None))
     (tmp_path / "file").write_text("")
     assert isinstance(refused(folder=tmp_path / "file"), RunError)
@@ -357,7 +358,15 @@ def test_no_path_of_this_machine_is_uploaded(logged_in: HubState, run: Path, tin
 
 
 def test_an_earlier_model_does_not_stay_beside_it(logged_in: HubState, run: Path, tmp_path: Path) -> None:
-    there = ["config.json", "model.safetensors", "README.md", "LICENSE", "plot.png", ".gitattributes", "tokenizer.json"]
+    there = [
+        "config.json",
+        "model.safetensors",
+        "README.md",
+        "LICENSE",
+        "runs/a.json",
+        ".gitattributes",
+        "tokenizer.json",
+    ]
     logged_in.info = {"id": "me/tiny", "private": True, "siblings": [{"rfilename": name} for name in there]}
     export(run, options("adapter", out=tmp_path, push_to_hub="me/tiny"), View())
     assert sorted(logged_in.deleted()) == ["config.json", "model.safetensors"]

@@ -41,8 +41,9 @@ class Repository:
     """What it holds already."""
 
     def stale(self, uploaded: Sequence[str]) -> list[str]:
-        """Model files that it holds and that are not uploaded again."""
-        return [name for name in self.files if name.endswith(MODEL_FILES) and name not in uploaded]
+        """Model files at its top, where loaders look, that it holds and that are not uploaded again."""
+        top = (name for name in self.files if "/" not in name)
+        return [name for name in top if name.endswith(MODEL_FILES) and name not in uploaded]
 
 
 def require_pushable(name: str | None, *, private: bool, gate: bool, targets: Sequence[str]) -> None:

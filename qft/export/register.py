@@ -37,7 +37,7 @@ class Registration:
 
 def find_registration(section: ExportSection, name: str | None, registry: Path | None) -> Registration | None:
     """What the command line asks, or else the recipe. Raises RecipeError for a registry without a name."""
-    asked = name or section.register
+    asked = section.register if name is None else name
     if asked is None:
         if registry is not None:
             raise RecipeError("--registry: nothing is to be added; give --register NAME, or leave it out")

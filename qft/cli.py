@@ -205,6 +205,17 @@ def export(
             help="Export nothing; tell whether `here`, or an environment such as vllm=0.11.0,cuda=8.0, can load it.",
         ),
     ] = None,
+    register: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Add what is written to the registry, as this model's next version."),
+    ] = None,
+    registry: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Folder of the registry; by default the recipe's, or models.")
+    ] = None,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Upload what passed to this repository of the hub.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository of the hub private.")] = False,
     overrides: Overrides = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -218,9 +229,22 @@ def export(
         from qft.report.handover import render_exports, render_loads
         from qft.report.live import LineView, QuietView
 
-        options = ExportOptions(tuple(to or ()), out, merge_into, gate, overwrite, tuple(overrides or ()))
+        options = ExportOptions(
+            tuple(to or ()),
+            out,
+            merge_into,
+            gate,
+            overwrite,
+            tuple(overrides or ()),
+            register=register,
+            registry=registry,
+            push_to_hub=push_to_hub,
+            private=private,
+        )
         view = QuietView() if quiet else LineView(consoles(as_json))
         if environment is not None:
+            if register or push_to_hub:
+                raise typer.BadParameter("--check-target writes nothing: leave out --register and --push-to-hub")
             checks = check_target(run, options, environment, view)
             document = [check.model_dump(mode="json") for check in checks] if as_json else checks
             tell(document, render_loads, as_json=as_json, quiet=quiet)

@@ -19,8 +19,10 @@ __all__ = [
     "atomic_file",
     "atomic_folder",
     "free_bytes",
+    "nearest_folder",
     "now",
     "require_free_space",
+    "same_disk",
     "sha256",
     "write_json",
     "write_text",
@@ -84,10 +86,19 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+def nearest_folder(folder: Path) -> Path:
+    """`folder`, or what is there of the folders that will hold it."""
+    return next(p for p in [folder, *folder.absolute().parents] if p.exists())
+
+
 def free_bytes(folder: Path) -> int:
     """Free on the disk that holds `folder`, or will."""
-    existing = next(p for p in [folder, *folder.absolute().parents] if p.exists())
-    return shutil.disk_usage(existing).free
+    return shutil.disk_usage(nearest_folder(folder)).free
+
+
+def same_disk(one: Path, other: Path) -> bool:
+    """Whether one disk holds both folders, or will."""
+    return nearest_folder(one).stat().st_dev == nearest_folder(other).stat().st_dev
 
 
 def require_free_space(folder: Path, needed: int, what: str) -> None:

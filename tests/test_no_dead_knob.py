@@ -22,6 +22,7 @@ import test_hub
 import test_mixed
 import test_models
 import test_plugin
+import test_publish
 import test_train
 import torch
 import yaml
@@ -209,6 +210,8 @@ ELSEWHERE = {
     "calibrate.max_bytes": test_calibrate.test_the_remedy_stays_within_its_bytes,
     "export.target": test_export.test_the_recipe_names_targets_and_weights,
     "export.merge_into": test_export.test_the_recipe_names_targets_and_weights,
+    "export.register_as": test_publish.test_the_recipe_names_the_model_and_its_registry,
+    "export.registry": test_publish.test_the_recipe_names_the_model_and_its_registry,
     "export.gate.kl": test_export.test_the_recipes_thresholds_win,
     "export.gate.top1_agreement": test_export.test_the_recipes_thresholds_win,
     "export.gate.perplexity_increase": test_export.test_the_recipes_thresholds_win,

@@ -14,7 +14,7 @@ from qft.export.base import Exporter, Job
 from qft.report.document import read_report
 from qft.report.export import ExportDocument
 
-__all__ = ["model_card"]
+__all__ = ["model_card", "without_folders"]
 
 
 def model_card(job: Job, exporter: Exporter, document: ExportDocument) -> str:
@@ -43,9 +43,12 @@ def _metadata(job: Job, exporter: Exporter, document: ExportDocument) -> dict[st
 
 
 def _base(job: Job) -> str:
-    """Its hub id, or its name without the folders of this machine."""
-    path = str(job.run.manifest().get("base", {}).get("path", job.plan.checkpoint.path))
-    return Path(path).name if Path(path).is_absolute() else path
+    return without_folders(str(job.run.manifest().get("base", {}).get("path", job.plan.checkpoint.path)))
+
+
+def without_folders(base: str) -> str:
+    """A base's hub id, or its name without the folders of this machine."""
+    return Path(base).name if Path(base).is_absolute() else base
 
 
 def _license(job: Job) -> str | None:

@@ -18,7 +18,9 @@ from qft.export.compare import worst_weight
 from qft.export.deployment import check_loads, environments, weight_format
 from qft.export.gguf import GGUF
 from qft.export.merged import MERGED
+from qft.export.publish import Repository, find_repository, push, require_pushable, staging_folder
 from qft.export.quantized import BNB_4BIT, BNB_8BIT, COMPRESSED
+from qft.export.register import Registration, find_registration, register
 from qft.export.verify import Reference, reference, verify
 from qft.files import atomic_folder, free_bytes, require_free_space, sha256, write_json, write_text
 from qft.machine import versions
@@ -60,18 +62,29 @@ class ExportOptions:
     """Replace artifacts of an earlier export."""
     overrides: tuple[str, ...] = ()
     """export.* and calibrate.* fields."""
+    register: str | None = None
+    """Name of the model in the registry whose next version each artifact becomes."""
+    registry: Path | None = None
+    push_to_hub: str | None = None
+    """OWNER/NAME of the repository that the artifact is uploaded to."""
+    private: bool = False
+    """Of a repository that has to be made."""
 
 
 def export(folder: Path, options: ExportOptions, view: View) -> list[ExportDocument]:
-    """Write each target into OUT/TARGET, or OUT/TARGET.failed if the gate refuses it.
+    """Write each target into OUT/TARGET, or OUT/TARGET.failed if the gate refuses it. What is not refused is registered
+    and pushed, if that is asked.
 
     Raises GateError once all are done if one was refused; RecipeError, MissingError, ModelError or RunError for what
-    cannot be done, most of it before any work."""
+    cannot be done, most of it before any work; QftError for what was written and could not be pushed."""
     loaded = _load(folder, options.overrides)
     names = _targets(loaded.recipe.export, options)
+    registration = find_registration(loaded.recipe.export, options.register, options.registry)
+    require_pushable(options.push_to_hub, private=options.private, gate=options.gate, targets=names)
     job = find_job(folder, loaded, options, view)
     out = options.out or job.run.folder / "export"
-    _require_room(job, names, out, options)
+    _require_room(job, names, out, options, registration)
+    repository = find_repository(options.push_to_hub, private=options.private) if options.push_to_hub else None
     documents, refusals = [], []
     with ExitStack() as stack:
         expected = None
@@ -83,7 +96,8 @@ def export(folder: Path, options: ExportOptions, view: View) -> list[ExportDocum
             view.note("The gate is off (--no-gate): nothing will be known of what is written")
         for name in names:
             try:
-                documents.append(_export(for_target(job, name, options), name, out / name, expected))
+                document = _export(for_target(job, name, options), name, out / name, expected)
+                documents.append(_handed_on(job, document, registration, repository))
             except GateError as error:
                 refusals.append(str(error))
     if refusals:
@@ -149,13 +163,18 @@ def for_target(job: Job, name: str, options: ExportOptions) -> Job:
     return replace(job, merge_into="original") if auto and loses and job.merge_into else job
 
 
-def _require_room(job: Job, names: Sequence[str], out: Path, options: ExportOptions) -> None:
-    """Raises RunError if something is in the way or the disk is too full, whatever the exporter refuses besides."""
+def _require_room(
+    job: Job, names: Sequence[str], out: Path, options: ExportOptions, registration: Registration | None
+) -> None:
+    """Raises RunError if something is in the way, the disk is too full or the registry of no use, and whatever the
+    exporter refuses besides."""
     for name in names:
         if (out / name).exists() and not options.overwrite:
             raise RunError(f"{out / name}: is there already; give --overwrite, or another folder with --out")
     needed = sum(EXPORTERS[name].needed_bytes(for_target(job, name, options)) for name in names)
     require_free_space(out, needed, "the export")
+    if registration:
+        registration.require_possible(out, names, needed)
     job.view.note(f"Needs up to {needed / 2**30:.2f} GiB of the {free_bytes(out) / 2**30:.2f} GiB that are free")
 
 
@@ -178,6 +197,21 @@ def _export(job: Job, name: str, final: Path, expected: Reference | None) -> Exp
             folder.chmod(0o755)
             os.replace(folder, failed)
             raise GateError(_refusal(gate, failed))
+        shutil.rmtree(staging_folder(final), ignore_errors=True)  # its links lead to the files that are now replaced
+    return document
+
+
+def _handed_on(
+    job: Job, document: ExportDocument, registration: Registration | None, repository: Repository | None
+) -> ExportDocument:
+    """Registered and pushed as asked. Each is told at once: a later target may be refused, and no table be shown."""
+    if registration:
+        added = register(registration, job.run, document)
+        job.view.note(f"Added {document.target} as {added.name} v{added.version}")
+        document = document.model_copy(update={"registered": added})
+    if repository:
+        job.view.note(f"Pushing {document.target} to {repository.name}")
+        document = document.model_copy(update={"pushed": push(repository, document)})
     return document
 
 

@@ -403,6 +403,11 @@ class ExportSection(Section):
     that the base came from would round the adapter away. Only with a quantized base."""
     gate: ExportGate = ExportGate()
     """What an artifact must hold, or it is refused."""
+    register_as: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    """Add each artifact that is written and not refused to a registry, as the next version of this model; see
+    `qft models`. --register replaces it."""
+    registry: str | None = Field(None, min_length=1)
+    """Folder of the registry. None: `models` where the command is run, as for `qft models`. --registry replaces it."""
 
 
 class Recipe(Section):

@@ -4,7 +4,7 @@ from qft.registry.compare import Row, diff
 from qft.registry.facts import facts_of
 from qft.registry.shelf import ORIGINAL, Shelf, find_shelf, names
 from qft.registry.verify import Finding, Which, inspect, problems, verify
-from qft.registry.write import SIDE, add, promote, rollback, versions
+from qft.registry.write import SIDE, add, promote, require_usable, rollback, versions
 
 __all__ = [
     "ORIGINAL",
@@ -21,6 +21,7 @@ __all__ = [
     "names",
     "problems",
     "promote",
+    "require_usable",
     "rollback",
     "verify",
     "versions",

@@ -118,6 +118,19 @@ class Shelf:
             fcntl.flock(stream, fcntl.LOCK_EX)
             yield
 
+    def busy(self) -> bool:
+        """Whether a version is being added at this moment."""
+        import fcntl
+
+        if not (self.folder / ADD_LOCK).exists():
+            return False
+        with (self.folder / ADD_LOCK).open("a") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
+
     def _history_text(self) -> str:
         try:
             return (self.folder / "history.jsonl").read_text("utf-8")

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Literal
 
 from qft.errors import GateError, MissingError, RecipeError, RunError
-from qft.files import now, require_free_space, sha256, write_json
+from qft.files import nearest_folder, now, require_free_space, sha256, write_json
 from qft.registry.base import base_entry, record_base
 from qft.registry.shelf import ADD_LOCK, ARTIFACT, LOCK, MANIFEST, ORIGINAL, Record, Shelf, find_shelf
 from qft.registry.verify import Finding, files_of, inspect_entry, pending
 
-__all__ = ["FACTS", "SIDE", "add", "promote", "rollback", "versions"]
+__all__ = ["FACTS", "SIDE", "add", "promote", "require_usable", "rollback", "versions"]
 
 FACTS = ("target", "base", "data", "recipe", "scores", "gate", "run")
 """What a manifest says beside bytes and hashes, None where nobody said it; see facts_of."""
@@ -51,6 +51,18 @@ def add(registry: Path, name: str, artifact: Path, facts: Record, *, reason: str
             shutil.rmtree(temporary, ignore_errors=True)
             raise
     return number
+
+
+def require_usable(registry: Path, name: str) -> None:
+    """Raise what `add` would raise of its registry, while there is no artifact yet: RecipeError for a bad name,
+    RunError for a folder that cannot be written, a broken history, or another add that is under way."""
+    shelf = find_shelf(registry, name, new=True)
+    folder = nearest_folder(shelf.folder)
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise RunError(f"{folder}: a registry cannot be written there; name another folder with --registry")
+    if shelf.busy():
+        raise RunError(f"{shelf.folder}: another command is adding a version; try again once it is done")
+    pending(shelf.history(), shelf.current())
 
 
 def versions(registry: Path, name: str) -> dict[int, Record]:

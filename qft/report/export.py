@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from qft.report.document import Part
 
-__all__ = ["ExportDocument", "Gate", "GateCheck", "LoadCheck"]
+__all__ = ["ExportDocument", "Gate", "GateCheck", "LoadCheck", "Pushed", "Registered"]
 
 
 class GateCheck(Part):
@@ -37,6 +37,24 @@ class Gate(Part):
     checks: list[GateCheck]
 
 
+class Registered(Part):
+    """The version of a registry that an artifact was copied into."""
+
+    name: str
+    version: int
+    registry: str
+    """Folder of the registry."""
+
+
+class Pushed(Part):
+    """The commit of the hub that an artifact was uploaded by."""
+
+    repository: str
+    commit: str
+    url: str
+    """Of the commit."""
+
+
 class ExportDocument(Part):
     """export.json of an artifact's folder. Bytes throughout; shares are between 0 and 1."""
 
@@ -64,6 +82,10 @@ class ExportDocument(Part):
     and perplexity_change."""
     gate: Gate
     versions: dict[str, str | None]
+    registered: Registered | None = None
+    """Told by the command alone: in export.json, which is written first and then never changed, it is null."""
+    pushed: Pushed | None = None
+    """The same holds for it."""
 
 
 class LoadCheck(Part):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from rich.console import Group, RenderableType
 from rich.text import Text
@@ -34,7 +34,17 @@ def render_exports(documents: Sequence[ExportDocument]) -> Group:
         parts.append(
             Text("The gate was off: nothing proves that these are the model that was trained.", style="bold red")
         )
-    return Group(*parts, *(Text(f"Written to {document.path}") for document in documents))
+    return Group(*parts, *(Text(line) for document in documents for line in _places(document)))
+
+
+def _places(document: ExportDocument) -> Iterator[str]:
+    yield f"Written to {document.path}"
+    if added := document.registered:
+        elsewhere = "" if added.registry == "models" else f" --registry {added.registry}"
+        next_step = f"qft models promote {added.name} {added.version}{elsewhere}"
+        yield f"{added.name} v{added.version} added to {added.registry}; next: {next_step}"
+    if pushed := document.pushed:
+        yield f"Pushed to {pushed.repository}: {pushed.url}"
 
 
 def render_loads(checks: Sequence[LoadCheck]) -> Group:

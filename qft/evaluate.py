@@ -164,18 +164,28 @@ def _targets(names: Sequence[str], options: EvalOptions) -> list[Target]:
     if options.reference is not None and options.reference not in wanted:
         wanted.append(options.reference)
     wanted.sort(key=lambda name: name != options.reference)
-    return [parse_target(name, adapter=options.adapter, data=options.data) for name in wanted]
+    found = [parse_target(name, adapter=options.adapter, data=options.data) for name in wanted]
+    if options.data is None and not any(target.has_recipe for target in found):
+        raise RecipeError(
+            f"{found[0].name}: a model has no rows of its own; give --data FILE, or compare it with a run"
+        )
+    return found
 
 
 def _require_one_tokenizer(targets: list[Target], plans: list[ModelPlan]) -> None:
-    first = plans[0].tokenizer
+    first = plans[0]
     for target, plan in zip(targets[1:], plans[1:], strict=True):
-        same = plan.tokenizer.get_vocab() == first.get_vocab() and plan.tokenizer.chat_template == first.chat_template
-        if not same:
+        if _tokens(plan) != _tokens(first) or plan.tokenizer.chat_template != first.tokenizer.chat_template:
             raise ModelError(
                 f"{target.name}: its tokenizer or chat template differs from that of {targets[0].name}, so their "
                 "tokens cannot be compared; evaluate them apart (bits per byte compare across tokenizers)"
             )
+
+
+def _tokens(plan: ModelPlan) -> dict[str, int]:
+    """The vocabulary, as far as there are embeddings; without what a GGUF file calls those that stand for no token."""
+    embedded = plan.checkpoint.config.get_text_config().vocab_size
+    return {token: i for token, i in plan.tokenizer.get_vocab().items() if i < embedded and token != f"[PAD{i}]"}
 
 
 @contextmanager

@@ -67,11 +67,10 @@ class Target:
         return plan_model(self.loaded)
 
 
-def parse_target(text: str, *, adapter: Path | None, data: str | None, needs_rows: bool = True) -> Target:
+def parse_target(text: str, *, adapter: Path | None, data: str | None) -> Target:
     """Tell what `text` names. Raises RecipeError, or MissingError for what is not there.
 
-    `adapter` is put on a model that brings none; `data` stands in for the recipe that a model has not, and may be None
-    where no rows are read (`needs_rows`)."""
+    `adapter` is put on a model that brings none; `data` stands in for the recipe that a model has not."""
     path, at, variant = text.rpartition("@")
     if not at or variant not in VARIANTS:
         if at and "/" not in variant and not Path(text).exists():
@@ -83,7 +82,7 @@ def parse_target(text: str, *, adapter: Path | None, data: str | None, needs_row
         require_llamacpp()
         if not path.endswith(".gguf"):
             raise RecipeError(f"{text}: is no .gguf file, and llama.cpp runs no other")
-    loaded, own_adapter = _find(path, data, needs_rows)
+    loaded, own_adapter = _find(path, data)
     adapter = adapter or own_adapter
     if variant and variant != "merged":
         adapter = None
@@ -114,7 +113,7 @@ def load_target(target: Target, plan: ModelPlan) -> Any:
     return model.eval()
 
 
-def _find(path: str, data: str | None, needs_rows: bool) -> tuple[LoadedRecipe, Path | None]:
+def _find(path: str, data: str | None) -> tuple[LoadedRecipe, Path | None]:
     """The recipe behind `path` and the adapter that lies with it."""
     run = Run(Path(path))
     if run.manifest():
@@ -127,8 +126,6 @@ def _find(path: str, data: str | None, needs_rows: bool) -> tuple[LoadedRecipe, 
         return loaded, run.adapter
     if Path(path).suffix in {".yaml", ".yml"}:
         return load(Path(path)), None
-    if data is None and needs_rows:
-        raise RecipeError(f"{path}: a model has no rows of its own; give --data FILE")
     return from_values({"model": {"path": path}, "data": {"train": data or ()}, "output_dir": "."}), None
 
 

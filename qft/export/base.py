@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from qft.export.facts import Facts, transformers_facts
 from qft.plan import ModelPlan
 from qft.recipe import LoadedRecipe
@@ -15,9 +17,11 @@ from qft.report.live import View
 from qft.runs import Run
 from qft.targets import Target
 
-__all__ = ["Exporter", "Job", "Limits", "MergeInto"]
+__all__ = ["Exporter", "Job", "Limits", "MergeInto", "Read"]
 
 MergeInto = Literal["dequantized", "original"]
+Read = Callable[[str], torch.Tensor | None]
+"""A weight of an artifact by its name in the model; None: it has none."""
 
 
 @dataclass(frozen=True)
@@ -92,3 +96,5 @@ class Exporter:
     """How to load it, in Markdown."""
     facts: Callable[[Any, Job, Path, Sequence[str]], Facts] = transformers_facts
     """What the loaded artifact is, of the model, the job, the folder and texts to tokenize."""
+    reader: Callable[[Job, Path], Read] | None = None
+    """The artifact's weights, for the gate to name the worst. None: they cannot be compared with those of the merge."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from qft.export import merged
-from qft.export.base import Exporter, Job, Limits
+from qft.export.base import Exporter, Job, Limits, Read
 from qft.export.facts import QUESTION, Facts, rendered
 from qft.export.modelfile import modelfile
 from qft.export.quantized import EIGHT_BITS, EIGHT_BITS_ORIGINAL, FOUR_BITS, FOUR_BITS_ORIGINAL
@@ -80,6 +80,12 @@ def facts(model: LlamaCpp, job: Job, folder: Path, texts: Sequence[str]) -> Fact
     }
 
 
+def reader(job: Job, folder: Path) -> Read:
+    from qft.gguf import read_gguf
+
+    return read_gguf(_file(folder), merged.merged_config(job, MergedWeights(job)))
+
+
 def _file(folder: Path) -> Path:
     return next(folder.glob("*.gguf"), folder / "model.gguf")
 
@@ -104,6 +110,7 @@ def _exporter(kind: str, limits: Limits, original: Limits) -> Exporter:
         library="gguf",
         usage=USAGE,
         facts=facts,
+        reader=reader,
     )
 
 

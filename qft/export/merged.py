@@ -10,9 +10,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from qft.export.base import Exporter, Job, Limits
+import torch
+from safetensors import safe_open
+
+from qft.export.base import Exporter, Job, Limits, Read
 from qft.export.weights import MergedWeights
-from qft.models import generation_config, load_base, save_tensors, write_index
+from qft.models import generation_config, load_base, save_tensors, tensors_in, write_index
 from qft.plan import plan_folder
 
 __all__ = ["MERGED", "load", "merged_config", "merged_folder", "needed_bytes", "write"]
@@ -73,6 +76,19 @@ def load(job: Job, folder: Path) -> Any:
     return load_base(plan_folder(folder, job.plan.recipe.model, job.dtype)).eval()
 
 
+def reader(job: Job, folder: Path) -> Read:
+    found = tensors_in(folder.glob("*.safetensors"))
+
+    def read(name: str) -> torch.Tensor | None:
+        if name not in found:
+            return None
+        with safe_open(found[name], framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(name)
+        return tensor
+
+    return read
+
+
 MERGED = Exporter(
     write=write,
     needed_bytes=needed_bytes,
@@ -84,4 +100,5 @@ MERGED = Exporter(
     limits_original=Limits(kl=0.1, top1_agreement=0.9, perplexity_increase=0.05),
     library="transformers",
     usage=USAGE,
+    reader=reader,
 )

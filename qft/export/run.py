@@ -221,8 +221,8 @@ def judge(job: Job, name: str, folder: Path, expected: Reference) -> Gate:
     default = exporter.limits_original if exporter.merges and job.merge_into == "original" else exporter.limits
     gate = verify(job, exporter, folder, expected, default.under(job.loaded.recipe.export.gate))
     missed = any(check.name in LIMITED and not check.passed for check in gate.checks)
-    if name == "merged" and missed:
-        return gate.model_copy(update={"worst_weight": worst_weight(job, folder)})
+    if exporter.reader and missed:
+        return gate.model_copy(update={"worst_weight": worst_weight(job, exporter.reader(job, folder))})
     return gate
 
 

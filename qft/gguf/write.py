@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qft.errors import ModelError
 from qft.files import atomic_file, require_free_space
+from qft.gguf.rotary import heads_to_interleave, interleave
 from qft.gguf.shape import add_shape, architecture, rope_factors
 from qft.gguf.vocabulary import add_tokenizer
 
@@ -148,32 +149,14 @@ def _tensor(
     block = gguf.GGML_QUANT_SIZES[type_][0]
     if shape[-1] % block:
         raise ModelError(f"GGUF: {name} has rows of {shape[-1]} weights, and {kind} holds multiples of {block}")
-    heads = _heads_to_interleave(name, config, arch)
+    heads = heads_to_interleave(name, config, arch)
     return _Tensor(theirs, shape, type_, lambda: _read(path, name, heads))
-
-
-def _heads_to_interleave(name: str, config: Any, arch: gguf.MODEL_ARCH) -> int:
-    """Heads of a projection whose rows are to be reordered, 0 for none."""
-    if arch != gguf.MODEL_ARCH.LLAMA:
-        return 0
-    if ".q_proj." in name:
-        return int(config.num_attention_heads)
-    return int(config.num_key_value_heads) if ".k_proj." in name else 0
 
 
 def _read(path: Path, name: str, heads: int) -> NDArray[np.float32]:
     with safe_open(path, framework="pt") as file:
         values: NDArray[np.float32] = file.get_tensor(name).float().numpy()
     return interleave(values, heads) if heads else values
-
-
-def interleave(rows: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
-    """Reorder the rows [heads * head_dim, ...] of q or k so that each rotated pair lies side by side.
-
-    Hugging Face's Llama rotates row i of a head with row i + head_dim / 2; llama.cpp's rotates rows 2i and 2i + 1.
-    """
-    halves = rows.reshape(heads, 2, -1, *rows.shape[1:])
-    return np.stack([halves[:, 0], halves[:, 1]], axis=2).reshape(rows.shape)
 
 
 def _where(folder: Path) -> dict[str, Path]:

@@ -21,7 +21,7 @@ from qft.export.loaders import ENGINES, PACKAGES, RULES, Rule
 from qft.report.export import LoadCheck
 from qft.report.live import View
 
-DOCS = Path(__file__).parent.parent / "docs" / "export.md"
+DOCS = Path(__file__).parent.parent / "docs" / "deployment.md"
 W4A16 = "compressed-tensors W4A16"
 
 

@@ -61,15 +61,18 @@ def write_json(path: Path, document: Any) -> None:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary sibling folder that becomes `path` on success and vanishes on failure."""
+    """Yield a temporary sibling folder that becomes `path` on success and vanishes on failure. What was there before is
+    moved aside first: at any moment `path` is the old one whole, the new one whole, or absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         yield temporary
         temporary.chmod(0o755)
+        old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
         if path.exists():
-            shutil.rmtree(path)
+            os.replace(path, old)
         os.replace(temporary, path)
+        shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

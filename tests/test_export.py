@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +23,7 @@ from test_cli import qft
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from qft import registry as versions
 from qft.errors import GateError, QftError
 from qft.export import EXPORTERS, ExportOptions, export
 from qft.export.base import Job
@@ -418,27 +417,68 @@ def test_the_gate_says_which_rows_are_missing(tiny_model: Path, tmp_path: Path) 
     assert document.passed is None
 
 
+KILLED = """
+import os, random, shutil, signal, sys, time
+from pathlib import Path
+from qft.export import ExportOptions, export
+from qft.report.live import View
+
+run, out, registry = map(Path, sys.argv[1:])
+options = ExportOptions(to=("merged",), out=out, overwrite=True, register="m", registry=registry)
+
+def start():
+    sys.stdin.readline()
+    child = os.fork()
+    if not child:
+        export(run, options, View())
+        os._exit(0)
+    return child
+
+started = time.monotonic()
+os.waitpid(start(), 0)
+whole = time.monotonic() - started
+chosen = random.Random(0)
+for moment in range(20):
+    print(moment, flush=True)
+    child = start()
+    time.sleep(whole * chosen.uniform(moment, moment + 1) / 20)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+print("done", flush=True)
+"""
+
+
 def test_a_kill_at_any_moment_leaves_nothing_that_looks_complete(run: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "qft", "export", str(run), "--to", "merged", "--out", str(tmp_path), "--quiet"]
+    """Twenty moments, spread over an export and the copy that becomes a version."""
+    out, registry = tmp_path / "out", tmp_path / "models"
+    command = [sys.executable, "-c", KILLED, str(run), str(out), str(registry)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    unfinished = 0
-    for delay in (0.0, 0.02, 0.05, 0.1, 0.2):
-        running = subprocess.Popen(command, cwd=ROOT, env=environment)
-        deadline = time.monotonic() + 120
-        while not any(tmp_path.glob(".merged.*")) and running.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.002)
-        time.sleep(delay)
-        running.send_signal(signal.SIGKILL)
-        running.wait()
-        final = tmp_path / "merged"
-        if final.exists():
-            document = json.loads((final / "export.json").read_text())
-            assert document["passed"]
-            assert document["sha256"] == {name: sha256(final / name) for name in document["sha256"]}
-            shutil.rmtree(final)
-        for left in tmp_path.glob(".merged.*"):
-            unfinished += 1
-            shutil.rmtree(left)
-    assert unfinished  # else no kill fell into the writing
-    assert subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode == 0
-    assert json.loads((tmp_path / "merged" / "export.json").read_text())["passed"]
+    unfinished, whole = set(), 0
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as killer:
+        assert killer.stdin
+        assert killer.stdout
+        killer.stdin.write("go\n")
+        killer.stdin.flush()
+        for line in killer.stdout:
+            final = out / "merged"
+            if final.exists():
+                document = json.loads((final / "export.json").read_text())
+                assert document["passed"]
+                assert document["sha256"] == {name: sha256(final / name) for name in document["sha256"]}
+                whole += 1
+            assert versions.problems(registry, "m") == []
+            left = [path for path in out.glob(".*") if path.is_dir()]
+            unfinished |= {path.name.split(".")[1].rstrip("-") for path in left}
+            for path in left:
+                shutil.rmtree(path)
+            if line == "done\n":
+                break
+            killer.stdin.write("go\n")
+            killer.stdin.flush()
+    assert killer.returncode == 0
+    assert whole
+    assert {"gate", "merged"} <= {name.partition("-")[0] for name in unfinished}  # some fell into the writing
+    export(run, options("merged", out=out, overwrite=True, register="m", registry=registry), View())
+    assert versions.problems(registry, "m") == []

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from test_export import options, trained
 from test_train import HARD, MODES, plain_loss
 
 from qft.calibrate import calibrate
 from qft.evaluate import EvalOptions, evaluate
+from qft.export import export
 from qft.models import attach_adapter, load_base
 from qft.plan import make_plan
 from qft.recipe import load
@@ -138,3 +140,15 @@ def test_a_calibration_on_a_gpu_loads_as_what_was_measured(own: dict[str, Any], 
     result = evaluate([report.result or ""], EvalOptions(data=held_out), View()).targets[0]
     # Of all rows, not the held-out half alone: a random model finds them equally unlikely.
     assert result.perplexity == pytest.approx(attempt.perplexity.value, rel=0.05)
+
+
+@pytest.mark.parametrize("quant", [{"preset": "finetune"}, {"mode": "8bit"}], ids=["nf4", "int8"])
+def test_what_was_trained_on_a_gpu_is_handed_over(quant: dict[str, Any], tiny_model: Path, tmp_path: Path) -> None:
+    """Merged into the values that the GPU's kernels made of the base, and loaded again there; GGUF by llama.cpp."""
+    pytest.importorskip("cyllama", reason="needs llama.cpp (pip install 'qft[llamacpp]')")
+    run = trained(tmp_path, tiny_model, model={"device": "cuda"}, quant=quant)
+    documents = export(run, options("adapter", "merged", "bnb-8bit", "gguf", "gguf-f16"), View())
+    assert all(document.passed for document in documents)
+    [kl] = [check.value for check in documents[1].gate.checks if check.name == "kl"]
+    assert isinstance(kl, float)
+    assert kl < 0.001

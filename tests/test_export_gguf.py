@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,34 +50,41 @@ def whole(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 # What is broken in the file, and the check that is to see it.
 
 
-def edited(folder: Path) -> gguf.GGUFReader:
-    return gguf.GGUFReader(next(folder.glob("*.gguf")), "r+")
+@contextmanager
+def edited(folder: Path) -> Iterator[gguf.GGUFReader]:
+    reader = gguf.GGUFReader(next(folder.glob("*.gguf")), "r+")
+    yield reader
+    reader.data.flush()
 
 
-def tensors(folder: Path, *kinds: str) -> Iterator[np.ndarray[Any, Any]]:
-    for tensor in edited(folder).tensors:
+def tensors(reader: gguf.GGUFReader, *kinds: str) -> Iterator[np.ndarray[Any, Any]]:
+    for tensor in reader.tensors:
         if any(kind in tensor.name for kind in kinds):
             yield tensor.data
 
 
 def wrong_scale(folder: Path) -> None:
-    for data in tensors(folder, "ffn_down"):
-        data *= 2
+    with edited(folder) as reader:
+        for data in tensors(reader, "ffn_down"):
+            data *= 16
 
 
 def swapped_rows(folder: Path) -> None:
     """As Hugging Face has them."""
-    for data in tensors(folder, "attn_q", "attn_k"):
-        data[:] = data.reshape(-1, 8, 2, data.shape[1]).swapaxes(1, 2).reshape(data.shape)
+    with edited(folder) as reader:
+        for data in tensors(reader, "attn_q", "attn_k"):
+            data[:] = data.reshape(-1, 8, 2, data.shape[1]).swapaxes(1, 2).reshape(data.shape)
 
 
 def dropped_token(folder: Path) -> None:
-    field = edited(folder).fields["tokenizer.ggml.token_type"]
-    field.parts[field.data[1]][0] = gguf.TokenType.NORMAL
+    with edited(folder) as reader:
+        field = reader.fields["tokenizer.ggml.token_type"]
+        field.parts[field.data[1]][0] = gguf.TokenType.NORMAL
 
 
 def another_bos(folder: Path) -> None:
-    edited(folder).fields["tokenizer.ggml.add_bos_token"].parts[-1][0] = True
+    with edited(folder) as reader:
+        reader.fields["tokenizer.ggml.add_bos_token"].parts[-1][0] = True
 
 
 def rename(folder: Path, old: bytes, new: bytes) -> None:

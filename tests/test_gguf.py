@@ -199,7 +199,7 @@ def test_what_cannot_be_held_is_refused(tmp_path: Path) -> None:
         ({"num_hidden_layers": 3}, "missing: "),
         ({"num_hidden_layers": 1}, "other: "),
         ({"intermediate_size": 64}, "wanted is"),
-        ({"vocab_size": 100}, "wanted is"),
+        ({"vocab_size": 300}, "wanted is"),
         ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "quantized"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "dynamic"),
     ]:

@@ -110,5 +110,5 @@ def require_free_space(folder: Path, needed: int, what: str) -> None:
     if free < needed:
         raise RunError(
             f"{folder}: {what} needs {needed / 2**30:.1f} GiB and the disk has {free / 2**30:.1f} GiB free; "
-            "free some space or set output_dir to another disk"
+            "free some space, or write to another disk"
         )

@@ -43,9 +43,9 @@ def byte_tokenizer(chat_template: str | None = CHATML) -> Any:
 
     special = ["<|bos|>", "<|im_start|>", "<|im_end|>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate([*special, *alphabet, "ĀĀ"])}
-    # llama.cpp loads none without merges: this one is of two NUL bytes, which no text here has.
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("Ā", "Ā")]))
+    vocabulary = {token: i for i, token in enumerate([*special, *alphabet, "ĀĀ", "ĀĀĀ"])}
+    # llama.cpp loads none without merges, and transformers 5.17 none with one: these are of NUL bytes alone.
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("Ā", "Ā"), ("ĀĀ", "Ā")]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(special)

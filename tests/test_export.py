@@ -113,6 +113,7 @@ def test_every_target_passes_the_gate_and_tells_the_truth_of_its_files(run: Path
         library = {"adapter": "peft"}.get(document["target"], "gguf" if has_gguf(folder) else "transformers")
         assert metadata["library_name"] == library
         assert "Passed" in card
+        assert all(f"-m {file.name}`" in card for file in folder.glob("*.gguf"))
         assert "and 13" not in card  # no row
         assert all(path.stat().st_mode & 0o044 for path in folder.iterdir())
         told = document["quantization"]

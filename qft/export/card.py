@@ -136,4 +136,5 @@ def _cell(text: str) -> str:
 
 
 def _usage(job: Job, exporter: Exporter) -> str:
-    return exporter.usage.replace("SCHEME", _scheme(job)).replace("BASE", _base(job))
+    told = {"SCHEME": _scheme(job), "BASE": _base(job), "NAME": job.run.folder.resolve().name}
+    return re.sub("|".join(told), lambda found: told[found[0]], exporter.usage)

@@ -21,8 +21,8 @@ UNQUANTIZED = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 """Kind of file that holds weights of a dtype as they are."""
 
 USAGE = """\
-llama.cpp: `llama-cli --jinja -m FILE`. Ollama: `ollama create mine -f Modelfile`, then `ollama run mine`. LM Studio
-opens the file.
+llama.cpp: `llama-cli --jinja -m NAME-KIND.gguf`. Ollama: `ollama create mine -f Modelfile`, then `ollama run mine`. LM
+Studio opens the file.
 """
 
 
@@ -108,7 +108,7 @@ def _exporter(kind: str, limits: Limits, original: Limits) -> Exporter:
         limits=limits,
         limits_original=original,
         library="gguf",
-        usage=USAGE,
+        usage=USAGE.replace("KIND", kind),
         facts=facts,
         reader=reader,
     )

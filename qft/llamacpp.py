@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -55,8 +55,6 @@ class LlamaCpp(PreTrainedModel, GenerationMixin):
     Source: llama.h of ggml-org/llama.cpp, through the package cyllama."""
 
     config_class = PretrainedConfig
-    main_input_name = "input_ids"
-    _tied_weights_keys: ClassVar[dict[str, str]] = {}
 
     def __init__(self, path: Path) -> None:
         """Raises MissingError without the package or the file, ModelError if llama.cpp does not load it."""

@@ -16,7 +16,9 @@ import torch
 from conftest import CHATML, byte_tokenizer, tiny_llama
 from test_cli import qft
 from test_export import job_of, options, refusal, trained
+from test_harness import answer_task, choice_task, text_task
 
+from qft.evaluate import EvalOptions, evaluate
 from qft.export import export
 from qft.export.base import Job
 from qft.export.modelfile import find_turns, modelfile
@@ -167,6 +169,16 @@ def test_an_exported_file_is_a_target(run: Path, whole: Path) -> None:
     asked = ("--prompt", "say 3", "--max-new-tokens", "16", "--json")
     answers = [json.loads(qft("chat", name, *asked).stdout)["answer"] for name in names]
     assert len(set(answers)) == 1
+
+
+def test_the_harness_asks_llamacpp_too(run: Path, whole: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="needs lm-eval (pip install 'qft[eval]')")
+    tasks = tuple(map(str, (choice_task(tmp_path), text_task(tmp_path), answer_task(tmp_path))))
+    trained, exported = evaluate([str(run), str(whole)], EvalOptions(harness=tasks), View()).targets
+    assert exported.harness
+    for one, other in zip(trained.harness, exported.harness, strict=True):
+        assert (one.task, one.metric) == (other.task, other.metric)
+        assert other.value == pytest.approx(one.value, rel=0.01)
 
 
 def test_what_llamacpp_does_not_run(run: Path, whole: Path) -> None:

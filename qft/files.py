@@ -68,14 +68,25 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o755)
-        old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-        if path.exists():
-            os.replace(path, old)
-        os.replace(temporary, path)
-        shutil.rmtree(old, ignore_errors=True)
+        _put_in_place(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _put_in_place(folder: Path, path: Path) -> None:
+    """Rename `folder` to `path`, in the place of what is there; if that fails, what was there is there again."""
+    if not path.exists():
+        os.replace(folder, path)
+        return
+    old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    os.replace(path, old)
+    try:
+        os.replace(folder, path)
+    except BaseException:
+        os.replace(old, path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def sha256(path: Path) -> str:

@@ -123,6 +123,20 @@ def test_every_target_passes_the_gate_and_tells_the_truth_of_its_files(run: Path
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(EXPORTERS)
 
 
+def test_targets_of_one_call_share_what_is_merged(run: Path, tmp_path: Path) -> None:
+    class Notes(View):
+        def __init__(self) -> None:
+            self.told: list[str] = []
+
+        def note(self, text: str) -> None:
+            self.told.append(text)
+
+    view = Notes()
+    export(run, options("bnb-8bit", "compressed-tensors", "bnb-4bit", out=tmp_path, gate=False), view)
+    assert view.told.count("Merging") == 2  # bnb-4bit starts from the original weights
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bnb-4bit", "bnb-8bit", "compressed-tensors"]
+
+
 def has_gguf(folder: Path) -> bool:
     return any(folder.glob("*.gguf"))
 

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from qft.clock import PhaseClock
-from qft.files import atomic_folder, require_free_space, write_json, write_text
+from qft.files import _put_in_place, atomic_folder, require_free_space, write_json, write_text
 from qft.report.advice import advise
 from qft.report.document import (
     Checkpointing,
@@ -230,6 +230,13 @@ def test_files_are_whole_or_absent(tmp_path_factory: pytest.TempPathFactory) -> 
     with atomic_folder(folder / "result") as temporary:
         (temporary / "whole").touch()
     assert [path.name for path in (folder / "result").iterdir()] == ["whole"]
+    with atomic_folder(folder / "result") as temporary:
+        (temporary / "newer").touch()
+    assert [path.name for path in (folder / "result").iterdir()] == ["newer"]
+    with pytest.raises(FileNotFoundError):
+        _put_in_place(folder / "never written", folder / "result")
+    assert [path.name for path in (folder / "result").iterdir()] == ["newer"]
+    assert {path.name for path in folder.iterdir()} == {"a.txt", "result"}
 
 
 def test_a_full_disk_is_told_before_the_work(tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -17,11 +17,13 @@ from qft.report.live import View
 from qft.runs import Run
 from qft.targets import Target
 
-__all__ = ["Exporter", "Job", "Limits", "MergeInto", "Read"]
+__all__ = ["Exporter", "Job", "Limits", "MergeInto", "Packages", "Read"]
 
 MergeInto = Literal["dequantized", "original"]
 Read = Callable[[str], torch.Tensor | None]
 """A weight of an artifact by its name in the model; None: it has none."""
+Packages = tuple[tuple[str, str], ...]
+"""Names of modules, each with the extra of qft that installs it."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ class Job:
     merge_into: MergeInto | None
     """None: there is no adapter, or its base is not quantized. `run.for_target` decides it."""
     view: View
+    scratch: Path | None = None
+    """Where targets of one call share what they make on the way; gone afterwards."""
 
     @property
     def adapter(self) -> Path | None:
@@ -96,5 +100,9 @@ class Exporter:
     """How to load it, in Markdown."""
     facts: Callable[[Any, Job, Path, Sequence[str]], Facts] = transformers_facts
     """What the loaded artifact is, of the model, the job, the folder and texts to tokenize."""
+    needs: Packages = ()
+    """What writing it takes beside qft's own dependencies."""
+    gate_needs: Packages = ()
+    """What loading it again takes besides."""
     reader: Callable[[Job, Path], Read] | None = None
     """The artifact's weights, for the gate to name the worst. None: they cannot be compared with those of the merge."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from qft.export import merged
-from qft.export.base import Exporter, Job, Limits, Read
+from qft.export.base import Exporter, Job, Limits, Packages, Read
 from qft.export.facts import QUESTION, Facts, rendered
 from qft.export.modelfile import modelfile
 from qft.export.quantized import EIGHT_BITS, EIGHT_BITS_ORIGINAL, FOUR_BITS, FOUR_BITS_ORIGINAL
@@ -19,6 +20,7 @@ __all__ = ["GGUF"]
 
 UNQUANTIZED = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 """Kind of file that holds weights of a dtype as they are."""
+LLAMACPP: Packages = (("cyllama", "llamacpp"),)
 
 USAGE = """\
 llama.cpp: `llama-cli --jinja -m NAME-KIND.gguf`. Ollama: `ollama create mine -f Modelfile`, then `ollama run mine`. LM
@@ -33,14 +35,15 @@ def _writer(kind: str) -> Callable[[Job, Path], None]:
 
         name = job.run.folder.resolve().name
         out = folder / f"{name}-{kind}.gguf"
-        with merged.merged_folder(job, folder) as whole:
-            job.view.note("Writing the file")
-            if kind in FILE_TYPES:
-                exact = whole.with_name("exact.gguf")
+        whole = merged.merged_folder(job)
+        job.view.note("Writing the file")
+        if kind in FILE_TYPES:
+            with TemporaryDirectory(dir=job.scratch) as work:
+                exact = Path(work) / "exact.gguf"
                 write_gguf(whole, exact, kind=UNQUANTIZED[job.dtype], name=name)
                 quantize(exact, out, kind)
-            else:
-                write_gguf(whole, out, kind=kind, name=name)
+        else:
+            write_gguf(whole, out, kind=kind, name=name)
         write_text(folder / "Modelfile", modelfile(out.name, job.plan.tokenizer))
 
     return write
@@ -52,10 +55,9 @@ def _needed_bytes(kind: str) -> Callable[[Job], int]:
         from qft.gguf import require_writable
 
         weights = MergedWeights(job)
-        exact = UNQUANTIZED[job.dtype]
         config = merged.merged_config(job, weights)
-        require_writable(config, job.plan.tokenizer, exact if kind in FILE_TYPES else kind)
-        return (3 if kind in FILE_TYPES else 2) * merged.needed_bytes(job)
+        require_writable(config, job.plan.tokenizer, UNQUANTIZED[job.dtype] if kind in FILE_TYPES else kind)
+        return (3 if kind in FILE_TYPES else 2) * merged.folder_bytes(weights)
 
     return needed_bytes
 
@@ -67,16 +69,16 @@ def load(job: Job, folder: Path) -> LlamaCpp:
 
 def facts(model: LlamaCpp, job: Job, folder: Path, texts: Sequence[str]) -> Facts:
     """As llama.cpp sees the file: its tokens, where it stops, and the chat template that it carries."""
-    stops, bos = generation_config(job.plan).eos_token_id, model.bos_token_id
+    wanted, stops = generation_config(job.plan).eos_token_id, set(model.stops)
     return {
         "tied_embeddings": not _has_head(_file(folder)),
         "embedding_rows": model.config.vocab_size,
         "vocabulary_size": model.vocabulary_size,
         "added_tokens": dict(sorted(model.added_tokens.items())),
         "token_ids": [model.tokenize(text, add_special=False) for text in texts],
-        "bos_count": model.tokenize(QUESTION[0]["content"]).count(bos),
+        "bos_count": model.tokenize(QUESTION[0]["content"]).count(model.bos_token_id),
         "chat_template": rendered(job.plan.tokenizer, model.metadata.get("tokenizer.chat_template")),
-        "eos_token_id": [stop for stop in sorted(stops if isinstance(stops, list) else [stops]) if stop in model.stops],
+        "eos_token_id": [stop for stop in sorted(wanted if isinstance(wanted, list) else [wanted]) if stop in stops],
     }
 
 
@@ -110,6 +112,8 @@ def _exporter(kind: str, limits: Limits, original: Limits) -> Exporter:
         library="gguf",
         usage=USAGE.replace("KIND", kind),
         facts=facts,
+        needs=(("gguf", "gguf"), *(LLAMACPP if kind in FILE_TYPES else ())),
+        gate_needs=LLAMACPP,
         reader=reader,
     )
 

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -15,10 +12,11 @@ from safetensors import safe_open
 
 from qft.export.base import Exporter, Job, Limits, Read
 from qft.export.weights import MergedWeights
+from qft.files import atomic_folder
 from qft.models import generation_config, load_base, save_tensors, tensors_in, write_index
 from qft.plan import plan_folder
 
-__all__ = ["MERGED", "load", "merged_config", "merged_folder", "needed_bytes", "write"]
+__all__ = ["MERGED", "folder_bytes", "load", "merged_config", "merged_folder", "needed_bytes", "write"]
 
 USAGE = """\
 ```python
@@ -47,15 +45,15 @@ def write(job: Job, folder: Path) -> None:
             shutil.copyfile(path, folder / path.name)
 
 
-@contextmanager
-def merged_folder(job: Job, beside: Path) -> Iterator[Path]:
-    """The merged model in a folder that is gone afterwards, as is what else is put beside it."""
-    with TemporaryDirectory(dir=beside.parent, prefix=".merged-") as work:
-        whole = Path(work) / "merged"
-        whole.mkdir()
+def merged_folder(job: Job) -> Path:
+    """The merged model in job.scratch, for all targets that start from it; the first one writes it."""
+    assert job.scratch is not None
+    whole = job.scratch / (job.merge_into or "merged")
+    if not whole.exists():
         job.view.note("Merging")
-        write(job, whole)
-        yield whole
+        with atomic_folder(whole) as folder:
+            write(job, folder)
+    return whole
 
 
 def merged_config(job: Job, weights: MergedWeights) -> Any:
@@ -67,8 +65,12 @@ def merged_config(job: Job, weights: MergedWeights) -> Any:
 
 
 def needed_bytes(job: Job) -> int:
+    return folder_bytes(MergedWeights(job))
+
+
+def folder_bytes(weights: MergedWeights) -> int:
     """Of the weights; 16 MiB stand for everything else."""
-    return MergedWeights(job).bytes + 2**24
+    return weights.bytes + 2**24
 
 
 def load(job: Job, folder: Path) -> Any:

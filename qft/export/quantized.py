@@ -6,12 +6,13 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from qft.calibrate import calibrate
 from qft.errors import RecipeError
 from qft.export import merged
-from qft.export.base import Exporter, Job, Limits
+from qft.export.base import Exporter, Job, Limits, Packages
 from qft.recipe import LoadedRecipe
 from qft.recipe.schema import AdapterSection, CalibrateSection, EvalSection, QuantSection
 
@@ -26,8 +27,9 @@ INT8 = CalibrateSection(engine="bitsandbytes", bits=8, activations="dynamic")
 def _writer(section: Callable[[Job], CalibrateSection]) -> Callable[[Job, Path], Facts]:
     def write(job: Job, folder: Path) -> Facts:
         """Raises GateError if calibrate.accept is not met, and what `calibrate` raises."""
-        with merged.merged_folder(job, folder) as whole:
-            report = calibrate(_recipe(job, section(job), whole, whole.with_name("quantized")), job.view)
+        whole = merged.merged_folder(job)
+        with TemporaryDirectory(dir=job.scratch) as work:
+            report = calibrate(_recipe(job, section(job), whole, Path(work) / "quantized"), job.view)
             assert report.result is not None
             for path in Path(report.result).iterdir():
                 if path.name != "calibration.json":  # it tells of the merged folder, which is gone
@@ -71,7 +73,13 @@ def compressed_section(job: Job) -> CalibrateSection:
 
 
 def _exporter(
-    section: Callable[[Job], CalibrateSection], limits: Limits, original: Limits, usage: str, *, regrids: bool = False
+    section: Callable[[Job], CalibrateSection],
+    limits: Limits,
+    original: Limits,
+    usage: str,
+    *,
+    regrids: bool = False,
+    needs: Packages = (),
 ) -> Exporter:
     return Exporter(
         write=_writer(section),
@@ -84,6 +92,7 @@ def _exporter(
         limits_original=original,
         library="transformers",
         usage=f"{merged.USAGE}\n{usage}",
+        needs=needs,
     )
 
 
@@ -96,5 +105,9 @@ BITSANDBYTES = "transformers needs the package bitsandbytes for it."
 BNB_4BIT = _exporter(lambda _: NF4, FOUR_BITS, FOUR_BITS_ORIGINAL, BITSANDBYTES, regrids=True)
 BNB_8BIT = _exporter(lambda _: INT8, EIGHT_BITS, EIGHT_BITS_ORIGINAL, BITSANDBYTES)
 COMPRESSED = _exporter(
-    compressed_section, FOUR_BITS, FOUR_BITS_ORIGINAL, "transformers needs the package compressed-tensors for it."
+    compressed_section,
+    FOUR_BITS,
+    FOUR_BITS_ORIGINAL,
+    "transformers needs the package compressed-tensors for it.",
+    needs=(("compressed_tensors", "calibrate"),),
 )

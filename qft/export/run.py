@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from qft.errors import GateError, MissingError, RecipeError, RunError
@@ -24,7 +26,6 @@ from qft.export.register import Registration, find_registration, register
 from qft.export.verify import Reference, reference, verify
 from qft.files import atomic_folder, free_bytes, require_free_space, sha256, write_json, write_text
 from qft.machine import versions
-from qft.plan.packages import missing_for_export
 from qft.recipe import LoadedRecipe, load
 from qft.recipe.schema import ExportSection
 from qft.registry import SIDE
@@ -86,11 +87,12 @@ def export(folder: Path, options: ExportOptions, view: View) -> list[ExportDocum
     _require_room(job, names, out, options, registration)
     repository = find_repository(options.push_to_hub, private=options.private) if options.push_to_hub else None
     documents, refusals = [], []
+    out.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
+        job = replace(job, scratch=Path(stack.enter_context(TemporaryDirectory(dir=out, prefix=".merged-"))))
         expected = None
         if options.gate:
             view.note("Asking the model as trained")
-            out.mkdir(parents=True, exist_ok=True)
             expected = stack.enter_context(reference(job, out))
         else:
             view.note("The gate is off (--no-gate): nothing will be known of what is written")
@@ -134,9 +136,17 @@ def _targets(section: ExportSection, options: ExportOptions) -> list[str]:
     for name in names:
         if name not in EXPORTERS:
             raise RecipeError(f"--to {name}: is none of {known}")
-    if missing := [text for name in names for text in missing_for_export(name, gate=options.gate)]:
+    if missing := [text for name in names for text in _missing(name, gate=options.gate)]:
         raise RecipeError(missing)
     return names
+
+
+def _missing(target: str, *, gate: bool) -> Iterator[str]:
+    """What to install for the target, and for its gate; imports nothing."""
+    exporter = EXPORTERS[target]
+    for module, extra in dict.fromkeys((*exporter.needs, *(exporter.gate_needs if gate else ()))):
+        if importlib.util.find_spec(module) is None:
+            yield f"--to {target}: needs {module.replace('_', '-')}; pip install 'qft[{extra}]'"
 
 
 def find_job(folder: Path, loaded: LoadedRecipe, options: ExportOptions, view: View) -> Job:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Collection, Iterable, Iterator
 
-__all__ = ["missing_engine", "missing_for_export", "missing_packages"]
+__all__ = ["missing_engine", "missing_packages"]
 
 PACKAGES = {
     "f1_macro": ("sklearn", "scikit-learn"),
@@ -21,10 +21,6 @@ ENGINE_PACKAGES = {
     "llmcompressor": ("compressed_tensors",),
 }
 """What an engine needs: names of the modules."""
-
-
-LLAMACPP_KINDS = ("_m", "_k")
-"""How the names of GGUF kinds end that llama.cpp itself makes."""
 
 
 def missing_packages(metrics: Iterable[str] = (), harness: Collection[str] = ()) -> Iterator[tuple[str, str]]:
@@ -44,14 +40,3 @@ def missing_engine(name: str) -> Iterator[tuple[str, str]]:
         if importlib.util.find_spec(module) is None:
             package = module.replace("_", "-")
             yield "calibrate.engine", f"{name} needs {package}; pip install 'qft[calibrate]'"
-
-
-def missing_for_export(target: str, *, gate: bool) -> Iterator[str]:
-    """Yield what to install if a target's packages, or those of the engine that its gate asks, are not there; imports
-    nothing."""
-    needed = {"compressed-tensors": [("compressed_tensors", "calibrate")]}.get(target, [])
-    if target.startswith("gguf"):
-        needed = [("gguf", "gguf")] + [("cyllama", "llamacpp")] * (gate or target.endswith(LLAMACPP_KINDS))
-    for module, extra in needed:
-        if importlib.util.find_spec(module) is None:
-            yield f"--to {target}: needs {module.replace('_', '-')}; pip install 'qft[{extra}]'"

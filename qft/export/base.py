@@ -9,13 +9,13 @@ from typing import Any, Literal
 
 import torch
 
-from qft.export.facts import Facts, transformers_facts
+from qft.export.gate.facts import Facts, transformers_facts
+from qft.model.target import Target
 from qft.plan import ModelPlan
+from qft.progress import View
 from qft.recipe import LoadedRecipe
 from qft.recipe.schema import ExportGate
-from qft.report.live import View
-from qft.runs import Run
-from qft.targets import Target
+from qft.run.folder import Run
 
 __all__ = ["Exporter", "Job", "Limits", "MergeInto", "Packages", "Read"]
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import yaml
 
+from qft.documents.export import ExportDocument
+from qft.documents.training import read_report
 from qft.errors import QftError
 from qft.export.base import Exporter, Job
-from qft.report.document import read_report
-from qft.report.export import ExportDocument
 
 __all__ = ["model_card", "without_folders"]
 

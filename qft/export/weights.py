@@ -21,11 +21,11 @@ from torch import nn
 from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from qft.engines import Block, LayerScheme, find_engine
+from qft.checkpoint.skeleton import find_blocks, without_contents
+from qft.checkpoint.weights import read_weights
 from qft.errors import ModelError
 from qft.export.base import Job
-from qft.models import read_weights
-from qft.plan import find_blocks, without_contents
+from qft.quant.engines import Block, LayerScheme, find_engine
 
 __all__ = ["Adapter", "MergedWeights"]
 

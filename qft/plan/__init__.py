@@ -1,7 +1,7 @@
 """What is decided, before anything is loaded. The only place where an `auto` is decided."""
 
-from qft.plan.calibration import CalibrationPlan, find_blocks, linear_layers, plan_calibration
-from qft.plan.model import ModelPlan, Shape, plan_folder, plan_model, without_contents
+from qft.plan.calibration import CalibrationPlan, linear_layers, plan_calibration
+from qft.plan.model import ModelPlan, Shape, plan_folder, plan_model
 from qft.plan.training import Plan, make_plan, with_skip_modules
 
 __all__ = [
@@ -9,12 +9,10 @@ __all__ = [
     "ModelPlan",
     "Plan",
     "Shape",
-    "find_blocks",
     "linear_layers",
     "make_plan",
     "plan_calibration",
     "plan_folder",
     "plan_model",
     "with_skip_modules",
-    "without_contents",
 ]

@@ -8,18 +8,18 @@ from typing import Any
 
 from torch import nn
 
+from qft.checkpoint.skeleton import find_blocks, without_contents
 from qft.data.calibration import CalibrationData, calibration_data
-from qft.engines import LayerScheme
-from qft.engines.llmcompressor import find_problem
-from qft.errors import ModelError
-from qft.machine import Device
-from qft.plan.model import ModelPlan, Problem, plan_model, refuse, require_device, without_contents
+from qft.machine.device import Device
+from qft.plan.model import ModelPlan, Problem, plan_model, refuse, require_device
 from qft.plan.packages import missing_engine, missing_packages
+from qft.quant.engines import LayerScheme
+from qft.quant.engines.llmcompressor import find_problem
 from qft.recipe import LoadedRecipe, Recipe
 from qft.recipe.rules import WHOLE_MODEL
 from qft.recipe.schema import AdapterSection, CalibrateSection, QuantSection
 
-__all__ = ["CalibrationPlan", "find_blocks", "linear_layers", "plan_calibration"]
+__all__ = ["CalibrationPlan", "linear_layers", "plan_calibration"]
 
 GROUPS = (128, 64, 32)
 """Sizes that inference engines have kernels for, the smallest file first."""
@@ -135,14 +135,6 @@ def _problems(recipe: Recipe, device: Device) -> Iterator[Problem]:
 
 def _has_float8(device: Device) -> bool:
     return device.capability is not None and tuple(map(int, device.capability.split("."))) >= FLOAT8_CAPABILITY
-
-
-def find_blocks(model: nn.Module, count: int) -> tuple[str, nn.ModuleList]:
-    """Name and modules of the stack of `count` blocks. Raises ModelError if there is none."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return name, module
-    raise ModelError(f"{type(model).__name__}: has no list of {count} blocks to go through one by one")
 
 
 def linear_layers(plan: ModelPlan) -> tuple[dict[str, int], str]:

@@ -15,16 +15,17 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from qft.checkpoints import Checkpoint, find_checkpoint, load_tokenizer
+from qft.checkpoint.find import Checkpoint, find_checkpoint, load_tokenizer
+from qft.checkpoint.skeleton import without_contents
 from qft.errors import RecipeError
-from qft.machine import Device, find_device
+from qft.machine.device import Device, find_device
+from qft.quant.hold import SCHEMES, prequantized
+from qft.quant.hold.custom import Plugin, load_plugin
 from qft.recipe import LoadedRecipe, Recipe
 from qft.recipe.load import from_values
 from qft.recipe.schema import ModelSection, QuantSection
-from qft.schemes import SCHEMES, prequantized
-from qft.schemes.custom import Plugin, load_plugin
 
 __all__ = [
     "ModelPlan",
@@ -35,7 +36,6 @@ __all__ = [
     "plan_model",
     "refuse",
     "require_device",
-    "without_contents",
 ]
 
 Problem = tuple[str, str]
@@ -155,15 +155,6 @@ def _dtype(recipe: Recipe, device: Device) -> str:
     if recipe.adapter.kind == "none":
         return "float32"
     return "bfloat16" if device.bf16 else "float16"
-
-
-def without_contents(checkpoint: Checkpoint, section: ModelSection, **arguments: Any) -> PreTrainedModel:
-    """The model on the meta device, where its tensors have shapes and no contents; `arguments` of from_config."""
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            checkpoint.config, trust_remote_code=section.trust_remote_code, **arguments
-        )
-    return model
 
 
 def plan_folder(folder: Path, section: ModelSection, dtype: str, quant: QuantSection | None = None) -> ModelPlan:

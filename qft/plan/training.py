@@ -13,11 +13,11 @@ from typing import Any
 from transformers import TrainingArguments
 
 from qft.data.prepare import Prepared, prepare
-from qft.machine import Device
+from qft.machine.device import Device
 from qft.plan.model import ModelPlan, Problem, Shape, device_problems, plan_model, refuse, require_device
 from qft.plan.packages import missing_packages
+from qft.quant.hold import prequantized
 from qft.recipe import LoadedRecipe, Recipe
-from qft.schemes import prequantized
 
 __all__ = ["Plan", "make_plan"]
 

@@ -1,0 +1,274 @@
+"""A streamed model -> its quantized blocks on disk, one at a time, and what they do to held-out rows.
+
+Every sequence goes through twice: as the unquantized model has it, and as the quantized one will. A block counts as
+finished once the hidden states behind it are written, which is where an interrupted run goes on.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from qft.calibration.layer_errors import block_errors, inputs_seen
+from qft.calibration.streamed import StreamedModel
+from qft.checkpoint.weights import save_tensors, write_index
+from qft.documents.evaluation import LayerError
+from qft.files import write_json
+from qft.measure.likelihood import Verification, compare
+from qft.plan import CalibrationPlan
+from qft.progress import View
+from qft.quant.engines import Block, Engine, Held, LayerScheme, find_engine
+
+__all__ = ["Quantization"]
+
+Schemes = Mapping[str, LayerScheme | None]
+Hidden = list[torch.Tensor]
+T = TypeVar("T")
+
+
+@dataclass
+class _Streams:
+    """Hidden states [1, tokens, hidden] of each sequence in front of a block, on the host."""
+
+    windows: Hidden
+    verify: Hidden
+    quantized_windows: Hidden
+    quantized_verify: Hidden
+
+    def save(self, path: Path) -> None:
+        save_tensors({f"{name}.{i}": h for name, all_ in vars(self).items() for i, h in enumerate(all_)}, path)
+
+    @classmethod
+    def load(cls, path: Path) -> _Streams:
+        tensors = load_file(path)
+        names = cls.__dataclass_fields__
+        counts = {name: sum(key.startswith(f"{name}.") for key in tensors) for name in names}
+        return cls(**{name: [tensors[f"{name}.{i}"] for i in range(count)] for name, count in counts.items()})
+
+
+@dataclass
+class Quantization:
+    """The blocks of one calibration, in `folder`."""
+
+    plan: CalibrationPlan
+    model: StreamedModel
+    folder: Path
+    view: View
+    block_seconds: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.engine: Engine = find_engine(self.plan.calibrate.engine)
+        self.rows = list(self.plan.data.verify)
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def quantized_layers(self) -> list[str]:
+        """Names of the linear layers that the recipe holds in fewer bits."""
+        return [name for name, scheme in self.plan.schemes.items() if scheme]
+
+    @property
+    def skipped_layers(self) -> list[str]:
+        """Of all other linear layers."""
+        return [name for name, scheme in self.plan.schemes.items() if scheme is None]
+
+    def shard(self, number: int, attempt: int = 0) -> Path:
+        """The newest file of a block's weights up to an attempt; only what an attempt changed is written again."""
+        found = (self._shard(number, back) for back in range(attempt, 0, -1))
+        return next((path for path in found if path.exists()), self._shard(number, 0))
+
+    def metadata(self, number: int, attempt: int) -> dict[str, str]:
+        """Held.metadata of that file, by full names."""
+        found: dict[str, str] = json.loads(self.shard(number, attempt).with_suffix(".json").read_text("utf-8"))
+        return found
+
+    def quantize(self) -> Verification:
+        """All blocks, from the first that is not finished."""
+        done, streams = self._resume()
+        for number in range(done, len(self.model)):
+            started = time.perf_counter()
+            errors = self._quantize_block(number, streams)
+            write_json(self.folder / f"errors-{number:05}.json", [error.model_dump() for error in errors])
+            streams.save(self._streams(number + 1))
+            self._streams(number).unlink(missing_ok=True)
+            self.block_seconds.append(time.perf_counter() - started)
+            self._tell(number, errors)
+        return self.verify(streams.verify, streams.quantized_verify)
+
+    def errors(self) -> list[LayerError]:
+        """Of every quantized layer as the recipe has it."""
+        paths = sorted(self.folder.glob("errors-*.json"))
+        return [LayerError(**error) for path in paths for error in json.loads(path.read_text("utf-8"))]
+
+    def again(self, schemes: Schemes, attempt: int) -> Verification:
+        """The same with some layers held otherwise; those that are not stay as they are."""
+        hidden = [self.model.enter(row["input_ids"]) for row in self.rows]
+        for number in range(len(self.model)):
+            block = self._as_held(number, schemes, attempt)
+            hidden = [self.model.run(block, number, h) for h in hidden]
+        unquantized = _Streams.load(self._streams(len(self.model))).verify
+        return self.verify(unquantized, hidden)
+
+    def verify(self, unquantized: Hidden, quantized: Hidden) -> Verification:
+        """Compare both models' predictions, from the hidden states behind the last block."""
+        before, after = (map(self.model.leave, hidden) for hidden in (unquantized, quantized))
+        return compare((row["labels"] for row in self.rows), before, after)
+
+    def weight_bytes(self, attempt: int) -> int:
+        """Of all weights as an attempt's result holds them, in files."""
+        around = sum(t.numel() * t.element_size() for t in self.model.around().values())
+        return around + sum(self.shard(number, attempt).stat().st_size for number in range(len(self.model)))
+
+    def assemble(self, folder: Path, schemes: Schemes, attempt: int) -> None:
+        """Write the weights and the configuration of an attempt as engines load them: the blocks' files, the rest."""
+        told: dict[str, str] = {}
+        for number in range(len(self.model)):
+            shutil.copyfile(self.shard(number, attempt), folder / f"model-block-{number:05}.safetensors")
+            told |= self.metadata(number, attempt)
+        around = {name: tensor.cpu().contiguous() for name, tensor in self.model.around().items()}
+        # The last file by name: its header speaks for all.
+        save_tensors(around, folder / "model-outside.safetensors", self.engine.header(told, list(around)))
+        write_index(folder)
+        config = copy.deepcopy(self.model.model.config)
+        config.quantization_config = self.engine.config(schemes, self.model.dtype)
+        config.save_pretrained(folder)
+
+    def tokens_per_second(self) -> float:
+        """Calibration and verification tokens times blocks, over the time of the blocks; 0 if all were finished."""
+        tokens = sum(map(len, self.plan.data.windows)) + sum(len(row["input_ids"]) for row in self.rows)
+        seconds = self.block_seconds
+        return tokens * len(seconds) / (len(self.model) * sum(seconds)) if seconds else 0.0
+
+    def _resume(self) -> tuple[int, _Streams]:
+        """Blocks that are finished, and what stands behind them."""
+        finished = [int(path.stem.partition("-")[2]) for path in self.folder.glob("streams-*.safetensors")]
+        if finished:
+            done = max(finished)
+            streams = _Streams.load(self._streams(done))
+            for ids in [*self.plan.data.windows[:1], *(row["input_ids"] for row in self.rows)]:
+                self.model.enter(ids)  # teaches the model the arguments of each length
+            return done, streams
+        windows = [self.model.enter(ids) for ids in self.plan.data.windows]
+        verify = [self.model.enter(row["input_ids"]) for row in self.rows]
+        return 0, _Streams(windows, verify, list(windows), list(verify))
+
+    def _quantize_block(self, number: int, streams: _Streams) -> list[LayerError]:
+        """Quantize a block, write it, and take `streams` behind it."""
+        model = self.model
+        block = model.block(number)
+        schemes = self._within(number, self.plan.schemes)
+        held = self.engine.quantize(self._given(number, block, schemes, streams)) if schemes else {}
+        pairs = {f"{model.name(number)}.{name}": (_linear(block, name), one.module) for name, one in held.items()}
+        after: Hidden = []
+
+        def run() -> None:
+            after[:] = [model.run(block, number, h) for h in streams.verify]
+
+        errors = block_errors(pairs, run)
+        if not errors:
+            run()
+        streams.verify = after
+        streams.windows = [model.run(block, number, h) for h in streams.windows]
+        self._write(number, 0, block, held)
+        for name, one in held.items():
+            block.set_submodule(name, one.module)
+        streams.quantized_windows = [model.run(block, number, h) for h in streams.quantized_windows]
+        streams.quantized_verify = [model.run(block, number, h) for h in streams.quantized_verify]
+        sizes = {f"{model.name(number)}.{name}": _bytes(one.tensors) for name, one in held.items()}
+        return [error.model_copy(update={"bytes": sizes[error.name]}) for error in errors]
+
+    def _given(self, number: int, block: nn.Module, schemes: dict[str, LayerScheme], streams: _Streams) -> Block:
+        largest = dict.fromkeys(schemes, 0.0)
+
+        def look(name: str, inputs: torch.Tensor) -> None:
+            largest[name] = max(largest[name], float(inputs.abs().max()))
+
+        if any(scheme.activations == "static" for scheme in schemes.values()):
+            with inputs_seen([(block.get_submodule(name), name) for name in schemes], look):
+                for hidden in streams.quantized_windows:
+                    self.model.run(block, number, hidden)
+        return Block(
+            name=self.model.name(number),
+            module=copy.deepcopy(block),
+            schemes=schemes,
+            calls=[self.model.call(number, hidden) for hidden in streams.windows],
+            quantized_inputs=streams.quantized_windows,
+            largest_inputs=largest,
+            iters=self.plan.calibrate.iters,
+            seed=self.plan.seed + number,
+        )
+
+    def _as_held(self, number: int, schemes: Schemes, attempt: int) -> nn.Module:
+        """A block as an attempt holds it, written if the attempt changes it."""
+        block, before, wanted = self.model.block(number), self.plan.schemes, self._within(number, schemes)
+        tensors, metadata = load_file(self._shard(number, 0)), self.metadata(number, 0)
+        held = {}
+        for name in self._within(number, before):
+            full, layer = f"{self.model.name(number)}.{name}", _linear(block, name)
+            if schemes[full] == before[full]:
+                own, told = (_of_layer(full, found) for found in (tensors, metadata))
+                held[name] = Held(self.engine.restore(layer, own, wanted[name]), own, told)
+        raised = {name: scheme for name, scheme in wanted.items() if name not in held}
+        if raised:
+            # 8 bits are close enough to need no data, whatever the engine.
+            held |= find_engine("rtn").quantize(Block(self.model.name(number), copy.deepcopy(block), raised))
+        if held.keys() != self._within(number, before).keys() or raised:
+            self._write(number, attempt, block, held)
+        for name, one in held.items():
+            block.set_submodule(name, one.module)
+        return block
+
+    def _within(self, number: int, schemes: Schemes) -> dict[str, LayerScheme]:
+        """Schemes of a block's quantized layers, by their names within it."""
+        prefix = f"{self.model.name(number)}."
+        return {name.removeprefix(prefix): s for name, s in schemes.items() if s and name.startswith(prefix)}
+
+    def _write(self, number: int, attempt: int, block: nn.Module, held: Mapping[str, Held]) -> None:
+        prefix = self.model.name(number)
+        rest = {
+            name: p.data for name, p in block.named_parameters() if not any(name.startswith(f"{own}.") for own in held)
+        }
+        layers = {f"{name}.{key}": t for name, one in held.items() for key, t in one.tensors.items()}
+        tensors = {f"{prefix}.{name}": t.detach().cpu().contiguous() for name, t in (rest | layers).items()}
+        told = {f"{prefix}.{name}.{key}": text for name, one in held.items() for key, text in one.metadata.items()}
+        path = self._shard(number, attempt)
+        write_json(path.with_suffix(".json"), told)
+        save_tensors(tensors, path, self.engine.header(told, [f"{prefix}.{name}" for name in rest]))
+
+    def _tell(self, number: int, errors: list[LayerError]) -> None:
+        left = (len(self.model) - number - 1) * sum(self.block_seconds) / len(self.block_seconds)
+        worst = min(errors, key=lambda error: error.output_snr_db, default=None)
+        noise = f", {worst.kind} {worst.output_snr_db:.1f} dB" if worst else ""
+        self.view.note(
+            f"block {number + 1} of {len(self.model)}{noise}, {self.block_seconds[-1]:.1f} s, {left:,.0f} s left"
+        )
+
+    def _shard(self, number: int, attempt: int) -> Path:
+        return self.folder / f"block-{number:05}-{attempt}.safetensors"
+
+    def _streams(self, number: int) -> Path:
+        return self.folder / f"streams-{number:05}.safetensors"
+
+
+def _linear(block: nn.Module, name: str) -> nn.Linear:
+    layer = block.get_submodule(name)
+    assert isinstance(layer, nn.Linear)
+    return layer
+
+
+def _of_layer(name: str, found: Mapping[str, T]) -> dict[str, T]:
+    """What belongs to a layer, by names within it."""
+    return {key.removeprefix(f"{name}."): value for key, value in found.items() if key.startswith(f"{name}.")}
+
+
+def _bytes(tensors: Mapping[str, torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

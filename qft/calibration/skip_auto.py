@@ -1,0 +1,112 @@
+"""quant.skip_modules auto: which linear layers to leave in 16 bits, and what that buys on training rows.
+
+The model goes through block by block, so that choosing needs less memory than the training will.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from pathlib import Path
+
+from datasets import Dataset
+
+from qft.calibration.blockwise import Quantization
+from qft.calibration.layer_errors import suggest_skip_modules
+from qft.calibration.streamed import StreamedModel
+from qft.checkpoint.weights import read_weights
+from qft.data.calibration import CalibrationData
+from qft.documents.training import SkippedModules
+from qft.errors import RunError
+from qft.files import require_free_space
+from qft.memory.guard import memory_guard
+from qft.plan import CalibrationPlan, ModelPlan, Plan, linear_layers
+from qft.progress import View
+from qft.quant.engines import LayerScheme
+from qft.recipe import LoadedRecipe
+from qft.recipe.schema import CalibrateSection
+from qft.run.folder import Run
+
+__all__ = ["choose_skip_modules", "skipped_before"]
+
+TOKENS = 4096
+"""Of the training rows on which layers are measured."""
+
+
+def choose_skip_modules(plan: Plan, view: View) -> SkippedModules:
+    """Measure every layer as plan.recipe.quant holds it, and choose the worst within its budget."""
+    view.note("Measuring which layers to leave in 16 bits")
+    folder = Path(plan.recipe.output_dir).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    require_free_space(folder, plan.shape.parameters * 2, "measuring the layers")
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".skip-modules-") as work, memory_guard("measuring the layers"):
+        model = StreamedModel(plan, read_weights(plan.checkpoint.with_weights()))
+        measured = _as_calibration(plan)
+        quantization = Quantization(measured, model, Path(work), view)
+        before, errors = quantization.quantize(), quantization.errors()
+        budget = _budget_bytes(plan)
+        weights = {error.name: model.weights_of(error.name) for error in errors}
+        entries = suggest_skip_modules(errors, weights, budget_bytes=budget, full_bits=model.dtype.itemsize * 8)
+        chosen = {entry.removesuffix("$") for entry in entries}
+        after = quantization.again({n: None if n in chosen else s for n, s in measured.schemes.items()}, 1)
+    held = sum(error.bytes for error in errors)
+    grown = sum(weights[e.name] * model.dtype.itemsize - e.bytes for e in errors if e.name in chosen)
+    return SkippedModules(
+        names=entries,
+        budget_bytes=budget,
+        linear_bytes_before=held,
+        linear_bytes_after=held + grown,
+        rows=len(measured.data.verify),
+        kl_before=before.after.mean_kl(),
+        kl_after=after.after.mean_kl(),
+        perplexity_unquantized=before.before.perplexity(),
+        perplexity_before=before.after.perplexity(),
+        perplexity_after=after.after.perplexity(),
+    )
+
+
+def skipped_before(folder: Path) -> SkippedModules:
+    """What the run that is resumed chose. Raises RunError if it chose nothing."""
+    found = Run(folder).manifest().get("skipped_modules")
+    if found is None:
+        raise RunError(f"{folder}: the run's quant.skip_modules was not auto; restore it, or start with --overwrite")
+    return SkippedModules(**found)
+
+
+def _as_calibration(plan: Plan) -> CalibrationPlan:
+    """The training's way to hold the base, as a calibration of it that looks at a few training rows."""
+    quant = plan.recipe.quant
+    four = quant.mode == "4bit"
+    scheme = LayerScheme(quant.quant_type, 4) if four else LayerScheme("int", 8, activations="dynamic")
+    section = CalibrateSection(
+        engine="bitsandbytes",
+        data_type=quant.quant_type if four else "int",
+        bits=4 if four else 8,
+        activations="none" if four else "dynamic",
+    )
+    loaded = LoadedRecipe(plan.recipe.model_copy(update={"calibrate": section}), plan.loaded.tree)
+    inputs, blocks = linear_layers(plan)
+    own = {field.name: getattr(plan, field.name) for field in dataclasses.fields(ModelPlan)}
+    return CalibrationPlan(
+        **own | {"loaded": loaded},
+        schemes={name: scheme if name.startswith(f"{blocks}.") else None for name in inputs},
+        data=CalibrationData(windows=(), verify=_rows(plan.data.train), prepared=plan.data, audit=None, warnings=()),
+    )
+
+
+def _rows(train: Dataset) -> Dataset:
+    """The first rows, TOKENS tokens of them."""
+    tokens = rows = 0
+    for length in train["length"]:
+        if tokens >= TOKENS:
+            break
+        tokens, rows = tokens + length, rows + 1
+    return train.select(range(rows))
+
+
+def _budget_bytes(plan: Plan) -> int:
+    quant = plan.recipe.quant
+    if quant.skip_budget_bits is not None:
+        return int(quant.skip_budget_bits * plan.shape.linear_parameters / 8)
+    assert quant.skip_budget_bytes is not None
+    return quant.skip_budget_bytes

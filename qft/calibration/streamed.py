@@ -1,0 +1,131 @@
+"""A causal language model of which one block at a time is in memory: the rest waits on disk.
+
+The blocks of the model stay without contents; in its forward pass each hands its input on, so that what stands before,
+between and behind them (embedding, positions, masks, final norm, head) is the model's own code, and the blocks are run
+by hand with the arguments that they would have been given.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from qft.checkpoint.skeleton import find_blocks, without_contents
+from qft.errors import ModelError
+from qft.plan import ModelPlan
+
+__all__ = ["Read", "StreamedModel"]
+
+Read = Callable[[str], torch.Tensor]
+"""From a parameter's name to its value."""
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class StreamedModel:
+    """All but the blocks on the planned device, in the planned dtype. Sequences are taken one row at a time."""
+
+    def __init__(self, plan: ModelPlan, read: Read) -> None:
+        self.device, self.dtype, self.read = plan.device.kind, getattr(torch, plan.dtype), read
+        section = plan.recipe.model
+        attention = (
+            {} if section.attn_implementation == "auto" else {"attn_implementation": section.attn_implementation}
+        )
+        self.model = without_contents(plan.checkpoint, section, dtype=self.dtype, **attention).eval()
+        self.prefix, self.stack = find_blocks(self.model, plan.shape.layers)
+        self._fill(self.model, "", skip=f"{self.prefix}.")
+        self.model.tie_weights()
+        self._calls: dict[int, list[Call]] = {}
+        self._leave: torch.Tensor | None = None
+        for number, block in enumerate(self.stack):
+            block.forward = self._passing(number)
+
+    def __len__(self) -> int:
+        return len(self.stack)
+
+    def name(self, number: int) -> str:
+        return f"{self.prefix}.{number}"
+
+    def block(self, number: int) -> nn.Module:
+        """A block with its weights, on the device."""
+        block = copy.deepcopy(self.stack[number])
+        del block.forward  # the one that passes its input on
+        self._fill(block, f"{self.name(number)}.")
+        return block
+
+    def enter(self, ids: Sequence[int]) -> torch.Tensor:
+        """Hidden states [1, tokens, hidden] that the first block is given, on the host."""
+        self._calls[len(ids)] = []
+        self._entered: torch.Tensor | None = None
+        self._leave = None
+        self._forward(torch.tensor([list(ids)], device=self.device))
+        assert self._entered is not None
+        return self._entered.cpu()
+
+    def call(self, number: int, hidden: torch.Tensor) -> Call:
+        """Arguments of a block for hidden states [1, tokens, hidden] of a length that has entered before."""
+        args, kwargs = self._calls[hidden.shape[1]][number]
+        return (hidden, *args), kwargs
+
+    def run(self, block: nn.Module, number: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states behind the block, on the host."""
+        args, kwargs = self.call(number, hidden.to(self.device))
+        with torch.no_grad():
+            out = block(*args, **kwargs)
+        behind: torch.Tensor = out[0] if isinstance(out, tuple) else out
+        return behind.cpu()
+
+    def leave(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [tokens, vocabulary] of hidden states [1, tokens, hidden] behind the last block, on the device."""
+        self._leave = hidden.to(self.device)
+        logits: torch.Tensor = self._forward(torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)).logits
+        return logits[0]
+
+    def weights_of(self, layer: str) -> int:
+        """How many weights a linear layer has."""
+        weight: torch.Tensor = self.model.get_submodule(layer).weight
+        return weight.numel()
+
+    def around(self) -> dict[str, torch.Tensor]:
+        """Weights outside the blocks, by name, each once."""
+        named = self.model.named_parameters(remove_duplicate=True)
+        return {name: p.data for name, p in named if not name.startswith(f"{self.prefix}.")}
+
+    def _forward(self, ids: torch.Tensor) -> Any:
+        with torch.no_grad():
+            return self.model(input_ids=ids, use_cache=False)
+
+    def _passing(self, number: int) -> Callable[..., torch.Tensor]:
+        def forward(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            if self._leave is not None:
+                return self._leave
+            if number == 0:
+                self._entered = hidden
+            self._calls[hidden.shape[1]].append((args, kwargs))
+            return hidden
+
+        return forward
+
+    def _fill(self, module: nn.Module, prefix: str, skip: str = "\0") -> None:
+        """Read what the files have of `module`, and compute the buffers that they have not."""
+        persistent = module.state_dict(keep_vars=True)
+        owned = [*module.named_parameters(), *((name, b) for name, b in module.named_buffers() if name in persistent)]
+        for name, meta in owned:
+            if not name.startswith(skip):
+                value = self.read(prefix + name).to(self.device, self.dtype if meta.is_floating_point() else None)
+                if value.shape != meta.shape:
+                    raise ModelError(f"{prefix}{name}: is {list(value.shape)} and should be {list(meta.shape)}")
+                is_parameter = isinstance(meta, nn.Parameter)
+                filled = nn.Parameter(value, requires_grad=False) if is_parameter else value
+                filled._is_hf_initialized = True  # type: ignore[attr-defined]  # below, it is to be left alone
+                owner, _, own = name.rpartition(".")
+                setattr(module.get_submodule(owner), own, filled)
+        for name, part in module.named_modules():
+            computed = part._non_persistent_buffers_set
+            if computed and not f"{name}.".startswith(skip):
+                for own in computed:
+                    part._buffers[own] = torch.empty_like(part._buffers[own], device=self.device)
+                self.model._init_weights(part)

@@ -1,0 +1,32 @@
+"""A checkpoint's model on the meta device: tensors have shapes and no contents."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from qft.checkpoint.find import Checkpoint
+from qft.errors import ModelError
+from qft.recipe.schema import ModelSection
+
+__all__ = ["find_blocks", "without_contents"]
+
+
+def without_contents(checkpoint: Checkpoint, section: ModelSection, **arguments: Any) -> PreTrainedModel:
+    """The model on the meta device, where its tensors have shapes and no contents; `arguments` of from_config."""
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            checkpoint.config, trust_remote_code=section.trust_remote_code, **arguments
+        )
+    return model
+
+
+def find_blocks(model: nn.Module, count: int) -> tuple[str, nn.ModuleList]:
+    """Name and modules of the stack of `count` blocks. Raises ModelError if there is none."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return name, module
+    raise ModelError(f"{type(model).__name__}: has no list of {count} blocks to go through one by one")

@@ -1,0 +1,63 @@
+"""`qft`: the commands, put together."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from qft.cli.calibrate import calibrate
+from qft.cli.chat import chat
+from qft.cli.check import check
+from qft.cli.evaluate import evaluate
+from qft.cli.export import export
+from qft.cli.models import models
+from qft.cli.recipes import init, schema
+from qft.cli.report import report
+from qft.cli.train import train
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Finetune language models whose weights are held in few bits.",
+)
+
+
+def main() -> None:
+    """Entry point of `qft`."""
+    app()
+
+
+def show_version(wanted: bool) -> None:
+    if not wanted:
+        return
+    from qft.machine.device import find_device, versions
+
+    device = find_device("auto")
+    for name, version in versions().items():
+        typer.echo(f"{name:<14}{version or 'none'}")
+    typer.echo(f"{'gpu':<14}{device.name if device and device.kind == 'cuda' else 'none'}")
+    raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the versions that matter.")
+    ] = False,
+) -> None:
+    pass
+
+
+app.command()(check)
+app.command()(train)
+app.command()(calibrate)
+app.command("eval")(evaluate)
+app.command()(export)
+app.command()(chat)
+app.command()(report)
+app.command()(init)
+app.command()(schema)
+app.add_typer(models, name="models")

@@ -1,0 +1,211 @@
+"""`qft models`: versions of exported models, which of them is current, and the way back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qft.cli.shell import AsJson, Debug, messages, tell
+from qft.errors import GateError
+
+if TYPE_CHECKING:
+    from qft.registry import Which
+
+__all__ = ["models"]
+
+models = typer.Typer(no_args_is_help=True, help="Keep versions of exported models: promote one, go back to another.")
+
+Registry = Annotated[Path, typer.Option(metavar="FOLDER", help="Folder of the registry.")]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="A model of the registry.", show_default=False)]
+VersionText = Annotated[str, typer.Argument(metavar="VERSION", help="A number, or current.", show_default=False)]
+Reason = Annotated[str, typer.Option(help="Why, for the history.", show_default=False)]
+MODELS = Path("models")
+
+
+@models.command()
+def add(
+    name: Name,
+    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder of an export.", show_default=False)],
+    run: Annotated[Path | None, typer.Option(help="The run that it comes from.", show_default=False)] = None,
+    registry: Registry = MODELS,
+    reason: Reason = "",
+    debug: Debug = False,
+) -> None:
+    """Copy an artifact in as the next version; it does not become current."""
+    with messages(debug):
+        from qft import registry as versions
+
+        number = versions.add(registry, name, artifact, versions.facts_of(artifact, run), reason=reason)
+        typer.echo(f"{name} v{number} added; next: qft models promote {name} {number}{_elsewhere(registry)}")
+
+
+@models.command("list")
+def list_models(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Only this model.", show_default=False)] = None,
+    registry: Registry = MODELS,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Show every version, its gate, and which one is current."""
+    with messages(debug):
+        from qft import registry as versions
+        from qft.views.terminal.models import render_list
+
+        found = {each: _listed(registry, each) for each in ([name] if name else versions.names(registry))}
+        tell({"registry": str(registry), "models": found}, render_list, as_json=as_json)
+
+
+@models.command()
+def show(
+    name: Name,
+    version: VersionText = "current",
+    registry: Registry = MODELS,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Show one version: where it comes from, how good it is, and the model's history."""
+    with messages(debug):
+        from qft.registry import find_shelf
+        from qft.views.terminal.models import render_version
+
+        shelf = find_shelf(registry, name)
+        entry = _entry(registry, name, version)
+        document = {
+            "name": name,
+            "entry": entry,
+            "current": shelf.current(),
+            "path": str(shelf.folder / entry),
+            "manifest": shelf.manifest(entry),
+            "history": shelf.history(),
+        }
+        tell(document, render_version, as_json=as_json)
+
+
+@models.command()
+def diff(
+    name: Name,
+    a: VersionText,
+    b: VersionText,
+    registry: Registry = MODELS,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Compare two versions: recipe fields, data, base, scores, bytes and gate figures."""
+    with messages(debug):
+        from qft import registry as versions
+        from qft.views.terminal.models import render_diff
+
+        entries = [_entry(registry, name, text) for text in (a, b)]
+        manifests = [versions.find_shelf(registry, name).manifest(entry) for entry in entries]
+        rows = [row._asdict() for row in versions.diff(*manifests)]
+        tell({"name": name, "a": entries[0], "b": entries[1], "rows": rows}, render_diff, as_json=as_json)
+
+
+@models.command()
+def promote(
+    name: Name,
+    version: Annotated[str, typer.Argument(metavar="VERSION", help="A number.", show_default=False)],
+    force: Annotated[bool, typer.Option("--force", help="Although its gate did not pass; recorded.")] = False,
+    registry: Registry = MODELS,
+    reason: Reason = "",
+    debug: Debug = False,
+) -> None:
+    """Make a version current, once its files are found unchanged and its gate passed."""
+    with messages(debug):
+        from qft import registry as versions
+
+        number = _number(version)
+        versions.promote(registry, name, number, reason=reason, force=force)
+        typer.echo(f"{name}: v{number} is current: {registry / name / 'current' / 'artifact'}")
+
+
+@models.command()
+def rollback(
+    name: Name,
+    to: Annotated[
+        str | None, typer.Option(metavar="VERSION|original", help="By default what was current before.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Although it cannot be accepted; recorded.")] = False,
+    registry: Registry = MODELS,
+    reason: Reason = "",
+    debug: Debug = False,
+) -> None:
+    """Go back: to the version before, to any other, or to the base that the current one was made from."""
+    with messages(debug):
+        from qft import registry as versions
+
+        target: Which = None if to is None else "original" if to == "original" else _number(to)
+        entry = versions.rollback(registry, name, target, reason=reason, force=force)
+        manifest = versions.find_shelf(registry, name).manifest(entry)
+        path = registry / name / "current" / "artifact" if entry.startswith("v") else manifest["base"]["path"]
+        typer.echo(f"{name}: {entry} is current: {path}")
+
+
+@models.command()
+def verify(
+    name: Name,
+    version: Annotated[
+        str | None,
+        typer.Argument(metavar="[VERSION]", help="A number, current or original; by default all.", show_default=False),
+    ] = None,
+    registry: Registry = MODELS,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Hash every file, and name what is missing, changed or extra; exit code 4 if anything is."""
+    with messages(debug):
+        from qft import registry as versions
+        from qft.views.terminal.models import render_findings
+
+        which = _which(registry, name, version)
+        findings = versions.inspect(registry, name, which)
+        found = [text for finding in findings for text in finding.sentences()]
+        wrong = found if version else versions.problems(registry, name, findings)
+        entries = [vars(finding) | {"whole": finding.whole} for finding in findings]
+        tell(
+            {"name": name, "valid": not wrong, "entries": entries, "problems": wrong}, render_findings, as_json=as_json
+        )
+        if wrong:
+            raise GateError("\n".join(f"{name}: {text}" for text in wrong))
+
+
+def _listed(registry: Path, name: str) -> dict[str, Any]:
+    from qft import registry as versions
+
+    found = {f"v{number}": manifest for number, manifest in versions.versions(registry, name).items()}
+    return {"current": versions.find_shelf(registry, name).current(), "versions": found}
+
+
+def _number(text: str) -> int:
+    digits = text.removeprefix("v")
+    if not (digits.isascii() and digits.isdigit() and int(digits)):
+        raise typer.BadParameter(f"{text} is no version; give a number, as `qft models list` shows them")
+    return int(digits)
+
+
+def _entry(registry: Path, name: str, text: str) -> str:
+    """vN, or what is current. Raises MissingError before the first promote."""
+    from qft.errors import MissingError
+    from qft.registry import find_shelf
+
+    if text != "current":
+        return f"v{_number(text)}"
+    current = find_shelf(registry, name).current()
+    if current is None:
+        raise MissingError(f"{name}: nothing is current yet; give a version's number")
+    return current
+
+
+def _which(registry: Path, name: str, text: str | None) -> Which:
+    if text is None:
+        return None
+    if text == "original":
+        return "original"
+    entry = _entry(registry, name, text)
+    return int(entry[1:]) if entry.startswith("v") else "original"
+
+
+def _elsewhere(registry: Path) -> str:
+    return "" if registry == MODELS else f" --registry {registry}"

@@ -1,0 +1,86 @@
+"""What all commands share: how they speak, and how they fail."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qft.errors import QftError
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+    from qft.progress import View
+
+__all__ = ["AsJson", "Debug", "Quiet", "consoles", "messages", "print_json", "tell"]
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, and nothing else.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="SECTION.FIELD=VALUE", help="Override a field; paths are relative to here. Repeatable."
+    ),
+]
+TARGET_HELP = (
+    "A recipe, a run, or a model; PATH@VARIANT for base, float32, bfloat16, float16, nf4, fp4, 8bit, merged or (a "
+    ".gguf file) llama.cpp."
+)
+
+
+@contextmanager
+def messages(
+    debug: bool, interrupted: str = "interrupted; continue with --resume once a checkpoint is written"
+) -> Iterator[None]:
+    """Turn a QftError into its one message and exit code, and Ctrl-C into `interrupted`."""
+    try:
+        yield
+    except QftError as error:
+        if debug:
+            raise
+        typer.echo(f"error: {error}" if "\n" not in str(error) else str(error), err=True)
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        typer.echo(interrupted, err=True)
+        raise typer.Exit(130) from None
+
+
+def consoles(as_json: bool) -> Console:
+    """Where people read: standard output, or standard error when that carries JSON."""
+    from rich.console import Console
+
+    return Console(stderr=as_json)
+
+
+def tell(document: Any, render: Callable[[Any], RenderableType], *, as_json: bool, quiet: bool = False) -> None:
+    """Print a document: as JSON, as `render` draws it, or with `quiet` not at all."""
+    if as_json:
+        print_json(document.model_dump(mode="json") if hasattr(document, "model_dump") else document)
+    elif not quiet:
+        consoles(False).print(render(document))
+
+
+def print_json(document: object) -> None:
+    import json
+
+    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def require_one_of(*, resume: bool, overwrite: bool) -> None:
+    if resume and overwrite:
+        raise typer.BadParameter("--resume continues a run and --overwrite replaces it; give one of the two")
+
+
+def choose_lines(as_json: bool, quiet: bool) -> View:
+    """A plain line for each note, or nothing."""
+    from qft.progress import View
+    from qft.views.live import LineView
+
+    return View() if quiet else LineView(consoles(as_json))

@@ -1,0 +1,1 @@
+"""Every document that is written, as pydantic models with units."""

@@ -1,0 +1,131 @@
+"""The document of `qft eval`: one entry a target, every figure of it measured on the same rows and tokens."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from qft.documents.part import Part
+
+__all__ = ["EvalDocument", "HarnessResult", "LayerError", "Score", "SourceResult", "TargetResult"]
+
+
+class Score(Part):
+    """A figure with its 95% interval, by bootstrap over rows."""
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, interval: tuple[float, float, float]) -> Score:
+        """Of a value with the low and the high end of its interval."""
+        value, low, high = interval
+        return cls(value=value, low=low, high=high)
+
+
+class SourceResult(Part):
+    """One source of the rows."""
+
+    source: str
+    perplexity: float
+    eval_tokens: int
+
+
+class LayerError(Part):
+    """What quantizing did to one linear layer, against the reference's weights and activations."""
+
+    name: str
+    block: int | None
+    """Index of the block; None outside the blocks."""
+    kind: str
+    """Name within its block: q_proj, down_proj, …"""
+    weight_error: float
+    """Norm of the difference of the weights, over the norm of the reference's."""
+    output_snr_db: float
+    """Signal to noise of the layer's output on real activations, in decibels; higher is better."""
+    outlier_share: float
+    """Share of the input's magnitudes above six times their root mean square."""
+    bytes: int
+    """What the layer takes as the target holds it."""
+
+
+class HarnessResult(Part):
+    """One metric of a task of EleutherAI's lm-evaluation-harness, as the harness takes it."""
+
+    task: str
+    """Name of the task, or of a group of tasks."""
+    version: str | None
+    """The task's own; None if it has none."""
+    metric: str
+    """acc, word_perplexity, … Perplexities are of words or bytes; bits_per_byte is in bits."""
+    filter: str | None
+    """How answers were read before they were scored; None: as they are."""
+    value: float | None
+    """In the metric's own unit: shares are between 0 and 1. None if it is no finite number."""
+    stderr: float | None
+    """Standard error of value over the samples; None where the harness knows none."""
+    samples: int
+    """Documents that were asked."""
+
+
+class TargetResult(Part):
+    """One model."""
+
+    name: str
+    perplexity: float
+    """exp of the mean negative log likelihood over eval_tokens."""
+    perplexity_interval: Score
+    bits_per_byte: float
+    """Negative log likelihood in bits, over the bytes of the scored text."""
+    eval_tokens: int
+    """Tokens whose likelihood was taken."""
+    kl_mean: float | None = None
+    """Mean Kullback-Leibler divergence of the next-token distributions from the reference's, in nats."""
+    kl_p99: float | None = None
+    """Its 99th percentile over tokens."""
+    top1_agreement: float | None = None
+    """Share of tokens at which this model and the reference find the same token most likely."""
+    kl_tokens: int = 0
+    """Tokens over which the three above were taken."""
+    perplexity_change: Score | None = None
+    """Perplexity over the reference's, minus 1; paired by rows."""
+    scores: dict[str, Score] = {}
+    """Task scores, by the names in eval.metrics."""
+    score_changes: dict[str, Score] = {}
+    """Score minus the reference's; paired by rows."""
+    by_source: list[SourceResult] = []
+    harness: list[HarnessResult] = []
+    """Tasks of eval.harness and --harness."""
+    prefill_tokens_per_second: float
+    """Reading a prompt."""
+    decode_tokens_per_second: float
+    """Writing an answer, one row at a time."""
+    peak_bytes: int
+    """Largest memory while it was evaluated, the harness aside, beyond what was held before it was loaded; of the GPU
+    or the process."""
+    weight_bytes: int
+    """Weights in memory, scales included."""
+    disk_bytes: int
+    """Files that the target is loaded from, adapter included."""
+    layers: list[LayerError] = []
+
+
+class EvalDocument(Part):
+    """What `qft eval` measured. Bytes, tokens and seconds throughout; shares are between 0 and 1."""
+
+    schema_version: Literal[1] = 1
+    kind: Literal["eval"] = "eval"
+    data: list[str]
+    """Where the rows came from."""
+    rows: int
+    window: int | None
+    """Tokens of a window over plain text; None where each row is scored by itself."""
+    stride: int | None
+    """Tokens from one window to the next."""
+    reference: str | None
+    """Name of the target that the others are compared with."""
+    device: str
+    seed: int
+    versions: dict[str, str | None]
+    targets: list[TargetResult]
+    wall_seconds: float

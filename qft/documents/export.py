@@ -1,0 +1,108 @@
+"""The document of `qft export`: what was handed over, and the proof that it is the model that was trained."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from qft.documents.part import Part
+
+__all__ = ["ExportDocument", "Gate", "GateCheck", "LoadCheck", "Pushed", "Registered"]
+
+
+class GateCheck(Part):
+    """One comparison of the artifact, loaded again, with the model as trained."""
+
+    name: str
+    value: float | str
+    """Measured of the artifact."""
+    threshold: float | str | None
+    """What the value may be at most (kl, perplexity_increase) or at least (top1_agreement), or must be; None: told
+    only."""
+    passed: bool
+
+
+class Gate(Part):
+    """The verdict over an artifact."""
+
+    passed: bool | None
+    """None: the gate was switched off, and nothing is known."""
+    engine: str | None
+    """What loaded the artifact for the comparison."""
+    rows: int
+    """Rows of the recipe on which both models were asked."""
+    tokens: int
+    """Learnt tokens of these rows, over which distributions were compared."""
+    worst_weight: str | None = None
+    """Where a comparison missed: the weight that is farthest from what it should be, with its signal-to-noise ratio."""
+    checks: list[GateCheck]
+
+
+class Registered(Part):
+    """The version of a registry that an artifact was copied into."""
+
+    name: str
+    version: int
+    registry: str
+    """Folder of the registry."""
+
+
+class Pushed(Part):
+    """The commit of the hub that an artifact was uploaded by."""
+
+    repository: str
+    commit: str
+    url: str
+    """Of the commit."""
+
+
+class ExportDocument(Part):
+    """export.json of an artifact's folder. Bytes throughout; shares are between 0 and 1."""
+
+    schema_version: Literal[1] = 1
+    kind: Literal["export"] = "export"
+    target: str
+    path: str
+    """The folder, as it was written."""
+    run: str
+    """The run that it comes from."""
+    passed: bool | None
+    """gate.passed."""
+    bytes: int
+    """Of all files that are listed in sha256."""
+    sha256: dict[str, str]
+    """Of each file but export.json and README.md, by its name within the folder."""
+    base: dict[str, Any]
+    """path, commit and sha256 (by file) of the base, from the run's manifest."""
+    merge_into: Literal["dequantized", "original"] | None
+    """The base weights that the adapter was added to; None: nothing was merged."""
+    dtype: str
+    """Of the weights that are not quantized."""
+    quantization: dict[str, Any] | None = None
+    """How a second quantization holds the weights, and what it cost: scheme, kl (mean, in nats, from the merged model)
+    and perplexity_change."""
+    gate: Gate
+    versions: dict[str, str | None]
+    registered: Registered | None = None
+    """Told by the command alone: in export.json, which is written first and then never changed, it is null."""
+    pushed: Pushed | None = None
+    """The same holds for it."""
+
+
+class LoadCheck(Part):
+    """Whether one environment can load one target, told before the export."""
+
+    target: str
+    format: str
+    """What the target would write."""
+    engine: str | None = None
+    """None: this machine has none that could read the format."""
+    version: str | None = None
+    device: str | None = None
+    """cpu, or the compute capability. None: it was not said."""
+    loads: bool | None
+    """None: not known."""
+    reasons: list[str]
+    """Why it cannot, or why it is not known."""
+    remedies: list[str]
+    source: str | None = None
+    """Where it is written."""

@@ -1,0 +1,200 @@
+"""The report: one JSON document, of which every table and picture is a view."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import ValidationError
+
+from qft.documents.part import Part
+from qft.errors import MissingError, RunError
+
+__all__ = ["Evaluation", "Report", "SkippedModules", "read_report"]
+
+
+class ModelPart(Part):
+    path: str
+    """As the recipe says."""
+    architecture: str
+    device: str
+    """Name of the GPU or CPU."""
+    scheme: str
+    """How the linear layers are held: none, 8bit, 4bit, or the method of a checkpoint that came quantized."""
+    quant_type: str | None
+    """nf4 or fp4, for 4bit."""
+    dtype: str
+    """Dtype of the weights that are not quantized."""
+    parameters: int
+    trainable_parameters: int
+    trainable_share: float
+    """trainable_parameters / parameters."""
+    bits_per_weight: float
+    """Bits of memory for each of the base's parameters, scales included."""
+
+
+class Throughput(Part):
+    """Over the steps after the first, evaluations and checkpoints aside. Padding does not count."""
+
+    tokens_per_second: float
+    samples_per_second: float
+    step_seconds_p50: float
+    step_seconds_p95: float
+    padding_share: float
+    """Share of the computed tokens that were padding."""
+    history: list[tuple[int, float]]
+    """[step, tokens per second]."""
+
+
+class Components(Part):
+    """Bytes of each part, as held by this run."""
+
+    base_weights: int
+    """Frozen weights and buffers, with the scales of quantized ones."""
+    trainable_weights: int
+    """Adapter, or all weights."""
+    gradients: int
+    optimizer_state: int
+    activations: int
+    """What the peak holds beside the above: activations, logits and workspace."""
+
+
+class Memory(Part):
+    """Bytes. Of the GPU: allocated by tensors; of the host: resident set of the process."""
+
+    peak_gpu_bytes: int
+    """0 without a GPU."""
+    peak_gpu_reserved_bytes: int
+    """What the allocator held at its peak."""
+    peak_host_bytes: int
+    device_bytes: int
+    """Memory that the device has."""
+    after_load_bytes: int
+    """On the device that trains, as are the two below."""
+    after_first_step_bytes: int
+    at_end_bytes: int
+    growing: bool
+    """Whether the memory after a step kept growing to the end: a leak."""
+    history: list[tuple[int, int, int]]
+    """[step, bytes after it, largest so far], on the device that trains."""
+    components: Components
+
+
+class Checkpointing(Part):
+    """What gradient checkpointing did, measured on one block and its first batch."""
+
+    saved_bytes: int
+    """What all blocks would keep for the backward pass without it."""
+    cost_share: float
+    """Time of computing the blocks again, over the rest of the step."""
+
+
+class Loss(Part):
+    """Mean over the supervised tokens of a step."""
+
+    first: float
+    last: float
+    """Mean of the last tenth of the steps."""
+    lowest: float
+    spikes: int
+    """Steps whose loss rose by more than four times the usual change from step to step."""
+    history: list[tuple[int, float, float, float]]
+    """[step, loss, learning rate, gradient norm before clipping]."""
+
+
+class Evaluation(Part):
+    """Held-out rows."""
+
+    step: int
+    loss: float
+    """Mean over the supervised tokens."""
+    perplexity: float
+    """exp(loss)."""
+    tokens: int
+    """Supervised tokens."""
+    rows: int
+    scores: dict[str, float] = {}
+    """Shares, by the names in eval.metrics."""
+
+
+class Evaluations(Part):
+    before: Evaluation | None = None
+    after: Evaluation | None = None
+    history: list[Evaluation] = []
+    """During the training."""
+
+
+class Phases(Part):
+    """Share of the training time, in sum 1."""
+
+    data: float
+    forward: float
+    backward: float
+    optimizer: float
+
+
+class SkippedModules(Part):
+    """Layers that quant.skip_modules auto left unquantized, and what that is expected to buy. Bytes throughout."""
+
+    names: list[str]
+    budget_bytes: int
+    linear_bytes_before: int
+    """Of all quantized linear layers, as measured."""
+    linear_bytes_after: int
+    """The same with `names` in 16 bits, predicted."""
+    rows: int
+    """Training rows on which it was measured."""
+    kl_before: float
+    """Mean KL divergence from the unquantized model's next-token distributions, in nats, all layers quantized."""
+    kl_after: float
+    """The same with `names` unquantized."""
+    perplexity_unquantized: float
+    perplexity_before: float
+    perplexity_after: float
+
+
+class Report(Part):
+    """What a training measured. Bytes, seconds and tokens throughout; shares are between 0 and 1."""
+
+    schema_version: Literal[1] = 1
+    kind: Literal["train"] = "train"
+    run: str
+    """The run folder."""
+    result: str
+    """Where the adapter, or the model, was written."""
+    model: ModelPart
+    throughput: Throughput
+    phases: Phases
+    memory: Memory
+    skipped_modules: SkippedModules | None = None
+    """None unless quant.skip_modules is auto."""
+    checkpointing: Checkpointing | None = None
+    """None where it is off."""
+    loss: Loss
+    eval: Evaluations
+    lengths: list[tuple[int, int]]
+    """Histogram of the training rows: [longest of the bin in tokens, rows]."""
+    steps: int
+    """Optimizer steps of this call (a resumed run counts from its checkpoint)."""
+    skipped_steps: int
+    """Updates that were not made because a number was not finite."""
+    samples: int
+    tokens: int
+    """Tokens trained on, padding aside."""
+    supervised_tokens: int
+    wall_seconds: float
+    """From the command to the report: loading, training, evaluations and checkpoints."""
+    advice: list[str]
+
+
+def read_report(folder: Path) -> Report:
+    """The report of a run folder. Raises MissingError if there is none, RunError if it cannot be read."""
+    path = folder / "report.json"
+    try:
+        text = path.read_text("utf-8")
+    except OSError:
+        raise MissingError(f"{path}: no report; a run writes it when it completes") from None
+    try:
+        return Report.model_validate_json(text)
+    except ValidationError as error:
+        raise RunError(f"{path}: not a report that this qft can read: {error.errors()[0]['msg']}") from None

@@ -1,0 +1,1 @@
+"""Which engine loads which format, and an environment judged by it."""

@@ -1,0 +1,1 @@
+"""The gate that every artifact passes: compared with the model as trained."""

@@ -1,0 +1,174 @@
+"""The gate: an artifact, loaded again from disk, compared with the model as it was trained.
+
+The model as trained is asked first and let go; its log probabilities wait on disk. So one model is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from datasets import Dataset
+from safetensors import SafetensorError
+
+from qft.data.batch import pad_token_id
+from qft.data.prepare import prepare
+from qft.documents.export import Gate, GateCheck
+from qft.errors import MissingError, ModelError
+from qft.export.base import Exporter, Job, Limits
+from qft.export.gate.facts import Facts, facts_of
+from qft.files import require_free_space
+from qft.measure.likelihood import Likelihood, LogProbs, Passage, measure
+from qft.measure.scores import answer_rows
+from qft.memory.guard import memory_guard
+from qft.model.target import load_target
+
+__all__ = ["Reference", "reference", "verify"]
+
+ROWS = 32
+"""Rows on which the models are asked, at most."""
+TOKENS = 4096
+"""Learnt tokens over which distributions are compared, at most."""
+CONTINUATIONS, NEW_TOKENS = 4, 16
+"""Prompts that are continued greedily, and by how many tokens."""
+BATCH = 8
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The model as trained, as the gate remembers it."""
+
+    rows: Dataset
+    passages: Sequence[Passage]
+    likelihood: Likelihood
+    log_probs: LogProbs
+    answers: list[str]
+    texts: list[str]
+    """The rows as text."""
+    facts: Facts
+
+
+@contextmanager
+def reference(job: Job, scratch: Path) -> Iterator[Reference]:
+    """Ask the model as trained; its log probabilities lie in `scratch` meanwhile. Raises MissingError without the rows
+    that the recipe names, RunError without room for 4 bytes a token and entry of the vocabulary."""
+    rows = _rows(job)
+    passages = [Passage(row["input_ids"], row["labels"], row["source"]) for row in rows]
+    tokens = min(TOKENS, sum(passage.scored for passage in passages))
+    with memory_guard("asking the model as trained"):
+        model = load_target(job.target, job.plan)
+        vocabulary = model.get_output_embeddings().weight.shape[0]
+        require_free_space(scratch, tokens * vocabulary * 4, "the log probabilities that the gate compares with")
+        with TemporaryDirectory(dir=scratch, prefix=".gate-") as folder:
+            store = LogProbs(Path(folder) / "log_probs", tokens, vocabulary)
+            pad = pad_token_id(job.plan.tokenizer)
+            likelihood = measure(model, passages, batch_size=BATCH, pad=pad, write=store)
+            answers = _answers(model, job, rows)
+            texts = [job.plan.tokenizer.decode(row["input_ids"]) for row in rows]
+            facts = facts_of(model, job.plan.tokenizer, texts)
+            del model
+            gc.collect()
+            yield Reference(rows, passages, likelihood, store, answers, texts, facts)
+
+
+def verify(job: Job, exporter: Exporter, folder: Path, expected: Reference, limits: Limits) -> Gate:
+    """Load the artifact in `folder` by its engine and compare; what cannot be loaded does not pass."""
+    checks = list(_checks(job, exporter, folder, expected, limits))
+    return Gate(
+        passed=all(check.passed for check in checks),
+        engine=exporter.engine,
+        rows=len(expected.rows),
+        tokens=expected.log_probs.tokens,
+        checks=checks,
+    )
+
+
+def _checks(job: Job, exporter: Exporter, folder: Path, expected: Reference, limits: Limits) -> Iterator[GateCheck]:
+    try:
+        with memory_guard("loading the artifact"):
+            model = exporter.load(job, folder)
+        facts = exporter.facts(model, job, folder, expected.texts)
+    except (ModelError, MissingError, ValueError, OSError, SafetensorError) as error:
+        yield GateCheck(name="loads", value=str(error).splitlines()[0], threshold="yes", passed=False)
+        return
+    if facts["embedding_rows"] == expected.facts["embedding_rows"]:  # else the rows' tokens mean nothing to it
+        with memory_guard("asking the artifact"):
+            yield from _quality(model, job, expected, limits)
+    yield from _structure(facts, expected.facts)
+
+
+def _rows(job: Job) -> Dataset:
+    """The first held-out rows, or training rows where none are held out."""
+    try:
+        prepared = prepare(job.target.loaded.recipe, job.plan.tokenizer)
+    except MissingError as error:
+        raise MissingError(
+            f"{error}; the gate asks on the run's rows: put them back, or export with --no-gate"
+        ) from None
+    rows = prepared.eval if prepared.eval is not None else prepared.train
+    return rows.select(range(min(ROWS, len(rows))))
+
+
+def _answers(model: Any, job: Job, rows: Dataset) -> list[str]:
+    """Greedy continuations of some prompts; none where the rows are plain text."""
+    answers = answer_rows(
+        model,
+        job.plan.tokenizer,
+        rows,
+        max_new_tokens=NEW_TOKENS,
+        batch_size=CONTINUATIONS,
+        samples=CONTINUATIONS,
+    )
+    return [answer.given for answer in answers]
+
+
+def _quality(model: Any, job: Job, expected: Reference, limits: Limits) -> Iterator[GateCheck]:
+    pad = pad_token_id(job.plan.tokenizer)
+    found = measure(model, expected.passages, batch_size=BATCH, pad=pad, against=expected.log_probs)
+    assert found.divergence is not None
+    kl, agreement = float(found.divergence.kl.mean()), float(found.divergence.agrees.mean())
+    increase = found.perplexity() / expected.likelihood.perplexity() - 1
+    # `<=` and `>=` are false for NaN, so a model that computes no numbers does not pass.
+    yield GateCheck(name="kl", value=_finite(kl), threshold=limits.kl, passed=kl <= limits.kl)
+    least = limits.top1_agreement
+    yield GateCheck(name="top1_agreement", value=_finite(agreement), threshold=least, passed=agreement >= least)
+    most = limits.perplexity_increase
+    yield GateCheck(name="perplexity_increase", value=_finite(increase), threshold=most, passed=increase <= most)
+    if expected.answers:
+        given = _answers(model, job, expected.rows)
+        same = sum(a == b for a, b in zip(given, expected.answers, strict=True)) / len(given)
+        yield GateCheck(name="same_continuations", value=same, threshold=None, passed=True)
+
+
+def _structure(found: Facts, expected: Facts) -> list[GateCheck]:
+    return [
+        GateCheck(
+            name=name,
+            value=_shown(found[name]),
+            threshold=_shown(wanted),
+            passed=found[name] == wanted,
+        )
+        for name, wanted in expected.items()
+    ]
+
+
+def _shown(value: Any) -> float | str:
+    if isinstance(value, list) and value and isinstance(value[0], list):
+        digest = hashlib.sha256(json.dumps(value).encode()).hexdigest()
+        return f"{sum(map(len, value))} tokens, SHA-256 {digest[:12]}"
+    if isinstance(value, dict):
+        return ", ".join(f"{token} {number}" for token, number in value.items()) or "none"
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _finite(value: float) -> float | str:
+    """JSON has no NaN."""
+    return value if torch.isfinite(torch.tensor(value)) else str(value)

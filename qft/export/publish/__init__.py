@@ -1,0 +1,1 @@
+"""Where an artifact goes from here: a registry, the hub."""

@@ -1,0 +1,1 @@
+"""How good and how fast a model is: likelihood, scores, tasks, speed, and how sure a figure is."""

@@ -1,0 +1,201 @@
+"""How likely a model finds given tokens, and how far its predictions are from a reference model's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn.functional import kl_div, log_softmax
+
+from qft.data.template import IGNORED
+from qft.measure.statistics import Interval, change_interval
+
+__all__ = ["Divergence", "Likelihood", "LogProbs", "Passage", "Verification", "compare", "measure", "windows"]
+
+Floats = NDArray[np.float64]
+Counts = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Tokens to read, and labels that are IGNORED where a token is context only."""
+
+    input_ids: Sequence[int]
+    labels: Sequence[int]
+    source: int = 0
+
+    @property
+    def scored(self) -> int:
+        """Tokens whose likelihood is taken; the first token has no context and never counts."""
+        return sum(label != IGNORED for label in self.labels[1:])
+
+
+def windows(ids: Sequence[int], window: int, stride: int) -> list[Passage]:
+    """Cut one long text into windows of `window` tokens, each `stride` tokens after the one before.
+
+    Every token but the first is scored once, with at least window - stride tokens of context after the first window.
+    """
+    if not 1 <= stride <= window:
+        raise ValueError("a stride is between 1 and the window")
+    made: list[Passage] = []
+    scored_to = 0
+    for start in range(0, len(ids), stride):
+        end = min(start + window, len(ids))
+        part = list(ids[start:end])
+        fresh = end - scored_to
+        labels = [IGNORED] * (len(part) - fresh) + part[len(part) - fresh :]
+        made.append(Passage(part, labels))
+        scored_to = end
+        if end == len(ids):
+            return made
+    return made
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Per token, over the first tokens: KL from the reference in nats, and whether both favour one token."""
+
+    kl: Floats
+    agrees: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Per sequence, in their order: sum of negative log likelihoods in nats, and scored tokens."""
+
+    nll: Floats
+    tokens: Counts
+    divergence: Divergence | None = None
+
+    def perplexity(self, rows: Counts | None = None) -> float:
+        """exp of the mean over tokens, of all sequences or of those at `rows`."""
+        nll, tokens = (self.nll, self.tokens) if rows is None else (self.nll[rows], self.tokens[rows])
+        return math.exp(min(float(nll.sum() / tokens.sum()), 700.0))
+
+    def perplexity_change(self, reference: Likelihood, *, seed: int) -> Interval:
+        """Perplexity over the reference's, minus 1, with its interval; paired by sequences."""
+        return change_interval(
+            lambda drawn: self.perplexity(drawn) / reference.perplexity(drawn),
+            lambda _: 1.0,
+            len(self.tokens),
+            seed=seed,
+        )
+
+    def mean_kl(self, rows: Counts | None = None) -> float:
+        """Mean KL in nats over the tokens of all sequences, or of those at `rows`; needs every token compared."""
+        assert self.divergence is not None
+        sums = np.add.reduceat(self.divergence.kl, np.concatenate([[0], np.cumsum(self.tokens)[:-1]]))
+        sums, tokens = (sums, self.tokens) if rows is None else (sums[rows], self.tokens[rows])
+        return float(sums.sum() / tokens.sum())
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The held-out rows in both models, row by row."""
+
+    before: Likelihood
+    after: Likelihood
+    """With the divergence from `before` of every scored token."""
+
+
+def compare(
+    labels: Iterable[Sequence[int]], before: Iterable[torch.Tensor], after: Iterable[torch.Tensor]
+) -> Verification:
+    """What two models make of the same rows: of each its `labels` [tokens], IGNORED where nothing is scored, and both
+    models' logits [tokens, vocabulary] of any float dtype. Logits are asked for one row at a time."""
+    sums, tokens, kl, agrees = [], [], [], []
+    models = iter(before), iter(after)
+    for row in labels:
+        wanted = torch.tensor(row[1:])
+        at = wanted != IGNORED
+        # One model's logits after the other's: of both together only the scored tokens are held.
+        old, new = (log_softmax(logits[: len(wanted)][at].float(), -1) for logits in map(next, models))
+        place = wanted[at].to(old.device)[:, None]
+        sums.append([-float(found.gather(1, place).double().sum()) for found in (old, new)])
+        tokens.append(len(place))
+        kl.append(kl_div(new, old, reduction="none", log_target=True).sum(-1).clamp(min=0).cpu().numpy())
+        agrees.append((old.argmax(-1) == new.argmax(-1)).cpu().numpy())
+    of_row, counts = np.array(sums), np.array(tokens)
+    divergence = Divergence(np.concatenate(kl).astype(np.float64), np.concatenate(agrees))
+    return Verification(Likelihood(of_row[:, 0], counts), Likelihood(of_row[:, 1], counts, divergence))
+
+
+class LogProbs:
+    """The reference's log probabilities of every token, on disk: float32 [tokens, vocabulary]."""
+
+    def __init__(self, path: Path, tokens: int, vocabulary: int) -> None:
+        self.tokens = tokens
+        self.values = np.memmap(path, np.float32, "w+", shape=(tokens, vocabulary))
+
+    def put(self, at: Counts, log_probs: torch.Tensor) -> None:
+        self.values[at] = log_probs.cpu().numpy()
+
+    def compare(self, at: Counts, log_probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """KL(reference || model) in nats, and whether the most likely token is the same; both [tokens]."""
+        reference = torch.from_numpy(np.asarray(self.values[at])).to(log_probs.device)
+        kl = kl_div(log_probs, reference, reduction="none", log_target=True).sum(-1)
+        return kl.clamp(min=0), reference.argmax(-1) == log_probs.argmax(-1)
+
+
+def measure(
+    model: Any,
+    sequences: Sequence[Passage],
+    *,
+    batch_size: int,
+    pad: int,
+    write: LogProbs | None = None,
+    against: LogProbs | None = None,
+) -> Likelihood:
+    """Read `sequences` in batches of like length; `write` keeps the log probabilities, `against` compares with them.
+
+    Right padding does not change what a causal model predicts before it, so batches change no result beyond rounding.
+    """
+    nll = np.zeros(len(sequences))
+    tokens = np.array([sequence.scored for sequence in sequences], dtype=np.int64)
+    offsets = np.concatenate([[0], np.cumsum(tokens)])
+    store = write or against
+    kl = np.zeros(min(store.tokens, offsets[-1])) if against and store else None
+    agrees = np.zeros(len(kl), dtype=bool) if kl is not None else None
+    for batch in _batches(sequences, batch_size):
+        logits = _logits(model, [sequences[i] for i in batch], pad)
+        for row, i in enumerate(batch):
+            labels = torch.tensor(sequences[i].labels[1:], device=logits.device)
+            at = labels != IGNORED
+            log_probs = log_softmax(logits[row, : len(labels)][at].float(), dim=-1)
+            nll[i] = -float(log_probs.gather(1, labels[at][:, None]).double().sum())
+            places = np.arange(offsets[i], min(offsets[i + 1], store.tokens if store else 0))
+            if len(places) == 0:
+                continue
+            if write:
+                write.put(places, log_probs[: len(places)])
+            if against and kl is not None and agrees is not None:
+                far, same = against.compare(places, log_probs[: len(places)])
+                kl[places], agrees[places] = far.cpu().numpy(), same.cpu().numpy()
+    return Likelihood(nll, tokens, Divergence(kl, agrees) if kl is not None and agrees is not None else None)
+
+
+def _batches(sequences: Sequence[Passage], size: int) -> Iterator[list[int]]:
+    order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i].input_ids))
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
+def _logits(model: Any, batch: Sequence[Passage], pad: int) -> torch.Tensor:
+    """Logits [rows, tokens, vocabulary] of a batch padded on the right."""
+    width = max(len(sequence.input_ids) for sequence in batch)
+    input_ids = torch.full((len(batch), width), pad)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, sequence in enumerate(batch):
+        input_ids[row, : len(sequence.input_ids)] = torch.tensor(sequence.input_ids)
+        attention_mask[row, : len(sequence.input_ids)] = 1
+    device = next(model.parameters()).device
+    with torch.inference_mode():
+        out = model(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), use_cache=False)
+    logits: torch.Tensor = out.logits
+    return logits

@@ -1,0 +1,1 @@
+"""Plan -> model: loaded, with its adapter, merged; and what names one."""

@@ -1,0 +1,95 @@
+"""Adapters: attached to a base to be trained, written in peft's layout, put on a base again."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel
+
+from qft.checkpoint.weights import read_weights
+from qft.errors import ModelError
+from qft.files import atomic_folder
+from qft.memory.guard import memory_guard
+from qft.plan import Plan
+
+__all__ = ["CHANGES_BASE", "attach_adapter", "save_adapter", "save_full", "with_adapter"]
+
+
+CHANGES_BASE = ("pissa", "olora")
+"""Initialisations that move a part of the base weights into the adapter."""
+
+
+def attach_adapter(model: PreTrainedModel, plan: Plan) -> PeftModel | PreTrainedModel:
+    """The model to train: LoRA adapters on a frozen base, or the base itself with all its weights."""
+    if plan.recipe.train.gradient_checkpointing:
+        model.enable_input_require_grads()
+    if plan.lora is None:
+        return model.requires_grad_(True)
+    with memory_guard("attaching the adapters"):
+        adapted = get_peft_model(model, LoraConfig(**plan.lora))
+        if plan.checkpoint.gguf_file:
+            # Else peft would ask the hub for the base's config at each checkpoint.
+            adapted.peft_config["default"].base_model_name_or_path = ""
+        if plan.recipe.adapter.init_lora_weights == "loftq":
+            _start_from_quantization_error(adapted, plan)
+    return adapted
+
+
+def save_adapter(model: PeftModel, plan: Plan, folder: Path, initial: Path | None) -> None:
+    """Write the adapter in peft's layout, atomically.
+
+    An adapter whose initialisation changed the base is written as the difference to `initial`, its state before
+    training, so that it fits the original base (at twice the rank).
+    """
+    config = model.peft_config["default"]
+    config.base_model_name_or_path, config.revision = plan.checkpoint.path, plan.checkpoint.commit
+    arguments = {"path_initial_model_for_weight_conversion": str(initial)} if initial else {}
+    with atomic_folder(folder) as temporary, warnings.catch_warnings():
+        # To subtract it, peft loads the initial adapter beside the trained one, and warns of what it is asked to do.
+        warnings.filterwarnings("ignore", message=".*changes the base weights of the model", category=UserWarning)
+        # The vocabulary is never changed, so the base's embeddings need not travel with the adapter.
+        model.save_pretrained(str(temporary), save_embedding_layers=False, **arguments)
+
+
+def save_full(model: PreTrainedModel, plan: Plan, folder: Path) -> None:
+    """Write all weights and the tokenizer as safetensors, atomically."""
+    with atomic_folder(folder) as temporary:
+        model.save_pretrained(str(temporary))
+        plan.tokenizer.save_pretrained(str(temporary))
+
+
+def with_adapter(model: Any, adapter: Path) -> Any:
+    """`model` with the adapter in that folder. Raises ModelError if it does not fit."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        try:
+            return PeftModel.from_pretrained(model, str(adapter))
+        except (ValueError, RuntimeError, KeyError, UserWarning) as error:
+            kind = json.loads((adapter / "adapter_config.json").read_text("utf-8")).get("base_model_name_or_path")
+            raise ModelError(
+                f"{adapter}: does not fit this base (it names {kind!r} as its own): {str(error).splitlines()[0]}"
+            ) from error
+
+
+def _start_from_quantization_error(model: PeftModel, plan: Plan) -> None:
+    """LoftQ's first step (arXiv:2310.08659): the adapter starts as the best rank-r fit of what quantizing lost."""
+    original = read_weights(plan.checkpoint)
+    base_name = "base_model.model."
+    for name, module in model.named_modules():
+        base = getattr(module, "base_layer", None)
+        if not isinstance(base, bnb.nn.Linear4bit):
+            continue
+        weight = base.weight
+        held = bnb.functional.dequantize_4bit(weight.data, weight.quant_state).float()
+        error = original(f"{name.removeprefix(base_name)}.weight").to(held.device, torch.float32) - held
+        u, s, v = torch.linalg.svd(error, full_matrices=False)
+        r = module.r["default"]
+        root = (s[:r] / module.scaling["default"]).sqrt()
+        module.lora_B["default"].weight.data.copy_(u[:, :r] * root)
+        module.lora_A["default"].weight.data.copy_(root[:, None] * v[:r])

@@ -1,0 +1,70 @@
+"""Plan -> model: the only place that loads one to be run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.quantizers import AutoQuantizationConfig
+
+from qft.checkpoint.weights import dequantized
+from qft.errors import ModelError, QftError
+from qft.memory.guard import memory_guard
+from qft.plan import ModelPlan
+from qft.quant.hold import SCHEMES
+
+__all__ = ["generation_config", "load_base", "settle"]
+
+
+def load_base(plan: ModelPlan) -> PreTrainedModel:
+    """The base model on its device, quantized as planned, its other weights in plan.dtype."""
+    with memory_guard("loading the model"):
+        try:
+            model = _load(plan)
+        except QftError:
+            raise
+        except (ValueError, OSError, ImportError, KeyError) as error:
+            raise ModelError(f"{plan.checkpoint.path}: cannot be loaded: {str(error).splitlines()[0]}") from error
+    if plan.plugin:
+        plan.plugin.require_layers(model)
+    settle(model, plan.scheme)
+    return model
+
+
+def settle(model: torch.nn.Module, scheme: str) -> None:
+    """Bring a freshly loaded model into the state that training and saving rely on. Called after every load."""
+    if scheme in SCHEMES:
+        SCHEMES[scheme].after_load(model)
+
+
+def _load(plan: ModelPlan) -> PreTrainedModel:
+    model = plan.recipe.model
+    arguments: dict[str, Any] = {
+        "dtype": getattr(torch, plan.dtype),
+        "device_map": {"": 0 if plan.device.kind == "cuda" else "cpu"},
+        "trust_remote_code": model.trust_remote_code,
+    }
+    if model.attn_implementation != "auto":
+        arguments["attn_implementation"] = model.attn_implementation
+    if plan.plugin:
+        plan.plugin.activate()
+    if plan.quantization:
+        arguments["quantization_config"] = AutoQuantizationConfig.from_dict(plan.quantization)
+    if plan.checkpoint.gguf_file:
+        # transformers reads a GGUF file or quantizes, not both at once: dequantize first, then load from memory.
+        whole = dequantized(plan.checkpoint, arguments["dtype"])
+        del arguments["trust_remote_code"]
+        return type(whole).from_pretrained(
+            None, config=plan.checkpoint.config, state_dict=whole.state_dict(), **arguments
+        )
+    checkpoint = plan.checkpoint.with_weights()
+    return AutoModelForCausalLM.from_pretrained(**checkpoint.load_arguments, use_safetensors=True, **arguments)
+
+
+def generation_config(plan: ModelPlan) -> GenerationConfig:
+    """The base's own, or what its configuration says of generation."""
+    checkpoint = plan.checkpoint
+    if checkpoint.gguf_file is None and (checkpoint.folder / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(checkpoint.folder)
+    return GenerationConfig.from_model_config(checkpoint.config)

@@ -1,0 +1,162 @@
+"""What `qft eval` compares and `qft chat` talks to: `PATH` or `PATH@VARIANT`, told apart and loaded.
+
+PATH is a recipe, a run folder, or a model (hub id, folder, .gguf file, package:NAME/FILE). VARIANT is one of VARIANTS.
+Without one, a run is its adapter on its base, a recipe its base as it is held, and a model what it is. A .gguf file is
+dequantized by transformers, and with @llama.cpp run as it is; so is the file of an exported folder.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qft.errors import MissingError, ModelError, RecipeError
+from qft.gguf.llamacpp import LlamaCpp, require_llamacpp
+from qft.model.adapter import with_adapter
+from qft.model.load import load_base
+from qft.plan import ModelPlan, plan_model
+from qft.recipe import LoadedRecipe, load
+from qft.recipe.load import from_values
+from qft.recipe.schema import QuantSection, Recipe
+from qft.run.folder import Run
+
+__all__ = ["VARIANTS", "Target", "load_target", "parse_target"]
+
+LLAMACPP = "llama.cpp"
+UNQUANTIZED = QuantSection()
+FOUR_BIT = QuantSection(mode="4bit")
+
+VARIANTS: dict[str, tuple[QuantSection, str]] = {
+    "base": (UNQUANTIZED, "auto"),
+    "float32": (UNQUANTIZED, "float32"),
+    "bfloat16": (UNQUANTIZED, "bfloat16"),
+    "float16": (UNQUANTIZED, "float16"),
+    "nf4": (FOUR_BIT, "auto"),
+    "fp4": (FOUR_BIT.model_copy(update={"quant_type": "fp4"}), "auto"),
+    "8bit": (QuantSection(mode="8bit"), "auto"),
+    "merged": (UNQUANTIZED, "auto"),
+    LLAMACPP: (UNQUANTIZED, "auto"),
+}
+"""How to hold the base, and the dtype of what is not quantized. merged: the adapter added to 16-bit weights; llama.cpp:
+the .gguf file, run by llama.cpp."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """One model to evaluate or to talk to."""
+
+    name: str
+    loaded: LoadedRecipe
+    """A recipe whose model and quant sections say how the base is held."""
+    has_recipe: bool
+    """Whether the recipe is the user's, so that its data and eval sections say something."""
+    adapter: Path | None = None
+    variant: str = ""
+    """Of VARIANTS; empty: the target is what it is."""
+
+    @property
+    def in_llamacpp(self) -> bool:
+        """Whether llama.cpp runs it, and not transformers."""
+        return self.variant == LLAMACPP
+
+    def plan(self) -> ModelPlan:
+        return plan_model(self.loaded)
+
+
+def parse_target(text: str, *, adapter: Path | None, data: str | None) -> Target:
+    """Tell what `text` names. Raises RecipeError, or MissingError for what is not there.
+
+    `adapter` is put on a model that brings none; `data` stands in for the recipe that a model has not."""
+    path, at, variant = text.rpartition("@")
+    if not at or variant not in VARIANTS:
+        if at and "/" not in variant and not Path(text).exists():
+            raise RecipeError(f"{text}: {variant} is none of the variants {', '.join(VARIANTS)}")
+        path, variant = text, ""
+    if file := _exported_gguf(Path(path)):
+        path, variant = str(file), variant or LLAMACPP
+    if variant == LLAMACPP:
+        require_llamacpp()
+        if not path.endswith(".gguf"):
+            raise RecipeError(f"{text}: is no .gguf file, and llama.cpp runs no other")
+    loaded, own_adapter = _find(path, data)
+    adapter = adapter or own_adapter
+    if variant and variant != "merged":
+        adapter = None
+    if variant == "merged" and adapter is None:
+        raise RecipeError(f"{text}: there is no adapter to merge; name a run, or give --adapter")
+    if adapter is not None and not (adapter / "adapter_config.json").is_file():
+        raise MissingError(f"{adapter}: holds no adapter (adapter_config.json)")
+    return Target(
+        name=text,
+        loaded=_held_as(loaded, variant),
+        has_recipe=Path(path).suffix in {".yaml", ".yml"} or bool(Run(Path(path)).manifest()),
+        adapter=adapter,
+        variant=variant,
+    )
+
+
+def load_target(target: Target, plan: ModelPlan) -> Any:
+    """The model, ready to evaluate. Raises ModelError if the adapter belongs to another base."""
+    if target.in_llamacpp:
+        return LlamaCpp(*plan.checkpoint.weight_files())
+    _require_same_plugin(plan.checkpoint.folder, plan, "quantized")
+    model = load_base(plan)
+    if target.adapter is not None:
+        _require_same_base(target.adapter, plan)
+        model = with_adapter(model, target.adapter)
+        if target.variant == "merged":
+            model = model.merge_and_unload()
+    return model.eval()
+
+
+def _find(path: str, data: str | None) -> tuple[LoadedRecipe, Path | None]:
+    """The recipe behind `path` and the adapter that lies with it."""
+    run = Run(Path(path))
+    if run.manifest():
+        loaded = load(run.folder / "recipe.yaml")
+        if run.full_model.is_dir():
+            model = loaded.recipe.model.model_copy(update={"path": str(run.full_model.resolve())})
+            return LoadedRecipe(loaded.recipe.model_copy(update={"model": model}), loaded.tree), None
+        if not run.adapter.is_dir():
+            raise MissingError(f"{path}: the run has no adapter; it did not complete")
+        return loaded, run.adapter
+    if Path(path).suffix in {".yaml", ".yml"}:
+        return load(Path(path)), None
+    return from_values({"model": {"path": path}, "data": {"train": data or ()}, "output_dir": "."}), None
+
+
+def _exported_gguf(folder: Path) -> Path | None:
+    """The file of a folder that holds one GGUF file and no other model."""
+    found = list(folder.glob("*.gguf")) if folder.is_dir() and not (folder / "config.json").exists() else []
+    return found[0] if len(found) == 1 else None
+
+
+def _held_as(loaded: LoadedRecipe, variant: str) -> LoadedRecipe:
+    """The recipe with its base held as the variant says; without one, as it says itself."""
+    recipe = loaded.recipe
+    if variant:
+        quant, dtype = VARIANTS[variant]
+        model = recipe.model.model_copy(update={"dtype": dtype})
+        recipe = recipe.model_copy(update={"quant": quant, "model": model})
+    elif recipe.quant.skip_modules == "auto":
+        text = "auto is decided by `qft train`: name the run, or a variant such as @nf4"
+        raise RecipeError(loaded.problem("quant.skip_modules", text))
+    # Whether weights are trained decides the dtype that `auto` stands for; here none are.
+    adapter = recipe.adapter.model_copy(update={"kind": "lora"})
+    return LoadedRecipe(Recipe.model_copy(recipe, update={"adapter": adapter}), loaded.tree)
+
+
+def _require_same_base(adapter: Path, plan: ModelPlan) -> None:
+    """An adapter of a run knows the hashes of its base, and of the plugin that quantized it."""
+    known = Run(adapter.parent).manifest().get("base", {}).get("sha256")
+    if known and known != plan.checkpoint.digests():
+        raise ModelError(f"{adapter}: was trained on another base than {plan.checkpoint.path} (their hashes differ)")
+    _require_same_plugin(adapter, plan, "trained")
+
+
+def _require_same_plugin(part: Path, plan: ModelPlan, made: str) -> None:
+    """What a run has made (its adapter, its model) belongs to the plugin as it was then."""
+    plugin = Run(part.parent).manifest().get("plugin")
+    if plugin and plan.plugin and plugin["path"] == plan.plugin.path and plugin["sha256"] != plan.plugin.sha256:
+        raise ModelError(f"{part}: quant.plugin ({plan.plugin.path}) has changed since this was {made}")

@@ -1,0 +1,1 @@
+"""How a layer is held in few bits (hold/), and ways to get there (engines/)."""

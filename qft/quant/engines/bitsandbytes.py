@@ -1,0 +1,95 @@
+"""nf4 and fp4 (arXiv:2305.14314), and LLM.int8() (arXiv:2208.07339), by bitsandbytes and in its own format.
+
+Layers are the library's own, and what is written is their state_dict, as transformers writes it. LLM.int8() rounds
+weights by way of float16, and multiplies the columns in which any activation is above THRESHOLD in float16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig
+
+from qft.quant.engines.base import Block, Held, LayerScheme, Tensors, only_scheme
+from qft.quant.skipping import skip_entry
+
+__all__ = ["BitsAndBytes"]
+
+THRESHOLD = 6.0
+"""Magnitude of an activation from which on LLM.int8() multiplies its column in 16 bits: the paper's, and the default.
+"""
+
+
+class BitsAndBytes:
+    def quantize(self, block: Block) -> dict[str, Held]:
+        return {name: _hold(block.module.get_submodule(name), scheme) for name, scheme in block.schemes.items()}
+
+    def restore(self, layer: nn.Linear, tensors: Tensors, scheme: LayerScheme) -> nn.Module:
+        device = layer.weight.device
+        weight = tensors["weight"].to(device)
+        held: nn.Linear = _unfilled(layer, scheme)
+        if scheme.data_type == "int":
+            scales = tensors["SCB"].to(device)
+            held.weight = bnb.nn.Int8Params(weight, requires_grad=False, SCB=scales).to(device)
+        else:
+            state = {name: tensor for name, tensor in tensors.items() if name.startswith("weight.")}
+            held.weight = bnb.nn.Params4bit.from_prequantized(weight, state, device=device, module=held)
+        return held
+
+    def config(self, schemes: Mapping[str, LayerScheme | None], dtype: torch.dtype) -> dict[str, Any]:
+        scheme = only_scheme(schemes)
+        settings: dict[str, Any] = {"load_in_8bit": True, "llm_int8_threshold": THRESHOLD}
+        if scheme.data_type != "int":
+            settings = {
+                "load_in_4bit": True,
+                "bnb_4bit_quant_type": scheme.data_type,
+                "bnb_4bit_use_double_quant": True,
+                "bnb_4bit_compute_dtype": dtype,
+            }
+        skipped = [skip_entry(name, list(schemes)) for name, own in schemes.items() if own is None]
+        made: dict[str, Any] = BitsAndBytesConfig(**settings, llm_int8_skip_modules=skipped).to_dict()
+        return made | {"quant_method": made["quant_method"].value}
+
+    def header(self, held: Mapping[str, str], others: Sequence[str]) -> dict[str, str]:
+        return {}
+
+
+def _hold(layer: Any, scheme: LayerScheme) -> Held:
+    held, device = _unfilled(layer, scheme), layer.weight.device
+    if scheme.data_type == "int":
+        # bitsandbytes rounds on the way from the host to the device, and weights that are there already not at all.
+        held.weight = bnb.nn.Int8Params(layer.weight.data.cpu(), requires_grad=False).to(device)
+    else:
+        held.weight = bnb.nn.Params4bit(layer.weight.data, quant_type=scheme.data_type, module=held).to(device)
+    return Held(held, {name: _own(tensor) for name, tensor in held.state_dict().items()})
+
+
+def _unfilled(layer: nn.Linear, scheme: LayerScheme) -> Any:
+    """A layer of bitsandbytes in the place of `layer`, with its bias; the weight is still to be set."""
+    shape = layer.in_features, layer.out_features
+    if scheme.data_type == "int":
+        made = bnb.nn.Linear8bitLt(
+            *shape, bias=False, has_fp16_weights=False, threshold=THRESHOLD, device=torch.device("meta")
+        )
+    else:
+        made = bnb.nn.Linear4bit(
+            *shape,
+            bias=False,
+            compute_dtype=layer.weight.dtype,
+            quant_type=scheme.data_type,
+            device=torch.device("meta"),
+        )
+        # On CPUs with AVX512-BF16 the first forward would repack the weights in place; see qft/schemes/bnb_4bit.py.
+        made.support_avx512bf16_for_cpu = False
+    if layer.bias is not None:
+        made.bias = nn.Parameter(layer.bias.data, requires_grad=False)
+    return made.eval()
+
+
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    """A plain tensor that shares its memory with nothing: layers share one code book, and safetensors refuses that."""
+    return tensor.detach().as_subclass(torch.Tensor).clone()

@@ -1,0 +1,136 @@
+"""Linear layers in the compressed-tensors format, which vLLM, SGLang and transformers read.
+
+Arithmetic and layout are the library's own, so that a layer computes here what it computes once it is loaded again.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.compressors.format import infer_module_format
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationConfig,
+    QuantizationScheme,
+    QuantizationStatus,
+)
+from compressed_tensors.quantization.lifecycle.forward import set_forward_quantized
+from compressed_tensors.quantization.utils import calculate_qparams
+from torch import nn
+
+from qft.quant.engines.base import Held, LayerScheme, Tensors
+
+__all__ = ["CompressedTensors", "hold", "weight_scales"]
+
+
+class CompressedTensors:
+    """What the engines that write this format have in common."""
+
+    def restore(self, layer: nn.Linear, tensors: Tensors, scheme: LayerScheme) -> nn.Module:
+        return _restore(layer, tensors, scheme)
+
+    def config(self, schemes: Mapping[str, LayerScheme | None], dtype: torch.dtype) -> dict[str, Any]:
+        """The quantization_config of config.json. Raises ValueError for zero points beside a second scheme.
+
+        transformers (5.24) makes no room for packed zero points and refuses them, but for a model that says
+        `dequantize`: that one it unpacks as it loads it, and then it takes all layers for the first group's.
+        """
+        held = sorted({scheme for scheme in schemes.values() if scheme}, key=repr)
+        with_zero_points = not all(scheme.symmetric for scheme in held)
+        if with_zero_points and len(held) > 1:
+            raise ValueError("layers with zero points cannot be mixed with layers of another scheme")
+        groups = {}
+        for number, scheme in enumerate(held):
+            names = [name for name, own in schemes.items() if own == scheme]
+            targets = ["Linear"] if len(held) == 1 else [f"re:^{re.escape(name)}$" for name in names]
+            arguments = _arguments(scheme)
+            arguments.targets = targets
+            arguments.format = infer_module_format(nn.Linear, arguments).value
+            groups[f"group_{number}"] = arguments
+        formats = {str(arguments.format) for arguments in groups.values()}
+        made: dict[str, Any] = QuantizationConfig(
+            config_groups=groups,
+            format=formats.pop() if len(formats) == 1 else "mixed-precision",
+            quantization_status=QuantizationStatus.COMPRESSED,
+            ignore=[name for name, scheme in schemes.items() if scheme is None],
+        ).model_dump(mode="json")
+        return made | ({"dequantize": True} if with_zero_points else {})
+
+    def header(self, held: Mapping[str, str], others: Sequence[str]) -> dict[str, str]:
+        return {}
+
+
+def weight_scales(weight: torch.Tensor, scheme: LayerScheme) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales and zero points [out, groups] by which each group's extremes are the ends of the range, in the weight's
+    dtype."""
+    rows = weight.float()
+    size = scheme.group_size if scheme.group_size > 0 else rows.shape[1]
+    groups = rows.view(len(rows), -1, size)
+    low, high = groups.amin(-1), groups.amax(-1)
+    scale, zero_point = calculate_qparams(low, high, _arguments(scheme).weights)
+    return scale.to(weight.dtype), zero_point
+
+
+def hold(
+    layer: nn.Linear,
+    scheme: LayerScheme,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    largest_input: float | None = None,
+) -> Held:
+    """Round the weights of `layer` to these scales and zero points, both [out, groups]."""
+    arguments = _arguments(scheme)
+    state = {"weight": layer.weight.data, "weight_scale": scale, "weight_zero_point": zero_point.to(torch.int8)}
+    compressed = _compressor(arguments).compress(state, arguments)
+    if scheme.activations == "static":
+        if largest_input is None:
+            raise ValueError("static activations need the largest input")
+        limit = torch.tensor([largest_input], dtype=torch.float32, device=scale.device)
+        input_scale, _ = calculate_qparams(-limit, limit, arguments.input_activations)
+        compressed["input_scale"] = input_scale.to(scale.dtype)
+    if layer.bias is not None:
+        compressed["bias"] = layer.bias.data
+    tensors = {name: tensor.contiguous() for name, tensor in compressed.items()}
+    return Held(_restore(layer, tensors, scheme), tensors)
+
+
+def _restore(layer: nn.Linear, tensors: Tensors, scheme: LayerScheme) -> nn.Module:
+    """A linear layer with the dequantized weights, which rounds its inputs as the scheme says."""
+    arguments = _arguments(scheme)
+    device = layer.weight.device
+    state = {name: tensor.to(device) for name, tensor in tensors.items()}
+    weight = _compressor(arguments).decompress(state, arguments)["weight"].to(layer.weight.dtype)
+    held = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    held.weight = nn.Parameter(weight, requires_grad=False)
+    held.bias = layer.bias
+    if scheme.activations != "none":
+        held.quantization_scheme = arguments
+        held.quantization_status = QuantizationStatus.COMPRESSED
+        if scheme.activations == "static":
+            held.input_scale = nn.Parameter(state["input_scale"], requires_grad=False)
+        set_forward_quantized(held)
+    return held
+
+
+def _arguments(scheme: LayerScheme) -> QuantizationScheme:
+    weights = QuantizationArgs(
+        num_bits=scheme.bits,
+        type=scheme.data_type,
+        symmetric=scheme.symmetric,
+        strategy="channel" if scheme.group_size < 0 else "group",
+        group_size=None if scheme.group_size < 0 else scheme.group_size,
+    )
+    inputs = None
+    if scheme.activations != "none":
+        dynamic = scheme.activations == "dynamic"
+        strategy = "token" if dynamic else "tensor"
+        inputs = QuantizationArgs(num_bits=8, type=scheme.data_type, strategy=strategy, dynamic=dynamic)
+    return QuantizationScheme(targets=["Linear"], weights=weights, input_activations=inputs)
+
+
+def _compressor(arguments: QuantizationScheme) -> Any:
+    return BaseCompressor.get_value_from_registry(infer_module_format(nn.Linear, arguments).value)

@@ -1,0 +1,78 @@
+"""int8 weights, alone or with activations rounded to int8 for each token, by torchao and in its own format.
+
+A weight is a tensor of a class of torchao's. What is written are the plain tensors that it is made of, and, in the
+header of the safetensors file, what the class needs beside them: without the header nobody can put it together again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict, unflatten_tensor_state_dict
+from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
+from transformers import TorchAoConfig
+
+from qft.quant.engines.base import Block, Held, LayerScheme, Tensors, only_scheme
+from qft.quant.skipping import skip_entry
+
+__all__ = ["TorchAo"]
+
+PLAIN = '{"_type": "Tensor"}'
+"""What a header says of a tensor that is nothing but itself."""
+
+
+class TorchAo:
+    def quantize(self, block: Block) -> dict[str, Held]:
+        return {name: _hold(block.module.get_submodule(name), scheme) for name, scheme in block.schemes.items()}
+
+    def restore(self, layer: nn.Linear, tensors: Tensors, scheme: LayerScheme) -> nn.Module:
+        held: nn.Linear = _quantized(layer, scheme, torch.device("meta"))
+        _, header = flatten_tensor_state_dict({"layer.weight": held.weight})
+        parts = {f"layer.{name}": part.to(layer.weight.device) for name, part in tensors.items() if name != "bias"}
+        whole, _ = unflatten_tensor_state_dict(parts, header)
+        held.weight = nn.Parameter(whole["layer.weight"], requires_grad=False)
+        return held
+
+    def config(self, schemes: Mapping[str, LayerScheme | None], dtype: torch.dtype) -> dict[str, Any]:
+        names = list(schemes)
+        # transformers compares with the names of parameters here, so an end of a name is an end of the parameter's.
+        skipped = [skip_entry(name, names).replace("$", ".weight$") for name in names if schemes[name] is None]
+        made: dict[str, Any] = TorchAoConfig(_settings(only_scheme(schemes)), modules_to_not_convert=skipped).to_dict()
+        return made | {"quant_method": made["quant_method"].value}
+
+    def header(self, held: Mapping[str, str], others: Sequence[str]) -> dict[str, str]:
+        described = {**held, **dict.fromkeys(others, PLAIN)}
+        return described | {"tensor_names": json.dumps(list(described))}
+
+
+def _hold(layer: Any, scheme: LayerScheme) -> Held:
+    held = _quantized(layer, scheme, layer.weight.device)
+    state = {f"layer.{name}": tensor for name, tensor in held.state_dict().items()}
+    tensors, header = flatten_tensor_state_dict(state)
+    del header["tensor_names"]
+    return Held(held, _within_layer(tensors), _within_layer(header))
+
+
+def _within_layer(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name.removeprefix("layer."): value for name, value in values.items()}
+
+
+def _quantized(layer: nn.Linear, scheme: LayerScheme, device: torch.device) -> Any:
+    """`layer` with its weight rounded on `device`; on meta, what a rounded weight is, without its values."""
+    made = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    made.weight = nn.Parameter(layer.weight.data.to(device), requires_grad=False)
+    quantize_(made, _settings(scheme))
+    if layer.bias is not None:
+        made.bias = nn.Parameter(layer.bias.data, requires_grad=False)
+    return made.eval()
+
+
+def _settings(scheme: LayerScheme) -> Any:
+    # torchao would change settings of torch.compile for the whole process.
+    if scheme.activations == "none":
+        return Int8WeightOnlyConfig(set_inductor_config=False)
+    return Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)

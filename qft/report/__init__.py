@@ -1,1 +1,0 @@
-"""What was measured: the document, and its views."""

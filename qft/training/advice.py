@@ -1,0 +1,71 @@
+"""What the numbers of a report suggest, in sentences that name a field and a figure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from qft.documents.training import Report
+
+__all__ = ["advise"]
+
+GIB = 2**30
+
+
+def advise(report: Report, *, device_kind: str, has_eval: bool) -> list[str]:
+    """Advice on a finished run, most useful first."""
+    return [
+        *_on_memory(report, device_kind),
+        *_on_speed(report),
+        *_on_learning(report, has_eval),
+    ]
+
+
+def _on_memory(report: Report, device_kind: str) -> Iterator[str]:
+    memory = report.memory
+    if memory.growing:
+        grown = (memory.at_end_bytes - memory.after_first_step_bytes) / GIB
+        yield f"Memory grew by {grown:.2f} GiB between the first step and the end: something is not let go."
+    peak = memory.peak_gpu_reserved_bytes if device_kind == "cuda" else memory.peak_host_bytes
+    free = memory.device_bytes - peak
+    if checkpointing := report.checkpointing:
+        saved, cost = checkpointing.saved_bytes, checkpointing.cost_share
+        verdict = "try it off" if free > 1.2 * saved else "it is needed"
+        yield (
+            f"gradient_checkpointing made each step some {cost:.0%} longer and saved {saved / GIB:.1f} GiB; "
+            f"{free / GIB:.1f} GiB were free: {verdict}."
+        )
+    elif device_kind == "cuda" and free > memory.device_bytes / 2:
+        yield (
+            f"{free / GIB:.0f} GiB of {memory.device_bytes / GIB:.0f} were free: a larger per_device_train_batch_size "
+            "with fewer gradient_accumulation_steps gives the same updates with larger products."
+        )
+    if free < memory.device_bytes / 20:
+        yield f"Only {free / GIB:.1f} GiB were free at the peak: a longer batch may not fit."
+
+
+def _on_speed(report: Report) -> Iterator[str]:
+    if report.phases.data > 0.1:
+        yield f"{report.phases.data:.0%} of the time went to preparing batches: raise dataloader_num_workers."
+    if report.throughput.padding_share > 0.2:
+        yield (
+            f"{report.throughput.padding_share:.0%} of the computed tokens were padding: set train_sampling_strategy: "
+            "group_by_length, or a smaller per_device_train_batch_size."
+        )
+    p50, p95 = report.throughput.step_seconds_p50, report.throughput.step_seconds_p95
+    if report.steps >= 20 and p95 > 3 * p50:
+        yield f"The slowest steps took {p95 / p50:.1f} times the median: rows differ in length."
+
+
+def _on_learning(report: Report, has_eval: bool) -> Iterator[str]:
+    before, after = report.eval.before, report.eval.after
+    if not has_eval:
+        yield "No rows were held out, so nothing tells whether this generalises: set data.eval_fraction: 0.05."
+    elif before and after and after.loss > before.loss:
+        yield f"The held-out loss rose from {before.loss:.3f} to {after.loss:.3f}: take fewer steps."
+    best = min((e for e in report.eval.history), key=lambda e: e.loss, default=None)
+    if best and after and after.loss > best.loss * 1.05:
+        yield f"The held-out loss was lowest at step {best.step} ({best.loss:.3f}): set load_best_model_at_end."
+    if report.loss.spikes > report.steps * 0.05:
+        yield f"{report.loss.spikes} of {report.steps} steps spiked: lower learning_rate or raise the batch."
+    if report.skipped_steps:
+        yield f"{report.skipped_steps} updates were skipped because a number was not finite: look at their rows."

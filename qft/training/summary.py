@@ -1,0 +1,70 @@
+"""Steps -> the figures of a report."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
+
+from qft.documents.training import Loss, Throughput
+from qft.errors import QftError
+from qft.progress import Step
+
+__all__ = ["growing", "lengths", "loss", "spikes", "throughput"]
+
+
+def throughput(steps: list[Step]) -> Throughput:
+    timed = steps[1:] or steps  # the first step also allocates, and compiles kernels
+    seconds = sum(step.seconds for step in timed)
+    each = sorted(step.seconds for step in timed)
+    return Throughput(
+        tokens_per_second=sum(step.tokens for step in timed) / seconds,
+        samples_per_second=sum(step.rows for step in timed) / seconds,
+        step_seconds_p50=statistics.median(each),
+        step_seconds_p95=each[min(len(each) - 1, math.ceil(len(each) * 0.95) - 1)],
+        history=[(step.step, step.tokens / step.seconds) for step in steps],
+        padding_share=1 - sum(step.tokens for step in steps) / sum(step.padded_tokens for step in steps),
+    )
+
+
+def loss(steps: list[Step]) -> Loss:
+    taken = [step for step in steps if not step.skipped]
+    losses = [step.loss for step in taken]
+    if not losses:
+        raise QftError("every update was skipped because a number was not finite: nothing was learnt")
+    tail = losses[-max(len(losses) // 10, 1) :]
+    return Loss(
+        first=losses[0],
+        last=statistics.fmean(tail),
+        lowest=min(losses),
+        spikes=spikes(losses),
+        history=[(step.step, step.loss, step.learning_rate, step.grad_norm) for step in taken],
+    )
+
+
+def lengths(tokens: Sequence[int], bins: int = 24) -> list[tuple[int, int]]:
+    """Histogram of row lengths in equal bins: [longest of the bin, rows]."""
+    longest = max(tokens)
+    width = max(math.ceil(longest / bins), 1)
+    counts = Counter((length - 1) // width for length in tokens)
+    return [((i + 1) * width, counts[i]) for i in range(math.ceil(longest / width))]
+
+
+def spikes(losses: list[float]) -> int:
+    """Steps that rose by more than four times the median change."""
+    changes = [b - a for a, b in pairwise(losses)]
+    if len(changes) < 8:
+        return 0
+    usual = statistics.median(abs(change) for change in changes)
+    return sum(change > 4 * usual for change in changes)
+
+
+def growing(memory: list[int]) -> bool:
+    """Whether memory after a step still rises: the last third above the middle one by 5%, and that above the first."""
+    third = len(memory) // 3
+    if third < 3:
+        return False
+    first, middle, last = (statistics.median(memory[i * third : (i + 1) * third]) for i in range(3))
+    return last > middle * 1.05 and middle > first * 1.05

@@ -1,0 +1,1 @@
+"""Documents as people read them: in the terminal and as HTML."""

@@ -1,0 +1,1 @@
+"""Documents as one HTML page that needs no network."""

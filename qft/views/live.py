@@ -1,0 +1,113 @@
+"""The training as it happens: a live view on a terminal, plain lines elsewhere, or nothing."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Mapping
+from types import TracebackType
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+from qft.progress import Step, View
+from qft.views.words import size, sparkline
+
+__all__ = ["LineView", "LiveView", "choose_view"]
+
+
+def choose_view(console: Console, *, quiet: bool) -> View:
+    """The view that fits where the output goes."""
+    if quiet:
+        return View()
+    return LiveView(console) if console.is_terminal else LineView(console)
+
+
+def describe(step: int, loss: float, perplexity: float, scores: Mapping[str, float]) -> str:
+    told = "".join(f", {name.replace('_', ' ')} {share:.1%}" for name, share in scores.items())
+    return f"step {step}: held-out loss {loss:.4f}, perplexity {perplexity:.2f}{told}"
+
+
+class LineView(View):
+    """A plain line for each note and evaluation, and for a step at most every `every` seconds."""
+
+    def __init__(self, console: Console, every: float = 5.0) -> None:
+        self.console, self.every = console, every
+        self.steps = 0
+        self._last = -math.inf
+
+    def note(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+    def begin(self, steps: int, done: int) -> None:
+        self.steps = steps
+
+    def step(self, step: Step) -> None:
+        now = time.monotonic()
+        if now - self._last < self.every and step.step != self.steps:
+            return
+        self._last = now
+        left = (self.steps - step.step) * step.seconds
+        self.note(
+            f"step {step.step}/{self.steps}  loss {step.loss:.4f}  lr {step.learning_rate:.2e}  "
+            f"{step.tokens / step.seconds:,.0f} tokens/s  memory {size(step.memory)} (peak {size(step.peak_memory)})  "
+            f"{left:.0f} s left" + ("  SKIPPED: not finite" if step.skipped else "")
+        )
+
+    def evaluated(self, step: int, loss: float, perplexity: float, scores: Mapping[str, float]) -> None:
+        self.note(describe(step, loss, perplexity, scores))
+
+
+class LiveView(View):
+    """A progress bar with the loss's curve, speed and memory under it."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.losses: list[float] = []
+        self.recent: deque[tuple[int, float]] = deque(maxlen=20)
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self.task = self.progress.add_task("training", total=None, visible=False)
+        self.live = Live(self.progress, console=console, refresh_per_second=4)
+
+    def __enter__(self) -> LiveView:
+        self.live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.live.stop()
+
+    def note(self, text: str) -> None:
+        self.live.console.print(text, highlight=False)
+
+    def begin(self, steps: int, done: int) -> None:
+        self.progress.update(self.task, total=steps, completed=done, visible=True)
+
+    def step(self, step: Step) -> None:
+        self.losses.append(step.loss)
+        self.recent.append((step.tokens, step.seconds))
+        if step.skipped:
+            self.note(f"step {step.step}: skipped, a number was not finite")
+        self.progress.update(self.task, completed=step.step)
+        tokens, seconds = (sum(column) for column in zip(*self.recent, strict=True))
+        figures = Text(
+            f"loss {step.loss:.4f}  lr {step.learning_rate:.2e}  {tokens / seconds:,.0f} tokens/s  "
+            f"memory {size(step.memory)}, peak {size(step.peak_memory)}"
+        )
+        curve = Text(sparkline(self.losses, min(60, self.console.width - 2)), style="green")
+        self.live.update(Group(self.progress, figures, curve))
+
+    def evaluated(self, step: int, loss: float, perplexity: float, scores: Mapping[str, float]) -> None:
+        self.note(describe(step, loss, perplexity, scores))

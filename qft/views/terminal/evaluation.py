@@ -1,0 +1,115 @@
+"""The document of `qft eval` as rich tables."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from qft.documents.evaluation import EvalDocument, HarnessResult, Score, TargetResult
+from qft.views.terminal.table import table
+from qft.views.words import size
+
+__all__ = ["render_comparison"]
+
+WORST_LAYERS = 5
+"""Layers shown of each target; eval.json has all."""
+
+
+def render_comparison(document: EvalDocument) -> Group:
+    """Quality, task scores, and speed and memory, one row a target; tasks of the harness, one row a metric."""
+    parts: list[RenderableType] = ["", _quality(document)]
+    if any(target.scores for target in document.targets):
+        parts += ["", _scores(document)]
+    if any(target.harness for target in document.targets):
+        parts += ["", _harness(document)]
+    if any(target.layers for target in document.targets):
+        parts += ["", _layers(document)]
+    parts += ["", _costs(document), "", Text(_footnote(document), style="dim")]
+    return Group(*parts)
+
+
+def _quality(document: EvalDocument) -> RenderableType:
+    rows = table("Quality", "target", "perplexity", "change", "bits/byte", "KL mean", "KL 99%", "same top")
+    for target in document.targets:
+        rows.add_row(
+            _name(target),
+            f"{target.perplexity:.3f} ±{_half(target.perplexity_interval):.3f}",
+            _change(target.perplexity_change),
+            f"{target.bits_per_byte:.4f}",
+            *_divergence(target),
+        )
+    return rows
+
+
+def _divergence(target: TargetResult) -> tuple[str, str, str]:
+    if target.kl_mean is None or target.kl_p99 is None or target.top1_agreement is None:
+        return ("", "", "")
+    return f"{target.kl_mean:.4f}", f"{target.kl_p99:.3f}", f"{target.top1_agreement:.1%}"
+
+
+def _scores(document: EvalDocument) -> RenderableType:
+    names = list(document.targets[0].scores)
+    rows = table("Scores (95% interval)", "target", *(name.replace("_", " ") for name in names))
+    for target in document.targets:
+        rows.add_row(_name(target), *(_share(target.scores[name]) for name in names))
+    return rows
+
+
+def _harness(document: EvalDocument) -> RenderableType:
+    rows = table("lm-evaluation-harness (± standard error)", "task", "metric", "samples", *map(_name, document.targets))
+    for same in zip(*(target.harness for target in document.targets), strict=True):
+        metric = ", ".join(filter(None, (same[0].metric, same[0].filter)))
+        rows.add_row(same[0].task, metric, f"{same[0].samples:,}", *map(_measured, same))
+    return rows
+
+
+def _measured(found: HarnessResult) -> str:
+    value = "not finite" if found.value is None else f"{found.value:.4g}"
+    return value if found.stderr is None else f"{value} ±{found.stderr:.2g}"
+
+
+def _layers(document: EvalDocument) -> RenderableType:
+    rows = table("Layers furthest from the reference", "target", "layer", "SNR", "weight error", "outliers", "bytes")
+    for target in document.targets:
+        for layer in sorted(target.layers, key=lambda layer: layer.output_snr_db)[:WORST_LAYERS]:
+            figures = (f"{layer.output_snr_db:.1f} dB", f"{layer.weight_error:.2%}", f"{layer.outlier_share:.2%}")
+            rows.add_row(_name(target), layer.name, *figures, size(layer.bytes))
+    return rows
+
+
+def _costs(document: EvalDocument) -> RenderableType:
+    rows = table("Speed and memory", "target", "read tok/s", "write tok/s", "weights", "peak", "on disk")
+    for target in document.targets:
+        rows.add_row(
+            _name(target),
+            f"{target.prefill_tokens_per_second:,.0f}",
+            f"{target.decode_tokens_per_second:,.1f}",
+            size(target.weight_bytes),
+            size(target.peak_bytes),
+            size(target.disk_bytes),
+        )
+    return rows
+
+
+def _footnote(document: EvalDocument) -> str:
+    tokens = document.targets[0].eval_tokens
+    context = f", windows of {document.window} tokens every {document.stride}" if document.window else ""
+    against = f"; compared with {document.reference}" if document.reference else ""
+    return f"{tokens:,} tokens of {document.rows:,} passages{context}{against}; on {document.device}"
+
+
+def _name(target: TargetResult) -> str:
+    """The last part of the path, with the variant: a table has no room for more."""
+    return target.name.rstrip("/").rpartition("/")[2]
+
+
+def _half(score: Score) -> float:
+    return (score.high - score.low) / 2
+
+
+def _change(score: Score | None) -> str:
+    return f"{score.value:+.1%} [{score.low:+.1%}, {score.high:+.1%}]" if score else ""
+
+
+def _share(score: Score) -> str:
+    return f"{score.value:.1%} [{score.low:.1%}, {score.high:.1%}]"

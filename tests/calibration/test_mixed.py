@@ -1,0 +1,120 @@
+"""quant.skip_modules auto: the layers that quantizing harms most stay in 16 bits, within a budget."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from qft.errors import QftError, RecipeError
+from qft.evaluate import EvalOptions, evaluate
+from qft.models import load_base
+from qft.plan import make_plan
+from qft.recipe import load
+from qft.report.document import Report
+from qft.report.live import View
+from qft.train import train
+from tests.support.models import byte_tokenizer, tiny_llama
+from tests.support.runs import HARD
+
+RecipeFile = Callable[..., Path]
+WORST = "model.layers.1.mlp.down_proj"
+WEIGHTS = 64 * 128
+"""Of that layer."""
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    """The tiny model, one layer of which lies in the widest gap of nf4, between -1 and -0.696 of the largest weight."""
+    made = tiny_llama()
+    with torch.no_grad():
+        weight = made.get_submodule(WORST).weight
+        weight.copy_(torch.where(torch.rand(weight.shape) < 0.1, -0.04, -0.04 * 0.848))
+    made.save_pretrained(tmp_path / "outliers")
+    byte_tokenizer().save_pretrained(tmp_path / "outliers")
+    return str(tmp_path / "outliers")
+
+
+@pytest.fixture
+def recipe(recipe_file: RecipeFile, model: str) -> RecipeFile:
+    def write(name: str = "recipe.yaml", **quant: Any) -> Path:
+        own = {"preset": "finetune", "skip_modules": "auto", **quant}
+        steps = HARD | {"report_to": [], "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+        return recipe_file(name, model={"path": model}, quant=own, train=steps)
+
+    return write
+
+
+def trained(path: Path, **arguments: Any) -> Report:
+    return train(load(path), View(), **arguments)
+
+
+def test_the_worst_layers_are_left_and_that_brings_the_model_closer(recipe: RecipeFile, tmp_path: Path) -> None:
+    report = trained(recipe(skip_budget_bytes=WEIGHTS * 2))
+    skipped = report.skipped_modules
+    assert skipped is not None
+    assert skipped.names[0] == WORST
+    assert skipped.kl_after < skipped.kl_before
+    assert skipped.linear_bytes_before < skipped.linear_bytes_after <= skipped.linear_bytes_before + WEIGHTS * 2
+    assert not list(tmp_path.glob(".skip-modules-*"))
+
+    resolved = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
+    assert resolved["quant"]["skip_modules"] == skipped.names
+    assert "skip_budget_bytes" not in resolved["quant"]
+    held = load_base(make_plan(load(tmp_path / "run" / "recipe.yaml")))
+    assert type(held.get_submodule(WORST)) is torch.nn.Linear
+    assert type(held.get_submodule("model.layers.0.mlp.down_proj")) is not torch.nn.Linear
+    assert evaluate([str(tmp_path / "run")], EvalOptions(data=str(tmp_path / "chats.jsonl")), View()).targets
+
+
+def test_a_budget_in_bits_is_one_in_bytes(recipe: RecipeFile) -> None:
+    plan = make_plan(load(recipe(skip_budget_bits=1.0)))
+    bits = WEIGHTS * 16 / plan.shape.linear_parameters
+    skipped = trained(recipe(skip_budget_bits=bits)).skipped_modules
+    assert skipped is not None
+    assert skipped.budget_bytes == WEIGHTS * 2
+    assert skipped.names[0] == WORST
+
+
+def test_int8_is_measured_as_int8(recipe: RecipeFile) -> None:
+    skipped = trained(recipe(preset=..., mode="8bit", skip_budget_bytes=WEIGHTS)).skipped_modules
+    assert skipped is not None
+    assert skipped.kl_after <= skipped.kl_before < 0.01
+
+
+def test_a_resumed_run_keeps_its_choice(recipe: RecipeFile, tmp_path: Path) -> None:
+    class Stop(View):
+        def step(self, step: Any) -> None:
+            if step.step == 3:
+                raise KeyboardInterrupt
+
+    path = recipe(skip_budget_bytes=WEIGHTS * 2)
+    with pytest.raises(KeyboardInterrupt):
+        train(load(path), Stop())
+    chosen = json.loads((tmp_path / "run" / "manifest.json").read_text())["skipped_modules"]
+    report = trained(path, resume=True)
+    assert report.skipped_modules is not None
+    assert report.skipped_modules.model_dump() == chosen
+
+
+@pytest.mark.parametrize(
+    ("quant", "text"),
+    [
+        ({}, "auto needs one budget"),
+        ({"skip_budget_bits": 1.0, "skip_budget_bytes": 5}, "auto needs one budget"),
+        ({"skip_modules": ["up_proj"], "skip_budget_bits": 1.0}, "is read only with quant.skip_modules auto"),
+    ],
+)
+def test_a_budget_belongs_to_auto(quant: dict[str, Any], text: str, recipe: RecipeFile) -> None:
+    with pytest.raises(RecipeError, match=text):
+        load(recipe(**quant))
+
+
+def test_a_recipe_whose_layers_are_not_chosen_yet_is_no_target(recipe: RecipeFile) -> None:
+    with pytest.raises(QftError, match=r"decided by `qft train`"):
+        evaluate([str(recipe(skip_budget_bits=1.0))], EvalOptions(), View())

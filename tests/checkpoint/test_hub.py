@@ -1,0 +1,193 @@
+"""Hub models and datasets, against a hub of our own on this machine: the real client, over real HTTP."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import pytest
+import yaml
+
+from tests.support.paths import ROOT
+from tests.support.rows import chat, write_jsonl
+
+COMMITS = {"main": "1" * 40, "v2": "2" * 40}
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The few routes of a hub that its client asks for; repositories are folders."""
+
+    root: Path
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        parts = [part for part in unquote(self.path.split("?")[0]).split("/") if part]
+        kind = "datasets" if "datasets" in parts[:2] else "models"
+        parts = [part for part in parts if part not in ("api", "datasets", "models")]
+        name, rest = "/".join(parts[:2]), parts[2:]
+        if name == "org/gated":
+            return self.refuse(403, "GatedRepo")
+        if not (self.root / kind / name).is_dir():
+            return self.refuse(404, "RepoNotFound")
+        revision = rest[1] if len(rest) > 1 else "main"
+        commit = COMMITS.get(revision, revision)
+        if commit not in COMMITS.values():
+            return self.refuse(404, "RevisionNotFound")
+        folder = self.root / kind / name / ("v2" if commit == COMMITS["v2"] else "main")
+        if rest[:1] == ["resolve"]:
+            return self.send_file(folder / "/".join(rest[2:]), commit)
+        files = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+        if rest[:1] == ["tree"]:
+            below = "/".join(rest[2:])
+            listed = [
+                {"type": "file", "path": f, "size": (folder / f).stat().st_size, "oid": "0" * 40}
+                for f in files
+                if f.startswith(below)
+            ]
+            return self.send_json(listed)
+        siblings = [{"rfilename": f} for f in files]
+        return self.send_json({"id": name, "sha": commit, "siblings": siblings, "tags": [], "private": False})
+
+    def refuse(self, status: int, code: str) -> None:
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def send_json(self, document: Any) -> None:
+        body = json.dumps(document).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def send_file(self, path: Path, commit: str) -> None:
+        if not path.is_file():
+            return self.refuse(404, "EntryNotFound")
+        body = path.read_bytes()
+        self.send_response(200)
+        self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
+        self.send_header("X-Repo-Commit", commit)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+        return None
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[str]:
+    """Address of a hub with the model org/tiny, and the dataset org/rows in two revisions."""
+    import shutil
+
+    root = tmp_path_factory.mktemp("hub")
+    shutil.copytree(tiny_model, root / "models/org/tiny/main")
+    shutil.copytree(tiny_model, root / "models/org/tiny/v2")
+    pickled = root / "models/org/pickled/main"
+    shutil.copytree(tiny_model, pickled)
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    for revision, answer in (("main", "first"), ("v2", "second")):
+        folder = root / "datasets/org/rows" / revision
+        for split in ("train", "validation"):
+            (folder / "small").mkdir(parents=True, exist_ok=True)
+            write_jsonl(folder / "small" / f"{split}.jsonl", [chat(f"{split}", answer)] * 4)
+        configs = {
+            "config_name": "small",
+            "data_files": [
+                {"split": "train", "path": "small/train.jsonl"},
+                {"split": "validation", "path": "small/validation.jsonl"},
+            ],
+        }
+        (folder / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': [configs]})}---\n")
+    handler = type("Handler", (Hub,), {"root": root})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def check(hub: str, folder: Path, *overrides: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`qft check --json` of a recipe for the hub's model, in a process with a cache of its own."""
+    write_jsonl(folder / "rows.jsonl", [chat("a", "b")] * 4)
+    recipe = {
+        "model": {"path": "org/tiny", "device": "cpu"},
+        "data": {"train": "rows.jsonl", "max_length": 64},
+        "output_dir": "run",
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    command = [sys.executable, "-m", "qft", "check", "recipe.yaml", "--json"]
+    for override in overrides:
+        command += ["--set", override]
+    own = {"HF_ENDPOINT": hub, "HF_HOME": str(folder / "cache"), "HF_HUB_OFFLINE": "0", "PYTHONPATH": str(ROOT)}
+    inherited = {k: v for k, v in os.environ.items() if k != "HF_DATASETS_CACHE"}
+    return subprocess.run(
+        command, cwd=folder, env=inherited | own | environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_a_revision_is_resolved_to_its_commit(hub: str, tmp_path: Path) -> None:
+    done = check(hub, tmp_path, "model.revision=v2")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["model"]["commit"] == COMMITS["v2"]
+    # Nothing is loaded, so nothing as large as weights is fetched.
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("override", "code", "message"),
+    [
+        ("model.path=org/gated", 3, "is gated"),
+        ("model.path=org/missing", 3, "neither a file here nor a hub model"),
+        ("model.revision=v9", 3, "has no revision v9"),
+        ("model.path=org/pickled", 6, "are pickled"),
+    ],
+)
+def test_what_the_hub_cannot_give_is_one_clear_message(
+    override: str, code: int, message: str, hub: str, tmp_path: Path
+) -> None:
+    done = check(hub, tmp_path, override)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_without_a_network_a_hub_model_is_reported_missing(tmp_path: Path) -> None:
+    done = check("http://127.0.0.1:1", tmp_path, HF_HUB_OFFLINE="1")
+    assert done.returncode == 3
+    assert "org/tiny is not on this machine" in done.stderr
+
+
+def test_a_hub_dataset_is_read_by_configuration_split_and_revision(hub: str, tmp_path: Path) -> None:
+    counts = {}
+    for split, revision in (("train", "main"), ("validation", "main"), ("validation", "v2")):
+        source = f"data.train={{path: org/rows, name: small, split: {split}, revision: {revision}}}"
+        done = check(hub, tmp_path, source)
+        assert done.returncode == 0, done.stderr
+        [facts] = json.loads(done.stdout)["data"]["sources"]
+        assert facts["rows"] == 4
+        counts[split, revision] = (facts["tokens"], facts["supervised_tokens"])
+    assert len(set(counts.values())) == 3
+    wrong = check(hub, tmp_path, "data.train={path: org/rows, name: large}")
+    assert wrong.returncode == 3
+    assert "large" in wrong.stderr

@@ -1,0 +1,149 @@
+"""The 135M package model, end to end: a few tests, each of which loads it for real."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+
+from qft.evaluate import EvalOptions, evaluate
+from qft.export import ExportOptions, export
+from qft.models import attach_adapter, load_base
+from qft.plan import make_plan
+from qft.recipe import load
+from qft.report.live import View
+from qft.scores import answer_rows
+from qft.train import train
+from tests.support.models import PACKAGE_MODEL
+from tests.support.paths import ROOT
+from tests.support.rows import chat, write_jsonl
+from tests.support.tasks import text_task
+
+pytestmark = pytest.mark.real
+
+HELD_OUT = ROOT / "recipes" / "quickstart" / "held_out.jsonl"
+
+
+def recipe(folder: Path, **train: object) -> Path:
+    rows = write_jsonl(folder / "rows.jsonl", [chat("What is the code?", "It is QX-7731.")] * 8)
+    values = {
+        "model": {"path": PACKAGE_MODEL, "device": "cpu"},
+        "quant": {"preset": "finetune"},
+        "data": {"train": str(rows), "eval": str(rows), "max_length": 128},
+        "train": {
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 1,
+            "learning_rate": 1e-3,
+            "warmup_steps": 0,
+            "report_to": [],
+            **train,
+        },
+        "eval": {"metrics": ["exact_match"], "max_new_tokens": 16, "samples": 2},
+        "output_dir": str(folder / "run"),
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values).replace("warmup_steps: 0", "warmup_steps: 0.0"))
+    return path
+
+
+def test_the_dequantized_gguf_answers_as_the_model_does(tmp_path: Path) -> None:
+    """Quantized again in nf4 it still knows its facts: neither the weights nor the template came out garbled."""
+    path = recipe(tmp_path)
+    rows = write_jsonl(tmp_path / "rows.jsonl", [chat("What is the capital of France?", "Paris")])
+    assert rows.exists()
+    plan = make_plan(load(path))
+    [answer] = answer_rows(load_base(plan), plan.tokenizer, plan.data.train, max_new_tokens=12, batch_size=1)
+    assert "Paris" in answer.given
+
+
+def test_it_learns_a_fact_and_the_saved_adapter_still_knows_it(tmp_path: Path) -> None:
+    path = recipe(tmp_path, max_steps=16)
+    report = train(load(path), View())
+    assert report.eval.before is not None
+    assert report.eval.before.scores["exact_match"] == 0
+    assert report.eval.after is not None
+    assert report.eval.after.scores["exact_match"] == 1
+    assert report.eval.after.loss < report.eval.before.loss / 10
+    assert 6 < report.model.bits_per_weight < 7  # 4.13 bits for the linears, 16 for the embeddings
+
+    plan = make_plan(load(path))
+    model = PeftModel.from_pretrained(load_base(plan), tmp_path / "run" / "adapter").eval()
+    rows = plan.data.eval.select([0])
+    with torch.autocast("cpu", torch.bfloat16):
+        [answer] = answer_rows(model, plan.tokenizer, rows, max_new_tokens=16, batch_size=1)
+    assert answer.right
+
+    [document] = export(tmp_path / "run", ExportOptions(to=("merged",)), View())
+    checks = {check.name: check.value for check in document.gate.checks}
+    assert document.passed
+    assert checks["same_continuations"] == 1
+    assert document.bytes < 300e6
+
+
+def test_an_evaluation_leaves_the_gradients_of_the_real_model_alone(tmp_path: Path) -> None:
+    plan = make_plan(load(recipe(tmp_path)))
+    model = attach_adapter(load_base(plan), plan)
+    ids = torch.tensor([plan.data.train[0]["input_ids"]])
+
+    def gradient() -> torch.Tensor:
+        model.train()
+        model.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    before = gradient()
+    model.eval()
+    with torch.no_grad():
+        model(input_ids=ids)
+    torch.testing.assert_close(gradient(), before, rtol=0, atol=0)
+
+
+def test_a_killed_run_leaves_nothing_that_looks_complete_and_resumes(tmp_path: Path) -> None:
+    path = recipe(tmp_path, max_steps=12, save_strategy="steps", save_steps=2, lr_scheduler_type="constant")
+    path.write_text(path.read_text().replace("metrics:\n  - exact_match", "metrics: []"))
+    path.write_text(path.read_text().replace("  max_new_tokens: 16\n", "").replace("  samples: 2\n", ""))
+    command = [sys.executable, "-m", "qft", "train", str(path)]
+    running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, env=os.environ)
+    run = tmp_path / "run"
+    deadline = time.monotonic() + 300
+    while not list(run.glob("checkpoints/checkpoint-2/trainer_state.json")) and time.monotonic() < deadline:
+        assert running.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.05)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    assert not (run / "report.json").exists()
+    assert not (run / "adapter").exists()
+    assert json.loads((run / "manifest.json").read_text())["status"] == "running"
+
+    report = train(load(path), View(), resume=True)
+    assert 0 < report.steps <= 10
+    assert report.loss.history[-1][0] == 12
+    assert report.eval.before is not None
+    assert report.eval.after is not None
+    assert report.eval.after.loss < report.eval.before.loss
+    assert (run / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_the_harness_finds_the_perplexity_that_we_find(tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="needs lm-eval (pip install 'qft[eval]')")
+    text = (ROOT / "benchmarks" / "english.txt").read_text("utf-8")[:4600]
+    (tmp_path / "text.txt").write_text("<|im_start|>" + text)  # which the harness begins a text with
+    options = EvalOptions(
+        data=str(tmp_path / "text.txt"), window=2048, stride=2048, harness=(str(text_task(tmp_path, text)),)
+    )
+    [target] = evaluate([f"{PACKAGE_MODEL}@base"], options, View()).targets
+    found = {result.metric: result.value for result in target.harness}
+    assert target.eval_tokens > 900
+    per_token = (found["word_perplexity"] or 0) ** (len(re.split(r"\s+", text)) / target.eval_tokens)
+    assert per_token == pytest.approx(target.perplexity, rel=0.01)
+    assert found["bits_per_byte"] == pytest.approx(target.bits_per_byte, rel=0.01)

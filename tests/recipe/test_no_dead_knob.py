@@ -1,0 +1,302 @@
+"""Every field of the recipe changes what is done: not one is validated, documented and then read by nothing.
+
+A case changes one field and looks at what does the work: the quantization config, LoraConfig, TrainingArguments, the
+loaded model, the encoded rows; or at the refusal, where this machine cannot do it. A field whose work is seen only in
+a run names the test that sees it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import UnionType
+from typing import Any, NamedTuple, get_args, get_origin
+
+import pytest
+import torch
+import yaml
+from peft import LoraConfig
+from pydantic import BaseModel
+from transformers import BitsAndBytesConfig
+
+from qft.errors import QftError
+from qft.models import attach_adapter, load_base
+from qft.plan import Plan, make_plan, plan_calibration
+from qft.recipe import Recipe, Source, load
+from qft.runs import Run
+from qft.train import training_arguments
+from tests.support.models import CHATML, byte_tokenizer, tiny_llama, write_remote_code_model
+from tests.support.paths import ROOT
+from tests.support.plugins import SHIPPED
+from tests.support.rows import chat, write_jsonl
+
+
+def training(plan: Plan) -> Any:
+    """TrainingArguments, without what names the moment."""
+    return training_arguments(plan, Run(Path(plan.recipe.output_dir))).to_dict()
+
+
+def quantization(plan: Plan) -> Any:
+    return BitsAndBytesConfig(**plan.quantization).to_dict()
+
+
+def lora(plan: Plan) -> Any:
+    return LoraConfig(**plan.lora or {}).to_dict()
+
+
+def rows(plan: Plan) -> Any:
+    return [part.to_list() if part else None for part in (plan.data.train, plan.data.eval)]
+
+
+def model(plan: Plan) -> Any:
+    """Kind, dtype and contents of the loaded base."""
+    base = load_base(plan)
+    contents = [hashlib.sha256(p.detach().cpu().view(torch.uint8).numpy()).hexdigest() for p in base.parameters()]
+    layers = [type(module).__name__ for module in base.modules()]
+    return base.config._attn_implementation, layers, contents
+
+
+def trainable(plan: Plan) -> Any:
+    """The trainable weights as they start."""
+    torch.manual_seed(0)
+    made = attach_adapter(load_base(plan), plan)
+    return {name: p.detach().double().norm().item() for name, p in made.named_parameters() if p.requires_grad}
+
+
+def calibration(plan: Plan) -> Any:
+    """How each layer is to be held, the windows, and the rows that verify."""
+    planned = plan_calibration(plan.loaded)
+    return planned.facts(), planned.data.windows, planned.data.verify.to_list()
+
+
+class Case(NamedTuple):
+    value: str
+    """The changed value, as written in YAML."""
+    seen_in: Callable[[Plan], Any]
+    given: tuple[str, ...] = ()
+    """What the field needs around it."""
+
+
+FLOAT = "model.dtype=float32"
+FOUR, EIGHT, CUSTOM = "quant.mode=4bit", "quant.mode=8bit", "quant.mode=custom"
+HELD_OUT = "data.eval_fraction=0.25"
+EVERY_2 = (
+    HELD_OUT,
+    "train.eval_strategy=steps",
+    "train.eval_steps=2",
+    "train.save_strategy=steps",
+    "train.save_steps=2",
+)
+RTN = ("calibrate.engine=rtn",)
+RTN_8 = (*RTN, "calibrate.bits=8")
+LLMCOMPRESSOR = ("calibrate.engine=llmcompressor", "calibrate.engine_python=some/python")  # which is not there
+STATIC = (*RTN_8, "calibrate.activations=static", "calibrate.max_length=32")
+PAIR = "data.train=[{path: chats.jsonl}, {path: other.jsonl}]"
+
+CASES: dict[str, Case] = {
+    "model.path": Case("other-model", model),
+    "model.dtype": Case("bfloat16", model, (FLOAT,)),
+    "model.device": Case("cpu", training, ("model.device=cuda",)),
+    "model.attn_implementation": Case("eager", model),
+    "model.trust_remote_code": Case("true", model, ("model.path=remote",)),
+    "quant.preset": Case("inference", quantization, ("quant.preset=finetune",)),
+    "quant.mode": Case("8bit", model),
+    "quant.plugin": Case("coarse.py", model, (CUSTOM, "quant.plugin=int8_symmetric.py")),
+    "quant.quant_type": Case("fp4", quantization, (FOUR,)),
+    "quant.double_quant": Case("false", quantization, (FOUR,)),
+    "quant.compute_dtype": Case("float32", quantization, (FOUR,)),
+    "quant.quant_storage": Case("bfloat16", quantization, (FOUR,)),
+    "quant.threshold": Case("3.0", quantization, (EIGHT,)),
+    "quant.skip_modules": Case("[up_proj]", model, (FOUR,)),
+    "adapter.kind": Case("none", trainable, (FLOAT,)),
+    "adapter.r": Case("3", lora),
+    "adapter.lora_alpha": Case("5", lora),
+    "adapter.lora_dropout": Case("0.5", lora),
+    "adapter.target_modules": Case("[q_proj]", trainable),
+    "adapter.exclude_modules": Case("[q_proj]", trainable),
+    "adapter.layers_to_transform": Case("[1]", trainable, ("adapter.target_modules=[q_proj]",)),
+    "adapter.use_rslora": Case("true", lora),
+    "adapter.use_dora": Case("true", trainable),
+    "adapter.init_lora_weights": Case("gaussian", trainable),
+    "adapter.bias": Case("all", lora),
+    "adapter.modules_to_save": Case("[lm_head]", trainable),
+    "data.train": Case("other.jsonl", rows),
+    "data.train.path": Case("other.jsonl", rows, ("data.train={path: chats.jsonl}",)),
+    "data.train.format": Case("text", rows, ("data.train={path: both.jsonl, format: alpaca}",)),
+    "data.train.weight": Case("2", rows, ("data.train={path: chats.jsonl}",)),
+    "data.train.sample_by": Case("document", rows, ("data.train={path: lines.txt}",)),
+    "data.eval": Case("other.jsonl", rows),
+    "data.eval_fraction": Case("0.5", rows),
+    "data.format": Case("text", rows, ("data.train=both.jsonl", "data.format=alpaca")),
+    "data.max_length": Case("34", rows, ("data.on_too_long=truncate",)),
+    "data.on_too_long": Case("truncate", rows, ("data.max_length=34", "data.on_too_long=skip")),
+    "data.on_bad_row": Case("skip", rows, ("data.train=bad.jsonl",)),
+    "data.loss_on": Case("all", rows),
+    "data.chat_template": Case("shout.jinja", rows),
+    "train.bf16": Case("false", training),
+    "train.fp16": Case("true", training, ("train.bf16=false",)),
+    "train.tf32": Case("true", training, ("train.tf32=false",)),
+    "train.per_device_train_batch_size": Case("3", training),
+    "train.per_device_eval_batch_size": Case("3", training),
+    "train.gradient_accumulation_steps": Case("3", training),
+    "train.num_train_epochs": Case("3", training),
+    "train.max_steps": Case("7", training),
+    "train.learning_rate": Case("1e-5", training),
+    "train.lr_scheduler_type": Case("cosine", training),
+    "train.warmup_steps": Case("5", training),
+    "train.weight_decay": Case("0.1", training),
+    "train.adam_beta1": Case("0.8", training),
+    "train.adam_beta2": Case("0.95", training),
+    "train.adam_epsilon": Case("1e-6", training),
+    "train.max_grad_norm": Case("0.3", training),
+    "train.optim": Case("adamw_8bit", training),
+    "train.gradient_checkpointing": Case("true", training),
+    "train.torch_compile": Case("true", training),
+    "train.neftune_noise_alpha": Case("5", training),
+    "train.label_smoothing_factor": Case("0.1", training),
+    "train.train_sampling_strategy": Case("group_by_length", training),
+    "train.dataloader_num_workers": Case("2", training),
+    "train.dataloader_pin_memory": Case("false", training, ("train.dataloader_pin_memory=true",)),
+    "train.logging_steps": Case("5", training),
+    "train.eval_strategy": Case("epoch", training, (HELD_OUT,)),
+    "train.eval_steps": Case("3", training, EVERY_2),
+    "train.save_strategy": Case("'no'", training),
+    "train.save_steps": Case("3", training, ("train.save_strategy=steps",)),
+    "train.save_total_limit": Case("5", training),
+    "train.load_best_model_at_end": Case("true", training, EVERY_2),
+    "train.full_determinism": Case("true", training),
+    "train.report_to": Case("[wandb]", training),
+    "train.run_name": Case("second", training),
+    "calibrate.preset": Case("w8a16", calibration, ("calibrate.preset=w8a8-dynamic",)),
+    "calibrate.engine": Case("torchao", calibration, RTN_8),
+    "calibrate.engine_python": Case("other/python", calibration, LLMCOMPRESSOR),
+    "calibrate.algorithm": Case("awq", calibration, (*LLMCOMPRESSOR, "calibrate.bits=8")),
+    "calibrate.data": Case("other.jsonl", calibration, STATIC),
+    "calibrate.samples": Case("3", calibration, STATIC),
+    "calibrate.max_length": Case("48", calibration, STATIC),
+    "calibrate.data_type": Case("float", calibration, (*RTN_8, "calibrate.activations=dynamic")),
+    "calibrate.bits": Case("8", calibration, RTN),
+    "calibrate.group_size": Case("32", calibration, RTN),
+    "calibrate.symmetric": Case("false", calibration, RTN),
+    "calibrate.activations": Case("dynamic", calibration, RTN_8),
+    "calibrate.skip_modules": Case("[up_proj]", calibration, RTN),
+    "calibrate.seed": Case("7", calibration, STATIC),
+    "calibrate.verify_samples": Case("3", calibration, RTN),
+    "output_dir": Case("elsewhere", training),
+    "seed": Case("7", training),
+}
+
+ELSEWHERE = {
+    "checkpoint/test_hub.py": {
+        "model.revision": "test_a_revision_is_resolved_to_its_commit",
+        "data.train.name": "test_a_hub_dataset_is_read_by_configuration_split_and_revision",
+        "data.train.split": "test_a_hub_dataset_is_read_by_configuration_split_and_revision",
+        "data.train.revision": "test_a_hub_dataset_is_read_by_configuration_split_and_revision",
+    },
+    "data/test_prepare.py": {
+        "data.num_proc": "test_rows_are_encoded_by_as_many_processes_as_asked",
+    },
+    "training/test_train.py": {
+        "train.early_stopping_patience": "test_early_stopping_and_the_best_checkpoint",
+        "train.on_nonfinite": "test_skipped_updates_are_counted_and_change_nothing",
+        "eval.metrics": "test_generated_answers_are_scored_and_kept",
+        "eval.samples": "test_generated_answers_are_scored_and_kept",
+        "eval.regex": "test_generated_answers_are_scored_and_kept",
+    },
+    "calibration/test_calibrate.py": {
+        "calibrate.iters": "test_tuning_changes_the_rounding",
+        "calibrate.accept.perplexity_increase": "test_a_miss_is_refused_with_its_figures_and_leaves_no_model",
+        "calibrate.accept.kl": "test_a_miss_is_refused_with_its_figures_and_leaves_no_model",
+        "calibrate.accept.score_drop": "test_a_drop_of_a_score_is_refused",
+        "calibrate.remedy": "test_the_remedy_keeps_the_worst_layers_until_it_is_accepted",
+        "calibrate.max_bytes": "test_the_remedy_stays_within_its_bytes",
+    },
+    "export/test_export.py": {
+        "export.target": "test_the_recipe_names_targets_and_weights",
+        "export.merge_into": "test_the_recipe_names_targets_and_weights",
+        "export.gate.kl": "test_the_recipes_thresholds_win",
+        "export.gate.top1_agreement": "test_the_recipes_thresholds_win",
+        "export.gate.perplexity_increase": "test_the_recipes_thresholds_win",
+    },
+    "export/test_publish.py": {
+        "export.register_as": "test_the_recipe_names_the_model_and_its_registry",
+        "export.registry": "test_the_recipe_names_the_model_and_its_registry",
+    },
+    "calibration/test_mixed.py": {
+        "quant.skip_budget_bits": "test_a_budget_in_bits_is_one_in_bytes",
+        "quant.skip_budget_bytes": "test_the_worst_layers_are_left_and_that_brings_the_model_closer",
+    },
+    "model/test_models.py": {
+        "eval.max_new_tokens": "test_answers_come_in_batches_and_end_at_the_limit",
+        "eval.batch_size": "test_answers_come_in_batches_and_end_at_the_limit",
+    },
+    "measure/test_harness.py": {
+        "eval.harness": "test_every_kind_of_target_is_asked",
+        "eval.harness_limit": "test_the_limit_is_that_of_the_recipe",
+    },
+}
+"""Test file -> field -> its test there."""
+
+
+def fields(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[str]:
+    """Every field of the schema, those of a data source included."""
+    for name, field in section.model_fields.items():
+        optional = get_args(field.annotation) if get_origin(field.annotation) is UnionType else ()
+        members = (field.annotation, *optional)
+        sections = [inner for inner in members if isinstance(inner, type) and issubclass(inner, BaseModel)]
+        if sections:
+            yield from fields(sections[0], f"{prefix}{name}.")
+            continue
+        yield f"{prefix}{name}"
+        if f"{prefix}{name}" == "data.train":
+            yield from fields(Source, "data.train.")
+
+
+def test_every_field_has_a_case() -> None:
+    elsewhere = [field for tests in ELSEWHERE.values() for field in tests]
+    assert sorted(fields()) == sorted([*CASES, *elsewhere])
+    for file, tests in ELSEWHERE.items():
+        code = (ROOT / "tests" / file).read_text("utf-8")
+        assert [name for name in tests.values() if f"\ndef {name}(" not in code] == []
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """A folder with a recipe and everything that the cases point to."""
+    folder = tmp_path_factory.mktemp("workshop")
+    write_jsonl(folder / "chats.jsonl", [chat(f"say {i}", f"it is {i}") for i in range(16)])
+    write_jsonl(folder / "other.jsonl", [chat("another", "file")] * 4)
+    write_jsonl(folder / "both.jsonl", [{"text": "a text", "instruction": "do", "output": "done"}] * 4)
+    write_jsonl(folder / "bad.jsonl", [{"messages": []}, *[chat("good", "row")] * 4])
+    (folder / "lines.txt").write_text("one\ntwo\nthree\n")
+    (folder / "shout.jinja").write_text(CHATML.replace("m['content']", "m['content'] | upper"))
+    tiny_llama(num_hidden_layers=1).save_pretrained(folder / "other-model")
+    byte_tokenizer().save_pretrained(folder / "other-model")
+    write_remote_code_model(folder / "remote")
+    code = SHIPPED.read_text()
+    (folder / "int8_symmetric.py").write_text(code)
+    (folder / "coarse.py").write_text(code.replace("LEVELS = 127", "LEVELS = 3"))
+    recipe = {
+        "model": {"path": str(tiny_model)},
+        "data": {"train": "chats.jsonl", "max_length": 128},
+        "output_dir": "run",
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder
+
+
+@pytest.mark.parametrize("field", CASES)
+def test_changing_a_field_changes_what_is_done(field: str, workshop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workshop)  # overrides are relative to where one stands
+    value, seen_in, given = CASES[field]
+    before = look([*given], seen_in)
+    after = look([*given, f"{field}={value}"], seen_in)
+    assert before != after
+
+
+def look(overrides: list[str], seen_in: Callable[[Plan], Any]) -> Any:
+    try:
+        return seen_in(make_plan(load(Path("recipe.yaml"), overrides)))
+    except QftError as refusal:
+        return str(refusal)

@@ -1,0 +1,54 @@
+"""Recipes for training the tiny model, and finished runs of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from qft.recipe import load
+from qft.report.document import Report
+from qft.report.live import View
+from qft.train import train
+from tests.support.rows import chat, write_jsonl
+
+MODES = {
+    "nf4": {"quant": {"preset": "finetune"}},
+    "fp4": {"quant": {"preset": "inference"}},
+    "8bit": {"quant": {"preset": None, "mode": "8bit"}},
+    "bf16": {"quant": None, "model": {"dtype": "bfloat16"}},
+    "fp32": {"quant": None, "model": {"dtype": "float32"}},
+}
+
+HARD = {"max_steps": 12, "learning_rate": 1e-2, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+
+HARDER = {"max_steps": 30, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "learning_rate": 0.02}
+
+
+def run(path: Path, **options: Any) -> Report:
+    return train(load(path), View(), **options)
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def trained(folder: Path, base: Path, **sections: Any) -> Path:
+    """A run that has learnt its rows, so that its adapter matters."""
+    rows = [chat(f"say {i}", f"it is {i * 7} and {i * 13}") for i in range(40)]
+    write_jsonl(folder / "rows.jsonl", rows)
+    values = {
+        "model": {"path": str(base), "device": "cpu"} | sections.pop("model", {}),
+        "quant": {"preset": "finetune"},
+        "adapter": {"r": 4},
+        "data": {"train": "rows.jsonl", "eval_fraction": 0.2, "max_length": 128},
+        "train": HARDER | {"report_to": [], "save_strategy": "no", "warmup_steps": 0.0} | sections.pop("train", {}),
+        "output_dir": "run",
+    } | sections
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump({name: value for name, value in values.items() if value is not None}))
+    train(load(path), View())
+    return folder / "run"

@@ -19,12 +19,12 @@ from jsonschema import Draft202012Validator
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qft.calibrate import calibrate
+from qft.commands.calibrate import calibrate
+from qft.commands.evaluate import EvalOptions, evaluate
+from qft.documents.calibration import CalibrationReport
 from qft.errors import GateError
-from qft.evaluate import EvalOptions, evaluate
+from qft.progress import View
 from qft.recipe import load
-from qft.report.calibration import CalibrationReport
-from qft.report.live import View
 from tests.support.calibrations import calibrated, held_out, perplexity, refusal, weights
 from tests.support.cli import qft
 from tests.support.models import byte_tokenizer, tiny_llama
@@ -209,7 +209,7 @@ def test_the_remedy_stays_within_its_bytes(recipe: Recipe, tmp_path: Path) -> No
 
 
 def test_a_run_is_merged_before_it_is_quantized(recipe: Recipe, recipe_file: Recipe, tmp_path: Path) -> None:
-    from qft.train import train
+    from qft.commands.train import train
 
     run, hard = tmp_path / "trained", {"report_to": [], "learning_rate": 0.05}
     train(load(recipe_file("train.yaml", train=hard, output_dir=str(run))), View())

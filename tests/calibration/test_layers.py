@@ -15,11 +15,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from qft.calibration.layer_errors import layer_errors, suggest_skip_modules
+from qft.documents.evaluation import LayerError
 from qft.errors import ModelError
-from qft.layers import layer_errors, suggest_skip_modules
 from qft.memory.meter import weight_bytes
-from qft.report.evaluation import LayerError
-from qft.schemes import SCHEMES
+from qft.quant.hold import SCHEMES
 from tests.support.models import tiny_llama
 
 # Those of pyproject.toml, which hold under `-W error` as well when they are given here.

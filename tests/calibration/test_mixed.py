@@ -11,14 +11,14 @@ import pytest
 import torch
 import yaml
 
+from qft.commands.evaluate import EvalOptions, evaluate
+from qft.commands.train import train
+from qft.documents.training import Report
 from qft.errors import QftError, RecipeError
-from qft.evaluate import EvalOptions, evaluate
-from qft.models import load_base
+from qft.model.load import load_base
 from qft.plan import make_plan
+from qft.progress import View
 from qft.recipe import load
-from qft.report.document import Report
-from qft.report.live import View
-from qft.train import train
 from tests.support.models import byte_tokenizer, tiny_llama
 from tests.support.runs import HARD
 

@@ -16,13 +16,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qft.calibrate import calibrate
+from qft.commands.calibrate import calibrate
+from qft.commands.evaluate import EvalOptions, evaluate
+from qft.commands.train import train
+from qft.documents.calibration import CalibrationReport
 from qft.errors import GateError, ModelError, RecipeError, RunError
-from qft.evaluate import EvalOptions, evaluate
+from qft.progress import View
 from qft.recipe import load
-from qft.report.calibration import CalibrationReport
-from qft.report.live import View
-from qft.train import train
 from tests.support.calibrations import calibrated, held_out, perplexity, refusal, weights
 from tests.support.cli import qft
 from tests.support.models import PACKAGE_MODEL, byte_tokenizer, tiny_llama
@@ -339,7 +339,7 @@ def test_a_failure_of_llmcompressor_is_told_in_one_line(recipe: Recipe, tmp_path
 def test_its_progress_is_told_and_an_interrupt_ends_its_process(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TQDM_DISABLE", "1")  # as qft.quiet has it for qft's own process
+    monkeypatch.setenv("TQDM_DISABLE", "1")  # as qft.machine.quiet has it for qft's own process
     monkeypatch.setenv("TQDM_DELAY", "5")
     told: list[str] = []
 

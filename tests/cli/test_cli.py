@@ -136,7 +136,8 @@ def test_check_loads_and_writes_nothing_and_prints_the_plan(recipe_file: RecipeF
 
 def test_check_says_what_the_model_would_be(recipe_file: RecipeFile) -> None:
     """Counted on the meta device, and equal to what a real model has."""
-    from qft.models import attach_adapter, load_base
+    from qft.model.adapter import attach_adapter
+    from qft.model.load import load_base
     from qft.plan import make_plan
     from qft.recipe import load
 

@@ -18,8 +18,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from typer.testing import CliRunner, Result
 
-from qft.chat import CONTROLS, ChatOptions, Conversation, Session, _Writer
 from qft.cli import app
+from qft.commands.chat import CONTROLS, ChatOptions, Conversation, Session, _Writer
 from qft.data.prepare import prepare
 from qft.errors import DataError, QftError, RecipeError
 from qft.recipe.load import from_values

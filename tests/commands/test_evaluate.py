@@ -15,13 +15,13 @@ import torch
 from jsonschema import Draft202012Validator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from qft.commands.evaluate import EvalOptions, evaluate
+from qft.commands.train import train
+from qft.documents.evaluation import EvalDocument
 from qft.errors import QftError
-from qft.evaluate import EvalOptions, evaluate
-from qft.likelihood import LogProbs, Passage, measure, windows
+from qft.measure.likelihood import LogProbs, Passage, measure, windows
+from qft.progress import View
 from qft.recipe import load
-from qft.report.evaluation import EvalDocument
-from qft.report.live import View
-from qft.train import train
 from tests.support.cli import qft
 from tests.support.models import byte_tokenizer, plain_loss, tiny_llama
 from tests.support.rows import chat, write_jsonl

@@ -12,12 +12,12 @@ import pytest
 import torch
 from packaging.version import Version
 
+from qft.documents.export import LoadCheck
 from qft.errors import GateError, RecipeError
 from qft.export import EXPORTERS, ExportOptions, check_target, refuse_unloadable
-from qft.export.deployment import Environment, check_loads, environments, weight_format
-from qft.export.loaders import ENGINES, PACKAGES, RULES, Rule
-from qft.report.export import LoadCheck
-from qft.report.live import View
+from qft.export.deploy.check import Environment, check_loads, environments, weight_format
+from qft.export.deploy.rules import ENGINES, PACKAGES, RULES, Rule
+from qft.progress import View
 from tests.support.cli import qft
 from tests.support.exports import job_of
 from tests.support.paths import ROOT

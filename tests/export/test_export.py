@@ -22,16 +22,16 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qft import registry as versions
+from qft.documents.export import ExportDocument
 from qft.errors import GateError
 from qft.export import EXPORTERS, ExportOptions, export
 from qft.export.base import Job
-from qft.export.run import judge
-from qft.export.verify import Reference, reference
+from qft.export.export import judge
+from qft.export.gate.verify import Reference, reference
 from qft.files import sha256
+from qft.model.target import load_target
+from qft.progress import View
 from qft.recipe.schema import ExportTarget
-from qft.report.export import ExportDocument
-from qft.report.live import View
-from qft.targets import load_target
 from tests.support.cli import qft
 from tests.support.exports import job_of, options, refusal
 from tests.support.models import byte_tokenizer, tiny_llama
@@ -402,7 +402,7 @@ KILLED = """
 import os, random, shutil, signal, sys, time
 from pathlib import Path
 from qft.export import ExportOptions, export
-from qft.report.live import View
+from qft.progress import View
 
 run, out, registry = map(Path, sys.argv[1:])
 options = ExportOptions(to=("merged",), out=out, overwrite=True, register="m", registry=registry)

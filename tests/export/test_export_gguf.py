@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 import torch
 
-from qft.evaluate import EvalOptions, evaluate
+from qft.commands.evaluate import EvalOptions, evaluate
 from qft.export import export
 from qft.export.base import Job
-from qft.export.modelfile import find_turns, modelfile
-from qft.export.run import judge
-from qft.export.verify import Reference, reference
+from qft.export.export import judge
+from qft.export.gate.verify import Reference, reference
+from qft.export.targets.modelfile import find_turns, modelfile
 from qft.gguf import read_gguf
-from qft.report.live import View
+from qft.progress import View
 from tests.support.cli import qft
 from tests.support.exports import job_of, options, refusal
 from tests.support.models import CHATML, byte_tokenizer, tiny_llama

@@ -28,9 +28,9 @@ from huggingface_hub import constants
 from qft import registry as versions
 from qft.errors import GateError, MissingError, RecipeError, RunError
 from qft.export import export
-from qft.export import register as registering
+from qft.export.publish import registry as registering
 from qft.files import sha256
-from qft.report.live import View
+from qft.progress import View
 from tests.support.cli import qft
 from tests.support.exports import options, refusal
 from tests.support.paths import ROOT

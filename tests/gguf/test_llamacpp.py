@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 
 from qft.errors import MissingError, ModelError
 from qft.gguf import write_gguf
-from qft.llamacpp import FILE_TYPES, LlamaCpp, quantize
+from qft.gguf.llamacpp import FILE_TYPES, LlamaCpp, quantize
 from tests.support.gguf import qwen, read_back, saved, tokenizer_of
 from tests.support.models import tiny_llama
 

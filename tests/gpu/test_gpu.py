@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from qft.calibrate import calibrate
-from qft.evaluate import EvalOptions, evaluate
+from qft.commands.calibrate import calibrate
+from qft.commands.evaluate import EvalOptions, evaluate
+from qft.commands.train import train
 from qft.export import export
-from qft.models import attach_adapter, load_base
+from qft.model.adapter import attach_adapter
+from qft.model.load import load_base
 from qft.plan import make_plan
+from qft.progress import View
 from qft.recipe import load
-from qft.report.live import View
-from qft.train import train
 from tests.support.exports import options
 from tests.support.models import plain_loss
 from tests.support.runs import HARD, MODES, trained

@@ -14,14 +14,14 @@ import yaml
 from jsonschema import Draft202012Validator
 from peft import LoraConfig, get_peft_model
 
+from qft.commands.evaluate import EvalOptions, evaluate
+from qft.commands.train import train
+from qft.documents.evaluation import EvalDocument, HarnessResult
 from qft.errors import QftError
-from qft.evaluate import EvalOptions, evaluate
-from qft.harness import check_tasks, load_tasks, run_tasks
+from qft.measure.harness import check_tasks, load_tasks, run_tasks
+from qft.progress import View
 from qft.recipe import load
-from qft.report.comparison import render_comparison
-from qft.report.evaluation import EvalDocument, HarnessResult
-from qft.report.live import View
-from qft.train import train
+from qft.views.terminal.evaluation import render_comparison
 from tests.support.cli import qft
 from tests.support.models import byte_tokenizer, tiny_llama
 from tests.support.rows import chat, write_jsonl

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qft.documents.evaluation import Score
 from qft.errors import DataError, RecipeError
-from qft.report.evaluation import Score
-from qft.scores import SCORES, Answer, missing_packages, score, score_change
-from qft.statistics import bootstrap_interval, change_interval, interval, mean_of
+from qft.measure.scores import SCORES, Answer, missing_packages, score, score_change
+from qft.measure.statistics import bootstrap_interval, change_interval, interval, mean_of
 
 LABELS = ("cat", "dog", "bird", "ant")
 

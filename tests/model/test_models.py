@@ -12,11 +12,13 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qft.errors import MissingError, ModelError, OutOfMemoryError, QftError, RecipeError
+from qft.measure.scores import answer_rows
+from qft.memory.guard import memory_guard
 from qft.memory.meter import weight_bytes
-from qft.models import attach_adapter, load_base, memory_guard
+from qft.model.adapter import attach_adapter
+from qft.model.load import load_base
 from qft.plan import make_plan
 from qft.recipe import load
-from qft.scores import answer_rows
 from tests.support.models import byte_tokenizer, tiny_llama, write_remote_code_model
 from tests.support.rows import chat, write_jsonl
 

@@ -24,9 +24,9 @@ from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_s
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from qft.engines import Block, Held, LayerScheme, find_engine
-from qft.layers import layer_errors
+from qft.calibration.layer_errors import layer_errors
 from qft.memory.meter import weight_bytes
+from qft.quant.engines import Block, Held, LayerScheme, find_engine
 from qft.recipe.rules import HELD
 from tests.support.models import byte_tokenizer, tiny_llama
 
@@ -215,7 +215,7 @@ def test_a_process_that_knows_nothing_of_qft_loads_it(dtype: torch.dtype, tmp_pa
 
 QUIET = """
 import sys
-from qft.quiet import quiet_libraries
+from qft.machine.quiet import quiet_libraries
 quiet_libraries()
 import auto_round, torch, torchao.prototype.safetensors.safetensors_support
 from transformers import AutoModelForCausalLM

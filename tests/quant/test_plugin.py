@@ -17,15 +17,16 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
+from qft.calibration.layer_errors import layer_errors
+from qft.commands.evaluate import EvalOptions, evaluate
 from qft.errors import MissingError, ModelError, QftError, RecipeError, RunError
-from qft.evaluate import EvalOptions, evaluate
-from qft.layers import layer_errors
 from qft.memory.meter import weight_bytes
-from qft.models import attach_adapter, load_base
+from qft.model.adapter import attach_adapter
+from qft.model.load import load_base
 from qft.plan import make_plan
+from qft.progress import View
+from qft.quant.hold.custom import load_plugin
 from qft.recipe import load
-from qft.report.live import View
-from qft.schemes.custom import load_plugin
 from tests.support.cli import qft
 from tests.support.models import plain_loss, tiny_llama
 from tests.support.plugins import SHIPPED, changed, custom

@@ -16,14 +16,15 @@ import torch
 import yaml
 from peft import PeftModel
 
-from qft.evaluate import EvalOptions, evaluate
+from qft.commands.evaluate import EvalOptions, evaluate
+from qft.commands.train import train
 from qft.export import ExportOptions, export
-from qft.models import attach_adapter, load_base
+from qft.measure.scores import answer_rows
+from qft.model.adapter import attach_adapter
+from qft.model.load import load_base
 from qft.plan import make_plan
+from qft.progress import View
 from qft.recipe import load
-from qft.report.live import View
-from qft.scores import answer_rows
-from qft.train import train
 from tests.support.models import PACKAGE_MODEL
 from tests.support.paths import ROOT
 from tests.support.rows import chat, write_jsonl

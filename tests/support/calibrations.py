@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from qft.calibrate import calibrate, find_plan
+from qft.commands.calibrate import calibrate, find_plan
+from qft.commands.evaluate import EvalOptions, evaluate
+from qft.documents.calibration import CalibrationReport
 from qft.errors import QftError
-from qft.evaluate import EvalOptions, evaluate
 from qft.files import sha256
+from qft.progress import View
 from qft.recipe import load
-from qft.report.calibration import CalibrationReport
-from qft.report.live import View
 
 
 def calibrated(path: Path, **arguments: Any) -> CalibrationReport:

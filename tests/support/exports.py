@@ -10,8 +10,8 @@ import pytest
 from qft.errors import QftError
 from qft.export import ExportOptions, export
 from qft.export.base import Job
-from qft.export.run import _load, find_job
-from qft.report.live import View
+from qft.export.export import _load, find_job
+from qft.progress import View
 
 
 def options(*to: str, **more: Any) -> ExportOptions:

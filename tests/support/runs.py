@@ -9,10 +9,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from qft.commands.train import train
+from qft.documents.training import Report
+from qft.progress import View
 from qft.recipe import load
-from qft.report.document import Report
-from qft.report.live import View
-from qft.train import train
 from tests.support.rows import chat, write_jsonl
 
 MODES = {

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from qft.errors import NonFiniteError, RunError
-from qft.models import load_base
+from qft.model.load import load_base
 from qft.plan import make_plan
 from qft.recipe import load
 from tests.support.models import plain_loss
@@ -98,7 +98,7 @@ def test_checkpointing_saves_memory_and_changes_nothing_that_is_learnt(recipe_fi
 
 @pytest.mark.parametrize("mode", ["nf4", "fp4"])
 def test_an_evaluation_leaves_later_gradients_as_they_were(mode: str, recipe_file: RecipeFile) -> None:
-    from qft.models import attach_adapter
+    from qft.model.adapter import attach_adapter
 
     plan = make_plan(load(recipe_file(**MODES[mode], adapter={"init_lora_weights": "gaussian"})))
     model = attach_adapter(load_base(plan), plan)
@@ -251,7 +251,7 @@ def test_an_adapter_that_changed_its_base_is_saved_for_the_original(
 def test_loftq_starts_nearer_to_the_original_weights(recipe_file: RecipeFile, tiny_model: Path) -> None:
     import bitsandbytes as bnb
 
-    from qft.models import attach_adapter
+    from qft.model.adapter import attach_adapter
 
     plan = make_plan(load(recipe_file(adapter={"init_lora_weights": "loftq", "r": 16, "lora_alpha": 8.0})))
     model = attach_adapter(load_base(plan), plan)

@@ -16,9 +16,19 @@ from typing import Any
 
 import pytest
 
-from qft.report.document import Components, Evaluation, Evaluations, Loss, Memory, ModelPart, Phases, Report, Throughput
-from qft.report.evaluation import EvalDocument, HarnessResult, LayerError, Score, SourceResult, TargetResult
-from qft.report.html import AnswerPair, TargetAnswer, evaluation_page, training_page
+from qft.documents.evaluation import EvalDocument, HarnessResult, LayerError, Score, SourceResult, TargetResult
+from qft.documents.training import (
+    Components,
+    Evaluation,
+    Evaluations,
+    Loss,
+    Memory,
+    ModelPart,
+    Phases,
+    Report,
+    Throughput,
+)
+from qft.views.html.page import AnswerPair, TargetAnswer, evaluation_page, training_page
 
 GIB = 2**30
 VOID = {"meta", "link", "br", "hr", "img", "input"}
@@ -581,7 +591,7 @@ def test_a_big_evaluation_stays_small() -> None:
 
 
 def test_importing_the_pages_is_cheap() -> None:
-    code = "import sys, qft.report.html; print(sorted({'torch', 'matplotlib', 'numpy'} & set(sys.modules)))"
+    code = "import sys, qft.views.html.page; print(sorted({'torch', 'matplotlib', 'numpy'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.strip() == "[]"
 

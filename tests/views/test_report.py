@@ -8,10 +8,7 @@ import time
 import pytest
 from rich.console import Console
 
-from qft.clock import PhaseClock
-from qft.files import _put_in_place, atomic_folder, require_free_space, write_json, write_text
-from qft.report.advice import advise
-from qft.report.document import (
+from qft.documents.training import (
     Checkpointing,
     Components,
     Evaluation,
@@ -23,10 +20,14 @@ from qft.report.document import (
     Report,
     Throughput,
 )
-from qft.report.live import LineView, LiveView, QuietView, choose_view
-from qft.report.summary import growing, lengths, spikes
-from qft.report.terminal import render, si, size, sparkline
-from qft.steps import Step
+from qft.files import _put_in_place, atomic_folder, require_free_space, write_json, write_text
+from qft.progress import Step, View
+from qft.training.advice import advise
+from qft.training.clock import PhaseClock
+from qft.training.summary import growing, lengths, spikes
+from qft.views.live import LineView, LiveView, choose_view
+from qft.views.terminal.training import render
+from qft.views.words import si, size, sparkline
 
 GIB = 2**30
 CHECKPOINTING = Checkpointing(saved_bytes=12 * GIB, cost_share=0.31)
@@ -158,7 +159,7 @@ def step(number: int, **changes: object) -> Step:
 def test_the_view_fits_where_the_output_goes() -> None:
     assert isinstance(choose_view(Console(file=io.StringIO()), quiet=False), LineView)
     assert isinstance(choose_view(Console(force_terminal=True, file=io.StringIO()), quiet=False), LiveView)
-    assert type(choose_view(Console(force_terminal=True, file=io.StringIO()), quiet=True)) is QuietView
+    assert type(choose_view(Console(force_terminal=True, file=io.StringIO()), quiet=True)) is View
 
 
 def test_the_live_view_shows_progress_speed_memory_and_the_curve() -> None:
@@ -169,7 +170,7 @@ def test_the_live_view_shows_progress_speed_memory_and_the_curve() -> None:
         for number in (1, 2, 3):
             view.step(step(number))
         view.step(step(4, skipped=True))
-        view.evaluated(Evaluation(step=4, loss=0.5, perplexity=1.65, tokens=9, rows=3, scores={"exact_match": 0.5}))
+        view.evaluated(4, 0.5, 1.65, {"exact_match": 0.5})
     text = console.file.getvalue()  # type: ignore[attr-defined]
     for part in ("Loading", "4/4", "200 tokens/s", "1.0 GiB, peak 2.0 GiB", "█", "skipped", "exact match 50.0%"):
         assert part in text

@@ -35,7 +35,7 @@ def quantizer_for(plan: CalibrationPlan, source: Source, work: Path, view: View)
     """What quantizes the model as planned, in the folder `work`."""
     set_seed(plan.seed)
     view.note(f"Reading {plan.model.checkpoint.path}")
-    if plan.whole_model:
+    if plan.engine.whole_model:
         return WholeQuantizer(plan, source, work, view)
     calibrate = plan.calibrate
     task = QuantizeTask(
@@ -105,8 +105,8 @@ class Acceptance:
         return f"{folder}: not accepted{tried}: {'; '.join(missed)}. {self._advice()}"
 
     def _advice(self) -> str:
-        if self.plan.whole_model:
-            section = "quant" if self.plan.quantized else "calibrate"
+        if self.plan.engine.whole_model:
+            section = "quant" if self.plan.engine.by_plugin else "calibrate"
             return f"Hold more bits, leave layers out ({section}.skip_modules), or accept more"
         return (
             "Hold more bits (calibrate.bits, a smaller group_size, skip_modules), let calibrate.remedy: auto "

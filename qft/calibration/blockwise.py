@@ -21,7 +21,7 @@ from torch import nn
 
 from qft.calibration.layer_errors import block_errors, inputs_seen
 from qft.calibration.quantizer import EngineProcess, Trial
-from qft.calibration.remedy import remedies
+from qft.calibration.remedy import RAISED_BY, remedies
 from qft.calibration.streamed import StreamedModel
 from qft.calibration.task import QuantizeTask, Schemes
 from qft.checkpoint.weights import save_tensors, write_index
@@ -236,8 +236,7 @@ class BlockQuantizer:
                 held[name] = Held(self.engine.restore(layer, own, wanted[name]), own, told)
         raised = {name: scheme for name, scheme in wanted.items() if name not in held}
         if raised:
-            # 8 bits are close enough to need no data, whatever the engine.
-            held |= find_engine("rtn").quantize(Block(self.model.name(number), copy.deepcopy(block), raised))
+            held |= find_engine(RAISED_BY).quantize(Block(self.model.name(number), copy.deepcopy(block), raised))
         if held.keys() != self._within(number, before).keys() or raised:
             self._write(number, attempt, block, held)
         for name, one in held.items():

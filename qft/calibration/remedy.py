@@ -8,7 +8,10 @@ from qft.calibration.task import Schemes
 from qft.documents.evaluation import LayerError
 from qft.quant.engines import LayerScheme
 
-__all__ = ["remedies"]
+__all__ = ["RAISED_BY", "remedies"]
+
+RAISED_BY = "rtn"
+"""The engine that holds layers in 8 bits here: they are close enough to need no data, whatever made the others."""
 
 SIBLINGS = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
 """Layers that inference engines fuse into one, so that they must be held alike."""

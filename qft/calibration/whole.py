@@ -7,7 +7,6 @@ between the beginning and the end to resume from.
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import json
 import shutil
@@ -24,14 +23,14 @@ from transformers import PreTrainedModel
 from qft.calibration.layer_errors import layer_errors
 from qft.calibration.quantizer import EngineProcess, Trial
 from qft.calibration.source import Source
+from qft.calibration.whole_engines import WHOLE_ENGINES, WholeJob
 from qft.documents.evaluation import LayerError
 from qft.errors import ModelError
-from qft.files import atomic_folder, write_json, write_text
+from qft.files import atomic_folder
 from qft.measure.likelihood import Verification, compare
 from qft.model.load import load_base
-from qft.plan import CalibrationPlan, ModelPlan, plan_folder
+from qft.plan import CalibrationPlan, plan_folder
 from qft.progress import View
-from qft.quant.engines.llmcompressor import run_job
 from qft.recipe.schema import QuantSection
 
 __all__ = ["WholeQuantizer", "load_result"]
@@ -69,10 +68,8 @@ class WholeQuantizer:
 
         Raises ModelError if the engine fails, or if what it wrote does not load."""
         with atomic_folder(self._result) as folder:
-            if self.plan.calibrate.engine == "custom":
-                self._by_plugin(folder)
-            else:
-                self._by_llmcompressor(folder)
+            job = WholeJob(self.plan, self.source, self.work, self.view)
+            self.process = WHOLE_ENGINES[self.plan.calibrate.engine](job, folder)
             self.plan.model.tokenizer.save_pretrained(folder)
         gc.collect()  # models refer to themselves
         self.view.note(f"Comparing the result with the unquantized model on {len(self.rows)} rows")
@@ -103,64 +100,6 @@ class WholeQuantizer:
     @property
     def _result(self) -> Path:
         return self.work / "quantized"
-
-    def _by_plugin(self, folder: Path) -> None:
-        plan = self._plugin_plan()
-        assert plan.plugin is not None
-        self.view.note(f"Quantizing the whole model by {plan.plugin.path}")
-        model = load_base(plan)
-        try:
-            model.save_pretrained(folder)
-        except Exception as error:  # code of the user's fails in any way
-            told = f"{type(error).__name__}: {error}".splitlines()[0]
-            text = f"quant.plugin: {plan.plugin.path}: the model that it quantized cannot be saved: {told}"
-            raise ModelError(text) from error
-
-    def _by_llmcompressor(self, folder: Path) -> None:
-        plan, calibrate = self.plan, self.plan.calibrate
-        source, windows = self._unquantized_folder(), self.work / "windows.jsonl"
-        write_text(windows, plan.data.as_jsonl())
-        job = {
-            "model": str(source),
-            "dtype": plan.model.dtype,
-            "trust_remote_code": plan.recipe.model.trust_remote_code,
-            "windows": str(windows),
-            "algorithm": calibrate.algorithm,
-            "scheme": dataclasses.asdict(next(scheme for scheme in plan.schemes.values() if scheme)),
-            "ignore": [name for name, scheme in plan.schemes.items() if scheme is None],
-            "seed": plan.seed,
-            "output": str(folder),
-        }
-        assert calibrate.engine_python is not None
-        self.view.note(f"Quantizing the whole model by {calibrate.algorithm} of {calibrate.engine_python}")
-        on_gpu = plan.model.device.kind == "cuda"
-        done = run_job(calibrate.engine_python, job, self.work, self.view.note, on_gpu=on_gpu)
-        versions = {
-            name if name == "llmcompressor" else f"llmcompressor's {name}": version
-            for name, version in done["versions"].items()
-        }
-        self.process = EngineProcess(versions, done["peak_bytes"], done["peak_host_bytes"])
-        if not calibrate.symmetric:
-            _let_transformers_unpack(folder)
-
-    def _plugin_plan(self) -> ModelPlan:
-        """How the plugin loads the model, from the merged weights if there are any."""
-        assert self.plan.quantized is not None
-        if not self.source.run:
-            return self.plan.quantized
-        folder = self._unquantized_folder()
-        checkpoint = dataclasses.replace(self.plan.model.checkpoint, folder=folder, gguf_file=None, hub_id=None)
-        return dataclasses.replace(self.plan.quantized, checkpoint=checkpoint)
-
-    def _unquantized_folder(self) -> Path:
-        """Where the unquantized model lies as safetensors, with its tokenizer: written here if it does nowhere else."""
-        if not self.source.run and not self.plan.model.checkpoint.gguf_file:
-            return self.plan.model.checkpoint.folder
-        with atomic_folder(self.work / "unquantized") as folder:
-            self.source.load().save_pretrained(folder)
-            self.plan.model.tokenizer.save_pretrained(folder)
-        gc.collect()
-        return self.work / "unquantized"
 
     def _note_layers(self, before: nn.Module, after: nn.Module) -> None:
         held = dict(after.named_modules())
@@ -196,13 +135,6 @@ def load_result(plan: CalibrationPlan, folder: Path) -> PreTrainedModel:
     if not found.checkpoint.quantization:
         raise ModelError(f"{folder}: its config.json has no quantization_config, so nobody could load it")
     return load_base(found)
-
-
-def _let_transformers_unpack(folder: Path) -> None:
-    """See CompressedTensors.config of qft.engines, which says the same of models with zero points."""
-    config = json.loads((folder / "config.json").read_text("utf-8"))
-    config["quantization_config"]["dequantize"] = True
-    write_json(folder / "config.json", config)
 
 
 def _ids(row: dict[str, Sequence[int]], model: Any) -> torch.Tensor:

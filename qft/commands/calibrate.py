@@ -48,7 +48,7 @@ def calibrate(loaded: LoadedRecipe, view: View, *, resume: bool = False, overwri
     RecipeError, MissingError, DataError, ModelError or RunError for what cannot be done."""
     started = time.perf_counter()
     plan, merged_run = find_plan(loaded)
-    if resume and plan.whole_model:
+    if resume and plan.engine.whole_model:
         raise RunError(
             f"{plan.recipe.output_dir}: calibrate.engine {plan.calibrate.engine} quantizes the whole model at once, "
             "and leaves nothing to resume from; use --overwrite to start again"
@@ -62,12 +62,12 @@ def calibrate(loaded: LoadedRecipe, view: View, *, resume: bool = False, overwri
             accepted = acceptance.write(run.full_model, lambda folder: _record(run, plan, acceptance.quantizer, folder))
             report = _report(acceptance, run.full_model if accepted else None, meter, before, started)
     finally:
-        if plan.whole_model:
+        if plan.engine.whole_model:
             shutil.rmtree(run.work, ignore_errors=True)
     write_json(run.report, report.model_dump(mode="json"))
     run.set_status("complete" if accepted else "refused")
     if not accepted:
-        resumable = "" if plan.whole_model else "; --resume then takes the blocks as they are"
+        resumable = "" if plan.engine.whole_model else "; --resume then takes the blocks as they are"
         raise GateError(f"{acceptance.refusal(run.folder)}{resumable}")
     shutil.rmtree(run.work, ignore_errors=True)
     return report
@@ -132,7 +132,7 @@ def _report(
 def _needed_bytes(plan: CalibrationPlan) -> int:
     """Room for the blocks, the model made of them, and two sets of hidden states; for engines that take the whole model
     its unquantized weights, and the result twice."""
-    if plan.whole_model:
+    if plan.engine.whole_model:
         return plan.model.shape.parameters * 2 * 3
     quantized = sum(scheme.bits if scheme else 0 for scheme in plan.schemes.values())
     bits = quantized / max(sum(scheme is not None for scheme in plan.schemes.values()), 1)

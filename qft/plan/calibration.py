@@ -16,7 +16,7 @@ from qft.plan.packages import missing_engine, missing_packages
 from qft.quant.engines import LayerScheme
 from qft.quant.engines.llmcompressor import find_problem
 from qft.recipe import LoadedRecipe, Recipe
-from qft.recipe.rules import WHOLE_MODEL
+from qft.recipe.catalogue import CATALOGUE, EngineRow
 from qft.recipe.schema import AdapterSection, CalibrateSection, QuantSection
 
 __all__ = ["CalibrationPlan", "linear_layers", "plan_calibration"]
@@ -54,14 +54,13 @@ class CalibrationPlan:
         return self.recipe.seed if self.calibrate.seed is None else self.calibrate.seed
 
     @property
-    def whole_model(self) -> bool:
-        """Whether the engine quantizes the whole model at once."""
-        return self.calibrate.engine in WHOLE_MODEL
+    def engine(self) -> EngineRow:
+        return CATALOGUE[self.calibrate.engine]
 
     @property
     def algorithm(self) -> str | None:
-        """Of engine llmcompressor; None with the others."""
-        return self.calibrate.algorithm if self.calibrate.engine == "llmcompressor" else None
+        """None with an engine that has no choice of them."""
+        return self.calibrate.algorithm if self.engine.algorithms else None
 
     def scheme_facts(self) -> dict[str, Any]:
         """How the layers are held, as reports tell it."""
@@ -96,7 +95,8 @@ def plan_calibration(loaded: LoadedRecipe, model: ModelPlan | None = None) -> Ca
         text = "is already quantized; start from the unquantized model, or from a run whose base is unquantized"
         refuse(loaded, [("model.path", text)])
     assert recipe.calibrate is not None
-    if recipe.calibrate.engine == "custom":
+    engine = CATALOGUE[recipe.calibrate.engine]
+    if engine.by_plugin:
         return _by_plugin(loaded.having(adapter=AdapterSection()), model)
     linears, blocks = linear_layers(model)
     skipped = recipe.calibrate.skip_modules
@@ -104,12 +104,11 @@ def plan_calibration(loaded: LoadedRecipe, model: ModelPlan | None = None) -> Ca
     scheme = _scheme(recipe.calibrate, [linears[name] for name in taken])
     schemes = {name: scheme if name in taken else None for name in linears}
     refuse(loaded, _layer_problems(recipe.calibrate, schemes, linears))
-    needs_windows = recipe.calibrate.engine in ("autoround", "llmcompressor") or scheme.activations == "static"
     return CalibrationPlan(
         loaded=unquantized,
         model=model,
         schemes=schemes,
-        data=calibration_data(recipe, model.tokenizer, needs_windows=needs_windows),
+        data=calibration_data(recipe, model.tokenizer, needs_windows=engine.needs_windows(scheme.activations)),
     )
 
 

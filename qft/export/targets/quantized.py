@@ -13,6 +13,7 @@ from qft.errors import RecipeError
 from qft.export.base import Exporter, Job, Limits, Packages
 from qft.export.targets import merged
 from qft.plan import plan_calibration, plan_folder
+from qft.recipe.catalogue import block_engines
 from qft.recipe.schema import CalibrateSection
 
 __all__ = ["BNB_4BIT", "BNB_8BIT", "COMPRESSED", "compressed_section"]
@@ -42,8 +43,9 @@ def _needed_bytes(job: Job) -> int:
 def compressed_section(job: Job) -> CalibrateSection:
     """How the target compressed-tensors quantizes. Raises RecipeError for an engine that writes another format."""
     section = job.loaded.recipe.calibrate or ROUND
-    if section.engine not in ("autoround", "rtn"):
-        text = f"{section.engine} writes its own format, not compressed-tensors: use autoround or rtn"
+    able = [*block_engines("compressed-tensors")]
+    if section.engine not in able:
+        text = f"{section.engine} writes its own format, not compressed-tensors: use {' or '.join(able)}"
         raise RecipeError(job.loaded.problem("calibrate.engine", text))
     return section
 

@@ -27,7 +27,7 @@ from qft.measure.likelihood import Likelihood, Verification
 from qft.measure.scores import answer_rows, score
 from qft.measure.statistics import interval
 from qft.memory.guard import memory_guard
-from qft.memory.meter import Meter, Snapshot
+from qft.memory.meter import Meter
 from qft.model.load import generation_config, load_base
 from qft.model.target import load_target, parse_target
 from qft.plan import CalibrationPlan, plan_calibration
@@ -255,7 +255,7 @@ class _Calibration:
             bytes_before=plan.model.shape.parameters * getattr(torch, plan.model.dtype).itemsize,
             bytes_after=self.attempts[-1].weight_bytes,
             layers=self.work.errors(),
-            peak_bytes=max(_beyond(peak, self.before, self.meter.on_gpu), of_engine[0]),
+            peak_bytes=max(peak.beyond(self.before), of_engine[0]),
             peak_host_bytes=max(peak.host, of_engine[1]),
             block_seconds=self.work.block_seconds,
             tokens_per_second=self.work.tokens_per_second(),
@@ -340,10 +340,6 @@ def _passed(checks: Iterable[Check]) -> bool:
 
 def _perplexity(likelihood: Likelihood, seed: int) -> Score:
     return Score.of(interval(likelihood.perplexity, len(likelihood.tokens), seed=seed))
-
-
-def _beyond(peak: Snapshot, before: Snapshot, on_gpu: bool) -> int:
-    return max(peak.gpu - before.gpu if on_gpu else peak.host - before.host, 0)
 
 
 def _told(attempt: Attempt, checks: list[Check]) -> str:

@@ -225,8 +225,7 @@ def _measure(
             "weight_bytes": sum(weight_bytes(model).values()),
             "disk_bytes": _disk_bytes(target, plan),
         }
-        peak = meter.peak()
-        figures["peak_bytes"] = max(peak.gpu - before.gpu if meter.on_gpu else peak.host - before.host, 0)
+        figures["peak_bytes"] = meter.peak().beyond(before)
     return _Measured(target.name, likelihood, answers, model, figures)
 
 

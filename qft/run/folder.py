@@ -8,6 +8,7 @@ adapter/         the adapter in peft's layout (model/ when all weights were trai
 work/            what a calibration that was cut off resumes from
 calibration.jsonl  the windows that it looked at
 events/          TensorBoard events
+eval-before.json  the held-out rows' loss and scores; and eval-after.json
 answers/         the held-out rows' answers, before and after
 report.json      what was measured; written once all of the above is there
 report.html      the same with pictures; one file that needs no network

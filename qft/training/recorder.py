@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from torch import nn
@@ -35,6 +34,7 @@ class Recorder:
         self.moments: dict[str, Snapshot] = {}
         """Memory by the moment: after_load, peak, at_end."""
         self.bytes = dict.fromkeys(("frozen", "trainable", "gradients", "optimizer_state"), 0)
+        """Of each part; of gradients and optimizer state, as they were when there first were any."""
         self.recomputed: tuple[int, float] | None = None
         """What CheckpointingProbe measured, where it was on."""
         self.evaluations: dict[str, documents.Evaluation] = {}
@@ -57,10 +57,6 @@ class Recorder:
         self.moments["peak"] = self.meter.peak()
         self.clock.settle()
         self.moments["at_end"] = self.meter.now()
-
-    def first(self, part: str, measure: Callable[[], int]) -> None:
-        """Note the bytes of a part the first time that there are any."""
-        self.bytes[part] = self.bytes[part] or measure()
 
     def step(self, step: Step) -> None:
         self.steps.append(step)

@@ -114,7 +114,9 @@ class QftTrainer(Trainer):
         """Look at what the step came to, and refuse its update if that is not finite."""
         update, recorder = self.update, self.recorder
         recorder.clock.enter("optimizer")
-        recorder.first("gradients", lambda: tensor_bytes(p.grad for p in self.model.parameters() if p.grad is not None))
+        if not recorder.bytes["gradients"]:
+            gradients = (p.grad for p in self.model.parameters() if p.grad is not None)
+            recorder.bytes["gradients"] = tensor_bytes(gradients)
         update.learning_rate = self.lr_scheduler.get_last_lr()[0]
         update.read()
         recorder.clock.settle()
@@ -143,7 +145,8 @@ class QftTrainer(Trainer):
         """Tell the recorder of the step."""
         update, recorder = self.update, self.recorder
         recorder.clock.enter("")
-        recorder.first("optimizer_state", lambda: optimizer_bytes(self.optimizer.optimizer))
+        if not recorder.bytes["optimizer_state"]:
+            recorder.bytes["optimizer_state"] = optimizer_bytes(self.optimizer.optimizer)
         *losses, norm, tokens, supervised = update.numbers
         step = Step(
             step=self.state.global_step,

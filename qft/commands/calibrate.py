@@ -12,6 +12,7 @@ import torch
 from qft.calibration.accept import Acceptance, perplexity, quantizer_for
 from qft.calibration.quantizer import Quantizer
 from qft.calibration.source import Source
+from qft.data.prepare import Prepared
 from qft.documents.calibration import CalibrationReport
 from qft.errors import GateError, MissingError, RunError
 from qft.files import write_json, write_text
@@ -26,12 +27,13 @@ from qft.run.folder import Run, record_base, start_calibration
 __all__ = ["calibrate", "find_plan"]
 
 
-def find_plan(loaded: LoadedRecipe) -> tuple[CalibrationPlan, Path | None]:
-    """The plan, and the run whose adapter is to be merged first, where model.path names one."""
+def find_plan(loaded: LoadedRecipe, trained: Prepared | None = None) -> tuple[CalibrationPlan, Path | None]:
+    """The plan, and the run whose adapter is to be merged first, where model.path names one. `trained` is the
+    recipe's data section as a training has it, if it has been encoded."""
     path = Path(loaded.recipe.model.path)
     run = Run(path)
     if not run.manifest():
-        return plan_calibration(loaded), None
+        return plan_calibration(loaded, trained=trained), None
     if not run.adapter.is_dir() and not run.full_model.is_dir():
         raise MissingError(f"{path}: the run has neither an adapter nor a model; it did not complete")
     base = load(run.folder / "recipe.yaml").recipe.model
@@ -118,7 +120,7 @@ def _report(
         bytes_before=plan.model.shape.parameters * getattr(torch, plan.model.dtype).itemsize,
         bytes_after=acceptance.attempts[-1].weight_bytes,
         layers=quantizer.errors(),
-        peak_bytes=max(_beyond(peak, before, meter.on_gpu), process.peak_bytes),
+        peak_bytes=max(peak.beyond(before), process.peak_bytes),
         peak_host_bytes=max(peak.host, process.peak_host_bytes),
         block_seconds=quantizer.block_seconds,
         tokens_per_second=quantizer.tokens_per_second(),
@@ -140,7 +142,3 @@ def _needed_bytes(plan: CalibrationPlan) -> int:
     weights = (plan.model.shape.parameters - linears) * 2 + linears * (bits + 1) / 8
     tokens = sum(map(len, plan.data.windows)) + sum(len(row["input_ids"]) for row in plan.data.verify)
     return int(2 * weights + 2 * 2 * tokens * plan.model.shape.hidden_size * 4)
-
-
-def _beyond(peak: Snapshot, before: Snapshot, on_gpu: bool) -> int:
-    return max(peak.gpu - before.gpu if on_gpu else peak.host - before.host, 0)

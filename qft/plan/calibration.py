@@ -10,6 +10,7 @@ from torch import nn
 
 from qft.checkpoint.skeleton import find_blocks, without_contents
 from qft.data.calibration import CalibrationData, calibration_data
+from qft.data.prepare import Prepared
 from qft.machine.device import Device
 from qft.plan.model import ModelPlan, Problem, plan_model, refuse, require_device
 from qft.plan.packages import missing_engine, missing_packages
@@ -83,9 +84,13 @@ class CalibrationPlan:
         }
 
 
-def plan_calibration(loaded: LoadedRecipe, model: ModelPlan | None = None) -> CalibrationPlan:
-    """Decide everything. `model` is what is quantized; None: the recipe's own. Raises RecipeError for what model or
-    device cannot do; MissingError, DataError, ModelError as the layers below."""
+def plan_calibration(
+    loaded: LoadedRecipe, model: ModelPlan | None = None, *, trained: Prepared | None = None
+) -> CalibrationPlan:
+    """Decide everything. `model` is what is quantized, if it is not the recipe's own; `trained` is the recipe's data
+    section as a training has it, if it has been encoded.
+
+    Raises RecipeError for what model or device cannot do; MissingError, DataError, ModelError as the layers below."""
     recipe = loaded.recipe
     refuse(loaded, _problems(recipe, model.device if model else require_device(loaded)))
     # How training holds the base says nothing here: the calibration starts from the unquantized weights.
@@ -97,7 +102,7 @@ def plan_calibration(loaded: LoadedRecipe, model: ModelPlan | None = None) -> Ca
     assert recipe.calibrate is not None
     engine = CATALOGUE[recipe.calibrate.engine]
     if engine.by_plugin:
-        return _by_plugin(loaded.having(adapter=AdapterSection()), model)
+        return _by_plugin(loaded.having(adapter=AdapterSection()), model, trained)
     linears, blocks = linear_layers(model)
     skipped = recipe.calibrate.skip_modules
     taken = {name for name in linears if name.startswith(f"{blocks}.") and not _is_skipped(name, skipped)}
@@ -108,11 +113,13 @@ def plan_calibration(loaded: LoadedRecipe, model: ModelPlan | None = None) -> Ca
         loaded=unquantized,
         model=model,
         schemes=schemes,
-        data=calibration_data(recipe, model.tokenizer, needs_windows=engine.needs_windows(scheme.activations)),
+        data=calibration_data(
+            recipe, model.tokenizer, needs_windows=engine.needs_windows(scheme.activations), trained=trained
+        ),
     )
 
 
-def _by_plugin(loaded: LoadedRecipe, model: ModelPlan) -> CalibrationPlan:
+def _by_plugin(loaded: LoadedRecipe, model: ModelPlan, trained: Prepared | None) -> CalibrationPlan:
     """The plan of engine custom; `model` is that of the unquantized model."""
     quantized = plan_model(loaded)
     assert quantized.plugin is not None
@@ -123,7 +130,7 @@ def _by_plugin(loaded: LoadedRecipe, model: ModelPlan) -> CalibrationPlan:
         loaded=loaded,
         model=model,
         schemes={},
-        data=calibration_data(loaded.recipe, model.tokenizer, needs_windows=False),
+        data=calibration_data(loaded.recipe, model.tokenizer, needs_windows=False, trained=trained),
         quantized=quantized,
     )
 

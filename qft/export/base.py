@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from qft.export.gate.facts import Facts, transformers_facts
+from qft.model.merge import MergedWeights
 from qft.model.target import Target
 from qft.plan import ModelPlan
 from qft.progress import View
 from qft.recipe import LoadedRecipe
-from qft.recipe.schema import ExportGate
+from qft.recipe.schema import ExportGate, MergeInto
 from qft.run.folder import Run
 
-__all__ = ["Exporter", "Job", "Limits", "MergeInto", "Packages", "Read"]
+__all__ = ["Exporter", "Job", "Limits", "Packages", "Read"]
 
-MergeInto = Literal["dequantized", "original"]
 Read = Callable[[str], torch.Tensor | None]
 """A weight of an artifact by its name in the model; None: it has none."""
 Packages = tuple[tuple[str, str], ...]
@@ -66,6 +67,11 @@ class Job:
 
     def without_adapter(self) -> Target:
         return replace(self.target, adapter=None)
+
+    @cached_property
+    def weights(self) -> MergedWeights:
+        """What of the merged model is known without reading its base. Raises ModelError for what cannot be merged."""
+        return MergedWeights(self.plan, self.adapter, self.dtype, self.merge_into)
 
     @property
     def dtype(self) -> str:

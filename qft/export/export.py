@@ -14,7 +14,7 @@ from typing import Any
 
 from qft.documents.export import ExportDocument, Gate, LoadCheck
 from qft.errors import GateError, MissingError, RecipeError, RunError
-from qft.export.base import Exporter, Job, MergeInto
+from qft.export.base import Exporter, Job
 from qft.export.card import model_card
 from qft.export.deploy.check import check_loads, environments, weight_format
 from qft.export.gate.verify import Reference, reference, verify
@@ -30,7 +30,7 @@ from qft.machine.device import versions
 from qft.model.target import parse_target
 from qft.progress import View
 from qft.recipe import LoadedRecipe, load
-from qft.recipe.schema import ExportSection
+from qft.recipe.schema import ExportSection, MergeInto
 from qft.registry import SIDE
 from qft.run.folder import Run
 

@@ -11,7 +11,6 @@ from qft.export.gate.facts import QUESTION, Facts, rendered
 from qft.export.targets import merged
 from qft.export.targets.modelfile import modelfile
 from qft.export.targets.quantized import EIGHT_BITS, EIGHT_BITS_ORIGINAL, FOUR_BITS, FOUR_BITS_ORIGINAL
-from qft.export.weights import MergedWeights
 from qft.files import write_text
 from qft.gguf.llamacpp import FILE_TYPES, LlamaCpp, quantize
 from qft.model.load import generation_config
@@ -54,10 +53,8 @@ def _needed_bytes(kind: str) -> Callable[[Job], int]:
         """Of the merged model, and of the file or files made of it. Raises ModelError for what GGUF cannot hold."""
         from qft.gguf import require_writable
 
-        weights = MergedWeights(job)
-        config = merged.merged_config(job, weights)
-        require_writable(config, job.plan.tokenizer, UNQUANTIZED[job.dtype] if kind in FILE_TYPES else kind)
-        return (3 if kind in FILE_TYPES else 2) * merged.folder_bytes(weights)
+        require_writable(job.weights.config, job.plan.tokenizer, UNQUANTIZED[job.dtype] if kind in FILE_TYPES else kind)
+        return (3 if kind in FILE_TYPES else 2) * job.weights.folder_bytes
 
     return needed_bytes
 
@@ -85,7 +82,7 @@ def facts(model: LlamaCpp, job: Job, folder: Path, texts: Sequence[str]) -> Fact
 def reader(job: Job, folder: Path) -> Read:
     from qft.gguf import read_gguf
 
-    return read_gguf(_file(folder), merged.merged_config(job, MergedWeights(job)))
+    return read_gguf(_file(folder), job.weights.config)
 
 
 def _file(folder: Path) -> Path:

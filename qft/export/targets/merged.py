@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import copy
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 
-from qft.checkpoint.weights import save_tensors, tensors_in, write_index
+from qft.checkpoint.weights import tensors_in
 from qft.export.base import Exporter, Job, Limits, Read
-from qft.export.weights import MergedWeights
 from qft.files import atomic_folder
-from qft.model.load import generation_config, load_base
+from qft.model.load import load_base
 from qft.plan import plan_folder
 
-__all__ = ["MERGED", "folder_bytes", "load", "merged_config", "merged_folder", "needed_bytes", "write"]
+__all__ = ["MERGED", "load", "merged_folder", "needed_bytes", "write"]
 
 USAGE = """\
 ```python
@@ -33,17 +30,7 @@ vLLM: `vllm serve FOLDER`.
 
 def write(job: Job, folder: Path) -> None:
     """One safetensors file for each block and one for the rest, configuration and tokenizer."""
-    weights = MergedWeights(job)
-    for number, tensors in enumerate(weights.groups(), start=-1):
-        name = "model-outside" if number < 0 else f"model-block-{number:05}"
-        save_tensors(tensors, folder / f"{name}.safetensors")
-    write_index(folder)
-    merged_config(job, weights).save_pretrained(folder)
-    generation_config(job.plan).save_pretrained(folder)
-    job.plan.tokenizer.save_pretrained(folder)
-    if job.plan.recipe.model.trust_remote_code:
-        for path in job.plan.checkpoint.folder.glob("*.py"):
-            shutil.copyfile(path, folder / path.name)
+    job.weights.write(folder)
 
 
 def merged_folder(job: Job) -> Path:
@@ -57,21 +44,8 @@ def merged_folder(job: Job) -> Path:
     return whole
 
 
-def merged_config(job: Job, weights: MergedWeights) -> Any:
-    """The configuration of the merged model."""
-    config = copy.deepcopy(weights.model.config)
-    config.dtype, config.architectures = job.dtype, [job.plan.shape.architecture]
-    config.tie_word_embeddings = config.tie_word_embeddings and not weights.unties
-    return config
-
-
 def needed_bytes(job: Job) -> int:
-    return folder_bytes(MergedWeights(job))
-
-
-def folder_bytes(weights: MergedWeights) -> int:
-    """Of the weights; 16 MiB stand for everything else."""
-    return weights.bytes + 2**24
+    return job.weights.folder_bytes
 
 
 def load(job: Job, folder: Path) -> Any:

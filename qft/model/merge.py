@@ -165,7 +165,8 @@ class MergedWeights:
     @property
     def folder_bytes(self) -> int:
         """What `write` needs: the weights, and 16 MiB that stand for everything else."""
-        return sum(self.known[name].numel() * self.dtype.itemsize for name in self.names) + 2**24
+        numbers = sum(self.known[name].numel() for name in self.names)
+        return int(numbers * self.dtype.itemsize) + 2**24
 
     def _tensor(self, base: Read, name: str) -> torch.Tensor:
         meta = self.known[name]

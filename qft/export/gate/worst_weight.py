@@ -6,7 +6,8 @@ import math
 
 import torch
 
-from qft.export.base import Job, Read
+from qft.export.job import Job
+from qft.export.targets.base import Read
 
 __all__ = ["worst_weight"]
 

@@ -132,7 +132,7 @@ def test_linears_are_quantized_and_the_rest_is_as_the_recipe_says(plugin: Path, 
     assert (
         plan.model.shape.linear_parameters - up + scales + 2 * rest
         <= held
-        <= plan.shape.linear_parameters + 2 * rest + 4096
+        <= plan.model.shape.linear_parameters + 2 * rest + 4096
     )
 
 

@@ -63,6 +63,13 @@ class CalibrationPlan:
         """Of engine llmcompressor; None with the others."""
         return self.calibrate.algorithm if self.calibrate.engine == "llmcompressor" else None
 
+    def scheme_facts(self) -> dict[str, Any]:
+        """How the layers are held, as reports tell it."""
+        if self.quantized:
+            return dict(self.quantized.quantization)
+        scheme = asdict(next(scheme for scheme in self.schemes.values() if scheme))
+        return scheme | ({"algorithm": self.algorithm} if self.algorithm else {})
+
     def facts(self) -> dict[str, Any]:
         """The plan as plain values, for `qft check --json` and the run folder."""
         return {
@@ -77,14 +84,14 @@ class CalibrationPlan:
         }
 
 
-def plan_calibration(loaded: LoadedRecipe) -> CalibrationPlan:
-    """Decide everything. Raises RecipeError for what model or device cannot do; MissingError, DataError, ModelError as
-    the layers below."""
+def plan_calibration(loaded: LoadedRecipe, model: ModelPlan | None = None) -> CalibrationPlan:
+    """Decide everything. `model` is what is quantized; None: the recipe's own. Raises RecipeError for what model or
+    device cannot do; MissingError, DataError, ModelError as the layers below."""
     recipe = loaded.recipe
-    device = require_device(loaded)
-    refuse(loaded, _problems(recipe, device))
+    refuse(loaded, _problems(recipe, model.device if model else require_device(loaded)))
     # How training holds the base says nothing here: the calibration starts from the unquantized weights.
-    model = plan_model(loaded.having(quant=QuantSection(), adapter=AdapterSection()))
+    unquantized = loaded.having(quant=QuantSection(), adapter=AdapterSection())
+    model = model or plan_model(unquantized)
     if model.checkpoint.quantization:
         text = "is already quantized; start from the unquantized model, or from a run whose base is unquantized"
         refuse(loaded, [("model.path", text)])
@@ -99,7 +106,7 @@ def plan_calibration(loaded: LoadedRecipe) -> CalibrationPlan:
     refuse(loaded, _layer_problems(recipe.calibrate, schemes, linears))
     needs_windows = recipe.calibrate.engine in ("autoround", "llmcompressor") or scheme.activations == "static"
     return CalibrationPlan(
-        loaded=model.loaded,
+        loaded=unquantized,
         model=model,
         schemes=schemes,
         data=calibration_data(recipe, model.tokenizer, needs_windows=needs_windows),

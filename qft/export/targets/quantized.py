@@ -3,18 +3,17 @@ and compressed-tensors. What that costs is measured against the merged model."""
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from qft.commands.calibrate import calibrate
+from qft.calibration.accept import quantize_folder
 from qft.errors import RecipeError
 from qft.export.job import Job
 from qft.export.targets.base import Exporter, Limits
 from qft.export.targets.merged import Merged, load_folder, merged_folder
-from qft.recipe import LoadedRecipe
-from qft.recipe.schema import AdapterSection, CalibrateSection, EvalSection, QuantSection
+from qft.plan import plan_calibration, plan_folder
+from qft.recipe.schema import CalibrateSection
 
 __all__ = ["Bnb4Bit", "Bnb8Bit", "CompressedTensors"]
 
@@ -34,24 +33,11 @@ class Quantized(Exporter):
         return 2 * job.weights.folder_bytes
 
     def write(self, job: Job, folder: Path) -> dict[str, Any]:
-        """Raises GateError if calibrate.accept is not met, and what `calibrate` raises."""
-        whole = merged_folder(job)
+        """Raises GateError if calibrate.accept is not met, and what `plan_calibration` raises."""
+        model = plan_folder(merged_folder(job), job.plan.recipe.model, job.dtype)
+        plan = plan_calibration(job.loaded.having(calibrate=self.section(job)), model)
         with TemporaryDirectory(dir=job.scratch) as work:
-            report = calibrate(_recipe(job, self.section(job), whole, Path(work) / "quantized"), job.view)
-            assert report.result is not None
-            for path in Path(report.result).iterdir():
-                if path.name != "calibration.json":  # it tells of the merged folder, which is gone
-                    shutil.move(path, folder / path.name)
-                    (folder / path.name).chmod(0o644)
-        last = report.attempts[-1]
-        return {
-            "engine": report.engine,
-            "scheme": report.scheme,
-            "kl": last.kl_mean,
-            "top1_agreement": last.top1_agreement,
-            "perplexity_change": last.perplexity_change.value,
-            "layers_in_more_bits": last.kept,
-        }
+            return quantize_folder(plan, folder, Path(work), job.view)
 
     def load(self, job: Job, folder: Path) -> Any:
         return load_folder(job, folder)
@@ -97,11 +83,3 @@ class CompressedTensors(Quantized):
             text = f"{section.engine} writes its own format, not compressed-tensors: use autoround or rtn"
             raise RecipeError(job.loaded.problem("calibrate.engine", text))
         return section
-
-
-def _recipe(job: Job, section: CalibrateSection, whole: Path, out: Path) -> LoadedRecipe:
-    """The run's recipe as one that calibrates the merged model."""
-    model = {"path": str(whole.resolve()), "revision": None, "dtype": job.dtype}
-    own = {"model": model, "calibrate": section, "output_dir": str(out.resolve())}
-    quiet = {} if section.accept.score_drop is not None else {"eval": EvalSection()}
-    return job.loaded.having(**own, **quiet, quant=QuantSection(), adapter=AdapterSection())

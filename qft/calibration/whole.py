@@ -118,7 +118,7 @@ class WholeQuantizer:
 
     def _by_llmcompressor(self, folder: Path) -> None:
         plan, calibrate = self.plan, self.plan.calibrate
-        source, windows = self._unquantized_folder(), self.work / "windows.jsonl"
+        source, windows = self.source.folder(), self.work / "windows.jsonl"
         write_text(windows, plan.data.as_jsonl())
         job = {
             "model": str(source),
@@ -148,19 +148,9 @@ class WholeQuantizer:
         assert self.plan.quantized is not None
         if not self.source.run:
             return self.plan.quantized
-        folder = self._unquantized_folder()
+        folder = self.source.folder()
         checkpoint = dataclasses.replace(self.plan.model.checkpoint, folder=folder, gguf_file=None, hub_id=None)
         return dataclasses.replace(self.plan.quantized, checkpoint=checkpoint)
-
-    def _unquantized_folder(self) -> Path:
-        """Where the unquantized model lies as safetensors, with its tokenizer: written here if it does nowhere else."""
-        if not self.source.run and not self.plan.model.checkpoint.gguf_file:
-            return self.plan.model.checkpoint.folder
-        with atomic_folder(self.work / "unquantized") as folder:
-            self.source.load().save_pretrained(folder)
-            self.plan.model.tokenizer.save_pretrained(folder)
-        gc.collect()
-        return self.work / "unquantized"
 
     def _note_layers(self, before: nn.Module, after: nn.Module) -> None:
         held = dict(after.named_modules())

@@ -31,7 +31,7 @@ from qft.plan import ModelPlan
 from qft.quant.engines import Block, LayerScheme, find_engine
 from qft.recipe.schema import MergeInto
 
-__all__ = ["MergedWeights", "add_delta"]
+__all__ = ["MergedWeights", "Read", "add_delta"]
 
 Read = Callable[[str], torch.Tensor]
 """From the name of a tensor in the model to its value."""

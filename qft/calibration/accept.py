@@ -13,7 +13,6 @@ from transformers import set_seed
 from qft.calibration.blockwise import BlockQuantizer
 from qft.calibration.quantizer import Quantizer, Trial
 from qft.calibration.source import Source
-from qft.calibration.streamed import StreamedModel
 from qft.calibration.task import QuantizeTask
 from qft.calibration.whole import WholeQuantizer, load_result
 from qft.documents.calibration import Attempt, Check
@@ -48,14 +47,14 @@ def quantizer_for(plan: CalibrationPlan, source: Source, work: Path, view: View)
         remedy=calibrate.remedy == "auto",
         max_bytes=calibrate.max_bytes,
     )
-    return BlockQuantizer(StreamedModel(plan.model, source.read()), task, work, view)
+    return BlockQuantizer(source.stream(), task, work, view)
 
 
 def quantize_folder(plan: CalibrationPlan, folder: Path, work: Path, view: View) -> dict[str, Any]:
     """Quantize the planned model into `folder`, and say how that went; `work` is for what is made on the way.
 
     Raises GateError if calibrate.accept is not met, and leaves `folder` as it was then."""
-    source = Source(plan.model)
+    source = Source(plan.model, work)
     with memory_guard("calibrating"):
         acceptance = Acceptance(plan, source, quantizer_for(plan, source, work, view), view)
         if not acceptance.write(folder):

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from qft.calibration.streamed import Read
-from qft.checkpoint.weights import read_weights
+from qft.calibration.streamed import StreamedModel
+from qft.files import atomic_folder
 from qft.model.load import load_base
-from qft.model.target import load_target, parse_target
-from qft.plan import ModelPlan
+from qft.model.merge import MergedWeights
+from qft.model.target import require_same_base
+from qft.plan import ModelPlan, plan_folder
+from qft.run.folder import Run
 
 __all__ = ["Source"]
 
@@ -22,26 +23,36 @@ class Source:
     """Where the weights come from."""
 
     plan: ModelPlan
+    work: Path
+    """Where the model is written if it must lie in files, and does not."""
     run: Path | None = None
     """The run whose adapter is merged into them; None: they are those of plan.checkpoint."""
 
-    def read(self) -> Read:
-        """From a parameter's name to its value."""
-        if self.run is None:
-            return read_weights(self.plan.checkpoint.with_weights())
-        weights: dict[str, torch.Tensor] = self.load(device="cpu").state_dict()
-        return weights.__getitem__
+    @cached_property
+    def weights(self) -> MergedWeights:
+        """Raises ModelError for an adapter that cannot be merged, or not into this base."""
+        adapter = Run(self.run).adapter if self.run else None
+        if adapter:
+            require_same_base(adapter, self.plan)
+        return MergedWeights(self.plan, adapter, self.plan.dtype, "original")
 
-    def load(self, device: str | None = None) -> Any:
+    def stream(self) -> StreamedModel:
+        """The model, one block at a time; merged as it is read."""
+        checkpoint = replace(self.plan.checkpoint, config=self.weights.config)
+        return StreamedModel(replace(self.plan, checkpoint=checkpoint), self.weights.reader())
+
+    def folder(self) -> Path:
+        """The model as safetensors, with its tokenizer."""
+        if not self.run and not self.plan.checkpoint.gguf_file:
+            return self.plan.checkpoint.with_weights().folder
+        whole = self.work / "unquantized"
+        if not whole.exists():
+            with atomic_folder(whole) as folder:
+                self.weights.write(folder)
+        return whole
+
+    def load(self) -> Any:
         """The whole model, ready to run."""
-        if self.run is None:
+        if not self.run:
             return load_base(self.plan)
-        section = self.plan.recipe.model
-        changes = {
-            "device": device or section.device,
-            "dtype": self.plan.dtype,
-            "attn_implementation": section.attn_implementation,
-        }
-        target = parse_target(f"{self.run}@merged", adapter=None, data=None)
-        target = replace(target, loaded=target.loaded.having(model=changes))
-        return load_target(target, target.plan())
+        return load_base(plan_folder(self.folder(), self.plan.recipe.model, self.plan.dtype))

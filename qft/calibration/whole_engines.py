@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from pathlib import Path
 from qft.calibration.quantizer import EngineProcess
 from qft.calibration.source import Source
 from qft.errors import ModelError
-from qft.files import atomic_folder, write_json, write_text
+from qft.files import write_json, write_text
 from qft.model.load import load_base
 from qft.plan import CalibrationPlan, ModelPlan
 from qft.progress import View
@@ -30,17 +29,6 @@ class WholeJob:
     work: Path
     """A folder for what is made on the way."""
     view: View
-
-    def unquantized_folder(self) -> Path:
-        """Where the unquantized model lies as safetensors, with its tokenizer: written here if it does nowhere else."""
-        checkpoint = self.plan.model.checkpoint
-        if not self.source.run and not checkpoint.gguf_file:
-            return checkpoint.folder
-        with atomic_folder(self.work / "unquantized") as folder:
-            self.source.load().save_pretrained(folder)
-            self.plan.model.tokenizer.save_pretrained(folder)
-        gc.collect()
-        return self.work / "unquantized"
 
 
 def write_by_plugin(job: WholeJob, folder: Path) -> EngineProcess:
@@ -63,7 +51,7 @@ def _plugin_plan(job: WholeJob) -> ModelPlan:
     assert job.plan.quantized is not None
     if not job.source.run:
         return job.plan.quantized
-    folder = job.unquantized_folder()
+    folder = job.source.folder()
     checkpoint = dataclasses.replace(job.plan.model.checkpoint, folder=folder, gguf_file=None, hub_id=None)
     return dataclasses.replace(job.plan.quantized, checkpoint=checkpoint)
 
@@ -71,7 +59,7 @@ def _plugin_plan(job: WholeJob) -> ModelPlan:
 def write_by_llmcompressor(job: WholeJob, folder: Path) -> EngineProcess:
     """By an algorithm of llm-compressor, in a process of calibrate.engine_python. Raises ModelError if it fails."""
     plan, calibrate = job.plan, job.plan.calibrate
-    source, windows = job.unquantized_folder(), job.work / "windows.jsonl"
+    source, windows = job.source.folder(), job.work / "windows.jsonl"
     write_text(windows, plan.data.as_jsonl())
     asked = {
         "model": str(source),

@@ -55,12 +55,12 @@ def calibrate(loaded: LoadedRecipe, view: View, *, resume: bool = False, overwri
             f"{plan.recipe.output_dir}: calibrate.engine {plan.calibrate.engine} quantizes the whole model at once, "
             "and leaves nothing to resume from; use --overwrite to start again"
         )
-    run = start_calibration(plan, _needed_bytes(plan), resume=resume, overwrite=overwrite)
+    run = start_calibration(plan, _needed_bytes(plan, merged_run), resume=resume, overwrite=overwrite)
     try:
         with run.failure_noted(), memory_guard("calibrating"), Meter(plan.model.device.kind) as meter:
             before = meter.settled()
             meter.restart()
-            acceptance = _begin(plan, Source(plan.model, merged_run), run, view)
+            acceptance = _begin(plan, Source(plan.model, run.work, merged_run), run, view)
             accepted = acceptance.write(run.full_model, lambda folder: _record(run, plan, acceptance.quantizer, folder))
             report = _report(acceptance, run.full_model if accepted else None, meter, before, started)
     finally:
@@ -131,9 +131,9 @@ def _report(
     )
 
 
-def _needed_bytes(plan: CalibrationPlan) -> int:
-    """Room for the blocks, the model made of them, and two sets of hidden states; for engines that take the whole model
-    its unquantized weights, and the result twice."""
+def _needed_bytes(plan: CalibrationPlan, merged_run: Path | None) -> int:
+    """Room for the blocks, the model made of them, two sets of hidden states, and the merged model if its scores are
+    asked; for engines that take the whole model its unquantized weights, and the result twice."""
     if plan.engine.whole_model:
         return plan.model.shape.parameters * 2 * 3
     quantized = sum(scheme.bits if scheme else 0 for scheme in plan.schemes.values())
@@ -141,4 +141,6 @@ def _needed_bytes(plan: CalibrationPlan) -> int:
     linears = plan.model.shape.linear_parameters
     weights = (plan.model.shape.parameters - linears) * 2 + linears * (bits + 1) / 8
     tokens = sum(map(len, plan.data.windows)) + sum(len(row["input_ids"]) for row in plan.data.verify)
+    if merged_run and plan.calibrate.accept.score_drop is not None:
+        weights += plan.model.shape.parameters
     return int(2 * weights + 2 * 2 * tokens * plan.model.shape.hidden_size * 4)

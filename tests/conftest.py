@@ -24,8 +24,8 @@ import pytest
 import torch
 import yaml
 
-from tests.support.gguf import remember_files
-from tests.support.models import byte_tokenizer, save_package_model, tiny_llama
+from tests.support.gguf import remember_files, save_package_model
+from tests.support.models import byte_tokenizer, tiny_llama
 from tests.support.once import once
 from tests.support.plugins import SHIPPED
 from tests.support.rows import chat, write_jsonl
@@ -59,7 +59,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def package_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def package_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of the package model, dequantized to float32 by transformers, where its GGUF file is not the point."""
     with pytest.MonkeyPatch.context() as patch:
         remember_files(patch)

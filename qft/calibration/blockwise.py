@@ -29,7 +29,8 @@ from qft.documents.evaluation import LayerError
 from qft.files import write_json
 from qft.measure.likelihood import Verification, compare
 from qft.progress import View
-from qft.quant.engines import Block, Engine, Held, LayerScheme, find_engine
+from qft.quant.engines import Block, Engine, QuantizedLayer, find_engine
+from qft.quant.layer import LayerScheme
 
 __all__ = ["BlockQuantizer"]
 
@@ -88,7 +89,7 @@ class BlockQuantizer:
         return next((path for path in found if path.exists()), self._shard(number, 0))
 
     def metadata(self, number: int, attempt: int) -> dict[str, str]:
-        """Held.metadata of that file, by full names."""
+        """QuantizedLayer.metadata of that file, by full names."""
         found: dict[str, str] = json.loads(self.shard(number, attempt).with_suffix(".json").read_text("utf-8"))
         return found
 
@@ -233,7 +234,7 @@ class BlockQuantizer:
             full, layer = f"{self.model.name(number)}.{name}", _linear(block, name)
             if schemes[full] == before[full]:
                 own, told = (_of_layer(full, found) for found in (tensors, metadata))
-                held[name] = Held(self.engine.restore(layer, own, wanted[name]), own, told)
+                held[name] = QuantizedLayer(self.engine.restore(layer, own, wanted[name]), own, told)
         raised = {name: scheme for name, scheme in wanted.items() if name not in held}
         if raised:
             held |= find_engine(RAISED_BY).quantize(Block(self.model.name(number), copy.deepcopy(block), raised))
@@ -248,7 +249,7 @@ class BlockQuantizer:
         prefix = f"{self.model.name(number)}."
         return {name.removeprefix(prefix): s for name, s in schemes.items() if s and name.startswith(prefix)}
 
-    def _write(self, number: int, attempt: int, block: nn.Module, held: Mapping[str, Held]) -> None:
+    def _write(self, number: int, attempt: int, block: nn.Module, held: Mapping[str, QuantizedLayer]) -> None:
         prefix = self.model.name(number)
         rest = {
             name: p.data for name, p in block.named_parameters() if not any(name.startswith(f"{own}.") for own in held)

@@ -14,21 +14,19 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
-import bitsandbytes as bnb
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
-from peft.utils.integrations import dequantize_bnb_weight
 from torch import nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
 from qft.documents.evaluation import LayerError
 from qft.errors import ModelError
 from qft.memory.meter import weight_bytes
 from qft.model.merge import add_delta
+from qft.quant.dequantize import dequantized_weight, is_quantized
 from qft.quant.skipping import skip_entry
 
 __all__ = ["block_errors", "inputs_seen", "layer_errors", "suggest_skip_modules"]
@@ -240,10 +238,6 @@ def _linear(module: nn.Module | None) -> nn.Module | None:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
-def _is_quantized(linear: nn.Module) -> bool:
-    return isinstance(linear.weight, bnb.nn.Params4bit | bnb.nn.Int8Params) or hasattr(linear, "dequantize")
-
-
 def _device(layer: nn.Module) -> torch.device:
     return next(layer.parameters()).device
 
@@ -251,21 +245,13 @@ def _device(layer: nn.Module) -> torch.device:
 def _input_dtype(layer: nn.Module, given: torch.dtype) -> torch.dtype:
     """What to give a layer. Quantized ones take any dtype, but recast their bias to it, so it is the bias's."""
     linear: Any = _linear(layer)
-    decides = linear.bias if _is_quantized(linear) else linear.weight
+    decides = linear.bias if is_quantized(linear) else linear.weight
     return given if decides is None else decides.dtype
 
 
 def _weight(layer: Any, name: str) -> torch.Tensor:
     """The weight that the layer multiplies with, float32 [out, in]: dequantized, active adapters added."""
-    linear: Any = _linear(layer)
-    held = linear.weight.detach()
-    if hasattr(linear, "dequantize"):  # a plugin's
-        held = linear.dequantize().detach()
-    elif _is_quantized(linear):
-        held = dequantize_bnb_weight(linear.weight, state=getattr(linear, "state", None))
-    elif is_traceable_wrapper_subclass(held):  # torchao's
-        held = linear.weight.dequantize()
-    weight: torch.Tensor = held.float()
+    weight = dequantized_weight(_linear(layer)).float()
     if isinstance(layer, BaseTunerLayer) and not layer.disable_adapters and not layer.merged:
         for adapter in layer.active_adapters:
             weight = _with_adapter(layer, adapter, weight, name)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from qft.calibration.task import Schemes
 from qft.documents.evaluation import LayerError
-from qft.quant.engines import LayerScheme
+from qft.quant.layer import LayerScheme
 
 __all__ = ["RAISED_BY", "remedies"]
 

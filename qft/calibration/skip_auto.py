@@ -21,7 +21,6 @@ from qft.files import require_free_space
 from qft.memory.guard import memory_guard
 from qft.plan import Plan, linear_layers
 from qft.progress import View
-from qft.quant.engines import LayerScheme
 from qft.run.folder import Run
 
 __all__ = ["choose_skip_modules", "skipped_before"]
@@ -72,12 +71,11 @@ def skipped_before(folder: Path) -> SkippedModules:
 
 def _task(plan: Plan) -> QuantizeTask:
     """Every layer of the blocks as the training holds it, measured on a few training rows."""
-    quant = plan.recipe.quant
-    four = quant.mode == "4bit"
-    scheme = LayerScheme(quant.quant_type, 4) if four else LayerScheme("int", 8, activations="dynamic")
+    scheme = plan.model.scheme
+    assert scheme.engine is not None
     inputs, blocks = linear_layers(plan.model)
-    schemes = {name: scheme if name.startswith(f"{blocks}.") else None for name in inputs}
-    return QuantizeTask("bitsandbytes", schemes, rows=list(_rows(plan.data.train)))
+    schemes = {name: scheme.layer if name.startswith(f"{blocks}.") else None for name in inputs}
+    return QuantizeTask(scheme.engine, schemes, rows=list(_rows(plan.data.train)))
 
 
 def _rows(train: Dataset) -> Dataset:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qft.quant.engines import LayerScheme
+from qft.quant.layer import LayerScheme
 
 __all__ = ["QuantizeTask", "Schemes"]
 
@@ -21,7 +21,7 @@ class QuantizeTask:
     engine: str
     schemes: Schemes
     rows: Sequence[Mapping[str, Any]]
-    """Held-out rows that tell what it does to the model: input_ids and labels."""
+    """QuantizedLayer-out rows that tell what it does to the model: input_ids and labels."""
     windows: Sequence[Sequence[int]] = ()
     """Token ids that the engine looks at."""
     iters: int = 0

@@ -129,7 +129,7 @@ class WholeQuantizer:
 
 def load_result(plan: CalibrationPlan, folder: Path) -> PreTrainedModel:
     """The quantized model in `folder`, loaded as anybody would. Raises ModelError if it says of no quantization."""
-    plugin = plan.quantized.plugin if plan.quantized else None
+    plugin = plan.quantized.scheme.plugin if plan.quantized else None
     quant = QuantSection(mode="custom", plugin=plugin.path) if plugin else None
     found = plan_folder(folder, plan.model.recipe.model, plan.model.dtype, quant)
     if not found.checkpoint.quantization:

@@ -34,14 +34,15 @@ class WholeJob:
 def write_by_plugin(job: WholeJob, folder: Path) -> EngineProcess:
     """By the code of quant.plugin, as transformers loads and saves. Raises ModelError if that fails."""
     plan = _plugin_plan(job)
-    assert plan.plugin is not None
-    job.view.note(f"Quantizing the whole model by {plan.plugin.path}")
+    plugin = plan.scheme.plugin
+    assert plugin is not None
+    job.view.note(f"Quantizing the whole model by {plugin.path}")
     model = load_base(plan)
     try:
         model.save_pretrained(folder)
     except Exception as error:  # code of the user's fails in any way
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        text = f"quant.plugin: {plan.plugin.path}: the model that it quantized cannot be saved: {reason}"
+        text = f"quant.plugin: {plugin.path}: the model that it quantized cannot be saved: {reason}"
         raise ModelError(text) from error
     return EngineProcess()
 
@@ -67,7 +68,7 @@ def write_by_llmcompressor(job: WholeJob, folder: Path) -> EngineProcess:
         "trust_remote_code": plan.recipe.model.trust_remote_code,
         "windows": str(windows),
         "algorithm": calibrate.algorithm,
-        "scheme": dataclasses.asdict(next(scheme for scheme in plan.schemes.values() if scheme)),
+        "scheme": next(scheme for scheme in plan.schemes.values() if scheme).facts(),
         "ignore": [name for name, scheme in plan.schemes.items() if scheme is None],
         "seed": plan.seed,
         "output": str(folder),

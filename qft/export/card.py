@@ -79,10 +79,7 @@ def _origin(job: Job, document: ExportDocument) -> str:
 
 
 def _scheme(job: Job) -> str:
-    kinds = {"none": job.plan.dtype, "8bit": "8 bits (LLM.int8())"}
-    if job.plan.scheme == "4bit":
-        return f"4 bits ({job.plan.quantization.get('bnb_4bit_quant_type', '4-bit')})"
-    return kinds.get(job.plan.scheme, job.plan.scheme)
+    return job.plan.scheme.short_words()
 
 
 def _data(job: Job) -> str:

@@ -70,8 +70,7 @@ class Job:
     @property
     def dtype(self) -> str:
         """In which the run multiplied its weights."""
-        computed = self.plan.quantization.get("bnb_4bit_compute_dtype", self.plan.dtype)
-        return str(computed)
+        return self.plan.scheme.compute_dtype
 
     @cached_property
     def weights(self) -> MergedWeights:
@@ -87,7 +86,7 @@ class Job:
 
     def settled(self, *, regrids: bool) -> Job:
         """The job with what `auto` means for a target that does, or does not, round to the grid of a 4-bit base."""
-        loses = self.asked == "auto" and self.merge_into and regrids and self.plan.scheme == "4bit"
+        loses = self.asked == "auto" and self.merge_into and regrids and self.plan.scheme.quant_type
         return self.onto_original if loses else self
 
 
@@ -111,7 +110,7 @@ def find_job(folder: Path, loaded: LoadedRecipe, options: ExportOptions, view: V
     target = parse_target(str(folder), adapter=None, data=None)
     view.note("Reading the configuration")
     plan = target.plan()
-    quantized = target.adapter is not None and plan.scheme != "none"
+    quantized = target.adapter is not None and plan.scheme.name != "none"
     asked = options.merge_into or loaded.recipe.export.merge_into
     if options.merge_into and not quantized:
         raise RecipeError(f"--merge-into {asked}: has no meaning for a run whose base is not quantized")

@@ -7,7 +7,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
@@ -17,6 +16,7 @@ from qft.errors import ModelError
 from qft.files import atomic_folder
 from qft.memory.guard import memory_guard
 from qft.plan import Plan
+from qft.quant.dequantize import dequantized_weight, is_quantized
 
 __all__ = ["CHANGES_BASE", "attach_adapter", "save_adapter", "save_full", "with_adapter"]
 
@@ -83,10 +83,9 @@ def _start_from_quantization_error(model: PeftModel, plan: Plan) -> None:
     base_name = "base_model.model."
     for name, module in model.named_modules():
         base = getattr(module, "base_layer", None)
-        if not isinstance(base, bnb.nn.Linear4bit):
+        if base is None or not is_quantized(base):
             continue
-        weight = base.weight
-        held = bnb.functional.dequantize_4bit(weight.data, weight.quant_state).float()
+        held = dequantized_weight(base).float()
         error = original(f"{name.removeprefix(base_name)}.weight").to(held.device, torch.float32) - held
         u, s, v = torch.linalg.svd(error, full_matrices=False)
         r = module.r["default"]

@@ -6,15 +6,13 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
-from transformers.quantizers import AutoQuantizationConfig
 
 from qft.checkpoint.weights import dequantized
 from qft.errors import ModelError, QftError
 from qft.memory.guard import memory_guard
 from qft.plan import ModelPlan
-from qft.quant.hold import SCHEMES
 
-__all__ = ["generation_config", "load_base", "settle"]
+__all__ = ["generation_config", "load_base"]
 
 
 def load_base(plan: ModelPlan) -> PreTrainedModel:
@@ -26,16 +24,8 @@ def load_base(plan: ModelPlan) -> PreTrainedModel:
             raise
         except (ValueError, OSError, ImportError, KeyError) as error:
             raise ModelError(f"{plan.checkpoint.path}: cannot be loaded: {str(error).splitlines()[0]}") from error
-    if plan.plugin:
-        plan.plugin.require_layers(model)
-    settle(model, plan.scheme)
+    plan.scheme.settle(model)
     return model
-
-
-def settle(model: torch.nn.Module, scheme: str) -> None:
-    """Bring a freshly loaded model into the state that training and saving rely on. Called after every load."""
-    if scheme in SCHEMES:
-        SCHEMES[scheme].after_load(model)
 
 
 def _load(plan: ModelPlan) -> PreTrainedModel:
@@ -47,10 +37,7 @@ def _load(plan: ModelPlan) -> PreTrainedModel:
     }
     if model.attn_implementation != "auto":
         arguments["attn_implementation"] = model.attn_implementation
-    if plan.plugin:
-        plan.plugin.activate()
-    if plan.quantization:
-        arguments["quantization_config"] = AutoQuantizationConfig.from_dict(plan.quantization)
+    arguments |= plan.scheme.load_arguments()
     if plan.checkpoint.gguf_file:
         # transformers reads a GGUF file or quantizes, not both at once: dequantize first, then load from memory.
         whole = dequantized(plan.checkpoint, arguments["dtype"])

@@ -16,19 +16,16 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers.integrations.bitsandbytes import dequantize_bnb_weight
-from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qft.checkpoint.skeleton import find_blocks, without_contents
 from qft.checkpoint.weights import read_weights, save_tensors, write_index
 from qft.errors import ModelError
 from qft.model.load import generation_config
 from qft.plan import ModelPlan
-from qft.quant.engines import Block, LayerScheme, find_engine
+from qft.quant.hold import Scheme
 from qft.recipe.schema import MergeInto
 
 __all__ = ["MergedWeights", "Read", "add_delta"]
@@ -186,12 +183,8 @@ class MergedWeights:
 
     def _is_quantized(self, module: str) -> bool:
         """Whether training held this layer in few bits, and the result is to hold what it held."""
-        skipped = self.plan.quantization.get("llm_int8_skip_modules", [])
-        return (
-            self.scheme is not None
-            and type(self.linears.get(module)) is nn.Linear
-            and should_convert_module(module, skipped)
-        )
+        is_linear = type(self.linears.get(module)) is nn.Linear
+        return self.scheme is not None and is_linear and self.scheme.quantizes(module)
 
     def _source(self, base: Read, name: str) -> torch.Tensor:
         """The original weight in the dtype in which the base was loaded; of tied ones, whichever the files have."""
@@ -205,12 +198,9 @@ class MergedWeights:
         return value.to(getattr(torch, self.plan.dtype)) if value.is_floating_point() else value
 
     def _dequantized(self, module: str, weight: torch.Tensor) -> torch.Tensor:
-        """What bitsandbytes makes of the weight, as training held it: on the same kind of device."""
+        """What the scheme makes of the weight, as training held it: on the same kind of device."""
         assert self.scheme is not None
-        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-        layer.weight = nn.Parameter(weight.to(self.plan.device.kind), requires_grad=False)
-        double = bool(self.plan.quantization.get("bnb_4bit_use_double_quant", True))
-        return _round_trip(layer, self.scheme, double).cpu()
+        return self.scheme.round_trip(weight.to(self.plan.device.kind)).cpu()
 
     def _cast(self, value: torch.Tensor, meta: torch.Tensor) -> torch.Tensor:
         return value.cpu().to(self.dtype).contiguous() if meta.is_floating_point() else value.cpu().contiguous()
@@ -225,7 +215,7 @@ class MergedWeights:
             raise ModelError(f"{self.adapter.folder}: changes {strange[0]}, {text}")
 
 
-def _scheme(plan: ModelPlan, onto: MergeInto | None) -> LayerScheme | None:
+def _scheme(plan: ModelPlan, onto: MergeInto | None) -> Scheme | None:
     """How training held the base's linear layers, if the result is to hold the same values."""
     if plan.checkpoint.quantization:
         raise ModelError(
@@ -233,25 +223,9 @@ def _scheme(plan: ModelPlan, onto: MergeInto | None) -> LayerScheme | None:
         )
     if onto != "dequantized":
         return None
-    if plan.scheme == "4bit":
-        return LayerScheme(plan.quantization["bnb_4bit_quant_type"], 4)
-    if plan.scheme == "8bit":
-        return LayerScheme("int", 8, activations="dynamic")
+    if plan.scheme.engine:
+        return plan.scheme
     raise ModelError(
-        f"{plan.checkpoint.path}: is held by {plan.scheme}, whose values only its own code can dequantize: merge into "
-        "the original weights (--merge-into original), or export --to adapter"
+        f"{plan.checkpoint.path}: is held by {plan.scheme.name}, whose values only its own code can dequantize: merge "
+        "into the original weights (--merge-into original), or export --to adapter"
     )
-
-
-def _round_trip(layer: Any, scheme: LayerScheme, double_quant: bool) -> torch.Tensor:
-    """The layer's weight, quantized by bitsandbytes and dequantized again."""
-    if scheme.data_type == "int":
-        block = Block("", nn.ModuleDict({"layer": layer}), {"layer": scheme})
-        module: Any = find_engine("bitsandbytes").quantize(block)["layer"].module
-        held: torch.Tensor = dequantize_bnb_weight(module.weight, state=module.state)
-        return held
-    weight = bnb.nn.Params4bit(
-        layer.weight.data, requires_grad=False, quant_type=scheme.data_type, compress_statistics=double_quant
-    ).to(layer.weight.device)
-    dequantized: torch.Tensor = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
-    return dequantized

@@ -159,5 +159,6 @@ def require_same_base(adapter: Path, plan: ModelPlan) -> None:
 def _require_same_plugin(part: Path, plan: ModelPlan, made: str) -> None:
     """What a run has made (its adapter, its model) belongs to the plugin as it was then."""
     plugin = Run(part.parent).manifest().get("plugin")
-    if plugin and plan.plugin and plugin["path"] == plan.plugin.path and plugin["sha256"] != plan.plugin.sha256:
-        raise ModelError(f"{part}: quant.plugin ({plan.plugin.path}) has changed since this was {made}")
+    now = plan.scheme.plugin
+    if plugin and now and plugin["path"] == now.path and plugin["sha256"] != now.sha256:
+        raise ModelError(f"{part}: quant.plugin ({now.path}) has changed since this was {made}")

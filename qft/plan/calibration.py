@@ -14,8 +14,8 @@ from qft.data.prepare import Prepared
 from qft.machine.device import Device
 from qft.plan.model import ModelPlan, Problem, plan_model, refuse, require_device
 from qft.plan.packages import missing_engine, missing_packages
-from qft.quant.engines import LayerScheme
 from qft.quant.engines.llmcompressor import find_problem
+from qft.quant.layer import LayerScheme
 from qft.recipe import LoadedRecipe, Recipe
 from qft.recipe.catalogue import CATALOGUE, EngineRow
 from qft.recipe.schema import AdapterSection, CalibrateSection, QuantSection
@@ -66,9 +66,9 @@ class CalibrationPlan:
     def scheme_facts(self) -> dict[str, Any]:
         """How the layers are held, as reports tell it."""
         if self.quantized:
-            return dict(self.quantized.quantization)
-        scheme = asdict(next(scheme for scheme in self.schemes.values() if scheme))
-        return scheme | ({"algorithm": self.algorithm} if self.algorithm else {})
+            return self.quantized.scheme.config()
+        scheme = next(scheme for scheme in self.schemes.values() if scheme)
+        return scheme.facts() | ({"algorithm": self.algorithm} if self.algorithm else {})
 
     def facts(self) -> dict[str, Any]:
         """The plan as plain values, for `qft check --json` and the run folder."""
@@ -77,8 +77,8 @@ class CalibrationPlan:
             "model": self.model.facts(),
             "engine": self.calibrate.engine,
             "algorithm": self.algorithm,
-            "schemes": {name: scheme and asdict(scheme) for name, scheme in self.schemes.items()},
-            "quantization": self.quantized and _quantization(self.quantized),
+            "schemes": {name: scheme and scheme.facts() for name, scheme in self.schemes.items()},
+            "quantization": self.quantized and self.quantized.scheme.facts(),
             "data": {"audit": self.data.audit and asdict(self.data.audit), "warnings": list(self.data.warnings)}
             | {"verify_rows": len(self.data.verify)},
         }
@@ -122,8 +122,8 @@ def plan_calibration(
 def _by_plugin(loaded: LoadedRecipe, model: ModelPlan, trained: Prepared | None) -> CalibrationPlan:
     """The plan of engine custom; `model` is that of the unquantized model."""
     quantized = plan_model(loaded)
-    assert quantized.plugin is not None
-    unserializable = quantized.plugin.unserializable(quantized.quantization)
+    assert quantized.scheme.plugin is not None
+    unserializable = quantized.scheme.plugin.unserializable(quantized.scheme.config())
     if unserializable:
         refuse(loaded, [("quant.plugin", unserializable)])
     return CalibrationPlan(
@@ -133,10 +133,6 @@ def _by_plugin(loaded: LoadedRecipe, model: ModelPlan, trained: Prepared | None)
         data=calibration_data(loaded.recipe, model.tokenizer, needs_windows=False, trained=trained),
         quantized=quantized,
     )
-
-
-def _quantization(plan: ModelPlan) -> dict[str, Any]:
-    return {"scheme": plan.scheme, **plan.quantization, "plugin": asdict(plan.plugin) if plan.plugin else None}
 
 
 def _problems(recipe: Recipe, device: Device) -> Iterator[Problem]:

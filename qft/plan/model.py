@@ -21,8 +21,7 @@ from qft.checkpoint.find import Checkpoint, find_checkpoint, load_tokenizer
 from qft.checkpoint.skeleton import without_contents
 from qft.errors import RecipeError
 from qft.machine.device import Device, find_device
-from qft.quant.hold import SCHEMES, prequantized
-from qft.quant.hold.custom import Plugin, load_plugin
+from qft.quant.hold import Scheme, contradictions, find_scheme
 from qft.recipe import LoadedRecipe, Recipe
 from qft.recipe.load import from_values
 from qft.recipe.schema import ModelSection, QuantSection
@@ -69,12 +68,8 @@ class ModelPlan:
     shape: Shape
     dtype: str
     """Of the weights that are not quantized."""
-    scheme: str
-    """Key of SCHEMES, or the method of a plugin or of a checkpoint that comes quantized."""
-    quantization: dict[str, Any]
-    """Arguments of the quantization config; empty if nothing is quantized here."""
-    plugin: Plugin | None
-    """The code of quant.plugin; None unless the recipe names one."""
+    scheme: Scheme
+    """How its linear layers are held."""
 
     @property
     def recipe(self) -> Recipe:
@@ -93,22 +88,11 @@ def plan_model(loaded: LoadedRecipe, lora: dict[str, Any] | None = None) -> Mode
     recipe = loaded.recipe
     device = require_device(loaded)
     refuse(loaded, device_problems(recipe, device))
-    plugin = load_plugin(Path(recipe.quant.plugin)) if recipe.quant.plugin else None
     checkpoint = find_checkpoint(recipe)
     if checkpoint.quantization:
-        refuse(loaded, prequantized.contradictions(checkpoint.quantization, loaded, plugin))
+        refuse(loaded, contradictions(checkpoint.quantization, loaded))
     dtype = _dtype(recipe, device)
     shape = _shape(loaded, checkpoint, lora)
-    compute_dtype = recipe.quant.compute_dtype if recipe.quant.compute_dtype != "auto" else dtype
-    if checkpoint.quantization:
-        scheme, quantization = prequantized.mode(checkpoint.quantization), {}
-    elif plugin:
-        scheme, quantization = plugin.method, plugin.config([*shape.heads, *recipe.quant.skip_modules])
-    else:
-        scheme, quant = recipe.quant.mode, recipe.quant
-        if quant.skip_modules == "auto":  # which ones, only a measurement can tell: see with_skip_modules
-            quant = quant.having(skip_modules=())
-        quantization = SCHEMES[scheme].config(quant, compute_dtype, list(shape.heads))
     return ModelPlan(
         loaded=loaded,
         device=device,
@@ -116,9 +100,7 @@ def plan_model(loaded: LoadedRecipe, lora: dict[str, Any] | None = None) -> Mode
         tokenizer=load_tokenizer(checkpoint, recipe),
         shape=shape,
         dtype=dtype,
-        scheme=scheme,
-        quantization=quantization,
-        plugin=plugin,
+        scheme=find_scheme(recipe.quant, checkpoint.quantization, dtype, shape.heads),
     )
 
 

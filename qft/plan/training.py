@@ -16,7 +16,6 @@ from qft.data.prepare import Prepared, prepare
 from qft.machine.device import Device
 from qft.plan.model import ModelPlan, Problem, Shape, device_problems, plan_model, refuse, require_device
 from qft.plan.packages import missing_packages
-from qft.quant.hold import prequantized
 from qft.recipe import LoadedRecipe, Recipe
 
 __all__ = ["Plan", "make_plan"]
@@ -55,11 +54,8 @@ class Plan:
         return {
             "device": asdict(self.model.device),
             "model": self.model.facts(),
-            "quantization": {
-                "scheme": self.model.scheme,
-                **(self.model.quantization or self.model.checkpoint.quantization),
-                "plugin": asdict(self.model.plugin) if self.model.plugin else None,
-            },
+            "quantization": self.model.scheme.facts(),
+            "held_as": self.model.scheme.words(),
             "skip_modules": self.recipe.quant.skip_modules,
             "adapter": self.lora,
             "training": self.training,
@@ -82,7 +78,7 @@ def make_plan(loaded: LoadedRecipe) -> Plan:
     refuse(loaded, [*device_problems(recipe, device), *_training_problems(recipe, device)])
     lora = _lora_arguments(recipe) if recipe.adapter.kind == "lora" else None
     model = plan_model(loaded, lora)
-    refuse(loaded, [*_trainability(recipe, model), *_length_problems(recipe, model.shape)])
+    refuse(loaded, [*model.scheme.problems(recipe), *_length_problems(recipe, model.shape)])
     data = prepare(recipe.data, model.tokenizer, recipe.seed)
     if recipe.eval.metrics and data.eval and max(data.eval["answer_start"]) < 0:
         refuse(loaded, [("eval.metrics", "the held-out rows are plain text, which has no answers to score; remove it")])
@@ -98,35 +94,8 @@ def with_skip_modules(plan: Plan, names: Sequence[str]) -> Plan:
     """The plan once quant.skip_modules auto has become `names`."""
     model = plan.model
     chosen = {"skip_modules": names, "skip_budget_bits": None, "skip_budget_bytes": None}
-    skipped = {"llm_int8_skip_modules": [*model.shape.heads, *names]}
-    changed = dataclasses.replace(
-        model, loaded=model.loaded.having(quant=chosen), quantization=model.quantization | skipped
-    )
+    changed = dataclasses.replace(model, loaded=model.loaded.having(quant=chosen), scheme=model.scheme.leaving(names))
     return dataclasses.replace(plan, model=changed)
-
-
-def _trainability(recipe: Recipe, model: ModelPlan) -> Iterator[Problem]:
-    checkpoint = model.checkpoint
-    if not checkpoint.quantization:
-        if model.plugin and (reason := model.plugin.untrainable(model.quantization)):
-            yield "quant.plugin", reason
-        return
-    if recipe.adapter.kind == "none":
-        yield (
-            "adapter.kind",
-            f"the checkpoint is quantized ({prequantized.method(checkpoint.quantization)}), and quantized weights "
-            "cannot be trained themselves: set it to lora",
-        )
-    reason = prequantized.untrainable(checkpoint.quantization)
-    if reason:
-        yield "model.path", reason
-    if recipe.train.torch_compile:
-        yield "train.torch_compile", "a quantized base cannot be compiled for training; set it to false"
-    if recipe.adapter.init_lora_weights not in ("default", "gaussian"):
-        yield (
-            "adapter.init_lora_weights",
-            f"{recipe.adapter.init_lora_weights} needs the unquantized weights, and this checkpoint has none",
-        )
 
 
 def _length_problems(recipe: Recipe, shape: Shape) -> Iterator[Problem]:

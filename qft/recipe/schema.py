@@ -113,6 +113,11 @@ class QuantSection(Section):
     skip_budget_bytes: int | None = Field(None, ge=1)
     """Bytes that the linear layers may take more in all, for skip_modules auto."""
 
+    @property
+    def named_skips(self) -> tuple[str, ...]:
+        """skip_modules, none as long as auto is to choose them."""
+        return () if self.skip_modules == "auto" else self.skip_modules
+
 
 class AdapterSection(Section):
     """What is trained on top of the base weights."""

@@ -219,7 +219,7 @@ def _require_same(run: Run, plan: AnyPlan, digests: dict[str, str | None], fixed
 
 def _plugin(plan: AnyPlan) -> dict[str, Any] | None:
     quantized = plan.quantized if isinstance(plan, CalibrationPlan) else None
-    plugin = (quantized or plan.model).plugin
+    plugin = (quantized or plan.model).scheme.plugin
     return asdict(plugin) if plugin else None
 
 

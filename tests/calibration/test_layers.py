@@ -20,6 +20,7 @@ from qft.documents.evaluation import LayerError
 from qft.errors import ModelError
 from qft.memory.meter import weight_bytes
 from qft.quant.hold import SCHEMES
+from qft.recipe.schema import QuantSection
 from tests.support.models import tiny_llama
 
 # Those of pyproject.toml, which hold under `-W error` as well when they are given here.
@@ -42,7 +43,7 @@ def quantized(folder: Path, skip: Sequence[str] = (), dtype: torch.dtype = torch
     """
     config = BitsAndBytesConfig(llm_int8_skip_modules=["lm_head", *skip], **settings or {"load_in_4bit": True} | NF4)
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype, device_map="cpu")
-    SCHEMES["4bit"].after_load(model)
+    SCHEMES["4bit"](QuantSection(mode="4bit"), "float32", ()).settle(model)
     return model.eval()
 
 

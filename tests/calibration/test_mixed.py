@@ -11,9 +11,10 @@ import pytest
 import torch
 import yaml
 
+from qft.calibration.skip_auto import choose_skip_modules
 from qft.commands.evaluate import EvalOptions, evaluate
 from qft.commands.train import train
-from qft.documents.training import Report
+from qft.documents.training import Report, SkippedModules
 from qft.errors import QftError, RecipeError
 from qft.model.load import load_base
 from qft.plan import make_plan
@@ -85,6 +86,32 @@ def test_int8_is_measured_as_int8(recipe: RecipeFile) -> None:
     skipped = trained(recipe(preset=..., mode="8bit", skip_budget_bytes=WEIGHTS)).skipped_modules
     assert skipped is not None
     assert skipped.kl_after <= skipped.kl_before < 0.01
+
+
+def chosen(path: Path) -> SkippedModules:
+    return choose_skip_modules(make_plan(load(path)), View())
+
+
+def test_scales_are_measured_as_they_are_held(recipe: RecipeFile) -> None:
+    shapes = [m.weight.shape for m in tiny_llama().model.modules() if isinstance(m, torch.nn.Linear)]
+    measured, expected = [], []
+    for double_quant in (False, True):
+        path = recipe(double_quant=double_quant, skip_budget_bytes=WEIGHTS)
+        measured.append(chosen(path))
+        scheme = make_plan(load(path)).model.scheme
+        expected.append(sum(scheme.weight_bytes(*shape) or 0 for shape in shapes))
+    description = 200  # bytes of JSON at most, of each layer
+    for skipped, held in zip(measured, expected, strict=True):
+        assert held < skipped.linear_bytes_before < held + len(shapes) * description
+    assert abs(expected[1] - expected[0]) > 0.05 * expected[0]
+    assert measured[0].kl_before != measured[1].kl_before
+
+
+def test_outliers_are_measured_from_the_threshold_on(recipe: RecipeFile) -> None:
+    held = ({"preset": ..., "mode": "8bit", "threshold": threshold} for threshold in (0.25, 6.0))
+    low, usual = (chosen(recipe(**quant, skip_budget_bytes=WEIGHTS)) for quant in held)
+    assert low.linear_bytes_before == usual.linear_bytes_before
+    assert low.kl_before < usual.kl_before  # what is multiplied in 16 bits loses less
 
 
 def test_a_resumed_run_keeps_its_choice(recipe: RecipeFile, tmp_path: Path) -> None:

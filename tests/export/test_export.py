@@ -135,7 +135,8 @@ def rms(difference: torch.Tensor) -> float:
 
 def unrounded_merge(job: Job, folder: Path) -> Any:
     """The weights that bfloat16 held, with the delta added and everything computed in float32."""
-    plan = replace(job.plan, quantization=job.plan.quantization | {"bnb_4bit_compute_dtype": "float32"})
+    scheme: Any = job.plan.scheme
+    plan = replace(job.plan, scheme=replace(scheme, compute_dtype="float32"))
     folder.mkdir()
     EXPORTERS["merged"].write(replace(job, plan=plan), folder)
     return AutoModelForCausalLM.from_pretrained(folder)

@@ -76,7 +76,7 @@ def nf4_folder(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Pa
 
 def test_a_quantized_checkpoint_brings_its_own_configuration(nf4_folder: Path, recipe_file: RecipeFile) -> None:
     plan = make_plan(load(recipe_file(model={"path": str(nf4_folder)}, quant=None)))
-    assert plan.model.scheme == "4bit"
+    assert plan.model.scheme.name == "4bit"
     model = attach_adapter(load_base(plan.model), plan)
     layer = model.base_model.model.model.layers[0].mlp.up_proj.base_layer
     assert layer.weight.quant_type == "nf4"

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from qft.calibration.whole_engines import WHOLE_ENGINES
-from qft.quant.engines import ENGINES, LayerScheme, find_engine
+from qft.quant.engines import ENGINES, find_engine
+from qft.quant.layer import LayerScheme
 from qft.recipe.catalogue import CATALOGUE, SCHEME_FIELDS, block_engines
 from qft.recipe.schema import CalibrateSection
 

@@ -26,7 +26,8 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qft.calibration.layer_errors import layer_errors
 from qft.memory.meter import weight_bytes
-from qft.quant.engines import Block, Held, LayerScheme, find_engine
+from qft.quant.engines import Block, QuantizedLayer, find_engine
+from qft.quant.layer import LayerScheme
 from qft.recipe.catalogue import CATALOGUE
 from tests.support.models import byte_tokenizer, tiny_llama
 
@@ -74,7 +75,7 @@ class Written:
 
     folder: Path
     model: Any
-    held: dict[str, Held] = field(default_factory=dict)
+    held: dict[str, QuantizedLayer] = field(default_factory=dict)
     originals: dict[str, Any] = field(default_factory=dict)
     """The unquantized layers."""
 

@@ -25,7 +25,7 @@ from qft.model.adapter import attach_adapter
 from qft.model.load import load_base
 from qft.plan import make_plan
 from qft.progress import View
-from qft.quant.hold.custom import load_plugin
+from qft.quant.hold.plugin import load_plugin
 from qft.recipe import load
 from tests.support.cli import qft
 from tests.support.models import plain_loss, tiny_llama
@@ -201,7 +201,7 @@ def test_a_quantized_folder_is_saved_loaded_trained_and_evaluated(
 
     path = recipe_file("int8.yaml", quant=custom("mine.py"), model={"path": str(folder)}, data=held_out, train=HARD)
     plan = make_plan(load(path))
-    assert plan.model.scheme == "int8_symmetric"
+    assert plan.model.scheme.name == "int8_symmetric"
     again = load_base(plan.model)
     assert type(again.model.layers[0].mlp.up_proj).__name__ == "Int8Linear"
     assert torch.equal(logits(again), logits(model))

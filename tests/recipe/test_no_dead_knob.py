@@ -39,7 +39,7 @@ def training(plan: Plan) -> Any:
 
 
 def quantization(plan: Plan) -> Any:
-    return BitsAndBytesConfig(**plan.model.quantization).to_dict()
+    return BitsAndBytesConfig(**plan.model.scheme.config()).to_dict()
 
 
 def lora(plan: Plan) -> Any:

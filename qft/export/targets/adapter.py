@@ -14,8 +14,6 @@ from qft.model.target import load_target
 
 __all__ = ["Adapter"]
 
-BASES = {"none": "a 16-bit", "4bit": "a bnb-4bit", "8bit": "a bnb-8bit"}
-
 
 class Adapter(Exporter):
     engine = library = "peft"
@@ -36,7 +34,7 @@ weights it is not quite the same model.
         _require_adapter(job)
         section = job.loaded.recipe.adapter
         special = ", with DoRA or modules_to_save" if section.use_dora or section.modules_to_save else ""
-        return f"adapter on {BASES.get(job.plan.scheme, f'a {job.plan.scheme}')} base{special}"
+        return f"adapter on a {job.plan.scheme.weight_format} base{special}"
 
     def needed_bytes(self, job: Job) -> int:
         return sum(p.stat().st_size for p in job.adapter.iterdir()) if job.adapter else 0

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from qft.quant.engines.base import Block, Engine, Held, LayerScheme
+from qft.quant.engines.base import Block, Engine, QuantizedLayer
 
-__all__ = ["ENGINES", "Block", "Engine", "Held", "LayerScheme", "find_engine"]
+__all__ = ["ENGINES", "Block", "Engine", "QuantizedLayer", "find_engine"]
 
 
 def _autoround() -> Engine:

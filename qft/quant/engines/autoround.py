@@ -9,8 +9,9 @@ import torch
 from auto_round import AutoRound as Tuner
 from torch import nn
 
-from qft.quant.engines.base import Block, Held, LayerScheme
+from qft.quant.engines.base import Block, QuantizedLayer
 from qft.quant.engines.compressed import CompressedTensors, hold
+from qft.quant.layer import LayerScheme
 
 __all__ = ["AutoRound"]
 
@@ -22,7 +23,7 @@ BATCH = 8
 
 
 class AutoRound(CompressedTensors):
-    def quantize(self, block: Block) -> dict[str, Held]:
+    def quantize(self, block: Block) -> dict[str, QuantizedLayer]:
         originals = {name: _copy(block.module.get_submodule(name)) for name in block.schemes}
         _tune(block)
         held = {}
@@ -96,7 +97,7 @@ def _copy(layer: Any) -> Any:
     return made
 
 
-def _hold(original: Any, tuned: Any, scheme: LayerScheme) -> Held:
+def _hold(original: Any, tuned: Any, scheme: LayerScheme) -> QuantizedLayer:
     """auto-round counts from zero up, compressed-tensors from the middle of the range."""
     device, dtype = original.weight.device, original.weight.dtype
     scale = tuned.scale.to(device, dtype).reshape(original.out_features, -1)

@@ -9,23 +9,11 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-__all__ = ["Block", "Engine", "Held", "LayerScheme", "only_scheme"]
+from qft.quant.layer import LayerScheme
+
+__all__ = ["Block", "Engine", "QuantizedLayer", "only_scheme"]
 
 Tensors = dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class LayerScheme:
-    """How one linear layer is held."""
-
-    data_type: str
-    """int, float, nf4 or fp4."""
-    bits: int
-    group_size: int = -1
-    """Weights of a row that share a scale; -1: all of it."""
-    symmetric: bool = True
-    activations: str = "none"
-    """none, dynamic or static."""
 
 
 @dataclass
@@ -49,7 +37,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Held:
+class QuantizedLayer:
     """One linear layer as an engine holds it."""
 
     module: nn.Module
@@ -64,11 +52,11 @@ class Held:
 class Engine(Protocol):
     """One way to quantize the linear layers of a model that is trained."""
 
-    def quantize(self, block: Block) -> dict[str, Held]:
+    def quantize(self, block: Block) -> dict[str, QuantizedLayer]:
         """Each layer of block.schemes."""
 
     def restore(self, layer: nn.Linear, tensors: Tensors, scheme: LayerScheme) -> nn.Module:
-        """The module of a Held from its tensors; `layer` is the unquantized one."""
+        """The module of a QuantizedLayer from its tensors; `layer` is the unquantized one."""
 
     def config(self, schemes: Mapping[str, LayerScheme | None], dtype: torch.dtype) -> dict[str, Any]:
         """quantization_config of the result's config.json; `schemes` of every linear layer by its full name (the output
@@ -78,9 +66,9 @@ class Engine(Protocol):
     def header(self, held: Mapping[str, str], others: Sequence[str]) -> dict[str, str]:
         """What the header of a safetensors file must hold beside {"format": "pt"}; empty if nothing.
 
-        `held` is Held.metadata of the layers in the file, by full names (<block>.<layer>.<name>); `others` are the
-        full names of the file's tensors that are in no Held. transformers adds the files' headers up in the order of
-        their names, and the last word on a key holds: in the last file by name, `held` is that of all files together.
+        `held` is the metadata of the quantized layers in the file, by full names (<block>.<layer>.<name>); `others` are
+        the full names of the tensors that belong to none. transformers adds the files' headers up in the order of their
+        names, and the last word on a key holds: in the last file by name, `held` is that of all files together.
         """
 
 

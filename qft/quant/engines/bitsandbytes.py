@@ -1,7 +1,7 @@
 """nf4 and fp4 (arXiv:2305.14314), and LLM.int8() (arXiv:2208.07339), by bitsandbytes and in its own format.
 
 Layers are the library's own, and what is written is their state_dict, as transformers writes it. LLM.int8() rounds
-weights by way of float16, and multiplies the columns in which any activation is above THRESHOLD in float16.
+weights by way of float16, and multiplies the columns in which any activation is above its threshold in float16.
 """
 
 from __future__ import annotations
@@ -14,18 +14,15 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
 
-from qft.quant.engines.base import Block, Held, LayerScheme, Tensors, only_scheme
+from qft.quant.engines.base import Block, QuantizedLayer, Tensors, only_scheme
+from qft.quant.layer import LayerScheme
 from qft.quant.skipping import skip_entry
 
 __all__ = ["BitsAndBytes"]
 
-THRESHOLD = 6.0
-"""Magnitude of an activation from which on LLM.int8() multiplies its column in 16 bits: the paper's, and the default.
-"""
-
 
 class BitsAndBytes:
-    def quantize(self, block: Block) -> dict[str, Held]:
+    def quantize(self, block: Block) -> dict[str, QuantizedLayer]:
         return {name: _hold(block.module.get_submodule(name), scheme) for name, scheme in block.schemes.items()}
 
     def restore(self, layer: nn.Linear, tensors: Tensors, scheme: LayerScheme) -> nn.Module:
@@ -42,12 +39,12 @@ class BitsAndBytes:
 
     def config(self, schemes: Mapping[str, LayerScheme | None], dtype: torch.dtype) -> dict[str, Any]:
         scheme = only_scheme(schemes)
-        settings: dict[str, Any] = {"load_in_8bit": True, "llm_int8_threshold": THRESHOLD}
+        settings: dict[str, Any] = {"load_in_8bit": True, "llm_int8_threshold": scheme.threshold}
         if scheme.data_type != "int":
             settings = {
                 "load_in_4bit": True,
                 "bnb_4bit_quant_type": scheme.data_type,
-                "bnb_4bit_use_double_quant": True,
+                "bnb_4bit_use_double_quant": scheme.double_quant,
                 "bnb_4bit_compute_dtype": dtype,
             }
         skipped = [skip_entry(name, list(schemes)) for name, own in schemes.items() if own is None]
@@ -58,14 +55,17 @@ class BitsAndBytes:
         return {}
 
 
-def _hold(layer: Any, scheme: LayerScheme) -> Held:
+def _hold(layer: Any, scheme: LayerScheme) -> QuantizedLayer:
     held, device = _unfilled(layer, scheme), layer.weight.device
     if scheme.data_type == "int":
         # bitsandbytes rounds on the way from the host to the device, and weights that are there already not at all.
         held.weight = bnb.nn.Int8Params(layer.weight.data.cpu(), requires_grad=False).to(device)
     else:
-        held.weight = bnb.nn.Params4bit(layer.weight.data, quant_type=scheme.data_type, module=held).to(device)
-    return Held(held, {name: _own(tensor) for name, tensor in held.state_dict().items()})
+        weight = bnb.nn.Params4bit(
+            layer.weight.data, compress_statistics=scheme.double_quant, quant_type=scheme.data_type, module=held
+        )
+        held.weight = weight.to(device)
+    return QuantizedLayer(held, {name: _own(tensor) for name, tensor in held.state_dict().items()})
 
 
 def _unfilled(layer: nn.Linear, scheme: LayerScheme) -> Any:
@@ -73,7 +73,7 @@ def _unfilled(layer: nn.Linear, scheme: LayerScheme) -> Any:
     shape = layer.in_features, layer.out_features
     if scheme.data_type == "int":
         made = bnb.nn.Linear8bitLt(
-            *shape, bias=False, has_fp16_weights=False, threshold=THRESHOLD, device=torch.device("meta")
+            *shape, bias=False, has_fp16_weights=False, threshold=scheme.threshold, device=torch.device("meta")
         )
     else:
         made = bnb.nn.Linear4bit(
@@ -83,7 +83,7 @@ def _unfilled(layer: nn.Linear, scheme: LayerScheme) -> Any:
             quant_type=scheme.data_type,
             device=torch.device("meta"),
         )
-        # On CPUs with AVX512-BF16 the first forward would repack the weights in place; see qft/schemes/bnb_4bit.py.
+        # On CPUs with AVX512-BF16 the first forward would repack the weights in place; see qft/quant/hold/bnb_4bit.py.
         made.support_avx512bf16_for_cpu = False
     if layer.bias is not None:
         made.bias = nn.Parameter(layer.bias.data, requires_grad=False)

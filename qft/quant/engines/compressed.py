@@ -22,7 +22,8 @@ from compressed_tensors.quantization.lifecycle.forward import set_forward_quanti
 from compressed_tensors.quantization.utils import calculate_qparams
 from torch import nn
 
-from qft.quant.engines.base import Held, LayerScheme, Tensors
+from qft.quant.engines.base import QuantizedLayer, Tensors
+from qft.quant.layer import LayerScheme
 
 __all__ = ["CompressedTensors", "hold", "weight_scales"]
 
@@ -81,7 +82,7 @@ def hold(
     scale: torch.Tensor,
     zero_point: torch.Tensor,
     largest_input: float | None = None,
-) -> Held:
+) -> QuantizedLayer:
     """Round the weights of `layer` to these scales and zero points, both [out, groups]."""
     arguments = _arguments(scheme)
     state = {"weight": layer.weight.data, "weight_scale": scale, "weight_zero_point": zero_point.to(torch.int8)}
@@ -95,7 +96,7 @@ def hold(
     if layer.bias is not None:
         compressed["bias"] = layer.bias.data
     tensors = {name: tensor.contiguous() for name, tensor in compressed.items()}
-    return Held(_restore(layer, tensors, scheme), tensors)
+    return QuantizedLayer(_restore(layer, tensors, scheme), tensors)
 
 
 def _restore(layer: nn.Linear, tensors: Tensors, scheme: LayerScheme) -> nn.Module:

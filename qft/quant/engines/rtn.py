@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from qft.quant.engines.base import Block, Held
+from qft.quant.engines.base import Block, QuantizedLayer
 from qft.quant.engines.compressed import CompressedTensors, hold, weight_scales
 
 __all__ = ["RoundToNearest"]
 
 
 class RoundToNearest(CompressedTensors):
-    def quantize(self, block: Block) -> dict[str, Held]:
+    def quantize(self, block: Block) -> dict[str, QuantizedLayer]:
         held = {}
         for name, scheme in block.schemes.items():
             layer: Any = block.module.get_submodule(name)

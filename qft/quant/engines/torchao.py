@@ -16,7 +16,8 @@ from torchao.prototype.safetensors.safetensors_support import flatten_tensor_sta
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
 from transformers import TorchAoConfig
 
-from qft.quant.engines.base import Block, Held, LayerScheme, Tensors, only_scheme
+from qft.quant.engines.base import Block, QuantizedLayer, Tensors, only_scheme
+from qft.quant.layer import LayerScheme
 from qft.quant.skipping import skip_entry
 
 __all__ = ["TorchAo"]
@@ -26,7 +27,7 @@ PLAIN = '{"_type": "Tensor"}'
 
 
 class TorchAo:
-    def quantize(self, block: Block) -> dict[str, Held]:
+    def quantize(self, block: Block) -> dict[str, QuantizedLayer]:
         return {name: _hold(block.module.get_submodule(name), scheme) for name, scheme in block.schemes.items()}
 
     def restore(self, layer: nn.Linear, tensors: Tensors, scheme: LayerScheme) -> nn.Module:
@@ -49,12 +50,12 @@ class TorchAo:
         return described | {"tensor_names": json.dumps(list(described))}
 
 
-def _hold(layer: Any, scheme: LayerScheme) -> Held:
+def _hold(layer: Any, scheme: LayerScheme) -> QuantizedLayer:
     held = _quantized(layer, scheme, layer.weight.device)
     state = {f"layer.{name}": tensor for name, tensor in held.state_dict().items()}
     tensors, header = flatten_tensor_state_dict(state)
     del header["tensor_names"]
-    return Held(held, _within_layer(tensors), _within_layer(header))
+    return QuantizedLayer(held, _within_layer(tensors), _within_layer(header))
 
 
 def _within_layer(values: Mapping[str, Any]) -> dict[str, Any]:

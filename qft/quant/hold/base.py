@@ -1,21 +1,118 @@
-"""The Scheme protocol: one way to hold the weights of linear layers in few bits."""
+"""One way to hold the linear layers of a model in few bits while it is trained, evaluated or talked to."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
 
+import torch
 from torch import nn
+from transformers.quantizers import AutoQuantizationConfig
+from transformers.quantizers.quantizers_utils import should_convert_module
 
-from qft.recipe.schema import QuantSection
+from qft.quant.dequantize import dequantized_weight
+from qft.quant.engines import Block, find_engine
+from qft.quant.hold.plugin import Plugin
+from qft.quant.layer import LayerScheme
+from qft.recipe import Recipe
 
-__all__ = ["Scheme"]
+__all__ = ["Problem", "Scheme"]
+
+Problem = tuple[str, str]
+"""A field of the recipe, and what is wrong with it."""
 
 
-class Scheme(Protocol):
-    """What qft asks of a quantization scheme."""
+@dataclass(frozen=True)
+class Scheme:
+    """A scheme as one model has it. What is here holds for weights that nothing quantizes; each other kind says what
+    is otherwise."""
 
-    def config(self, quant: QuantSection, compute_dtype: str, heads: list[str]) -> dict[str, Any]:
-        """Arguments of BitsAndBytesConfig; empty if nothing is quantized. The output `heads` stay as they are."""
+    name: str
+    """As quant.mode calls it, or the method of a plugin or of a checkpoint that comes quantized."""
+    dtype: str
+    """Of the weights that are not quantized."""
+    skipped: tuple[str, ...] = ()
+    """Layers that stay as they are, as transformers matches them: the output heads, and quant.skip_modules."""
+    plugin: Plugin | None = None
+    """The code of quant.plugin that quantizes."""
 
-    def after_load(self, model: nn.Module) -> None:
-        """Settle what the library leaves in a state that training would stumble on. Called after every load."""
+    engine: ClassVar[str | None] = None
+    """Of `quant.engines`, the one that quantizes a single layer in this way."""
+
+    @property
+    def layer(self) -> LayerScheme | None:
+        """How a quantized layer is held; None: there is none, or only other code than ours knows."""
+        return None
+
+    @property
+    def quant_type(self) -> str | None:
+        """The 4-bit data type."""
+        return None
+
+    @property
+    def compute_dtype(self) -> str:
+        """In which weights are multiplied."""
+        return self.dtype
+
+    @property
+    def weight_format(self) -> str:
+        """What engines call weights that are held so."""
+        return self.name
+
+    def short_words(self) -> str:
+        """`4 bits (nf4)`"""
+        return self.name
+
+    def words(self) -> str:
+        """`4bit nf4, double quantization, computed in bfloat16, not lm_head`"""
+        return ", ".join([self.name, *([f"not {', '.join(self.skipped)}"] if self.skipped else [])])
+
+    def config(self) -> dict[str, Any]:
+        """Arguments of transformers' quantization config; empty: it is told nothing."""
+        return {}
+
+    def facts(self) -> dict[str, Any]:
+        """As plain values, for the plan."""
+        return {"scheme": self.name, **self.config(), "plugin": asdict(self.plugin) if self.plugin else None}
+
+    def load_arguments(self) -> dict[str, Any]:
+        """Arguments of from_pretrained that make it hold the layers so."""
+        if self.plugin:
+            self.plugin.activate()
+        config = self.config()
+        return {"quantization_config": AutoQuantizationConfig.from_dict(config)} if config else {}
+
+    def settle(self, model: nn.Module) -> None:
+        """Bring a loaded model into the state that training and saving rely on. Raises ModelError if it is not held
+        so."""
+        if self.plugin:
+            self.plugin.require_layers(model)
+
+    def problems(self, recipe: Recipe) -> Iterator[Problem]:
+        """What of the recipe cannot be trained on weights that are held so."""
+        return iter(())
+
+    def leaving(self, names: Sequence[str]) -> Scheme:
+        """The same with these layers left as they are too."""
+        return dataclasses.replace(self, skipped=(*self.skipped, *names))
+
+    def quantizes(self, layer: str) -> bool:
+        """Whether the linear layer of this name is held in few bits."""
+        converts: bool = should_convert_module(layer, list(self.skipped))
+        return converts
+
+    def weight_bytes(self, rows: int, columns: int) -> int | None:
+        """What the weight [rows, columns] of a quantized layer takes on the device, its scales and code books
+        included; None: only other code than ours knows."""
+        return rows * columns * int(getattr(torch, self.dtype).itemsize)
+
+    def round_trip(self, weight: torch.Tensor) -> torch.Tensor:
+        """A weight [rows, columns], quantized and dequantized again on its device. Only of schemes with an engine."""
+        assert self.engine is not None
+        assert self.layer is not None
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        block = Block("", nn.ModuleDict({"layer": linear}), {"layer": self.layer})
+        return dequantized_weight(find_engine(self.engine).quantize(block)["layer"].module)

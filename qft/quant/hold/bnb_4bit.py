@@ -2,30 +2,106 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import bitsandbytes as bnb
+import torch
 from torch import nn
 
+from qft.quant.hold.base import Scheme
+from qft.quant.layer import LayerScheme
 from qft.recipe.schema import QuantSection
 
 __all__ = ["Bnb4Bit"]
 
+BLOCK = 64
+"""Weights that share a scale."""
+NESTED_BLOCK = 256
+"""Scales that share one themselves, with double quantization."""
+CODES, NESTED_CODES = 2**4, 2**8
+"""Entries of the code books, in float32: each layer has its own."""
 
-class Bnb4Bit:
-    def config(self, quant: QuantSection, compute_dtype: str, heads: list[str]) -> dict[str, Any]:
+
+@dataclass(frozen=True)
+class Bnb4Bit(Scheme):
+    """4 bits."""
+
+    engine = "bitsandbytes"
+    quant_type: str = "nf4"
+    double_quant: bool = True
+    compute_dtype: str = "float32"
+    quant_storage: str = "uint8"
+    """Dtype of the tensors that the codes are packed in."""
+
+    @classmethod
+    def of(cls, quant: QuantSection, dtype: str, heads: Sequence[str]) -> Bnb4Bit:
+        return cls(
+            name="4bit",
+            dtype=dtype,
+            skipped=(*heads, *quant.named_skips),
+            quant_type=quant.quant_type,
+            double_quant=quant.double_quant,
+            compute_dtype=dtype if quant.compute_dtype == "auto" else quant.compute_dtype,
+            quant_storage=quant.quant_storage,
+        )
+
+    @classmethod
+    def of_checkpoint(cls, config: Mapping[str, Any], dtype: str) -> Bnb4Bit:
+        """As a checkpoint's own quantization config has it; what that leaves out is bitsandbytes' default."""
+        return cls(
+            name="4bit",
+            dtype=dtype,
+            skipped=tuple(config.get("llm_int8_skip_modules") or ()),
+            quant_type=config.get("bnb_4bit_quant_type", "fp4"),
+            double_quant=config.get("bnb_4bit_use_double_quant", False),
+            compute_dtype=config.get("bnb_4bit_compute_dtype", "float32"),
+            quant_storage=config.get("bnb_4bit_quant_storage", "uint8"),
+        )
+
+    @property
+    def layer(self) -> LayerScheme:
+        return LayerScheme(self.quant_type, 4, double_quant=self.double_quant)
+
+    @property
+    def weight_format(self) -> str:
+        return "bnb-4bit"
+
+    def short_words(self) -> str:
+        return f"4 bits ({self.quant_type})"
+
+    def words(self) -> str:
+        double = ["double quantization"] if self.double_quant else []
+        left = [f"not {', '.join(self.skipped)}"] if self.skipped else []
+        return ", ".join([f"4bit {self.quant_type}", *double, f"computed in {self.compute_dtype}", *left])
+
+    def config(self) -> dict[str, Any]:
         return {
             "load_in_4bit": True,
-            "bnb_4bit_quant_type": quant.quant_type,
-            "bnb_4bit_use_double_quant": quant.double_quant,
-            "bnb_4bit_compute_dtype": compute_dtype,
-            "bnb_4bit_quant_storage": quant.quant_storage,
-            "llm_int8_skip_modules": [*heads, *quant.skip_modules],
+            "bnb_4bit_quant_type": self.quant_type,
+            "bnb_4bit_use_double_quant": self.double_quant,
+            "bnb_4bit_compute_dtype": self.compute_dtype,
+            "bnb_4bit_quant_storage": self.quant_storage,
+            "llm_int8_skip_modules": list(self.skipped),
         }
 
-    def after_load(self, model: nn.Module) -> None:
+    def settle(self, model: nn.Module) -> None:
         # On CPUs with AVX512-BF16 the first evaluation forward repacks the weights in place, and every later training
         # step then reads them in the wrong order: LoRA gradients are wrong without a word.
         for module in model.modules():
             if isinstance(module, bnb.nn.Linear4bit):
                 module.support_avx512bf16_for_cpu = False
+
+    def weight_bytes(self, rows: int, columns: int) -> int:
+        packed: int = getattr(torch, self.quant_storage).itemsize
+        blocks = _ceil(rows * columns, BLOCK)
+        codes = _ceil(rows * columns, 2 * packed) * packed + 4 * CODES
+        if not self.double_quant:
+            return codes + 4 * blocks
+        # 8 bits a scale, a float32 scale of theirs for each of their blocks, and the mean that was taken off them.
+        return codes + blocks + 4 * _ceil(blocks, NESTED_BLOCK) + 4 * NESTED_CODES + 4
+
+
+def _ceil(count: int, size: int) -> int:
+    return -(-count // size)

@@ -2,22 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
+from qft.quant.hold.base import Scheme
+from qft.quant.layer import LayerScheme
 from qft.recipe.schema import QuantSection
 
 __all__ = ["Bnb8Bit"]
 
 
-class Bnb8Bit:
-    def config(self, quant: QuantSection, compute_dtype: str, heads: list[str]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Bnb8Bit(Scheme):
+    """8 bits, with one scale a row."""
+
+    engine = "bitsandbytes"
+    threshold: float = 6.0
+
+    @classmethod
+    def of(cls, quant: QuantSection, dtype: str, heads: Sequence[str]) -> Bnb8Bit:
+        return cls("8bit", dtype, (*heads, *quant.named_skips), threshold=quant.threshold)
+
+    @classmethod
+    def of_checkpoint(cls, config: Mapping[str, Any], dtype: str) -> Bnb8Bit:
+        """As a checkpoint's own quantization config has it."""
+        skipped = tuple(config.get("llm_int8_skip_modules") or ())
+        return cls("8bit", dtype, skipped, threshold=config.get("llm_int8_threshold", 6.0))
+
+    @property
+    def layer(self) -> LayerScheme:
+        return LayerScheme("int", 8, activations="dynamic", threshold=self.threshold)
+
+    @property
+    def weight_format(self) -> str:
+        return "bnb-8bit"
+
+    def short_words(self) -> str:
+        return "8 bits (LLM.int8())"
+
+    def config(self) -> dict[str, Any]:
         return {
             "load_in_8bit": True,
-            "llm_int8_threshold": quant.threshold,
-            "llm_int8_skip_modules": [*heads, *quant.skip_modules],
+            "llm_int8_threshold": self.threshold,
+            "llm_int8_skip_modules": list(self.skipped),
         }
 
-    def after_load(self, model: nn.Module) -> None:
-        pass
+    def weight_bytes(self, rows: int, columns: int) -> int:
+        return rows * columns + 4 * rows

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
-from torch import nn
-
+from qft.quant.hold.base import Scheme
 from qft.recipe.schema import QuantSection
 
 __all__ = ["Unquantized"]
 
 
-class Unquantized:
-    def config(self, quant: QuantSection, compute_dtype: str, heads: list[str]) -> dict[str, Any]:
-        return {}
+class Unquantized(Scheme):
+    """Nothing is quantized."""
 
-    def after_load(self, model: nn.Module) -> None:
-        pass
+    @classmethod
+    def of(cls, quant: QuantSection, dtype: str, heads: Sequence[str]) -> Unquantized:
+        return cls("none", dtype)
+
+    @property
+    def weight_format(self) -> str:
+        return "16-bit"
+
+    def quantizes(self, layer: str) -> bool:
+        return False
+
+    def short_words(self) -> str:
+        return self.dtype

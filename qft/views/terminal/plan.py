@@ -49,7 +49,7 @@ def _model(facts: dict[str, Any]) -> Table:
     commit = f" at {model['commit']}" if model["commit"] else ""
     rows.add_row("path", f"{model['path']}{commit}")
     rows.add_row("base", f"{model['architecture']}, {si(model['parameters'])} parameters, {model['layers']} blocks")
-    rows.add_row("held as", f"{_held(quantization)}; the rest in {model['dtype']}")
+    rows.add_row("held as", f"{facts['held_as']}; the rest in {model['dtype']}")
     if facts["skip_modules"] == "auto":
         rows.add_row("", "layers to leave in 16 bits are measured and chosen by `qft train`")
     if plugin := quantization["plugin"]:
@@ -83,19 +83,6 @@ def _data(facts: dict[str, Any]) -> Table:
         name = f"{source['part']}: {Path(source['path']).name}"
         rows.add_row(name, source["format"], *(f"{count:,}" for count in counts))
     return rows
-
-
-def _held(quantization: dict[str, Any]) -> str:
-    """The scheme with its data type: `4bit nf4, double quantization, computed in bfloat16`."""
-    parts = [quantization["scheme"]]
-    if data_type := quantization.get("bnb_4bit_quant_type"):
-        parts[0] += f" {data_type}"
-        if quantization.get("bnb_4bit_use_double_quant"):
-            parts.append("double quantization")
-        parts.append(f"computed in {quantization.get('bnb_4bit_compute_dtype')}")
-    if skipped := quantization.get("llm_int8_skip_modules") or quantization.get("modules_to_not_convert"):
-        parts.append(f"not {', '.join(skipped)}")
-    return ", ".join(parts)
 
 
 def _names(targets: str | list[str]) -> str:

@@ -1,0 +1,32 @@
+"""The values that a loaded layer multiplies with, whichever library holds it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from peft.utils.integrations import dequantize_bnb_weight
+from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+__all__ = ["dequantized_weight", "is_quantized"]
+
+
+def is_quantized(linear: nn.Module) -> bool:
+    """Whether the layer is held by bitsandbytes or by a plugin, and so takes inputs of any dtype."""
+    return isinstance(linear.weight, bnb.nn.Params4bit | bnb.nn.Int8Params) or hasattr(linear, "dequantize")
+
+
+def dequantized_weight(linear: Any) -> torch.Tensor:
+    """The weight [out, in] of a linear layer, as its library dequantizes it; of an unquantized one as it is."""
+    if hasattr(linear, "dequantize"):  # a plugin's
+        weight: torch.Tensor = linear.dequantize().detach()
+        return weight
+    if is_quantized(linear):
+        weight = dequantize_bnb_weight(linear.weight, state=getattr(linear, "state", None))
+    else:
+        weight = linear.weight.detach()
+        if is_traceable_wrapper_subclass(weight):  # torchao's
+            weight = linear.weight.dequantize()
+    return weight

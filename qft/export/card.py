@@ -12,7 +12,8 @@ import yaml
 from qft.documents.export import ExportDocument
 from qft.documents.training import read_report
 from qft.errors import QftError
-from qft.export.base import Exporter, Job
+from qft.export.job import Job
+from qft.export.targets import Exporter
 
 __all__ = ["model_card", "without_folders"]
 

@@ -108,7 +108,7 @@ def load_target(target: Target, plan: ModelPlan) -> Any:
     _require_same_plugin(plan.checkpoint.folder, plan, "quantized")
     model = load_base(plan)
     if target.adapter is not None:
-        _require_same_base(target.adapter, plan)
+        require_same_base(target.adapter, plan)
         model = with_adapter(model, target.adapter)
         if target.variant == "merged":
             model = model.merge_and_unload()
@@ -148,7 +148,7 @@ def _held_as(loaded: LoadedRecipe, variant: str) -> LoadedRecipe:
     return loaded.having(adapter={"kind": "lora"})
 
 
-def _require_same_base(adapter: Path, plan: ModelPlan) -> None:
+def require_same_base(adapter: Path, plan: ModelPlan) -> None:
     """An adapter of a run knows the hashes of its base, and of the plugin that quantized it."""
     known = Run(adapter.parent).manifest().get("base", {}).get("sha256")
     if known and known != plan.checkpoint.digests():

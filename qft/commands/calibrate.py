@@ -18,7 +18,7 @@ from qft.calibration.blockwise import Quantization
 from qft.calibration.streamed import Read, StreamedModel
 from qft.calibration.whole import WholeModel, load_result
 from qft.checkpoint.weights import read_weights
-from qft.documents.calibration import Attempt, CalibrationReport, Check
+from qft.documents.calibration import Attempt, CalibrationRecord, CalibrationReport, Check
 from qft.documents.evaluation import LayerError, Score
 from qft.errors import GateError, MissingError, RunError
 from qft.files import atomic_folder, write_json, write_text
@@ -36,7 +36,7 @@ from qft.quant.engines import LayerScheme
 from qft.recipe import LoadedRecipe, load
 from qft.recipe.rules import WHOLE_MODEL
 from qft.recipe.schema import AcceptSection
-from qft.run.folder import Run, record_base, start_calibration
+from qft.run.folder import Run, record_base, start_run
 
 __all__ = ["calibrate", "find_plan"]
 
@@ -73,7 +73,9 @@ def calibrate(loaded: LoadedRecipe, view: View, *, resume: bool = False, overwri
             f"{plan.recipe.output_dir}: calibrate.engine {plan.calibrate.engine} quantizes the whole model at once, "
             "and leaves nothing to resume from; use --overwrite to start again"
         )
-    run = start_calibration(plan, _needed_bytes(plan), resume=resume, overwrite=overwrite)
+    needed = 0 if resume else _needed_bytes(plan)  # what is there already was needed too
+    room = (needed, "the quantized model, its blocks and their activations")
+    run = start_run(plan.recipe, plan.document(), *room, resume=resume, overwrite=overwrite)
     try:
         with run.failure_noted(), memory_guard("calibrating"), Meter(plan.model.device.kind) as meter:
             report = _Calibration(plan, run, view, meter, merged_run).run_all(started)
@@ -97,7 +99,7 @@ class _Calibration:
         view.note(f"Reading {plan.model.checkpoint.path}")
         self.merged_run = merged_run
         self.work = self._begin()
-        record_base(run, plan.model)
+        record_base(run, plan.model.checkpoint.base())
         write_text(run.folder / "calibration.jsonl", plan.data.as_jsonl())
         self.attempts: list[Attempt] = []
         self.scores_before: dict[str, float] = {}
@@ -197,15 +199,15 @@ class _Calibration:
         generation_config(self.plan.model).save_pretrained(folder)
         self.plan.model.tokenizer.save_pretrained(folder)
         manifest = self.run.manifest()
-        record = {
-            "base": manifest["base"],
-            "data": manifest["data"],
-            "versions": self._versions(),
-            "seed": self.plan.seed,
-        }
-        if plugin := manifest["plugin"]:
-            record["plugin"] = plugin | {"path": Path(plugin["path"]).name}
-        write_json(folder / "calibration.json", record)
+        assert manifest is not None
+        record = CalibrationRecord(
+            base=manifest.base,
+            data=manifest.data,
+            versions=self._versions(),
+            seed=self.plan.seed,
+            plugin=manifest.plugin and manifest.plugin.model_copy(update={"path": Path(manifest.plugin.path).name}),
+        )
+        write_json(folder / "calibration.json", record.model_dump(mode="json"))
 
     def _scores(self, folder: Path | None) -> dict[str, float]:
         """Task scores of the result in `folder`, loaded by its engine; of the unquantized model without one."""
@@ -243,7 +245,7 @@ class _Calibration:
             scheme=_scheme(plan),
             quantized_layers=len(self.work.quantized_layers),
             skipped_layers=self.work.skipped_layers,
-            calibration=asdict(plan.data.audit) if plan.data.audit else None,
+            calibration=plan.data.audit.model_dump() if plan.data.audit else None,
             warnings=list(plan.data.warnings),
             verify_rows=len(self.work.rows),
             verify_tokens=int(found.before.tokens.sum()),

@@ -17,6 +17,7 @@ from transformers.integrations import TensorBoardCallback
 
 from qft.calibration.skip_auto import choose_skip_modules, skipped_before
 from qft.data.batch import Collator, pad_token_id
+from qft.documents.manifest import Manifest
 from qft.documents.training import (
     Checkpointing,
     Components,
@@ -62,9 +63,10 @@ def train(loaded: LoadedRecipe, view: View, *, resume: bool = False, overwrite: 
     if plan.recipe.quant.skip_modules == "auto":
         skipped = skipped_before(Path(loaded.recipe.output_dir)) if resume else choose_skip_modules(plan, view)
         plan = with_skip_modules(plan, skipped.names)
-    run = start_run(plan, resume=resume, overwrite=overwrite)
+    room = (plan.checkpoint_bytes, "its checkpoints")
+    run = start_run(plan.recipe, plan.document(), *room, resume=resume, overwrite=overwrite)
     if skipped:
-        run.set_status("running", skipped_modules=skipped.model_dump(mode="json"))
+        run.note(Manifest(status="running", skipped_modules=skipped))
     with run.failure_noted():
         training = _Training(plan, run, view, started, skipped)
         report = training.run_all(resume=resume)
@@ -96,7 +98,7 @@ class _Training:
         with Meter(plan.model.device.kind) as meter:
             self.view.note(f"Loading {plan.model.checkpoint.path}")
             model = load_base(plan.model)
-            record_base(self.run, plan.model)
+            record_base(self.run, plan.model.checkpoint.base())
             model = attach_adapter(model, plan)
             if self._changes_base and not resume:
                 model.save_pretrained(str(self.run.initial_adapter))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -14,10 +14,11 @@ from transformers import PreTrainedTokenizerBase
 from qft.data.formats import FORMATS, detect
 from qft.data.sources import BadRow, Rows, decode, open_source, place
 from qft.data.template import IGNORED, Encoder, TooLong
+from qft.documents.plan import SourceFacts
 from qft.errors import DataError
 from qft.recipe import Recipe, Source
 
-__all__ = ["Prepared", "SourceFacts", "prepare"]
+__all__ = ["Prepared", "prepare"]
 
 SHOWN = 10
 """Bad rows that a message lists."""
@@ -38,27 +39,6 @@ FEATURES = Features(
 
 
 @dataclass(frozen=True)
-class SourceFacts:
-    """What one source held."""
-
-    path: str
-    part: str
-    """train or eval"""
-    format: str
-    rows: int
-    """Rows that are used, before weighting and splitting."""
-    skipped: int
-    truncated: int
-    tokens: int
-    supervised_tokens: int
-    longest: int
-    """Tokens of the longest row."""
-    digest: str | None
-    unit: str
-    weight: float
-
-
-@dataclass(frozen=True)
 class Prepared:
     """Encoded rows: columns input_ids and labels (int32 [tokens]); length and supervised, in tokens; answer_start
     (index of the last assistant turn's first token, -1 if that turn is cut and in plain text); source and row, for
@@ -72,9 +52,6 @@ class Prepared:
         """`file:line` of a row, by its source and row columns."""
         facts = self.sources[source]
         return place(facts.path, facts.unit, row)
-
-    def facts(self) -> list[dict[str, Any]]:
-        return [asdict(source) for source in self.sources]
 
 
 def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prepared:

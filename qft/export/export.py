@@ -152,7 +152,8 @@ def _missing(target: str, *, gate: bool) -> Iterator[str]:
 def find_job(folder: Path, loaded: LoadedRecipe, options: ExportOptions, view: View) -> Job:
     """What a run is to an exporter. Raises RunError if it did not complete."""
     run = Run(folder)
-    status = run.manifest().get("status")
+    manifest = run.manifest()
+    status = manifest.status if manifest else None
     if status != "complete":
         raise RunError(f"{folder}: the run is {status}, not complete; finish it with `qft train --resume`")
     target = parse_target(str(folder), adapter=None, data=None)
@@ -240,6 +241,8 @@ def _document(
     job: Job, name: str, folder: Path, told: Path, gate: Gate, quantization: dict[str, Any] | None
 ) -> ExportDocument:
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in SIDE)
+    base = job.run.base
+    assert base is not None  # the run is complete
     return ExportDocument(
         target=name,
         path=str(told),
@@ -247,7 +250,7 @@ def _document(
         passed=gate.passed,
         bytes=sum(path.stat().st_size for path in files),
         sha256={str(path.relative_to(folder)): sha256(path) for path in files},
-        base=job.run.manifest()["base"],
+        base=base.model_dump(),
         merge_into=job.merge_into if EXPORTERS[name].merges else None,
         dtype=job.dtype,
         quantization=quantization,

@@ -64,10 +64,10 @@ def choose_skip_modules(plan: Plan, view: View) -> SkippedModules:
 
 def skipped_before(folder: Path) -> SkippedModules:
     """What the run that is resumed chose. Raises RunError if it chose nothing."""
-    found = Run(folder).manifest().get("skipped_modules")
-    if found is None:
+    manifest = Run(folder).manifest()
+    if manifest is None or manifest.skipped_modules is None:
         raise RunError(f"{folder}: the run's quant.skip_modules was not auto; restore it, or start with --overwrite")
-    return SkippedModules(**found)
+    return manifest.skipped_modules
 
 
 def _task(plan: Plan) -> QuantizeTask:

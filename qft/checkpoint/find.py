@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers import __version__ as transformers_version
 
+from qft.documents.manifest import Base
 from qft.errors import MissingError, ModelError, first_line
 from qft.files import sha256
 from qft.recipe import Recipe
@@ -62,6 +63,10 @@ class Checkpoint:
     def weight_files(self) -> list[Path]:
         """The files that hold its weights."""
         return [self.folder / self.gguf_file] if self.gguf_file else sorted(self.folder.glob(WEIGHTS))
+
+    def base(self) -> Base:
+        """What it is, for who builds on it. Hashes its files."""
+        return Base(path=self.path, commit=self.commit, sha256=self.digests())
 
     def digests(self) -> dict[str, str]:
         """SHA-256 of each file that defines the model, by name."""

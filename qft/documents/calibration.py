@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from qft.documents.evaluation import LayerError, Score
-from qft.documents.part import Bytes, Nats, Part, Seconds, Share, Tokens, TokensPerSecond
+from qft.documents.manifest import Base, PluginFile
+from qft.documents.part import Bytes, Nats, Part, Seconds, Share, Stored, Tokens, TokensPerSecond
 
-__all__ = ["Attempt", "CalibrationReport", "Check"]
+__all__ = ["Attempt", "CalibrationRecord", "CalibrationReport", "Check"]
 
 
 class Attempt(Part):
@@ -90,3 +91,18 @@ class CalibrationReport(Part):
     versions: dict[str, str | None]
     result: str | None
     """Folder of the quantized model; None if it was refused."""
+
+
+class CalibrationRecord(Stored):
+    """calibration.json beside a quantized model: what it was made from, and by what."""
+
+    schema_version: Literal[1] = 1
+    kind: Literal["calibration-record"] = "calibration-record"
+    base: Base | None
+    data: dict[str, str | None] | None
+    """SHA-256 of each source by its path; None where it has no file of its own."""
+    versions: dict[str, str | None]
+    """Of what the result depends on, by name; None: not installed."""
+    seed: int
+    plugin: PluginFile | None = None
+    """The code of quant.plugin, its path without the folders of this machine; None with other engines."""

@@ -11,12 +11,19 @@ from pydantic.fields import FieldInfo
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
-__all__ = ["Bits", "Bytes", "Decibels", "Nats", "Part", "Seconds", "Share", "Tokens", "TokensPerSecond"]
+__all__ = ["Bits", "Bytes", "Decibels", "Nats", "Part", "Seconds", "Share", "Stored", "Tokens", "TokensPerSecond"]
 __all__ += ["Unit", "unit_of"]
 
 
 class Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Stored(Part):
+    """What is written to be read again: fields that a newer qft added are kept, and those that an older one did not
+    write have defaults."""
+
+    model_config = ConfigDict(extra="allow", serialize_by_alias=True)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch import nn
 from qft.checkpoint.skeleton import find_blocks, without_contents
 from qft.data.calibration import CalibrationData, calibration_data
 from qft.data.prepare import Prepared
+from qft.documents.plan import CalibrationPart, CalibrationPlanDocument, LayerPart
 from qft.machine.device import Device
 from qft.plan.model import ModelPlan, Problem, plan_model, refuse, require_device
 from qft.plan.packages import missing_engine, missing_packages
@@ -70,18 +71,23 @@ class CalibrationPlan:
         scheme = asdict(next(scheme for scheme in self.schemes.values() if scheme))
         return scheme | ({"algorithm": self.algorithm} if self.algorithm else {})
 
-    def facts(self) -> dict[str, Any]:
-        """The plan as plain values, for `qft check --json` and the run folder."""
-        return {
-            "device": asdict(self.model.device),
-            "model": self.model.facts(),
-            "engine": self.calibrate.engine,
-            "algorithm": self.algorithm,
-            "schemes": {name: scheme and asdict(scheme) for name, scheme in self.schemes.items()},
-            "quantization": self.quantized and _quantization(self.quantized),
-            "data": {"audit": self.data.audit and asdict(self.data.audit), "warnings": list(self.data.warnings)}
-            | {"verify_rows": len(self.data.verify)},
-        }
+    def document(self) -> CalibrationPlanDocument:
+        """For `qft check --json` and the run folder."""
+        rows = self.data
+        return CalibrationPlanDocument(
+            device=self.model.device_part,
+            model=self.model.model_part,
+            engine=self.calibrate.engine,
+            algorithm=self.algorithm,
+            schemes={name: scheme and LayerPart(**asdict(scheme)) for name, scheme in self.schemes.items()},
+            quantization=self.quantized and self.quantized.quantization_part,
+            data=CalibrationPart(
+                audit=rows.audit,
+                warnings=list(rows.warnings),
+                verify_rows=len(rows.verify),
+                sources=list(rows.prepared.sources),
+            ),
+        )
 
 
 def plan_calibration(
@@ -133,10 +139,6 @@ def _by_plugin(loaded: LoadedRecipe, model: ModelPlan, trained: Prepared | None)
         data=calibration_data(loaded.recipe, model.tokenizer, needs_windows=False, trained=trained),
         quantized=quantized,
     )
-
-
-def _quantization(plan: ModelPlan) -> dict[str, Any]:
-    return {"scheme": plan.scheme, **plan.quantization, "plugin": asdict(plan.plugin) if plan.plugin else None}
 
 
 def _problems(recipe: Recipe, device: Device) -> Iterator[Problem]:

@@ -70,7 +70,7 @@ def package_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def what_nobody_looks_at(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The pictures of a page take half a second, and a vocabulary of 49,152 tokens three, each time."""
     if not request.node.get_closest_marker("pictures"):
-        monkeypatch.setattr("qft.views.html.pictures._draw", lambda *_, **__: "<g/>")
+        monkeypatch.setattr("qft.views.html.chart._draw", lambda *_, **__: "<g/>")
     if request.node.get_closest_marker("real"):
         remember_files(monkeypatch)
 

@@ -43,11 +43,6 @@ OID = "c" * 40
 pytestmark = pytest.mark.filterwarnings("ignore:Use .content=:DeprecationWarning")
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    return trained(tmp_path_factory.mktemp("publish"), tiny_model)
-
-
 def nothing_was_done(out: Path) -> bool:
     return not out.exists() or not list(out.iterdir())
 

@@ -5,7 +5,6 @@ The model goes through block by block, so that choosing needs less memory than t
 
 from __future__ import annotations
 
-import dataclasses
 import tempfile
 from pathlib import Path
 
@@ -20,10 +19,9 @@ from qft.documents.training import SkippedModules
 from qft.errors import RunError
 from qft.files import require_free_space
 from qft.memory.guard import memory_guard
-from qft.plan import CalibrationPlan, ModelPlan, Plan, linear_layers
+from qft.plan import CalibrationPlan, Plan, linear_layers
 from qft.progress import View
 from qft.quant.engines import LayerScheme
-from qft.recipe import LoadedRecipe
 from qft.recipe.schema import CalibrateSection
 from qft.run.folder import Run
 
@@ -38,9 +36,9 @@ def choose_skip_modules(plan: Plan, view: View) -> SkippedModules:
     view.note("Measuring which layers to leave in 16 bits")
     folder = Path(plan.recipe.output_dir).parent
     folder.mkdir(parents=True, exist_ok=True)
-    require_free_space(folder, plan.shape.parameters * 2, "measuring the layers")
+    require_free_space(folder, plan.model.shape.parameters * 2, "measuring the layers")
     with tempfile.TemporaryDirectory(dir=folder, prefix=".skip-modules-") as work, memory_guard("measuring the layers"):
-        model = StreamedModel(plan, read_weights(plan.checkpoint.with_weights()))
+        model = StreamedModel(plan.model, read_weights(plan.model.checkpoint.with_weights()))
         measured = _as_calibration(plan)
         quantization = Quantization(measured, model, Path(work), view)
         before, errors = quantization.quantize(), quantization.errors()
@@ -84,11 +82,10 @@ def _as_calibration(plan: Plan) -> CalibrationPlan:
         bits=4 if four else 8,
         activations="none" if four else "dynamic",
     )
-    loaded = LoadedRecipe(plan.recipe.model_copy(update={"calibrate": section}), plan.loaded.tree)
-    inputs, blocks = linear_layers(plan)
-    own = {field.name: getattr(plan, field.name) for field in dataclasses.fields(ModelPlan)}
+    inputs, blocks = linear_layers(plan.model)
     return CalibrationPlan(
-        **own | {"loaded": loaded},
+        loaded=plan.model.loaded.having(calibrate=section),
+        model=plan.model,
         schemes={name: scheme if name.startswith(f"{blocks}.") else None for name in inputs},
         data=CalibrationData(windows=(), verify=_rows(plan.data.train), prepared=plan.data, audit=None, warnings=()),
     )
@@ -107,6 +104,6 @@ def _rows(train: Dataset) -> Dataset:
 def _budget_bytes(plan: Plan) -> int:
     quant = plan.recipe.quant
     if quant.skip_budget_bits is not None:
-        return int(quant.skip_budget_bits * plan.shape.linear_parameters / 8)
+        return int(quant.skip_budget_bits * plan.model.shape.linear_parameters / 8)
     assert quant.skip_budget_bytes is not None
     return quant.skip_budget_bytes

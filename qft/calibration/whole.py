@@ -73,7 +73,7 @@ class WholeModel:
                 self._by_plugin(folder)
             else:
                 self._by_llmcompressor(folder)
-            self.plan.tokenizer.save_pretrained(folder)
+            self.plan.model.tokenizer.save_pretrained(folder)
         gc.collect()  # models refer to themselves
         self.view.note(f"Comparing the result with the unquantized model on {len(self.rows)} rows")
         before, after = self.unquantized().eval(), load_result(self.plan, self._result).eval()
@@ -126,7 +126,7 @@ class WholeModel:
         write_text(windows, plan.data.as_jsonl())
         job = {
             "model": str(source),
-            "dtype": plan.dtype,
+            "dtype": plan.model.dtype,
             "trust_remote_code": plan.recipe.model.trust_remote_code,
             "windows": str(windows),
             "algorithm": calibrate.algorithm,
@@ -137,7 +137,7 @@ class WholeModel:
         }
         assert calibrate.engine_python is not None
         self.view.note(f"Quantizing the whole model by {calibrate.algorithm} of {calibrate.engine_python}")
-        on_gpu = plan.device.kind == "cuda"
+        on_gpu = plan.model.device.kind == "cuda"
         done = run_job(calibrate.engine_python, job, self.work, self.view.note, on_gpu=on_gpu)
         self.peak_bytes, self.peak_host_bytes = done["peak_bytes"], done["peak_host_bytes"]
         self.versions = {
@@ -153,16 +153,16 @@ class WholeModel:
         if not self.merged:
             return self.plan.quantized
         folder = self._unquantized_folder()
-        checkpoint = dataclasses.replace(self.plan.checkpoint, folder=folder, gguf_file=None, hub_id=None)
+        checkpoint = dataclasses.replace(self.plan.model.checkpoint, folder=folder, gguf_file=None, hub_id=None)
         return dataclasses.replace(self.plan.quantized, checkpoint=checkpoint)
 
     def _unquantized_folder(self) -> Path:
         """Where the unquantized model lies as safetensors, with its tokenizer: written here if it does nowhere else."""
-        if not self.merged and not self.plan.checkpoint.gguf_file:
-            return self.plan.checkpoint.folder
+        if not self.merged and not self.plan.model.checkpoint.gguf_file:
+            return self.plan.model.checkpoint.folder
         with atomic_folder(self.work / "unquantized") as folder:
             self.unquantized().save_pretrained(folder)
-            self.plan.tokenizer.save_pretrained(folder)
+            self.plan.model.tokenizer.save_pretrained(folder)
         gc.collect()
         return self.work / "unquantized"
 
@@ -196,7 +196,7 @@ def load_result(plan: CalibrationPlan, folder: Path) -> PreTrainedModel:
     """The quantized model in `folder`, loaded as anybody would. Raises ModelError if it says of no quantization."""
     plugin = plan.quantized.plugin if plan.quantized else None
     quant = QuantSection(mode="custom", plugin=plugin.path) if plugin else None
-    found = plan_folder(folder, plan.recipe.model, plan.dtype, quant)
+    found = plan_folder(folder, plan.recipe.model, plan.model.dtype, quant)
     if not found.checkpoint.quantization:
         raise ModelError(f"{folder}: its config.json has no quantization_config, so nobody could load it")
     return load_base(found)

@@ -30,7 +30,8 @@ def chat(
         if as_json and prompt is None:
             raise typer.BadParameter("--json prints one answer; give --prompt TEXT")
         prepare_libraries()
-        from qft.commands.chat import ChatOptions, open_session
+        from qft.commands.chat import open_session
+        from qft.commands.conversation import ChatOptions
 
         options = ChatOptions(system, max_new_tokens, temperature, top_p, seed)
         session = open_session(target, adapter, options, prompt, lambda text: typer.echo(text, err=True))

@@ -56,10 +56,8 @@ def find_plan(loaded: LoadedRecipe) -> tuple[CalibrationPlan, Path | None]:
         raise MissingError(f"{path}: the run has neither an adapter nor a model; it did not complete")
     base = load(run.folder / "recipe.yaml").recipe.model
     if run.full_model.is_dir():
-        base = base.model_copy(update={"path": str(run.full_model.resolve()), "revision": None})
-    own = loaded.recipe.model.model_dump(exclude={"path", "revision"})
-    model = base.model_copy(update=own)
-    plan = plan_calibration(LoadedRecipe(loaded.recipe.model_copy(update={"model": model}), loaded.tree))
+        base = base.having(path=str(run.full_model.resolve()), revision=None)
+    plan = plan_calibration(loaded.having(model={"path": base.path, "revision": base.revision}))
     return plan, path if run.adapter.is_dir() else None
 
 
@@ -77,7 +75,7 @@ def calibrate(loaded: LoadedRecipe, view: View, *, resume: bool = False, overwri
         )
     run = start_calibration(plan, _needed_bytes(plan), resume=resume, overwrite=overwrite)
     try:
-        with run.failure_noted(), memory_guard("calibrating"), Meter(plan.device.kind) as meter:
+        with run.failure_noted(), memory_guard("calibrating"), Meter(plan.model.device.kind) as meter:
             report = _Calibration(plan, run, view, meter, merged_run).run_all(started)
     finally:
         if plan.whole_model:
@@ -96,10 +94,10 @@ class _Calibration:
         self.before = meter.settled()
         meter.restart()
         set_seed(plan.seed)
-        view.note(f"Reading {plan.checkpoint.path}")
+        view.note(f"Reading {plan.model.checkpoint.path}")
         self.merged_run = merged_run
         self.work = self._begin()
-        record_base(run, plan)
+        record_base(run, plan.model)
         write_text(run.folder / "calibration.jsonl", plan.data.as_jsonl())
         self.attempts: list[Attempt] = []
         self.scores_before: dict[str, float] = {}
@@ -107,10 +105,10 @@ class _Calibration:
     def _begin(self) -> Quantization | WholeModel:
         plan, merged = self.plan, self.merged_run
         if plan.whole_model:
-            plan.checkpoint.with_weights()
+            plan.model.checkpoint.with_weights()
             unquantized = partial(_load_unquantized, plan, merged)
             return WholeModel(plan, self.run.work, self.view, unquantized, merged=merged is not None)
-        return Quantization(plan, StreamedModel(plan, _reader(plan, merged)), self.run.work, self.view)
+        return Quantization(plan, StreamedModel(plan.model, _reader(plan, merged)), self.run.work, self.view)
 
     def run_all(self, started: float) -> CalibrationReport:
         first = self.work.quantize()
@@ -196,8 +194,8 @@ class _Calibration:
     def _assemble(self, folder: Path, schemes: Schemes, attempt: int) -> None:
         """The model as engines load it: weights, configuration and tokenizer."""
         self.work.assemble(folder, schemes, attempt)
-        generation_config(self.plan).save_pretrained(folder)
-        self.plan.tokenizer.save_pretrained(folder)
+        generation_config(self.plan.model).save_pretrained(folder)
+        self.plan.model.tokenizer.save_pretrained(folder)
         manifest = self.run.manifest()
         record = {
             "base": manifest["base"],
@@ -215,7 +213,7 @@ class _Calibration:
         model = load_result(self.plan, folder) if folder else _load_unquantized(self.plan, self.merged_run)
         answers = answer_rows(
             model.eval(),
-            self.plan.tokenizer,
+            self.plan.model.tokenizer,
             self.plan.data.verify,
             max_new_tokens=settings.max_new_tokens,
             batch_size=settings.batch_size,
@@ -240,7 +238,7 @@ class _Calibration:
             of_engine = self.work.peak_bytes, self.work.peak_host_bytes
         return CalibrationReport(
             model=plan.recipe.model.path,
-            device=plan.device.name,
+            device=plan.model.device.name,
             engine=plan.calibrate.engine,
             scheme=_scheme(plan),
             quantized_layers=len(self.work.quantized_layers),
@@ -254,7 +252,7 @@ class _Calibration:
             attempts=self.attempts,
             checks=checks,
             accepted=result is not None,
-            bytes_before=plan.shape.parameters * getattr(torch, plan.dtype).itemsize,
+            bytes_before=plan.model.shape.parameters * getattr(torch, plan.model.dtype).itemsize,
             bytes_after=self.attempts[-1].weight_bytes,
             layers=self.work.errors(),
             peak_bytes=max(_beyond(peak, self.before, self.meter.on_gpu), of_engine[0]),
@@ -274,7 +272,7 @@ class _MissedError(Exception):
 
 def _reader(plan: CalibrationPlan, merged_run: Path | None) -> Read:
     if merged_run is None:
-        return read_weights(plan.checkpoint.with_weights())
+        return read_weights(plan.model.checkpoint.with_weights())
     weights: dict[str, torch.Tensor] = _load_unquantized(plan, merged_run, device="cpu").state_dict()
     return weights.__getitem__
 
@@ -282,13 +280,15 @@ def _reader(plan: CalibrationPlan, merged_run: Path | None) -> Read:
 def _load_unquantized(plan: CalibrationPlan, merged_run: Path | None, device: str | None = None) -> Any:
     """The model that is quantized, whole."""
     if merged_run is None:
-        return load_base(plan)
+        return load_base(plan.model)
     target = parse_target(f"{merged_run}@merged", adapter=None, data=None)
     section = plan.recipe.model
-    own = {"device": device or section.device, "dtype": plan.dtype, "attn_implementation": section.attn_implementation}
-    recipe = target.loaded.recipe
-    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update=own)})
-    target = replace(target, loaded=LoadedRecipe(recipe, target.loaded.tree))
+    own = {
+        "device": device or section.device,
+        "dtype": plan.model.dtype,
+        "attn_implementation": section.attn_implementation,
+    }
+    target = replace(target, loaded=target.loaded.having(model=own))
     return load_target(target, target.plan())
 
 
@@ -312,13 +312,13 @@ def _needed_bytes(plan: CalibrationPlan) -> int:
     """Room for the blocks, the model made of them, and two sets of hidden states; for engines that take the whole model
     its unquantized weights, and the result twice."""
     if plan.whole_model:
-        return plan.shape.parameters * 2 * 3
+        return plan.model.shape.parameters * 2 * 3
     quantized = sum(scheme.bits if scheme else 0 for scheme in plan.schemes.values())
     bits = quantized / max(sum(scheme is not None for scheme in plan.schemes.values()), 1)
-    linears = plan.shape.linear_parameters
-    weights = (plan.shape.parameters - linears) * 2 + linears * (bits + 1) / 8
+    linears = plan.model.shape.linear_parameters
+    weights = (plan.model.shape.parameters - linears) * 2 + linears * (bits + 1) / 8
     tokens = sum(map(len, plan.data.windows)) + sum(len(row["input_ids"]) for row in plan.data.verify)
-    return int(2 * weights + 2 * 2 * tokens * plan.shape.hidden_size * 4)
+    return int(2 * weights + 2 * 2 * tokens * plan.model.shape.hidden_size * 4)
 
 
 def _checks(attempt: Attempt, accept: AcceptSection) -> list[Check]:

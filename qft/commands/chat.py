@@ -5,33 +5,19 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase, set_seed
-from transformers.generation.streamers import BaseStreamer
+from transformers import set_seed
 
-from qft.data.formats import FORMATS, Message
-from qft.data.formats import Conversation as Row
-from qft.data.sources import BadRow
-from qft.data.template import Encoder, encode_prompt
+from qft.commands.conversation import ChatOptions, Conversation, Reply
 from qft.errors import DataError, QftError, RecipeError, RunError
-from qft.measure.scores import generation_config
-from qft.memory.guard import memory_guard
 from qft.model.target import load_target, parse_target
 
-__all__ = ["ChatOptions", "Conversation", "Reply", "Session", "open_session"]
-
-Show = Callable[[str], None]
-"""Takes a piece of an answer as soon as it is known."""
-
-UNFINISHED = "\ufffd"
-"""What a decoder writes for the bytes of a character that is not whole yet."""
+__all__ = ["Session", "open_session"]
 
 CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
 CONTROLS |= {127: 0x2421} | dict.fromkeys(range(128, 160), 0xFFFD)
@@ -43,211 +29,6 @@ HELP = """\
 /save FILE    append the conversation to FILE.jsonl, as a row that training reads
 /quit         leave, as does Ctrl-D; Ctrl-C ends an answer and keeps what was said
 A line that starts with a space is never a command."""
-
-
-@dataclass(frozen=True)
-class ChatOptions:
-    """What the command line says beside the target. Raises RecipeError for what means nothing."""
-
-    system: str | None = None
-    max_new_tokens: int = 512
-    temperature: float = 0.0
-    """0 takes the most likely token."""
-    top_p: float | None = None
-    """Draw from the most likely tokens that make up this share of the probability; None: from all."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise RecipeError(f"--temperature {self.temperature}: is 0 (the most likely token) or above")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise RecipeError(f"--top-p {self.top_p}: is a share above 0, and at most 1")
-        if self.top_p is not None and not self.temperature:
-            raise RecipeError("--top-p: nothing is drawn at temperature 0; give --temperature too")
-
-
-@dataclass(frozen=True)
-class Reply:
-    """One answer."""
-
-    text: str
-    tokens: int
-    """Tokens written, without the end of turn."""
-    seconds: float
-    """From the question to the last token."""
-    ended: bool
-    """Whether the model ended its turn, rather than --max-new-tokens."""
-    interrupted: bool = False
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / max(self.seconds, 1e-9)
-
-
-@dataclass
-class Conversation:
-    """Messages, rendered with the model's chat template; without one, a text that the model continues.
-
-    `max_positions` is the longest sequence, in tokens, that the model was built for; None if it does not say."""
-
-    tokenizer: PreTrainedTokenizerBase
-    options: ChatOptions
-    max_positions: int | None = None
-    messages: list[Message] = field(init=False, default_factory=list)
-    """The turns so far, without what the system says."""
-    system: str | None = field(init=False, default=None)
-
-    def __post_init__(self) -> None:
-        if self.options.system:
-            self.set_system(self.options.system)
-
-    @property
-    def has_template(self) -> bool:
-        return self.tokenizer.chat_template is not None
-
-    def set_system(self, text: str | None) -> None:
-        """Change what the system says, for the turns so far too. Raises DataError if the template takes none."""
-        if text and not self.has_template:
-            raise DataError("the model has no chat template, so there is no system to speak; see data.chat_template")
-        before, self.system = self.system, text or None
-        try:
-            self._render("Hello")
-        except DataError:
-            self.system = before
-            raise
-
-    def prompt(self, text: str) -> list[int]:
-        """Token ids of all turns and then `text`, up to where the answer begins.
-
-        Raises DataError for what cannot be rendered, RecipeError if the model has no room for it and the answer."""
-        if not text.strip():
-            raise RecipeError("there is nothing to answer: the prompt is empty")
-        ids = self._render(text)
-        room, wanted = self.max_positions, self.options.max_new_tokens
-        if room is not None and len(ids) + wanted > room:
-            remedy = "/reset starts anew (no turn is dropped by itself), or lower" if self.messages else "lower"
-            raise RecipeError(
-                f"the conversation takes {len(ids)} tokens and --max-new-tokens {wanted} more, and the model was built "
-                f"for {room}; {remedy} --max-new-tokens"
-            )
-        return ids
-
-    def ask(self, model: Any, text: str, show: Show) -> Reply:
-        """The answer to `text`, each piece of which goes to `show` at once. Both become turns of the conversation,
-        unless the answer is interrupted before it begins. Raises what `prompt` does, or OutOfMemoryError."""
-        ids = self.prompt(text)
-        settings = self.generation_config(model)
-        writer = _Writer(self.tokenizer, settings.eos_token_id, show)
-        input_ids = torch.tensor([ids], device=next(model.parameters()).device)
-        started, interrupted = time.perf_counter(), False
-        try:
-            with memory_guard("answering", SMALLER_CHAT), torch.inference_mode():
-                model.generate(
-                    input_ids=input_ids,
-                    attention_mask=torch.ones_like(input_ids),
-                    generation_config=settings,
-                    streamer=writer,
-                )
-        except KeyboardInterrupt:
-            interrupted = True
-            writer.end()
-        seconds = time.perf_counter() - started
-        if writer.text or not interrupted:
-            self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": writer.text}]
-        return Reply(writer.text, len(writer.ids), seconds, ended=writer.ended, interrupted=interrupted)
-
-    def generation_config(self, model: Any) -> GenerationConfig:
-        """Stops as those of `qft eval`; greedy too, or drawn as the options say."""
-        settings = generation_config(model, self.tokenizer, self.options.max_new_tokens, self._rendered_row())
-        if self.options.temperature:
-            settings.do_sample, settings.temperature = True, self.options.temperature
-            settings.top_p = 1.0 if self.options.top_p is None else self.options.top_p
-            settings.top_k = 0  # else 50, or the model's own: nothing that was asked for
-        return settings
-
-    def row(self) -> dict[str, Any]:
-        """The conversation as training reads it. Raises DataError while there is nothing to learn in it."""
-        row: dict[str, Any]
-        if self.has_template:
-            name, row = "messages", {"messages": self._all_messages()}
-        else:
-            name, row = "text", {"text": self._text("").rstrip("\n")}
-        try:
-            if not self.messages:
-                raise BadRow("nothing was said yet")
-            FORMATS[name](row)
-        except BadRow as error:
-            raise DataError(f"/save: {error}") from None
-        return row
-
-    def _render(self, text: str) -> list[int]:
-        try:
-            f"{self.system}{text}".encode()
-        except UnicodeEncodeError:
-            raise DataError("what was typed is not UTF-8 text") from None
-        if self.has_template:
-            return encode_prompt(self.tokenizer, [*self._all_messages(), {"role": "user", "content": text}])
-        ids = list(self.tokenizer(self._text(text)).input_ids)
-        return ids[:-1] if ids[-1:] == [self.tokenizer.eos_token_id] else ids
-
-    def _all_messages(self) -> list[Message]:
-        system = [{"role": "system", "content": self.system}] if self.system else []
-        return [*system, *self.messages]
-
-    def _text(self, more: str) -> str:
-        """The conversation as one text: answers follow what they answer directly, and end their line."""
-        ends = {"user": "", "assistant": "\n"}
-        return "".join(turn["content"] + ends[turn["role"]] for turn in self.messages) + more
-
-    def _rendered_row(self) -> list[int]:
-        """Labels of a row of one question and one answer, by whose last token the template ends a turn."""
-        if not self.has_template:
-            return []
-        turns = ({"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"})
-        try:
-            return Encoder(self.tokenizer, max_length=sys.maxsize)(Row(turns)).labels
-        except BadRow:
-            return []  # no row can be learnt through such a template, so no model has learnt its end of turn
-
-
-SMALLER_CHAT = "Start anew with /reset, lower --max-new-tokens, or hold the base in fewer bits (TARGET@nf4)"
-
-
-class _Writer(BaseStreamer):
-    """Takes tokens as they are generated and shows their text, holding back characters that are not whole yet."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: list[int], show: Show) -> None:
-        self.tokenizer, self.stops, self.show = tokenizer, stops, show
-        self.ids: list[int] = []
-        self.text = ""
-        self.ended = False
-        self._prompt_is_next = True
-        self._start = self._shown = 0  # tokens whose text was shown; those from _start on are its context
-
-    def put(self, value: torch.Tensor) -> None:
-        """The prompt first, which is not shown, then one token a call."""
-        if self._prompt_is_next:
-            self._prompt_is_next = False
-            return
-        for token in value.flatten().tolist():
-            self.ended = self.ended or token in self.stops
-            if not self.ended:
-                self.ids.append(token)
-                self._write(whole=False)
-
-    def end(self) -> None:
-        """Show what was held back; nothing more comes."""
-        self._write(whole=True)
-
-    def _write(self, *, whole: bool) -> None:
-        # Some decoders write a token otherwise where a text begins: so each is decoded behind those before it.
-        known = self.tokenizer.decode(self.ids[self._start : self._shown])
-        text = self.tokenizer.decode(self.ids[self._start :])
-        if len(text) > len(known) and (whole or not text.endswith(UNFINISHED)):
-            self._start, self._shown = self._shown, len(self.ids)
-            piece = text[len(known) :]
-            self.text += piece
-            self.show(piece)
 
 
 @dataclass

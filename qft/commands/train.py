@@ -93,10 +93,10 @@ class _Training:
         plan, recipe = self.plan, self.plan.recipe
         set_seed(recipe.seed)
         checkpoint = self.run.newest_checkpoint() if resume else None
-        with Meter(plan.device.kind) as meter:
-            self.view.note(f"Loading {plan.checkpoint.path}")
-            model = load_base(plan)
-            record_base(self.run, plan)
+        with Meter(plan.model.device.kind) as meter:
+            self.view.note(f"Loading {plan.model.checkpoint.path}")
+            model = load_base(plan.model)
+            record_base(self.run, plan.model)
             model = attach_adapter(model, plan)
             if self._changes_base and not resume:
                 model.save_pretrained(str(self.run.initial_adapter))
@@ -139,15 +139,15 @@ class _Training:
             args=arguments,
             train_dataset=plan.data.train,
             eval_dataset=plan.data.eval,
-            data_collator=Collator(pad_token_id(plan.tokenizer)),
-            processing_class=plan.tokenizer,
+            data_collator=Collator(pad_token_id(plan.model.tokenizer)),
+            processing_class=plan.model.tokenizer,
             callbacks=self._callbacks(),
         )
         trainer.remove_callback(PrinterCallback)
         if not trainer.model_accepts_loss_kwargs and plan.recipe.train.gradient_accumulation_steps > 1:
             raise ModelError(
-                f"{plan.shape.architecture} averages its loss over each micro-batch, so accumulated gradients would "
-                "weigh short rows more: set train.gradient_accumulation_steps to 1"
+                f"{plan.model.shape.architecture} averages its loss over each micro-batch, so accumulated gradients "
+                "would weigh short rows more: set train.gradient_accumulation_steps to 1"
             )
         return trainer
 
@@ -193,7 +193,7 @@ class _Training:
         with self.trainer.accelerator.autocast():
             answers = answer_rows(
                 self.trainer.model,
-                plan.tokenizer,
+                plan.model.tokenizer,
                 self._held_out,
                 max_new_tokens=settings.max_new_tokens,
                 batch_size=settings.batch_size,
@@ -278,21 +278,21 @@ class _Training:
         )
         advice = advise(
             report,
-            device_kind=plan.device.kind,
+            device_kind=plan.model.device.kind,
             has_eval=plan.data.eval is not None,
         )
         return report.model_copy(update={"advice": advice})
 
     def _model_part(self, weights: dict[str, int]) -> ModelPart:
-        plan, shape = self.plan, self.plan.shape
+        plan, shape = self.plan, self.plan.model.shape
         base = weights["frozen"] if plan.lora else weights["trainable"]
         return ModelPart(
-            path=plan.checkpoint.path,
+            path=plan.model.checkpoint.path,
             architecture=shape.architecture,
-            device=plan.device.name,
-            scheme=plan.scheme,
-            quant_type=(plan.quantization or plan.checkpoint.quantization).get("bnb_4bit_quant_type"),
-            dtype=plan.dtype,
+            device=plan.model.device.name,
+            scheme=plan.model.scheme,
+            quant_type=(plan.model.quantization or plan.model.checkpoint.quantization).get("bnb_4bit_quant_type"),
+            dtype=plan.model.dtype,
             parameters=shape.parameters,
             trainable_parameters=shape.trainable_parameters,
             trainable_share=shape.trainable_parameters / shape.parameters,
@@ -308,7 +308,7 @@ class _Training:
         return Checkpointing(saved_bytes=saved, cost_share=again / max(step - again, again))
 
     def _memory_part(self, weights: dict[str, int], at_end: Snapshot) -> Memory:
-        on_gpu = self.plan.device.kind == "cuda"
+        on_gpu = self.plan.model.device.kind == "cuda"
         trainer, peak = self.trainer, self.peak
         held = trainer.gradient_bytes + trainer.optimizer_bytes
         # On a GPU the peak holds the weights too; on the host, only what came since they were loaded is told apart.
@@ -319,7 +319,7 @@ class _Training:
             peak_gpu_bytes=peak.gpu,
             peak_gpu_reserved_bytes=peak.gpu_reserved,
             peak_host_bytes=peak.host,
-            device_bytes=self.plan.device.total_bytes,
+            device_bytes=self.plan.model.device.total_bytes,
             after_load_bytes=moments[0],
             after_first_step_bytes=moments[1],
             at_end_bytes=moments[2],

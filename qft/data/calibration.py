@@ -129,7 +129,7 @@ def _encode(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, calibrate: Calib
 
 
 def _with_data(recipe: Recipe, **changes: Any) -> Recipe:
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update=changes)})
+    return recipe.having(data=recipe.data.having(**changes))
 
 
 def _digests(rows: Dataset) -> Strings:

@@ -73,8 +73,8 @@ def _held_out(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: str | No
     """The rows of `data`, or those that the recipe holds out."""
     if data:
         source = Source(path=str(Path(data).resolve()) if Path(data).exists() else data)
-        section = recipe.data.model_copy(update={"train": (source,), "eval": (), "eval_fraction": 0.0})
-        prepared = prepare(recipe.model_copy(update={"data": section}), tokenizer)
+        section = recipe.data.having(train=(source,), eval=(), eval_fraction=0.0)
+        prepared = prepare(recipe.having(data=section), tokenizer)
         return prepared, prepared.train
     prepared = prepare(recipe, tokenizer)
     if prepared.eval is None:

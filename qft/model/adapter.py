@@ -33,7 +33,7 @@ def attach_adapter(model: PreTrainedModel, plan: Plan) -> PeftModel | PreTrained
         return model.requires_grad_(True)
     with memory_guard("attaching the adapters"):
         adapted = get_peft_model(model, LoraConfig(**plan.lora))
-        if plan.checkpoint.gguf_file:
+        if plan.model.checkpoint.gguf_file:
             # Else peft would ask the hub for the base's config at each checkpoint.
             adapted.peft_config["default"].base_model_name_or_path = ""
         if plan.recipe.adapter.init_lora_weights == "loftq":
@@ -48,7 +48,7 @@ def save_adapter(model: PeftModel, plan: Plan, folder: Path, initial: Path | Non
     training, so that it fits the original base (at twice the rank).
     """
     config = model.peft_config["default"]
-    config.base_model_name_or_path, config.revision = plan.checkpoint.path, plan.checkpoint.commit
+    config.base_model_name_or_path, config.revision = plan.model.checkpoint.path, plan.model.checkpoint.commit
     arguments = {"path_initial_model_for_weight_conversion": str(initial)} if initial else {}
     with atomic_folder(folder) as temporary, warnings.catch_warnings():
         # To subtract it, peft loads the initial adapter beside the trained one, and warns of what it is asked to do.
@@ -61,7 +61,7 @@ def save_full(model: PreTrainedModel, plan: Plan, folder: Path) -> None:
     """Write all weights and the tokenizer as safetensors, atomically."""
     with atomic_folder(folder) as temporary:
         model.save_pretrained(str(temporary))
-        plan.tokenizer.save_pretrained(str(temporary))
+        plan.model.tokenizer.save_pretrained(str(temporary))
 
 
 def with_adapter(model: Any, adapter: Path) -> Any:
@@ -79,7 +79,7 @@ def with_adapter(model: Any, adapter: Path) -> Any:
 
 def _start_from_quantization_error(model: PeftModel, plan: Plan) -> None:
     """LoftQ's first step (arXiv:2310.08659): the adapter starts as the best rank-r fit of what quantizing lost."""
-    original = read_weights(plan.checkpoint)
+    original = read_weights(plan.model.checkpoint)
     base_name = "base_model.model."
     for name, module in model.named_modules():
         base = getattr(module, "base_layer", None)

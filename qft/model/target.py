@@ -18,7 +18,7 @@ from qft.model.load import load_base
 from qft.plan import ModelPlan, plan_model
 from qft.recipe import LoadedRecipe, load
 from qft.recipe.load import from_values
-from qft.recipe.schema import QuantSection, Recipe
+from qft.recipe.schema import QuantSection
 from qft.run.folder import Run
 
 __all__ = ["VARIANTS", "Target", "load_target", "parse_target"]
@@ -33,7 +33,7 @@ VARIANTS: dict[str, tuple[QuantSection, str]] = {
     "bfloat16": (UNQUANTIZED, "bfloat16"),
     "float16": (UNQUANTIZED, "float16"),
     "nf4": (FOUR_BIT, "auto"),
-    "fp4": (FOUR_BIT.model_copy(update={"quant_type": "fp4"}), "auto"),
+    "fp4": (FOUR_BIT.having(quant_type="fp4"), "auto"),
     "8bit": (QuantSection(mode="8bit"), "auto"),
     "merged": (UNQUANTIZED, "auto"),
     LLAMACPP: (UNQUANTIZED, "auto"),
@@ -116,8 +116,7 @@ def _find(path: str, data: str | None) -> tuple[LoadedRecipe, Path | None]:
     if run.manifest():
         loaded = load(run.folder / "recipe.yaml")
         if run.full_model.is_dir():
-            model = loaded.recipe.model.model_copy(update={"path": str(run.full_model.resolve())})
-            return LoadedRecipe(loaded.recipe.model_copy(update={"model": model}), loaded.tree), None
+            return loaded.having(model={"path": str(run.full_model.resolve())}), None
         if not run.adapter.is_dir():
             raise MissingError(f"{path}: the run has no adapter; it did not complete")
         return loaded, run.adapter
@@ -134,17 +133,14 @@ def _exported_gguf(folder: Path) -> Path | None:
 
 def _held_as(loaded: LoadedRecipe, variant: str) -> LoadedRecipe:
     """The recipe with its base held as the variant says; without one, as it says itself."""
-    recipe = loaded.recipe
     if variant:
         quant, dtype = VARIANTS[variant]
-        model = recipe.model.model_copy(update={"dtype": dtype})
-        recipe = recipe.model_copy(update={"quant": quant, "model": model})
-    elif recipe.quant.skip_modules == "auto":
+        loaded = loaded.having(quant=quant, model={"dtype": dtype})
+    elif loaded.recipe.quant.skip_modules == "auto":
         text = "auto is decided by `qft train`: name the run, or a variant such as @nf4"
         raise RecipeError(loaded.problem("quant.skip_modules", text))
     # Whether weights are trained decides the dtype that `auto` stands for; here none are.
-    adapter = recipe.adapter.model_copy(update={"kind": "lora"})
-    return LoadedRecipe(Recipe.model_copy(recipe, update={"adapter": adapter}), loaded.tree)
+    return loaded.having(adapter={"kind": "lora"})
 
 
 def _require_same_base(adapter: Path, plan: ModelPlan) -> None:

@@ -28,14 +28,21 @@ FLOAT8_CAPABILITY = (8, 9)
 
 
 @dataclass(frozen=True)
-class CalibrationPlan(ModelPlan):
-    """A ModelPlan of the unquantized model, and what becomes of it."""
+class CalibrationPlan:
+    """A trained model, and what becomes of it."""
 
+    loaded: LoadedRecipe
+    model: ModelPlan
+    """Of the unquantized model."""
     schemes: dict[str, LayerScheme | None]
     """Of every linear layer, by its name; None: left in 16 bits. Empty with engine custom, whose plugin decides."""
     data: CalibrationData
     quantized: ModelPlan | None = None
     """The model as engine custom loads it; None with the others."""
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.loaded.recipe
 
     @property
     def calibrate(self) -> CalibrateSection:
@@ -59,9 +66,8 @@ class CalibrationPlan(ModelPlan):
     def facts(self) -> dict[str, Any]:
         """The plan as plain values, for `qft check --json` and the run folder."""
         return {
-            "device": asdict(self.device),
-            "model": {"path": self.checkpoint.path, "commit": self.checkpoint.commit, "dtype": self.dtype}
-            | asdict(self.shape),
+            "device": asdict(self.model.device),
+            "model": self.model.facts(),
             "engine": self.calibrate.engine,
             "algorithm": self.algorithm,
             "schemes": {name: scheme and asdict(scheme) for name, scheme in self.schemes.items()},
@@ -78,14 +84,13 @@ def plan_calibration(loaded: LoadedRecipe) -> CalibrationPlan:
     device = require_device(loaded)
     refuse(loaded, _problems(recipe, device))
     # How training holds the base says nothing here: the calibration starts from the unquantized weights.
-    unquantized = recipe.model_copy(update={"quant": QuantSection(), "adapter": AdapterSection()})
-    model = plan_model(LoadedRecipe(unquantized, loaded.tree))
+    model = plan_model(loaded.having(quant=QuantSection(), adapter=AdapterSection()))
     if model.checkpoint.quantization:
         text = "is already quantized; start from the unquantized model, or from a run whose base is unquantized"
         refuse(loaded, [("model.path", text)])
     assert recipe.calibrate is not None
     if recipe.calibrate.engine == "custom":
-        return _by_plugin(LoadedRecipe(recipe.model_copy(update={"adapter": AdapterSection()}), loaded.tree), model)
+        return _by_plugin(loaded.having(adapter=AdapterSection()), model)
     linears, blocks = linear_layers(model)
     skipped = recipe.calibrate.skip_modules
     taken = {name for name in linears if name.startswith(f"{blocks}.") and not _is_skipped(name, skipped)}
@@ -94,7 +99,8 @@ def plan_calibration(loaded: LoadedRecipe) -> CalibrationPlan:
     refuse(loaded, _layer_problems(recipe.calibrate, schemes, linears))
     needs_windows = recipe.calibrate.engine in ("autoround", "llmcompressor") or scheme.activations == "static"
     return CalibrationPlan(
-        **vars(model),
+        loaded=model.loaded,
+        model=model,
         schemes=schemes,
         data=calibration_data(recipe, model.tokenizer, needs_windows=needs_windows),
     )
@@ -108,7 +114,8 @@ def _by_plugin(loaded: LoadedRecipe, model: ModelPlan) -> CalibrationPlan:
     if unserializable:
         refuse(loaded, [("quant.plugin", unserializable)])
     return CalibrationPlan(
-        **vars(model) | {"loaded": loaded},
+        loaded=loaded,
+        model=model,
         schemes={},
         data=calibration_data(loaded.recipe, model.tokenizer, needs_windows=False),
         quantized=quantized,

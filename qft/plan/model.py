@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,11 @@ class ModelPlan:
     def recipe(self) -> Recipe:
         return self.loaded.recipe
 
+    def facts(self) -> dict[str, Any]:
+        """The model as plain values."""
+        checkpoint = self.checkpoint
+        return {"path": checkpoint.path, "commit": checkpoint.commit, "dtype": self.dtype, **asdict(self.shape)}
+
 
 def plan_model(loaded: LoadedRecipe, lora: dict[str, Any] | None = None) -> ModelPlan:
     """Decide device, dtype and quantization, and count the parameters, with the adapters of `lora` attached.
@@ -102,7 +107,7 @@ def plan_model(loaded: LoadedRecipe, lora: dict[str, Any] | None = None) -> Mode
     else:
         scheme, quant = recipe.quant.mode, recipe.quant
         if quant.skip_modules == "auto":  # which ones, only a measurement can tell: see with_skip_modules
-            quant = quant.model_copy(update={"skip_modules": ()})
+            quant = quant.having(skip_modules=())
         quantization = SCHEMES[scheme].config(quant, compute_dtype, list(shape.heads))
     return ModelPlan(
         loaded=loaded,

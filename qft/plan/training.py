@@ -23,14 +23,19 @@ __all__ = ["Plan", "make_plan"]
 
 
 @dataclass(frozen=True)
-class Plan(ModelPlan):
+class Plan:
     """Everything that is decided before anything is loaded."""
 
+    model: ModelPlan
     lora: dict[str, Any] | None
     """Arguments of peft.LoraConfig."""
     training: dict[str, Any]
     """Arguments of TrainingArguments, beside the folders."""
     data: Prepared
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.model.recipe
 
     @cached_property
     def steps_per_epoch(self) -> int:
@@ -48,17 +53,12 @@ class Plan(ModelPlan):
     def facts(self) -> dict[str, Any]:
         """The plan as plain values, for `qft check --json` and the manifest."""
         return {
-            "device": asdict(self.device),
-            "model": {
-                "path": self.checkpoint.path,
-                "commit": self.checkpoint.commit,
-                "dtype": self.dtype,
-                **asdict(self.shape),
-            },
+            "device": asdict(self.model.device),
+            "model": self.model.facts(),
             "quantization": {
-                "scheme": self.scheme,
-                **(self.quantization or self.checkpoint.quantization),
-                "plugin": asdict(self.plugin) if self.plugin else None,
+                "scheme": self.model.scheme,
+                **(self.model.quantization or self.model.checkpoint.quantization),
+                "plugin": asdict(self.model.plugin) if self.model.plugin else None,
             },
             "skip_modules": self.recipe.quant.skip_modules,
             "adapter": self.lora,
@@ -87,7 +87,7 @@ def make_plan(loaded: LoadedRecipe) -> Plan:
     if recipe.eval.metrics and data.eval and max(data.eval["answer_start"]) < 0:
         refuse(loaded, [("eval.metrics", "the held-out rows are plain text, which has no answers to score; remove it")])
     return Plan(
-        **vars(model),
+        model=model,
         lora=lora,
         training=_training_arguments(recipe, device),
         data=data,
@@ -96,13 +96,13 @@ def make_plan(loaded: LoadedRecipe) -> Plan:
 
 def with_skip_modules(plan: Plan, names: Sequence[str]) -> Plan:
     """The plan once quant.skip_modules auto has become `names`."""
-    chosen = {"skip_modules": tuple(names), "skip_budget_bits": None, "skip_budget_bytes": None}
-    recipe = plan.recipe.model_copy(update={"quant": plan.recipe.quant.model_copy(update=chosen)})
-    return dataclasses.replace(
-        plan,
-        loaded=LoadedRecipe(recipe, plan.loaded.tree),
-        quantization=plan.quantization | {"llm_int8_skip_modules": [*plan.shape.heads, *names]},
+    model = plan.model
+    chosen = {"skip_modules": names, "skip_budget_bits": None, "skip_budget_bytes": None}
+    skipped = {"llm_int8_skip_modules": [*model.shape.heads, *names]}
+    changed = dataclasses.replace(
+        model, loaded=model.loaded.having(quant=chosen), quantization=model.quantization | skipped
     )
+    return dataclasses.replace(plan, model=changed)
 
 
 def _trainability(recipe: Recipe, model: ModelPlan) -> Iterator[Problem]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import os
 import re
@@ -16,7 +17,7 @@ from qft.errors import RecipeError
 from qft.recipe import source
 from qft.recipe.presets import PRESETS
 from qft.recipe.rules import broken_rules, unread_fields
-from qft.recipe.schema import Recipe
+from qft.recipe.schema import Recipe, plain
 from qft.recipe.source import Place, Tree
 
 __all__ = ["LoadedRecipe", "dump", "json_schema", "load"]
@@ -46,6 +47,18 @@ class LoadedRecipe:
         """Whether the recipe has this section at all."""
         return section in self.tree.values
 
+    def having(self, **changes: Any) -> LoadedRecipe:
+        """Another recipe, validated like this one. Each change is of a section: a mapping is laid over its fields, a
+        section takes its place, and None takes it away.
+
+        Rules between fields are about what somebody wrote, and not asked again."""
+        tree = Tree(copy.deepcopy(self.tree.values), dict(self.tree.where))
+        for name, change in changes.items():
+            if change is None or isinstance(change, BaseModel):
+                tree.values[name] = None  # not merged with what was there
+        tree.merge(Tree(plain(changes)))
+        return LoadedRecipe(_validated(tree), tree)
+
 
 def load(path: Path, overrides: Iterable[str] = ()) -> LoadedRecipe:
     """Read `path`, what it extends and the `section.field=value` overrides, and validate the whole.
@@ -60,22 +73,17 @@ def load(path: Path, overrides: Iterable[str] = ()) -> LoadedRecipe:
     for name, field in Recipe.model_fields.items():
         if tree.values.get(name, ...) is None and _section_class(field.annotation):
             tree.values[name] = {}  # a section whose every field is commented out
-    try:
-        recipe = Recipe.model_validate(tree.values)
-    except ValidationError as error:
-        problems = _readable(error, tree)
-    else:
-        loaded = LoadedRecipe(recipe, tree)
-        problems = [loaded.problem(field, text) for field, text in broken_rules(recipe, loaded.given)]
-        if not problems:
-            return loaded
-    raise RecipeError(sorted(problems, key=_line_order))
+    loaded = LoadedRecipe(_validated(tree), tree)
+    if problems := [loaded.problem(field, text) for field, text in broken_rules(loaded.recipe, loaded.given)]:
+        raise RecipeError(sorted(problems, key=_line_order))
+    return loaded
 
 
 def from_values(values: dict[str, Any]) -> LoadedRecipe:
     """A recipe that no file holds; relative paths are relative to the working directory."""
     _resolve_paths(values, Path())
-    return LoadedRecipe(Recipe.model_validate(values), Tree(values))
+    tree = Tree(values)
+    return LoadedRecipe(_validated(tree), tree)
 
 
 def json_schema() -> dict[str, Any]:
@@ -102,6 +110,14 @@ def dump(recipe: Recipe) -> str:
     if recipe.quant.mode == "none":  # written out, it would contradict a checkpoint that comes quantized
         del values["quant"]
     return source.write(values)
+
+
+def _validated(tree: Tree) -> Recipe:
+    """Raises RecipeError with every problem of a single field."""
+    try:
+        return Recipe.model_validate(tree.values)
+    except ValidationError as error:
+        raise RecipeError(sorted(_readable(error, tree), key=_line_order)) from None
 
 
 def _read_extended(path: Path, seen: tuple[Path, ...]) -> Tree:

@@ -8,7 +8,8 @@ error. `auto` is decided by the plan, never here.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
 
@@ -26,6 +27,7 @@ __all__ = [
     "Recipe",
     "Source",
     "TrainSection",
+    "plain",
 ]
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -46,6 +48,19 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+    def having(self, **changes: Any) -> Self:
+        """The same section with other values, validated like the first."""
+        return self.model_validate(self.model_dump(exclude_unset=True) | {n: plain(v) for n, v in changes.items()})
+
+
+def plain(value: Any) -> Any:
+    """Sections, wherever in `value` they are, as mappings of the fields that they set."""
+    if isinstance(value, BaseModel):
+        return value.model_dump(exclude_unset=True)
+    if isinstance(value, Mapping):
+        return {name: plain(inner) for name, inner in value.items()}
+    return [plain(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 class ModelSection(Section):

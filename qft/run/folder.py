@@ -34,6 +34,7 @@ from qft.recipe import dump
 
 __all__ = ["Run", "check_folder", "record_base", "start_calibration", "start_run", "step_of"]
 
+AnyPlan = Plan | CalibrationPlan
 MANIFEST = "manifest.json"
 
 # What a resumed run may not change: the checkpoint was made by it.
@@ -164,7 +165,7 @@ def start_calibration(plan: CalibrationPlan, needed: int, *, resume: bool, overw
     return run
 
 
-def _begin(run: Run, plan: Plan | CalibrationPlan, digests: dict[str, str | None], *, overwrite: bool) -> None:
+def _begin(run: Run, plan: AnyPlan, digests: dict[str, str | None], *, overwrite: bool) -> None:
     if overwrite and run.folder.exists():
         shutil.rmtree(run.folder)
     run.folder.mkdir(parents=True, exist_ok=True)
@@ -176,7 +177,7 @@ def _begin(run: Run, plan: Plan | CalibrationPlan, digests: dict[str, str | None
         started=now(),
         seed=plan.recipe.seed,
         versions=versions(),
-        hardware=describe(plan.device),
+        hardware=describe(plan.model.device),
         data=digests,
         plugin=_plugin(plan),
     )
@@ -192,7 +193,7 @@ def record_base(run: Run, plan: ModelPlan) -> None:
     run.set_status("running", base=base)
 
 
-def _require_same(run: Run, plan: ModelPlan, digests: dict[str, str | None], fixed: tuple[str, ...]) -> None:
+def _require_same(run: Run, plan: AnyPlan, digests: dict[str, str | None], fixed: tuple[str, ...]) -> None:
     before = yaml.safe_load((run.folder / "recipe.yaml").read_text("utf-8"))
     now = yaml.safe_load(dump(plan.recipe))
     for asked in (before, now):
@@ -210,9 +211,9 @@ def _require_same(run: Run, plan: ModelPlan, digests: dict[str, str | None], fix
         raise RunError(f"{run.folder}: quant.plugin has changed since the run began; use --overwrite to start again")
 
 
-def _plugin(plan: ModelPlan) -> dict[str, Any] | None:
+def _plugin(plan: AnyPlan) -> dict[str, Any] | None:
     quantized = plan.quantized if isinstance(plan, CalibrationPlan) else None
-    plugin = (quantized or plan).plugin
+    plugin = (quantized or plan.model).plugin
     return asdict(plugin) if plugin else None
 
 
@@ -225,9 +226,9 @@ def _require_steps_left(run: Run, plan: Plan) -> None:
 def _checkpoint_bytes(plan: Plan) -> int:
     """Bytes of the checkpoints kept and the result: float32 weights and two moments each."""
     if plan.recipe.train.save_strategy == "no":
-        return plan.shape.trainable_parameters * 4
+        return plan.model.shape.trainable_parameters * 4
     kept = (plan.recipe.train.save_total_limit or 1) + 1
-    return plan.shape.trainable_parameters * 4 * (3 * kept + 1)
+    return plan.model.shape.trainable_parameters * 4 * (3 * kept + 1)
 
 
 def _is_whole(checkpoint: Path) -> bool:

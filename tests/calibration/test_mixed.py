@@ -66,7 +66,7 @@ def test_the_worst_layers_are_left_and_that_brings_the_model_closer(recipe: Reci
     resolved = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
     assert resolved["quant"]["skip_modules"] == skipped.names
     assert "skip_budget_bytes" not in resolved["quant"]
-    held = load_base(make_plan(load(tmp_path / "run" / "recipe.yaml")))
+    held = load_base(make_plan(load(tmp_path / "run" / "recipe.yaml")).model)
     assert type(held.get_submodule(WORST)) is torch.nn.Linear
     assert type(held.get_submodule("model.layers.0.mlp.down_proj")) is not torch.nn.Linear
     assert evaluate([str(tmp_path / "run")], EvalOptions(data=str(tmp_path / "chats.jsonl")), View()).targets
@@ -74,7 +74,7 @@ def test_the_worst_layers_are_left_and_that_brings_the_model_closer(recipe: Reci
 
 def test_a_budget_in_bits_is_one_in_bytes(recipe: RecipeFile) -> None:
     plan = make_plan(load(recipe(skip_budget_bits=1.0)))
-    bits = WEIGHTS * 16 / plan.shape.linear_parameters
+    bits = WEIGHTS * 16 / plan.model.shape.linear_parameters
     skipped = trained(recipe(skip_budget_bits=bits)).skipped_modules
     assert skipped is not None
     assert skipped.budget_bytes == WEIGHTS * 2

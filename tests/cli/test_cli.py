@@ -142,10 +142,10 @@ def test_check_says_what_the_model_would_be(recipe_file: RecipeFile) -> None:
     from qft.recipe import load
 
     plan = make_plan(load(recipe_file(quant=None)))
-    model = attach_adapter(load_base(plan), plan)
+    model = attach_adapter(load_base(plan.model), plan)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert plan.shape.trainable_parameters == trainable
-    assert plan.shape.parameters == sum(p.numel() for p in model.parameters()) - trainable
+    assert plan.model.shape.trainable_parameters == trainable
+    assert plan.model.shape.parameters == sum(p.numel() for p in model.parameters()) - trainable
 
 
 def test_train_prints_one_json_document_and_nothing_else(recipe_file: RecipeFile, tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from typer.testing import CliRunner, Result
 
 from qft.cli import app
-from qft.commands.chat import CONTROLS, ChatOptions, Conversation, Session, _Writer
+from qft.commands.chat import CONTROLS, Session
+from qft.commands.conversation import ChatOptions, Conversation, _Writer
 from qft.data.prepare import prepare
 from qft.errors import DataError, QftError, RecipeError
 from qft.recipe.load import from_values

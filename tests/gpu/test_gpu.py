@@ -78,7 +78,7 @@ def test_cpu_and_gpu_agree_on_the_gradients(recipe_file: RecipeFile) -> None:
         )
         plan = make_plan(load(path))
         torch.manual_seed(0)
-        model = attach_adapter(load_base(plan), plan).train()
+        model = attach_adapter(load_base(plan.model), plan).train()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if parameter.requires_grad:
@@ -97,7 +97,7 @@ def test_the_evaluated_loss_on_a_gpu_is_the_plain_one(recipe_file: RecipeFile, c
     )
     report = train(load(path), View())
     plan = make_plan(load(path))
-    model = load_base(plan).cpu()
+    model = load_base(plan.model).cpu()
     assert report.eval.before is not None
     assert report.eval.before.loss == pytest.approx(plain_loss(model, plan.data.eval), rel=1e-3)
 

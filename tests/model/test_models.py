@@ -35,7 +35,7 @@ def refusal(path: Path, kind: type[QftError]) -> str:
 def test_linears_are_quantized_and_the_rest_is_as_the_recipe_says(
     preset: str, quant_type: str, recipe_file: RecipeFile
 ) -> None:
-    model = load_base(make_plan(load(recipe_file(quant={"preset": preset}, model={"dtype": "float32"}))))
+    model = load_base(make_plan(load(recipe_file(quant={"preset": preset}, model={"dtype": "float32"}))).model)
     layer = model.model.layers[0]
     assert layer.mlp.up_proj.weight.quant_type == quant_type
     assert layer.mlp.up_proj.weight.dtype == torch.uint8
@@ -45,7 +45,7 @@ def test_linears_are_quantized_and_the_rest_is_as_the_recipe_says(
 
 
 def test_skipped_modules_and_the_head_stay_unquantized(recipe_file: RecipeFile) -> None:
-    model = load_base(make_plan(load(recipe_file(quant={"skip_modules": ["up_proj"]}))))
+    model = load_base(make_plan(load(recipe_file(quant={"skip_modules": ["up_proj"]}))).model)
     kinds = {name: type(module).__name__ for name, module in model.named_modules() if hasattr(module, "in_features")}
     assert kinds["model.layers.0.mlp.up_proj"] == kinds["lm_head"] == "Linear"
     assert kinds["model.layers.0.mlp.down_proj"] == "Linear4bit"
@@ -53,10 +53,10 @@ def test_skipped_modules_and_the_head_stay_unquantized(recipe_file: RecipeFile) 
 
 def test_weight_bytes_count_what_is_held(recipe_file: RecipeFile) -> None:
     plan = make_plan(load(recipe_file(quant={"double_quant": False}, model={"dtype": "float32"})))
-    model = attach_adapter(load_base(plan), plan)
+    model = attach_adapter(load_base(plan.model), plan)
     held = weight_bytes(model)
-    assert held["trainable"] == 4 * plan.shape.trainable_parameters
-    linear, rest = plan.shape.linear_parameters, plan.shape.parameters - plan.shape.linear_parameters
+    assert held["trainable"] == 4 * plan.model.shape.trainable_parameters
+    linear, rest = plan.model.shape.linear_parameters, plan.model.shape.parameters - plan.model.shape.linear_parameters
     # Half a byte a weight, one float32 scale for each 64, the code book of 16 floats for each layer, and buffers.
     expected = linear / 2 + linear / 64 * 4 + 4 * rest
     assert expected <= held["frozen"] <= expected + 14 * 64 + 4096
@@ -76,8 +76,8 @@ def nf4_folder(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Pa
 
 def test_a_quantized_checkpoint_brings_its_own_configuration(nf4_folder: Path, recipe_file: RecipeFile) -> None:
     plan = make_plan(load(recipe_file(model={"path": str(nf4_folder)}, quant=None)))
-    assert plan.scheme == "4bit"
-    model = attach_adapter(load_base(plan), plan)
+    assert plan.model.scheme == "4bit"
+    model = attach_adapter(load_base(plan.model), plan)
     layer = model.base_model.model.model.layers[0].mlp.up_proj.base_layer
     assert layer.weight.quant_type == "nf4"
     assert layer.support_avx512bf16_for_cpu is False
@@ -186,15 +186,15 @@ def test_running_out_of_memory_is_one_message_with_remedies() -> None:
 def test_answers_come_in_batches_and_end_at_the_limit(recipe_file: RecipeFile, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "questions.jsonl", [chat("q" * n, "answer") for n in (3, 9, 1, 5, 7)])
     plan = make_plan(load(recipe_file(data={"train": str(tmp_path / "questions.jsonl")}, quant=None)))
-    model = load_base(plan)
+    model = load_base(plan.model)
     calls: list[int] = []  # rows of each forward pass: one for the prompts, one for each further token
     model.model.embed_tokens.register_forward_hook(lambda _, inputs, __: calls.append(len(inputs[0])))
-    answers = answer_rows(model, plan.tokenizer, plan.data.train, max_new_tokens=6, batch_size=2)
+    answers = answer_rows(model, plan.model.tokenizer, plan.data.train, max_new_tokens=6, batch_size=2)
     assert [answer.row for answer in answers] == [0, 1, 2, 3, 4]
     assert [answer.expected for answer in answers] == ["answer"] * 5
     assert calls == [2] * 12 + [1] * 6
     calls.clear()
-    answer_rows(model, plan.tokenizer, plan.data.train, max_new_tokens=9, batch_size=5)
+    answer_rows(model, plan.model.tokenizer, plan.data.train, max_new_tokens=9, batch_size=5)
     assert calls == [5] * 9
 
 
@@ -202,9 +202,12 @@ def test_batching_does_not_change_an_answer(recipe_file: RecipeFile, tmp_path: P
     write_jsonl(tmp_path / "questions.jsonl", [chat("q" * n, "answer") for n in (3, 9, 1, 5, 7)])
     path = recipe_file(data={"train": str(tmp_path / "questions.jsonl")}, quant=None, model={"dtype": "float32"})
     plan = make_plan(load(path))
-    model = load_base(plan)
+    model = load_base(plan.model)
     alone, together = (
-        [answer.given for answer in answer_rows(model, plan.tokenizer, plan.data.train, max_new_tokens=8, batch_size=n)]
+        [
+            answer.given
+            for answer in answer_rows(model, plan.model.tokenizer, plan.data.train, max_new_tokens=8, batch_size=n)
+        ]
         for n in (1, 5)
     )
     assert alone == together

@@ -113,7 +113,7 @@ def test_int8_products_are_for_evaluation_and_near_the_exact_ones(tokens: int, e
 def test_linears_are_quantized_and_the_rest_is_as_the_recipe_says(plugin: Path, recipe_file: RecipeFile) -> None:
     quant = custom("mine.py", skip_modules=["up_proj"])
     plan = make_plan(load(recipe_file(quant=quant, model={"dtype": "bfloat16"})))
-    model = load_base(plan)
+    model = load_base(plan.model)
     kinds = {name.rpartition(".")[2]: type(m).__name__ for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     assert kinds.pop("lm_head") == kinds.pop("up_proj") == "Linear"
     assert set(kinds.values()) == {"Int8Linear"}
@@ -127,10 +127,12 @@ def test_linears_are_quantized_and_the_rest_is_as_the_recipe_says(plugin: Path, 
     assert facts["plugin"]["sha256"] == hashlib.sha256(plugin.read_bytes()).hexdigest()
     up = 2 * 64 * 128  # in bfloat16, as the head, the embeddings and the norms; one float32 scale a row
     held = sum(weight_bytes(model).values())
-    rest = plan.shape.parameters - plan.shape.linear_parameters + up
+    rest = plan.model.shape.parameters - plan.model.shape.linear_parameters + up
     scales = 2 * 4 * (64 + 32 + 32 + 64 + 128 + 64)
     assert (
-        plan.shape.linear_parameters - up + scales + 2 * rest <= held <= plan.shape.linear_parameters + 2 * rest + 4096
+        plan.model.shape.linear_parameters - up + scales + 2 * rest
+        <= held
+        <= plan.model.shape.linear_parameters + 2 * rest + 4096
     )
 
 
@@ -143,7 +145,7 @@ def test_it_learns_resumes_and_its_adapter_reloads_to_the_same_loss(
     assert report.loss.last < 0.9 * report.loss.first
     assert report.model.scheme == "int8_symmetric"
     plan = make_plan(load(path))
-    model = PeftModel.from_pretrained(load_base(plan), tmp_path / "run" / "adapter").eval()
+    model = PeftModel.from_pretrained(load_base(plan.model), tmp_path / "run" / "adapter").eval()
     with torch.autocast("cpu", torch.bfloat16, enabled=plan.training["bf16"]):
         assert plain_loss(model, plan.data.eval) == pytest.approx(report.eval.after.loss, rel=0.02)
 
@@ -189,18 +191,18 @@ def test_a_quantized_folder_is_saved_loaded_trained_and_evaluated(
 ) -> None:
     held_out = {"eval": str(chat_file)}
     plan = make_plan(load(recipe_file("base.yaml", quant=custom("mine.py"), data=held_out)))
-    model = load_base(plan)
+    model = load_base(plan.model)
     folder = tmp_path / "int8"
     model.save_pretrained(folder)
-    plan.tokenizer.save_pretrained(folder)
+    plan.model.tokenizer.save_pretrained(folder)
     saved = load_file(folder / "model.safetensors")
     assert saved["model.layers.0.mlp.up_proj.weight"].dtype == torch.int8
     assert saved["model.layers.0.mlp.up_proj.weight_scale"].dtype == torch.float32
 
     path = recipe_file("int8.yaml", quant=custom("mine.py"), model={"path": str(folder)}, data=held_out, train=HARD)
     plan = make_plan(load(path))
-    assert plan.scheme == "int8_symmetric"
-    again = load_base(plan)
+    assert plan.model.scheme == "int8_symmetric"
+    again = load_base(plan.model)
     assert type(again.model.layers[0].mlp.up_proj).__name__ == "Int8Linear"
     assert torch.equal(logits(again), logits(model))
 
@@ -220,7 +222,7 @@ def test_a_quantized_folder_is_saved_loaded_trained_and_evaluated(
 def test_a_quantized_folder_needs_its_plugin(
     quant: Any, plugin: Path, recipe_file: RecipeFile, chat_file: Path, tmp_path: Path
 ) -> None:
-    model = load_base(make_plan(load(recipe_file(quant=custom("mine.py")))))
+    model = load_base(make_plan(load(recipe_file(quant=custom("mine.py")))).model)
     model.save_pretrained(tmp_path / "int8")
     message = refusal(recipe_file(model={"path": str(tmp_path / "int8")}, quant=quant), RecipeError)
     assert "int8_symmetric" in message
@@ -250,7 +252,7 @@ def test_two_versions_of_a_quantizer_are_compared(
 
 def test_layer_errors_are_those_of_the_dequantized_weight(plugin: Path, recipe_file: RecipeFile) -> None:
     plan = make_plan(load(recipe_file(quant=custom("mine.py"), model={"dtype": "float32"})))
-    model, reference = attach_adapter(load_base(plan), plan), tiny_llama()
+    model, reference = attach_adapter(load_base(plan.model), plan), tiny_llama()
     batch = {"input_ids": torch.arange(3, 40)[None], "attention_mask": torch.ones(1, 37, dtype=torch.int64)}
     errors = {error.name: error for error in layer_errors(reference, model, [batch])}
     name = "model.layers.1.mlp.down_proj"
@@ -291,7 +293,7 @@ def test_a_broken_plugin_is_told_in_one_line(case: str, plugin: Path, recipe_fil
 def test_a_plugin_that_quantizes_nothing_is_refused(plugin: Path, recipe_file: RecipeFile) -> None:
     changed(plugin, "isinstance(module, nn.Linear) and should", "isinstance(module, nn.Bilinear) and should")
     with pytest.raises(ModelError, match="has quantized no layer"):
-        load_base(make_plan(load(recipe_file(quant=custom("mine.py")))))
+        load_base(make_plan(load(recipe_file(quant=custom("mine.py")))).model)
 
 
 def test_an_untrainable_one_is_evaluated_all_the_same(plugin: Path, recipe_file: RecipeFile, chat_file: Path) -> None:

@@ -63,7 +63,9 @@ def test_the_dequantized_gguf_answers_as_the_model_does(tmp_path: Path) -> None:
     rows = write_jsonl(tmp_path / "rows.jsonl", [chat("What is the capital of France?", "Paris")])
     assert rows.exists()
     plan = make_plan(load(path))
-    [answer] = answer_rows(load_base(plan), plan.tokenizer, plan.data.train, max_new_tokens=12, batch_size=1)
+    [answer] = answer_rows(
+        load_base(plan.model), plan.model.tokenizer, plan.data.train, max_new_tokens=12, batch_size=1
+    )
     assert "Paris" in answer.given
 
 
@@ -78,10 +80,10 @@ def test_it_learns_a_fact_and_the_saved_adapter_still_knows_it(tmp_path: Path) -
     assert 6 < report.model.bits_per_weight < 7  # 4.13 bits for the linears, 16 for the embeddings
 
     plan = make_plan(load(path))
-    model = PeftModel.from_pretrained(load_base(plan), tmp_path / "run" / "adapter").eval()
+    model = PeftModel.from_pretrained(load_base(plan.model), tmp_path / "run" / "adapter").eval()
     rows = plan.data.eval.select([0])
     with torch.autocast("cpu", torch.bfloat16):
-        [answer] = answer_rows(model, plan.tokenizer, rows, max_new_tokens=16, batch_size=1)
+        [answer] = answer_rows(model, plan.model.tokenizer, rows, max_new_tokens=16, batch_size=1)
     assert answer.right
 
     [document] = export(tmp_path / "run", ExportOptions(to=("merged",)), View())
@@ -93,7 +95,7 @@ def test_it_learns_a_fact_and_the_saved_adapter_still_knows_it(tmp_path: Path) -
 
 def test_an_evaluation_leaves_the_gradients_of_the_real_model_alone(tmp_path: Path) -> None:
     plan = make_plan(load(recipe(tmp_path)))
-    model = attach_adapter(load_base(plan), plan)
+    model = attach_adapter(load_base(plan.model), plan)
     ids = torch.tensor([plan.data.train[0]["input_ids"]])
 
     def gradient() -> torch.Tensor:

@@ -39,7 +39,7 @@ def training(plan: Plan) -> Any:
 
 
 def quantization(plan: Plan) -> Any:
-    return BitsAndBytesConfig(**plan.quantization).to_dict()
+    return BitsAndBytesConfig(**plan.model.quantization).to_dict()
 
 
 def lora(plan: Plan) -> Any:
@@ -52,7 +52,7 @@ def rows(plan: Plan) -> Any:
 
 def model(plan: Plan) -> Any:
     """Kind, dtype and contents of the loaded base."""
-    base = load_base(plan)
+    base = load_base(plan.model)
     contents = [hashlib.sha256(p.detach().cpu().view(torch.uint8).numpy()).hexdigest() for p in base.parameters()]
     layers = [type(module).__name__ for module in base.modules()]
     return base.config._attn_implementation, layers, contents
@@ -61,13 +61,13 @@ def model(plan: Plan) -> Any:
 def trainable(plan: Plan) -> Any:
     """The trainable weights as they start."""
     torch.manual_seed(0)
-    made = attach_adapter(load_base(plan), plan)
+    made = attach_adapter(load_base(plan.model), plan)
     return {name: p.detach().double().norm().item() for name, p in made.named_parameters() if p.requires_grad}
 
 
 def calibration(plan: Plan) -> Any:
     """How each layer is to be held, the windows, and the rows that verify."""
-    planned = plan_calibration(plan.loaded)
+    planned = plan_calibration(plan.model.loaded)
     return planned.facts(), planned.data.windows, planned.data.verify.to_list()
 
 

@@ -70,14 +70,14 @@ def test_a_gpu_recipe_resolves_to_a_plan(name: str, tiny_model: Path, chat_file:
     }
     loaded = load(FOLDER / name, [f"{field}={value}" for field, value in stand_ins.items()])
     wanted = {"int8.yaml": "8bit", "lora-bf16.yaml": "none"}.get(name, "4bit")
-    assert make_plan(loaded).scheme == wanted
+    assert make_plan(loaded).model.scheme == wanted
 
 
 @pytest.mark.real
 @pytest.mark.parametrize("name", ["quickstart.yaml", "full-finetune-small.yaml", "custom/int8_symmetric.yaml"])
 def test_a_cpu_recipe_resolves_to_a_plan(name: str) -> None:
     plan = make_plan(load(FOLDER / name, ["model.device=cpu"]))
-    assert plan.shape.parameters == 134_515_008
+    assert plan.model.shape.parameters == 134_515_008
     assert len(plan.data.train) == 300
 
 

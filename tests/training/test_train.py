@@ -37,7 +37,7 @@ def test_every_mode_learns_and_its_adapter_reloads_to_the_same_loss(
     assert report.eval.after.loss < 0.9 * report.eval.before.loss
 
     plan = make_plan(load(path))
-    model = PeftModel.from_pretrained(load_base(plan), tmp_path / "run" / "adapter").eval()
+    model = PeftModel.from_pretrained(load_base(plan.model), tmp_path / "run" / "adapter").eval()
     with torch.autocast("cpu", torch.bfloat16, enabled=plan.training["bf16"]):
         assert plain_loss(model, plan.data.eval) == pytest.approx(report.eval.after.loss, rel=0.02)
 
@@ -101,7 +101,7 @@ def test_an_evaluation_leaves_later_gradients_as_they_were(mode: str, recipe_fil
     from qft.model.adapter import attach_adapter
 
     plan = make_plan(load(recipe_file(**MODES[mode], adapter={"init_lora_weights": "gaussian"})))
-    model = attach_adapter(load_base(plan), plan)
+    model = attach_adapter(load_base(plan.model), plan)
     ids = torch.arange(40).reshape(1, 40)
 
     def gradients() -> list[torch.Tensor]:
@@ -214,7 +214,7 @@ def test_the_evaluated_loss_counts_tokens_and_ignores_smoothing(recipe_file: Rec
     report = run(path)
     plan = make_plan(load(path))
     assert report.eval.before is not None
-    assert report.eval.before.loss == pytest.approx(plain_loss(load_base(plan), plan.data.eval), rel=1e-5)
+    assert report.eval.before.loss == pytest.approx(plain_loss(load_base(plan.model), plan.data.eval), rel=1e-5)
     assert report.eval.before.perplexity == pytest.approx(math.exp(report.eval.before.loss))
 
 
@@ -243,7 +243,7 @@ def test_an_adapter_that_changed_its_base_is_saved_for_the_original(
     )
     report = run(path)
     plan = make_plan(load(path))
-    model = PeftModel.from_pretrained(load_base(plan), tmp_path / "run" / "adapter").eval()
+    model = PeftModel.from_pretrained(load_base(plan.model), tmp_path / "run" / "adapter").eval()
     assert report.eval.after is not None
     assert plain_loss(model, plan.data.eval) == pytest.approx(report.eval.after.loss, rel=1e-4)
 
@@ -254,7 +254,7 @@ def test_loftq_starts_nearer_to_the_original_weights(recipe_file: RecipeFile, ti
     from qft.model.adapter import attach_adapter
 
     plan = make_plan(load(recipe_file(adapter={"init_lora_weights": "loftq", "r": 16, "lora_alpha": 8.0})))
-    model = attach_adapter(load_base(plan), plan)
+    model = attach_adapter(load_base(plan.model), plan)
     original = load_file(tiny_model / "model.safetensors")
     compared = 0
     for name, module in model.named_modules():

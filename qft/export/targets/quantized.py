@@ -50,12 +50,10 @@ def _writer(section: Callable[[Job], CalibrateSection]) -> Callable[[Job, Path],
 
 def _recipe(job: Job, section: CalibrateSection, whole: Path, out: Path) -> LoadedRecipe:
     """The run's recipe as one that calibrates the merged model."""
-    recipe = job.loaded.recipe
-    model = recipe.model.model_copy(update={"path": str(whole.resolve()), "revision": None, "dtype": job.dtype})
+    model = {"path": str(whole.resolve()), "revision": None, "dtype": job.dtype}
     own = {"model": model, "calibrate": section, "output_dir": str(out.resolve())}
     quiet = {} if section.accept.score_drop is not None else {"eval": EvalSection()}
-    unquantized = {"quant": QuantSection(), "adapter": AdapterSection()}
-    return LoadedRecipe(recipe.model_copy(update=own | unquantized | quiet), job.loaded.tree)
+    return job.loaded.having(**own, **quiet, quant=QuantSection(), adapter=AdapterSection())
 
 
 def _needed_bytes(job: Job) -> int:

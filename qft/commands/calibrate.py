@@ -35,7 +35,7 @@ from qft.progress import View
 from qft.quant.engines import LayerScheme
 from qft.recipe import LoadedRecipe, load
 from qft.recipe.rules import WHOLE_MODEL
-from qft.recipe.schema import AcceptSection
+from qft.recipe.schema import AcceptSection, CalibrateSection
 from qft.run.folder import Run, record_base, start_calibration
 
 __all__ = ["calibrate", "find_plan"]
@@ -75,7 +75,8 @@ def calibrate(loaded: LoadedRecipe, view: View, *, resume: bool = False, overwri
         )
     run = start_calibration(plan, _needed_bytes(plan), resume=resume, overwrite=overwrite)
     try:
-        with run.failure_noted(), memory_guard("calibrating"), Meter(plan.model.device.kind) as meter:
+        guard = memory_guard("calibrating", _smaller(plan.calibrate))
+        with run.failure_noted(), guard, Meter(plan.model.device.kind) as meter:
             report = _Calibration(plan, run, view, meter, merged_run).run_all(started)
     finally:
         if plan.whole_model:
@@ -290,6 +291,13 @@ def _load_unquantized(plan: CalibrationPlan, merged_run: Path | None, device: st
     }
     target = replace(target, loaded=target.loaded.having(model=own))
     return load_target(target, target.plan())
+
+
+def _smaller(calibrate: CalibrateSection) -> Iterator[str]:
+    """What lets a calibration take less."""
+    if calibrate.samples > 1:
+        yield f"lower calibrate.samples ({calibrate.samples})"
+    yield f"lower calibrate.max_length ({calibrate.max_length})"
 
 
 def _scheme(plan: CalibrationPlan) -> dict[str, Any]:

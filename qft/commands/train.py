@@ -32,7 +32,7 @@ from qft.errors import ModelError, QftError
 from qft.files import write_json, write_text
 from qft.measure.scores import Answer, answer_rows, as_jsonl, score
 from qft.memory.checkpointing import CheckpointingProbe
-from qft.memory.guard import memory_guard
+from qft.memory.guard import memory_guard, smaller_training
 from qft.memory.meter import Meter, Snapshot, weight_bytes
 from qft.model.adapter import CHANGES_BASE, attach_adapter, save_adapter, save_full
 from qft.model.load import load_base
@@ -105,7 +105,8 @@ class _Training:
             weights, self.after_load = weight_bytes(model), meter.settled()
             # Under autocast a LoRA layer need not cast its input to float32 first, which would be kept for backward.
             mixed = plan.training["bf16"] or plan.training["fp16"]
-            with memory_guard("training"), disable_input_dtype_casting(model, active=mixed):
+            remedies = smaller_training(recipe, plan.model.scheme)
+            with memory_guard("training", remedies), disable_input_dtype_casting(model, active=mixed):
                 before = self._evaluate_all("before", 0) if checkpoint is None else self._earlier_evaluation()
                 self.view.begin(plan.steps, step_of(checkpoint))
                 meter.restart()

@@ -11,7 +11,7 @@ from pathlib import Path
 __all__ = ["prepare_libraries"]
 
 GPUS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
-"""Where the drivers of NVIDIA, of AMD and of Windows below Linux are: seen without torch, which takes seconds to load."""
+"""Where the drivers of NVIDIA, of AMD and of Windows below Linux are: seen without torch, which is not loaded yet."""
 
 VARIABLES = {
     "TOKENIZERS_PARALLELISM": "false",
@@ -50,7 +50,7 @@ def prepare_libraries() -> None:
     for name, value in VARIABLES.items():
         os.environ.setdefault(name, value)
     if not any(Path(path).exists() for path in GPUS):
-        # Threads that spin for one which another program keeps from its core are ten times slower than those that sleep.
+        # Threads that spin while one of them waits for a core are slower by far than threads that sleep.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for name in LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from types import TracebackType
 
 __all__ = ["Step", "View"]
 
@@ -37,9 +36,7 @@ class Step:
 class View(AbstractContextManager["View"]):
     """Shows nothing; the base of those that do."""
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *failure: object) -> None:
         return None
 
     def note(self, text: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import importlib.util
 import os
 import shutil
@@ -11,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="qft-tests-")
-os.environ["QFT_CACHE"] = tempfile.mkdtemp(prefix="qft-tests-")
+for cache in ("HF_DATASETS_CACHE", "QFT_CACHE"):
+    os.environ[cache] = tempfile.mkdtemp(prefix="qft-tests-")
+    atexit.register(shutil.rmtree, os.environ[cache], ignore_errors=True)
+if "PYTEST_XDIST_WORKER" in os.environ:  # a core each: their threads would wait for each other's
+    os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -20,7 +25,9 @@ import pytest
 import torch
 import yaml
 
+from tests.support.gguf import remember_files, save_package_model
 from tests.support.models import byte_tokenizer, tiny_llama
+from tests.support.once import once
 from tests.support.plugins import SHIPPED
 from tests.support.rows import chat, write_jsonl
 
@@ -35,13 +42,38 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(no_model)
 
 
+def pytest_collection_finish() -> None:
+    """Every training collects garbage twice; what the modules hold is none, and looking through it took a third."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of the tiny model: config, float32 safetensors, tokenizer with a ChatML template."""
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    tiny_llama().save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
+
+    def make(folder: Path) -> None:
+        tiny_llama().save_pretrained(folder / "tiny")
+        byte_tokenizer().save_pretrained(folder / "tiny")
+
+    return once(tmp_path_factory, "models", make) / "tiny"
+
+
+@pytest.fixture(scope="session")
+def package_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the package model, dequantized to float32 by transformers, where its GGUF file is not the point."""
+    with pytest.MonkeyPatch.context() as patch:
+        remember_files(patch)
+        return once(tmp_path_factory, "package-model", save_package_model)
+
+
+@pytest.fixture(autouse=True)
+def what_nobody_looks_at(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pictures of a page take half a second, and a vocabulary of 49,152 tokens three, each time."""
+    if not request.node.get_closest_marker("pictures"):
+        monkeypatch.setattr("qft.views.html.pictures._draw", lambda *_, **__: "<g/>")
+    if request.node.get_closest_marker("real"):
+        remember_files(monkeypatch)
 
 
 @pytest.fixture

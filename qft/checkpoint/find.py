@@ -91,12 +91,11 @@ def find_checkpoint(recipe: Recipe) -> Checkpoint:
 def load_tokenizer(checkpoint: Checkpoint, recipe: Recipe) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer, with the recipe's chat template if it gives one."""
     try:
-        if checkpoint.gguf_file:
+        trusted = recipe.model.trust_remote_code
+        if checkpoint.gguf_file and not trusted:
             tokenizer = gguf_tokenizer(checkpoint.folder / checkpoint.gguf_file, checkpoint.config)
         else:
-            tokenizer = AutoTokenizer.from_pretrained(
-                checkpoint.folder, trust_remote_code=recipe.model.trust_remote_code
-            )
+            tokenizer = AutoTokenizer.from_pretrained(**checkpoint.load_arguments, trust_remote_code=trusted)
     except Exception as error:  # tokenizers fail in as many ways as there are file formats
         raise ModelError(f"{checkpoint.path}: its tokenizer cannot be loaded: {first_line(error)}") from error
     if not tokenizer.is_fast:
@@ -143,16 +142,16 @@ def _folder(asked: str, folder: Path, trust_remote_code: bool, **known: Any) -> 
         if raw.get("auto_map"):
             raise ModelError(f"{asked}: needs Python code that comes with it; set model.trust_remote_code to true")
         raise ModelError(f"{asked}: transformers {transformers_version} does not know its model_type {kind!r}")
-    config = _config(asked, AutoConfig.from_pretrained, folder, trust_remote_code=trust_remote_code)
+    config = _config(asked, AutoConfig.from_pretrained, str(folder), trust_remote_code=trust_remote_code)
     quantization = getattr(config, "quantization_config", None) or {}
     if not isinstance(quantization, dict):
         quantization = quantization.to_dict()
     return Checkpoint(asked, folder, config, quantization=quantization, **known)
 
 
-def _config(asked: str, read: Callable[..., PretrainedConfig], folder: Path, **arguments: Any) -> PretrainedConfig:
+def _config(asked: str, read: Callable[..., PretrainedConfig], path: Any, **arguments: Any) -> PretrainedConfig:
     try:
-        return read(folder, **arguments)
+        return read(path, **arguments)
     except Exception as error:  # a config is data: whatever is wrong with it, it is the model's
         raise ModelError(f"{asked}: its configuration cannot be read: {first_line(error)}") from error
 

@@ -27,14 +27,14 @@ def gguf_config(path: Path) -> PretrainedConfig:
     """The configuration. Raises what transformers does."""
 
     def read() -> PretrainedConfig:
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
         # transformers notes the packing of the file; the weights are dequantized when they are loaded.
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         return config
 
     def restore(folder: Path) -> PretrainedConfig:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(str(folder))
         config.name_or_path = str(path.parent)
         return config
 
@@ -52,7 +52,7 @@ def gguf_tokenizer(path: Path, config: PretrainedConfig) -> PreTrainedTokenizerB
         arguments = made["arguments"] | {"name_or_path": str(path.parent)}
         return getattr(transformers, made["class"])(tokenizer_file=str(folder / "tokenizer.json"), **arguments)
 
-    read = partial(_tokenizer_class(path, config).from_pretrained, path.parent, gguf_file=path.name)
+    read = partial(_tokenizer_class(path, config).from_pretrained, str(path.parent), gguf_file=path.name)
     return kept(path, "tokenizer", read, _write_tokenizer, restore)
 
 

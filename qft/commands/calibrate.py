@@ -18,6 +18,7 @@ from qft.calibration.blockwise import Quantization
 from qft.calibration.streamed import Read, StreamedModel
 from qft.calibration.whole import WholeModel, load_result
 from qft.checkpoint.weights import read_weights
+from qft.data.prepare import Prepared
 from qft.documents.calibration import Attempt, CalibrationReport, Check
 from qft.documents.evaluation import LayerError, Score
 from qft.errors import GateError, MissingError, RunError
@@ -27,7 +28,7 @@ from qft.measure.likelihood import Likelihood, Verification
 from qft.measure.scores import answer_rows, score
 from qft.measure.statistics import interval
 from qft.memory.guard import memory_guard
-from qft.memory.meter import Meter, Snapshot
+from qft.memory.meter import Meter
 from qft.model.load import generation_config, load_base
 from qft.model.target import load_target, parse_target
 from qft.plan import CalibrationPlan, plan_calibration
@@ -46,12 +47,13 @@ SIBLINGS = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
 """Layers that inference engines fuse into one, so that they must be held alike."""
 
 
-def find_plan(loaded: LoadedRecipe) -> tuple[CalibrationPlan, Path | None]:
-    """The plan, and the run whose adapter is to be merged first, where model.path names one."""
+def find_plan(loaded: LoadedRecipe, trained: Prepared | None = None) -> tuple[CalibrationPlan, Path | None]:
+    """The plan, and the run whose adapter is to be merged first, where model.path names one. `trained` is the
+    recipe's data section as a training has it, if it has been encoded."""
     path = Path(loaded.recipe.model.path)
     run = Run(path)
     if not run.manifest():
-        return plan_calibration(loaded), None
+        return plan_calibration(loaded, trained), None
     if not run.adapter.is_dir() and not run.full_model.is_dir():
         raise MissingError(f"{path}: the run has neither an adapter nor a model; it did not complete")
     base = load(run.folder / "recipe.yaml").recipe.model
@@ -256,7 +258,7 @@ class _Calibration:
             bytes_before=plan.model.shape.parameters * getattr(torch, plan.model.dtype).itemsize,
             bytes_after=self.attempts[-1].weight_bytes,
             layers=self.work.errors(),
-            peak_bytes=max(_beyond(peak, self.before, self.meter.on_gpu), of_engine[0]),
+            peak_bytes=max(peak.beyond(self.before), of_engine[0]),
             peak_host_bytes=max(peak.host, of_engine[1]),
             block_seconds=self.work.block_seconds,
             tokens_per_second=self.work.tokens_per_second(),
@@ -348,10 +350,6 @@ def _passed(checks: Iterable[Check]) -> bool:
 
 def _perplexity(likelihood: Likelihood, seed: int) -> Score:
     return Score.of(interval(likelihood.perplexity, len(likelihood.tokens), seed=seed))
-
-
-def _beyond(peak: Snapshot, before: Snapshot, on_gpu: bool) -> int:
-    return max(peak.gpu - before.gpu if on_gpu else peak.host - before.host, 0)
 
 
 def _told(attempt: Attempt, checks: list[Check]) -> str:

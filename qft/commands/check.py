@@ -18,6 +18,8 @@ def planned(loaded: LoadedRecipe) -> dict[str, Any]:
     check_tasks(asked_tasks(loaded))
     calibrates = loaded.recipe.calibrate is not None
     facts: dict[str, Any] = {}
+    encoded = None
     if not calibrates or any(loaded.has(section) for section in ("train", "adapter", "quant")):
-        facts = make_plan(loaded).facts()
-    return facts | ({"calibration": find_plan(loaded)[0].facts()} if calibrates else {})
+        plan = make_plan(loaded)
+        facts, encoded = plan.facts(), plan.data
+    return facts | ({"calibration": find_plan(loaded, encoded)[0].facts()} if calibrates else {})

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from transformers import set_seed
 
 from qft.calibration.layer_errors import layer_errors
@@ -21,7 +22,7 @@ from qft.documents.evaluation import EvalDocument, HarnessResult, Score, SourceR
 from qft.errors import ModelError, RecipeError
 from qft.files import require_free_space, write_json, write_text
 from qft.machine.device import versions
-from qft.measure.evalset import Material, gather
+from qft.measure.evalset import EvalSet, eval_set
 from qft.measure.harness import asked_tasks, check_tasks, load_tasks, run_tasks
 from qft.measure.likelihood import Likelihood, LogProbs, measure
 from qft.measure.scores import SCORES, Answer, answer_rows, as_jsonl, score, score_change
@@ -101,10 +102,11 @@ def evaluate(names: Sequence[str], options: EvalOptions, view: View) -> EvalDocu
     view.note("Reading the configurations and the rows")
     plans = [target.plan() for target in targets]
     _require_one_tokenizer(targets, plans)
-    material = gather(
+    evalset = eval_set(
         recipe,
         plans[0].tokenizer,
         data=options.data,
+        kept=first.rows,
         window=options.window,
         stride=options.stride,
         with_answers=bool(metrics),
@@ -114,18 +116,18 @@ def evaluate(names: Sequence[str], options: EvalOptions, view: View) -> EvalDocu
     set_seed(recipe.seed)
     measured: list[_Measured] = []
     reference: _Measured | None = None
-    with _log_probs(material, plans[0], options) as store:
+    with _log_probs(evalset, plans[0], options) as store:
         for target, plan in zip(targets, plans, strict=True):
             view.note(f"Evaluating {target.name}")
             role = "write" if target.name == options.reference else "against"
             with memory_guard(f"evaluating {target.name}", _smaller(plan, recipe, options)):
-                found = _measure(target, plan, material, recipe, metrics, options, {role: store} if store else {})
+                found = _measure(target, plan, evalset, recipe, metrics, options, {role: store} if store else {})
                 if tasks:
                     view.note(f"  asking lm-evaluation-harness: {', '.join(Path(task).name for task in tasks)}")
                     found.figures["harness"] = _harness(found.model, plan, tasks, recipe)
                 if options.layers and reference:
                     view.note("  comparing its layers with the reference's")
-                    found.figures["layers"] = layer_errors(reference.model, found.model, _batches(material, plan))
+                    found.figures["layers"] = layer_errors(reference.model, found.model, _batches(evalset, plan))
             if target.name == options.reference:
                 reference = found
             if found is not reference or not options.layers:
@@ -133,19 +135,19 @@ def evaluate(names: Sequence[str], options: EvalOptions, view: View) -> EvalDocu
             measured.append(found)
             view.note(f"  perplexity {found.likelihood.perplexity():.3f} over {found.likelihood.tokens.sum():,} tokens")
     document = EvalDocument(
-        data=material.sources,
-        rows=len(material.passages),
-        window=options.window if material.windowed else None,
-        stride=options.stride if material.windowed else None,
+        data=evalset.sources,
+        rows=len(evalset.passages),
+        window=options.window if evalset.windowed else None,
+        stride=options.stride if evalset.windowed else None,
         reference=options.reference,
         device=plans[0].device.name,
         seed=recipe.seed,
         versions=versions() | ({"lm_eval": version("lm_eval")} if tasks else {}),
-        targets=[_result(m, reference, material, recipe, metrics) for m in measured],
+        targets=[_result(m, reference, evalset, recipe, metrics) for m in measured],
         wall_seconds=time.perf_counter() - started,
     )
     if options.out:
-        _write(options.out, document, measured, material)
+        _write(options.out, document, measured, evalset)
     return document
 
 
@@ -198,13 +200,13 @@ def _tokens(plan: ModelPlan) -> dict[str, int]:
 
 
 @contextmanager
-def _log_probs(material: Material, plan: ModelPlan, options: EvalOptions) -> Iterator[LogProbs | None]:
+def _log_probs(evalset: EvalSet, plan: ModelPlan, options: EvalOptions) -> Iterator[LogProbs | None]:
     """Room on disk for the reference's distributions; None without a reference."""
     if options.reference is None:
         yield None
         return
     vocabulary = plan.checkpoint.config.get_text_config().vocab_size
-    tokens = min(options.kl_tokens, sum(passage.scored for passage in material.passages))
+    tokens = min(options.kl_tokens, sum(passage.scored for passage in evalset.passages))
     with tempfile.TemporaryDirectory(prefix="qft-eval-") as folder:
         require_free_space(Path(folder), tokens * vocabulary * 4, "the reference's distributions (--kl-tokens)")
         yield LogProbs(Path(folder) / "log_probs.f32", tokens, vocabulary)
@@ -213,7 +215,7 @@ def _log_probs(material: Material, plan: ModelPlan, options: EvalOptions) -> Ite
 def _measure(
     target: Target,
     plan: ModelPlan,
-    material: Material,
+    evalset: EvalSet,
     recipe: Recipe,
     metrics: Sequence[str],
     options: EvalOptions,
@@ -225,24 +227,23 @@ def _measure(
         meter.settled()
         meter.restart()
         pad = pad_token_id(plan.tokenizer)
-        likelihood = measure(model, material.passages, batch_size=options.batch_size, pad=pad, **store)
-        answers = _answers(model, plan, material, recipe) if metrics else []
-        prompt = max((passage.input_ids for passage in material.passages), key=len)[:SPEED_PROMPT]
+        likelihood = measure(model, evalset.passages, batch_size=options.batch_size, pad=pad, **store)
+        answers = _answers(model, plan, evalset.answered.rows, recipe) if metrics and evalset.answered else []
+        prompt = max((passage.input_ids for passage in evalset.passages), key=len)[:SPEED_PROMPT]
         figures = {
             "prefill_tokens_per_second": prefill_speed(model, prompt),
             "decode_tokens_per_second": decode_speed(model, prompt),
             "weight_bytes": sum(weight_bytes(model).values()),
             "disk_bytes": _disk_bytes(target, plan),
         }
-        peak = meter.peak()
-        figures["peak_bytes"] = max(peak.gpu - before.gpu if meter.on_gpu else peak.host - before.host, 0)
+        figures["peak_bytes"] = meter.peak().beyond(before)
     return _Measured(target.name, likelihood, answers, model, figures)
 
 
-def _batches(material: Material, plan: ModelPlan) -> list[dict[str, torch.Tensor]]:
+def _batches(evalset: EvalSet, plan: ModelPlan) -> list[dict[str, torch.Tensor]]:
     """Some of the passages, on the device: enough tokens to tell layers apart."""
     batches, tokens = [], 0
-    for passage in material.passages:
+    for passage in evalset.passages:
         if tokens >= LAYER_TOKENS:
             break
         ids = torch.tensor([list(passage.input_ids)], device=plan.device.kind)
@@ -251,12 +252,12 @@ def _batches(material: Material, plan: ModelPlan) -> list[dict[str, torch.Tensor
     return batches
 
 
-def _answers(model: Any, plan: ModelPlan, material: Material, recipe: Recipe) -> list[Answer]:
+def _answers(model: Any, plan: ModelPlan, rows: Dataset, recipe: Recipe) -> list[Answer]:
     settings = recipe.eval
     return answer_rows(
         model,
         plan.tokenizer,
-        material.rows,
+        rows,
         max_new_tokens=settings.max_new_tokens,
         batch_size=settings.batch_size,
         samples=settings.samples,
@@ -281,18 +282,18 @@ def _disk_bytes(target: Target, plan: ModelPlan) -> int:
 
 
 def _result(
-    measured: _Measured, reference: _Measured | None, material: Material, recipe: Recipe, metrics: Sequence[str]
+    measured: _Measured, reference: _Measured | None, evalset: EvalSet, recipe: Recipe, metrics: Sequence[str]
 ) -> TargetResult:
     likelihood, seed = measured.likelihood, recipe.seed
-    rows = len(material.passages)
+    rows = len(evalset.passages)
     result: dict[str, Any] = {
         "name": measured.name,
         "perplexity": likelihood.perplexity(),
         "perplexity_interval": Score.of(interval(likelihood.perplexity, rows, seed=seed)),
-        "bits_per_byte": float(likelihood.nll.sum() / np.log(2) / material.text_bytes),
+        "bits_per_byte": float(likelihood.nll.sum() / np.log(2) / evalset.text_bytes),
         "eval_tokens": int(likelihood.tokens.sum()),
         "scores": {n: Score.of(score(n, measured.answers, pattern=recipe.eval.regex, seed=seed)) for n in metrics},
-        "by_source": _by_source(likelihood, material),
+        "by_source": _by_source(likelihood, evalset),
         **measured.figures,
     }
     if likelihood.divergence is not None:
@@ -310,14 +311,14 @@ def _result(
     return TargetResult(**result)
 
 
-def _by_source(likelihood: Likelihood, material: Material) -> list[SourceResult]:
-    numbers = np.array([passage.source for passage in material.passages])
+def _by_source(likelihood: Likelihood, evalset: EvalSet) -> list[SourceResult]:
+    numbers = np.array([passage.source for passage in evalset.passages])
     found = []
     for number in np.unique(numbers):
         rows = np.flatnonzero(numbers == number)
         found.append(
             SourceResult(
-                source=material.sources[int(number)],
+                source=evalset.sources[int(number)],
                 perplexity=likelihood.perplexity(rows),
                 eval_tokens=int(likelihood.tokens[rows].sum()),
             )
@@ -325,20 +326,20 @@ def _by_source(likelihood: Likelihood, material: Material) -> list[SourceResult]
     return found
 
 
-def _write(out: Path, document: EvalDocument, measured: Sequence[_Measured], material: Material) -> None:
+def _write(out: Path, document: EvalDocument, measured: Sequence[_Measured], evalset: EvalSet) -> None:
     """eval.json, report.html, and each target's answers as JSONL."""
     shown: dict[str, list[TargetAnswer]] = {}
     for one in measured:
         if one.answers:
             name = "".join(c if c.isalnum() or c in "-._@" else "_" for c in one.name)
-            write_text(out / "answers" / f"{name}.jsonl", as_jsonl(one.answers, material.place))
-            shown[one.name] = [_shown(answer, material) for answer in one.answers]
+            write_text(out / "answers" / f"{name}.jsonl", as_jsonl(one.answers, evalset.place))
+            shown[one.name] = [_shown(answer, evalset) for answer in one.answers]
     write_text(out / "report.html", evaluation_page(document, shown))
     write_json(out / "eval.json", document.model_dump(mode="json"))
 
 
-def _shown(answer: Answer, material: Material) -> TargetAnswer:
-    place = material.place(answer.source, answer.row)
+def _shown(answer: Answer, evalset: EvalSet) -> TargetAnswer:
+    place = evalset.place(answer.source, answer.row)
     return TargetAnswer(place, answer.prompt, answer.expected, answer.given, answer.right)
 
 

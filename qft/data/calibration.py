@@ -12,7 +12,6 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from datasets import Dataset
@@ -89,12 +88,15 @@ class CalibrationData:
         return "".join(json.dumps(line) + "\n" for line in lines)
 
 
-def calibration_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, needs_windows: bool) -> CalibrationData:
+def calibration_data(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, needs_windows: bool, trained: Prepared | None = None
+) -> CalibrationData:
     """Encode the rows of calibrate.data, or else of data.train, and draw windows and verification rows by the seed.
+    `trained` is what the training has of this data section, if it has been encoded.
 
     Raises DataError for bad rows or too few of them, MissingError without a file."""
     calibrate = recipe.calibrate or CalibrateSection()
-    prepared = _encode(recipe, tokenizer, calibrate)
+    prepared = trained if trained and not calibrate.data else _encode(recipe, tokenizer, calibrate)
     generator = np.random.default_rng(recipe.seed if calibrate.seed is None else calibrate.seed)
     digests = _digests(prepared.train)
     verify = _verification(prepared, digests, calibrate.verify_samples, generator, needs_windows)
@@ -114,22 +116,18 @@ def calibration_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, need
 def _encode(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, calibrate: CalibrateSection) -> Prepared:
     """Rows are cut to calibrate.max_length only once they are drawn for a window. Cut before, a chat whose question
     alone is longer would be refused for having nothing to learn, and a verification row would lose its answer."""
-    data = recipe.data
+    data, seed = recipe.data, recipe.seed
     if not calibrate.data:
         # As in the training, so that data.eval_fraction holds the same rows out.
         policy = "skip" if data.on_too_long == "skip" else "truncate"
-        return prepare(_with_data(recipe, on_too_long=policy), tokenizer)
+        return prepare(data.having(on_too_long=policy), tokenizer, seed)
     # One token more than a window takes tells a row that is cut from one that just fits.
     longest = max(data.max_length, calibrate.max_length + 1)
-    changed = _with_data(recipe, train=calibrate.data, on_too_long="truncate", max_length=longest)
+    changed = data.having(train=calibrate.data, on_too_long="truncate", max_length=longest)
     try:
-        return prepare(changed, tokenizer)
+        return prepare(changed, tokenizer, seed)
     except DataError as error:
         raise DataError(re.sub(r"^data\.train:", "calibrate.data:", str(error))) from None
-
-
-def _with_data(recipe: Recipe, **changes: Any) -> Recipe:
-    return recipe.having(data=recipe.data.having(**changes))
 
 
 def _digests(rows: Dataset) -> Strings:

@@ -2,39 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, Features, List, Value, concatenate_datasets, disable_caching
+from datasets import Dataset, Features, Value, concatenate_datasets, disable_caching
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from qft.data.encoded import COLUMNS, EncodedRows
 from qft.data.formats import FORMATS, detect
 from qft.data.sources import BadRow, Rows, decode, open_source, place
 from qft.data.template import IGNORED, Encoder, TooLong
 from qft.errors import DataError
-from qft.recipe import Recipe, Source
+from qft.recipe import Source
+from qft.recipe.schema import DataSection
 
-__all__ = ["Prepared", "SourceFacts", "prepare"]
+__all__ = ["KEPT", "Prepared", "SourceFacts", "held_out", "prepare"]
 
 SHOWN = 10
 """Bad rows that a message lists."""
 
-FEATURES = Features(
-    {
-        "input_ids": List(Value("int32")),
-        "labels": List(Value("int32")),
-        "length": Value("int32"),
-        "supervised": Value("int32"),
-        "answer_start": Value("int32"),
-        "source": Value("int32"),
-        "row": Value("int64"),
-        "status": Value("string"),
-        "reason": Value("string"),
-    }
-)
+KEPT = 32
+"""Training rows that stand in for held-out rows where none are held out."""
+
+FEATURES = Features({**COLUMNS, "status": Value("string"), "reason": Value("string")})
+
+Ints = NDArray[np.int64]
+Chosen = tuple[Rows, Sequence[int]]
+"""A source, and which of its rows are encoded."""
 
 
 @dataclass(frozen=True)
@@ -60,99 +59,148 @@ class SourceFacts:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Encoded rows: columns input_ids and labels (int32 [tokens]); length and supervised, in tokens; answer_start
-    (index of the last assistant turn's first token, -1 if that turn is cut and in plain text); source and row, for
-    `place`."""
+    """Encoded rows, with COLUMNS."""
 
     train: Dataset
     eval: Dataset | None
     sources: tuple[SourceFacts, ...]
 
+    @cached_property
+    def places(self) -> dict[int, tuple[str, str]]:
+        """Path and unit of each source, by its number in the column `source`."""
+        return {number: (facts.path, facts.unit) for number, facts in enumerate(self.sources)}
+
     def place(self, source: int, row: int) -> str:
         """`file:line` of a row, by its source and row columns."""
-        facts = self.sources[source]
-        return place(facts.path, facts.unit, row)
+        return place(*self.places[source], row)
 
     def facts(self) -> list[dict[str, Any]]:
         return [asdict(source) for source in self.sources]
 
+    def asked(self) -> EncodedRows:
+        """The rows that the trained model is asked: those held out, else the first KEPT of the training."""
+        if self.eval is not None:
+            return EncodedRows("eval", self.eval, self.places)
+        return EncodedRows("train", self.train.select(range(min(KEPT, len(self.train)))), self.places)
 
-def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prepared:
+
+def prepare(data: DataSection, tokenizer: PreTrainedTokenizerBase, seed: int) -> Prepared:
     """Read, encode, split and weight every row. Raises DataError listing the bad rows, MissingError without a file."""
-    disable_caching()
-    data = recipe.data
-    encoder = Encoder(tokenizer, data.max_length, data.on_too_long, data.loss_on)
-    facts: list[SourceFacts] = []
-    parts: dict[str, list[Dataset]] = {"train": [], "eval": []}
-    bad: list[str] = []
-    for part, sources in (("train", data.train), ("eval", data.eval)):
-        for source in sources:
-            encoded, found, problems = _encode(source, part, len(facts), encoder, recipe)
-            parts[part].append(encoded)
-            facts.append(found)
-            bad.extend(problems)
-    if bad:
-        _refuse(bad)
-    train = concatenate_datasets(parts["train"])
-    held_out = concatenate_datasets(parts["eval"]) if parts["eval"] else None
+    chosen = {number: _whole(source) for number, source in enumerate((*data.train, *data.eval))}
+    encoded, facts = _encode_all(data, tokenizer, chosen)
+    train = concatenate_datasets(encoded[: len(data.train)])
+    kept_out = concatenate_datasets(encoded[len(data.train) :]) if data.eval else None
     if data.eval_fraction:
-        train, held_out = _split(train, data.eval_fraction, recipe.seed)
-    train = _weigh(train, facts, recipe.seed)
-    for name, rows in (("data.train", train), ("data.eval", held_out)):
-        if rows is not None and len(rows) == 0:
-            raise DataError(f"{name}: no row is left to use")
-    return Prepared(train, held_out, tuple(facts))
+        drawn = _draw(len(train), data.eval_fraction, seed)
+        train, kept_out = train.select(np.setdiff1d(np.arange(len(train)), drawn)), train.select(drawn)
+    train = _weigh(train, facts, seed)
+    for name, rows in (("data.train", train), ("data.eval", kept_out)):
+        if rows is not None:
+            _require_rows(name, [rows])
+    return Prepared(train, kept_out, tuple(facts))
 
 
-def _encode(
-    source: Source, part: str, number: int, encoder: Encoder, recipe: Recipe
-) -> tuple[Dataset, SourceFacts, list[str]]:
-    """One source's usable rows, its facts, and the problems that must stop the run."""
-    data = recipe.data
+def held_out(data: DataSection, tokenizer: PreTrainedTokenizerBase, seed: int) -> EncodedRows | None:
+    """The very rows that `prepare` holds out; None if it holds none out. Others are encoded only where some may be
+    skipped: data.eval_fraction is drawn among those that are used. Raises what `prepare` does."""
+    if not data.eval and not data.eval_fraction:
+        return None
+    if data.eval_fraction and "skip" in (data.on_bad_row, data.on_too_long):
+        return prepare(data, tokenizer, seed).asked()
+    whole = {number: _whole(source) for number, source in enumerate(data.eval, len(data.train))}
+    chosen = whole or _drawn(data, seed)
+    encoded, _ = _encode_all(data, tokenizer, chosen)
+    _require_rows("data.eval", encoded)
+    places = {number: (rows.source.path, rows.unit) for number, (rows, _) in chosen.items()}
+    return EncodedRows("eval", concatenate_datasets(encoded), places)
+
+
+def _whole(source: Source) -> Chosen:
+    """All rows of a source."""
     rows = open_source(source)
     if not len(rows.dataset):
         raise DataError(f"{source.path}: holds no row")
-    name: str = source.format if source.format != "auto" else data.format
-    if name == "auto":
-        name = _detect(rows)
-    everything = rows.dataset.map(
+    return rows, range(len(rows.dataset))
+
+
+def _drawn(data: DataSection, seed: int) -> dict[int, Chosen]:
+    """What data.eval_fraction holds out of each source where every row is used that is not blank."""
+    opened = [_whole(source)[0] for source in data.train]
+    filled = [rows.filled() for rows in opened]
+    drawn = _draw(sum(map(len, filled)), data.eval_fraction, seed)
+    indices = np.concatenate(filled)[drawn]
+    numbers = np.repeat(np.arange(len(filled)), list(map(len, filled)))[drawn]
+    return {int(number): (opened[number], indices[numbers == number].tolist()) for number in np.unique(numbers)}
+
+
+def _draw(count: int, fraction: float, seed: int) -> Ints:
+    """Which of `count` rows are held out, in their order: `fraction` of them and at least one, drawn by `seed`."""
+    held: Ints = np.sort(np.random.default_rng(seed).permutation(count)[: max(1, round(count * fraction))])
+    return held
+
+
+def _require_rows(name: str, rows: Sequence[Dataset]) -> None:
+    if not sum(map(len, rows)):
+        raise DataError(f"{name}: no row is left to use")
+
+
+def _encode_all(
+    data: DataSection, tokenizer: PreTrainedTokenizerBase, chosen: Mapping[int, Chosen]
+) -> tuple[list[Dataset], list[SourceFacts]]:
+    """Of each source, by its number, the chosen rows that can be used, and its facts. Raises DataError listing the rows
+    that must stop the run."""
+    disable_caching()
+    encoder = Encoder(tokenizer, data.max_length, data.on_too_long, data.loss_on)
+    stops = [kind for kind, policy in (("bad", data.on_bad_row), ("too long", data.on_too_long)) if policy == "stop"]
+    usable, facts, bad = [], [], []
+    for number, (rows, indices) in chosen.items():
+        name = _format(rows, data)
+        encoded = _encode(rows, indices, data.num_proc, {"encoder": encoder, "format_name": name, "source": number})
+        status = np.array(encoded["status"], dtype=object)
+        stopping = encoded.select(np.flatnonzero(np.isin(status, stops)))
+        bad += [f"{rows.place(row['row'])}: {row['reason']}" for row in stopping]
+        used = encoded.select(np.flatnonzero(np.isin(status, ["ok", "truncated"]))).remove_columns(["status", "reason"])
+        usable.append(used)
+        facts.append(_facts(rows, "train" if number < len(data.train) else "eval", name, status, used))
+    if bad:
+        _refuse(bad)
+    return usable, facts
+
+
+def _encode(rows: Rows, indices: Sequence[int], num_proc: int, arguments: dict[str, Any]) -> Dataset:
+    """The rows at `indices` as records of FEATURES."""
+    return rows.dataset.select(indices).map(
         encode_row,
         with_indices=True,
-        fn_kwargs={"encoder": encoder, "format_name": name, "source": number},
+        fn_kwargs={"indices": indices, **arguments},
         remove_columns=rows.dataset.column_names,
         features=FEATURES,
-        num_proc=data.num_proc if data.num_proc > 1 else None,
+        num_proc=num_proc if num_proc > 1 else None,
         load_from_cache_file=False,
     )
-    status = np.array(everything["status"], dtype=object)
-    usable = everything.select(np.flatnonzero((status == "ok") | (status == "truncated")))
-    usable = usable.remove_columns(["status", "reason"])
-    stops = {kind for kind, policy in (("bad", data.on_bad_row), ("too long", data.on_too_long)) if policy == "stop"}
-    problems = [
-        f"{rows.place(int(i))}: {everything[int(i)]['reason']}" for i in np.flatnonzero(np.isin(status, list(stops)))
-    ]
-    lengths = np.array(usable["length"], dtype=np.int64)
-    return (
-        usable,
-        SourceFacts(
-            path=source.path,
-            part=part,
-            format=name,
-            rows=len(usable),
-            skipped=int(np.isin(status, ["bad", "too long"]).sum()),
-            truncated=int((status == "truncated").sum()),
-            tokens=int(lengths.sum()),
-            supervised_tokens=int(np.array(usable["supervised"], dtype=np.int64).sum()),
-            longest=int(lengths.max(initial=0)),
-            digest=rows.digest,
-            unit=rows.unit,
-            weight=source.weight,
-        ),
-        problems,
+
+
+def _facts(rows: Rows, part: str, name: str, status: NDArray[Any], used: Dataset) -> SourceFacts:
+    lengths = np.array(used["length"], dtype=np.int64)
+    return SourceFacts(
+        path=rows.source.path,
+        part=part,
+        format=name,
+        rows=len(used),
+        skipped=int(np.isin(status, ["bad", "too long"]).sum()),
+        truncated=int((status == "truncated").sum()),
+        tokens=int(lengths.sum()),
+        supervised_tokens=int(np.array(used["supervised"], dtype=np.int64).sum()),
+        longest=int(lengths.max(initial=0)),
+        digest=rows.digest,
+        unit=rows.unit,
+        weight=rows.source.weight,
     )
 
 
-def encode_row(row: dict[str, Any], index: int, encoder: Encoder, format_name: str, source: int) -> dict[str, Any]:
+def encode_row(
+    row: dict[str, Any], index: int, indices: Sequence[int], encoder: Encoder, format_name: str, source: int
+) -> dict[str, Any]:
     """One raw row as a record of FEATURES; a row that cannot be used carries its reason instead of tokens."""
     record: dict[str, Any] = {
         "input_ids": [],
@@ -161,7 +209,7 @@ def encode_row(row: dict[str, Any], index: int, encoder: Encoder, format_name: s
         "supervised": 0,
         "answer_start": -1,
         "source": source,
-        "row": index,
+        "row": indices[index],
         "status": "ok",
         "reason": "",
     }
@@ -182,6 +230,11 @@ def encode_row(row: dict[str, Any], index: int, encoder: Encoder, format_name: s
         "answer_start": encoded.answer_start,
         "status": "truncated" if encoded.truncated else "ok",
     }
+
+
+def _format(rows: Rows, data: DataSection) -> str:
+    name: str = rows.source.format if rows.source.format != "auto" else data.format
+    return name if name != "auto" else _detect(rows)
 
 
 def _detect(rows: Rows) -> str:
@@ -209,14 +262,6 @@ def _refuse(bad: Sequence[str]) -> None:
     too_long = ["data.max_length" in line for line in bad]
     remedies = ["data.on_bad_row: skip"] * (not all(too_long)) + ["data.on_too_long (skip, truncate)"] * any(too_long)
     raise DataError("\n".join([*lines, f"{len(bad)} rows cannot be used: mend them, or set {' and '.join(remedies)}"]))
-
-
-def _split(rows: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
-    """Hold `fraction` of the rows out, at least one, drawn by `seed`; both parts keep the file's order."""
-    count = max(1, round(len(rows) * fraction))
-    held_out = np.random.default_rng(seed).permutation(len(rows))[:count]
-    kept = np.setdiff1d(np.arange(len(rows)), held_out)
-    return rows.select(kept), rows.select(np.sort(held_out))
 
 
 def _weigh(rows: Dataset, facts: Sequence[SourceFacts], seed: int) -> Dataset:

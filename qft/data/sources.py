@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import Dataset, Features, Value, disable_progress_bars, load_dataset
 from datasets.exceptions import DatasetsError
+from numpy.typing import NDArray
 
 from qft.errors import DataError, MissingError, first_line
 from qft.files import sha256
@@ -48,6 +50,13 @@ class Rows:
     def place(self, index: int) -> str:
         """Where row `index` (from 0) stands: `data.jsonl:3`, `data.csv: row 3`."""
         return place(self.source.path, self.unit, index)
+
+    def filled(self) -> NDArray[np.int64]:
+        """Indices of the rows that are not blank; only lines of text can be."""
+        lines = {JSON_COLUMN, TEXT_COLUMN} & set(self.dataset.column_names)
+        if not lines:
+            return np.arange(len(self.dataset))
+        return np.flatnonzero([bool(text.strip()) for text in self.dataset[lines.pop()]])
 
 
 def place(path: str, unit: str, index: int) -> str:

@@ -7,79 +7,76 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from qft.data.prepare import Prepared, prepare
+from qft.data.encoded import EncodedRows, read_rows
+from qft.data.prepare import held_out, prepare
 from qft.errors import DataError, MissingError, RecipeError
 from qft.measure.likelihood import Passage, windows
 from qft.recipe import Recipe, Source
 
-__all__ = ["Material", "gather"]
+__all__ = ["EvalSet", "eval_set"]
 
 TEXT_SUFFIXES = {".txt", ".md"}
 
 
 @dataclass(frozen=True)
-class Material:
+class EvalSet:
     """The same for every target."""
 
     passages: list[Passage]
     sources: list[str]
     text_bytes: int
     """Bytes of the scored tokens' text."""
-    rows: Dataset | None
-    prepared: Prepared | None
+    answered: EncodedRows | None
+    """Rows to answer."""
     windowed: bool
 
     def place(self, source: int, row: int) -> str:
-        return self.prepared.place(source, row) if self.prepared else ""
+        return self.answered.place(source, row) if self.answered else ""
 
 
-def gather(
+def eval_set(
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase,
     *,
     data: str | None,
+    kept: Path | None,
     window: int,
     stride: int,
     with_answers: bool,
     holds_rows_out: bool,
-) -> Material:
-    """The rows of `data`, or else those that the recipe holds out. A plain text is scored in windows, and the answers
-    are then those to the recipe's held-out rows, if `holds_rows_out`.
+) -> EvalSet:
+    """The rows of `data`, or else those that the recipe holds out, which a run has `kept`. A plain text is scored in
+    windows, and the answers are then those to the recipe's held-out rows, if `holds_rows_out`.
 
     Raises DataError, MissingError or RecipeError for what cannot be asked."""
     if not data or Path(data).suffix.lower() not in TEXT_SUFFIXES:
-        prepared, rows = _held_out(recipe, tokenizer, data)
-        passages = [Passage(row["input_ids"], row["labels"], row["source"]) for row in rows]
-        sources = [facts.path for facts in prepared.sources]
-        return Material(passages, sources, _text_bytes(passages, tokenizer), rows, prepared, windowed=False)
+        asked = _rows_of(data, recipe, tokenizer) if data else _held_out(recipe, tokenizer, kept)
+        passages = [Passage(row["input_ids"], row["labels"], row["source"]) for row in asked.rows]
+        of_recipe = [source.path for source in (*recipe.data.train, *recipe.data.eval)]
+        sources = [path for path, _ in asked.places.values()] if data else of_recipe
+        return EvalSet(passages, sources, _text_bytes(passages, tokenizer), asked, windowed=False)
     if with_answers and not holds_rows_out:
         raise DataError(f"{data}: plain text has no answers to score; leave the metrics away, or name a run")
     passages = _windowed(Path(data), tokenizer, window, stride)
-    prepared_rows = _held_out(recipe, tokenizer, None) if with_answers else (None, None)
-    return Material(
-        passages,
-        [data],
-        _text_bytes(passages, tokenizer),
-        rows=prepared_rows[1],
-        prepared=prepared_rows[0],
-        windowed=True,
-    )
+    answered = _held_out(recipe, tokenizer, kept) if with_answers else None
+    return EvalSet(passages, [data], _text_bytes(passages, tokenizer), answered, windowed=True)
 
 
-def _held_out(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: str | None) -> tuple[Prepared, Dataset]:
-    """The rows of `data`, or those that the recipe holds out."""
-    if data:
-        source = Source(path=str(Path(data).resolve()) if Path(data).exists() else data)
-        section = recipe.data.having(train=(source,), eval=(), eval_fraction=0.0)
-        prepared = prepare(recipe.having(data=section), tokenizer)
-        return prepared, prepared.train
-    prepared = prepare(recipe, tokenizer)
-    if prepared.eval is None:
+def _rows_of(data: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> EncodedRows:
+    """All rows of a file or of a hub dataset, encoded as the recipe says."""
+    source = Source(path=str(Path(data).resolve()) if Path(data).exists() else data)
+    section = recipe.data.having(train=(source,), eval=(), eval_fraction=0.0)
+    prepared = prepare(section, tokenizer, recipe.seed)
+    return EncodedRows("train", prepared.train, prepared.places)
+
+
+def _held_out(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, kept: Path | None) -> EncodedRows:
+    asked = read_rows(kept) if kept else held_out(recipe.data, tokenizer, recipe.seed)
+    if asked is None or asked.part != "eval":
         raise DataError("the recipe holds no rows out: set data.eval or data.eval_fraction, or give --data FILE")
-    return prepared, prepared.eval
+    return asked
 
 
 def _windowed(path: Path, tokenizer: PreTrainedTokenizerBase, window: int, stride: int) -> list[Passage]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,26 +72,27 @@ class Likelihood:
     tokens: Counts
     divergence: Divergence | None = None
 
-    def perplexity(self, rows: Counts | None = None) -> float:
-        """exp of the mean over tokens, of all sequences or of those at `rows`."""
+    def perplexity(self, rows: Counts | None = None) -> Any:
+        """exp of the mean over tokens, of all sequences or of those at `rows` [..., rows]."""
         nll, tokens = (self.nll, self.tokens) if rows is None else (self.nll[rows], self.tokens[rows])
-        return math.exp(min(float(nll.sum() / tokens.sum()), 700.0))
+        return np.exp(np.minimum(nll.sum(-1) / tokens.sum(-1), 700.0))
 
     def perplexity_change(self, reference: Likelihood, *, seed: int) -> Interval:
         """Perplexity over the reference's, minus 1, with its interval; paired by sequences."""
         return change_interval(
             lambda drawn: self.perplexity(drawn) / reference.perplexity(drawn),
-            lambda _: 1.0,
+            lambda _: 1,
             len(self.tokens),
             seed=seed,
         )
 
-    def mean_kl(self, rows: Counts | None = None) -> float:
-        """Mean KL in nats over the tokens of all sequences, or of those at `rows`; needs every token compared."""
+    def mean_kl(self, rows: Counts | None = None) -> Any:
+        """Mean KL in nats over the tokens of all sequences, or of those at `rows` [..., rows]; needs every token
+        compared."""
         assert self.divergence is not None
         sums = np.add.reduceat(self.divergence.kl, np.concatenate([[0], np.cumsum(self.tokens)[:-1]]))
         sums, tokens = (sums, self.tokens) if rows is None else (sums[rows], self.tokens[rows])
-        return float(sums.sum() / tokens.sum())
+        return sums.sum(-1) / tokens.sum(-1)
 
 
 @dataclass(frozen=True)

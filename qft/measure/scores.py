@@ -18,7 +18,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from qft.data.batch import pad_token_id
 from qft.data.template import special_ids
 from qft.errors import DataError, RecipeError
-from qft.measure.statistics import Interval, Statistic, change_interval, interval, mean_of
+from qft.measure.statistics import Interval, Rows, Statistic, change_interval, interval, mean_of
 from qft.plan.packages import missing_packages
 
 __all__ = [
@@ -118,7 +118,11 @@ def _f1(average: Literal["macro", "micro"]) -> Callable[[Texts, str | None], Sta
 
         code: dict[str, int] = {}
         labels = np.array([[code.setdefault(text.strip(), len(code)) for text in pair] for pair in texts])
-        return lambda rows: float(f1_score(*labels[rows].T, average=average, zero_division=0))
+
+        def of_draw(rows: Rows) -> float:
+            return float(f1_score(*labels[rows].T, average=average, zero_division=0))
+
+        return lambda rows: np.apply_along_axis(of_draw, -1, rows)
 
     return statistic
 

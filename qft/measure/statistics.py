@@ -8,7 +8,7 @@ draws give. It is too narrow for few rows, and has no width where all rows are a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,12 +16,14 @@ from numpy.typing import NDArray
 __all__ = ["Interval", "Rows", "Statistic", "bootstrap_interval", "change_interval", "interval", "mean_of"]
 
 Rows = NDArray[np.intp]
-"""Indices of rows, one dimension; a row that was drawn twice stands there twice."""
+"""Indices of rows [..., rows]; a row that was drawn twice stands there twice."""
 
-Statistic = Callable[[Rows], float]
-"""A figure of the rows at some indices."""
+Statistic = Callable[[Rows], Any]
+"""A figure of the rows at some indices: one number for each draw of them [...]."""
 
 PERCENTILES = (2.5, 97.5)
+CHUNK = 2**22
+"""Indices that are looked up at once: bounds what a statistic copies to some 32 MiB."""
 
 
 class Interval(NamedTuple):
@@ -35,7 +37,7 @@ class Interval(NamedTuple):
 def mean_of(values: Sequence[float] | NDArray[np.floating]) -> Statistic:
     """The mean of one value a row."""
     of_row = np.asarray(values, dtype=np.float64)
-    return lambda rows: float(of_row[rows].mean())
+    return lambda rows: of_row[rows].mean(-1)
 
 
 def bootstrap_interval(statistic: Statistic, rows: int, *, seed: int, resamples: int = 1000) -> tuple[float, float]:
@@ -43,8 +45,12 @@ def bootstrap_interval(statistic: Statistic, rows: int, *, seed: int, resamples:
     if rows < 1:
         raise ValueError("an interval needs at least one row")
     draw = np.random.default_rng(seed)
-    found = [statistic(draw.integers(rows, size=rows)) for _ in range(resamples)]
-    low, high = np.percentile(found, PERCENTILES)
+    at_once = max(1, CHUNK // rows)
+    figures = [
+        statistic(np.stack([draw.integers(rows, size=rows) for _ in range(min(at_once, resamples - done))]))
+        for done in range(0, resamples, at_once)
+    ]
+    low, high = np.percentile(np.concatenate(figures), PERCENTILES)
     return float(low), float(high)
 
 

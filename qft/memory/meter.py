@@ -22,12 +22,23 @@ __all__ = ["HostSampler", "Meter", "Snapshot", "optimizer_bytes", "tensor_bytes"
 class Snapshot:
     """Memory in use at one moment."""
 
+    on_gpu: bool
+    """Whether a GPU does the work."""
     gpu: int
     """Allocated by tensors; 0 without a GPU."""
     gpu_reserved: int
     """Held by the allocator."""
     host: int
     """Resident set of this process."""
+
+    @property
+    def device(self) -> int:
+        """Of the device that does the work: of the GPU if there is one, else of the host."""
+        return self.gpu if self.on_gpu else self.host
+
+    def beyond(self, before: Snapshot) -> int:
+        """What the device holds more than `before`."""
+        return max(self.device - before.device, 0)
 
 
 class HostSampler(threading.Thread):
@@ -69,7 +80,7 @@ class Meter:
     def now(self) -> Snapshot:
         gpu = torch.cuda.memory_allocated() if self.on_gpu else 0
         reserved = torch.cuda.memory_reserved() if self.on_gpu else 0
-        return Snapshot(gpu, reserved, self.sampler.look())
+        return Snapshot(self.on_gpu, gpu, reserved, self.sampler.look())
 
     def settled(self) -> Snapshot:
         """Memory in use once what is no longer needed has gone back to the system."""
@@ -86,7 +97,7 @@ class Meter:
         gpu = torch.cuda.max_memory_allocated() if self.on_gpu else 0
         reserved = torch.cuda.max_memory_reserved() if self.on_gpu else 0
         self.sampler.look()
-        return Snapshot(gpu, reserved, self.sampler.peak)
+        return Snapshot(self.on_gpu, gpu, reserved, self.sampler.peak)
 
     def restart(self) -> None:
         """Forget the peaks so far."""

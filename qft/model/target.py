@@ -54,6 +54,8 @@ class Target:
     adapter: Path | None = None
     variant: str = ""
     """Of VARIANTS; empty: the target is what it is."""
+    rows: Path | None = None
+    """The encoded rows that its run keeps."""
 
     @property
     def in_llamacpp(self) -> bool:
@@ -87,12 +89,15 @@ def parse_target(text: str, *, adapter: Path | None, data: str | None) -> Target
         raise RecipeError(f"{text}: there is no adapter to merge; name a run, or give --adapter")
     if adapter is not None and not (adapter / "adapter_config.json").is_file():
         raise MissingError(f"{adapter}: holds no adapter (adapter_config.json)")
+    run = Run(Path(path))
+    is_run = bool(run.manifest())
     return Target(
         name=text,
         loaded=_held_as(loaded, variant),
-        has_recipe=Path(path).suffix in {".yaml", ".yml"} or bool(Run(Path(path)).manifest()),
+        has_recipe=Path(path).suffix in {".yaml", ".yml"} or is_run,
         adapter=adapter,
         variant=variant,
+        rows=run.rows if is_run and run.rows.is_file() else None,
     )
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from qft.checkpoint.skeleton import find_blocks, without_contents
 from qft.data.calibration import CalibrationData, calibration_data
+from qft.data.prepare import Prepared
 from qft.machine.device import Device
 from qft.plan.model import ModelPlan, Problem, plan_model, refuse, require_device
 from qft.plan.packages import missing_engine, missing_packages
@@ -77,9 +78,10 @@ class CalibrationPlan:
         }
 
 
-def plan_calibration(loaded: LoadedRecipe) -> CalibrationPlan:
-    """Decide everything. Raises RecipeError for what model or device cannot do; MissingError, DataError, ModelError as
-    the layers below."""
+def plan_calibration(loaded: LoadedRecipe, trained: Prepared | None = None) -> CalibrationPlan:
+    """Decide everything; `trained` is the recipe's data section as a training has it, if it has been encoded.
+
+    Raises RecipeError for what model or device cannot do; MissingError, DataError, ModelError as the layers below."""
     recipe = loaded.recipe
     device = require_device(loaded)
     refuse(loaded, _problems(recipe, device))
@@ -90,7 +92,7 @@ def plan_calibration(loaded: LoadedRecipe) -> CalibrationPlan:
         refuse(loaded, [("model.path", text)])
     assert recipe.calibrate is not None
     if recipe.calibrate.engine == "custom":
-        return _by_plugin(loaded.having(adapter=AdapterSection()), model)
+        return _by_plugin(loaded.having(adapter=AdapterSection()), model, trained)
     linears, blocks = linear_layers(model)
     skipped = recipe.calibrate.skip_modules
     taken = {name for name in linears if name.startswith(f"{blocks}.") and not _is_skipped(name, skipped)}
@@ -102,11 +104,11 @@ def plan_calibration(loaded: LoadedRecipe) -> CalibrationPlan:
         loaded=model.loaded,
         model=model,
         schemes=schemes,
-        data=calibration_data(recipe, model.tokenizer, needs_windows=needs_windows),
+        data=calibration_data(recipe, model.tokenizer, needs_windows=needs_windows, trained=trained),
     )
 
 
-def _by_plugin(loaded: LoadedRecipe, model: ModelPlan) -> CalibrationPlan:
+def _by_plugin(loaded: LoadedRecipe, model: ModelPlan, trained: Prepared | None) -> CalibrationPlan:
     """The plan of engine custom; `model` is that of the unquantized model."""
     quantized = plan_model(loaded)
     assert quantized.plugin is not None
@@ -117,7 +119,7 @@ def _by_plugin(loaded: LoadedRecipe, model: ModelPlan) -> CalibrationPlan:
         loaded=loaded,
         model=model,
         schemes={},
-        data=calibration_data(loaded.recipe, model.tokenizer, needs_windows=False),
+        data=calibration_data(loaded.recipe, model.tokenizer, needs_windows=False, trained=trained),
         quantized=quantized,
     )
 

@@ -83,7 +83,7 @@ def make_plan(loaded: LoadedRecipe) -> Plan:
     lora = _lora_arguments(recipe) if recipe.adapter.kind == "lora" else None
     model = plan_model(loaded, lora)
     refuse(loaded, [*_trainability(recipe, model), *_length_problems(recipe, model.shape)])
-    data = prepare(recipe, model.tokenizer)
+    data = prepare(recipe.data, model.tokenizer, recipe.seed)
     if recipe.eval.metrics and data.eval and max(data.eval["answer_start"]) < 0:
         refuse(loaded, [("eval.metrics", "the held-out rows are plain text, which has no answers to score; remove it")])
     return Plan(

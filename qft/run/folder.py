@@ -8,6 +8,8 @@ adapter/         the adapter in peft's layout (model/ when all weights were trai
 work/            what a calibration that was cut off resumes from
 calibration.jsonl  the windows that it looked at
 events/          TensorBoard events
+eval-before.json  the held-out rows' loss and scores; and eval-after.json
+rows.jsonl       the held-out rows as tokens and labels; of a run that holds none out, its first training rows
 answers/         the held-out rows' answers, before and after
 report.json      what was measured; written once all of the above is there
 report.html      the same with pictures; one file that needs no network
@@ -69,6 +71,10 @@ class Run:
     @property
     def events(self) -> Path:
         return self.folder / "events"
+
+    @property
+    def rows(self) -> Path:
+        return self.folder / "rows.jsonl"
 
     @property
     def answers(self) -> Path:

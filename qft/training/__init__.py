@@ -1,1 +1,1 @@
-"""The Hugging Face Trainer, watched."""
+"""A training's work (session), the Trainer watched (trainer), its held-out rows, and what it measures (recorder)."""

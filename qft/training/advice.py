@@ -11,22 +11,17 @@ __all__ = ["advise"]
 GIB = 2**30
 
 
-def advise(report: Report, *, device_kind: str, has_eval: bool) -> list[str]:
+def advise(report: Report) -> list[str]:
     """Advice on a finished run, most useful first."""
-    return [
-        *_on_memory(report, device_kind),
-        *_on_speed(report),
-        *_on_learning(report, has_eval),
-    ]
+    return [*_on_memory(report), *_on_speed(report), *_on_learning(report)]
 
 
-def _on_memory(report: Report, device_kind: str) -> Iterator[str]:
+def _on_memory(report: Report) -> Iterator[str]:
     memory = report.memory
     if memory.growing:
         grown = (memory.at_end_bytes - memory.after_first_step_bytes) / GIB
         yield f"Memory grew by {grown:.2f} GiB between the first step and the end: something is not let go."
-    peak = memory.peak_gpu_reserved_bytes if device_kind == "cuda" else memory.peak_host_bytes
-    free = memory.device_bytes - peak
+    free = memory.device_bytes - (memory.peak_gpu_reserved_bytes or memory.peak_host_bytes)
     if checkpointing := report.checkpointing:
         saved, cost = checkpointing.saved_bytes, checkpointing.cost_share
         verdict = "try it off" if free > 1.2 * saved else "it is needed"
@@ -34,7 +29,7 @@ def _on_memory(report: Report, device_kind: str) -> Iterator[str]:
             f"gradient_checkpointing made each step some {cost:.0%} longer and saved {saved / GIB:.1f} GiB; "
             f"{free / GIB:.1f} GiB were free: {verdict}."
         )
-    elif device_kind == "cuda" and free > memory.device_bytes / 2:
+    elif memory.peak_gpu_bytes and free > memory.device_bytes / 2:
         yield (
             f"{free / GIB:.0f} GiB of {memory.device_bytes / GIB:.0f} were free: a larger per_device_train_batch_size "
             "with fewer gradient_accumulation_steps gives the same updates with larger products."
@@ -56,13 +51,13 @@ def _on_speed(report: Report) -> Iterator[str]:
         yield f"The slowest steps took {p95 / p50:.1f} times the median: rows differ in length."
 
 
-def _on_learning(report: Report, has_eval: bool) -> Iterator[str]:
+def _on_learning(report: Report) -> Iterator[str]:
     before, after = report.eval.before, report.eval.after
-    if not has_eval:
+    if after is None:
         yield "No rows were held out, so nothing tells whether this generalises: set data.eval_fraction: 0.05."
-    elif before and after and after.loss > before.loss:
+    elif before and after.loss > before.loss:
         yield f"The held-out loss rose from {before.loss:.3f} to {after.loss:.3f}: take fewer steps."
-    best = min((e for e in report.eval.history), key=lambda e: e.loss, default=None)
+    best = min(report.eval.history, key=lambda e: e.loss, default=None)
     if best and after and after.loss > best.loss * 1.05:
         yield f"The held-out loss was lowest at step {best.step} ({best.loss:.3f}): set load_best_model_at_end."
     if report.loss.spikes > report.steps * 0.05:

@@ -8,11 +8,11 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 
-from qft.documents.training import Loss, Throughput
+from qft.documents.training import Checkpointing, Loss, Throughput
 from qft.errors import QftError
 from qft.progress import Step
 
-__all__ = ["growing", "lengths", "loss", "spikes", "throughput"]
+__all__ = ["checkpointing", "growing", "lengths", "loss", "spikes", "throughput"]
 
 
 def throughput(steps: list[Step]) -> Throughput:
@@ -42,6 +42,12 @@ def loss(steps: list[Step]) -> Loss:
         spikes=spikes(losses),
         history=[(step.step, step.loss, step.learning_rate, step.grad_norm) for step in taken],
     )
+
+
+def checkpointing(saved_bytes: int, seconds: float, steps: list[Step]) -> Checkpointing:
+    """From the bytes saved, and the seconds that computing the blocks again takes in one step."""
+    step = statistics.median(step.seconds for step in steps)
+    return Checkpointing(saved_bytes=saved_bytes, cost_share=seconds / max(step - seconds, seconds))
 
 
 def lengths(tokens: Sequence[int], bins: int = 24) -> list[tuple[int, int]]:

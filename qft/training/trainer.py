@@ -8,61 +8,69 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers import Trainer, TrainerCallback
 
 from qft.errors import NonFiniteError
-from qft.memory.meter import Meter, optimizer_bytes, tensor_bytes
+from qft.memory.checkpointing import CheckpointingProbe
+from qft.memory.meter import optimizer_bytes, tensor_bytes
 from qft.progress import Step
-from qft.training.clock import PhaseClock
+from qft.training.recorder import Recorder
 
 __all__ = ["QftTrainer"]
 
 SHOWN_ROWS = 16
 
 
-class QftTrainer(Trainer):
-    """Trainer that reports each Step to `on_step` and stops before an update that is not finite."""
+@dataclass
+class _Update:
+    """What is noted of one optimizer step on its way; what its micro-batches give stays on the device until read."""
 
-    def __init__(
-        self,
-        *,
-        on_step: Callable[[Step], None],
-        on_nonfinite: str,
-        place: Callable[[int, int], str],
-        meter: Meter,
-        **arguments: Any,
-    ) -> None:
+    started: float = field(default_factory=time.perf_counter)
+    losses: list[torch.Tensor] = field(default_factory=list)
+    counts: list[torch.Tensor] = field(default_factory=list)
+    """Tokens, and supervised ones."""
+    rows: list[torch.Tensor] = field(default_factory=list)
+    padded_tokens: int = 0
+    grad_norm: Any = 0.0
+    learning_rate: float = 0.0
+    numbers: list[float] = field(default_factory=list)
+    """The losses, the norm, and the two sums of the counts, once they are read."""
+    skipped: bool = False
+
+    def read(self) -> None:
+        """Fetch the numbers together, waiting for the device once."""
+        losses = torch.stack(self.losses).double()
+        norm = torch.as_tensor(self.grad_norm).to(losses).reshape(1)
+        self.numbers = torch.cat([losses, norm, torch.stack(self.counts).sum(0).to(losses)]).tolist()
+
+
+class QftTrainer(Trainer):
+    """Trainer that tells a recorder each Step, and stops before an update that is not finite."""
+
+    def __init__(self, recorder: Recorder, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self.on_step, self.on_nonfinite, self.place, self.meter = on_step, on_nonfinite, place, meter
-        self.clock = PhaseClock(meter.on_gpu)
-        self.gradient_bytes = self.optimizer_bytes = 0
-        self.skipped_steps = 0
+        self.recorder = recorder
+        self.on_nonfinite = recorder.plan.recipe.train.on_nonfinite
+        self.probe = CheckpointingProbe(self.model) if recorder.plan.recipe.train.gradient_checkpointing else None
+        self.update = _Update()
         self._evaluated = [0.0, 0]
-        self._begin_step()
         self.add_callback(_StepWatch(self))
 
-    def _begin_step(self) -> None:
-        self._started = time.perf_counter()
-        self._losses: list[torch.Tensor] = []
-        self._counts: list[torch.Tensor] = []
-        self._rows: list[torch.Tensor] = []
-        self._padded = 0
-
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        self._begin_step()
-        self.clock.enter("data")
+        self.update = _Update()
+        self.recorder.clock.enter("data")
         return super().get_batch_samples(*args, **kwargs)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        self.clock.enter("forward")
-        self._counts.append(torch.stack([inputs["attention_mask"].sum(), (inputs["labels"][:, 1:] >= 0).sum()]))
-        self._padded += inputs["input_ids"].numel()
+        self.recorder.clock.enter("forward")
+        self.update.counts.append(torch.stack([inputs["attention_mask"].sum(), (inputs["labels"][:, 1:] >= 0).sum()]))
+        self.update.padded_tokens += inputs["input_ids"].numel()
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self._losses.append(loss)
+        self.update.losses.append(loss)
         # The Trainer keeps a running sum, which one NaN would spoil for good; the watch below has seen it already.
         return torch.nan_to_num(loss, 0.0, 0.0, 0.0) if self.on_nonfinite == "skip" else loss
 
@@ -76,9 +84,9 @@ class QftTrainer(Trainer):
                 return super().compute_loss(model, inputs, *args, **kwargs)
             finally:
                 self.label_smoother = smoother
-        self._rows.append(rows)
+        self.update.rows.append(rows)
         loss = super().compute_loss(model, inputs, *args, **kwargs)
-        self.clock.enter("backward")
+        self.recorder.clock.enter("backward")
         return loss
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -91,72 +99,74 @@ class QftTrainer(Trainer):
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's loop, with the loss averaged over tokens: a mean over batches would count short rows more."""
         self._evaluated = [0.0, 0]
-        self.clock.enter("")
+        self.recorder.clock.enter("")
         output = super().evaluation_loop(dataloader, description, *args, **kwargs)
-        prefix = kwargs.get("metric_key_prefix", "eval")
         total, tokens = self._evaluated
-        output.metrics[f"{prefix}_loss"] = total / tokens if tokens else math.nan
-        output.metrics[f"{prefix}_tokens"] = tokens
+        output.metrics.update(eval_loss=total / tokens if tokens else math.nan, eval_tokens=tokens)
         return output
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """The Trainer's norm before clipping, noted."""
-        self._norm = super()._get_grad_norm(model, grad_norm)
-        return self._norm
+        self.update.grad_norm = super()._get_grad_norm(model, grad_norm)
+        return self.update.grad_norm
 
     def before_update(self) -> None:
-        """Look at the step's losses and gradient norm together, waiting for the device once."""
-        self.clock.enter("optimizer")
-        if not self.gradient_bytes:
-            self.gradient_bytes = tensor_bytes(p.grad for p in self.model.parameters() if p.grad is not None)
-        self._learning_rate = self.lr_scheduler.get_last_lr()[0]
-        losses = torch.stack(self._losses).double()
-        norm = torch.as_tensor(self._norm).to(losses).reshape(1)
-        self._numbers = torch.cat([losses, norm, torch.stack(self._counts).sum(0).to(losses)]).tolist()
-        self.clock.settle()
-        *each, norm, _, _ = self._numbers
-        bad = [i for i, loss in enumerate(each) if not math.isfinite(loss)]
+        """Look at what the step came to, and refuse its update if that is not finite."""
+        update, recorder = self.update, self.recorder
+        recorder.clock.enter("optimizer")
+        if not recorder.bytes["gradients"]:
+            gradients = (p.grad for p in self.model.parameters() if p.grad is not None)
+            recorder.bytes["gradients"] = tensor_bytes(gradients)
+        update.learning_rate = self.lr_scheduler.get_last_lr()[0]
+        update.read()
+        recorder.clock.settle()
+        *losses, norm, _, _ = update.numbers
+        bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
         # Under loss scaling an overflowing gradient is everyday: the scaler itself skips the step and lowers its scale.
-        self._bad = bool(bad) or (not math.isfinite(norm) and not self.args.fp16)
-        if self._bad:
+        if bad or (not math.isfinite(norm) and not self.args.fp16):
             self._refuse_update(bad)
 
     def _refuse_update(self, bad: list[int]) -> None:
+        """Skip the update, or end the training; `bad` are the micro-batches whose loss is not finite."""
         if self.on_nonfinite == "stop":
-            step = self.state.global_step + 1
+            step, rows = self.state.global_step + 1, self.update.rows
             what = "the loss" if bad else "the gradient norm"
-            rows = torch.cat([self._rows[i] for i in bad] if bad else self._rows).tolist()
-            places = ", ".join(self.place(source, row) for source, row in rows[:SHOWN_ROWS])
-            more = f" and {len(rows) - SHOWN_ROWS} more" if len(rows) > SHOWN_ROWS else ""
+            numbers = torch.cat([rows[i] for i in bad] if bad else rows).tolist()
+            places = ", ".join(self.recorder.plan.data.place(source, row) for source, row in numbers[:SHOWN_ROWS])
+            more = f" and {len(numbers) - SHOWN_ROWS} more" if len(numbers) > SHOWN_ROWS else ""
             raise NonFiniteError(
                 f"step {step}: {what} is not finite, and the update was not made. Rows of the batch: {places}{more}. "
                 "Look at them, lower train.learning_rate, or set train.on_nonfinite: skip"
             )
-        self.skipped_steps += 1
+        self.update.skipped = True
         self.model.zero_grad(set_to_none=True)  # without gradients the optimizer changes nothing, decay included
 
     def after_update(self) -> None:
-        self.clock.enter("")
-        self.optimizer_bytes = self.optimizer_bytes or optimizer_bytes(self.optimizer.optimizer)
-        *each, norm, tokens, supervised = self._numbers
-        memory, peak = self.meter.now(), self.meter.peak()
-        on_gpu = self.meter.on_gpu
-        self.on_step(
-            Step(
-                step=self.state.global_step,
-                loss=sum(each),
-                learning_rate=self._learning_rate,
-                grad_norm=norm,
-                tokens=int(tokens),
-                padded_tokens=self._padded,
-                supervised_tokens=int(supervised),
-                rows=sum(len(rows) for rows in self._rows),
-                seconds=time.perf_counter() - self._started,
-                memory=memory.gpu if on_gpu else memory.host,
-                peak_memory=peak.gpu if on_gpu else peak.host,
-                skipped=self._bad,
-            )
+        """Tell the recorder of the step."""
+        update, recorder = self.update, self.recorder
+        recorder.clock.enter("")
+        if not recorder.bytes["optimizer_state"]:
+            recorder.bytes["optimizer_state"] = optimizer_bytes(self.optimizer.optimizer)
+        *losses, norm, tokens, supervised = update.numbers
+        step = Step(
+            step=self.state.global_step,
+            loss=sum(losses),
+            learning_rate=update.learning_rate,
+            grad_norm=norm,
+            tokens=int(tokens),
+            padded_tokens=update.padded_tokens,
+            supervised_tokens=int(supervised),
+            rows=sum(len(rows) for rows in update.rows),
+            seconds=time.perf_counter() - update.started,
+            memory=recorder.meter.now().device,
+            peak_memory=recorder.meter.peak().device,
+            skipped=update.skipped,
         )
+        if self.probe and not recorder.steps:
+            with self.accelerator.autocast():
+                saved, seconds = self.probe.measure()
+            recorder.recomputed = saved, seconds * self.args.gradient_accumulation_steps
+        recorder.step(step)
 
 
 class _StepWatch(TrainerCallback):

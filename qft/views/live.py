@@ -6,7 +6,6 @@ import math
 import time
 from collections import deque
 from collections.abc import Mapping
-from types import TracebackType
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -84,9 +83,7 @@ class LiveView(View):
         self.live.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *failure: object) -> None:
         self.live.stop()
 
     def note(self, text: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from gguf.gguf_reader import GGUFReader
 from transformers import AutoConfig, AutoTokenizer
 
 from qft.checkpoint import cache
@@ -51,13 +52,12 @@ def read(recipe_file: RecipeFile) -> Read:
 def readings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Each file that the slow reader of transformers goes through."""
     found: list[str] = []
-    original = gguf.GGUFReader.__init__
 
-    def reading(self: Any, path: Any, *arguments: Any) -> None:
+    def reading(path: Any, *arguments: Any) -> Any:
         found.append(Path(path).name)
-        original(self, path, *arguments)
+        return GGUFReader(path, *arguments)
 
-    monkeypatch.setattr(gguf.GGUFReader, "__init__", reading)
+    monkeypatch.setattr(gguf, "GGUFReader", reading)
     return found
 
 

@@ -240,7 +240,7 @@ def test_a_saved_conversation_is_a_row_that_training_reads(session: Session, tmp
     assert first["messages"][1]["content"] == "Grüße"
     assert second["messages"] == session.conversation._all_messages()
     recipe = from_values({"model": {"path": "-"}, "data": {"train": str(path)}, "output_dir": "-"}).recipe
-    rows = prepare(recipe, byte_tokenizer()).train
+    rows = prepare(recipe.data, byte_tokenizer(), recipe.seed).train
     assert len(rows) == 2
     assert first["messages"][2]["content"] in byte_tokenizer().decode(rows[0]["input_ids"])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qft.commands.evaluate import EvalOptions, evaluate
 from qft.commands.train import train
+from qft.data.prepare import prepare
 from qft.documents.evaluation import EvalDocument
-from qft.errors import QftError
+from qft.errors import MissingError, QftError
 from qft.measure.likelihood import LogProbs, Passage, measure, windows
 from qft.progress import View
 from qft.recipe import load
@@ -226,6 +228,33 @@ def test_a_text_is_scored_beside_the_answers_to_the_held_out_rows(run_folder: Pa
     assert result.scores.keys() == {"exact_match", "rouge_l"}
 
 
+def test_a_run_is_evaluated_alike_once_its_data_has_moved(run_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(run_folder, tmp_path / "run"))
+    names = [f"{folder}@base", str(folder)]
+    costs = {"prefill_tokens_per_second", "decode_tokens_per_second", "peak_bytes"}
+
+    def found() -> Any:
+        document = measured(*names, reference=names[0], out=tmp_path / "out")
+        answers = {path.name: path.read_text() for path in (tmp_path / "out" / "answers").iterdir()}
+        assert document.data == [str(run_folder.parent / name) for name in ("train.jsonl", "held.jsonl")]
+        assert "held.jsonl:12" in "".join(answers.values())
+        return [target.model_dump(exclude=costs) for target in document.targets], answers
+
+    (folder / "rows.jsonl").rename(tmp_path / "rows.jsonl")
+    encoded_again = found()
+    (tmp_path / "rows.jsonl").rename(folder / "rows.jsonl")
+    data = [run_folder.parent / name for name in ("train.jsonl", "held.jsonl")]
+    for path in data:
+        path.rename(tmp_path / path.name)
+    try:
+        assert found() == encoded_again
+        with pytest.raises(MissingError):
+            prepare(load(folder / "recipe.yaml").recipe.data, byte_tokenizer(), 0)
+    finally:
+        for path in data:
+            (tmp_path / path.name).rename(path)
+
+
 def test_what_cannot_be_evaluated_is_one_clear_message(
     run_folder: Path, tiny_model: Path, tmp_path: Path, recipe_file: RecipeFile
 ) -> None:
@@ -260,8 +289,6 @@ def test_an_adapter_of_another_base_is_refused(run_folder: Path, tmp_path: Path)
     error = refusal(tmp_path / "other", data=str(text), adapter=run_folder / "adapter")
     assert "another base" in str(error)
     # Without the run's manifest beside it, the shapes still tell.
-    import shutil
-
     shutil.copytree(run_folder / "adapter", tmp_path / "moved" / "adapter")
     error = refusal(tmp_path / "wider", data=str(text), adapter=tmp_path / "moved" / "adapter")
     assert "does not fit this base" in str(error)

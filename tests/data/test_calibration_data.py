@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from qft.data.calibration import FEW, Audit, CalibrationData, calibration_data
-from qft.data.prepare import prepare
+from qft.data.prepare import Prepared, prepare
 from qft.errors import DataError
 from qft.recipe import Recipe
 from tests.support.models import byte_tokenizer
@@ -28,6 +28,11 @@ def recipe(train: Any = (), seed: int = 0, calibrate: dict[str, Any] | None = No
 
 def drawn(*args: Any, needs_windows: bool = True, tokenizer: Any = None, **settings: Any) -> CalibrationData:
     return calibration_data(recipe(*args, **settings), tokenizer or byte_tokenizer(), needs_windows=needs_windows)
+
+
+def trained_on(*args: Any, **settings: Any) -> Prepared:
+    asked = recipe(*args, **settings)
+    return prepare(asked.data, byte_tokenizer(), asked.seed)
 
 
 def audit(data: CalibrationData) -> Audit:
@@ -96,7 +101,7 @@ def test_the_section_has_a_seed_of_its_own_which_leaves_the_split_as_in_the_trai
     given = drawn(many, **settings)
     assert drawn(many, seed=7, calibrate={"seed": None}).windows == drawn(many, calibrate={"seed": 7}).windows
     assert given.windows != drawn(many, eval_fraction=0.2).windows
-    trained = prepare(recipe(many, **settings), byte_tokenizer())
+    trained = trained_on(many, **settings)
     assert given.prepared.train.to_list() == trained.train.to_list()
     assert given.prepared.eval is not None
     assert trained.eval is not None
@@ -265,7 +270,7 @@ def test_a_document_longer_than_any_row_is_cut_and_counted(tmp_path: Path) -> No
 def test_rows_too_long_to_train_on_are_skipped_as_in_the_training(tmp_path: Path) -> None:
     path = lines(tmp_path / "a.txt", *("x" * n for n in range(1, 101)))
     settings: dict[str, Any] = {"eval_fraction": 0.2, "on_too_long": "skip", "max_length": 80}
-    data, trained = drawn(path, **settings), prepare(recipe(path, **settings), byte_tokenizer())
+    data, trained = drawn(path, **settings), trained_on(path, **settings)
     assert data.prepared.train.to_list() == trained.train.to_list()
     assert len(drawn(path, **settings | {"on_too_long": "stop"}).prepared.train) == 80
 

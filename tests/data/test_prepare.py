@@ -13,16 +13,22 @@ import torch
 from datasets import Dataset
 
 from qft.data.batch import Collator, pad_token_id
-from qft.data.prepare import Prepared, prepare
+from qft.data.encoded import EncodedRows, read_rows, write_rows
+from qft.data.prepare import KEPT, Prepared, held_out, prepare
 from qft.errors import DataError
-from qft.recipe import Recipe
+from qft.recipe.schema import DataSection
 from tests.support.models import byte_tokenizer
 from tests.support.rows import chat, write_jsonl
 
 
 def prepared(train: Any, seed: int = 0, **data: Any) -> Prepared:
-    recipe = {"model": {"path": "none"}, "data": {"train": train, **data}, "output_dir": "none", "seed": seed}
-    return prepare(Recipe.model_validate(recipe), byte_tokenizer())
+    return prepare(DataSection.model_validate({"train": train, **data}), byte_tokenizer(), seed)
+
+
+def kept_out(train: Any, seed: int = 0, **data: Any) -> EncodedRows:
+    found = held_out(DataSection.model_validate({"train": train, **data}), byte_tokenizer(), seed)
+    assert found is not None
+    return found
 
 
 def chats(path: Path, count: int) -> str:
@@ -147,6 +153,78 @@ def test_an_eval_fraction_is_drawn_by_the_seed_and_never_trained_on(
     assert (again.train.to_list(), again.eval.to_list()) == (result.train.to_list(), result.eval.to_list())
     others = [prepared(source, eval_fraction=fraction, seed=seed).eval for seed in range(1, 4)]
     assert any(other is not None and taken(other) != held_out for other in others)
+
+
+def spread(folder: Path) -> list[str]:
+    """Three sources of several formats and units, with blank lines between their rows."""
+    table = folder / "b.csv"
+    table.write_text("prompt,completion\n" + "".join(f"row {i},yes\n" for i in range(9)))
+    (folder / "c.txt").write_text("".join(f"text {i}\n" + "\n" * (i % 3) for i in range(15)))
+    rows = [row for i in range(12) for row in ("", chat(f"say {i}", f"it is {i}"))]
+    return [lines(folder / "a.jsonl", *rows), str(table), str(folder / "c.txt")]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    "policies", [{}, {"on_too_long": "truncate"}, {"on_too_long": "skip"}, {"on_bad_row": "skip"}, {"num_proc": 2}]
+)
+@pytest.mark.parametrize("held", [{"eval_fraction": 0.3}, {"eval_fraction": 0.03}, "files"])
+def test_held_out_alone_the_rows_are_the_same(tmp_path: Path, held: Any, policies: dict[str, Any], seed: int) -> None:
+    sources = spread(tmp_path)
+    settings = {"eval": sources[1:], "train": sources[:1]} if held == "files" else {"train": sources, **held}
+    settings |= policies | {"max_length": 64}
+    alone, beside = kept_out(**settings, seed=seed), prepared(**settings, seed=seed)
+    assert beside.eval is not None
+    assert alone.rows.to_list() == beside.eval.to_list()
+    assert alone.rows.features == beside.eval.features
+    places = [(source, row) for source, row in zip(alone.rows["source"], alone.rows["row"], strict=True)]
+    assert [alone.place(*place) for place in places] == [beside.place(*place) for place in places]
+
+
+@pytest.mark.parametrize("held", ["file", "fraction"])
+def test_rows_beside_those_held_out_are_not_encoded(tmp_path: Path, held: str) -> None:
+    path = tmp_path / "a.jsonl"
+    rows = [chat(f"say {i}", f"it is {i}") for i in range(20)]
+    settings: dict[str, Any] = {"eval_fraction": 0.2, "format": "messages"}
+    if held == "file":
+        settings = {"eval": chats(tmp_path / "b.jsonl", 3), "format": "messages"}
+    before = kept_out(lines(path, *rows), **settings)
+    held_rows = set(before.rows["row"]) if held == "fraction" else set()
+    lines(path, *(row if i in held_rows else BAD for i, row in enumerate(rows)))
+    with pytest.raises(DataError):
+        prepared(str(path), **settings)
+    assert kept_out(str(path), **settings).rows.to_list() == before.rows.to_list()
+
+
+def test_without_rows_held_out_there_are_none(tmp_path: Path) -> None:
+    section = DataSection.model_validate({"train": str(tmp_path / "is not even read.jsonl")})
+    assert held_out(section, byte_tokenizer(), 0) is None
+    with pytest.raises(DataError, match="no row is left"):
+        kept_out(lines(tmp_path / "a.jsonl", "", ""), eval_fraction=0.5, format="messages")
+
+
+@pytest.mark.parametrize(("held", "part", "count"), [({"eval_fraction": 0.3}, "eval", 11), ({}, "train", KEPT)])
+def test_the_rows_that_a_model_is_asked_are_read_as_they_were_written(
+    tmp_path: Path, held: dict[str, Any], part: str, count: int
+) -> None:
+    data = prepared(spread(tmp_path), **held)
+    asked = data.asked()
+    write_rows(tmp_path / "rows.jsonl", asked)
+    found, first = read_rows(tmp_path / "rows.jsonl"), read_rows(tmp_path / "rows.jsonl", 3)
+    assert (found.part, len(found.rows)) == (part, count)
+    assert found.rows.to_list() == ((data.eval or data.train).to_list())[:count]
+    assert found.rows.features == asked.rows.features
+    assert first.rows.to_list() == found.rows.to_list()[:3]
+    places = {(row["source"], row["row"]) for row in found.rows}
+    assert [found.place(*place) for place in places] == [data.place(*place) for place in places]
+    assert len({source for source, _ in places}) > 1
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]\n", '{"part": "eval"}\n', "\xff"])
+def test_another_file_holds_no_encoded_rows(tmp_path: Path, content: str) -> None:
+    (tmp_path / "rows.jsonl").write_text(content, "latin-1")
+    with pytest.raises(DataError, match=r"rows\.jsonl: holds no encoded rows"):
+        read_rows(tmp_path / "rows.jsonl")
 
 
 def test_each_source_has_a_format_of_its_own_that_the_facts_give(tmp_path: Path) -> None:

@@ -393,9 +393,26 @@ def test_what_cannot_be_done_is_refused_with_one_message(run: Path, tiny_model: 
 def test_the_gate_says_which_rows_are_missing(tiny_model: Path, tmp_path: Path) -> None:
     made = trained(tmp_path, tiny_model, train={"max_steps": 1})
     (tmp_path / "rows.jsonl").unlink()
+    (made / "rows.jsonl").unlink()  # as in a run of an older version
     assert "--no-gate" in str(refusal(made, "merged"))
     [document] = export(made, options("merged", gate=False), View())
     assert document.passed is None
+
+
+@pytest.mark.parametrize("fraction", [0.2, 0.0])
+def test_the_gate_asks_the_rows_that_the_run_kept(fraction: float, tiny_model: Path, tmp_path: Path) -> None:
+    data = {"train": "rows.jsonl", "eval_fraction": fraction, "max_length": 128}
+    made = trained(tmp_path, tiny_model, data=data, train={"max_steps": 2})
+    kept = (made / "rows.jsonl").read_text().splitlines()
+    assert {json.loads(line)["part"] for line in kept} == {"eval" if fraction else "train"}
+    [before] = export(made, options("merged"), View())
+    (made / "rows.jsonl").rename(tmp_path / "kept.jsonl")
+    [encoded_again] = export(made, options("merged", overwrite=True), View())
+    (tmp_path / "kept.jsonl").rename(made / "rows.jsonl")
+    (tmp_path / "rows.jsonl").unlink()
+    [after] = export(made, options("merged", overwrite=True), View())
+    assert before.gate.rows == len(kept) == (8 if fraction else 32)
+    assert before.gate == encoded_again.gate == after.gate
 
 
 KILLED = """

@@ -10,7 +10,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qft.errors import ModelError
 from qft.gguf import write_gguf
@@ -187,21 +187,18 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.real
-def test_the_package_model_written_is_the_package_model(tmp_path: Path) -> None:
-    source = package_model()
-    original = read_back(source)
-    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-    original.config.architectures = ["LlamaForCausalLM"]
-    folder = saved(original, tmp_path / "model", tokenizer)
+def test_the_package_model_written_is_the_package_model(package_folder: Path, tmp_path: Path) -> None:
+    original = AutoModelForCausalLM.from_pretrained(package_folder)
+    tokenizer = AutoTokenizer.from_pretrained(package_folder)
     ids = tokenizer("<|im_start|>user\nWhy is the sky blue?<|im_end|>\n", return_tensors="pt")["input_ids"]
-    theirs = gguf.GGUFReader(source)
+    theirs = gguf.GGUFReader(package_model())
     # What of llama.cpp's own file has no counterpart in a folder, or differs as the weights' type does.
     provenance = {f"general.{n}" for n in ("name", "organization", "finetune", "basename", "size_label", "license")}
     ignored = provenance | {"general.languages", "general.file_type", "tokenizer.ggml.pre", "GGUF.kv_count"}
     with torch.inference_mode():
         expected = original(input_ids=ids).logits
         for kind, most in [("f32", 1e-5), ("q8_0", 0.05)]:
-            write_gguf(folder, tmp_path / "m.gguf", kind=kind)
+            write_gguf(package_folder, tmp_path / "m.gguf", kind=kind)
             found = read_back(tmp_path / "m.gguf")(input_ids=ids).logits
             error = float((found - expected).norm() / expected.norm())
             assert error < most

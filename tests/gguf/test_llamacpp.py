@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from qft.errors import MissingError, ModelError
 from qft.gguf import write_gguf
 from qft.gguf.llamacpp import FILE_TYPES, LlamaCpp, quantize
-from tests.support.gguf import qwen, read_back, saved, tokenizer_of
-from tests.support.models import package_model, tiny_llama
+from tests.support.gguf import qwen, saved, tokenizer_of
+from tests.support.models import tiny_llama
 
 IDS = [0, 7, 91, 12, 200, 3, 44, 9]
 LLAMA3 = {
@@ -145,14 +145,9 @@ def test_what_is_not_there_or_no_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.real
-def test_the_package_model_answers_alike(tmp_path: Path) -> None:
-    from transformers import AutoTokenizer
-
-    source = package_model()
-    model = read_back(source)
-    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-    model.config.architectures = ["LlamaForCausalLM"]
-    write_gguf(saved(model, tmp_path / "model", tokenizer), tmp_path / "m.gguf", kind="f16")
+def test_the_package_model_answers_alike(package_folder: Path, tmp_path: Path) -> None:
+    model, tokenizer = (kind.from_pretrained(package_folder) for kind in (AutoModelForCausalLM, AutoTokenizer))
+    write_gguf(package_folder, tmp_path / "m.gguf", kind="f16")
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": "Why is 1234 less than 2345?"}], tokenize=False, add_generation_prompt=True
     )

@@ -35,10 +35,10 @@ pytestmark = pytest.mark.real
 HELD_OUT = ROOT / "recipes" / "quickstart" / "held_out.jsonl"
 
 
-def recipe(folder: Path, **train: object) -> Path:
+def recipe(folder: Path, model: str = PACKAGE_MODEL, **train: object) -> Path:
     rows = write_jsonl(folder / "rows.jsonl", [chat("What is the code?", "It is QX-7731.")] * 8)
     values = {
-        "model": {"path": PACKAGE_MODEL, "device": "cpu"},
+        "model": {"path": model, "device": "cpu"},
         "quant": {"preset": "finetune"},
         "data": {"train": str(rows), "eval": str(rows), "max_length": 128},
         "train": {
@@ -111,8 +111,9 @@ def test_an_evaluation_leaves_the_gradients_of_the_real_model_alone(tmp_path: Pa
     torch.testing.assert_close(gradient(), before, rtol=0, atol=0)
 
 
-def test_a_killed_run_leaves_nothing_that_looks_complete_and_resumes(tmp_path: Path) -> None:
-    path = recipe(tmp_path, max_steps=12, save_strategy="steps", save_steps=2, lr_scheduler_type="constant")
+def test_a_killed_run_leaves_nothing_that_looks_complete_and_resumes(package_folder: Path, tmp_path: Path) -> None:
+    saves = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
+    path = recipe(tmp_path, str(package_folder), max_steps=12, **saves)
     path.write_text(path.read_text().replace("metrics:\n  - exact_match", "metrics: []"))
     path.write_text(path.read_text().replace("  max_new_tokens: 16\n", "").replace("  samples: 2\n", ""))
     command = [sys.executable, "-m", "qft", "train", str(path)]

@@ -20,13 +20,13 @@ from peft import LoraConfig
 from pydantic import BaseModel
 from transformers import BitsAndBytesConfig
 
-from qft.commands.train import training_arguments
 from qft.errors import QftError
 from qft.model.adapter import attach_adapter
 from qft.model.load import load_base
 from qft.plan import Plan, make_plan, plan_calibration
 from qft.recipe import Recipe, Source, load
 from qft.run.folder import Run
+from qft.training.session import training_arguments
 from tests.support.models import CHATML, byte_tokenizer, tiny_llama, write_remote_code_model
 from tests.support.paths import ROOT
 from tests.support.plugins import SHIPPED

@@ -97,8 +97,8 @@ def replaced(document: object, parents: list[str], name: str, value: object) -> 
     return document.model_copy(update={name: value})  # type: ignore[attr-defined]
 
 
-def advice(*, has_eval: bool = True, **changes: object) -> str:
-    return "\n".join(advise(report(**changes), device_kind="cuda", has_eval=has_eval))
+def advice(**changes: object) -> str:
+    return "\n".join(advise(report(**changes)))
 
 
 def test_nothing_to_say_is_said_about_a_good_run() -> None:
@@ -116,7 +116,7 @@ def test_nothing_to_say_is_said_about_a_good_run() -> None:
         ({"phases__data": 0.25}, "25% of the time went to preparing batches"),
         ({"throughput__padding_share": 0.4}, "40% of the computed tokens were padding"),
         ({"throughput__step_seconds_p95": 4.0}, "4.0 times the median"),
-        ({"has_eval": False, "eval__before": None, "eval__after": None}, "No rows were held out"),
+        ({"eval__before": None, "eval__after": None}, "No rows were held out"),
         ({"eval__before": Evaluation(step=0, loss=1.0, perplexity=2.7, tokens=1, rows=1)}, "rose from 1.000 to 1.500"),
         (
             {"eval__history": [Evaluation(step=5, loss=1.2, perplexity=3.3, tokens=1, rows=1)]},
@@ -127,7 +127,7 @@ def test_nothing_to_say_is_said_about_a_good_run() -> None:
     ],
 )
 def test_advice_names_its_figure(changes: dict[str, object], sentence: str) -> None:
-    assert sentence in advice(**changes)  # type: ignore[arg-type]
+    assert sentence in advice(**changes)
 
 
 def test_the_report_fits_in_80_columns() -> None:

@@ -20,7 +20,8 @@ from datasets import Dataset
 from safetensors import SafetensorError
 
 from qft.data.batch import pad_token_id
-from qft.data.prepare import prepare
+from qft.data.encoded import read_rows
+from qft.data.prepare import KEPT, held_out, prepare
 from qft.documents.export import Gate, GateCheck
 from qft.errors import MissingError, ModelError
 from qft.export.base import Exporter, Job, Limits
@@ -33,7 +34,7 @@ from qft.model.target import load_target
 
 __all__ = ["Reference", "reference", "verify"]
 
-ROWS = 32
+ROWS = KEPT
 """Rows on which the models are asked, at most."""
 TOKENS = 4096
 """Learnt tokens over which distributions are compared, at most."""
@@ -108,15 +109,18 @@ def _checks(job: Job, exporter: Exporter, folder: Path, expected: Reference, lim
 
 
 def _rows(job: Job) -> Dataset:
-    """The first held-out rows, or training rows where none are held out."""
+    """The first held-out rows, or training rows where none are held out: those that the run keeps, if it does."""
+    if job.target.rows:
+        return read_rows(job.target.rows, ROWS).rows
+    recipe, tokenizer = job.target.loaded.recipe, job.plan.tokenizer
     try:
-        prepared = prepare(job.target.loaded.recipe, job.plan.tokenizer)
+        asked = held_out(recipe.data, tokenizer, recipe.seed) or prepare(recipe.data, tokenizer, recipe.seed).asked()
     except MissingError as error:
         raise MissingError(
-            f"{error}; the gate asks on the run's rows: put them back, or export with --no-gate"
+            f"{error}; the gate asks on the run's rows, and {job.run.rows.name} is not in its folder: put them back, "
+            "or export with --no-gate"
         ) from None
-    rows = prepared.eval if prepared.eval is not None else prepared.train
-    return rows.select(range(min(ROWS, len(rows))))
+    return asked.rows.select(range(min(ROWS, len(asked.rows))))
 
 
 def _answers(model: Any, job: Job, rows: Dataset) -> list[str]:

@@ -1,0 +1,67 @@
+"""Encoded rows that a model is asked, and the file in which a run keeps them: JSON lines, one a row."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from datasets import Dataset, Features, List, Value
+
+from qft.data.sources import place
+from qft.errors import DataError
+from qft.files import atomic_file
+
+__all__ = ["COLUMNS", "EncodedRows", "read_rows", "write_rows"]
+
+COLUMNS = Features(
+    {
+        "input_ids": List(Value("int32")),
+        "labels": List(Value("int32")),
+        "length": Value("int32"),
+        "supervised": Value("int32"),
+        "answer_start": Value("int32"),
+        "source": Value("int32"),
+        "row": Value("int64"),
+    }
+)
+"""Of encoded rows. input_ids and labels: [tokens]; length and supervised, in tokens; answer_start: index of the last
+assistant turn's first token, -1 if that turn is cut and in plain text; source and row: where it stands."""
+
+
+@dataclass(frozen=True)
+class EncodedRows:
+    """Rows of one part, and where each of them stands."""
+
+    part: str
+    """train or eval"""
+    rows: Dataset
+    """With COLUMNS."""
+    places: Mapping[int, tuple[str, str]]
+    """Path and unit of each source, by its number in the column `source`."""
+
+    def place(self, source: int, row: int) -> str:
+        """`file:line` of a row, by its source and row columns."""
+        return place(*self.places[source], row)
+
+
+def write_rows(path: Path, encoded: EncodedRows) -> None:
+    """Write one line a row: its part, the path and unit of its source, and COLUMNS; atomically."""
+    with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8") as stream:
+        for row in encoded.rows:
+            source, unit = encoded.places[row["source"]]
+            line = {"part": encoded.part, "path": source, "unit": unit, **row}
+            stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def read_rows(path: Path, limit: int | None = None) -> EncodedRows:
+    """What `write_rows` wrote, at most its first `limit` rows. Raises DataError for another file."""
+    try:
+        with path.open(encoding="utf-8") as stream:
+            lines = [json.loads(line) for line in islice(stream, limit)]
+        rows = Dataset.from_list([{name: line[name] for name in COLUMNS} for line in lines], features=COLUMNS)
+        return EncodedRows(lines[0]["part"], rows, {line["source"]: (line["path"], line["unit"]) for line in lines})
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise DataError(f"{path}: holds no encoded rows; without the file, the data is encoded again") from error

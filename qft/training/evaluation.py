@@ -1,0 +1,75 @@
+"""The held-out rows, asked before, within and after a training."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from transformers import TrainerCallback
+
+from qft.documents.training import Evaluation
+from qft.files import write_json, write_text
+from qft.measure.scores import Answer, answer_rows, as_jsonl, score
+from qft.run.folder import Run
+from qft.training.trainer import QftTrainer
+
+__all__ = ["HeldOut"]
+
+
+class HeldOut(TrainerCallback):
+    """Evaluates the held-out rows, if there are any: their loss, and the scores of the answers to them."""
+
+    def __init__(self, trainer: QftTrainer, run: Run) -> None:
+        self.trainer, self.run = trainer, run
+        self.recorder, self.plan = trainer.recorder, trainer.recorder.plan
+        trainer.add_callback(self)
+
+    def evaluate(self, moment: str) -> None:
+        """Evaluate `before` or `after` the training, and keep it as eval-`moment`.json."""
+        if self.plan.data.eval is None:
+            return
+        self.recorder.view.note(f"Evaluating {len(self.plan.data.eval)} held-out rows {moment} training")
+        # Not `evaluate`: its callbacks would take this for one of the evaluations within the training.
+        loader = self.trainer.get_eval_dataloader()
+        metrics = self.trainer.evaluation_loop(loader, moment, prediction_loss_only=True).metrics
+        evaluation = self._evaluated(moment, metrics)
+        write_json(self.run.folder / f"eval-{moment}.json", evaluation.model_dump(mode="json"))
+
+    def recall(self, moment: str) -> None:
+        """Take up the evaluation that the run made before it was cut off."""
+        path = self.run.folder / f"eval-{moment}.json"
+        if path.exists():
+            self.recorder.evaluations[moment] = Evaluation.model_validate_json(path.read_text("utf-8"))
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+        if "eval_loss" in metrics:
+            self._evaluated(f"step-{state.global_step}", metrics)
+
+    def _evaluated(self, moment: str, metrics: dict[str, float]) -> Evaluation:
+        settings, loss = self.plan.recipe.eval, metrics["eval_loss"]
+        answers = self._answers(moment) if settings.metrics else []
+        evaluation = Evaluation(
+            step=self.trainer.state.global_step,
+            loss=loss,
+            perplexity=math.exp(min(loss, 700.0)),
+            tokens=int(metrics["eval_tokens"]),
+            rows=len(self.plan.data.eval or ()),
+            scores={name: score(name, answers, pattern=settings.regex).value for name in settings.metrics},
+        )
+        self.recorder.evaluated(moment, evaluation, answers)
+        return evaluation
+
+    def _answers(self, moment: str) -> list[Answer]:
+        """The model's answers, kept as answers/`moment`.jsonl."""
+        settings = self.plan.recipe.eval
+        with self.trainer.accelerator.autocast():
+            answers = answer_rows(
+                self.trainer.model,
+                self.plan.model.tokenizer,
+                self.plan.data.eval,
+                max_new_tokens=settings.max_new_tokens,
+                batch_size=settings.batch_size,
+                samples=settings.samples,
+            )
+        write_text(self.run.answers / f"{moment}.jsonl", as_jsonl(answers, self.plan.data.place))
+        return answers

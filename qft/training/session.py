@@ -1,0 +1,110 @@
+"""The work of a training run: load, evaluate, train, save, evaluate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from peft.helpers import disable_input_dtype_casting
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
+from transformers.integrations import TensorBoardCallback
+
+from qft.data.batch import Collator, pad_token_id
+from qft.errors import ModelError
+from qft.memory.guard import memory_guard, smaller_training
+from qft.model.adapter import CHANGES_BASE, attach_adapter, save_adapter, save_full
+from qft.model.load import load_base
+from qft.plan import Plan
+from qft.run.folder import Run, record_base, step_of
+from qft.training.evaluation import HeldOut
+from qft.training.recorder import Recorder
+from qft.training.trainer import QftTrainer
+
+__all__ = ["train_model", "training_arguments"]
+
+
+def train_model(run: Run, recorder: Recorder, *, resume: bool) -> Path:
+    """Train as the recorder's plan says, from the newest checkpoint if asked; returns where the result lies."""
+    plan = recorder.plan
+    set_seed(plan.recipe.seed)
+    checkpoint = run.newest_checkpoint() if resume else None
+    with recorder.meter:
+        recorder.view.note(f"Loading {plan.model.checkpoint.path}")
+        model = _load(plan, run, resume=resume)
+        trainer = _trainer(model, run, recorder)
+        recorder.loaded(model)
+        # Under autocast a LoRA layer need not cast its input to float32 first, which would be kept for backward.
+        mixed = plan.training["bf16"] or plan.training["fp16"]
+        remedies = smaller_training(plan.recipe, plan.model.scheme)
+        with memory_guard("training", remedies), disable_input_dtype_casting(model, active=mixed):
+            held_out = HeldOut(trainer, run)
+            held_out.evaluate("before") if checkpoint is None else held_out.recall("before")
+            recorder.begin(step_of(checkpoint))
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            recorder.end()
+            result = _save(trainer, run)
+            held_out.evaluate("after")
+    return result
+
+
+def training_arguments(plan: Plan, run: Run) -> TrainingArguments:
+    """The TrainingArguments of a run: one device, its folders, and what the plan says."""
+    arguments = {"run_name": plan.recipe.train.run_name or run.folder.name}
+    made = TrainingArguments(**plan.training | arguments, output_dir=str(run.checkpoints))
+    if made.n_gpu > 1:
+        made._n_gpu = 1  # with several GPUs in sight the Trainer would wrap the model in DataParallel
+    return made
+
+
+def _load(plan: Plan, run: Run, *, resume: bool) -> Any:
+    """The base with its adapter, whose first state is kept where it changed the base."""
+    model = load_base(plan.model)
+    record_base(run, plan.model)
+    model = attach_adapter(model, plan)
+    if _changes_base(plan) and not resume:
+        model.save_pretrained(str(run.initial_adapter))
+    return model
+
+
+def _trainer(model: Any, run: Run, recorder: Recorder) -> QftTrainer:
+    plan = recorder.plan
+    trainer = QftTrainer(
+        recorder,
+        model=model,
+        args=training_arguments(plan, run),
+        train_dataset=plan.data.train,
+        eval_dataset=plan.data.eval,
+        data_collator=Collator(pad_token_id(plan.model.tokenizer)),
+        processing_class=plan.model.tokenizer,
+        callbacks=_callbacks(plan, run),
+    )
+    trainer.remove_callback(PrinterCallback)
+    if not trainer.model_accepts_loss_kwargs and plan.recipe.train.gradient_accumulation_steps > 1:
+        raise ModelError(
+            f"{plan.model.shape.architecture} averages its loss over each micro-batch, so accumulated gradients "
+            "would weigh short rows more: set train.gradient_accumulation_steps to 1"
+        )
+    return trainer
+
+
+def _callbacks(plan: Plan, run: Run) -> list[TrainerCallback]:
+    patience, callbacks = plan.recipe.train.early_stopping_patience, []
+    if patience:
+        callbacks.append(EarlyStoppingCallback(patience))
+    if "tensorboard" in plan.recipe.train.report_to:
+        callbacks.append(TensorBoardCallback())
+        callbacks[-1].logging_dir = str(run.events)
+    return callbacks
+
+
+def _save(trainer: QftTrainer, run: Run) -> Path:
+    plan, model = trainer.recorder.plan, trainer.accelerator.unwrap_model(trainer.model)
+    if plan.lora is None:
+        save_full(model, plan, run.full_model)
+        return run.full_model
+    save_adapter(model, plan, run.adapter, run.initial_adapter if _changes_base(plan) else None)
+    return run.adapter
+
+
+def _changes_base(plan: Plan) -> bool:
+    return plan.recipe.adapter.init_lora_weights.startswith(CHANGES_BASE)

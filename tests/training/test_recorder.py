@@ -1,0 +1,73 @@
+"""What a training measures, without one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from qft.memory.meter import Snapshot
+from qft.plan import make_plan
+from qft.progress import Step, View
+from qft.recipe import load
+from qft.run.folder import Run
+from qft.training.recorder import Recorder
+from tests.support.runs import run
+
+GIB = 2**30
+
+
+def step(number: int, **changes: object) -> Step:
+    values = {"loss": 1 / number, "learning_rate": 1e-4, "grad_norm": 1.0, "tokens": 80, "padded_tokens": 100}
+    rest = {"supervised_tokens": 50, "rows": 2, "seconds": 2.0, "memory": 7 * GIB, "peak_memory": 20 * GIB}
+    return Step(step=number, **values | rest | changes)  # type: ignore[arg-type]
+
+
+def test_memory_is_the_gpus_where_there_is_one() -> None:
+    before, after = Snapshot(True, 2, 4, 100), Snapshot(True, 5, 8, 90)
+    assert (after.device, after.beyond(before), before.beyond(after)) == (5, 3, 0)
+    before, after = Snapshot(False, 0, 0, 100), Snapshot(False, 0, 0, 130)
+    assert (after.device, after.beyond(before), before.beyond(after)) == (130, 30, 0)
+
+
+@pytest.mark.parametrize(("on_gpu", "activations"), [(True, 20 - 5 - 1 - 1 - 2), (False, 40 - 30 - 1 - 2)])
+def test_a_report_is_made_of_what_was_noted(
+    on_gpu: bool, activations: int, recipe_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    recorder = Recorder(make_plan(load(recipe_file())), View(), 0.0, None)
+    recorder.meter.on_gpu = on_gpu
+    held = {"after_load": (6, 30), "peak": (20, 40), "at_end": (7, 31)}
+    recorder.moments |= {name: Snapshot(on_gpu, g * GIB, g * GIB, h * GIB) for name, (g, h) in held.items()}
+    recorder.bytes |= {"frozen": 5 * GIB, "trainable": GIB, "gradients": GIB, "optimizer_state": 2 * GIB}
+    recorder.recomputed = (3 * GIB, 0.5)
+    for made in (step(1), step(2, skipped=True, loss=math.nan), step(3, supervised_tokens=20)):
+        recorder.step(made)
+
+    report = recorder.report(Run(tmp_path / "run"), tmp_path / "run" / "adapter")
+    assert report.memory.components.activations == activations * GIB
+    assert report.memory.components.gradients == GIB
+    assert report.memory.components.optimizer_state == 2 * GIB
+    assert report.memory.after_load_bytes == (6 if on_gpu else 30) * GIB
+    assert report.memory.at_end_bytes == (7 if on_gpu else 31) * GIB
+    assert report.memory.after_first_step_bytes == 7 * GIB
+    assert (report.steps, report.skipped_steps, report.supervised_tokens) == (3, 1, 120)
+    assert report.throughput.tokens_per_second == 40
+    assert report.checkpointing is not None
+    assert report.checkpointing.cost_share == pytest.approx(0.5 / 1.5)
+    assert (report.eval.before, report.eval.after, report.eval.history) == (None, None, [])
+
+
+def test_a_resumed_run_reports_the_evaluation_before_its_first_step(
+    recipe_file: Callable[..., Path], chat_file: Path
+) -> None:
+    settings = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    data = {"eval": str(chat_file)}
+    first = run(recipe_file(train=settings | {"max_steps": 1}, data=data))
+    resumed = run(recipe_file(train=settings | {"max_steps": 3}, data=data), resume=True)
+    assert first.eval.before is not None
+    assert resumed.eval.before == first.eval.before
+    assert [evaluation.step for evaluation in resumed.eval.history] == [2, 3]
+    assert resumed.eval.after is not None
+    assert resumed.eval.after.step == 3

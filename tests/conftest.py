@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-for cache in ("HF_DATASETS_CACHE", "QFT_CACHE"):
-    os.environ[cache] = tempfile.mkdtemp(prefix="qft-tests-")
-    atexit.register(shutil.rmtree, os.environ[cache], ignore_errors=True)
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="qft-tests-")
+os.environ["QFT_CACHE"] = os.environ["HF_DATASETS_CACHE"] + "/qft"
+atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 if "PYTEST_XDIST_WORKER" in os.environ:  # a core each: their threads would wait for each other's
     os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))

@@ -141,7 +141,7 @@ def _value_end(data: mmap.mmap, at: int, kind: int) -> int:
         return _string_end(data, at)
     if kind != ARRAY:
         return at + WIDTHS[kind]
-    kind, count = struct.unpack_from("<IQ", data, at)
+    kind, count = map(int, struct.unpack_from("<IQ", data, at))
     at += 12
     if kind in WIDTHS:
         return at + count * WIDTHS[kind]

@@ -103,7 +103,7 @@ def evaluate(names: Sequence[str], options: EvalOptions, view: View) -> EvalDocu
     plans = [target.plan() for target in targets]
     _require_one_tokenizer(targets, plans)
     evalset = eval_set(
-        recipe,
+        recipe.having(data=plans[0].rows_for(recipe.data)),
         plans[0].tokenizer,
         data=options.data,
         kept=first.rows,

@@ -53,7 +53,7 @@ def smaller_training(recipe: Recipe, scheme: str) -> Iterator[str]:
         )
     if recipe.adapter.kind == "lora":
         yield from smaller_base(recipe, scheme)
-    yield f"lower data.max_length ({recipe.data.max_length})"
+    yield "lower data.max_length"
 
 
 def _message(what: str, remedies: Iterable[str], error: BaseException) -> str:

@@ -25,7 +25,7 @@ from qft.quant.hold import SCHEMES, prequantized
 from qft.quant.hold.custom import Plugin, load_plugin
 from qft.recipe import LoadedRecipe, Recipe
 from qft.recipe.load import from_values
-from qft.recipe.schema import ModelSection, QuantSection
+from qft.recipe.schema import DataSection, ModelSection, QuantSection
 
 __all__ = [
     "ModelPlan",
@@ -39,6 +39,9 @@ __all__ = [
 ]
 
 Problem = tuple[str, str]
+
+MAX_LENGTH = 2048
+"""Of a row, in tokens, where nobody says and the model takes as many."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,12 @@ class ModelPlan:
     @property
     def recipe(self) -> Recipe:
         return self.loaded.recipe
+
+    def rows_for(self, data: DataSection) -> DataSection:
+        """A data section whose max_length is decided."""
+        if data.max_length != "auto":
+            return data
+        return data.having(max_length=min(self.shape.max_positions or MAX_LENGTH, MAX_LENGTH))
 
     def facts(self) -> dict[str, Any]:
         """The model as plain values."""

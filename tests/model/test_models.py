@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from qft.errors import MissingError, ModelError, OutOfMemoryError, QftError, RecipeError
+from qft.errors import DataError, MissingError, ModelError, OutOfMemoryError, QftError, RecipeError
 from qft.measure.scores import answer_rows
 from qft.memory.guard import memory_guard, smaller_base, smaller_training
 from qft.memory.meter import weight_bytes
@@ -176,6 +176,21 @@ def test_what_this_machine_cannot_do_is_told_with_its_line(
     assert message in found
     assert "recipe.yaml:" in found
     assert f"{section}.{next(iter(changes))}" in found
+
+
+@pytest.mark.parametrize(("positions", "longest"), [(256, 256), (2048, 2048), (4096, 2048)])
+def test_a_row_is_as_long_as_the_model_takes_where_nobody_says(
+    positions: int, longest: int, recipe_file: RecipeFile, tmp_path: Path
+) -> None:
+    tiny_llama(max_position_embeddings=positions).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    rows = write_jsonl(tmp_path / "long.jsonl", [chat("q" * 3000, "a"), chat("q", "a")])
+    data = {"train": str(rows), "max_length": ...}
+    path = recipe_file(model={"path": str(tmp_path / "model")}, data={**data, "on_too_long": "skip"})
+    facts = make_plan(load(path)).facts()["data"]
+    assert (facts["max_length"], facts["train_rows"], facts["sources"][0]["skipped"]) == (longest, 1, 1)
+    told = refusal(recipe_file(model={"path": str(tmp_path / "model")}, data=data), DataError)
+    assert f"long.jsonl:1: 3040 tokens, and data.max_length is {longest}" in told
 
 
 def test_running_out_of_memory_is_one_message_with_remedies(recipe_file: RecipeFile) -> None:

@@ -113,8 +113,9 @@ def _rows(job: Job) -> Dataset:
     if job.target.rows:
         return read_rows(job.target.rows, ROWS).rows
     recipe, tokenizer = job.target.loaded.recipe, job.plan.tokenizer
+    data = job.plan.rows_for(recipe.data)
     try:
-        asked = held_out(recipe.data, tokenizer, recipe.seed) or prepare(recipe.data, tokenizer, recipe.seed).asked()
+        asked = held_out(data, tokenizer, recipe.seed) or prepare(data, tokenizer, recipe.seed).asked()
     except MissingError as error:
         raise MissingError(
             f"{error}; the gate asks on the run's rows, and {job.run.rows.name} is not in its folder: put them back, "

@@ -68,7 +68,8 @@ def _training(facts: dict[str, Any]) -> Table:
     checkpointing = training.get("activation_checkpointing", training.get("gradient_checkpointing"))
     rows = table("Training")
     rows.add_row("steps", f"{facts['steps']} of {batch} rows ({training['gradient_accumulation_steps']} accumulated)")
-    rows.add_row("rows", f"{data['train_rows']:,} to train on, {data['eval_rows']:,} held out")
+    counts = f"{data['train_rows']:,} to train on, {data['eval_rows']:,} held out"
+    rows.add_row("rows", f"{counts}; of {data['max_length']:,} tokens at most")
     rows.add_row(
         "optimizer", f"{training['optim']}, {training['lr_scheduler_type']} from {training['learning_rate']:g}"
     )

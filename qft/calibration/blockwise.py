@@ -10,7 +10,7 @@ import copy
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -20,18 +20,19 @@ from safetensors.torch import load_file
 from torch import nn
 
 from qft.calibration.layer_errors import block_errors, inputs_seen
+from qft.calibration.quantizer import EngineProcess, Trial
+from qft.calibration.remedy import RAISED_BY, remedies
 from qft.calibration.streamed import StreamedModel
+from qft.calibration.task import QuantizeTask, Schemes
 from qft.checkpoint.weights import save_tensors, write_index
 from qft.documents.evaluation import LayerError
 from qft.files import write_json
 from qft.measure.likelihood import Verification, compare
-from qft.plan import CalibrationPlan
 from qft.progress import View
 from qft.quant.engines import Block, Engine, Held, LayerScheme, find_engine
 
-__all__ = ["Quantization"]
+__all__ = ["BlockQuantizer"]
 
-Schemes = Mapping[str, LayerScheme | None]
 Hidden = list[torch.Tensor]
 T = TypeVar("T")
 
@@ -57,29 +58,29 @@ class _Streams:
 
 
 @dataclass
-class Quantization:
-    """The blocks of one calibration, in `folder`."""
+class BlockQuantizer:
+    """The blocks of `model`, quantized in `folder`."""
 
-    plan: CalibrationPlan
     model: StreamedModel
+    task: QuantizeTask
     folder: Path
     view: View
     block_seconds: list[float] = field(default_factory=list)
+    process: EngineProcess = field(default_factory=EngineProcess)
 
     def __post_init__(self) -> None:
-        self.engine: Engine = find_engine(self.plan.calibrate.engine)
-        self.rows = list(self.plan.data.verify)
+        self.engine: Engine = find_engine(self.task.engine)
         self.folder.mkdir(parents=True, exist_ok=True)
 
     @property
     def quantized_layers(self) -> list[str]:
-        """Names of the linear layers that the recipe holds in fewer bits."""
-        return [name for name, scheme in self.plan.schemes.items() if scheme]
+        """Names of the linear layers that the task holds in few bits."""
+        return [name for name, scheme in self.task.schemes.items() if scheme]
 
     @property
     def skipped_layers(self) -> list[str]:
         """Of all other linear layers."""
-        return [name for name, scheme in self.plan.schemes.items() if scheme is None]
+        return [name for name, scheme in self.task.schemes.items() if scheme is None]
 
     def shard(self, number: int, attempt: int = 0) -> Path:
         """The newest file of a block's weights up to an attempt; only what an attempt changed is written again."""
@@ -90,6 +91,22 @@ class Quantization:
         """Held.metadata of that file, by full names."""
         found: dict[str, str] = json.loads(self.shard(number, attempt).with_suffix(".json").read_text("utf-8"))
         return found
+
+    def trials(self) -> Iterator[Trial]:
+        """The task's own schemes, then those of its remedy."""
+        first = self.quantize()
+        yield self._trial(0, self.task.schemes, first)
+        if not self.task.remedy:
+            return
+        weights = {name: self.model.weights_of(name) for name in self.quantized_layers}
+        others = remedies(
+            self.task.schemes, self.errors(), weights, used=self.weight_bytes(0), limit=self.task.max_bytes
+        )
+        for number, schemes in enumerate(others, 1):
+            yield self._trial(number, schemes, self.again(schemes, number))
+
+    def _trial(self, number: int, schemes: Schemes, verification: Verification) -> Trial:
+        return Trial(number, schemes, verification, self.weight_bytes(number))
 
     def quantize(self) -> Verification:
         """All blocks, from the first that is not finished."""
@@ -105,13 +122,13 @@ class Quantization:
         return self.verify(streams.verify, streams.quantized_verify)
 
     def errors(self) -> list[LayerError]:
-        """Of every quantized layer as the recipe has it."""
+        """Of every quantized layer as the task has it."""
         paths = sorted(self.folder.glob("errors-*.json"))
         return [LayerError(**error) for path in paths for error in json.loads(path.read_text("utf-8"))]
 
     def again(self, schemes: Schemes, attempt: int) -> Verification:
         """The same with some layers held otherwise; those that are not stay as they are."""
-        hidden = [self.model.enter(row["input_ids"]) for row in self.rows]
+        hidden = [self.model.enter(row["input_ids"]) for row in self.task.rows]
         for number in range(len(self.model)):
             block = self._as_held(number, schemes, attempt)
             hidden = [self.model.run(block, number, h) for h in hidden]
@@ -121,30 +138,30 @@ class Quantization:
     def verify(self, unquantized: Hidden, quantized: Hidden) -> Verification:
         """Compare both models' predictions, from the hidden states behind the last block."""
         before, after = (map(self.model.leave, hidden) for hidden in (unquantized, quantized))
-        return compare((row["labels"] for row in self.rows), before, after)
+        return compare((row["labels"] for row in self.task.rows), before, after)
 
     def weight_bytes(self, attempt: int) -> int:
         """Of all weights as an attempt's result holds them, in files."""
         around = sum(t.numel() * t.element_size() for t in self.model.around().values())
         return around + sum(self.shard(number, attempt).stat().st_size for number in range(len(self.model)))
 
-    def assemble(self, folder: Path, schemes: Schemes, attempt: int) -> None:
-        """Write the weights and the configuration of an attempt as engines load them: the blocks' files, the rest."""
-        told: dict[str, str] = {}
+    def assemble(self, folder: Path, trial: Trial) -> None:
+        """Write the weights and the configuration of a trial as engines load them: the blocks' files, the rest."""
+        metadata: dict[str, str] = {}
         for number in range(len(self.model)):
-            shutil.copyfile(self.shard(number, attempt), folder / f"model-block-{number:05}.safetensors")
-            told |= self.metadata(number, attempt)
+            shutil.copyfile(self.shard(number, trial.number), folder / f"model-block-{number:05}.safetensors")
+            metadata |= self.metadata(number, trial.number)
         around = {name: tensor.cpu().contiguous() for name, tensor in self.model.around().items()}
         # The last file by name: its header speaks for all.
-        save_tensors(around, folder / "model-outside.safetensors", self.engine.header(told, list(around)))
+        save_tensors(around, folder / "model-outside.safetensors", self.engine.header(metadata, list(around)))
         write_index(folder)
         config = copy.deepcopy(self.model.model.config)
-        config.quantization_config = self.engine.config(schemes, self.model.dtype)
+        config.quantization_config = self.engine.config(trial.schemes, self.model.dtype)
         config.save_pretrained(folder)
 
     def tokens_per_second(self) -> float:
         """Calibration and verification tokens times blocks, over the time of the blocks; 0 if all were finished."""
-        tokens = sum(map(len, self.plan.data.windows)) + sum(len(row["input_ids"]) for row in self.rows)
+        tokens = sum(map(len, self.task.windows)) + sum(len(row["input_ids"]) for row in self.task.rows)
         seconds = self.block_seconds
         return tokens * len(seconds) / (len(self.model) * sum(seconds)) if seconds else 0.0
 
@@ -154,18 +171,18 @@ class Quantization:
         if finished:
             done = max(finished)
             streams = _Streams.load(self._streams(done))
-            for ids in [*self.plan.data.windows[:1], *(row["input_ids"] for row in self.rows)]:
+            for ids in [*self.task.windows[:1], *(row["input_ids"] for row in self.task.rows)]:
                 self.model.enter(ids)  # teaches the model the arguments of each length
             return done, streams
-        windows = [self.model.enter(ids) for ids in self.plan.data.windows]
-        verify = [self.model.enter(row["input_ids"]) for row in self.rows]
+        windows = [self.model.enter(ids) for ids in self.task.windows]
+        verify = [self.model.enter(row["input_ids"]) for row in self.task.rows]
         return 0, _Streams(windows, verify, list(windows), list(verify))
 
     def _quantize_block(self, number: int, streams: _Streams) -> list[LayerError]:
         """Quantize a block, write it, and take `streams` behind it."""
         model = self.model
         block = model.block(number)
-        schemes = self._within(number, self.plan.schemes)
+        schemes = self._within(number, self.task.schemes)
         held = self.engine.quantize(self._given(number, block, schemes, streams)) if schemes else {}
         pairs = {f"{model.name(number)}.{name}": (_linear(block, name), one.module) for name, one in held.items()}
         after: Hidden = []
@@ -203,13 +220,13 @@ class Quantization:
             calls=[self.model.call(number, hidden) for hidden in streams.windows],
             quantized_inputs=streams.quantized_windows,
             largest_inputs=largest,
-            iters=self.plan.calibrate.iters,
-            seed=self.plan.seed + number,
+            iters=self.task.iters,
+            seed=self.task.seed + number,
         )
 
     def _as_held(self, number: int, schemes: Schemes, attempt: int) -> nn.Module:
         """A block as an attempt holds it, written if the attempt changes it."""
-        block, before, wanted = self.model.block(number), self.plan.schemes, self._within(number, schemes)
+        block, before, wanted = self.model.block(number), self.task.schemes, self._within(number, schemes)
         tensors, metadata = load_file(self._shard(number, 0)), self.metadata(number, 0)
         held = {}
         for name in self._within(number, before):
@@ -219,8 +236,7 @@ class Quantization:
                 held[name] = Held(self.engine.restore(layer, own, wanted[name]), own, told)
         raised = {name: scheme for name, scheme in wanted.items() if name not in held}
         if raised:
-            # 8 bits are close enough to need no data, whatever the engine.
-            held |= find_engine("rtn").quantize(Block(self.model.name(number), copy.deepcopy(block), raised))
+            held |= find_engine(RAISED_BY).quantize(Block(self.model.name(number), copy.deepcopy(block), raised))
         if held.keys() != self._within(number, before).keys() or raised:
             self._write(number, attempt, block, held)
         for name, one in held.items():

@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 from qft.documents.evaluation import LayerError
 from qft.errors import ModelError
 from qft.memory.meter import weight_bytes
+from qft.model.merge import add_delta
 from qft.quant.skipping import skip_entry
 
 __all__ = ["block_errors", "inputs_seen", "layer_errors", "suggest_skip_modules"]
@@ -272,20 +273,17 @@ def _weight(layer: Any, name: str) -> torch.Tensor:
 
 
 def _with_adapter(layer: Any, adapter: str, weight: torch.Tensor, name: str) -> torch.Tensor:
-    """W + s B A (arXiv:2106.09685); with DoRA (arXiv:2402.09353) its rows are scaled to the learnt magnitudes."""
+    """W + s B A, scaled with DoRA; as it is where the layer has no such adapter. Raises ModelError for other kinds."""
     if not isinstance(layer, LoraLayer):
         raise ModelError(f"{name}: has an adapter of kind {type(layer).__name__}; only LoRA and DoRA are known here")
     if adapter not in layer.lora_A:
         return weight
-    changed: torch.Tensor = weight + layer.get_delta_weight(adapter).to(weight.device, torch.float32)
-    if adapter in layer.lora_magnitude_vector:
-        magnitude = layer.lora_magnitude_vector[adapter].weight.float()
-        scale: torch.Tensor = magnitude / torch.linalg.vector_norm(changed, dim=1)
-        return changed * scale[:, None]
-    if adapter in layer.lora_variant:
+    magnitudes = layer.lora_magnitude_vector
+    if adapter in layer.lora_variant and adapter not in magnitudes:
         kind = type(layer.lora_variant[adapter]).__name__
         raise ModelError(f"{name}: has an adapter of kind {kind}; only LoRA and DoRA are known here")
-    return changed
+    magnitude = magnitudes[adapter].weight if adapter in magnitudes else None
+    return add_delta(weight, layer.get_delta_weight(adapter), magnitude)
 
 
 def _bytes(layer: nn.Module) -> int:

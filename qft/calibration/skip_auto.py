@@ -10,19 +10,18 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from qft.calibration.blockwise import Quantization
+from qft.calibration.blockwise import BlockQuantizer
 from qft.calibration.layer_errors import suggest_skip_modules
 from qft.calibration.streamed import StreamedModel
+from qft.calibration.task import QuantizeTask
 from qft.checkpoint.weights import read_weights
-from qft.data.calibration import CalibrationData
 from qft.documents.training import SkippedModules
 from qft.errors import RunError
 from qft.files import require_free_space
 from qft.memory.guard import memory_guard
-from qft.plan import CalibrationPlan, Plan, linear_layers
+from qft.plan import Plan, linear_layers
 from qft.progress import View
 from qft.quant.engines import LayerScheme
-from qft.recipe.schema import CalibrateSection
 from qft.run.folder import Run
 
 __all__ = ["choose_skip_modules", "skipped_before"]
@@ -41,14 +40,14 @@ def choose_skip_modules(plan: Plan, view: View) -> SkippedModules:
     guard = memory_guard("measuring the layers", remedies)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".skip-modules-") as work, guard:
         model = StreamedModel(plan.model, read_weights(plan.model.checkpoint.with_weights()))
-        measured = _as_calibration(plan)
-        quantization = Quantization(measured, model, Path(work), view)
-        before, errors = quantization.quantize(), quantization.errors()
+        task = _task(plan)
+        quantizer = BlockQuantizer(model, task, Path(work), view)
+        before, errors = quantizer.quantize(), quantizer.errors()
         budget = _budget_bytes(plan)
         weights = {error.name: model.weights_of(error.name) for error in errors}
         entries = suggest_skip_modules(errors, weights, budget_bytes=budget, full_bits=model.dtype.itemsize * 8)
         chosen = {entry.removesuffix("$") for entry in entries}
-        after = quantization.again({n: None if n in chosen else s for n, s in measured.schemes.items()}, 1)
+        after = quantizer.again({n: None if n in chosen else s for n, s in task.schemes.items()}, 1)
     held = sum(error.bytes for error in errors)
     grown = sum(weights[e.name] * model.dtype.itemsize - e.bytes for e in errors if e.name in chosen)
     return SkippedModules(
@@ -56,7 +55,7 @@ def choose_skip_modules(plan: Plan, view: View) -> SkippedModules:
         budget_bytes=budget,
         linear_bytes_before=held,
         linear_bytes_after=held + grown,
-        rows=len(measured.data.verify),
+        rows=len(task.rows),
         kl_before=before.after.mean_kl(),
         kl_after=after.after.mean_kl(),
         perplexity_unquantized=before.before.perplexity(),
@@ -67,30 +66,20 @@ def choose_skip_modules(plan: Plan, view: View) -> SkippedModules:
 
 def skipped_before(folder: Path) -> SkippedModules:
     """What the run that is resumed chose. Raises RunError if it chose nothing."""
-    found = Run(folder).manifest().get("skipped_modules")
-    if found is None:
+    manifest = Run(folder).manifest()
+    if manifest is None or manifest.skipped_modules is None:
         raise RunError(f"{folder}: the run's quant.skip_modules was not auto; restore it, or start with --overwrite")
-    return SkippedModules(**found)
+    return manifest.skipped_modules
 
 
-def _as_calibration(plan: Plan) -> CalibrationPlan:
-    """The training's way to hold the base, as a calibration of it that looks at a few training rows."""
+def _task(plan: Plan) -> QuantizeTask:
+    """Every layer of the blocks as the training holds it, measured on a few training rows."""
     quant = plan.recipe.quant
     four = quant.mode == "4bit"
     scheme = LayerScheme(quant.quant_type, 4) if four else LayerScheme("int", 8, activations="dynamic")
-    section = CalibrateSection(
-        engine="bitsandbytes",
-        data_type=quant.quant_type if four else "int",
-        bits=4 if four else 8,
-        activations="none" if four else "dynamic",
-    )
     inputs, blocks = linear_layers(plan.model)
-    return CalibrationPlan(
-        loaded=plan.model.loaded.having(calibrate=section),
-        model=plan.model,
-        schemes={name: scheme if name.startswith(f"{blocks}.") else None for name in inputs},
-        data=CalibrationData(windows=(), verify=_rows(plan.data.train), prepared=plan.data, audit=None, warnings=()),
-    )
+    schemes = {name: scheme if name.startswith(f"{blocks}.") else None for name in inputs}
+    return QuantizeTask("bitsandbytes", schemes, rows=list(_rows(plan.data.train)))
 
 
 def _rows(train: Dataset) -> Dataset:

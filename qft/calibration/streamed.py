@@ -16,12 +16,11 @@ from torch import nn
 
 from qft.checkpoint.skeleton import find_blocks, without_contents
 from qft.errors import ModelError
+from qft.model.merge import Read
 from qft.plan import ModelPlan
 
-__all__ = ["Read", "StreamedModel"]
+__all__ = ["StreamedModel"]
 
-Read = Callable[[str], torch.Tensor]
-"""From a parameter's name to its value."""
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 

@@ -21,6 +21,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PretrainedCo
 from transformers import __version__ as transformers_version
 
 from qft.checkpoint.gguf_file import gguf_config, gguf_tokenizer
+from qft.documents.manifest import Base
 from qft.errors import MissingError, ModelError, first_line
 from qft.files import sha256
 from qft.recipe import Recipe
@@ -64,6 +65,10 @@ class Checkpoint:
     def weight_files(self) -> list[Path]:
         """The files that hold its weights."""
         return [self.folder / self.gguf_file] if self.gguf_file else sorted(self.folder.glob(WEIGHTS))
+
+    def base(self) -> Base:
+        """What it is, for who builds on it. Hashes its files."""
+        return Base(path=self.path, commit=self.commit, sha256=self.digests())
 
     def digests(self) -> dict[str, str]:
         """SHA-256 of each file that defines the model, by name."""

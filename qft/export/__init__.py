@@ -1,6 +1,8 @@
 """`qft export`: a finished run, handed over in other forms, each proven to be the model that was trained."""
 
-from qft.export.deploy.check import refuse_unloadable
-from qft.export.export import EXPORTERS, ExportOptions, check_target, export
+from qft.export.artifacts import export
+from qft.export.deploy.check import check_target, refuse_unloadable
+from qft.export.job import ExportOptions
+from qft.export.targets import EXPORTERS
 
 __all__ = ["EXPORTERS", "ExportOptions", "check_target", "export", "refuse_unloadable"]

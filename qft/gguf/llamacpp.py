@@ -14,14 +14,12 @@ from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, Pr
 from transformers.modeling_outputs import CausalLMOutput
 
 from qft.errors import MissingError, ModelError
+from qft.gguf.kinds import KINDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["FILE_TYPES", "LlamaCpp", "quantize", "require_llamacpp"]
-
-FILE_TYPES = {"q4_k_m": 15, "q5_k_m": 17, "q6_k": 18}
-"""Kinds of GGUF file that llama.cpp itself makes -> their number in its enum llama_ftype."""
+__all__ = ["LlamaCpp", "quantize", "require_llamacpp"]
 
 CHUNK = 512
 """Tokens that llama.cpp reads at once."""
@@ -38,13 +36,13 @@ def require_llamacpp() -> None:
 
 
 def quantize(source: Path, out: Path, kind: str) -> None:
-    """Quantize a 16-bit or 32-bit GGUF file by llama.cpp. `kind` is one of FILE_TYPES. Raises ModelError."""
+    """Quantize a 16-bit or 32-bit GGUF file by llama.cpp. `kind` is one of KINDS. Raises ModelError."""
     require_llamacpp()
     from cyllama.llama import llama_cpp as binding
 
     binding.disable_logging()
     settings = binding.LlamaModelQuantizeParams()
-    settings.ftype, settings.nthread = FILE_TYPES[kind], torch.get_num_threads()
+    settings.ftype, settings.nthread = KINDS[kind].number, torch.get_num_threads()
     with _as_model_error(f"{source}: llama.cpp cannot quantize it"):
         binding.model_quantize(str(source), str(out), settings)
 

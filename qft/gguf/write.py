@@ -16,22 +16,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qft.errors import ModelError
 from qft.files import atomic_file, require_free_space
+from qft.gguf.kinds import KINDS
 from qft.gguf.rotary import heads_to_interleave, interleave
 from qft.gguf.shape import add_shape, architecture, rope_factors
 from qft.gguf.vocabulary import add_tokenizer
 
-__all__ = ["KINDS", "require_writable", "write_gguf"]
+__all__ = ["require_writable", "write_gguf"]
 
-_T, _F = gguf.GGMLQuantizationType, gguf.LlamaFileType
-
-KINDS = {
-    "f32": (_T.F32, _F.ALL_F32),
-    "f16": (_T.F16, _F.MOSTLY_F16),
-    "bf16": (_T.BF16, _F.MOSTLY_BF16),
-    "q8_0": (_T.Q8_0, _F.MOSTLY_Q8_0),
-    "q4_0": (_T.Q4_0, _F.MOSTLY_Q4_0),
-}
-"""Kind of file -> type of its matrices, and the file's own name for itself."""
+_T = gguf.GGMLQuantizationType
+WRITABLE = [name for name, kind in KINDS.items() if not kind.by_llamacpp]
+"""Each is also the name of its matrices' type."""
 
 EMBEDDINGS = ("token_embd.weight", "output.weight")
 READ = (torch.float32, torch.float16, torch.bfloat16)
@@ -61,9 +55,9 @@ def write_gguf(model_folder: Path, out: Path, *, kind: str, name: str | None = N
     """Write the model of `model_folder` as one GGUF file (version 3) that holds `out` whole or not at all.
 
     The folder has config.json, a tokenizer and float32, float16 or bfloat16 safetensors in Hugging Face layout.
-    `kind` is one of KINDS; `name` is what the file calls the model, by default as its folder. Matrices [out, in] become
-    that type, vectors float32; in a q4_0 file the embedding and the output layer are q8_0. One tensor at a time is in
-    memory.
+    `kind` is one of WRITABLE; `name` is what the file calls the model, by default as its folder. Matrices [out, in]
+    become that type, vectors float32; in a q4_0 file the embedding and the output layer are q8_0. One tensor at a time
+    is in memory.
 
     Raises ModelError for a model or tokenizer that GGUF cannot hold faithfully, RunError if the disk is too full.
     Source: the GGUF specification, docs/gguf.md of ggml-org/ggml.
@@ -80,12 +74,12 @@ def write_gguf(model_folder: Path, out: Path, *, kind: str, name: str | None = N
 
 def _header(config: Any, tokenizer: Any, kind: str, name: str) -> Any:
     """A writer that knows everything but the tensors."""
-    if kind not in KINDS:
-        raise ModelError(f"GGUF: kind {kind!r} is none of {', '.join(KINDS)}")
+    if kind not in WRITABLE:
+        raise ModelError(f"GGUF: kind {kind!r} is none of {', '.join(WRITABLE)}")
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[architecture(config)])
     writer.add_type("model")
     writer.add_name(name)
-    writer.add_file_type(KINDS[kind][1])
+    writer.add_file_type(KINDS[kind].number)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     add_shape(writer, config)
     add_tokenizer(writer, tokenizer, config.vocab_size)
@@ -143,7 +137,7 @@ def _tensor(
     held, real = _stored(path, name)
     if held not in READ or real != shape:
         raise ModelError(f"{path}: {name} is {held} {list(real)}; wanted is a 16-bit or 32-bit float {list(shape)}")
-    type_ = KINDS[kind][0] if len(shape) > 1 else _T.F32
+    type_ = _T[kind.upper()] if len(shape) > 1 else _T.F32
     if type_ == _T.Q4_0 and theirs in EMBEDDINGS:
         type_ = _T.Q8_0
     block = gguf.GGML_QUANT_SIZES[type_][0]

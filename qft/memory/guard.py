@@ -10,8 +10,9 @@ import torch
 
 from qft.errors import OutOfMemoryError
 from qft.recipe import Recipe
+from qft.recipe.schema import CalibrateSection
 
-__all__ = ["memory_guard", "smaller_base", "smaller_training"]
+__all__ = ["memory_guard", "smaller_base", "smaller_calibration", "smaller_training"]
 
 
 @contextmanager
@@ -54,6 +55,13 @@ def smaller_training(recipe: Recipe, scheme: str) -> Iterator[str]:
     if recipe.adapter.kind == "lora":
         yield from smaller_base(recipe, scheme)
     yield "lower data.max_length"
+
+
+def smaller_calibration(calibrate: CalibrateSection) -> Iterator[str]:
+    """What lets a calibration take less."""
+    if calibrate.samples > 1:
+        yield f"lower calibrate.samples ({calibrate.samples})"
+    yield f"lower calibrate.max_length ({calibrate.max_length})"
 
 
 def _message(what: str, remedies: Iterable[str], error: BaseException) -> str:

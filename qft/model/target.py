@@ -90,7 +90,7 @@ def parse_target(text: str, *, adapter: Path | None, data: str | None) -> Target
     if adapter is not None and not (adapter / "adapter_config.json").is_file():
         raise MissingError(f"{adapter}: holds no adapter (adapter_config.json)")
     run = Run(Path(path))
-    is_run = bool(run.manifest())
+    is_run = run.manifest() is not None
     return Target(
         name=text,
         loaded=_held_as(loaded, variant),
@@ -108,7 +108,7 @@ def load_target(target: Target, plan: ModelPlan) -> Any:
     _require_same_plugin(plan.checkpoint.folder, plan, "quantized")
     model = load_base(plan)
     if target.adapter is not None:
-        _require_same_base(target.adapter, plan)
+        require_same_base(target.adapter, plan)
         model = with_adapter(model, target.adapter)
         if target.variant == "merged":
             model = model.merge_and_unload()
@@ -148,16 +148,17 @@ def _held_as(loaded: LoadedRecipe, variant: str) -> LoadedRecipe:
     return loaded.having(adapter={"kind": "lora"})
 
 
-def _require_same_base(adapter: Path, plan: ModelPlan) -> None:
+def require_same_base(adapter: Path, plan: ModelPlan) -> None:
     """An adapter of a run knows the hashes of its base, and of the plugin that quantized it."""
-    known = Run(adapter.parent).manifest().get("base", {}).get("sha256")
-    if known and known != plan.checkpoint.digests():
+    base = Run(adapter.parent).base
+    if base and base.sha256 and base.sha256 != plan.checkpoint.digests():
         raise ModelError(f"{adapter}: was trained on another base than {plan.checkpoint.path} (their hashes differ)")
     _require_same_plugin(adapter, plan, "trained")
 
 
 def _require_same_plugin(part: Path, plan: ModelPlan, made: str) -> None:
     """What a run has made (its adapter, its model) belongs to the plugin as it was then."""
-    plugin = Run(part.parent).manifest().get("plugin")
-    if plugin and plan.plugin and plugin["path"] == plan.plugin.path and plugin["sha256"] != plan.plugin.sha256:
+    manifest = Run(part.parent).manifest()
+    plugin = manifest.plugin if manifest else None
+    if plugin and plan.plugin and plugin.path == plan.plugin.path and plugin.sha256 != plan.plugin.sha256:
         raise ModelError(f"{part}: quant.plugin ({plan.plugin.path}) has changed since this was {made}")

@@ -11,13 +11,14 @@ from torch import nn
 from qft.checkpoint.skeleton import find_blocks, without_contents
 from qft.data.calibration import CalibrationData, calibration_data
 from qft.data.prepare import Prepared
+from qft.documents.plan import CalibrationPart, CalibrationPlanDocument, LayerPart
 from qft.machine.device import Device
 from qft.plan.model import ModelPlan, Problem, plan_model, refuse, require_device
 from qft.plan.packages import missing_engine, missing_packages
 from qft.quant.engines import LayerScheme
 from qft.quant.engines.llmcompressor import find_problem
 from qft.recipe import LoadedRecipe, Recipe
-from qft.recipe.rules import WHOLE_MODEL
+from qft.recipe.catalogue import CATALOGUE, EngineRow
 from qft.recipe.schema import AdapterSection, CalibrateSection, QuantSection
 
 __all__ = ["CalibrationPlan", "linear_layers", "plan_calibration"]
@@ -55,43 +56,58 @@ class CalibrationPlan:
         return self.recipe.seed if self.calibrate.seed is None else self.calibrate.seed
 
     @property
-    def whole_model(self) -> bool:
-        """Whether the engine quantizes the whole model at once."""
-        return self.calibrate.engine in WHOLE_MODEL
+    def engine(self) -> EngineRow:
+        return CATALOGUE[self.calibrate.engine]
 
     @property
     def algorithm(self) -> str | None:
-        """Of engine llmcompressor; None with the others."""
-        return self.calibrate.algorithm if self.calibrate.engine == "llmcompressor" else None
+        """None with an engine that has no choice of them."""
+        return self.calibrate.algorithm if self.engine.algorithms else None
 
-    def facts(self) -> dict[str, Any]:
-        """The plan as plain values, for `qft check --json` and the run folder."""
-        return {
-            "device": asdict(self.model.device),
-            "model": self.model.facts(),
-            "engine": self.calibrate.engine,
-            "algorithm": self.algorithm,
-            "schemes": {name: scheme and asdict(scheme) for name, scheme in self.schemes.items()},
-            "quantization": self.quantized and _quantization(self.quantized),
-            "data": {"audit": self.data.audit and asdict(self.data.audit), "warnings": list(self.data.warnings)}
-            | {"verify_rows": len(self.data.verify)},
-        }
+    def scheme_facts(self) -> dict[str, Any]:
+        """How the layers are held, as reports tell it."""
+        if self.quantized:
+            return dict(self.quantized.quantization)
+        scheme = asdict(next(scheme for scheme in self.schemes.values() if scheme))
+        return scheme | ({"algorithm": self.algorithm} if self.algorithm else {})
+
+    def document(self) -> CalibrationPlanDocument:
+        """For `qft check --json` and the run folder."""
+        rows = self.data
+        return CalibrationPlanDocument(
+            device=self.model.device_part,
+            model=self.model.model_part,
+            engine=self.calibrate.engine,
+            algorithm=self.algorithm,
+            schemes={name: scheme and LayerPart(**asdict(scheme)) for name, scheme in self.schemes.items()},
+            quantization=self.quantized and self.quantized.quantization_part,
+            data=CalibrationPart(
+                audit=rows.audit,
+                warnings=list(rows.warnings),
+                verify_rows=len(rows.verify),
+                sources=list(rows.prepared.sources),
+            ),
+        )
 
 
-def plan_calibration(loaded: LoadedRecipe, trained: Prepared | None = None) -> CalibrationPlan:
-    """Decide everything; `trained` is the recipe's data section as a training has it, if it has been encoded.
+def plan_calibration(
+    loaded: LoadedRecipe, model: ModelPlan | None = None, *, trained: Prepared | None = None
+) -> CalibrationPlan:
+    """Decide everything. `model` is what is quantized, if it is not the recipe's own; `trained` is the recipe's data
+    section as a training has it, if it has been encoded.
 
     Raises RecipeError for what model or device cannot do; MissingError, DataError, ModelError as the layers below."""
     recipe = loaded.recipe
-    device = require_device(loaded)
-    refuse(loaded, _problems(recipe, device))
+    refuse(loaded, _problems(recipe, model.device if model else require_device(loaded)))
     # How training holds the base says nothing here: the calibration starts from the unquantized weights.
-    model = plan_model(loaded.having(quant=QuantSection(), adapter=AdapterSection()))
+    unquantized = loaded.having(quant=QuantSection(), adapter=AdapterSection())
+    model = model or plan_model(unquantized)
     if model.checkpoint.quantization:
         text = "is already quantized; start from the unquantized model, or from a run whose base is unquantized"
         refuse(loaded, [("model.path", text)])
     assert recipe.calibrate is not None
-    if recipe.calibrate.engine == "custom":
+    engine = CATALOGUE[recipe.calibrate.engine]
+    if engine.by_plugin:
         return _by_plugin(loaded.having(adapter=AdapterSection()), model, trained)
     linears, blocks = linear_layers(model)
     skipped = recipe.calibrate.skip_modules
@@ -99,12 +115,11 @@ def plan_calibration(loaded: LoadedRecipe, trained: Prepared | None = None) -> C
     scheme = _scheme(recipe.calibrate, [linears[name] for name in taken])
     schemes = {name: scheme if name in taken else None for name in linears}
     refuse(loaded, _layer_problems(recipe.calibrate, schemes, linears))
-    needs_windows = recipe.calibrate.engine in ("autoround", "llmcompressor") or scheme.activations == "static"
     return CalibrationPlan(
-        loaded=model.loaded,
+        loaded=unquantized,
         model=model,
         schemes=schemes,
-        data=_data(model, recipe, trained, needs_windows=needs_windows),
+        data=_data(model, recipe, trained, needs_windows=engine.needs_windows(scheme.activations)),
     )
 
 
@@ -127,10 +142,6 @@ def _by_plugin(loaded: LoadedRecipe, model: ModelPlan, trained: Prepared | None)
 def _data(model: ModelPlan, recipe: Recipe, trained: Prepared | None, *, needs_windows: bool) -> CalibrationData:
     decided = recipe.having(data=model.rows_for(recipe.data))
     return calibration_data(decided, model.tokenizer, needs_windows=needs_windows, trained=trained)
-
-
-def _quantization(plan: ModelPlan) -> dict[str, Any]:
-    return {"scheme": plan.scheme, **plan.quantization, "plugin": asdict(plan.plugin) if plan.plugin else None}
 
 
 def _problems(recipe: Recipe, device: Device) -> Iterator[Problem]:

@@ -19,6 +19,8 @@ from transformers import PreTrainedTokenizerBase
 
 from qft.checkpoint.find import Checkpoint, find_checkpoint, load_tokenizer
 from qft.checkpoint.skeleton import without_contents
+from qft.documents.manifest import DevicePart, PluginFile
+from qft.documents.plan import PlannedModel, Quantization
 from qft.errors import RecipeError
 from qft.machine.device import Device, find_device
 from qft.quant.hold import SCHEMES, prequantized
@@ -83,16 +85,30 @@ class ModelPlan:
     def recipe(self) -> Recipe:
         return self.loaded.recipe
 
-    def rows_for(self, data: DataSection) -> DataSection:
-        """A data section whose max_length is decided."""
+    def longest_row(self, data: DataSection) -> int:
+        """data.max_length, in tokens, as it is decided for this model."""
         if data.max_length != "auto":
-            return data
-        return data.having(max_length=min(self.shape.max_positions or MAX_LENGTH, MAX_LENGTH))
+            return data.max_length
+        return min(self.shape.max_positions or MAX_LENGTH, MAX_LENGTH)
 
-    def facts(self) -> dict[str, Any]:
-        """The model as plain values."""
+    def rows_for(self, data: DataSection) -> DataSection:
+        """The section with its max_length decided."""
+        return data.having(max_length=self.longest_row(data))
+
+    @property
+    def device_part(self) -> DevicePart:
+        return DevicePart(**asdict(self.device))
+
+    @property
+    def model_part(self) -> PlannedModel:
         checkpoint = self.checkpoint
-        return {"path": checkpoint.path, "commit": checkpoint.commit, "dtype": self.dtype, **asdict(self.shape)}
+        return PlannedModel(path=checkpoint.path, commit=checkpoint.commit, dtype=self.dtype, **asdict(self.shape))
+
+    @property
+    def quantization_part(self) -> Quantization:
+        plugin = PluginFile(**asdict(self.plugin)) if self.plugin else None
+        config = self.quantization or self.checkpoint.quantization
+        return Quantization(**config | {"scheme": self.scheme, "plugin": plugin})
 
 
 def plan_model(loaded: LoadedRecipe, lora: dict[str, Any] | None = None) -> ModelPlan:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Collection, Iterable, Iterator
 
+from qft.recipe.catalogue import CATALOGUE
+
 __all__ = ["missing_engine", "missing_packages"]
 
 PACKAGES = {
@@ -13,14 +15,6 @@ PACKAGES = {
     "rouge_l": ("rouge_score", "rouge-score"),
 }
 """What a score needs: name of the module, name of the package."""
-
-ENGINE_PACKAGES = {
-    "autoround": ("auto_round", "compressed_tensors"),
-    "rtn": ("compressed_tensors",),
-    "torchao": ("torchao",),
-    "llmcompressor": ("compressed_tensors",),
-}
-"""What an engine needs: names of the modules."""
 
 
 def missing_packages(metrics: Iterable[str] = (), harness: Collection[str] = ()) -> Iterator[tuple[str, str]]:
@@ -36,7 +30,7 @@ def missing_packages(metrics: Iterable[str] = (), harness: Collection[str] = ())
 
 def missing_engine(name: str) -> Iterator[tuple[str, str]]:
     """Yield (field, what to install) if the engine's packages are not there; imports nothing."""
-    for module in ENGINE_PACKAGES.get(name, ()):
+    for module in CATALOGUE[name].modules:
         if importlib.util.find_spec(module) is None:
             package = module.replace("_", "-")
             yield "calibrate.engine", f"{name} needs {package}; pip install 'qft[calibrate]'"

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 
+from qft.recipe.catalogue import CATALOGUE, block_engines
 from qft.recipe.presets import PRESETS
 from qft.recipe.schema import AcceptSection, AdapterSection, CalibrateSection, QuantSection, Recipe
 
-__all__ = ["WHOLE_MODEL", "broken_rules", "unread_fields"]
+__all__ = ["broken_rules", "unread_fields"]
 
 Problem = tuple[str, str]
 
@@ -23,10 +24,6 @@ QUANT_FIELDS = {
 """Fields of `quant` that only one mode reads."""
 
 SKIP_BUDGETS = ("quant.skip_budget_bits", "quant.skip_budget_bytes")
-WHOLE_MODEL = ("custom", "llmcompressor")
-"""Engines that quantize the whole model at once, rather than block by block."""
-PLUGIN_DECIDES = ("data_type", "bits", "group_size", "symmetric", "activations")
-"""Fields of `calibrate` that engine custom does not read."""
 
 ADAPTER_FIELDS = [name for name in AdapterSection.model_fields if name != "kind"]
 ANSWER_FIELDS = ("regex", "max_new_tokens", "samples")
@@ -90,24 +87,19 @@ def _unread_by_quant(quant: QuantSection) -> dict[str, str]:
 
 
 def _unread_by_calibration(calibrate: CalibrateSection) -> dict[str, str]:
-    engine, activations = calibrate.engine, calibrate.activations
-    unread = {}
-    if engine != "autoround":
-        unread["calibrate.iters"] = "is read only with calibrate.engine autoround"
-        if engine != "llmcompressor" and activations != "static":
-            unread["calibrate.samples"] = f"{engine} needs no calibration windows unless activations are static"
-    if engine != "llmcompressor":
-        unread["calibrate.engine_python"] = "is read only with calibrate.engine llmcompressor"
-        unread["calibrate.algorithm"] = "is read only with calibrate.engine llmcompressor"
-    if engine == "custom":
-        unread |= {f"calibrate.{name}": "the code of quant.plugin decides it" for name in PLUGIN_DECIDES}
-        unread["calibrate.samples"] = "the code of quant.plugin is given no calibration windows"
-        unread["calibrate.skip_modules"] = "the code of quant.plugin is given quant.skip_modules instead"
-    elif engine in ("bitsandbytes", "torchao"):
-        unread["calibrate.symmetric"] = f"{engine} decides it itself"
-        unread["calibrate.group_size"] = f"{engine} decides it itself"
-    elif calibrate.data_type == "float":
+    engine = CATALOGUE[calibrate.engine]
+    unread = {
+        f"calibrate.{name}": f"is read only with calibrate.engine {other}"
+        for other, row in CATALOGUE.items()
+        for name in row.reads_alone
+        if other != calibrate.engine
+    }
+    if not engine.needs_windows(calibrate.activations):
+        text = f"{calibrate.engine} needs no calibration windows unless activations are static"
+        unread["calibrate.samples"] = text
+    if calibrate.data_type == "float":
         unread["calibrate.symmetric"] = "float8 has no zero point"
+    unread |= {f"calibrate.{name}": reason for name, reason in engine.leaves_unread.items()}
     if calibrate.accept == AcceptSection():
         unread["calibrate.remedy"] = "has nothing to reach without calibrate.accept"
     if calibrate.remedy == "none":
@@ -177,56 +169,34 @@ def _data_rules(recipe: Recipe) -> Iterator[Problem]:
         yield "eval.metrics", remedy
 
 
-HELD = {
-    "autoround": {("int", 4, "none"), ("int", 8, "none")},
-    "rtn": {
-        ("int", 4, "none"),
-        ("int", 8, "none"),
-        ("int", 8, "dynamic"),
-        ("int", 8, "static"),
-        ("float", 8, "dynamic"),
-        ("float", 8, "static"),
-    },
-    "bitsandbytes": {("nf4", 4, "none"), ("fp4", 4, "none"), ("int", 8, "dynamic")},
-    "torchao": {("int", 8, "none"), ("int", 8, "dynamic")},
-}
-"""What each engine makes: data_type, bits, activations."""
-
-
-ALGORITHMS = {
-    "gptq": {("int", 4, "none"), ("int", 8, "none")},
-    "awq": {("int", 4, "none")},
-    "smoothquant": {("int", 8, "dynamic"), ("int", 8, "static")},
-}
-"""The same of engine llmcompressor's algorithms."""
-
-
 def _calibrate_rules(calibrate: CalibrateSection, recipe: Recipe) -> Iterator[Problem]:
-    engine = calibrate.engine
-    if engine == "custom" and recipe.quant.mode != "custom":
+    engine = CATALOGUE[calibrate.engine]
+    if engine.by_plugin and recipe.quant.mode != "custom":
         yield (
             "calibrate.engine",
-            f"custom quantizes by the code of quant.plugin, and quant.mode is {recipe.quant.mode}: set quant.mode to "
-            "custom and quant.plugin to the file, or choose another engine",
+            f"{calibrate.engine} quantizes by the code of quant.plugin, and quant.mode is {recipe.quant.mode}: set "
+            "quant.mode to custom and quant.plugin to the file, or choose another engine",
         )
-    if engine == "llmcompressor" and calibrate.engine_python is None:
-        text = "llmcompressor runs in an environment of its own: name the Python of one that has it"
-        yield "calibrate.engine_python", text
-    if engine != "custom":
+    yield from ((f"calibrate.{n}", text) for n, text in engine.needs.items() if getattr(calibrate, n) is None)
+    if not engine.by_plugin:
         yield from _scheme_rules(calibrate)
-    if engine in WHOLE_MODEL and calibrate.remedy == "auto":
-        text = f"holds single layers in more bits, and {engine} quantizes the whole model at once; set it to none"
-        yield "calibrate.remedy", text
+    if engine.whole_model and calibrate.remedy == "auto":
+        yield (
+            "calibrate.remedy",
+            f"holds single layers in more bits, and {calibrate.engine} quantizes the whole model at once; set it to "
+            "none",
+        )
     if calibrate.accept.score_drop is not None and not recipe.eval.metrics:
         yield "calibrate.accept.score_drop", "needs scores that can drop: set eval.metrics"
 
 
 def _scheme_rules(calibrate: CalibrateSection) -> Iterator[Problem]:
-    engine = calibrate.engine
-    field, held = ("algorithm", ALGORITHMS) if engine == "llmcompressor" else ("engine", HELD)
+    engine = CATALOGUE[calibrate.engine]
+    field = "algorithm" if engine.algorithms else "engine"
     name = getattr(calibrate, field)
-    if (calibrate.data_type, calibrate.bits, calibrate.activations) not in held[name]:
-        able = "; ".join(f"{kind} with {bits} bits and activations {acts}" for kind, bits, acts in sorted(held[name]))
+    kinds = engine.algorithms.get(calibrate.algorithm, engine.makes)
+    if (calibrate.data_type, calibrate.bits, calibrate.activations) not in kinds:
+        able = "; ".join(f"{kind} with {bits} bits and activations {acts}" for kind, bits, acts in sorted(kinds))
         yield f"calibrate.{field}", f"{name} makes {able}: change data_type, bits, activations or the {field}"
     by_row = calibrate.data_type == "float" or calibrate.activations != "none"
     if by_row and calibrate.group_size not in ("auto", -1):
@@ -236,8 +206,10 @@ def _scheme_rules(calibrate: CalibrateSection) -> Iterator[Problem]:
 
 
 def _compressed_rules(calibrate: CalibrateSection) -> Iterator[Problem]:
-    if calibrate.engine not in ("autoround", "rtn"):
-        text = f"{calibrate.engine} writes its own format, not compressed-tensors (export.target): use autoround or rtn"
+    able = [*block_engines("compressed-tensors")]
+    if calibrate.engine not in able:
+        text = f"{calibrate.engine} writes its own format, not compressed-tensors (export.target): "
+        text += f"use {' or '.join(able)}"
         yield "calibrate.engine", text
 
 

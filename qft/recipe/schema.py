@@ -22,6 +22,7 @@ __all__ = [
     "ExportGate",
     "ExportSection",
     "ExportTarget",
+    "MergeInto",
     "ModelSection",
     "QuantSection",
     "Recipe",
@@ -35,6 +36,7 @@ ExportTarget = Literal[
     "adapter", "merged", "bnb-4bit", "bnb-8bit", "compressed-tensors",
     "gguf", "gguf-f16", "gguf-bf16", "gguf-q8_0", "gguf-q6_k", "gguf-q5_k_m", "gguf-q4_k_m", "gguf-q4_0",
 ]  # fmt: skip
+MergeInto = Literal["dequantized", "original"]
 Format = Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text"]
 T = TypeVar("T")
 Many = Annotated[tuple[T, ...], Strict(False)]
@@ -412,7 +414,7 @@ class ExportSection(Section):
     """Forms to write, each into a folder of its own: adapter (peft's), merged (16-bit safetensors), bnb-4bit and
     bnb-8bit (bitsandbytes), compressed-tensors (as calibrate says, else 4-bit weights, rounded), gguf (a file for
     llama.cpp and Ollama, of the kind that follows; alone it is q8_0). --to replaces it."""
-    merge_into: Literal["auto", "dequantized", "original"] = "auto"
+    merge_into: Literal["auto", MergeInto] = "auto"
     """The base weights that an adapter is added to: those that it was trained against, dequantized, or the original
     ones, which it has not seen. auto: dequantized; original for bnb-4bit on a 4-bit base, since rounding to the grid
     that the base came from would round the adapter away. Only with a quantized base."""

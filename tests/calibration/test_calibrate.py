@@ -30,6 +30,7 @@ from tests.support.cli import qft
 from tests.support.models import byte_tokenizer, tiny_llama
 from tests.support.paths import ROOT
 from tests.support.rows import chat, write_jsonl
+from tests.support.runs import trained
 
 HELD_OUT = {"eval_fraction": 0.2}
 Recipe = Callable[..., Path]
@@ -208,18 +209,43 @@ def test_the_remedy_stays_within_its_bytes(recipe: Recipe, tmp_path: Path) -> No
     assert all(attempt.weight_bytes <= limit + headers for attempt in report.attempts)
 
 
-def test_a_run_is_merged_before_it_is_quantized(recipe: Recipe, recipe_file: Recipe, tmp_path: Path) -> None:
+def test_a_run_is_merged_before_it_is_quantized(
+    recipe: Recipe, recipe_file: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from qft.commands.train import train
+
+    def whole_model(*_: object) -> None:
+        raise AssertionError("the whole model was loaded")
 
     run, hard = tmp_path / "trained", {"report_to": [], "learning_rate": 0.05}
     train(load(recipe_file("train.yaml", train=hard, output_dir=str(run))), View())
     path = recipe(model={"path": str(run), "dtype": "float32"}, calibrate={"preset": "w8a16"})
-    report = calibrated(path)
+    with monkeypatch.context() as patched:
+        patched.setattr("qft.calibration.source.load_base", whole_model)
+        report = calibrated(path)
     data = held_out(report, path)
     document = evaluate([f"{run}@merged", f"{run}@base"], EvalOptions(data=data), View())
     merged, base = (target.perplexity for target in document.targets)
     assert report.perplexity_before.value == pytest.approx(merged, rel=0.02)
     assert abs(merged - base) / base > 0.05
+
+
+@pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings:UserWarning")
+@pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied:UserWarning")
+def test_a_head_that_a_run_trained_is_no_longer_tied(recipe: Recipe, tmp_path: Path) -> None:
+    tiny_llama(tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
+    byte_tokenizer().save_pretrained(tmp_path / "tied")
+    (tmp_path / "trained").mkdir()
+    run = trained(tmp_path / "trained", tmp_path / "tied", quant=None, adapter={"r": 4, "modules_to_save": ["lm_head"]})
+    accept = {"preset": "w8a16", "accept": {"score_drop": 1.0}}
+    model, scores = {"path": str(run), "dtype": "float32"}, {"metrics": ["exact_match"]}
+    path = recipe(model=model, calibrate=accept, eval=scores, data=HELD_OUT)
+    report = calibrated(path)
+    asked = EvalOptions(data=held_out(report, path), metrics=("exact_match",))
+    [merged] = evaluate([f"{run}@merged"], asked, View()).targets
+    assert report.perplexity_before.value == pytest.approx(merged.perplexity, rel=0.02)
+    assert perplexity(report, path) == pytest.approx(report.attempts[0].perplexity.value, rel=1e-3)
+    assert report.scores_before == {name: score.value for name, score in merged.scores.items()}
 
 
 def test_layers_that_the_recipe_skips_stay_as_they_are(recipe: Recipe, tiny_model: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from packaging.version import Version
 from qft.documents.export import LoadCheck
 from qft.errors import GateError, RecipeError
 from qft.export import EXPORTERS, ExportOptions, check_target, refuse_unloadable
-from qft.export.deploy.check import Environment, check_loads, environments, weight_format
+from qft.export.deploy.check import Environment, check_loads, environments
 from qft.export.deploy.rules import ENGINES, PACKAGES, RULES, Rule
 from qft.progress import View
 from tests.support.cli import qft
@@ -171,8 +171,8 @@ def test_what_cannot_be_loaded_and_what_is_not_known_are_refused_together() -> N
 def test_every_target_and_scheme_of_a_run_has_a_format_that_some_engine_loads(run: Path) -> None:
     known = {name for rule in RULES if rule.loads for name in rule.formats}
     job = job_of(run)
-    assert weight_format(job, "adapter") == "adapter on a bnb-4bit base"
-    assert {weight_format(job, name) for name in (*EXPORTERS, "gguf", "gguf-q4_k_m")} <= known
+    assert EXPORTERS["adapter"].weight_format(job) == "adapter on a bnb-4bit base"
+    assert {exporter.weight_format(job) for exporter in EXPORTERS.values()} <= known
     found = []
     for preset in ("w4a16", "w8a16", "w8a8-dynamic", "w8a8-static", "fp8"):
         options = ExportOptions(to=("compressed-tensors",), overrides=(f"calibrate.preset={preset}",))

@@ -25,9 +25,8 @@ from qft import registry as versions
 from qft.documents.export import ExportDocument
 from qft.errors import GateError
 from qft.export import EXPORTERS, ExportOptions, export
-from qft.export.base import Job
-from qft.export.export import judge
-from qft.export.gate.verify import Reference, reference
+from qft.export.gate.verify import Reference, judge, reference
+from qft.export.job import Job
 from qft.files import sha256
 from qft.model.target import load_target
 from qft.progress import View
@@ -54,6 +53,13 @@ def logits(model: Any) -> torch.Tensor:
 
 def test_the_recipe_and_the_table_know_the_same_targets() -> None:
     assert get_args(ExportTarget) == tuple(EXPORTERS)
+
+
+def test_the_package_gguf_is_asked_for_only_by_who_wants_a_gguf_file() -> None:
+    told = "import sys; sys.modules['gguf'] = None; import qft.export as e; print(*e.EXPORTERS)"
+    run = [sys.executable, "-c", told]
+    done = subprocess.run(run, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.stdout.split() == list(EXPORTERS), done.stderr
 
 
 def test_every_target_passes_the_gate_and_tells_the_truth_of_its_files(run: Path, tmp_path: Path) -> None:

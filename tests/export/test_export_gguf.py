@@ -16,11 +16,10 @@ import torch
 
 from qft.commands.evaluate import EvalOptions, evaluate
 from qft.export import export
-from qft.export.base import Job
-from qft.export.export import judge
-from qft.export.gate.verify import Reference, reference
-from qft.export.targets.modelfile import find_turns, modelfile
-from qft.gguf import read_gguf
+from qft.export.gate.verify import Reference, judge, reference
+from qft.export.job import Job
+from qft.gguf.modelfile import find_turns, modelfile
+from qft.gguf.read import read_gguf
 from qft.progress import View
 from tests.support.cli import qft
 from tests.support.exports import job_of, options, refusal

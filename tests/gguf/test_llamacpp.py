@@ -10,8 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from qft.errors import MissingError, ModelError
-from qft.gguf import write_gguf
-from qft.gguf.llamacpp import FILE_TYPES, LlamaCpp, quantize
+from qft.gguf.kinds import KINDS
+from qft.gguf.llamacpp import LlamaCpp, quantize
+from qft.gguf.write import write_gguf
 from tests.support.gguf import qwen, saved, tokenizer_of
 from tests.support.models import tiny_llama
 
@@ -103,7 +104,7 @@ def test_it_generates_as_transformers_does(pair: tuple[LlamaCpp, Any]) -> None:
     assert written[0] == written[1]
 
 
-@pytest.mark.parametrize("kind", FILE_TYPES)
+@pytest.mark.parametrize("kind", [name for name, kind in KINDS.items() if kind.by_llamacpp])
 def test_llamacpp_quantizes(kind: str, pair: tuple[LlamaCpp, Any], tmp_path: Path) -> None:
     runner, model = pair
     quantize(runner.path, tmp_path / "q.gguf", kind)

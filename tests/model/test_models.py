@@ -187,8 +187,8 @@ def test_a_row_is_as_long_as_the_model_takes_where_nobody_says(
     rows = write_jsonl(tmp_path / "long.jsonl", [chat("q" * 3000, "a"), chat("q", "a")])
     data = {"train": str(rows), "max_length": ...}
     path = recipe_file(model={"path": str(tmp_path / "model")}, data={**data, "on_too_long": "skip"})
-    facts = make_plan(load(path)).facts()["data"]
-    assert (facts["max_length"], facts["train_rows"], facts["sources"][0]["skipped"]) == (longest, 1, 1)
+    data_part = make_plan(load(path)).document().data
+    assert (data_part.max_length, data_part.train_rows, data_part.sources[0].skipped) == (longest, 1, 1)
     told = refusal(recipe_file(model={"path": str(tmp_path / "model")}, data=data), DataError)
     assert f"long.jsonl:1: 3040 tokens, and data.max_length is {longest}" in told
 

@@ -27,13 +27,13 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from qft.calibration.layer_errors import layer_errors
 from qft.memory.meter import weight_bytes
 from qft.quant.engines import Block, Held, LayerScheme, find_engine
-from qft.recipe.rules import HELD
+from qft.recipe.catalogue import CATALOGUE
 from tests.support.models import byte_tokenizer, tiny_llama
 
 pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast:UserWarning")
 
 WINDOWS = torch.randint(3, 264, (4, 32), generator=torch.Generator().manual_seed(1))
-CASES = [(engine, *kind) for engine, kinds in HELD.items() for kind in sorted(kinds)]
+CASES = [(engine, *kind) for engine, row in CATALOGUE.items() if not row.whole_model for kind in sorted(row.makes)]
 DTYPES = [torch.float32, torch.bfloat16]
 KINDS = [*(f"{name}_proj" for name in "qkvo"), "gate_proj", "up_proj", "down_proj"]
 Schemes = dict[str, LayerScheme | None]

@@ -9,8 +9,7 @@ import pytest
 
 from qft.errors import QftError
 from qft.export import ExportOptions, export
-from qft.export.base import Job
-from qft.export.export import _load, find_job
+from qft.export.job import Job, find_job, load_run
 from qft.progress import View
 
 
@@ -19,7 +18,7 @@ def options(*to: str, **more: Any) -> ExportOptions:
 
 
 def job_of(run: Path, **more: Any) -> Job:
-    return find_job(run, _load(run, ()), ExportOptions(**more), View())
+    return find_job(run, load_run(run, ()), ExportOptions(**more), View())
 
 
 def refusal(run: Path, *to: str, **more: Any) -> QftError:

@@ -1,4 +1,4 @@
-"""Whether an environment can load what an export would write, judged by the table of `loaders`. Nothing is loaded."""
+"""Whether an environment can load what an export would write, judged by the table of `rules`. Nothing is loaded."""
 
 from __future__ import annotations
 
@@ -6,21 +6,22 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from packaging.version import InvalidVersion, Version
 
 from qft.documents.export import LoadCheck
 from qft.errors import GateError, RecipeError
-from qft.export.base import Job
 from qft.export.deploy.rules import BFLOAT16, ENGINES, PACKAGES, RULES, Rule
-from qft.export.targets.quantized import compressed_section
+from qft.export.job import ExportOptions, find_job, load_run
+from qft.export.targets import EXPORTERS, asked_targets
 from qft.machine.device import find_device
+from qft.progress import View
 
-__all__ = ["Environment", "check_loads", "environments", "refuse_unloadable", "weight_format"]
+__all__ = ["Environment", "check_loads", "check_target", "environments", "refuse_unloadable"]
 
 Finding = tuple[bool | None, str, str]
 """False: cannot load; None: not known. Why, and what to do."""
-BASES = {"none": "a 16-bit", "4bit": "a bnb-4bit", "8bit": "a bnb-8bit"}
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,19 @@ class Environment:
     packages: Mapping[str, str | None] = field(default_factory=dict)
     here: bool = False
     """Whether it is this machine, so that what is not in `packages` is not installed."""
+
+
+def check_target(folder: Path, options: ExportOptions, environment: str, view: View) -> list[LoadCheck]:
+    """Whether `environment` can load what `export` would write of a run; nothing is written or loaded.
+
+    Raises RecipeError for an environment that makes no sense, and what `export` raises before any work."""
+    asked = environments(environment)
+    loaded = load_run(folder, options.overrides)
+    names = asked_targets(loaded, options)
+    job = find_job(folder, loaded, options, view)
+    return [
+        check for name in names for check in check_loads(name, EXPORTERS[name].weight_format(job), job.dtype, asked)
+    ]
 
 
 def environments(text: str) -> list[Environment]:
@@ -89,27 +103,6 @@ def _word_problem(name: str, value: str | None) -> str | None:
     except InvalidVersion:
         return f"{name}={value} is no version; give one as in {name}=0.11.0"
     return None
-
-
-def weight_format(job: Job, target: str) -> str:
-    """The name by which `loaders` knows what `target` would write. Raises RecipeError for what it would not."""
-    if target == "adapter":
-        if job.adapter is None:
-            raise RecipeError(f"{job.run.folder}: trained all weights and has no adapter; export --to merged")
-        section = job.loaded.recipe.adapter
-        special = ", with DoRA or modules_to_save" if section.use_dora or section.modules_to_save else ""
-        return f"adapter on {BASES.get(job.plan.scheme, f'a {job.plan.scheme}')} base{special}"
-    if target == "compressed-tensors":
-        return f"compressed-tensors {_scheme(job)}"
-    return "gguf" if target.startswith("gguf") else target
-
-
-def _scheme(job: Job) -> str:
-    section = compressed_section(job)
-    if section.activations == "none":
-        kind = f"W{section.bits}A16"
-        return kind if section.symmetric else f"{kind} with zero points"
-    return f"{'FP8' if section.data_type == 'float' else 'W8A8'} {section.activations}"
 
 
 def check_loads(target: str, weights: str, dtype: str, asked: list[Environment]) -> list[LoadCheck]:

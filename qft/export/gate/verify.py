@@ -24,15 +24,18 @@ from qft.data.encoded import read_rows
 from qft.data.prepare import KEPT, held_out, prepare
 from qft.documents.export import Gate, GateCheck
 from qft.errors import MissingError, ModelError
-from qft.export.base import Exporter, Job, Limits
-from qft.export.gate.facts import Facts, facts_of
+from qft.export.facts import Facts, facts_of
+from qft.export.gate.worst_weight import worst_weight
+from qft.export.job import Job
+from qft.export.targets import EXPORTERS, Exporter
+from qft.export.targets.base import Limits
 from qft.files import require_free_space
 from qft.measure.likelihood import Likelihood, LogProbs, Passage, measure
 from qft.measure.scores import answer_rows
 from qft.memory.guard import memory_guard
 from qft.model.target import load_target
 
-__all__ = ["Reference", "reference", "verify"]
+__all__ = ["Reference", "judge", "reference"]
 
 ROWS = KEPT
 """Rows on which the models are asked, at most."""
@@ -43,6 +46,8 @@ CONTINUATIONS, NEW_TOKENS = 4, 16
 SMALLER = ("export on a device with more memory", "export without proof (--no-gate)")
 """What to do where there is no room for the gate."""
 BATCH = 8
+LIMITED = ("kl", "top1_agreement", "perplexity_increase")
+"""Checks that wrong weights fail."""
 
 
 @dataclass(frozen=True)
@@ -82,14 +87,21 @@ def reference(job: Job, scratch: Path) -> Iterator[Reference]:
             yield Reference(rows, passages, likelihood, store, answers, texts, facts)
 
 
-def verify(job: Job, exporter: Exporter, folder: Path, expected: Reference, limits: Limits) -> Gate:
-    """Load the artifact in `folder` by its engine and compare; what cannot be loaded does not pass."""
+def judge(job: Job, target: str, folder: Path, expected: Reference) -> Gate:
+    """Load the artifact in `folder` by its engine and compare, by the limits of target and recipe; what cannot be
+    loaded does not pass."""
+    exporter = EXPORTERS[target]
+    original = exporter.merges and job.merge_into == "original"
+    limits = (exporter.limits_original if original else exporter.limits).under(job.loaded.recipe.export.gate)
     checks = list(_checks(job, exporter, folder, expected, limits))
+    missed = any(check.name in LIMITED and not check.passed for check in checks)
+    read = exporter.reader(job, folder) if missed else None
     return Gate(
         passed=all(check.passed for check in checks),
         engine=exporter.engine,
         rows=len(expected.rows),
         tokens=expected.log_probs.tokens,
+        worst_weight=worst_weight(job, read) if read else None,
         checks=checks,
     )
 

@@ -6,8 +6,8 @@ import math
 
 import torch
 
-from qft.export.base import Job, Read
-from qft.export.weights import MergedWeights
+from qft.export.job import Job
+from qft.export.targets.base import Read
 
 __all__ = ["worst_weight"]
 
@@ -15,7 +15,7 @@ __all__ = ["worst_weight"]
 def worst_weight(job: Job, read: Read) -> str | None:
     """Name and signal-to-noise ratio of the weight; None if all are exactly what they should be."""
     worst, noisiest = None, math.inf
-    for tensors in MergedWeights(job).groups():
+    for tensors in job.weights.groups():
         for name, expected in tensors.items():
             given = read(name)
             if given is None:

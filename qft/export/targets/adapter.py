@@ -7,13 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from qft.errors import RecipeError
-from qft.export.base import Exporter, Job, Limits
+from qft.export.job import Job
+from qft.export.targets.base import Exporter, Limits
 from qft.model.adapter import with_adapter
 from qft.model.target import load_target
 
-__all__ = ["ADAPTER"]
+__all__ = ["Adapter"]
 
-USAGE = """\
+BASES = {"none": "a 16-bit", "4bit": "a bnb-4bit", "8bit": "a bnb-8bit"}
+
+
+class Adapter(Exporter):
+    engine = library = "peft"
+    limits = limits_original = Limits(kl=0.001, top1_agreement=0.99, perplexity_increase=0.002)
+    merges = False
+    usage = """\
 ```python
 from peft import AutoPeftModelForCausalLM
 
@@ -24,35 +32,28 @@ vLLM: `vllm serve BASE --enable-lora --lora-modules mine=FOLDER`. It was trained
 weights it is not quite the same model.
 """
 
+    def weight_format(self, job: Job) -> str:
+        _require_adapter(job)
+        section = job.loaded.recipe.adapter
+        special = ", with DoRA or modules_to_save" if section.use_dora or section.modules_to_save else ""
+        return f"adapter on {BASES.get(job.plan.scheme, f'a {job.plan.scheme}')} base{special}"
 
-def write(job: Job, folder: Path) -> None:
-    """Copy the adapter and write the tokenizer. Raises RecipeError for a run that trained all weights."""
+    def needed_bytes(self, job: Job) -> int:
+        return sum(p.stat().st_size for p in job.adapter.iterdir()) if job.adapter else 0
+
+    def write(self, job: Job, folder: Path) -> None:
+        """Copy the adapter and write the tokenizer. Raises RecipeError for a run that trained all weights."""
+        for path in _require_adapter(job).iterdir():
+            if path.is_file() and path.name != "README.md":
+                shutil.copyfile(path, folder / path.name)
+        job.plan.tokenizer.save_pretrained(folder)
+
+    def load(self, job: Job, folder: Path) -> Any:
+        """On the base as it was trained."""
+        return with_adapter(load_target(job.without_adapter(), job.plan), folder).eval()
+
+
+def _require_adapter(job: Job) -> Path:
     if job.adapter is None:
         raise RecipeError(f"{job.run.folder}: trained all weights and has no adapter; export --to merged")
-    for path in job.adapter.iterdir():
-        if path.is_file() and path.name != "README.md":
-            shutil.copyfile(path, folder / path.name)
-    job.plan.tokenizer.save_pretrained(folder)
-
-
-def needed_bytes(job: Job) -> int:
-    return sum(p.stat().st_size for p in job.adapter.iterdir()) if job.adapter else 0
-
-
-def load(job: Job, folder: Path) -> Any:
-    """On the base as it was trained."""
-    return with_adapter(load_target(job.without_adapter(), job.plan), folder).eval()
-
-
-ADAPTER = Exporter(
-    write=write,
-    needed_bytes=needed_bytes,
-    load=load,
-    engine="peft",
-    merges=False,
-    regrids=False,
-    limits=Limits(kl=0.001, top1_agreement=0.99, perplexity_increase=0.002),
-    limits_original=Limits(kl=0.001, top1_agreement=0.99, perplexity_increase=0.002),
-    library="peft",
-    usage=USAGE,
-)
+    return job.adapter

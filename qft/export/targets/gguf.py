@@ -2,90 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from qft.export.base import Exporter, Job, Limits, Packages, Read
-from qft.export.gate.facts import QUESTION, Facts, rendered
-from qft.export.targets import merged
-from qft.export.targets.modelfile import modelfile
-from qft.export.targets.quantized import EIGHT_BITS, EIGHT_BITS_ORIGINAL, FOUR_BITS, FOUR_BITS_ORIGINAL
-from qft.export.weights import MergedWeights
+from qft.export.facts import QUESTION, Facts, rendered
+from qft.export.job import Job
+from qft.export.targets.base import Exporter, Packages, Read
+from qft.export.targets.merged import Merged, merged_folder
+from qft.export.targets.quantized import Bnb4Bit, Bnb8Bit
 from qft.files import write_text
-from qft.gguf.llamacpp import FILE_TYPES, LlamaCpp, quantize
+from qft.gguf.kinds import KINDS
+from qft.gguf.llamacpp import LlamaCpp, quantize
+from qft.gguf.modelfile import modelfile
 from qft.model.load import generation_config
 
-__all__ = ["GGUF"]
+__all__ = ["Gguf"]
 
 UNQUANTIZED = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 """Kind of file that holds weights of a dtype as they are."""
 LLAMACPP: Packages = (("cyllama", "llamacpp"),)
 
-USAGE = """\
-llama.cpp: `llama-cli --jinja -m NAME-KIND.gguf`. Ollama: `ollama create mine -f Modelfile`, then `ollama run mine`. LM
-Studio opens the file.
-"""
 
+class Gguf(Exporter):
+    engine, library = "llama.cpp", "gguf"
+    gate_needs = LLAMACPP
 
-def _writer(kind: str) -> Callable[[Job, Path], None]:
-    def write(job: Job, folder: Path) -> None:
+    def __init__(self, kind: str) -> None:
+        """`kind` is one of KINDS."""
+        self.kind, self.by_llamacpp = kind, KINDS[kind].by_llamacpp
+        alike = Merged if KINDS[kind].bits >= 16 else Bnb8Bit if KINDS[kind].bits >= 6 else Bnb4Bit
+        self.limits, self.limits_original = alike.limits, alike.limits_original
+        self.needs = (("gguf", "gguf"), *(LLAMACPP if self.by_llamacpp else ()))
+        self.usage = (
+            f"llama.cpp: `llama-cli --jinja -m NAME-{kind}.gguf`. Ollama: `ollama create mine -f Modelfile`, then "
+            "`ollama run mine`. LM\nStudio opens the file.\n"
+        )
+
+    def weight_format(self, job: Job) -> str:
+        return "gguf"
+
+    def needed_bytes(self, job: Job) -> int:
+        """Of the merged model, and of the file or files made of it. Raises ModelError for what GGUF cannot hold."""
+        from qft.gguf.write import require_writable
+
+        require_writable(job.weights.config, job.plan.tokenizer, self._written(job))
+        return (3 if self.by_llamacpp else 2) * job.weights.folder_bytes
+
+    def write(self, job: Job, folder: Path) -> None:
         """Raises ModelError for what GGUF cannot hold."""
-        from qft.gguf import write_gguf
+        from qft.gguf.write import write_gguf
 
         name = job.run.folder.resolve().name
-        out = folder / f"{name}-{kind}.gguf"
-        whole = merged.merged_folder(job)
+        out = folder / f"{name}-{self.kind}.gguf"
+        whole = merged_folder(job)
         job.view.note("Writing the file")
-        if kind in FILE_TYPES:
-            with TemporaryDirectory(dir=job.scratch) as work:
-                exact = Path(work) / "exact.gguf"
-                write_gguf(whole, exact, kind=UNQUANTIZED[job.dtype], name=name)
-                quantize(exact, out, kind)
-        else:
-            write_gguf(whole, out, kind=kind, name=name)
+        with TemporaryDirectory(dir=job.scratch) as work:
+            written = Path(work) / "exact.gguf" if self.by_llamacpp else out
+            write_gguf(whole, written, kind=self._written(job), name=name)
+            if self.by_llamacpp:
+                quantize(written, out, self.kind)
         write_text(folder / "Modelfile", modelfile(out.name, job.plan.tokenizer))
 
-    return write
+    def load(self, job: Job, folder: Path) -> LlamaCpp:
+        """By llama.cpp."""
+        return LlamaCpp(_file(folder))
 
+    def facts(self, model: LlamaCpp, job: Job, folder: Path, texts: Sequence[str]) -> Facts:
+        """As llama.cpp sees the file: its tokens, where it stops, and the chat template that it carries."""
+        wanted, stops = generation_config(job.plan).eos_token_id, set(model.stops)
+        ends = wanted if isinstance(wanted, list) else [wanted]
+        return {
+            "tied_embeddings": not _has_head(_file(folder)),
+            "embedding_rows": model.config.vocab_size,
+            "vocabulary_size": model.vocabulary_size,
+            "added_tokens": dict(sorted(model.added_tokens.items())),
+            "token_ids": [model.tokenize(text, add_special=False) for text in texts],
+            "bos_count": model.tokenize(QUESTION[0]["content"]).count(model.bos_token_id),
+            "chat_template": rendered(job.plan.tokenizer, model.metadata.get("tokenizer.chat_template")),
+            "eos_token_id": [stop for stop in sorted(ends) if stop in stops],
+        }
 
-def _needed_bytes(kind: str) -> Callable[[Job], int]:
-    def needed_bytes(job: Job) -> int:
-        """Of the merged model, and of the file or files made of it. Raises ModelError for what GGUF cannot hold."""
-        from qft.gguf import require_writable
+    def reader(self, job: Job, folder: Path) -> Read:
+        from qft.gguf.read import read_gguf
 
-        weights = MergedWeights(job)
-        config = merged.merged_config(job, weights)
-        require_writable(config, job.plan.tokenizer, UNQUANTIZED[job.dtype] if kind in FILE_TYPES else kind)
-        return (3 if kind in FILE_TYPES else 2) * merged.folder_bytes(weights)
+        return read_gguf(_file(folder), job.weights.config)
 
-    return needed_bytes
-
-
-def load(job: Job, folder: Path) -> LlamaCpp:
-    """By llama.cpp."""
-    return LlamaCpp(_file(folder))
-
-
-def facts(model: LlamaCpp, job: Job, folder: Path, texts: Sequence[str]) -> Facts:
-    """As llama.cpp sees the file: its tokens, where it stops, and the chat template that it carries."""
-    wanted, stops = generation_config(job.plan).eos_token_id, set(model.stops)
-    return {
-        "tied_embeddings": not _has_head(_file(folder)),
-        "embedding_rows": model.config.vocab_size,
-        "vocabulary_size": model.vocabulary_size,
-        "added_tokens": dict(sorted(model.added_tokens.items())),
-        "token_ids": [model.tokenize(text, add_special=False) for text in texts],
-        "bos_count": model.tokenize(QUESTION[0]["content"]).count(model.bos_token_id),
-        "chat_template": rendered(job.plan.tokenizer, model.metadata.get("tokenizer.chat_template")),
-        "eos_token_id": [stop for stop in sorted(wanted if isinstance(wanted, list) else [wanted]) if stop in stops],
-    }
-
-
-def reader(job: Job, folder: Path) -> Read:
-    from qft.gguf import read_gguf
-
-    return read_gguf(_file(folder), merged.merged_config(job, MergedWeights(job)))
+    def _written(self, job: Job) -> str:
+        """Kind of the file that qft writes: llama.cpp makes its own of one that holds the weights as they are."""
+        return UNQUANTIZED[job.dtype] if self.by_llamacpp else self.kind
 
 
 def _file(folder: Path) -> Path:
@@ -97,35 +102,3 @@ def _has_head(path: Path) -> bool:
     import gguf
 
     return any(tensor.name == "output.weight" for tensor in gguf.GGUFReader(path).tensors)
-
-
-def _exporter(kind: str, limits: Limits, original: Limits) -> Exporter:
-    return Exporter(
-        write=_writer(kind),
-        needed_bytes=_needed_bytes(kind),
-        load=load,
-        engine="llama.cpp",
-        merges=True,
-        regrids=False,
-        limits=limits,
-        limits_original=original,
-        library="gguf",
-        usage=USAGE.replace("KIND", kind),
-        facts=facts,
-        needs=(("gguf", "gguf"), *(LLAMACPP if kind in FILE_TYPES else ())),
-        gate_needs=LLAMACPP,
-        reader=reader,
-    )
-
-
-KINDS = {
-    "f16": (merged.MERGED.limits, merged.MERGED.limits_original),
-    "bf16": (merged.MERGED.limits, merged.MERGED.limits_original),
-    "q8_0": (EIGHT_BITS, EIGHT_BITS_ORIGINAL),
-    "q6_k": (EIGHT_BITS, EIGHT_BITS_ORIGINAL),
-    "q5_k_m": (FOUR_BITS, FOUR_BITS_ORIGINAL),
-    "q4_k_m": (FOUR_BITS, FOUR_BITS_ORIGINAL),
-    "q4_0": (FOUR_BITS, FOUR_BITS_ORIGINAL),
-}
-GGUF = {"gguf": _exporter("q8_0", EIGHT_BITS, EIGHT_BITS_ORIGINAL)}
-GGUF |= {f"gguf-{kind}": _exporter(kind, *limits) for kind, limits in KINDS.items()}

@@ -2,23 +2,46 @@
 
 from __future__ import annotations
 
-from importlib import import_module
+from collections.abc import Callable
 
 from qft.quant.engines.base import Block, Engine, Held, LayerScheme
 
 __all__ = ["ENGINES", "Block", "Engine", "Held", "LayerScheme", "find_engine"]
 
-ENGINES: dict[str, tuple[str, str]] = {
-    "autoround": ("qft.quant.engines.autoround", "AutoRound"),
-    "rtn": ("qft.quant.engines.rtn", "RoundToNearest"),
-    "bitsandbytes": ("qft.quant.engines.bitsandbytes", "BitsAndBytes"),
-    "torchao": ("qft.quant.engines.torchao", "TorchAo"),
+
+def _autoround() -> Engine:
+    from qft.quant.engines.autoround import AutoRound
+
+    return AutoRound()
+
+
+def _rtn() -> Engine:
+    from qft.quant.engines.rtn import RoundToNearest
+
+    return RoundToNearest()
+
+
+def _bitsandbytes() -> Engine:
+    from qft.quant.engines.bitsandbytes import BitsAndBytes
+
+    return BitsAndBytes()
+
+
+def _torchao() -> Engine:
+    from qft.quant.engines.torchao import TorchAo
+
+    return TorchAo()
+
+
+ENGINES: dict[str, Callable[[], Engine]] = {
+    "autoround": _autoround,
+    "rtn": _rtn,
+    "bitsandbytes": _bitsandbytes,
+    "torchao": _torchao,
 }
-"""By calibrate.engine: module and class."""
+"""Those that take single blocks, by calibrate.engine."""
 
 
 def find_engine(name: str) -> Engine:
     """The engine of that name. Raises ImportError without its packages."""
-    module, kind = ENGINES[name]
-    engine: Engine = getattr(import_module(module), kind)()
-    return engine
+    return ENGINES[name]()

@@ -41,8 +41,8 @@ def _quality(report: CalibrationReport) -> RenderableType:
 
 def _name(report: CalibrationReport, attempt: Attempt) -> str:
     scheme = report.scheme
-    if report.engine == "custom":
-        return f"{report.engine} {scheme['quant_method']}"
+    if method := scheme.get("quant_method"):  # of a plugin
+        return f"{report.engine} {method}"
     group = f" g{scheme['group_size']}" if scheme["group_size"] > 0 else ""
     activations = "" if scheme["activations"] == "none" else f", {scheme['activations']} activations"
     kept = f", {len(attempt.kept)} layers in more bits" if attempt.kept else ""

@@ -7,10 +7,12 @@ of an adapter is refused.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +24,32 @@ from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qft.checkpoint.skeleton import find_blocks, without_contents
-from qft.checkpoint.weights import read_weights
+from qft.checkpoint.weights import read_weights, save_tensors, write_index
 from qft.errors import ModelError
-from qft.export.base import Job
+from qft.model.load import generation_config
+from qft.plan import ModelPlan
 from qft.quant.engines import Block, LayerScheme, find_engine
+from qft.recipe.schema import MergeInto
 
-__all__ = ["Adapter", "MergedWeights"]
+__all__ = ["MergedWeights", "Read", "add_delta"]
 
+Read = Callable[[str], torch.Tensor]
+"""From the name of a tensor in the model to its value."""
 PREFIX = "base_model.model."
 UNKNOWN = ("rank_pattern", "alpha_pattern", "fan_in_fan_out", "lora_bias", "layer_replication", "use_qalora",
            "use_bdlora", "target_parameters", "trainable_token_indices", "alora_invocation_tokens", "arrow_config",
            "kasa_config", "monteclora_config", "velora_config", "lora_ga_config")  # fmt: skip
 """Settings of peft.LoraConfig that would change the delta, and that qft does not set."""
+
+
+def add_delta(weight: torch.Tensor, delta: torch.Tensor, magnitude: torch.Tensor | None = None) -> torch.Tensor:
+    """Weight [out, in] of a linear layer with LoRA's delta [out, in], in float32; with DoRA its rows are scaled to the
+    learnt magnitudes [out]."""
+    changed = weight.float() + delta.to(weight.device, torch.float32)
+    if magnitude is None:
+        return changed
+    scale: torch.Tensor = magnitude.to(weight.device, torch.float32) / torch.linalg.vector_norm(changed, dim=1)
+    return changed * scale[:, None]
 
 
 class Adapter:
@@ -58,13 +74,9 @@ class Adapter:
 
     def apply(self, module: str, weight: torch.Tensor) -> torch.Tensor:
         """Weight [out, in] of a linear layer with its delta, in float32."""
-        parts, held = self.deltas[module], weight.float()
-        changed = held + self.scaling * (parts["lora_B"].float() @ parts["lora_A"].float()).to(held.device)
-        if "lora_magnitude_vector" not in parts:
-            return changed
-        magnitude = parts["lora_magnitude_vector"].float().to(held.device)
-        scale: torch.Tensor = magnitude / torch.linalg.vector_norm(changed, dim=1)
-        return changed * scale[:, None]
+        parts = self.deltas[module]
+        delta = self.scaling * (parts["lora_B"].float() @ parts["lora_A"].float())
+        return add_delta(weight, delta, parts.get("lora_magnitude_vector"))
 
     def _take(self, key: str, tensor: torch.Tensor) -> None:
         name = key.removesuffix(".weight").removesuffix(".default")
@@ -78,37 +90,67 @@ class Adapter:
 
 
 class MergedWeights:
-    """The weights of job.plan's model with the adapter added, in job.dtype on the host."""
+    """The weights of the plan's base with the adapter added, in `dtype` on the host, one at a time.
 
-    def __init__(self, job: Job) -> None:
-        """Raises ModelError for a base whose quantized weights cannot be computed from its files."""
-        self.plan, self.dtype = job.plan, getattr(torch, job.dtype)
-        self.adapter = Adapter(job.adapter) if job.adapter else None
-        self.model = without_contents(job.plan.checkpoint, job.plan.recipe.model)
+    `onto` says which values of a quantized base: those that training held, or the original ones. None: it is not
+    quantized, or there is no adapter."""
+
+    def __init__(self, plan: ModelPlan, adapter: Path | None, dtype: str, onto: MergeInto | None) -> None:
+        """Reads the adapter and nothing of the base. Raises ModelError for an adapter that cannot be merged, and for a
+        base whose quantized weights cannot be computed from its files."""
+        self.plan, self.dtype = plan, getattr(torch, dtype)
+        self.adapter = Adapter(adapter) if adapter else None
+        self.model = without_contents(plan.checkpoint, plan.recipe.model)
         self.model.tie_weights()
-        self.prefix, self.stack = find_blocks(self.model, job.plan.shape.layers)
+        self.prefix, self.stack = find_blocks(self.model, plan.shape.layers)
         self.linears = {name: m for name, m in self.model.named_modules() if isinstance(m, nn.Linear)}
-        self.scheme = _scheme(job)
+        self.scheme = _scheme(plan, onto)
         self._require_known_layers()
+
+    def reader(self) -> Read:
+        """Opens the base's files: a function from the name of a tensor to its merged value."""
+        return partial(self._tensor, read_weights(self.plan.checkpoint.with_weights()))
 
     def groups(self) -> Iterator[dict[str, torch.Tensor]]:
         """What is outside the blocks, then each block: tensors by their names in the model."""
-        for number in range(-1, len(self.stack)):
-            prefix = f"{self.prefix}.{number}."
-            inside = [name for name in self.names if name.startswith(prefix)]
-            outside = [name for name in self.names if not name.startswith(f"{self.prefix}.")]
-            yield {name: self.tensor(name) for name in (inside if number >= 0 else outside)}
+        read = self.reader()
+        yield {name: read(name) for name in self.names if not name.startswith(f"{self.prefix}.")}
+        for number in range(len(self.stack)):
+            yield {name: read(name) for name in self.names if name.startswith(f"{self.prefix}.{number}.")}
+
+    def write(self, folder: Path) -> None:
+        """One safetensors file for each block and one for the rest, configuration, tokenizer and the model's code."""
+        for number, tensors in enumerate(self.groups(), start=-1):
+            name = "model-outside" if number < 0 else f"model-block-{number:05}"
+            save_tensors(tensors, folder / f"{name}.safetensors")
+        write_index(folder)
+        self.config.save_pretrained(folder)
+        generation_config(self.plan).save_pretrained(folder)
+        self.plan.tokenizer.save_pretrained(folder)
+        if self.plan.recipe.model.trust_remote_code:
+            for path in self.plan.checkpoint.folder.glob("*.py"):
+                shutil.copyfile(path, folder / path.name)
 
     @cached_property
-    def _read(self) -> Callable[[str], torch.Tensor]:
-        return read_weights(self.plan.checkpoint.with_weights())
+    def config(self) -> Any:
+        """The configuration of the merged model."""
+        config = copy.deepcopy(self.model.config)
+        config.dtype, config.architectures = self.dtype, [self.plan.shape.architecture]
+        config.tie_word_embeddings = config.tie_word_embeddings and not self.unties
+        return config
 
     @cached_property
-    def names(self) -> dict[str, torch.Tensor]:
-        """Every tensor that is written, without contents; of tied ones the first."""
+    def known(self) -> dict[str, torch.Tensor]:
+        """Every tensor of the model, without contents; tied ones by each of their names."""
         kept = self.model.state_dict(keep_vars=True)
-        named = dict(self.model.named_parameters(remove_duplicate=not self.unties))
-        return named | {name: b for name, b in self.model.named_buffers() if name in kept}
+        buffers = {name: buffer for name, buffer in self.model.named_buffers() if name in kept}
+        return dict(self.model.named_parameters(remove_duplicate=False)) | buffers
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Of every tensor that is written; of tied ones the first."""
+        first = {id(tensor): name for name, tensor in reversed(self.known.items())}
+        return [name for name, tensor in self.known.items() if self.unties or first[id(tensor)] == name]
 
     @cached_property
     def unties(self) -> bool:
@@ -121,27 +163,28 @@ class MergedWeights:
         return bool(shared & touched)
 
     @property
-    def bytes(self) -> int:
-        return sum(t.numel() * self.dtype.itemsize for t in self.names.values())
+    def folder_bytes(self) -> int:
+        """What `write` needs: the weights, and 16 MiB that stand for everything else."""
+        numbers = sum(self.known[name].numel() for name in self.names)
+        return int(numbers * self.dtype.itemsize) + 2**24
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """One weight, merged."""
-        meta = self.names[name]
+    def _tensor(self, base: Read, name: str) -> torch.Tensor:
+        meta = self.known[name]
         module, _, kind = name.rpartition(".")
         if self.adapter and name in self.adapter.replaced:
             return self._cast(self.adapter.replaced[name], meta)
-        value = self._source(name)
+        value = self._source(base, name)
         if value.shape != meta.shape:
             raise ModelError(f"{self.plan.checkpoint.path}: {name} is {list(value.shape)}, not {list(meta.shape)}")
         if kind != "weight":
             return self._cast(value, meta)
-        if self.is_quantized(module):
+        if self._is_quantized(module):
             value = self._dequantized(module, value)
         if self.adapter and module in self.adapter.deltas:
             value = self.adapter.apply(module, value)
         return self._cast(value, meta)
 
-    def is_quantized(self, module: str) -> bool:
+    def _is_quantized(self, module: str) -> bool:
         """Whether training held this layer in few bits, and the result is to hold what it held."""
         skipped = self.plan.quantization.get("llm_int8_skip_modules", [])
         return (
@@ -150,16 +193,15 @@ class MergedWeights:
             and should_convert_module(module, skipped)
         )
 
-    def _source(self, name: str) -> torch.Tensor:
+    def _source(self, base: Read, name: str) -> torch.Tensor:
         """The original weight in the dtype in which the base was loaded; of tied ones, whichever the files have."""
         try:
-            value = self._read(name)
+            value = base(name)
         except (ModelError, KeyError):
-            everything = dict(self.model.named_parameters(remove_duplicate=False))
-            twins = [n for n, p in everything.items() if p is everything.get(name) and n != name]
+            twins = [twin for twin, meta in self.known.items() if meta is self.known[name] and twin != name]
             if not twins:
                 raise
-            value = self._read(twins[0])
+            value = base(twins[0])
         return value.to(getattr(torch, self.plan.dtype)) if value.is_floating_point() else value
 
     def _dequantized(self, module: str, weight: torch.Tensor) -> torch.Tensor:
@@ -176,22 +218,20 @@ class MergedWeights:
     def _require_known_layers(self) -> None:
         if self.adapter is None:
             return
-        known = dict(self.model.named_parameters(remove_duplicate=False))
         strange = [name for name in self.adapter.deltas if name not in self.linears]
-        strange += [name for name in self.adapter.replaced if name not in known]
+        strange += [name for name in self.adapter.replaced if name not in self.known]
         if strange:
             text = "which is no linear layer of the base and cannot be merged; export --to adapter"
             raise ModelError(f"{self.adapter.folder}: changes {strange[0]}, {text}")
 
 
-def _scheme(job: Job) -> LayerScheme | None:
+def _scheme(plan: ModelPlan, onto: MergeInto | None) -> LayerScheme | None:
     """How training held the base's linear layers, if the result is to hold the same values."""
-    plan = job.plan
     if plan.checkpoint.quantization:
         raise ModelError(
             f"{plan.checkpoint.path}: comes quantized, and nothing is merged into such a base: export --to adapter"
         )
-    if job.merge_into != "dequantized":
+    if onto != "dequantized":
         return None
     if plan.scheme == "4bit":
         return LayerScheme(plan.quantization["bnb_4bit_quant_type"], 4)

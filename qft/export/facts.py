@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import AutoTokenizer
 
-if TYPE_CHECKING:
-    from qft.export.base import Job
-
-__all__ = ["QUESTION", "Facts", "facts_of", "rendered", "transformers_facts"]
+__all__ = ["QUESTION", "Facts", "facts_of", "rendered"]
 
 Facts = dict[str, Any]
 """By the names of the gate's checks."""
 
 QUESTION = [{"role": "user", "content": "How many legs has a spider?"}]
-
-
-def transformers_facts(model: Any, job: Job, folder: Path, texts: Sequence[str]) -> Facts:
-    """Of an artifact that transformers has loaded, with the tokenizer in its own folder."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=job.plan.recipe.model.trust_remote_code)
-    return facts_of(model, tokenizer, texts)
 
 
 def facts_of(model: Any, tokenizer: Any, texts: Sequence[str]) -> Facts:

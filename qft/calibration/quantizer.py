@@ -1,0 +1,68 @@
+"""What quantizes a model, block by block or all at once, as `qft calibrate` and exports see it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from qft.calibration.task import Schemes
+from qft.documents.evaluation import LayerError
+from qft.measure.likelihood import Verification
+
+__all__ = ["EngineProcess", "Quantizer", "Trial"]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One way to hold the layers, and what it does to the held-out rows."""
+
+    number: int
+    """From 0."""
+    schemes: Schemes
+    verification: Verification
+    weight_bytes: int
+    """Of all weights as written."""
+
+
+@dataclass(frozen=True)
+class EngineProcess:
+    """What an engine that has a process of its own says of it; nothing with the others."""
+
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """Of the packages that it used."""
+    peak_bytes: int = 0
+    """Largest memory: of its GPU, or of the host beyond what its imports took."""
+    peak_host_bytes: int = 0
+    """Largest resident set."""
+
+
+class Quantizer(Protocol):
+    """One calibration of one model."""
+
+    block_seconds: list[float]
+    """Time of each block that was quantized here; empty where the whole model is quantized at once."""
+    process: EngineProcess
+
+    @property
+    def quantized_layers(self) -> list[str]:
+        """Names of the linear layers that the first trial holds in few bits; known once it is made."""
+
+    @property
+    def skipped_layers(self) -> list[str]:
+        """Of all other linear layers."""
+
+    def trials(self) -> Iterator[Trial]:
+        """The layers as they are to be held, then, with a remedy, some of them in more bits: as long as it is asked on.
+
+        Raises ModelError if the engine fails."""
+
+    def assemble(self, folder: Path, trial: Trial) -> None:
+        """Write weights and configuration of a trial as engines load them."""
+
+    def errors(self) -> list[LayerError]:
+        """Of every quantized layer of the first trial, on the held-out rows."""
+
+    def tokens_per_second(self) -> float:
+        """Tokens times blocks, over the time of the blocks; 0 where no block was quantized."""

@@ -1,0 +1,121 @@
+"""One run to export: what is asked of it, what its base is, and what of it is to be merged."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from qft.errors import MissingError, RecipeError, RunError
+from qft.model.merge import MergedWeights
+from qft.model.target import Target, parse_target
+from qft.plan import ModelPlan
+from qft.progress import View
+from qft.recipe import LoadedRecipe, load
+from qft.recipe.schema import MergeInto
+from qft.run.folder import Run
+
+__all__ = ["ExportOptions", "Job", "find_job", "load_run"]
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What the command line says; it wins over the recipe."""
+
+    to: tuple[str, ...] = ()
+    out: Path | None = None
+    """Folder of the artifacts' folders. None: RUN/export."""
+    merge_into: MergeInto | None = None
+    gate: bool = True
+    overwrite: bool = False
+    """Replace artifacts of an earlier export."""
+    overrides: tuple[str, ...] = ()
+    """export.* and calibrate.* fields."""
+    register: str | None = None
+    """Name of the model in the registry whose next version each artifact becomes."""
+    registry: Path | None = None
+    push_to_hub: str | None = None
+    """OWNER/NAME of the repository that the artifact is uploaded to."""
+    private: bool = False
+    """Of a repository that has to be made."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run to export."""
+
+    run: Run
+    loaded: LoadedRecipe
+    """The run's recipe, its `export` and `calibrate` sections as they hold now."""
+    target: Target
+    """The run as `qft eval` knows it: adapter on base, or all weights."""
+    plan: ModelPlan
+    """Of the base as it was trained on, or of the full model."""
+    asked: Literal["auto", MergeInto]
+    merge_into: MergeInto | None
+    """None: there is no adapter, or its base is not quantized."""
+    out: Path
+    """Folder of the artifacts' folders."""
+    scratch: Path
+    """Where the targets of one export share what they make on the way; not there before."""
+    view: View
+
+    @property
+    def adapter(self) -> Path | None:
+        return self.target.adapter
+
+    @property
+    def dtype(self) -> str:
+        """In which the run multiplied its weights."""
+        computed = self.plan.quantization.get("bnb_4bit_compute_dtype", self.plan.dtype)
+        return str(computed)
+
+    @cached_property
+    def weights(self) -> MergedWeights:
+        """What of the merged model is known without reading its base. Raises ModelError for what cannot be merged."""
+        return MergedWeights(self.plan, self.adapter, self.dtype, self.merge_into)
+
+    @cached_property
+    def onto_original(self) -> Job:
+        return replace(self, merge_into="original")
+
+    def without_adapter(self) -> Target:
+        return replace(self.target, adapter=None)
+
+    def settled(self, *, regrids: bool) -> Job:
+        """The job with what `auto` means for a target that does, or does not, round to the grid of a 4-bit base."""
+        loses = self.asked == "auto" and self.merge_into and regrids and self.plan.scheme == "4bit"
+        return self.onto_original if loses else self
+
+
+def load_run(folder: Path, overrides: Sequence[str]) -> LoadedRecipe:
+    """The run's recipe. Raises MissingError without a run, RecipeError for what can no longer be set."""
+    run = Run(folder)
+    if not run.manifest():
+        raise MissingError(f"{folder}: is no run of qft")
+    for text in overrides:
+        if text.partition(".")[0] not in ("export", "calibrate"):
+            raise RecipeError(f"--set {text}: the run is done; only export.* and calibrate.* can still be set")
+    return load(run.folder / "recipe.yaml", overrides)
+
+
+def find_job(folder: Path, loaded: LoadedRecipe, options: ExportOptions, view: View) -> Job:
+    """What a run is to an exporter. Raises RunError if it did not complete."""
+    run = Run(folder)
+    manifest = run.manifest()
+    status = manifest.status if manifest else None
+    if status != "complete":
+        raise RunError(f"{folder}: the run is {status}, not complete; finish it with `qft train --resume`")
+    target = parse_target(str(folder), adapter=None, data=None)
+    view.note("Reading the configuration")
+    plan = target.plan()
+    quantized = target.adapter is not None and plan.scheme != "none"
+    asked = options.merge_into or loaded.recipe.export.merge_into
+    if options.merge_into and not quantized:
+        raise RecipeError(f"--merge-into {asked}: has no meaning for a run whose base is not quantized")
+    merge_into: MergeInto | None = ("dequantized" if asked == "auto" else asked) if quantized else None
+    out = options.out or run.folder / "export"
+    return Job(run, loaded, target, plan, asked, merge_into, out, out / f".merged-{secrets.token_hex(4)}", view)

@@ -1,0 +1,84 @@
+"""What an export target says of itself and does with a job."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from transformers import AutoTokenizer
+
+from qft.export.facts import Facts, facts_of
+from qft.export.job import Job
+from qft.recipe.schema import ExportGate
+
+__all__ = ["Exporter", "Limits", "Packages", "Read"]
+
+Read = Callable[[str], torch.Tensor | None]
+"""A weight of an artifact by its name in the model; None: it has none."""
+Packages = tuple[tuple[str, str], ...]
+"""Names of modules, each with the extra of qft that installs it."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the gate asks of an artifact against the model as trained."""
+
+    kl: float
+    """Largest mean KL divergence of the next-token distributions, in nats."""
+    top1_agreement: float
+    """Smallest share of tokens at which both models find the same token most likely."""
+    perplexity_increase: float
+    """Largest relative increase of the perplexity."""
+
+    def under(self, recipe: ExportGate) -> Limits:
+        """The same with what the recipe gives in the place of the defaults."""
+        given = {name: value for name, value in recipe if value is not None}
+        return Limits(**vars(self) | given)
+
+
+class Exporter(Protocol):
+    """One export target; what stands here with a value holds for most of them."""
+
+    engine: str
+    """What loads the artifact for the gate."""
+    library: str
+    """library_name of the Hub."""
+    usage: str
+    """How to load it, in Markdown."""
+    limits: Limits
+    """Where the base's weights are those that the adapter was trained against."""
+    limits_original: Limits
+    """Where the adapter was added to the original weights, which it has not seen."""
+    merges: bool = True
+    """Whether the adapter is added to weights."""
+    regrids: bool = False
+    """Whether weights are rounded to the 4-bit grid that a 4-bit base came from: a small delta on top of it is lost."""
+    needs: Packages = ()
+    """What writing it takes beside qft's own dependencies."""
+    gate_needs: Packages = ()
+    """What loading it again takes besides."""
+
+    def weight_format(self, job: Job) -> str:
+        """The name by which `deploy.rules` knows what is written. Raises RecipeError for what would not be."""
+
+    def needed_bytes(self, job: Job) -> int:
+        """Room on the disk that writing takes, temporary files included."""
+
+    def write(self, job: Job, folder: Path) -> dict[str, Any] | None:
+        """Write the artifact into an empty folder. Says how a second quantization went, if there was one. Raises
+        ModelError or RecipeError for what it cannot write."""
+
+    def load(self, job: Job, folder: Path) -> Any:
+        """The artifact, loaded from its folder by its engine and ready to evaluate."""
+
+    def facts(self, model: Any, job: Job, folder: Path, texts: Sequence[str]) -> Facts:
+        """What the loaded artifact is; the tokens of `texts` must be the same as in training."""
+        trust = job.plan.recipe.model.trust_remote_code
+        return facts_of(model, AutoTokenizer.from_pretrained(folder, trust_remote_code=trust), texts)
+
+    def reader(self, job: Job, folder: Path) -> Read | None:
+        """The artifact's weights, for the gate to name the worst. None: they are not those of the merge."""
+        return None

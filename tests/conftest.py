@@ -14,6 +14,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="qft-tests-")
+os.environ["QFT_CACHE"] = os.environ["HF_DATASETS_CACHE"] + "/qft"
 if "PYTEST_XDIST_WORKER" in os.environ:  # a core each: their threads would wait for each other's
     os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))

@@ -36,7 +36,9 @@ def choose_skip_modules(plan: Plan, view: View) -> SkippedModules:
     folder = Path(plan.recipe.output_dir).parent
     folder.mkdir(parents=True, exist_ok=True)
     require_free_space(folder, plan.model.shape.parameters * 2, "measuring the layers")
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".skip-modules-") as work, memory_guard("measuring the layers"):
+    remedies = ["name layers in quant.skip_modules instead of auto"]
+    guard = memory_guard("measuring the layers", remedies)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".skip-modules-") as work, guard:
         model = StreamedModel(plan.model, read_weights(plan.model.checkpoint.with_weights()))
         task = _task(plan)
         quantizer = BlockQuantizer(model, task, Path(work), view)

@@ -16,7 +16,7 @@ from qft.documents.calibration import CalibrationRecord, CalibrationReport
 from qft.errors import GateError, MissingError, RunError
 from qft.files import write_json, write_text
 from qft.machine.device import versions
-from qft.memory.guard import memory_guard
+from qft.memory.guard import memory_guard, smaller_calibration
 from qft.memory.meter import Meter, Snapshot
 from qft.plan import CalibrationPlan, plan_calibration
 from qft.progress import View
@@ -58,7 +58,8 @@ def calibrate(loaded: LoadedRecipe, view: View, *, resume: bool = False, overwri
     room = (needed, "the quantized model, its blocks and their activations")
     run = start_run(plan.recipe, plan.document(), *room, resume=resume, overwrite=overwrite)
     try:
-        with run.failure_noted(), memory_guard("calibrating"), Meter(plan.model.device.kind) as meter:
+        guard = memory_guard("calibrating", smaller_calibration(plan.calibrate))
+        with run.failure_noted(), guard, Meter(plan.model.device.kind) as meter:
             before = meter.settled()
             meter.restart()
             acceptance = _begin(plan, Source(plan.model, run.work, merged_run), run, view)

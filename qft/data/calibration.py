@@ -94,6 +94,7 @@ def _encode(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, calibrate: Calib
         # As in the training, so that data.eval_fraction holds the same rows out.
         policy = "skip" if data.on_too_long == "skip" else "truncate"
         return prepare(data.having(on_too_long=policy), tokenizer, seed)
+    assert data.max_length != "auto"  # the plan has decided
     # One token more than a window takes tells a row that is cut from one that just fits.
     longest = max(data.max_length, calibrate.max_length + 1)
     changed = data.having(train=calibrate.data, on_too_long="truncate", max_length=longest)

@@ -127,6 +127,7 @@ def _encode_all(
     """Of each source, by its number, the chosen rows that can be used, and its facts. Raises DataError listing the rows
     that must stop the run."""
     disable_caching()
+    assert data.max_length != "auto"  # the plan has decided
     encoder = Encoder(tokenizer, data.max_length, data.on_too_long, data.loss_on)
     stops = [kind for kind, policy in (("bad", data.on_bad_row), ("too long", data.on_too_long)) if policy == "stop"]
     usable, facts, bad = [], [], []

@@ -107,6 +107,8 @@ class DataPart(Stored):
     """After weighting and splitting."""
     eval_rows: int
     """Rows held out."""
+    max_length: int | None = None
+    """Of a row, in tokens; None in documents from before it was decided here."""
     sources: list[SourceFacts]
 
 

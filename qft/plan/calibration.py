@@ -119,9 +119,7 @@ def plan_calibration(
         loaded=unquantized,
         model=model,
         schemes=schemes,
-        data=calibration_data(
-            recipe, model.tokenizer, needs_windows=engine.needs_windows(scheme.activations), trained=trained
-        ),
+        data=_data(model, recipe, trained, needs_windows=engine.needs_windows(scheme.activations)),
     )
 
 
@@ -136,9 +134,14 @@ def _by_plugin(loaded: LoadedRecipe, model: ModelPlan, trained: Prepared | None)
         loaded=loaded,
         model=model,
         schemes={},
-        data=calibration_data(loaded.recipe, model.tokenizer, needs_windows=False, trained=trained),
+        data=_data(model, loaded.recipe, trained, needs_windows=False),
         quantized=quantized,
     )
+
+
+def _data(model: ModelPlan, recipe: Recipe, trained: Prepared | None, *, needs_windows: bool) -> CalibrationData:
+    decided = recipe.having(data=model.rows_for(recipe.data))
+    return calibration_data(decided, model.tokenizer, needs_windows=needs_windows, trained=trained)
 
 
 def _problems(recipe: Recipe, device: Device) -> Iterator[Problem]:

@@ -27,7 +27,7 @@ from qft.quant.hold import SCHEMES, prequantized
 from qft.quant.hold.custom import Plugin, load_plugin
 from qft.recipe import LoadedRecipe, Recipe
 from qft.recipe.load import from_values
-from qft.recipe.schema import ModelSection, QuantSection
+from qft.recipe.schema import DataSection, ModelSection, QuantSection
 
 __all__ = [
     "ModelPlan",
@@ -41,6 +41,9 @@ __all__ = [
 ]
 
 Problem = tuple[str, str]
+
+MAX_LENGTH = 2048
+"""Of a row, in tokens, where nobody says and the model takes as many."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,16 @@ class ModelPlan:
     @property
     def recipe(self) -> Recipe:
         return self.loaded.recipe
+
+    def longest_row(self, data: DataSection) -> int:
+        """data.max_length, in tokens, as it is decided for this model."""
+        if data.max_length != "auto":
+            return data.max_length
+        return min(self.shape.max_positions or MAX_LENGTH, MAX_LENGTH)
+
+    def rows_for(self, data: DataSection) -> DataSection:
+        """The section with its max_length decided."""
+        return data.having(max_length=self.longest_row(data))
 
     @property
     def device_part(self) -> DevicePart:

@@ -70,7 +70,10 @@ class Plan:
             adapter=AdapterArguments(**self.lora) if self.lora else None,
             training=TrainerArguments(**self.training),
             data=DataPart(
-                train_rows=len(rows.train), eval_rows=len(rows.eval) if rows.eval else 0, sources=list(rows.sources)
+                train_rows=len(rows.train),
+                eval_rows=len(rows.eval) if rows.eval else 0,
+                max_length=self.model.longest_row(self.recipe.data),
+                sources=list(rows.sources),
             ),
             steps=self.steps,
         )
@@ -87,7 +90,7 @@ def make_plan(loaded: LoadedRecipe) -> Plan:
     lora = _lora_arguments(recipe) if recipe.adapter.kind == "lora" else None
     model = plan_model(loaded, lora)
     refuse(loaded, [*_trainability(recipe, model), *_length_problems(recipe, model.shape)])
-    data = prepare(recipe.data, model.tokenizer, recipe.seed)
+    data = prepare(model.rows_for(recipe.data), model.tokenizer, recipe.seed)
     if recipe.eval.metrics and data.eval and max(data.eval["answer_start"]) < 0:
         refuse(loaded, [("eval.metrics", "the held-out rows are plain text, which has no answers to score; remove it")])
     return Plan(
@@ -134,9 +137,9 @@ def _trainability(recipe: Recipe, model: ModelPlan) -> Iterator[Problem]:
 
 
 def _length_problems(recipe: Recipe, shape: Shape) -> Iterator[Problem]:
-    longest = shape.max_positions
-    if longest and recipe.data.max_length > longest:
-        yield "data.max_length", f"{recipe.data.max_length}, and the model was built for {longest} tokens"
+    asked, longest = recipe.data.max_length, shape.max_positions
+    if longest and asked != "auto" and asked > longest:
+        yield "data.max_length", f"{asked}, and the model was built for {longest} tokens"
 
 
 def _training_problems(recipe: Recipe, device: Device) -> Iterator[Problem]:

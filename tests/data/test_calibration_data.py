@@ -22,7 +22,8 @@ from tests.support.rows import chat, write_jsonl
 
 def recipe(train: Any = (), seed: int = 0, calibrate: dict[str, Any] | None = None, **data: Any) -> Recipe:
     settings = {"samples": 4, "max_length": 64, "verify_samples": 2, **(calibrate or {})}
-    values = {"model": {"path": "none"}, "data": {"train": train, **data}, "output_dir": "none", "seed": seed}
+    rows = {"train": train, "max_length": 2048, **data}
+    values = {"model": {"path": "none"}, "data": rows, "output_dir": "none", "seed": seed}
     return Recipe.model_validate({**values, "calibrate": settings})
 
 

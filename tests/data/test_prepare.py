@@ -21,12 +21,16 @@ from tests.support.models import byte_tokenizer
 from tests.support.rows import chat, write_jsonl
 
 
+def section(train: Any, **data: Any) -> DataSection:
+    return DataSection.model_validate({"train": train, "max_length": 2048, **data})
+
+
 def prepared(train: Any, seed: int = 0, **data: Any) -> Prepared:
-    return prepare(DataSection.model_validate({"train": train, **data}), byte_tokenizer(), seed)
+    return prepare(section(train, **data), byte_tokenizer(), seed)
 
 
 def kept_out(train: Any, seed: int = 0, **data: Any) -> EncodedRows:
-    found = held_out(DataSection.model_validate({"train": train, **data}), byte_tokenizer(), seed)
+    found = held_out(section(train, **data), byte_tokenizer(), seed)
     assert found is not None
     return found
 

@@ -226,8 +226,8 @@ def test_a_process_that_knows_nothing_of_qft_loads_it(dtype: torch.dtype, read_e
 
 QUIET = """
 import sys
-from qft.machine.quiet import quiet_libraries
-quiet_libraries()
+from qft.machine.environment import prepare_libraries
+prepare_libraries()
 import auto_round, torch, torchao.prototype.safetensors.safetensors_support
 from transformers import AutoModelForCausalLM
 AutoModelForCausalLM.from_pretrained(sys.argv[1])(torch.ones(1, 4, dtype=torch.long))

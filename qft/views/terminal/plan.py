@@ -69,7 +69,8 @@ def _training(plan: PlanDocument) -> Table:
     precision = "bf16" if training.bf16 else "fp16" if training.fp16 else "off"
     rows = table("Training")
     rows.add_row("steps", f"{plan.steps} of {batch} rows ({training.gradient_accumulation_steps} accumulated)")
-    rows.add_row("rows", f"{data.train_rows:,} to train on, {data.eval_rows:,} held out")
+    longest = f"; of {data.max_length:,} tokens at most" if data.max_length else ""
+    rows.add_row("rows", f"{data.train_rows:,} to train on, {data.eval_rows:,} held out{longest}")
     rows.add_row("optimizer", f"{training.optim}, {training.lr_scheduler_type} from {training.learning_rate:g}")
     rows.add_row("mixed precision", f"{precision}; gradient checkpointing {'on' if training.checkpointing else 'off'}")
     return rows

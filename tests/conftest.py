@@ -14,7 +14,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="qft-tests-")
-atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
+os.environ["QFT_CACHE"] = os.environ["HF_DATASETS_CACHE"] + "/qft"
 if "PYTEST_XDIST_WORKER" in os.environ:  # a core each: their threads would wait for each other's
     os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
@@ -29,6 +29,8 @@ from tests.support.models import byte_tokenizer, tiny_llama
 from tests.support.once import once
 from tests.support.plugins import SHIPPED
 from tests.support.rows import chat, write_jsonl
+
+atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -70,7 +72,7 @@ def package_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def what_nobody_looks_at(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The pictures of a page take half a second, and a vocabulary of 49,152 tokens three, each time."""
     if not request.node.get_closest_marker("pictures"):
-        monkeypatch.setattr("qft.views.html.pictures._draw", lambda *_, **__: "<g/>")
+        monkeypatch.setattr("qft.views.html.chart._draw", lambda *_, **__: "<g/>")
     if request.node.get_closest_marker("real"):
         remember_files(monkeypatch)
 

@@ -22,7 +22,7 @@ from qft.files import atomic_folder
 from qft.measure.likelihood import Likelihood
 from qft.measure.scores import answer_rows, score
 from qft.measure.statistics import interval
-from qft.memory.guard import memory_guard
+from qft.memory.guard import memory_guard, smaller_calibration
 from qft.model.load import generation_config
 from qft.plan import CalibrationPlan
 from qft.progress import View
@@ -55,7 +55,7 @@ def quantize_folder(plan: CalibrationPlan, folder: Path, work: Path, view: View)
 
     Raises GateError if calibrate.accept is not met, and leaves `folder` as it was then."""
     source = Source(plan.model, work)
-    with memory_guard("calibrating"):
+    with memory_guard("calibrating", smaller_calibration(plan.calibrate)):
         acceptance = Acceptance(plan, source, quantizer_for(plan, source, work, view), view)
         if not acceptance.write(folder):
             raise GateError(acceptance.refusal(folder))

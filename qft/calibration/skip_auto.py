@@ -35,7 +35,9 @@ def choose_skip_modules(plan: Plan, view: View) -> SkippedModules:
     folder = Path(plan.recipe.output_dir).parent
     folder.mkdir(parents=True, exist_ok=True)
     require_free_space(folder, plan.model.shape.parameters * 2, "measuring the layers")
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".skip-modules-") as work, memory_guard("measuring the layers"):
+    remedies = ["name layers in quant.skip_modules instead of auto"]
+    guard = memory_guard("measuring the layers", remedies)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".skip-modules-") as work, guard:
         model = StreamedModel(plan.model, read_weights(plan.model.checkpoint.with_weights()))
         task = _task(plan)
         quantizer = BlockQuantizer(model, task, Path(work), view)
@@ -63,10 +65,10 @@ def choose_skip_modules(plan: Plan, view: View) -> SkippedModules:
 
 def skipped_before(folder: Path) -> SkippedModules:
     """What the run that is resumed chose. Raises RunError if it chose nothing."""
-    found = Run(folder).manifest().get("skipped_modules")
-    if found is None:
+    manifest = Run(folder).manifest()
+    if manifest is None or manifest.skipped_modules is None:
         raise RunError(f"{folder}: the run's quant.skip_modules was not auto; restore it, or start with --overwrite")
-    return SkippedModules(**found)
+    return manifest.skipped_modules
 
 
 def _task(plan: Plan) -> QuantizeTask:

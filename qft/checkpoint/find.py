@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from huggingface_hub.errors import (
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers import __version__ as transformers_version
 
+from qft.checkpoint.gguf_file import gguf_config, gguf_tokenizer
+from qft.documents.manifest import Base
 from qft.errors import MissingError, ModelError, first_line
 from qft.files import sha256
 from qft.recipe import Recipe
@@ -63,6 +66,10 @@ class Checkpoint:
         """The files that hold its weights."""
         return [self.folder / self.gguf_file] if self.gguf_file else sorted(self.folder.glob(WEIGHTS))
 
+    def base(self) -> Base:
+        """What it is, for who builds on it. Hashes its files."""
+        return Base(path=self.path, commit=self.commit, sha256=self.digests())
+
     def digests(self) -> dict[str, str]:
         """SHA-256 of each file that defines the model, by name."""
         described = [] if self.gguf_file else sorted(self.folder.glob("*.json"))
@@ -89,9 +96,11 @@ def find_checkpoint(recipe: Recipe) -> Checkpoint:
 def load_tokenizer(checkpoint: Checkpoint, recipe: Recipe) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer, with the recipe's chat template if it gives one."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            **checkpoint.load_arguments, trust_remote_code=recipe.model.trust_remote_code
-        )
+        trusted = recipe.model.trust_remote_code
+        if checkpoint.gguf_file and not trusted:
+            tokenizer = gguf_tokenizer(checkpoint.folder / checkpoint.gguf_file, checkpoint.config)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(**checkpoint.load_arguments, trust_remote_code=trusted)
     except Exception as error:  # tokenizers fail in as many ways as there are file formats
         raise ModelError(f"{checkpoint.path}: its tokenizer cannot be loaded: {first_line(error)}") from error
     if not tokenizer.is_fast:
@@ -124,11 +133,7 @@ def _gguf(asked: str, path: Path) -> Checkpoint:
     with path.open("rb") as stream:
         if stream.read(4) != b"GGUF":
             raise ModelError(f"{asked}: not a GGUF file")
-    config = _config({"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}, asked)
-    # transformers notes the packing of the file; the weights are dequantized when they are loaded.
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    return Checkpoint(asked, path.parent, config, gguf_file=path.name)
+    return Checkpoint(asked, path.parent, _config(asked, gguf_config, path), gguf_file=path.name)
 
 
 def _folder(asked: str, folder: Path, trust_remote_code: bool, **known: Any) -> Checkpoint:
@@ -142,16 +147,16 @@ def _folder(asked: str, folder: Path, trust_remote_code: bool, **known: Any) -> 
         if raw.get("auto_map"):
             raise ModelError(f"{asked}: needs Python code that comes with it; set model.trust_remote_code to true")
         raise ModelError(f"{asked}: transformers {transformers_version} does not know its model_type {kind!r}")
-    config = _config({"pretrained_model_name_or_path": str(folder), "trust_remote_code": trust_remote_code}, asked)
+    config = _config(asked, AutoConfig.from_pretrained, str(folder), trust_remote_code=trust_remote_code)
     quantization = getattr(config, "quantization_config", None) or {}
     if not isinstance(quantization, dict):
         quantization = quantization.to_dict()
     return Checkpoint(asked, folder, config, quantization=quantization, **known)
 
 
-def _config(arguments: dict[str, Any], asked: str) -> PretrainedConfig:
+def _config(asked: str, read: Callable[..., PretrainedConfig], path: Any, **arguments: Any) -> PretrainedConfig:
     try:
-        return AutoConfig.from_pretrained(**arguments)
+        return read(path, **arguments)
     except Exception as error:  # a config is data: whatever is wrong with it, it is the model's
         raise ModelError(f"{asked}: its configuration cannot be read: {first_line(error)}") from error
 

@@ -20,7 +20,7 @@ __all__ = ["dequantized", "read_weights", "save_tensors", "tensors_in", "write_i
 
 
 def dequantized(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
-    arguments = checkpoint.load_arguments
+    arguments = checkpoint.load_arguments | {"config": checkpoint.config}
     if hasattr(transformers, "GgufConfig"):  # from 5.23 on, GGUF weights stay packed unless told otherwise
         arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
     return AutoModelForCausalLM.from_pretrained(**arguments, dtype=dtype)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from qft.cli.shell import AsJson, Debug, Overrides, Quiet, RecipePath, choose_lines, messages, require_one_of, tell
-from qft.machine.quiet import quiet_libraries
+from qft.machine.environment import prepare_libraries
 
 __all__ = ["calibrate"]
 
@@ -29,7 +29,7 @@ def calibrate(
 
         loaded = load(recipe, [*(overrides or []), *([f"output_dir={out}"] if out else [])])
         require_one_of(resume=resume, overwrite=overwrite)
-        quiet_libraries()
+        prepare_libraries()
         from qft.commands.calibrate import calibrate as run_calibration
         from qft.views.terminal.calibration import render_calibration
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from qft.cli.shell import TARGET_HELP, AsJson, Debug, messages, print_json
-from qft.machine.quiet import quiet_libraries
+from qft.machine.environment import prepare_libraries
 
 __all__ = ["chat"]
 
@@ -29,7 +29,7 @@ def chat(
     with messages(debug, interrupted="interrupted"):
         if as_json and prompt is None:
             raise typer.BadParameter("--json prints one answer; give --prompt TEXT")
-        quiet_libraries()
+        prepare_libraries()
         from qft.commands.chat import open_session
         from qft.commands.conversation import ChatOptions
 

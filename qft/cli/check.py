@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qft.cli.shell import AsJson, Debug, Overrides, RecipePath, messages, tell
-from qft.machine.quiet import quiet_libraries
+from qft.machine.environment import prepare_libraries
 
 __all__ = ["check"]
 
@@ -14,7 +14,7 @@ def check(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = Fal
         from qft.recipe import load
 
         loaded = load(recipe, overrides or [])
-        quiet_libraries()
+        prepare_libraries()
         from qft.commands.check import planned
         from qft.views.terminal.plan import render_plan
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from qft.cli.shell import TARGET_HELP, AsJson, Debug, Quiet, choose_lines, messages, tell
-from qft.machine.quiet import quiet_libraries
+from qft.machine.environment import prepare_libraries
 
 __all__ = ["evaluate"]
 
@@ -35,7 +35,7 @@ def evaluate(
 ) -> None:
     """Compare models on the same rows and tokens: quality, memory and speed."""
     with messages(debug):
-        quiet_libraries()
+        prepare_libraries()
         from qft.commands.evaluate import EvalOptions, default_out
         from qft.commands.evaluate import evaluate as run_evaluation
         from qft.views.terminal.evaluation import render_comparison

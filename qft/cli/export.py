@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from qft.cli.shell import AsJson, Debug, Overrides, Quiet, choose_lines, consoles, messages, print_json, tell
-from qft.machine.quiet import quiet_libraries
+from qft.machine.environment import prepare_libraries
 
 __all__ = ["export"]
 
@@ -55,7 +55,7 @@ def export(
 ) -> None:
     """Hand over a trained model in other forms, each proven to be the one that was trained."""
     with messages(debug):
-        quiet_libraries()
+        prepare_libraries()
         from qft.export import ExportOptions, check_target, refuse_unloadable
         from qft.export import export as run_export
         from qft.views.terminal.export import render_exports, render_loads

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +11,7 @@ from qft.cli.shell import AsJson, Debug, messages, tell
 from qft.errors import GateError
 
 if TYPE_CHECKING:
+    from qft.documents.registry import ModelVersions
     from qft.registry import Which
 
 __all__ = ["models"]
@@ -51,10 +52,11 @@ def list_models(
     """Show every version, its gate, and which one is current."""
     with messages(debug):
         from qft import registry as versions
+        from qft.documents.registry import RegistryListing
         from qft.views.terminal.models import render_list
 
-        found = {each: _listed(registry, each) for each in ([name] if name else versions.names(registry))}
-        tell({"registry": str(registry), "models": found}, render_list, as_json=as_json)
+        models = {each: _listed(registry, each) for each in ([name] if name else versions.names(registry))}
+        tell(RegistryListing(registry=str(registry), models=models), render_list, as_json=as_json)
 
 
 @models.command()
@@ -67,19 +69,20 @@ def show(
 ) -> None:
     """Show one version: where it comes from, how good it is, and the model's history."""
     with messages(debug):
+        from qft.documents.registry import VersionDetails
         from qft.registry import find_shelf
         from qft.views.terminal.models import render_version
 
         shelf = find_shelf(registry, name)
         entry = _entry(registry, name, version)
-        document = {
-            "name": name,
-            "entry": entry,
-            "current": shelf.current(),
-            "path": str(shelf.folder / entry),
-            "manifest": shelf.manifest(entry),
-            "history": shelf.history(),
-        }
+        document = VersionDetails(
+            name=name,
+            entry=entry,
+            current=shelf.current(),
+            path=str(shelf.folder / entry),
+            manifest=shelf.manifest(entry),
+            history=shelf.history(),
+        )
         tell(document, render_version, as_json=as_json)
 
 
@@ -95,12 +98,12 @@ def diff(
     """Compare two versions: recipe fields, data, base, scores, bytes and gate figures."""
     with messages(debug):
         from qft import registry as versions
+        from qft.documents.registry import VersionComparison
         from qft.views.terminal.models import render_diff
 
         entries = [_entry(registry, name, text) for text in (a, b)]
-        manifests = [versions.find_shelf(registry, name).manifest(entry) for entry in entries]
-        rows = [row._asdict() for row in versions.diff(*manifests)]
-        tell({"name": name, "a": entries[0], "b": entries[1], "rows": rows}, render_diff, as_json=as_json)
+        rows = versions.diff(*(versions.find_shelf(registry, name).manifest(entry) for entry in entries))
+        tell(VersionComparison(name=name, a=entries[0], b=entries[1], rows=rows), render_diff, as_json=as_json)
 
 
 @models.command()
@@ -138,8 +141,8 @@ def rollback(
 
         target: Which = None if to is None else "original" if to == "original" else _number(to)
         entry = versions.rollback(registry, name, target, reason=reason, force=force)
-        manifest = versions.find_shelf(registry, name).manifest(entry)
-        path = registry / name / "current" / "artifact" if entry.startswith("v") else manifest["base"]["path"]
+        base = versions.find_shelf(registry, name).manifest(entry).base
+        path = base.path if base and not entry.startswith("v") else registry / name / "current" / "artifact"
         typer.echo(f"{name}: {entry} is current: {path}")
 
 
@@ -157,25 +160,25 @@ def verify(
     """Hash every file, and name what is missing, changed or extra; exit code 4 if anything is."""
     with messages(debug):
         from qft import registry as versions
+        from qft.documents.registry import VersionVerification
         from qft.views.terminal.models import render_findings
 
         which = _which(registry, name, version)
         findings = versions.inspect(registry, name, which)
-        found = [text for finding in findings for text in finding.sentences()]
-        wrong = found if version else versions.problems(registry, name, findings)
-        entries = [vars(finding) | {"whole": finding.whole} for finding in findings]
-        tell(
-            {"name": name, "valid": not wrong, "entries": entries, "problems": wrong}, render_findings, as_json=as_json
-        )
+        sentences = [text for finding in findings for text in finding.sentences()]
+        wrong = sentences if version else versions.problems(registry, name, findings)
+        document = VersionVerification(name=name, valid=not wrong, entries=findings, problems=wrong)
+        tell(document, render_findings, as_json=as_json)
         if wrong:
             raise GateError("\n".join(f"{name}: {text}" for text in wrong))
 
 
-def _listed(registry: Path, name: str) -> dict[str, Any]:
+def _listed(registry: Path, name: str) -> ModelVersions:
     from qft import registry as versions
+    from qft.documents.registry import ModelVersions
 
-    found = {f"v{number}": manifest for number, manifest in versions.versions(registry, name).items()}
-    return {"current": versions.find_shelf(registry, name).current(), "versions": found}
+    manifests = {f"v{number}": manifest for number, manifest in versions.versions(registry, name).items()}
+    return ModelVersions(current=versions.find_shelf(registry, name).current(), versions=manifests)
 
 
 def _number(text: str) -> int:

@@ -11,14 +11,6 @@ from qft.cli.shell import Debug, messages, print_json
 
 __all__ = ["init", "schema"]
 
-DOCUMENTS = {
-    "report": ("qft.documents.training", "Report"),
-    "eval": ("qft.documents.evaluation", "EvalDocument"),
-    "calibration": ("qft.documents.calibration", "CalibrationReport"),
-    "export": ("qft.documents.export", "ExportDocument"),
-}
-"""What commands write, by its name for `qft schema`: module and class."""
-
 
 def init(
     path: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe to write.", show_default=False)],
@@ -36,19 +28,23 @@ def init(
 
 def schema(
     of: Annotated[
-        str, typer.Argument(metavar="[recipe|report|eval|calibration|export]", help="Which document.")
+        str,
+        typer.Argument(
+            metavar="[DOCUMENT]",
+            help="recipe, report, eval, calibration, export, plan, calibration-plan, calibration-record, manifest, "
+            "registry or history.",
+        ),
     ] = "recipe",
 ) -> None:
     """Print the JSON Schema of a recipe (for editors) or of a document, such as report.json."""
+    from qft.documents import DOCUMENTS
+
     if of == "recipe":
         from qft.recipe import json_schema
 
         print_json(json_schema())
     elif of in DOCUMENTS:
-        from importlib import import_module
-
-        module, name = DOCUMENTS[of]
-        own = getattr(import_module(module), name).model_json_schema()
-        print_json({"$schema": "https://json-schema.org/draft/2020-12/schema", **own})
+        dialect = "https://json-schema.org/draft/2020-12/schema"
+        print_json({"$schema": dialect, **DOCUMENTS[of].model_json_schema()})
     else:
         raise typer.BadParameter(f"{of} is none of recipe, {', '.join(DOCUMENTS)}")

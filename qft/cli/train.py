@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from qft.cli.shell import AsJson, Debug, Overrides, Quiet, RecipePath, consoles, messages, require_one_of, tell
-from qft.machine.quiet import quiet_libraries
+from qft.machine.environment import prepare_libraries
 
 __all__ = ["train"]
 
@@ -27,7 +27,7 @@ def train(
 
         loaded = load(recipe, overrides or [])
         require_one_of(resume=resume, overwrite=overwrite)
-        quiet_libraries()
+        prepare_libraries()
         from qft.commands.train import train as run_training
         from qft.views.live import choose_view
         from qft.views.terminal.training import render

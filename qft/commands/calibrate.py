@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -13,16 +12,16 @@ from qft.calibration.accept import Acceptance, perplexity, quantizer_for
 from qft.calibration.quantizer import Quantizer
 from qft.calibration.source import Source
 from qft.data.prepare import Prepared
-from qft.documents.calibration import CalibrationReport
+from qft.documents.calibration import CalibrationRecord, CalibrationReport
 from qft.errors import GateError, MissingError, RunError
 from qft.files import write_json, write_text
 from qft.machine.device import versions
-from qft.memory.guard import memory_guard
+from qft.memory.guard import memory_guard, smaller_calibration
 from qft.memory.meter import Meter, Snapshot
 from qft.plan import CalibrationPlan, plan_calibration
 from qft.progress import View
 from qft.recipe import LoadedRecipe, load
-from qft.run.folder import Run, record_base, start_calibration
+from qft.run.folder import Run, record_base, start_run
 
 __all__ = ["calibrate", "find_plan"]
 
@@ -55,9 +54,12 @@ def calibrate(loaded: LoadedRecipe, view: View, *, resume: bool = False, overwri
             f"{plan.recipe.output_dir}: calibrate.engine {plan.calibrate.engine} quantizes the whole model at once, "
             "and leaves nothing to resume from; use --overwrite to start again"
         )
-    run = start_calibration(plan, _needed_bytes(plan, merged_run), resume=resume, overwrite=overwrite)
+    needed = 0 if resume else _needed_bytes(plan, merged_run)  # what is there already was needed too
+    room = (needed, "the quantized model, its blocks and their activations")
+    run = start_run(plan.recipe, plan.document(), *room, resume=resume, overwrite=overwrite)
     try:
-        with run.failure_noted(), memory_guard("calibrating"), Meter(plan.model.device.kind) as meter:
+        guard = memory_guard("calibrating", smaller_calibration(plan.calibrate))
+        with run.failure_noted(), guard, Meter(plan.model.device.kind) as meter:
             before = meter.settled()
             meter.restart()
             acceptance = _begin(plan, Source(plan.model, run.work, merged_run), run, view)
@@ -77,7 +79,7 @@ def calibrate(loaded: LoadedRecipe, view: View, *, resume: bool = False, overwri
 
 def _begin(plan: CalibrationPlan, source: Source, run: Run, view: View) -> Acceptance:
     quantizer = quantizer_for(plan, source, run.work, view)
-    record_base(run, plan.model)
+    record_base(run, plan.model.checkpoint.base())
     write_text(run.folder / "calibration.jsonl", plan.data.as_jsonl())
     return Acceptance(plan, source, quantizer, view)
 
@@ -85,15 +87,15 @@ def _begin(plan: CalibrationPlan, source: Source, run: Run, view: View) -> Accep
 def _record(run: Run, plan: CalibrationPlan, quantizer: Quantizer, folder: Path) -> None:
     """Note beside the model what it was made of."""
     manifest = run.manifest()
-    record = {
-        "base": manifest["base"],
-        "data": manifest["data"],
-        "versions": {**versions(), **quantizer.process.versions},
-        "seed": plan.seed,
-    }
-    if plugin := manifest["plugin"]:
-        record["plugin"] = plugin | {"path": Path(plugin["path"]).name}
-    write_json(folder / "calibration.json", record)
+    assert manifest is not None
+    record = CalibrationRecord(
+        base=manifest.base,
+        data=manifest.data,
+        versions={**versions(), **quantizer.process.versions},
+        seed=plan.seed,
+        plugin=manifest.plugin and manifest.plugin.model_copy(update={"path": Path(manifest.plugin.path).name}),
+    )
+    write_json(folder / "calibration.json", record.model_dump(mode="json"))
 
 
 def _report(
@@ -108,7 +110,7 @@ def _report(
         scheme=plan.scheme_facts(),
         quantized_layers=len(quantizer.quantized_layers),
         skipped_layers=quantizer.skipped_layers,
-        calibration=asdict(plan.data.audit) if plan.data.audit else None,
+        calibration=plan.data.audit.model_dump() if plan.data.audit else None,
         warnings=list(plan.data.warnings),
         verify_rows=len(plan.data.verify),
         verify_tokens=int(unquantized.tokens.sum()),

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from qft.commands.calibrate import find_plan
+from qft.documents.plan import CalibrationCheck, PlanDocument
 from qft.measure.harness import asked_tasks, check_tasks
 from qft.plan import make_plan
 from qft.recipe import LoadedRecipe
@@ -12,14 +11,12 @@ from qft.recipe import LoadedRecipe
 __all__ = ["planned"]
 
 
-def planned(loaded: LoadedRecipe) -> dict[str, Any]:
-    """Facts of the training, and under `calibration` those of the calibration; of what the recipe has sections for."""
-
+def planned(loaded: LoadedRecipe) -> PlanDocument | CalibrationCheck:
+    """The plan of the training, and within it that of the calibration; of what the recipe has sections for."""
     check_tasks(asked_tasks(loaded))
     calibrates = loaded.recipe.calibrate is not None
-    facts: dict[str, Any] = {}
-    encoded = None
-    if not calibrates or any(loaded.has(section) for section in ("train", "adapter", "quant")):
-        plan = make_plan(loaded)
-        facts, encoded = plan.facts(), plan.data
-    return facts | ({"calibration": find_plan(loaded, encoded)[0].facts()} if calibrates else {})
+    if calibrates and not any(loaded.has(section) for section in ("train", "adapter", "quant")):
+        return CalibrationCheck(calibration=find_plan(loaded)[0].document())
+    plan = make_plan(loaded)
+    calibration = find_plan(loaded, plan.data)[0].document() if calibrates else None
+    return plan.document().model_copy(update={"calibration": calibration})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,9 +28,6 @@ Show = Callable[[str], None]
 
 UNFINISHED = "\ufffd"
 """What a decoder writes for the bytes of a character that is not whole yet."""
-
-
-SMALLER_CHAT = "Start anew with /reset, lower --max-new-tokens, or hold the base in fewer bits (TARGET@nf4)"
 
 
 @dataclass(frozen=True)
@@ -129,7 +126,7 @@ class Conversation:
         input_ids = torch.tensor([ids], device=next(model.parameters()).device)
         started, interrupted = time.perf_counter(), False
         try:
-            with memory_guard("answering", SMALLER_CHAT), torch.inference_mode():
+            with memory_guard("answering", self._smaller(model)), torch.inference_mode():
                 model.generate(
                     input_ids=input_ids,
                     attention_mask=torch.ones_like(input_ids),
@@ -143,6 +140,13 @@ class Conversation:
         if writer.text or not interrupted:
             self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": writer.text}]
         return Reply(writer.text, len(writer.ids), seconds, ended=writer.ended, interrupted=interrupted)
+
+    def _smaller(self, model: Any) -> Iterator[str]:
+        if not getattr(model, "is_loaded_in_4bit", False):
+            yield "hold the base in 4 bits (TARGET@nf4)"
+        if self.messages:
+            yield "start anew with /reset"
+        yield f"lower --max-new-tokens ({self.options.max_new_tokens})"
 
     def generation_config(self, model: Any) -> GenerationConfig:
         """Stops as those of `qft eval`; greedy too, or drawn as the options say."""

@@ -103,7 +103,7 @@ def evaluate(names: Sequence[str], options: EvalOptions, view: View) -> EvalDocu
     plans = [target.plan() for target in targets]
     _require_one_tokenizer(targets, plans)
     evalset = eval_set(
-        recipe,
+        recipe.having(data=plans[0].rows_for(recipe.data)),
         plans[0].tokenizer,
         data=options.data,
         kept=first.rows,
@@ -120,7 +120,7 @@ def evaluate(names: Sequence[str], options: EvalOptions, view: View) -> EvalDocu
         for target, plan in zip(targets, plans, strict=True):
             view.note(f"Evaluating {target.name}")
             role = "write" if target.name == options.reference else "against"
-            with memory_guard(f"evaluating {target.name}"):
+            with memory_guard(f"evaluating {target.name}", _smaller(plan, recipe, options)):
                 found = _measure(target, plan, evalset, recipe, metrics, options, {role: store} if store else {})
                 if tasks:
                     view.note(f"  asking lm-evaluation-harness: {', '.join(Path(task).name for task in tasks)}")
@@ -149,6 +149,15 @@ def evaluate(names: Sequence[str], options: EvalOptions, view: View) -> EvalDocu
     if options.out:
         _write(options.out, document, measured, evalset)
     return document
+
+
+def _smaller(plan: ModelPlan, recipe: Recipe, options: EvalOptions) -> Iterator[str]:
+    """What lets the evaluation of a target take less."""
+    if plan.scheme.name in ("none", "8bit"):
+        yield "hold the base in 4 bits (TARGET@nf4)"
+    for name, rows in [("--batch-size", options.batch_size), ("eval.batch_size", recipe.eval.batch_size)]:
+        if rows > 1:
+            yield f"lower {name} ({rows})"
 
 
 def _require_metrics(metrics: Sequence[str], recipe: Recipe) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from qft.calibration.skip_auto import choose_skip_modules, skipped_before
 from qft.data.encoded import write_rows
+from qft.documents.manifest import Manifest
 from qft.documents.training import Report, SkippedModules
 from qft.files import write_json, write_text
 from qft.measure.scores import Answer
@@ -31,9 +32,10 @@ def train(loaded: LoadedRecipe, view: View, *, resume: bool = False, overwrite: 
     started = time.perf_counter()
     check_folder(Path(loaded.recipe.output_dir), resume=resume, overwrite=overwrite)
     plan, skipped = _plan(loaded, view, resume=resume)
-    run = start_run(plan, resume=resume, overwrite=overwrite)
+    room = (plan.checkpoint_bytes, "its checkpoints")
+    run = start_run(plan.recipe, plan.document(), *room, resume=resume, overwrite=overwrite)
     if skipped:
-        run.set_status("running", skipped_modules=skipped.model_dump(mode="json"))
+        run.note(Manifest(status="running", skipped_modules=skipped))
     recorder = Recorder(plan, view, started, skipped)
     with run.failure_noted():
         write_rows(run.rows, plan.data.asked())

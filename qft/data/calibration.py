@@ -19,11 +19,12 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from qft.data.prepare import Prepared, prepare
+from qft.documents.plan import Audit
 from qft.errors import DataError
 from qft.recipe import Recipe
 from qft.recipe.schema import CalibrateSection
 
-__all__ = ["Audit", "CalibrationData", "calibration_data"]
+__all__ = ["CalibrationData", "calibration_data"]
 
 Ints = NDArray[np.int64]
 Strings = NDArray[np.str_]
@@ -41,34 +42,6 @@ NARROW_SHARE, NARROW_TOKENS = 0.02, 1000
 (of bytes, say) has few tokens however wide the text is."""
 MANY_DUPLICATES = 0.2
 """Share of rows that say nothing new: from here on the set is noticeably smaller than it looks."""
-
-
-@dataclass(frozen=True)
-class Audit:
-    """What the windows are made of."""
-
-    rows: int
-    """Rows drawn."""
-    windows: int
-    window_tokens: int
-    """Tokens of each window."""
-    tokens: int
-    """In all windows."""
-    row_length_p5: int
-    """Percentiles of the drawn rows' lengths, in tokens."""
-    row_length_p50: int
-    row_length_p95: int
-    distinct_tokens: int
-    vocabulary_share: float
-    """distinct_tokens / tokens that the tokenizer knows."""
-    duplicate_rows: int
-    """Drawn rows whose tokens are those of another one drawn before."""
-    truncated_rows: int
-    """Drawn rows of more than calibrate.max_length tokens, of which the first so many count."""
-    by_source: dict[str, int]
-    """Rows drawn, by the path of their source."""
-    sha256: str
-    """Of the windows' ids in their order, as little-endian int32."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +94,7 @@ def _encode(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, calibrate: Calib
         # As in the training, so that data.eval_fraction holds the same rows out.
         policy = "skip" if data.on_too_long == "skip" else "truncate"
         return prepare(data.having(on_too_long=policy), tokenizer, seed)
+    assert data.max_length != "auto"  # the plan has decided
     # One token more than a window takes tells a row that is cut from one that just fits.
     longest = max(data.max_length, calibrate.max_length + 1)
     changed = data.having(train=calibrate.data, on_too_long="truncate", max_length=longest)

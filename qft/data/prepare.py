@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from typing import Any
@@ -17,11 +17,12 @@ from qft.data.encoded import COLUMNS, EncodedRows
 from qft.data.formats import FORMATS, detect
 from qft.data.sources import BadRow, Rows, decode, open_source, place
 from qft.data.template import IGNORED, Encoder, TooLong
+from qft.documents.plan import SourceFacts
 from qft.errors import DataError
 from qft.recipe import Source
 from qft.recipe.schema import DataSection
 
-__all__ = ["KEPT", "Prepared", "SourceFacts", "held_out", "prepare"]
+__all__ = ["KEPT", "Prepared", "held_out", "prepare"]
 
 SHOWN = 10
 """Bad rows that a message lists."""
@@ -34,27 +35,6 @@ FEATURES = Features({**COLUMNS, "status": Value("string"), "reason": Value("stri
 Ints = NDArray[np.int64]
 Chosen = tuple[Rows, Sequence[int]]
 """A source, and which of its rows are encoded."""
-
-
-@dataclass(frozen=True)
-class SourceFacts:
-    """What one source held."""
-
-    path: str
-    part: str
-    """train or eval"""
-    format: str
-    rows: int
-    """Rows that are used, before weighting and splitting."""
-    skipped: int
-    truncated: int
-    tokens: int
-    supervised_tokens: int
-    longest: int
-    """Tokens of the longest row."""
-    digest: str | None
-    unit: str
-    weight: float
 
 
 @dataclass(frozen=True)
@@ -73,9 +53,6 @@ class Prepared:
     def place(self, source: int, row: int) -> str:
         """`file:line` of a row, by its source and row columns."""
         return place(*self.places[source], row)
-
-    def facts(self) -> list[dict[str, Any]]:
-        return [asdict(source) for source in self.sources]
 
     def asked(self) -> EncodedRows:
         """The rows that the trained model is asked: those held out, else the first KEPT of the training."""
@@ -150,6 +127,7 @@ def _encode_all(
     """Of each source, by its number, the chosen rows that can be used, and its facts. Raises DataError listing the rows
     that must stop the run."""
     disable_caching()
+    assert data.max_length != "auto"  # the plan has decided
     encoder = Encoder(tokenizer, data.max_length, data.on_too_long, data.loss_on)
     stops = [kind for kind, policy in (("bad", data.on_bad_row), ("too long", data.on_too_long)) if policy == "stop"]
     usable, facts, bad = [], [], []

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from qft.documents.evaluation import LayerError, Score
-from qft.documents.part import Part
+from qft.documents.manifest import Base, PluginFile
+from qft.documents.part import Bytes, Nats, Part, Seconds, Share, Stored, Tokens, TokensPerSecond
 
-__all__ = ["Attempt", "CalibrationReport", "Check"]
+__all__ = ["Attempt", "CalibrationRecord", "CalibrationReport", "Check"]
 
 
 class Attempt(Part):
@@ -15,20 +16,20 @@ class Attempt(Part):
 
     kept: dict[str, int]
     """Layers that the remedy holds in more bits: bits by name."""
-    weight_bytes: int
+    weight_bytes: Bytes
     """Of all weights as written."""
     perplexity: Score
     """Of the quantized model, over the supervised tokens."""
     perplexity_change: Score
     """Perplexity over that of the unquantized model, minus 1; paired by rows."""
-    kl_mean: float
+    kl_mean: Nats
     """Mean KL divergence of the next-token distributions from the unquantized model's, in nats."""
     kl_interval: Score
     """The mean, with its interval over rows."""
-    kl_p99: float
-    top1_agreement: float
+    kl_p99: Nats
+    top1_agreement: Share
     """Share of tokens at which both models find the same token most likely."""
-    scores: dict[str, float] = {}
+    scores: dict[str, Share] = {}
     """Task scores, by the names in eval.metrics; taken where calibrate.accept.score_drop asks for them."""
 
 
@@ -61,32 +62,47 @@ class CalibrationReport(Part):
     """The audit of the calibration windows; None if the engine looks at none."""
     warnings: list[str]
     verify_rows: int
-    verify_tokens: int
+    verify_tokens: Tokens
     perplexity_before: Score
     """Of the unquantized model, on the same rows."""
-    scores_before: dict[str, float] = {}
+    scores_before: dict[str, Share] = {}
     attempts: list[Attempt]
     """The last one is the result."""
     checks: list[Check]
     """Of the last attempt."""
     accepted: bool
-    bytes_before: int
+    bytes_before: Bytes
     """Of all weights in the dtype that they were computed in."""
-    bytes_after: int
+    bytes_after: Bytes
     layers: list[LayerError]
     """Of the last attempt, on the verification rows. Empty for AWQ and SmoothQuant, which scale a layer's inputs and
     weights against each other: no layer alone is near what it was."""
-    peak_bytes: int
+    peak_bytes: Bytes
     """Largest memory, beyond what was held before: of the GPU's allocator, or of the process on a CPU. Where
     the engine has a process of its own, the larger one's."""
-    peak_host_bytes: int
+    peak_host_bytes: Bytes
     """Largest resident set of the process, or of the engine's own if that is larger."""
-    block_seconds: list[float]
+    block_seconds: list[Seconds]
     """Time of each block that this process quantized; empty with engines that take the whole model at once."""
-    tokens_per_second: float
+    tokens_per_second: TokensPerSecond
     """Calibration and verification tokens times blocks, over the time of the blocks; 0 without blocks."""
-    wall_seconds: float
+    wall_seconds: Seconds
     seed: int
     versions: dict[str, str | None]
     result: str | None
     """Folder of the quantized model; None if it was refused."""
+
+
+class CalibrationRecord(Stored):
+    """calibration.json beside a quantized model: what it was made from, and by what."""
+
+    schema_version: Literal[1] = 1
+    kind: Literal["calibration-record"] = "calibration-record"
+    base: Base | None
+    data: dict[str, str | None] | None
+    """SHA-256 of each source by its path; None where it has no file of its own."""
+    versions: dict[str, str | None]
+    """Of what the result depends on, by name; None: not installed."""
+    seed: int
+    plugin: PluginFile | None = None
+    """The code of quant.plugin, its path without the folders of this machine; None with other engines."""

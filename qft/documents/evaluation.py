@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from qft.documents.part import Part
+from qft.documents.part import Bits, Bytes, Decibels, Nats, Part, Seconds, Share, Tokens, TokensPerSecond
 
 __all__ = ["EvalDocument", "HarnessResult", "LayerError", "Score", "SourceResult", "TargetResult"]
 
@@ -28,7 +28,7 @@ class SourceResult(Part):
 
     source: str
     perplexity: float
-    eval_tokens: int
+    eval_tokens: Tokens
 
 
 class LayerError(Part):
@@ -41,11 +41,11 @@ class LayerError(Part):
     """Name within its block: q_proj, down_proj, …"""
     weight_error: float
     """Norm of the difference of the weights, over the norm of the reference's."""
-    output_snr_db: float
+    output_snr_db: Decibels
     """Signal to noise of the layer's output on real activations, in decibels; higher is better."""
-    outlier_share: float
+    outlier_share: Share
     """Share of the input's magnitudes above six times their root mean square."""
-    bytes: int
+    bytes: Bytes
     """What the layer takes as the target holds it."""
 
 
@@ -75,17 +75,17 @@ class TargetResult(Part):
     perplexity: float
     """exp of the mean negative log likelihood over eval_tokens."""
     perplexity_interval: Score
-    bits_per_byte: float
+    bits_per_byte: Bits
     """Negative log likelihood in bits, over the bytes of the scored text."""
-    eval_tokens: int
+    eval_tokens: Tokens
     """Tokens whose likelihood was taken."""
-    kl_mean: float | None = None
+    kl_mean: Nats | None = None
     """Mean Kullback-Leibler divergence of the next-token distributions from the reference's, in nats."""
-    kl_p99: float | None = None
+    kl_p99: Nats | None = None
     """Its 99th percentile over tokens."""
-    top1_agreement: float | None = None
+    top1_agreement: Share | None = None
     """Share of tokens at which this model and the reference find the same token most likely."""
-    kl_tokens: int = 0
+    kl_tokens: Tokens = 0
     """Tokens over which the three above were taken."""
     perplexity_change: Score | None = None
     """Perplexity over the reference's, minus 1; paired by rows."""
@@ -96,16 +96,16 @@ class TargetResult(Part):
     by_source: list[SourceResult] = []
     harness: list[HarnessResult] = []
     """Tasks of eval.harness and --harness."""
-    prefill_tokens_per_second: float
+    prefill_tokens_per_second: TokensPerSecond
     """Reading a prompt."""
-    decode_tokens_per_second: float
+    decode_tokens_per_second: TokensPerSecond
     """Writing an answer, one row at a time."""
-    peak_bytes: int
+    peak_bytes: Bytes
     """Largest memory while it was evaluated, the harness aside, beyond what was held before it was loaded; of the GPU
     or the process."""
-    weight_bytes: int
+    weight_bytes: Bytes
     """Weights in memory, scales included."""
-    disk_bytes: int
+    disk_bytes: Bytes
     """Files that the target is loaded from, adapter included."""
     layers: list[LayerError] = []
 
@@ -118,9 +118,9 @@ class EvalDocument(Part):
     data: list[str]
     """Where the rows came from."""
     rows: int
-    window: int | None
+    window: Tokens | None
     """Tokens of a window over plain text; None where each row is scored by itself."""
-    stride: int | None
+    stride: Tokens | None
     """Tokens from one window to the next."""
     reference: str | None
     """Name of the target that the others are compared with."""
@@ -128,4 +128,4 @@ class EvalDocument(Part):
     seed: int
     versions: dict[str, str | None]
     targets: list[TargetResult]
-    wall_seconds: float
+    wall_seconds: Seconds

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from qft.documents.part import Part
+from qft.documents.part import Bytes, Part, Tokens
 
 __all__ = ["ExportDocument", "Gate", "GateCheck", "LoadCheck", "Pushed", "Registered"]
 
@@ -30,7 +30,7 @@ class Gate(Part):
     """What loaded the artifact for the comparison."""
     rows: int
     """Rows of the recipe on which both models were asked."""
-    tokens: int
+    tokens: Tokens
     """Learnt tokens of these rows, over which distributions were compared."""
     worst_weight: str | None = None
     """Where a comparison missed: the weight that is farthest from what it should be, with its signal-to-noise ratio."""
@@ -67,7 +67,7 @@ class ExportDocument(Part):
     """The run that it comes from."""
     passed: bool | None
     """gate.passed."""
-    bytes: int
+    bytes: Bytes
     """Of all files that are listed in sha256."""
     sha256: dict[str, str]
     """Of each file but export.json and README.md, by its name within the folder."""

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import ValidationError
 
-from qft.documents.part import Part
+from qft.documents.part import Bits, Bytes, Nats, Part, Seconds, Share, Tokens, TokensPerSecond
 from qft.errors import MissingError, RunError
 
 __all__ = ["Evaluation", "Report", "SkippedModules", "read_report"]
@@ -27,55 +27,55 @@ class ModelPart(Part):
     """Dtype of the weights that are not quantized."""
     parameters: int
     trainable_parameters: int
-    trainable_share: float
+    trainable_share: Share
     """trainable_parameters / parameters."""
-    bits_per_weight: float
+    bits_per_weight: Bits
     """Bits of memory for each of the base's parameters, scales included."""
 
 
 class Throughput(Part):
     """Over the steps after the first, evaluations and checkpoints aside. Padding does not count."""
 
-    tokens_per_second: float
+    tokens_per_second: TokensPerSecond
     samples_per_second: float
-    step_seconds_p50: float
-    step_seconds_p95: float
-    padding_share: float
+    step_seconds_p50: Seconds
+    step_seconds_p95: Seconds
+    padding_share: Share
     """Share of the computed tokens that were padding."""
-    history: list[tuple[int, float]]
+    history: list[tuple[int, TokensPerSecond]]
     """[step, tokens per second]."""
 
 
 class Components(Part):
     """Bytes of each part, as held by this run."""
 
-    base_weights: int
+    base_weights: Bytes
     """Frozen weights and buffers, with the scales of quantized ones."""
-    trainable_weights: int
+    trainable_weights: Bytes
     """Adapter, or all weights."""
-    gradients: int
-    optimizer_state: int
-    activations: int
+    gradients: Bytes
+    optimizer_state: Bytes
+    activations: Bytes
     """What the peak holds beside the above: activations, logits and workspace."""
 
 
 class Memory(Part):
     """Bytes. Of the GPU: allocated by tensors; of the host: resident set of the process."""
 
-    peak_gpu_bytes: int
+    peak_gpu_bytes: Bytes
     """0 without a GPU."""
-    peak_gpu_reserved_bytes: int
+    peak_gpu_reserved_bytes: Bytes
     """What the allocator held at its peak."""
-    peak_host_bytes: int
-    device_bytes: int
+    peak_host_bytes: Bytes
+    device_bytes: Bytes
     """Memory that the device has."""
-    after_load_bytes: int
+    after_load_bytes: Bytes
     """On the device that trains, as are the two below."""
-    after_first_step_bytes: int
-    at_end_bytes: int
+    after_first_step_bytes: Bytes
+    at_end_bytes: Bytes
     growing: bool
     """Whether the memory after a step kept growing to the end: a leak."""
-    history: list[tuple[int, int, int]]
+    history: list[tuple[int, Bytes, Bytes]]
     """[step, bytes after it, largest so far], on the device that trains."""
     components: Components
 
@@ -83,22 +83,22 @@ class Memory(Part):
 class Checkpointing(Part):
     """What gradient checkpointing did, measured on one block and its first batch."""
 
-    saved_bytes: int
+    saved_bytes: Bytes
     """What all blocks would keep for the backward pass without it."""
-    cost_share: float
+    cost_share: Share
     """Time of computing the blocks again, over the rest of the step."""
 
 
 class Loss(Part):
     """Mean over the supervised tokens of a step."""
 
-    first: float
-    last: float
+    first: Nats
+    last: Nats
     """Mean of the last tenth of the steps."""
-    lowest: float
+    lowest: Nats
     spikes: int
     """Steps whose loss rose by more than four times the usual change from step to step."""
-    history: list[tuple[int, float, float, float]]
+    history: list[tuple[int, Nats, float, float]]
     """[step, loss, learning rate, gradient norm before clipping]."""
 
 
@@ -106,14 +106,14 @@ class Evaluation(Part):
     """Held-out rows."""
 
     step: int
-    loss: float
+    loss: Nats
     """Mean over the supervised tokens."""
     perplexity: float
     """exp(loss)."""
-    tokens: int
+    tokens: Tokens
     """Supervised tokens."""
     rows: int
-    scores: dict[str, float] = {}
+    scores: dict[str, Share] = {}
     """Shares, by the names in eval.metrics."""
 
 
@@ -127,26 +127,26 @@ class Evaluations(Part):
 class Phases(Part):
     """Share of the training time, in sum 1."""
 
-    data: float
-    forward: float
-    backward: float
-    optimizer: float
+    data: Share
+    forward: Share
+    backward: Share
+    optimizer: Share
 
 
 class SkippedModules(Part):
     """Layers that quant.skip_modules auto left unquantized, and what that is expected to buy. Bytes throughout."""
 
     names: list[str]
-    budget_bytes: int
-    linear_bytes_before: int
+    budget_bytes: Bytes
+    linear_bytes_before: Bytes
     """Of all quantized linear layers, as measured."""
-    linear_bytes_after: int
+    linear_bytes_after: Bytes
     """The same with `names` in 16 bits, predicted."""
     rows: int
     """Training rows on which it was measured."""
-    kl_before: float
+    kl_before: Nats
     """Mean KL divergence from the unquantized model's next-token distributions, in nats, all layers quantized."""
-    kl_after: float
+    kl_after: Nats
     """The same with `names` unquantized."""
     perplexity_unquantized: float
     perplexity_before: float
@@ -172,17 +172,17 @@ class Report(Part):
     """None where it is off."""
     loss: Loss
     eval: Evaluations
-    lengths: list[tuple[int, int]]
+    lengths: list[tuple[Tokens, int]]
     """Histogram of the training rows: [longest of the bin in tokens, rows]."""
     steps: int
     """Optimizer steps of this call (a resumed run counts from its checkpoint)."""
     skipped_steps: int
     """Updates that were not made because a number was not finite."""
     samples: int
-    tokens: int
+    tokens: Tokens
     """Tokens trained on, padding aside."""
-    supervised_tokens: int
-    wall_seconds: float
+    supervised_tokens: Tokens
+    wall_seconds: Seconds
     """From the command to the report: loading, training, evaluations and checkpoints."""
     advice: list[str]
 

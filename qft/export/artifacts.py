@@ -125,6 +125,8 @@ def _document(
     job: Job, name: str, folder: Path, told: Path, gate: Gate, quantization: dict[str, Any] | None
 ) -> ExportDocument:
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in SIDE)
+    base = job.run.base
+    assert base is not None  # the run is complete
     return ExportDocument(
         target=name,
         path=str(told),
@@ -132,7 +134,7 @@ def _document(
         passed=gate.passed,
         bytes=sum(path.stat().st_size for path in files),
         sha256={str(path.relative_to(folder)): sha256(path) for path in files},
-        base=job.run.manifest()["base"],
+        base=base.model_dump(),
         merge_into=job.merge_into if EXPORTERS[name].merges else None,
         dtype=job.dtype,
         quantization=quantization,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import yaml
 
 from qft.documents.export import ExportDocument
+from qft.documents.plan import PlanDocument
 from qft.documents.training import read_report
 from qft.errors import QftError
 from qft.export.job import Job
@@ -35,7 +35,7 @@ def model_card(job: Job, exporter: Exporter, document: ExportDocument) -> str:
 def _metadata(job: Job, exporter: Exporter, document: ExportDocument) -> dict[str, Any]:
     license_ = _license(job)
     return {
-        **({"base_model": _base(job)} if job.run.manifest().get("base", {}).get("commit") else {}),
+        **({"base_model": _base(job)} if job.run.base and job.run.base.commit else {}),
         "library_name": exporter.library,
         **({"license": license_} if license_ else {}),
         "pipeline_tag": "text-generation",
@@ -44,7 +44,7 @@ def _metadata(job: Job, exporter: Exporter, document: ExportDocument) -> dict[st
 
 
 def _base(job: Job) -> str:
-    return without_folders(str(job.run.manifest().get("base", {}).get("path", job.plan.checkpoint.path)))
+    return without_folders(job.run.base.path if job.run.base else job.plan.checkpoint.path)
 
 
 def without_folders(base: str) -> str:
@@ -55,10 +55,10 @@ def without_folders(base: str) -> str:
 def _license(job: Job) -> str | None:
     """Of the base, if its own card tells."""
     card = job.plan.checkpoint.folder / "README.md"
-    found = re.match(r"---\n(.*?)\n---", card.read_text("utf-8"), re.DOTALL) if card.is_file() else None
-    values = yaml.safe_load(found[1]) if found else None
-    told = values.get("license") if isinstance(values, dict) else None
-    return told if isinstance(told, str) else None
+    front = re.match(r"---\n(.*?)\n---", card.read_text("utf-8"), re.DOTALL) if card.is_file() else None
+    values = yaml.safe_load(front[1]) if front else None
+    license_ = values.get("license") if isinstance(values, dict) else None
+    return license_ if isinstance(license_, str) else None
 
 
 def _origin(job: Job, document: ExportDocument) -> str:
@@ -86,12 +86,12 @@ def _data(job: Job) -> str:
     """Counts, of the plan and of the run's report; no contents and no paths."""
     try:
         report = read_report(job.run.folder)
-        planned = json.loads((job.run.folder / "plan.json").read_text("utf-8"))["data"]
-    except (QftError, OSError, ValueError, KeyError):
+        data = PlanDocument.model_validate_json((job.run.folder / "plan.json").read_bytes()).data
+    except (QftError, OSError, ValueError):
         return "The run has no record of its data."
-    formats = ", ".join(dict.fromkeys(source["format"] for source in planned["sources"]))
+    formats = ", ".join(dict.fromkeys(source.format for source in data.sources))
     return (
-        f"{planned['train_rows']:,} training rows ({formats}) and {planned['eval_rows']:,} held out. Trained on "
+        f"{data.train_rows:,} training rows ({formats}) and {data.eval_rows:,} held out. Trained on "
         f"{report.samples:,} rows and {report.tokens:,} tokens, {report.supervised_tokens:,} of them learnt, in "
         f"{report.steps:,} optimizer steps."
     )

@@ -104,7 +104,8 @@ def load_run(folder: Path, overrides: Sequence[str]) -> LoadedRecipe:
 def find_job(folder: Path, loaded: LoadedRecipe, options: ExportOptions, view: View) -> Job:
     """What a run is to an exporter. Raises RunError if it did not complete."""
     run = Run(folder)
-    status = run.manifest().get("status")
+    manifest = run.manifest()
+    status = manifest.status if manifest else None
     if status != "complete":
         raise RunError(f"{folder}: the run is {status}, not complete; finish it with `qft train --resume`")
     target = parse_target(str(folder), adapter=None, data=None)

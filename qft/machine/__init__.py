@@ -1,1 +1,1 @@
-"""What this machine is, and how its libraries are kept quiet."""
+"""What this machine is, and how its libraries are set up."""

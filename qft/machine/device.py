@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -69,10 +69,9 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def describe(device: Device) -> dict[str, Any]:
-    """The hardware, for a manifest."""
+def describe() -> dict[str, Any]:
+    """The host, for a manifest."""
     return {
-        "device": asdict(device),
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
         "host_bytes": psutil.virtual_memory().total,

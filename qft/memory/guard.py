@@ -1,37 +1,75 @@
-"""An allocator's failure as one message that says what to change."""
+"""An allocator's failure as one message that says what to change, of what the recipe has not done yet."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 
 from qft.errors import OutOfMemoryError
+from qft.recipe import Recipe
+from qft.recipe.schema import CalibrateSection
 
-__all__ = ["memory_guard"]
-
-
-SMALLER_TRAINING = (
-    "Lower train.per_device_train_batch_size (and raise gradient_accumulation_steps by as much), lower "
-    "data.max_length, set train.gradient_checkpointing: true, or hold the base in fewer bits (quant.mode: 4bit)"
-)
+__all__ = ["memory_guard", "smaller_base", "smaller_calibration", "smaller_training"]
 
 
 @contextmanager
-def memory_guard(what: str, remedy: str = SMALLER_TRAINING) -> Iterator[None]:
-    """Turn an allocator's failure into one message that says what to change."""
+def memory_guard(what: str, remedies: Iterable[str]) -> Iterator[None]:
+    """Turn an allocator's failure into one message; `remedies` are what is left to do, the largest gain first."""
     try:
         yield
     except (torch.cuda.OutOfMemoryError, MemoryError) as error:
-        raise OutOfMemoryError(_out_of_memory(what, remedy, error)) from error
+        raise OutOfMemoryError(_message(what, remedies, error)) from error
     except RuntimeError as error:
         if "can't allocate memory" not in str(error):
             raise
-        raise OutOfMemoryError(_out_of_memory(what, remedy, error)) from error
+        raise OutOfMemoryError(_message(what, remedies, error)) from error
 
 
-def _out_of_memory(what: str, remedy: str, error: BaseException) -> str:
-    return (
-        f"out of memory while {what}: {str(error).splitlines()[0] if str(error) else 'the host has no more'}. {remedy}"
-    )
+def smaller_base(recipe: Recipe, scheme: str) -> Iterator[str]:
+    """What lets a base, held by `scheme`, take less."""
+    if recipe.adapter.kind == "none":
+        yield "train adapters instead of all weights (adapter.kind: lora)"
+    elif scheme in ("none", "8bit"):
+        yield "hold the base in 4 bits (quant.mode: 4bit)"
+    elif scheme == "4bit" and not recipe.quant.double_quant:
+        yield "set quant.double_quant: true"
+
+
+def smaller_training(recipe: Recipe, scheme: str) -> Iterator[str]:
+    """What lets a training take less. A base that was loaded has its place: it is the activations that grow."""
+    train = recipe.train
+    if recipe.adapter.kind == "none":
+        yield from smaller_base(recipe, scheme)
+        if train.optim.startswith(("adamw_torch", "paged_adamw_32bit")):
+            yield "set train.optim: adamw_8bit"
+    if not train.gradient_checkpointing:
+        yield "set train.gradient_checkpointing: true"
+    if train.per_device_train_batch_size > 1:
+        yield (
+            f"lower train.per_device_train_batch_size ({train.per_device_train_batch_size}) and raise "
+            "train.gradient_accumulation_steps by as much"
+        )
+    if recipe.adapter.kind == "lora":
+        yield from smaller_base(recipe, scheme)
+    yield "lower data.max_length"
+
+
+def smaller_calibration(calibrate: CalibrateSection) -> Iterator[str]:
+    """What lets a calibration take less."""
+    if calibrate.samples > 1:
+        yield f"lower calibrate.samples ({calibrate.samples})"
+    yield f"lower calibrate.max_length ({calibrate.max_length})"
+
+
+def _message(what: str, remedies: Iterable[str], error: BaseException) -> str:
+    steps = "; ".join(remedies) or "take a smaller model, or a device with more memory"
+    return f"out of memory while {what}: {_first_sentence(error)} What helps, the most first: {steps}"
+
+
+def _first_sentence(error: BaseException) -> str:
+    """The first that speaks of memory: some allocators begin with a line of their source."""
+    sentences = re.split(r"(?<=\.)\s+", str(error) or "The host has no more.")
+    return next((sentence for sentence in sentences if "memory" in sentence), sentences[0])

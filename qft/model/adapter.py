@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from qft.checkpoint.weights import read_weights
 from qft.errors import ModelError
 from qft.files import atomic_folder
-from qft.memory.guard import memory_guard
+from qft.memory.guard import memory_guard, smaller_base
 from qft.plan import Plan
 from qft.quant.dequantize import dequantized_weight, is_quantized
 
@@ -31,7 +31,7 @@ def attach_adapter(model: PreTrainedModel, plan: Plan) -> PeftModel | PreTrained
         model.enable_input_require_grads()
     if plan.lora is None:
         return model.requires_grad_(True)
-    with memory_guard("attaching the adapters"):
+    with memory_guard("attaching the adapters", smaller_base(plan.recipe, plan.model.scheme.name)):
         adapted = get_peft_model(model, LoraConfig(**plan.lora))
         if plan.model.checkpoint.gguf_file:
             # Else peft would ask the hub for the base's config at each checkpoint.

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from qft.checkpoint.weights import dequantized
 from qft.errors import ModelError, QftError
-from qft.memory.guard import memory_guard
+from qft.memory.guard import memory_guard, smaller_base
 from qft.plan import ModelPlan
 
 __all__ = ["generation_config", "load_base"]
@@ -17,7 +17,7 @@ __all__ = ["generation_config", "load_base"]
 
 def load_base(plan: ModelPlan) -> PreTrainedModel:
     """The base model on its device, quantized as planned, its other weights in plan.dtype."""
-    with memory_guard("loading the model"):
+    with memory_guard("loading the model", smaller_base(plan.recipe, plan.scheme.name)):
         try:
             model = _load(plan)
         except QftError:

@@ -90,7 +90,7 @@ def parse_target(text: str, *, adapter: Path | None, data: str | None) -> Target
     if adapter is not None and not (adapter / "adapter_config.json").is_file():
         raise MissingError(f"{adapter}: holds no adapter (adapter_config.json)")
     run = Run(Path(path))
-    is_run = bool(run.manifest())
+    is_run = run.manifest() is not None
     return Target(
         name=text,
         loaded=_held_as(loaded, variant),
@@ -150,15 +150,16 @@ def _held_as(loaded: LoadedRecipe, variant: str) -> LoadedRecipe:
 
 def require_same_base(adapter: Path, plan: ModelPlan) -> None:
     """An adapter of a run knows the hashes of its base, and of the plugin that quantized it."""
-    known = Run(adapter.parent).manifest().get("base", {}).get("sha256")
-    if known and known != plan.checkpoint.digests():
+    base = Run(adapter.parent).base
+    if base and base.sha256 and base.sha256 != plan.checkpoint.digests():
         raise ModelError(f"{adapter}: was trained on another base than {plan.checkpoint.path} (their hashes differ)")
     _require_same_plugin(adapter, plan, "trained")
 
 
 def _require_same_plugin(part: Path, plan: ModelPlan, made: str) -> None:
     """What a run has made (its adapter, its model) belongs to the plugin as it was then."""
-    plugin = Run(part.parent).manifest().get("plugin")
+    manifest = Run(part.parent).manifest()
+    plugin = manifest.plugin if manifest else None
     now = plan.scheme.plugin
-    if plugin and now and plugin["path"] == now.path and plugin["sha256"] != now.sha256:
+    if plugin and now and plugin.path == now.path and plugin.sha256 != now.sha256:
         raise ModelError(f"{part}: quant.plugin ({now.path}) has changed since this was {made}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -11,6 +11,7 @@ from torch import nn
 from qft.checkpoint.skeleton import find_blocks, without_contents
 from qft.data.calibration import CalibrationData, calibration_data
 from qft.data.prepare import Prepared
+from qft.documents.plan import CalibrationPart, CalibrationPlanDocument, LayerPart
 from qft.machine.device import Device
 from qft.plan.model import ModelPlan, Problem, plan_model, refuse, require_device
 from qft.plan.packages import missing_engine, missing_packages
@@ -70,18 +71,23 @@ class CalibrationPlan:
         scheme = next(scheme for scheme in self.schemes.values() if scheme)
         return scheme.facts() | ({"algorithm": self.algorithm} if self.algorithm else {})
 
-    def facts(self) -> dict[str, Any]:
-        """The plan as plain values, for `qft check --json` and the run folder."""
-        return {
-            "device": asdict(self.model.device),
-            "model": self.model.facts(),
-            "engine": self.calibrate.engine,
-            "algorithm": self.algorithm,
-            "schemes": {name: scheme and scheme.facts() for name, scheme in self.schemes.items()},
-            "quantization": self.quantized and self.quantized.scheme.facts(),
-            "data": {"audit": self.data.audit and asdict(self.data.audit), "warnings": list(self.data.warnings)}
-            | {"verify_rows": len(self.data.verify)},
-        }
+    def document(self) -> CalibrationPlanDocument:
+        """For `qft check --json` and the run folder."""
+        rows = self.data
+        return CalibrationPlanDocument(
+            device=self.model.device_part,
+            model=self.model.model_part,
+            engine=self.calibrate.engine,
+            algorithm=self.algorithm,
+            schemes={name: scheme and LayerPart(**scheme.facts()) for name, scheme in self.schemes.items()},
+            quantization=self.quantized and self.quantized.quantization_part,
+            data=CalibrationPart(
+                audit=rows.audit,
+                warnings=list(rows.warnings),
+                verify_rows=len(rows.verify),
+                sources=list(rows.prepared.sources),
+            ),
+        )
 
 
 def plan_calibration(
@@ -113,9 +119,7 @@ def plan_calibration(
         loaded=unquantized,
         model=model,
         schemes=schemes,
-        data=calibration_data(
-            recipe, model.tokenizer, needs_windows=engine.needs_windows(scheme.activations), trained=trained
-        ),
+        data=_data(model, recipe, trained, needs_windows=engine.needs_windows(scheme.activations)),
     )
 
 
@@ -130,9 +134,14 @@ def _by_plugin(loaded: LoadedRecipe, model: ModelPlan, trained: Prepared | None)
         loaded=loaded,
         model=model,
         schemes={},
-        data=calibration_data(loaded.recipe, model.tokenizer, needs_windows=False, trained=trained),
+        data=_data(model, loaded.recipe, trained, needs_windows=False),
         quantized=quantized,
     )
+
+
+def _data(model: ModelPlan, recipe: Recipe, trained: Prepared | None, *, needs_windows: bool) -> CalibrationData:
+    decided = recipe.having(data=model.rows_for(recipe.data))
+    return calibration_data(decided, model.tokenizer, needs_windows=needs_windows, trained=trained)
 
 
 def _problems(recipe: Recipe, device: Device) -> Iterator[Problem]:

@@ -19,12 +19,14 @@ from transformers import PreTrainedTokenizerBase
 
 from qft.checkpoint.find import Checkpoint, find_checkpoint, load_tokenizer
 from qft.checkpoint.skeleton import without_contents
+from qft.documents.manifest import DevicePart
+from qft.documents.plan import PlannedModel, Quantization
 from qft.errors import RecipeError
 from qft.machine.device import Device, find_device
 from qft.quant.hold import Scheme, contradictions, find_scheme
 from qft.recipe import LoadedRecipe, Recipe
 from qft.recipe.load import from_values
-from qft.recipe.schema import ModelSection, QuantSection
+from qft.recipe.schema import DataSection, ModelSection, QuantSection
 
 __all__ = [
     "ModelPlan",
@@ -38,6 +40,9 @@ __all__ = [
 ]
 
 Problem = tuple[str, str]
+
+MAX_LENGTH = 2048
+"""Of a row, in tokens, where nobody says and the model takes as many."""
 
 
 @dataclass(frozen=True)
@@ -75,10 +80,28 @@ class ModelPlan:
     def recipe(self) -> Recipe:
         return self.loaded.recipe
 
-    def facts(self) -> dict[str, Any]:
-        """The model as plain values."""
+    def longest_row(self, data: DataSection) -> int:
+        """data.max_length, in tokens, as it is decided for this model."""
+        if data.max_length != "auto":
+            return data.max_length
+        return min(self.shape.max_positions or MAX_LENGTH, MAX_LENGTH)
+
+    def rows_for(self, data: DataSection) -> DataSection:
+        """The section with its max_length decided."""
+        return data.having(max_length=self.longest_row(data))
+
+    @property
+    def device_part(self) -> DevicePart:
+        return DevicePart(**asdict(self.device))
+
+    @property
+    def model_part(self) -> PlannedModel:
         checkpoint = self.checkpoint
-        return {"path": checkpoint.path, "commit": checkpoint.commit, "dtype": self.dtype, **asdict(self.shape)}
+        return PlannedModel(path=checkpoint.path, commit=checkpoint.commit, dtype=self.dtype, **asdict(self.shape))
+
+    @property
+    def quantization_part(self) -> Quantization:
+        return Quantization(**self.scheme.facts() | {"described": self.scheme.words()})
 
 
 def plan_model(loaded: LoadedRecipe, lora: dict[str, Any] | None = None) -> ModelPlan:

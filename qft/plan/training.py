@@ -6,13 +6,14 @@ import dataclasses
 import importlib.util
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from transformers import TrainingArguments
 
 from qft.data.prepare import Prepared, prepare
+from qft.documents.plan import AdapterArguments, DataPart, PlanDocument, TrainerArguments
 from qft.machine.device import Device
 from qft.plan.model import ModelPlan, Problem, Shape, device_problems, plan_model, refuse, require_device
 from qft.plan.packages import missing_packages
@@ -49,23 +50,32 @@ class Plan:
         train = self.recipe.train
         return train.max_steps if train.max_steps > 0 else math.ceil(train.num_train_epochs * self.steps_per_epoch)
 
-    def facts(self) -> dict[str, Any]:
-        """The plan as plain values, for `qft check --json` and the manifest."""
-        return {
-            "device": asdict(self.model.device),
-            "model": self.model.facts(),
-            "quantization": self.model.scheme.facts(),
-            "held_as": self.model.scheme.words(),
-            "skip_modules": self.recipe.quant.skip_modules,
-            "adapter": self.lora,
-            "training": self.training,
-            "data": {
-                "train_rows": len(self.data.train),
-                "eval_rows": len(self.data.eval) if self.data.eval else 0,
-                "sources": self.data.facts(),
-            },
-            "steps": self.steps,
-        }
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Bytes of the checkpoints kept and the result: float32 weights and two moments each."""
+        train, weights = self.recipe.train, self.model.shape.trainable_parameters * 4
+        if train.save_strategy == "no":
+            return weights
+        return weights * (3 * ((train.save_total_limit or 1) + 1) + 1)
+
+    def document(self) -> PlanDocument:
+        """For `qft check --json` and the run folder."""
+        rows = self.data
+        return PlanDocument(
+            device=self.model.device_part,
+            model=self.model.model_part,
+            quantization=self.model.quantization_part,
+            skip_modules=self.recipe.quant.skip_modules,
+            adapter=AdapterArguments(**self.lora) if self.lora else None,
+            training=TrainerArguments(**self.training),
+            data=DataPart(
+                train_rows=len(rows.train),
+                eval_rows=len(rows.eval) if rows.eval else 0,
+                max_length=self.model.longest_row(self.recipe.data),
+                sources=list(rows.sources),
+            ),
+            steps=self.steps,
+        )
 
 
 def make_plan(loaded: LoadedRecipe) -> Plan:
@@ -79,7 +89,7 @@ def make_plan(loaded: LoadedRecipe) -> Plan:
     lora = _lora_arguments(recipe) if recipe.adapter.kind == "lora" else None
     model = plan_model(loaded, lora)
     refuse(loaded, [*model.scheme.problems(recipe), *_length_problems(recipe, model.shape)])
-    data = prepare(recipe.data, model.tokenizer, recipe.seed)
+    data = prepare(model.rows_for(recipe.data), model.tokenizer, recipe.seed)
     if recipe.eval.metrics and data.eval and max(data.eval["answer_start"]) < 0:
         refuse(loaded, [("eval.metrics", "the held-out rows are plain text, which has no answers to score; remove it")])
     return Plan(
@@ -99,9 +109,9 @@ def with_skip_modules(plan: Plan, names: Sequence[str]) -> Plan:
 
 
 def _length_problems(recipe: Recipe, shape: Shape) -> Iterator[Problem]:
-    longest = shape.max_positions
-    if longest and recipe.data.max_length > longest:
-        yield "data.max_length", f"{recipe.data.max_length}, and the model was built for {longest} tokens"
+    asked, longest = recipe.data.max_length, shape.max_positions
+    if longest and asked != "auto" and asked > longest:
+        yield "data.max_length", f"{asked}, and the model was built for {longest} tokens"
 
 
 def _training_problems(recipe: Recipe, device: Device) -> Iterator[Problem]:

@@ -196,8 +196,8 @@ class DataSection(Section):
     """Share of the training rows to hold out instead of eval, drawn with the recipe's seed."""
     format: Format = "auto"
     """How rows are laid out. auto: seen from the first row's fields, and shown."""
-    max_length: int = Field(2048, ge=2)
-    """Longest row, in tokens."""
+    max_length: Literal["auto"] | Annotated[int, Field(ge=2)] = "auto"
+    """Longest row, in tokens. auto: 2048, or what the model was built for where that is less."""
     on_too_long: Literal["stop", "skip", "truncate"] = "stop"
     """What happens to a row of more than max_length tokens; skipped and truncated rows are counted."""
     on_bad_row: Literal["stop", "skip"] = "stop"

@@ -33,7 +33,7 @@ adapter:
 data:
   train: {data}
   eval_fraction: 0.05      # rows held out, to see whether it generalises
-  max_length: 2048         # longest row, in tokens
+  max_length: auto         # longest row, in tokens: 2048, or what the model was built for where that is less
 
 train:
   num_train_epochs: 1

@@ -1,16 +1,14 @@
 """Versions of exported models in a local folder: immutable, numbered, one of them current, and the way back."""
 
-from qft.registry.compare import Row, diff
+from qft.registry.compare import diff
 from qft.registry.facts import facts_of
 from qft.registry.shelf import ORIGINAL, Shelf, find_shelf, names
-from qft.registry.verify import Finding, Which, inspect, problems, verify
+from qft.registry.verify import Which, inspect, problems, verify
 from qft.registry.write import SIDE, add, promote, require_usable, rollback, versions
 
 __all__ = [
     "ORIGINAL",
     "SIDE",
-    "Finding",
-    "Row",
     "Shelf",
     "Which",
     "add",

@@ -8,47 +8,49 @@ import os
 import tempfile
 from pathlib import Path
 
+from qft.documents.manifest import Base
+from qft.documents.registry import VersionManifest
 from qft.errors import RunError
 from qft.files import now, write_json
-from qft.registry.shelf import MANIFEST, ORIGINAL, Record, Shelf
+from qft.registry.shelf import MANIFEST, ORIGINAL, Shelf
 
 __all__ = ["base_entry", "base_file", "record_base"]
 
 
-def base_entry(base: Record, of: str) -> str:
+def base_entry(base: Base | None, of: str) -> str:
     """original-HASH for the base of version `of`. Raises RunError if its hashes were not recorded."""
-    hashes = base.get("sha256")
-    if not isinstance(hashes, dict) or not hashes:
+    if base is None or not base.sha256:
         raise RunError(f"{of}: the base was not recorded; add the version with --run, or with its export.json")
-    lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(hashes.items()))
+    lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(base.sha256.items()))
     return f"{ORIGINAL}-{hashlib.sha256(lines.encode()).hexdigest()[:12]}"
 
 
-def record_base(shelf: Shelf, entry: str, base: Record) -> None:
+def record_base(shelf: Shelf, entry: str, base: Base) -> None:
     """Write down what the base is, once. Call it under the lock."""
     final = shelf.folder / entry
     if final.is_dir():
         return
     temporary = Path(tempfile.mkdtemp(dir=shelf.folder, prefix=f".{entry}."))
-    write_json(temporary / MANIFEST, {"schema_version": 1, "kind": ORIGINAL, "created": now(), "base": base})
+    manifest = VersionManifest(kind="original", created=now(), base=base)
+    write_json(temporary / MANIFEST, manifest.model_dump(mode="json"))
     (temporary / MANIFEST).chmod(0o444)
     temporary.chmod(0o755)
     os.rename(temporary, final)
 
 
-def base_file(base: Record, name: str) -> Path | None:
+def base_file(base: Base, name: str) -> Path | None:
     """Where one file of the base is on this machine; None if it is not. Asks no network."""
-    path = str(base.get("path"))
+    path = base.path
     if path.startswith("package:"):
         package, _, inner = path.removeprefix("package:").partition("/")
         spec = importlib.util.find_spec(package)
         folders = list(spec.submodule_search_locations or ()) if spec else []
-        found = [Path(folder) / inner for folder in folders]
+        places = [Path(folder) / inner for folder in folders]
     elif Path(path).is_absolute():
-        found = [Path(path) / name, Path(path)]
+        places = [Path(path) / name, Path(path)]
     else:
-        found = _cached(path, base.get("commit"), name)
-    return next((file for file in found if file.name == name and file.is_file()), None)
+        places = _cached(path, base.commit, name)
+    return next((file for file in places if file.name == name and file.is_file()), None)
 
 
 def _cached(repository: str, commit: str | None, name: str) -> list[Path]:

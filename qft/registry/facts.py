@@ -6,38 +6,63 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
+from qft.documents.manifest import Manifest
+from qft.documents.registry import RecipeText, VersionManifest
 from qft.errors import MissingError, RunError
 from qft.files import sha256
-from qft.registry.shelf import Record
 
 __all__ = ["facts_of"]
 
+Record = dict[str, Any]
 
-def facts_of(artifact: Path, run: Path | None) -> Record:
+
+def facts_of(artifact: Path, run: Path | None) -> VersionManifest:
     """The facts that `add` takes: from export.json in the artifact's folder, if there is one, and from a run's
     manifest.json, recipe.yaml and report.json. Raises MissingError if `run` is no run, RunError if a file cannot be
     read or the two tell of different bases."""
     exported = _read(artifact / "export.json")
-    facts = {name: exported.get(name) for name in ("target", "base", "gate", "sha256")}
-    if facts["gate"] and not facts["sha256"]:
+    facts = _facts(artifact, {name: exported.get(name) for name in ("target", "base", "gate", "sha256")})
+    if facts.gate and not facts.sha256:
         raise RunError(f"{artifact / 'export.json'}: has a verdict and no sha256, so nothing says of which files it is")
     if run is None:
         return facts
-    manifest = _read(run / "manifest.json")
-    if not manifest:
+    record = _read(run / "manifest.json")
+    if not record:
         raise MissingError(f"{run}: is no run of qft")
-    base = manifest.get("base")
-    if facts["base"] and base and facts["base"] != base:
+    manifest = _manifest(run / "manifest.json", record)
+    if facts.base and manifest.base and facts.base != manifest.base:
         raise RunError(f"{run}: its base is not the one in {artifact / 'export.json'}; name the run that was exported")
-    recipe, scores = _recipe(run / "recipe.yaml"), _scores(_read(run / "report.json"))
-    known = {"base": base or facts["base"], "data": manifest.get("data"), "run": str(run.resolve())}
-    return facts | known | {"recipe": recipe, "scores": scores}
+    known = {
+        "base": manifest.base or facts.base,
+        "data": manifest.data,
+        "run": str(run.resolve()),
+        "recipe": _recipe(run / "recipe.yaml"),
+        "scores": _scores(_read(run / "report.json")),
+    }
+    return facts.model_copy(update=known)
 
 
-def _recipe(path: Path) -> Record | None:
+def _facts(artifact: Path, values: Record) -> VersionManifest:
+    try:
+        return VersionManifest.model_validate(values)
+    except ValidationError as error:
+        odd = ", ".join(dict.fromkeys(str(problem["loc"][0]) for problem in error.errors()))
+        raise RunError(f"{artifact}: what is told of its {odd} is no mapping of names to values") from None
+
+
+def _manifest(path: Path, values: Record) -> Manifest:
+    try:
+        return Manifest.model_validate(values)
+    except ValidationError as error:
+        raise RunError(f"{path}: cannot be read: {error.errors()[0]['msg']}") from None
+
+
+def _recipe(path: Path) -> RecipeText | None:
     if not path.is_file():
         return None
-    return {"path": str(path.resolve()), "sha256": sha256(path), "text": path.read_text("utf-8")}
+    return RecipeText(path=str(path.resolve()), sha256=sha256(path), text=path.read_text("utf-8"))
 
 
 def _scores(report: Record) -> dict[str, float] | None:
@@ -49,24 +74,24 @@ def _scores(report: Record) -> dict[str, float] | None:
     else:
         attempt = (report.get("eval") or {}).get("after") or {}
         figures = {name: attempt.get(name) for name in ("loss", "perplexity")}
-    told = figures | (attempt.get("scores") or {})
-    return {name: value for name, value in told.items() if value is not None} or None
+    scores = figures | (attempt.get("scores") or {})
+    return {name: value for name, value in scores.items() if value is not None} or None
 
 
 def _number(value: Any) -> float | None:
     """A figure, or the middle of one that comes with an interval."""
-    found: float | None = value.get("value") if isinstance(value, dict) else value
-    return found
+    figure: float | None = value.get("value") if isinstance(value, dict) else value
+    return figure
 
 
 def _read(path: Path) -> Record:
     """A JSON object; empty if the file is not there."""
     try:
-        found = json.loads(path.read_text("utf-8"))
+        record = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
         raise RunError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(found, dict):
+    if not isinstance(record, dict):
         raise RunError(f"{path}: is no JSON object")
-    return found
+    return record

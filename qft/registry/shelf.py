@@ -18,14 +18,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from pydantic import ValidationError
+
+from qft.documents.registry import Event, VersionManifest
 from qft.errors import MissingError, RecipeError, RunError
 from qft.files import now, write_text
 
-__all__ = ["ADD_LOCK", "ARTIFACT", "LOCK", "MANIFEST", "ORIGINAL", "Record", "Shelf", "find_shelf", "names"]
-
-Record = dict[str, Any]
+__all__ = ["ADD_LOCK", "ARTIFACT", "LOCK", "MANIFEST", "ORIGINAL", "Shelf", "find_shelf", "names"]
 
 ORIGINAL = "original"
 MANIFEST, ARTIFACT = "manifest.json", "artifact"
@@ -34,7 +35,8 @@ LOCK, ADD_LOCK = ".lock", ".add.lock"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
 VERSION = re.compile(r"v([1-9][0-9]*)", re.ASCII)
 ENTRY = re.compile(r"v[1-9][0-9]*|original-[0-9a-f]{12}", re.ASCII)
-ACTIONS = ("add", "promote", "rollback")
+
+Action = Literal["add", "promote", "rollback"]
 
 
 @dataclass(frozen=True)
@@ -58,37 +60,31 @@ class Shelf:
             raise RunError(f"{pointer}: is no link to a version; remove it and promote one")
         return entry
 
-    def manifest(self, entry: str) -> Record:
+    def manifest(self, entry: str) -> VersionManifest:
         """Raises MissingError if the version is not there, RunError if its manifest cannot be read."""
         path = self.folder / entry / MANIFEST
         if not path.parent.is_dir():
             there = ", ".join(f"v{number}" for number in self.numbers()) or "none"
             raise MissingError(f"{self.folder}: has no {entry}; versions: {there}")
         try:
-            found = json.loads(path.read_text("utf-8"))
+            return VersionManifest.model_validate_json(path.read_bytes())
         except (OSError, ValueError):
-            found = None
-        if not isinstance(found, dict):
-            raise RunError(f"{path}: cannot be read; see `qft models verify {self.folder.name}`")
-        return found
+            raise RunError(f"{path}: cannot be read; see `qft models verify {self.folder.name}`") from None
 
-    def history(self) -> list[Record]:
+    def history(self) -> list[Event]:
         """Every add, promote and rollback, oldest first. Raises RunError for a line that is none of them."""
-        records = []
+        events = []
         for number, line in enumerate(self._history_text().splitlines(), start=1):
             try:
-                record = json.loads(line)
-            except ValueError:
-                record = None
-            if not isinstance(record, dict) or record.get("action") not in ACTIONS or "to" not in record:
-                raise RunError(f"{self.folder / 'history.jsonl'}:{number}: is no record of a registry")
-            records.append(record)
-        return records
+                events.append(Event.model_validate_json(line))
+            except ValidationError:
+                raise RunError(f"{self.folder / 'history.jsonl'}:{number}: is no record of a registry") from None
+        return events
 
-    def append(self, action: str, start: str | None, end: str, reason: str, **more: Any) -> None:
+    def append(self, action: Action, start: str | None, to: str, reason: str, **more: Any) -> None:
         """Add one line to the history. The file is replaced whole: a kill within an append would leave half a line."""
-        record = {"time": now(), "action": action, "from": start, "to": end, "reason": reason} | more
-        line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+        event = Event(time=now(), action=action, start=start, to=to, reason=reason, **more)
+        line = json.dumps(event.model_dump(mode="json", exclude_defaults=True), ensure_ascii=False) + "\n"
         write_text(self.folder / "history.jsonl", self._history_text() + line)
 
     def point(self, entry: str) -> None:

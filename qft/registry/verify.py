@@ -2,47 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from qft.documents.registry import Event, Finding, VersionManifest
 from qft.errors import GateError, QftError, RunError
 from qft.files import sha256
 from qft.registry.base import base_entry, base_file
-from qft.registry.shelf import ARTIFACT, MANIFEST, ORIGINAL, Record, Shelf, find_shelf
+from qft.registry.shelf import ARTIFACT, MANIFEST, ORIGINAL, Shelf, find_shelf
 
-__all__ = ["Finding", "Which", "files_of", "inspect", "inspect_entry", "pending", "problems", "verify"]
+__all__ = ["Which", "files_of", "inspect", "inspect_entry", "pending", "problems", "verify"]
 
 Which = int | Literal["original"] | None
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One version, or the original, beside its manifest. Paths are relative to its folder."""
-
-    entry: str
-    missing: list[str] = field(default_factory=list)
-    changed: list[str] = field(default_factory=list)
-    extra: list[str] = field(default_factory=list)
-
-    @property
-    def whole(self) -> bool:
-        return not (self.missing or self.changed or self.extra)
-
-    def sentences(self) -> list[str]:
-        kinds = {"missing": self.missing, "changed": self.changed, "not in the manifest": self.extra}
-        return [f"{self.entry}: {name}: {kind}" for kind, found in kinds.items() for name in found]
 
 
 def verify(registry: Path, name: str, version: Which = None) -> None:
     """Raise GateError that names every file which is missing, changed or extra; and, for version None, whatever else
     is wrong with the model's folder."""
     if version is None:
-        found = problems(registry, name)
+        sentences = problems(registry, name)
     else:
-        found = [text for finding in inspect(registry, name, version) for text in finding.sentences()]
-    if found:
-        raise GateError("\n".join(f"{name}: {text}" for text in found))
+        sentences = [text for finding in inspect(registry, name, version) for text in finding.sentences()]
+    if sentences:
+        raise GateError("\n".join(f"{name}: {text}" for text in sentences))
 
 
 def inspect(registry: Path, name: str, version: Which = None) -> list[Finding]:
@@ -66,11 +48,11 @@ def inspect_entry(shelf: Shelf, entry: str) -> Finding:
     if not folder.is_dir():
         shelf.manifest(entry)
     if not (folder / MANIFEST).is_file():
-        return Finding(entry, missing=[MANIFEST])
+        return Finding.of(entry, missing=[MANIFEST])
     try:
         manifest = shelf.manifest(entry)
     except QftError:
-        return Finding(entry, changed=[MANIFEST])
+        return Finding.of(entry, changed=[MANIFEST])
     if entry.startswith(ORIGINAL):
         return _inspect_original(entry, manifest)
     return _inspect_version(shelf, entry, manifest)
@@ -81,38 +63,37 @@ def files_of(folder: Path) -> dict[str, Path]:
     return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if not path.is_dir()}
 
 
-def _inspect_version(shelf: Shelf, entry: str, manifest: Record) -> Finding:
-    hashes = manifest.get("sha256")
-    if not isinstance(hashes, dict):
-        return Finding(entry, changed=[MANIFEST])
-    expected: dict[str, Any] = {f"{ARTIFACT}/{name}": digest for name, digest in hashes.items()}
-    expected[MANIFEST] = _recorded(shelf, entry)
+def _inspect_version(shelf: Shelf, entry: str, manifest: VersionManifest) -> Finding:
+    if manifest.sha256 is None:
+        return Finding.of(entry, changed=[MANIFEST])
+    digests = {f"{ARTIFACT}/{name}": digest for name, digest in manifest.sha256.items()}
+    expected = digests | {MANIFEST: _recorded(shelf, entry)}
     there = files_of(shelf.folder / entry)
-    changed = [name for name in expected if name in there and expected[name] and _differs(there[name], expected[name])]
-    return Finding(entry, sorted(expected.keys() - there.keys()), changed, sorted(there.keys() - expected.keys()))
+    changed = [name for name, digest in expected.items() if name in there and digest and _differs(there[name], digest)]
+    return Finding.of(entry, sorted(expected.keys() - there.keys()), changed, sorted(there.keys() - expected.keys()))
 
 
 def _recorded(shelf: Shelf, entry: str) -> str | None:
     """What the manifest hashed to when the version was added; None if a kill came before the record."""
     try:
-        found = [r.get("manifest_sha256") for r in shelf.history() if (r["action"], r["to"]) == ("add", entry)]
+        adds = [event for event in shelf.history() if (event.action, event.to) == ("add", entry)]
     except QftError:  # problems() tells of it
         return None
-    return str(found[0]) if found else None
+    return adds[0].manifest_sha256 if adds else None
 
 
-def _inspect_original(entry: str, manifest: Record) -> Finding:
-    base: Record = manifest.get("base") or {}
+def _inspect_original(entry: str, manifest: VersionManifest) -> Finding:
+    base = manifest.base
     try:
         named = base_entry(base, entry)
     except QftError:
         named = None
-    if named != entry:
-        return Finding(entry, changed=[MANIFEST])
-    files = {name: base_file(base, name) for name in base["sha256"]}
-    missing = [f"{base.get('path')}: {name}" for name, path in files.items() if path is None]
-    changed = [str(path) for name, path in files.items() if path and _differs(path, base["sha256"][name])]
-    return Finding(entry, missing, changed)
+    if base is None or named != entry:
+        return Finding.of(entry, changed=[MANIFEST])
+    files = {name: base_file(base, name) for name in base.sha256}
+    missing = [f"{base.path}: {name}" for name, path in files.items() if path is None]
+    changed = [str(path) for name, path in files.items() if path and _differs(path, base.sha256[name])]
+    return Finding.of(entry, missing, changed)
 
 
 def _differs(path: Path, digest: str) -> bool:
@@ -133,33 +114,33 @@ def problems(registry: Path, name: str, findings: list[Finding] | None = None) -
     shelf = find_shelf(registry, name)
     if findings is None:
         findings = inspect(registry, name)
-    found = [text for finding in findings for text in finding.sentences()]
+    sentences = [text for finding in findings for text in finding.sentences()]
     try:
         history, current = shelf.history(), shelf.current()
     except QftError as error:
-        return [*found, str(error)]
+        return [*sentences, str(error)]
     if current and not (shelf.folder / current).is_dir():
-        found.append(f"current: leads to {current}, which is not there")
+        sentences.append(f"current: leads to {current}, which is not there")
     try:
         pending(history, current)
     except QftError as error:
-        found.append(str(error))
-    added = {record["to"] for record in history if record["action"] == "add"}
+        sentences.append(str(error))
+    added = {event.to for event in history if event.action == "add"}
     unrecorded = [number for number in shelf.numbers() if f"v{number}" not in added]
-    return found + [f"v{number}: no record of its add" for number in unrecorded if number != max(shelf.numbers())]
+    return sentences + [f"v{number}: no record of its add" for number in unrecorded if number != max(shelf.numbers())]
 
 
-def pending(history: list[Record], current: str | None) -> str | None:
+def pending(history: list[Event], current: str | None) -> str | None:
     """Where `current` should lead, if the last promote or rollback was cut off before it got there; else None.
 
     Raises RunError if `current` leads neither where it did before nor after."""
-    moves = [record for record in history if record["action"] != "add"]
-    last = moves[-1] if moves else {"from": None, "to": None}
-    if last["to"] == current:
+    moves = [event for event in history if event.action != "add"]
+    start, end = (moves[-1].start, moves[-1].to) if moves else (None, None)
+    if end == current:
         return None
-    if last.get("from") != current:
+    if start != current:
         raise RunError(
-            f"current: leads to {current}, and by the history it should lead to {last['to']}; "
+            f"current: leads to {current}, and by the history it should lead to {end}; "
             "set it right by hand (ln -sfn) before anything else"
         )
-    return str(last["to"])
+    return end

@@ -14,25 +14,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from qft.documents.registry import Event, Finding, Verdict, VersionManifest
 from qft.errors import GateError, MissingError, RecipeError, RunError
 from qft.files import nearest_folder, now, require_free_space, sha256, write_json
 from qft.registry.base import base_entry, record_base
-from qft.registry.shelf import ADD_LOCK, ARTIFACT, LOCK, MANIFEST, ORIGINAL, Record, Shelf, find_shelf
-from qft.registry.verify import Finding, files_of, inspect_entry, pending
+from qft.registry.shelf import ADD_LOCK, ARTIFACT, LOCK, MANIFEST, ORIGINAL, Action, Shelf, find_shelf
+from qft.registry.verify import files_of, inspect_entry, pending
 
 __all__ = ["FACTS", "SIDE", "add", "promote", "require_usable", "rollback", "versions"]
 
 FACTS = ("target", "base", "data", "recipe", "scores", "gate", "run")
 """What a manifest says beside bytes and hashes, None where nobody said it; see facts_of."""
-MAPPINGS = ("base", "data", "recipe", "scores", "gate", "sha256")
 SIDE = ("export.json", "README.md")
 """Files that tell of an export and are not part of what its gate hashed."""
 
 
-def add(registry: Path, name: str, artifact: Path, facts: Record, *, reason: str = "") -> int:
+def add(registry: Path, name: str, artifact: Path, facts: VersionManifest, *, reason: str = "") -> int:
     """Copy a finished artifact's folder in as the next version, and return its number. It does not become current.
 
-    It is copied, not moved: what is cut off then costs nothing but the copy. `facts` has keys of FACTS, and may have
+    It is copied, not moved: what is cut off then costs nothing but the copy. `facts` has fields of FACTS, and may have
     `sha256`, by file, which the copy must hash to. Raises RecipeError for a bad name or an unknown fact, MissingError
     if there is no artifact, RunError if it cannot be copied, GateError if it is not what `sha256` says."""
     shelf = find_shelf(registry, name, new=True)
@@ -65,7 +65,7 @@ def require_usable(registry: Path, name: str) -> None:
     pending(shelf.history(), shelf.current())
 
 
-def versions(registry: Path, name: str) -> dict[int, Record]:
+def versions(registry: Path, name: str) -> dict[int, VersionManifest]:
     """The manifest of every version, by number. Raises MissingError, or RunError for a manifest that is broken."""
     shelf = find_shelf(registry, name)
     return {number: shelf.manifest(f"v{number}") for number in shelf.numbers()}
@@ -119,7 +119,7 @@ def _require_acceptable(shelf: Shelf, entry: str, force: bool) -> bool:
             raise GateError("\n".join([*finding.sentences(), "--force goes back to it all the same"]))
         return not finding.whole
     _require_whole(finding)
-    was_current = entry in [record["to"] for record in shelf.history() if record["action"] != "add"]
+    was_current = entry in [event.to for event in shelf.history() if event.action != "add"]
     return False if was_current else _require_gate(shelf, entry, force)
 
 
@@ -133,29 +133,30 @@ def _rollback_entry(shelf: Shelf, current: str, to: int | Literal["original"] | 
         return before[-1]
     if current.startswith(ORIGINAL):
         raise RunError(f"{shelf.folder.name}: {current} is current already")
-    base: Record = shelf.manifest(current).get("base") or {}
+    base = shelf.manifest(current).base
     entry = base_entry(base, current)
+    assert base is not None
     record_base(shelf, entry, base)
     return entry
 
 
-def _trail(history: Sequence[Record]) -> list[str]:
+def _trail(history: Sequence[Event]) -> list[str]:
     """What was current, oldest first, without what was rolled back: so a second rollback goes one further."""
     trail: list[str] = []
-    for record in history:
-        if record["action"] == "rollback" and record["to"] in trail[:-1]:
-            last = len(trail) - 2 - trail[:-1][::-1].index(record["to"])
+    for event in history:
+        if event.action == "rollback" and event.to in trail[:-1]:
+            last = len(trail) - 2 - trail[:-1][::-1].index(event.to)
             trail = trail[: last + 1]
-        elif record["action"] != "add":
-            trail.append(record["to"])
+        elif event.action != "add":
+            trail.append(event.to)
     return trail
 
 
-def _move(shelf: Shelf, action: str, entry: str, reason: str, forced: bool) -> None:
+def _move(shelf: Shelf, action: Action, entry: str, reason: str, forced: bool) -> None:
     current = shelf.current()
     if entry == current:
         raise RunError(f"{shelf.folder.name}: {entry} is current already")
-    shelf.append(action, current, entry, reason, **({"forced": True} if forced else {}))
+    shelf.append(action, current, entry, reason, forced=forced)
     shelf.point(entry)
 
 
@@ -166,10 +167,10 @@ def _require_whole(finding: Finding) -> None:
 
 def _require_gate(shelf: Shelf, entry: str, force: bool) -> bool:
     """Whether it takes force. Raises GateError if it does and there is none."""
-    gate = shelf.manifest(entry).get("gate") or {}
-    passed = gate.get("passed")
+    gate = shelf.manifest(entry).gate or Verdict()
+    passed = gate.passed
     if passed is not True and not force:
-        failed = ", ".join(str(check.get("name")) for check in gate.get("checks", []) if not check.get("passed"))
+        failed = ", ".join(check.name for check in gate.checks if not check.passed)
         why = "did not pass" if passed is False else "was not run"
         raise GateError(
             f"{shelf.folder.name} {entry}: its gate {why}{f' ({failed})' if failed else ''}; "
@@ -178,13 +179,10 @@ def _require_gate(shelf: Shelf, entry: str, force: bool) -> bool:
     return passed is not True
 
 
-def _require_addable(registry: Path, artifact: Path, facts: Record) -> None:
-    unknown = sorted(facts.keys() - {*FACTS, "sha256"})
+def _require_addable(registry: Path, artifact: Path, facts: VersionManifest) -> None:
+    unknown = sorted(facts.model_fields_set - {*FACTS, "sha256"})
     if unknown:
         raise RecipeError(f"{', '.join(unknown)}: is no fact of a version; known: {', '.join(FACTS)}, sha256")
-    odd = [name for name in MAPPINGS if not isinstance(facts.get(name, {}), dict | None)]
-    if odd:
-        raise RunError(f"{artifact}: what is told of its {', '.join(odd)} is no mapping of names to values")
     if not artifact.is_dir():
         raise MissingError(f"{artifact}: is no folder; give the folder of an exported model")
     if registry.resolve().is_relative_to(artifact.resolve()):
@@ -196,7 +194,7 @@ def _require_addable(registry: Path, artifact: Path, facts: Record) -> None:
     require_free_space(registry, needed, "a version's copy")
 
 
-def _fill(folder: Path, artifact: Path, facts: Record) -> None:
+def _fill(folder: Path, artifact: Path, facts: VersionManifest) -> None:
     """Copy, hash, compare, describe, make read-only."""
     try:
         shutil.copytree(artifact, folder / ARTIFACT)
@@ -205,14 +203,12 @@ def _fill(folder: Path, artifact: Path, facts: Record) -> None:
     _open_folders(folder)
     files = files_of(folder / ARTIFACT)
     hashes = {name: sha256(path) for name, path in files.items()}
-    if facts.get("sha256") is not None:
-        _require_same(artifact, facts["sha256"], hashes)
-    told = {name: facts.get(name) for name in FACTS}
+    if facts.sha256 is not None:
+        _require_same(artifact, facts.sha256, hashes)
     size = sum(path.stat().st_size for path in files.values())
+    manifest = facts.model_copy(update={"created": now(), "bytes": size, "sha256": hashes})
     try:
-        write_json(
-            folder / MANIFEST, {"schema_version": 1, "created": now()} | told | {"bytes": size, "sha256": hashes}
-        )
+        write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
     except ValueError as error:
         raise RunError(f"{artifact}: its facts are no JSON: {error}") from None
     for path in [*files.values(), folder / MANIFEST]:
@@ -228,8 +224,8 @@ def _open_folders(folder: Path) -> None:
 
 
 def _require_same(artifact: Path, said: dict[str, str], hashes: dict[str, str]) -> None:
-    found = {name: digest for name, digest in hashes.items() if Path(name).name not in SIDE}
-    wrong = sorted(name for name in said.keys() | found.keys() if said.get(name) != found.get(name))
+    copied = {name: digest for name, digest in hashes.items() if Path(name).name not in SIDE}
+    wrong = sorted(name for name in said.keys() | copied.keys() if said.get(name) != copied.get(name))
     if wrong:
         raise GateError(f"{artifact}: not what its gate saw, by export.json: {', '.join(wrong[:5])}; export it again")
 
@@ -241,7 +237,7 @@ def _flush(path: Path) -> None:
 
 def _place(shelf: Shelf, temporary: Path) -> int:
     """Give the filled folder the next number: never one that was given, even if that version is gone."""
-    added = [int(record["to"][1:]) for record in shelf.history() if record["action"] == "add"]
+    added = [int(event.to[1:]) for event in shelf.history() if event.action == "add"]
     number = max([0, *shelf.numbers(), *added]) + 1
     while True:
         try:
@@ -263,7 +259,7 @@ def _record_add(shelf: Shelf, number: int, reason: str, **more: bool) -> None:
 def _recover(shelf: Shelf) -> tuple[str, str] | None:
     """Finish what a kill cut off: the record of an add, the step of a promote or rollback. Returns the action and where
     it led, if it was a step. Call it under the lock."""
-    added = {record["to"] for record in shelf.history() if record["action"] == "add"}
+    added = {event.to for event in shelf.history() if event.action == "add"}
     for number in shelf.numbers():
         if f"v{number}" not in added and (shelf.folder / f"v{number}" / MANIFEST).is_file():
             _record_add(shelf, number, "", recovered=True)
@@ -272,7 +268,7 @@ def _recover(shelf: Shelf) -> tuple[str, str] | None:
     if entry is None or not (shelf.folder / entry).is_dir():
         return None
     shelf.point(entry)
-    return next(record["action"] for record in reversed(history) if record["action"] != "add"), entry
+    return next(event.action for event in reversed(history) if event.action != "add"), entry
 
 
 def _plain(entry: str) -> int | str:

@@ -22,26 +22,28 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
+from qft.documents.manifest import Base, Hardware, Manifest
+from qft.documents.plan import CalibrationPlanDocument, PlanDocument
 from qft.errors import RunError
 from qft.files import now, require_free_space, write_json, write_text
 from qft.machine.device import describe, versions
-from qft.plan import CalibrationPlan, ModelPlan, Plan
-from qft.recipe import dump
+from qft.recipe import Recipe, dump
 
-__all__ = ["Run", "check_folder", "record_base", "start_calibration", "start_run", "step_of"]
+__all__ = ["Run", "check_folder", "record_base", "start_run", "step_of"]
 
-AnyPlan = Plan | CalibrationPlan
 MANIFEST = "manifest.json"
 
 # What a resumed run may not change: the checkpoint was made by it.
-FIXED = ("model", "quant", "adapter", "data", "seed")
-FIXED_CALIBRATION = ("model", "data", "calibrate", "seed")
+FIXED = {
+    "plan": ("model", "quant", "adapter", "data", "seed"),
+    "calibration-plan": ("model", "data", "calibrate", "seed"),
+}
+"""Sections of the recipe, by the kind of the plan."""
 UNFIXED = ("accept", "remedy", "max_bytes")
 """Of `calibrate`: what is asked of a result once its blocks are quantized."""
 
@@ -92,22 +94,33 @@ class Run:
     def report(self) -> Path:
         return self.folder / "report.json"
 
-    def manifest(self) -> dict[str, Any]:
-        """The manifest; empty if the folder is no run."""
+    def manifest(self) -> Manifest | None:
+        """None if the folder is no run."""
         try:
-            found = json.loads((self.folder / MANIFEST).read_text("utf-8"))
+            return Manifest.model_validate_json((self.folder / MANIFEST).read_bytes())
         except (OSError, ValueError):
-            return {}
-        return found if isinstance(found, dict) else {}
+            return None
+
+    @property
+    def base(self) -> Base | None:
+        """The weights that the run started from; None if they are not recorded."""
+        manifest = self.manifest()
+        return manifest.base if manifest else None
 
     def newest_checkpoint(self) -> Path | None:
         """The last checkpoint that was written whole (the Trainer writes trainer_state.json last)."""
-        found = [p for p in self.checkpoints.glob("checkpoint-*") if _is_whole(p)]
-        return max(found, key=step_of, default=None)
+        whole = [p for p in self.checkpoints.glob("checkpoint-*") if _is_whole(p)]
+        return max(whole, key=step_of, default=None)
 
-    def set_status(self, status: str, **more: Any) -> None:
-        """running, complete, failed or interrupted."""
-        write_json(self.folder / MANIFEST, self.manifest() | {"status": status, "updated": now()} | more)
+    def note(self, news: Manifest) -> None:
+        """Write the fields that `news` sets into the manifest."""
+        changes = {name: getattr(news, name) for name in news.model_fields_set} | {"updated": now()}
+        manifest = (self.manifest() or Manifest()).model_copy(update=changes)
+        write_json(self.folder / MANIFEST, manifest.model_dump(mode="json"))
+
+    def set_status(self, status: str) -> None:
+        """running, complete, failed, interrupted or refused."""
+        self.note(Manifest(status=status))
 
     @contextmanager
     def failure_noted(self) -> Iterator[None]:
@@ -118,7 +131,7 @@ class Run:
             self.set_status("interrupted")
             raise
         except BaseException as error:
-            self.set_status("failed", error=f"{type(error).__name__}: {error}")
+            self.note(Manifest(status="failed", error=f"{type(error).__name__}: {error}"))
             raise
 
 
@@ -144,97 +157,73 @@ def check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
             raise RunError(f"{folder}: output_dir is not empty and not a run of qft, so it is not overwritten")
 
 
-def start_run(plan: Plan, *, resume: bool, overwrite: bool) -> Run:
+def start_run(
+    recipe: Recipe,
+    plan: PlanDocument | CalibrationPlanDocument,
+    needed_bytes: int,
+    needed_for: str,
+    *,
+    resume: bool,
+    overwrite: bool,
+) -> Run:
     """Make the run folder, or take up the one that is there. Raises RunError if it cannot be resumed or the disk
-    has no room for the checkpoints."""
-    run = Run(Path(plan.recipe.output_dir))
+    has no room for the `needed_bytes` of `needed_for`."""
+    run = Run(Path(recipe.output_dir))
     check_folder(run.folder, resume=resume, overwrite=overwrite)
-    digests = {facts.path: facts.digest for facts in plan.data.sources}
+    facts = Manifest(
+        status="running",
+        command=sys.argv,
+        started=now(),
+        seed=recipe.seed,
+        versions=versions(),
+        hardware=Hardware(device=plan.device, **describe()),
+        data={source.path: source.digest for source in plan.data.sources},
+        plugin=plan.quantization.plugin if plan.quantization else None,
+    )
     if resume:
-        _require_same(run, plan, digests, FIXED)
-        _require_steps_left(run, plan)
-    require_free_space(run.folder, _checkpoint_bytes(plan), "its checkpoints")
-    _begin(run, plan, digests, overwrite=overwrite)
-    return run
-
-
-def start_calibration(plan: CalibrationPlan, needed: int, *, resume: bool, overwrite: bool) -> Run:
-    """The same for a calibration, whose folder will hold `needed` bytes."""
-    run = Run(Path(plan.recipe.output_dir))
-    check_folder(run.folder, resume=resume, overwrite=overwrite)
-    digests = {facts.path: facts.digest for facts in plan.data.prepared.sources}
-    if resume:
-        _require_same(run, plan, digests, FIXED_CALIBRATION)
-    else:
-        require_free_space(run.folder, needed, "the quantized model, its blocks and their activations")
-    _begin(run, plan, digests, overwrite=overwrite)
-    return run
-
-
-def _begin(run: Run, plan: AnyPlan, digests: dict[str, str | None], *, overwrite: bool) -> None:
+        _require_same(run, recipe, facts, FIXED[plan.kind])
+        if plan.kind == "plan":
+            _require_steps_left(run, plan.steps)
+    require_free_space(run.folder, needed_bytes, needed_for)
     if overwrite and run.folder.exists():
         shutil.rmtree(run.folder)
     run.folder.mkdir(parents=True, exist_ok=True)
-    write_text(run.folder / "recipe.yaml", dump(plan.recipe))
-    write_json(run.folder / "plan.json", plan.facts())
-    run.set_status(
-        "running",
-        command=sys.argv,
-        started=now(),
-        seed=plan.recipe.seed,
-        versions=versions(),
-        hardware=describe(plan.model.device),
-        data=digests,
-        plugin=_plugin(plan),
-    )
+    write_text(run.folder / "recipe.yaml", dump(recipe))
+    write_json(run.folder / "plan.json", plan.model_dump(mode="json"))
+    run.note(facts)
+    return run
 
 
-def record_base(run: Run, plan: ModelPlan) -> None:
+def record_base(run: Run, base: Base) -> None:
     """Note which weights the run starts from, once they are on this machine."""
-    checkpoint = plan.checkpoint
-    base = {"path": checkpoint.path, "commit": checkpoint.commit, "sha256": checkpoint.digests()}
-    before = run.manifest().get("base")
-    if before is not None and before != base:
+    if run.base is not None and run.base != base:
         raise RunError(f"{run.folder}: the base model has changed since the run began; use --overwrite to start again")
-    run.set_status("running", base=base)
+    run.note(Manifest(status="running", base=base))
 
 
-def _require_same(run: Run, plan: AnyPlan, digests: dict[str, str | None], fixed: tuple[str, ...]) -> None:
+def _require_same(run: Run, recipe: Recipe, facts: Manifest, fixed: tuple[str, ...]) -> None:
     before = yaml.safe_load((run.folder / "recipe.yaml").read_text("utf-8"))
-    now = yaml.safe_load(dump(plan.recipe))
-    for asked in (before, now):
+    now = yaml.safe_load(dump(recipe))
+    for sections in (before, now):
         for name in UNFIXED:
-            asked.get("calibrate", {}).pop(name, None)
+            sections.get("calibrate", {}).pop(name, None)
     changed = [name for name in fixed if before.get(name) != now.get(name)]
     if changed:
         raise RunError(
             f"{run.folder}: {', '.join(changed)} differ from the run's own recipe.yaml: "
             "restore them, or start again with --overwrite"
         )
-    if run.manifest().get("data") != digests:
+    manifest = run.manifest() or Manifest()
+    if manifest.data != facts.data:
         raise RunError(f"{run.folder}: the data has changed since the run began; use --overwrite to start again")
-    if run.manifest().get("plugin") != _plugin(plan):
+    if manifest.plugin != facts.plugin:
         raise RunError(f"{run.folder}: quant.plugin has changed since the run began; use --overwrite to start again")
 
 
-def _plugin(plan: AnyPlan) -> dict[str, Any] | None:
-    quantized = plan.quantized if isinstance(plan, CalibrationPlan) else None
-    plugin = (quantized or plan.model).scheme.plugin
-    return asdict(plugin) if plugin else None
-
-
-def _require_steps_left(run: Run, plan: Plan) -> None:
+def _require_steps_left(run: Run, steps: int) -> None:
     done = step_of(run.newest_checkpoint())
-    if done >= plan.steps:
+    if done >= steps:
         raise RunError(f"{run.folder}: the run has made its {done} steps; there is nothing to resume")
-
-
-def _checkpoint_bytes(plan: Plan) -> int:
-    """Bytes of the checkpoints kept and the result: float32 weights and two moments each."""
-    if plan.recipe.train.save_strategy == "no":
-        return plan.model.shape.trainable_parameters * 4
-    kept = (plan.recipe.train.save_total_limit or 1) + 1
-    return plan.model.shape.trainable_parameters * 4 * (3 * kept + 1)
 
 
 def _is_whole(checkpoint: Path) -> bool:

@@ -11,7 +11,7 @@ from transformers.integrations import TensorBoardCallback
 
 from qft.data.batch import Collator, pad_token_id
 from qft.errors import ModelError
-from qft.memory.guard import memory_guard
+from qft.memory.guard import memory_guard, smaller_training
 from qft.model.adapter import CHANGES_BASE, attach_adapter, save_adapter, save_full
 from qft.model.load import load_base
 from qft.plan import Plan
@@ -35,7 +35,8 @@ def train_model(run: Run, recorder: Recorder, *, resume: bool) -> Path:
         recorder.loaded(model)
         # Under autocast a LoRA layer need not cast its input to float32 first, which would be kept for backward.
         mixed = plan.training["bf16"] or plan.training["fp16"]
-        with memory_guard("training"), disable_input_dtype_casting(model, active=mixed):
+        remedies = smaller_training(plan.recipe, plan.model.scheme.name)
+        with memory_guard("training", remedies), disable_input_dtype_casting(model, active=mixed):
             held_out = HeldOut(trainer, run)
             held_out.evaluate("before") if checkpoint is None else held_out.recall("before")
             recorder.begin(step_of(checkpoint))
@@ -58,7 +59,7 @@ def training_arguments(plan: Plan, run: Run) -> TrainingArguments:
 def _load(plan: Plan, run: Run, *, resume: bool) -> Any:
     """The base with its adapter, whose first state is kept where it changed the base."""
     model = load_base(plan.model)
-    record_base(run, plan.model)
+    record_base(run, plan.model.checkpoint.base())
     model = attach_adapter(model, plan)
     if _changes_base(plan) and not resume:
         model.save_pretrained(str(run.initial_adapter))

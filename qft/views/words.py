@@ -1,22 +1,27 @@
-"""Figures as people read them: sizes, counts, and curves of one line."""
+"""Figures and texts as people read them: sizes, counts, shares, and curves of one line."""
 
 from __future__ import annotations
 
+import math
+import re
 from itertools import pairwise
 
-__all__ = ["si", "size", "sparkline"]
+__all__ = ["binary_unit", "count", "duration", "number", "percent", "plain", "shorten", "si", "size", "sparkline"]
 
 
 BARS = "▁▂▃▄▅▆▇█"
 
 
+def binary_unit(most: float) -> tuple[str, int]:
+    """The largest unit of which there is one or more, and its bytes."""
+    power = max((i for i in range(5) if most >= 1024**i), default=0)
+    return ("B", "KiB", "MiB", "GiB", "TiB")[power], 1024**power
+
+
 def size(count: float) -> str:
     """Bytes with a binary unit."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
+    unit, divisor = binary_unit(abs(count))
+    return f"{count / divisor:.{1 if divisor > 1 else 0}f} {unit}"
 
 
 def si(count: float) -> str:
@@ -27,9 +32,46 @@ def si(count: float) -> str:
     return f"{count:,.0f}"
 
 
+def count(number: int, what: str) -> str:
+    """1 row, 2 rows."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def number(value: float) -> str:
+    """A figure of four digits or so."""
+    if not math.isfinite(value):
+        return "not finite"
+    if value and not 1e-4 <= abs(value) < 1e7:
+        return f"{value:.3g}"
+    digits = 4 if abs(value) < 1 else 3 - math.floor(math.log10(abs(value)))
+    return f"{value:,.{max(digits, 0)}f}"
+
+
+def percent(share: float) -> str:
+    return f"{share:.1%}" if math.isfinite(share) else "not finite"
+
+
+def plain(text: object) -> str:
+    """The text without what HTML and XML cannot hold."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]", "\ufffd", str(text).replace("\r\n", "\n"))
+
+
+def shorten(text: str, most: int) -> str:
+    """One line of at most `most` characters: what is left out is in the middle."""
+    text = " ".join(plain(text).split())
+    return text if len(text) <= most else f"{text[: most - most // 2 - 1]}…{text[-(most // 2) :]}"
+
+
 def sparkline(values: list[float], width: int) -> str:
     """The values as bars, averaged into at most `width` of them."""
-    finite = [v for v in values if v == v and abs(v) != float("inf")]
+    finite = [v for v in values if math.isfinite(v)]
     if not finite:
         return ""
     count = min(width, len(finite))

@@ -339,7 +339,7 @@ def test_a_failure_of_llmcompressor_is_told_in_one_line(recipe: Recipe, tmp_path
 def test_its_progress_is_told_and_an_interrupt_ends_its_process(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TQDM_DISABLE", "1")  # as qft.machine.quiet has it for qft's own process
+    monkeypatch.setenv("TQDM_DISABLE", "1")  # as qft.machine.environment has it for qft's own process
     monkeypatch.setenv("TQDM_DELAY", "5")
     told: list[str] = []
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from urllib.parse import unquote
 
 import pytest
 import yaml
+from huggingface_hub import constants
 
+from tests.support.cli import qft
 from tests.support.paths import ROOT
 from tests.support.rows import chat, write_jsonl
 
@@ -127,8 +130,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[
     server.server_close()
 
 
-def check(hub: str, folder: Path, *overrides: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`qft check --json` of a recipe for the hub's model, in a process with a cache of its own."""
+def recipe_of(folder: Path) -> Path:
     write_jsonl(folder / "rows.jsonl", [chat("a", "b")] * 4)
     recipe = {
         "model": {"path": "org/tiny", "device": "cpu"},
@@ -136,22 +138,57 @@ def check(hub: str, folder: Path, *overrides: str, **environment: str) -> subpro
         "output_dir": "run",
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    command = [sys.executable, "-m", "qft", "check", "recipe.yaml", "--json"]
-    for override in overrides:
-        command += ["--set", override]
-    own = {"HF_ENDPOINT": hub, "HF_HOME": str(folder / "cache"), "HF_HUB_OFFLINE": "0", "PYTHONPATH": str(ROOT)}
-    inherited = {k: v for k, v in os.environ.items() if k != "HF_DATASETS_CACHE"}
-    return subprocess.run(
-        command, cwd=folder, env=inherited | own | environment, capture_output=True, text=True, check=False
-    )
+    return folder / "recipe.yaml"
 
 
-def test_a_revision_is_resolved_to_its_commit(hub: str, tmp_path: Path) -> None:
-    done = check(hub, tmp_path, "model.revision=v2")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["model"]["commit"] == COMMITS["v2"]
+CHECKS = """
+import json, sys
+from typer.testing import CliRunner
+from qft.cli import app
+for line in sys.stdin:
+    ran = CliRunner().invoke(app, json.loads(line), catch_exceptions=False)
+    print(json.dumps([ran.exit_code, ran.stdout, ran.stderr]), flush=True)
+"""
+"""Commands in a process of their own, since the hub's client reads its environment once, when it is imported."""
+
+
+@dataclass
+class Client:
+    process: subprocess.Popen[str]
+    cache: Path
+
+    def check(self, folder: Path, *overrides: str) -> tuple[int, str, str]:
+        """Exit code and output of `qft check --json` of a recipe for the hub's model."""
+        assert self.process.stdin
+        assert self.process.stdout
+        asked = ["check", str(recipe_of(folder)), "--json"]
+        for override in overrides:
+            asked += ["--set", override]
+        print(json.dumps(asked), file=self.process.stdin, flush=True)
+        code, out, err = json.loads(self.process.stdout.readline())
+        return code, out, err
+
+
+@pytest.fixture(scope="module")
+def client(hub: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    """With a cache of its own."""
+    cache = tmp_path_factory.mktemp("cache")
+    own = {"HF_ENDPOINT": hub, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "0", "PYTHONPATH": str(ROOT)}
+    environment = {name: value for name, value in os.environ.items() if name != "HF_DATASETS_CACHE"} | own
+    with subprocess.Popen(
+        [sys.executable, "-c", CHECKS], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        yield Client(process, cache)
+        process.kill()
+
+
+def test_a_revision_is_resolved_to_its_commit(client: Client, tmp_path: Path) -> None:
+    code, out, err = client.check(tmp_path, "model.revision=v2")
+    assert code == 0, err
+    assert json.loads(out)["model"]["commit"] == COMMITS["v2"]
     # Nothing is loaded, so nothing as large as weights is fetched.
-    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+    assert list(client.cache.rglob("tokenizer.json"))
+    assert not list(client.cache.rglob("*.safetensors"))
 
 
 @pytest.mark.parametrize(
@@ -164,30 +201,32 @@ def test_a_revision_is_resolved_to_its_commit(hub: str, tmp_path: Path) -> None:
     ],
 )
 def test_what_the_hub_cannot_give_is_one_clear_message(
-    override: str, code: int, message: str, hub: str, tmp_path: Path
+    override: str, code: int, message: str, client: Client, tmp_path: Path
 ) -> None:
-    done = check(hub, tmp_path, override)
-    assert (done.returncode, done.stdout) == (code, "")
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+    found, out, err = client.check(tmp_path, override)
+    assert (found, out) == (code, "")
+    assert message in err
+    assert "Traceback" not in err
 
 
-def test_without_a_network_a_hub_model_is_reported_missing(tmp_path: Path) -> None:
-    done = check("http://127.0.0.1:1", tmp_path, HF_HUB_OFFLINE="1")
-    assert done.returncode == 3
-    assert "org/tiny is not on this machine" in done.stderr
+def test_without_a_network_a_hub_model_is_reported_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    ran = qft("check", recipe_of(tmp_path))
+    assert ran.exit_code == 3
+    assert "org/tiny is not on this machine" in ran.stderr
 
 
-def test_a_hub_dataset_is_read_by_configuration_split_and_revision(hub: str, tmp_path: Path) -> None:
+def test_a_hub_dataset_is_read_by_configuration_split_and_revision(client: Client, tmp_path: Path) -> None:
     counts = {}
     for split, revision in (("train", "main"), ("validation", "main"), ("validation", "v2")):
         source = f"data.train={{path: org/rows, name: small, split: {split}, revision: {revision}}}"
-        done = check(hub, tmp_path, source)
-        assert done.returncode == 0, done.stderr
-        [facts] = json.loads(done.stdout)["data"]["sources"]
+        code, out, err = client.check(tmp_path, source)
+        assert code == 0, err
+        [facts] = json.loads(out)["data"]["sources"]
         assert facts["rows"] == 4
         counts[split, revision] = (facts["tokens"], facts["supervised_tokens"])
     assert len(set(counts.values())) == 3
-    wrong = check(hub, tmp_path, "data.train={path: org/rows, name: large}")
-    assert wrong.returncode == 3
-    assert "large" in wrong.stderr
+    code, _, err = client.check(tmp_path, "data.train={path: org/rows, name: large}")
+    assert code == 3
+    assert "large" in err

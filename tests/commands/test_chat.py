@@ -239,7 +239,9 @@ def test_a_saved_conversation_is_a_row_that_training_reads(session: Session, tmp
     assert [turn["role"] for turn in first["messages"]] == ["system", "user", "assistant"]
     assert first["messages"][1]["content"] == "Grüße"
     assert second["messages"] == session.conversation._all_messages()
-    recipe = from_values({"model": {"path": "-"}, "data": {"train": str(path)}, "output_dir": "-"}).recipe
+    recipe = from_values(
+        {"model": {"path": "-"}, "data": {"train": str(path), "max_length": 512}, "output_dir": "-"}
+    ).recipe
     rows = prepare(recipe.data, byte_tokenizer(), recipe.seed).train
     assert len(rows) == 2
     assert first["messages"][2]["content"] in byte_tokenizer().decode(rows[0]["input_ids"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qft.data.calibration import FEW, Audit, CalibrationData, calibration_data
+from qft.data.calibration import FEW, CalibrationData, calibration_data
 from qft.data.prepare import Prepared, prepare
+from qft.documents.plan import Audit
 from qft.errors import DataError
 from qft.recipe import Recipe
 from tests.support.models import byte_tokenizer
@@ -22,7 +22,8 @@ from tests.support.rows import chat, write_jsonl
 
 def recipe(train: Any = (), seed: int = 0, calibrate: dict[str, Any] | None = None, **data: Any) -> Recipe:
     settings = {"samples": 4, "max_length": 64, "verify_samples": 2, **(calibrate or {})}
-    values = {"model": {"path": "none"}, "data": {"train": train, **data}, "output_dir": "none", "seed": seed}
+    rows = {"train": train, "max_length": 2048, **data}
+    values = {"model": {"path": "none"}, "data": rows, "output_dir": "none", "seed": seed}
     return Recipe.model_validate({**values, "calibrate": settings})
 
 
@@ -285,7 +286,7 @@ def test_the_audit_is_of_the_windows(many: str) -> None:
     lengths = list(data.prepared.train["length"])
     assert min(lengths) <= found.row_length_p5 <= found.row_length_p50 <= found.row_length_p95 <= max(lengths)
     assert found.by_source == {many: found.rows}
-    assert json.loads(json.dumps(asdict(found), allow_nan=False)) == asdict(found)
+    assert json.loads(json.dumps(found.model_dump(), allow_nan=False)) == found.model_dump()
 
 
 def test_a_set_that_suffices_is_taken_without_a_word(tmp_path: Path) -> None:

@@ -21,12 +21,16 @@ from tests.support.models import byte_tokenizer
 from tests.support.rows import chat, write_jsonl
 
 
+def section(train: Any, **data: Any) -> DataSection:
+    return DataSection.model_validate({"train": train, "max_length": 2048, **data})
+
+
 def prepared(train: Any, seed: int = 0, **data: Any) -> Prepared:
-    return prepare(DataSection.model_validate({"train": train, **data}), byte_tokenizer(), seed)
+    return prepare(section(train, **data), byte_tokenizer(), seed)
 
 
 def kept_out(train: Any, seed: int = 0, **data: Any) -> EncodedRows:
-    found = held_out(DataSection.model_validate({"train": train, **data}), byte_tokenizer(), seed)
+    found = held_out(section(train, **data), byte_tokenizer(), seed)
     assert found is not None
     return found
 
@@ -244,7 +248,7 @@ def test_each_source_has_a_format_of_its_own_that_the_facts_give(tmp_path: Path)
         ],
         on_bad_row="skip",
     )
-    assert [facts["format"] for facts in result.facts()] == [
+    assert [facts.format for facts in result.sources] == [
         *("messages", "alpaca", "text", "prompt_completion", "sharegpt", "text")
     ]
     texts = [byte_tokenizer().decode(ids) for ids in result.train["input_ids"]]
@@ -276,7 +280,7 @@ def test_rows_are_encoded_by_as_many_processes_as_asked(chat_file: Path, monkeyp
     one, two = prepared(str(chat_file)), prepared(str(chat_file), num_proc=2)
     assert one.eval is two.eval is None
     assert two.train.to_list() == one.train.to_list()
-    assert two.facts() == one.facts()
+    assert two.sources == one.sources
     assert asked == [None, 2]
 
 

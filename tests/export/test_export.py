@@ -38,12 +38,6 @@ from tests.support.paths import ROOT
 from tests.support.runs import trained
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    """An adapter on an nf4 base that computes in bfloat16."""
-    return trained(tmp_path_factory.mktemp("export"), tiny_model)
-
-
 def logits(model: Any) -> torch.Tensor:
     ids = byte_tokenizer()("<|im_start|>user\nsay 5<|im_end|>\n<|im_start|>assistant\nit is 35").input_ids
     with torch.no_grad():
@@ -423,7 +417,7 @@ def test_the_gate_asks_the_rows_that_the_run_kept(fraction: float, tiny_model: P
 
 
 KILLED = """
-import os, random, shutil, signal, sys, time
+import gc, os, random, shutil, signal, sys, time
 from pathlib import Path
 from qft.export import ExportOptions, export
 from qft.progress import View
@@ -439,6 +433,10 @@ def start():
         os._exit(0)
     return child
 
+# What each child would import, and look through for garbage.
+export(run, ExportOptions(to=("merged",), out=out.with_name("first")), View())
+gc.collect()
+gc.freeze()
 started = time.monotonic()
 os.waitpid(start(), 0)
 whole = time.monotonic() - started

@@ -31,11 +31,6 @@ pytest.importorskip("cyllama", reason="needs llama.cpp (pip install 'qft[llamacp
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    return trained(tmp_path_factory.mktemp("export"), tiny_model)
-
-
-@pytest.fixture(scope="module")
 def asked(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Job, Reference]]:
     job = job_of(run)
     with reference(job, tmp_path_factory.mktemp("scratch")) as expected:
@@ -153,10 +148,11 @@ def test_what_gguf_cannot_hold_is_refused_before_any_work(tmp_path: Path) -> Non
     assert not (tmp_path / "out").exists()
 
 
-def test_an_exported_file_is_a_target(run: Path, whole: Path) -> None:
+def test_an_exported_file_is_a_target(run: Path, whole: Path, tmp_path: Path) -> None:
     file = next(whole.glob("*.gguf"))
     names = [str(run), str(whole), f"{file}@llama.cpp", str(file)]
-    ran = qft("eval", *names, "--reference", run, "--metric", "exact_match", "--json", "--quiet")
+    where = ("--out", tmp_path, "--json", "--quiet")
+    ran = qft("eval", *names, "--reference", run, "--metric", "exact_match", *where)
     assert ran.exit_code == 0, ran.stderr
     of = {target["name"]: target for target in json.loads(ran.stdout)["targets"]}
     assert list(of) == names

@@ -26,6 +26,7 @@ import yaml
 from huggingface_hub import constants
 
 from qft import registry as versions
+from qft.documents.registry import VersionManifest
 from qft.errors import GateError, MissingError, RecipeError, RunError
 from qft.export import export
 from qft.export.publish import registry as registering
@@ -40,11 +41,6 @@ from tests.support.versions import exported
 OID = "c" * 40
 # The hub's client, of the HTTP library that it brings.
 pytestmark = pytest.mark.filterwarnings("ignore:Use .content=:DeprecationWarning")
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    return trained(tmp_path_factory.mktemp("publish"), tiny_model)
 
 
 def nothing_was_done(out: Path) -> bool:
@@ -63,13 +59,16 @@ def test_what_is_written_becomes_the_next_versions(run: Path, tmp_path: Path) ->
     assert merged["registered"] == {"name": "m", "version": 1, "registry": str(registry)}
     assert adapter["registered"]["version"] == 2
     manifests = versions.versions(registry, "m")
-    assert [manifest["target"] for manifest in manifests.values()] == ["merged", "adapter"]
+    assert [manifest.target for manifest in manifests.values()] == ["merged", "adapter"]
     for number, document in ((1, merged), (2, adapter)):
         manifest = manifests[number]
-        assert manifest["run"] == str(run)
-        assert manifest["gate"]["passed"] is True
-        assert manifest["base"] == document["base"]
-        assert manifest["scores"]["loss"] > 0
+        assert manifest.run == str(run)
+        assert manifest.gate
+        assert manifest.gate.passed is True
+        assert manifest.base
+        assert manifest.base.model_dump() == document["base"]
+        assert manifest.scores
+        assert manifest.scores["loss"] > 0
         copied = registry / "m" / f"v{number}" / "artifact"
         assert {name: sha256(copied / name) for name in document["sha256"]} == document["sha256"]
         # The artifact is as it was when its gate saw it.
@@ -89,7 +88,7 @@ def test_what_is_refused_is_not_registered(run: Path, tmp_path: Path) -> None:
     error = refusal(run, "merged", "adapter", overrides=strict, **where)
     assert isinstance(error, GateError)
     [manifest] = versions.versions(tmp_path / "models", "m").values()
-    assert manifest["target"] == "adapter"
+    assert manifest.target == "adapter"
 
 
 def test_what_was_not_verified_is_registered_as_that(run: Path, tmp_path: Path) -> None:
@@ -152,7 +151,7 @@ def test_no_work_is_done_for_a_registry_that_cannot_be_used(run: Path, tmp_path:
     assert "--registry" in str(refused(folder=tmp_path / "file" / "models"))
     assert "to be written" in str(refused(folder=out / "adapter" / "models"))
     made, _ = exported(tmp_path / "other", tmp_path / "run", {"path": "base"}, 4)
-    versions.add(registry, "m", made, {})
+    versions.add(registry, "m", made, VersionManifest())
     with (registry / "m" / ".add.lock").open("a") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         assert "another command" in str(refused())

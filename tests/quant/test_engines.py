@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import subprocess
 import sys
@@ -196,28 +197,38 @@ with torch.no_grad():
 """
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_process_that_knows_nothing_of_qft_loads_it(dtype: torch.dtype, tmp_path: Path) -> None:
-    expected = {}
-    for number, (engine, scheme) in enumerate(SAMPLES):
-        folder, model = tmp_path / str(number), fresh(dtype)
-        folder.mkdir()
+@pytest.fixture(scope="module")
+def read_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> dict[torch.dtype, list[tuple[LayerScheme, Any, Any]]]:
+    """By dtype: each scheme of SAMPLES, the logits here, and those of the folder in a process of its own."""
+    made = {}
+    for number, (dtype, (engine, scheme)) in enumerate(itertools.product(DTYPES, SAMPLES)):
+        folder, model = tmp_path_factory.mktemp(f"sample{number}-"), fresh(dtype)
         write(engine, model, everywhere(model, scheme), folder)
-        expected[folder] = logits(model)
-    torch.save(WINDOWS, tmp_path / "windows.pt")
-    places = [*map(str, expected), str(tmp_path / "windows.pt")]
-    subprocess.run([sys.executable, "-c", PLAIN, *places], check=True, cwd=tmp_path, capture_output=True)
-    for (_, scheme), (folder, ours) in zip(SAMPLES, expected.items(), strict=True):
+        made[folder] = dtype, scheme, logits(model)
+    windows = tmp_path_factory.mktemp("windows")
+    torch.save(WINDOWS, windows / "windows.pt")
+    places = [*map(str, made), str(windows / "windows.pt")]
+    subprocess.run([sys.executable, "-c", PLAIN, *places], check=True, cwd=windows, capture_output=True)
+    found: dict[torch.dtype, list[tuple[LayerScheme, Any, Any]]] = {dtype: [] for dtype in DTYPES}
+    for folder, (dtype, scheme, ours) in made.items():
+        found[dtype].append((scheme, ours, torch.load(folder / "logits.pt")))
+    return found
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_process_that_knows_nothing_of_qft_loads_it(dtype: torch.dtype, read_elsewhere: Any) -> None:
+    assert len(read_elsewhere[dtype]) == len(SAMPLES)
+    for scheme, ours, theirs in read_elsewhere[dtype]:
         # On a CPU with AVX512-BF16 bitsandbytes itself multiplies 4-bit weights in bfloat16, whatever it was asked for.
         exact = scheme.data_type != "nf4" or not has_avx512bf16()
         tolerance = 0.0 if exact else 2**-6 * float(ours.abs().max())
-        torch.testing.assert_close(torch.load(folder / "logits.pt"), ours, rtol=0, atol=tolerance)
+        torch.testing.assert_close(theirs, ours, rtol=0, atol=tolerance)
 
 
 QUIET = """
 import sys
-from qft.machine.quiet import quiet_libraries
-quiet_libraries()
+from qft.machine.environment import prepare_libraries
+prepare_libraries()
 import auto_round, torch, torchao.prototype.safetensors.safetensors_support
 from transformers import AutoModelForCausalLM
 AutoModelForCausalLM.from_pretrained(sys.argv[1])(torch.ones(1, 4, dtype=torch.long))

@@ -121,7 +121,7 @@ def test_linears_are_quantized_and_the_rest_is_as_the_recipe_says(plugin: Path, 
     assert (layer.weight.dtype, layer.weight_scale.dtype) == (torch.int8, torch.float32)
     original = tiny_llama().model.layers[0].self_attn.q_proj.weight
     assert 0 < (layer.dequantize() - original).norm() < 0.01 * original.norm()
-    facts = plan.facts()["quantization"]
+    facts = plan.document().model_dump()["quantization"]
     assert facts["scheme"] == "int8_symmetric"
     assert facts["modules_to_not_convert"] == ["lm_head", "up_proj"]
     assert facts["plugin"]["sha256"] == hashlib.sha256(plugin.read_bytes()).hexdigest()

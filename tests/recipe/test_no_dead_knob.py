@@ -68,7 +68,8 @@ def trainable(plan: Plan) -> Any:
 def calibration(plan: Plan) -> Any:
     """How each layer is to be held, the windows, and the rows that verify."""
     planned = plan_calibration(plan.model.loaded)
-    return planned.facts(), planned.data.windows, planned.data.verify.to_list()
+    document = planned.document().model_dump(exclude={"data": {"sources"}})
+    return document, planned.data.windows, planned.data.verify.to_list()
 
 
 class Case(NamedTuple):

@@ -17,6 +17,8 @@ from typer.testing import CliRunner, Result
 
 from qft import registry as versions
 from qft.cli import app
+from qft.documents.manifest import Base
+from qft.documents.registry import Verdict, VersionManifest
 from qft.errors import GateError, MissingError, QftError, RecipeError, RunError
 from tests.support.paths import ROOT
 from tests.support.versions import PASSED, RECIPE, artifact, digest, exported
@@ -46,9 +48,14 @@ def base(tmp_path: Path) -> dict[str, Any]:
 def three(registry: Path, tmp_path: Path, base: dict[str, Any]) -> Path:
     """A registry with v1, v2 and v3 of the model m, all of which pass; none is current."""
     for number in (1, 2, 3):
-        facts = {"gate": PASSED, "base": base, "scores": {"loss": 1 / number}}
+        facts = known(gate=PASSED, base=base, scores={"loss": 1 / number})
         versions.add(registry, "m", artifact(tmp_path / f"out{number}", f"weights {number}"), facts)
     return registry
+
+
+def known(**facts: Any) -> VersionManifest:
+    """What is known of an artifact."""
+    return VersionManifest.model_validate(facts)
 
 
 def current(registry: Path) -> str | None:
@@ -56,7 +63,7 @@ def current(registry: Path) -> str | None:
 
 
 def history(registry: Path) -> list[tuple[str, str | None, str]]:
-    return [(r["action"], r["from"], r["to"]) for r in versions.find_shelf(registry, "m").history()]
+    return [(event.action, event.start, event.to) for event in versions.find_shelf(registry, "m").history()]
 
 
 def test_a_version_is_a_read_only_copy_with_its_facts(three: Path, tmp_path: Path) -> None:
@@ -64,10 +71,11 @@ def test_a_version_is_a_read_only_copy_with_its_facts(three: Path, tmp_path: Pat
     shutil.rmtree(tmp_path / "out2")
     file = three / "m" / "v2" / "artifact" / "model.safetensors"
     assert file.read_text() == "weights 2"
-    assert manifest["sha256"]["model.safetensors"] == digest(file)
-    assert set(manifest["sha256"]) == {"model.safetensors", "inner/config.json"}
-    assert manifest["bytes"] == len("weights 2") + len("{}")
-    assert (manifest["gate"], manifest["scores"]) == (PASSED, {"loss": 0.5})
+    assert manifest.sha256
+    assert manifest.sha256["model.safetensors"] == digest(file)
+    assert set(manifest.sha256) == {"model.safetensors", "inner/config.json"}
+    assert manifest.bytes == len("weights 2") + len("{}")
+    assert (manifest.gate, manifest.scores) == (Verdict.model_validate(PASSED), {"loss": 0.5})
     files = [path for path in (three / "m" / "v2").rglob("*") if path.is_file()]
     assert {path.stat().st_mode & 0o777 for path in files} == {0o444}
     assert versions.problems(three, "m") == []
@@ -76,7 +84,7 @@ def test_a_version_is_a_read_only_copy_with_its_facts(three: Path, tmp_path: Pat
 
 def test_a_number_is_given_once(three: Path, tmp_path: Path) -> None:
     shutil.rmtree(three / "m" / "v3")
-    assert versions.add(three, "m", tmp_path / "out1", {}) == 4
+    assert versions.add(three, "m", tmp_path / "out1", known()) == 4
 
 
 def test_promote_and_every_way_back(three: Path, tmp_path: Path, base: dict[str, Any]) -> None:
@@ -92,7 +100,7 @@ def test_promote_and_every_way_back(three: Path, tmp_path: Path, base: dict[str,
     entry = versions.rollback(three, "m", "original")
     assert entry.startswith("original-")
     assert current(three) == entry
-    assert versions.find_shelf(three, "m").manifest(entry)["base"] == base
+    assert versions.find_shelf(three, "m").manifest(entry).base == Base(**base)
     assert (Path(base["path"]) / "model.safetensors").read_bytes() == b"the original weights"
     assert versions.rollback(three, "m") == "v3"
     assert history(three)[3:] == [
@@ -115,13 +123,13 @@ def test_the_original_must_be_what_it_was(three: Path, base: dict[str, Any]) -> 
         versions.rollback(three, "m", "original")
     assert current(three) == "v1"
     versions.rollback(three, "m", "original", force=True)
-    assert versions.find_shelf(three, "m").history()[-1]["forced"] is True
+    assert versions.find_shelf(three, "m").history()[-1].forced is True
     with pytest.raises(GateError, match="changed"):
         versions.verify(three, "m", "original")
 
 
 def test_no_way_to_an_original_that_nobody_recorded(registry: Path, tmp_path: Path) -> None:
-    versions.add(registry, "m", artifact(tmp_path / "out"), {"gate": PASSED})
+    versions.add(registry, "m", artifact(tmp_path / "out"), known(gate=PASSED))
     with pytest.raises(RunError, match="nothing is current"):
         versions.rollback(registry, "m")
     versions.promote(registry, "m", 1)
@@ -132,16 +140,15 @@ def test_no_way_to_an_original_that_nobody_recorded(registry: Path, tmp_path: Pa
 @pytest.mark.parametrize("gate", [FAILED, {**PASSED, "passed": None}, None])
 def test_what_did_not_pass_is_current_only_by_force(gate: Any, registry: Path, tmp_path: Path) -> None:
     for verdict in (PASSED, gate):
-        versions.add(
-            registry, "m", tmp_path / "out" if registry.exists() else artifact(tmp_path / "out"), {"gate": verdict}
-        )
+        out = tmp_path / "out" if registry.exists() else artifact(tmp_path / "out")
+        versions.add(registry, "m", out, known(gate=verdict))
     versions.promote(registry, "m", 1)
     for step in (versions.promote, versions.rollback):
         with pytest.raises(GateError, match="--force"):
             step(registry, "m", 2)
     assert current(registry) == "v1"
     versions.promote(registry, "m", 2, force=True, reason="a test")
-    assert versions.find_shelf(registry, "m").history()[-1]["forced"] is True
+    assert versions.find_shelf(registry, "m").history()[-1].forced is True
     assert current(registry) == "v2"
 
 
@@ -200,7 +207,7 @@ def test_names_lead_nowhere_else(name: str, registry: Path, tmp_path: Path) -> N
     out = artifact(tmp_path / "out")
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(RecipeError, match="name"):
-        versions.add(registry, name, out, {})
+        versions.add(registry, name, out, known())
     with pytest.raises(RecipeError, match="name"):
         versions.promote(registry, name, 1)
     assert sorted(tmp_path.rglob("*")) == before
@@ -209,7 +216,7 @@ def test_names_lead_nowhere_else(name: str, registry: Path, tmp_path: Path) -> N
 def test_an_artifact_in_read_only_folders_can_be_added(registry: Path, tmp_path: Path) -> None:
     out = artifact(tmp_path / "out")
     (out / "inner").chmod(0o555)
-    versions.add(registry, "m", out, {})
+    versions.add(registry, "m", out, known())
     assert (registry / "m" / "v1" / "artifact" / "inner").stat().st_mode & 0o777 == 0o755
     (out / "inner").chmod(0o755)
 
@@ -217,18 +224,18 @@ def test_an_artifact_in_read_only_folders_can_be_added(registry: Path, tmp_path:
 def test_what_cannot_be_added(registry: Path, tmp_path: Path) -> None:
     out = artifact(tmp_path / "out")
     with pytest.raises(MissingError):
-        versions.add(registry, "m", tmp_path / "none", {})
+        versions.add(registry, "m", tmp_path / "none", known())
     with pytest.raises(RecipeError, match="colour"):
-        versions.add(registry, "m", out, {"colour": "red"})
+        versions.add(registry, "m", out, known(colour="red"))
     with pytest.raises(RunError, match="holds the registry"):
-        versions.add(registry, "m", tmp_path, {})
+        versions.add(registry, "m", tmp_path, known())
     with pytest.raises(RunError, match="no JSON"):
-        versions.add(registry, "m", out, {"scores": {"loss": float("nan")}})
+        versions.add(registry, "m", out, known(scores={"loss": float("nan")}))
     with pytest.raises(GateError, match=r"model\.safetensors"):
-        versions.add(registry, "m", out, {"sha256": {"model.safetensors": "0" * 64}})
+        versions.add(registry, "m", out, known(sha256={"model.safetensors": "0" * 64}))
     (out / "dangling").symlink_to("nowhere")
     with pytest.raises(RunError, match="cannot be copied"):
-        versions.add(registry, "m", out, {})
+        versions.add(registry, "m", out, known())
     assert versions.names(registry) == []
     assert [path.name for path in (registry / "m").iterdir() if path.is_dir()] == []
 
@@ -241,10 +248,11 @@ def run_python(code: str, *arguments: Any) -> subprocess.Popen[str]:
 ADD = """
 import sys
 from pathlib import Path
+from qft.documents.registry import VersionManifest
 from qft.registry import add
 print("ready", flush=True)
 for _ in range(5):
-    print(add(Path(sys.argv[1]), "m", Path(sys.argv[2]), {"gate": {"passed": True}}))
+    print(add(Path(sys.argv[1]), "m", Path(sys.argv[2]), VersionManifest(gate={"passed": True})))
 """
 
 
@@ -260,6 +268,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from qft import registry
+from qft.documents.registry import VersionManifest
 
 folder, out, step, last = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 lines = 0
@@ -272,11 +281,11 @@ def count(frame, event, argument):
     return count
 
 shelf = registry.find_shelf(folder, "m")
-promoted = [record["to"] for record in shelf.history() if record["action"] == "promote"]
+promoted = [event.to for event in shelf.history() if event.action == "promote"]
 target = {"v1": 2, "v2": 3, "v3": 1}[promoted[-1]]
 sys.settrace(count)
 if step == "add":
-    registry.add(folder, "m", out, {"gate": {"passed": True}})
+    registry.add(folder, "m", out, VersionManifest(gate={"passed": True}))
 else:
     registry.promote(folder, "m", target)
 sys.settrace(None)
@@ -302,9 +311,9 @@ def test_a_kill_at_any_line_leaves_a_valid_registry(step: str, three: Path, tmp_
         assert versions.problems(three, "m") == [], moment
         assert set(before) <= set(versions.versions(three, "m"))
         torn += any(path.name not in (".lock", ".add.lock") for path in (three / "m").glob(".*"))
-        torn += step == "promote" and versions.find_shelf(three, "m").history()[-1]["to"] != current(three)
+        torn += step == "promote" and versions.find_shelf(three, "m").history()[-1].to != current(three)
     assert torn
-    versions.add(three, "m", out, {})
+    versions.add(three, "m", out, known())
     assert {path.name for path in (three / "m").glob(".*")} == {".lock", ".add.lock"}
     assert versions.problems(three, "m") == []
 
@@ -341,14 +350,14 @@ def test_the_next_command_takes_the_step_that_was_cut_off(three: Path, tmp_path:
     shelf = versions.find_shelf(three, "m")
     shelf.append("promote", "v1", "v2", "cut off before current was replaced")
     assert (current(three), versions.problems(three, "m")) == ("v1", [])
-    versions.add(three, "m", tmp_path / "out1", {})
+    versions.add(three, "m", tmp_path / "out1", known())
     assert current(three) == "v2"
     lines = (three / "m" / "history.jsonl").read_text().splitlines()
     (three / "m" / "history.jsonl").write_text("".join(f"{line}\n" for line in lines[:-1]))
     assert versions.problems(three, "m") == []
     versions.promote(three, "m", 3)
     assert history(three)[-2:] == [("add", None, "v4"), ("promote", "v2", "v3")]
-    assert shelf.history()[-2]["recovered"] is True
+    assert shelf.history()[-2].recovered is True
 
 
 def test_a_retry_of_what_was_cut_off_does_it_once(three: Path) -> None:

@@ -43,6 +43,8 @@ TOKENS = 4096
 """Learnt tokens over which distributions are compared, at most."""
 CONTINUATIONS, NEW_TOKENS = 4, 16
 """Prompts that are continued greedily, and by how many tokens."""
+SMALLER = ("export on a device with more memory", "export without proof (--no-gate)")
+"""What to do where there is no room for the gate."""
 BATCH = 8
 LIMITED = ("kl", "top1_agreement", "perplexity_increase")
 """Checks that wrong weights fail."""
@@ -69,7 +71,7 @@ def reference(job: Job, scratch: Path) -> Iterator[Reference]:
     rows = _rows(job)
     passages = [Passage(row["input_ids"], row["labels"], row["source"]) for row in rows]
     tokens = min(TOKENS, sum(passage.scored for passage in passages))
-    with memory_guard("asking the model as trained"):
+    with memory_guard("asking the model as trained", SMALLER):
         model = load_target(job.target, job.plan)
         vocabulary = model.get_output_embeddings().weight.shape[0]
         require_free_space(scratch, tokens * vocabulary * 4, "the log probabilities that the gate compares with")
@@ -106,14 +108,14 @@ def judge(job: Job, target: str, folder: Path, expected: Reference) -> Gate:
 
 def _checks(job: Job, exporter: Exporter, folder: Path, expected: Reference, limits: Limits) -> Iterator[GateCheck]:
     try:
-        with memory_guard("loading the artifact"):
+        with memory_guard("loading the artifact", SMALLER):
             model = exporter.load(job, folder)
         facts = exporter.facts(model, job, folder, expected.texts)
     except (ModelError, MissingError, ValueError, OSError, SafetensorError) as error:
         yield GateCheck(name="loads", value=str(error).splitlines()[0], threshold="yes", passed=False)
         return
     if facts["embedding_rows"] == expected.facts["embedding_rows"]:  # else the rows' tokens mean nothing to it
-        with memory_guard("asking the artifact"):
+        with memory_guard("asking the artifact", SMALLER):
             yield from _quality(model, job, expected, limits)
     yield from _structure(facts, expected.facts)
 
@@ -123,8 +125,9 @@ def _rows(job: Job) -> Dataset:
     if job.target.rows:
         return read_rows(job.target.rows, ROWS).rows
     recipe, tokenizer = job.target.loaded.recipe, job.plan.tokenizer
+    data = job.plan.rows_for(recipe.data)
     try:
-        asked = held_out(recipe.data, tokenizer, recipe.seed) or prepare(recipe.data, tokenizer, recipe.seed).asked()
+        asked = held_out(data, tokenizer, recipe.seed) or prepare(data, tokenizer, recipe.seed).asked()
     except MissingError as error:
         raise MissingError(
             f"{error}; the gate asks on the run's rows, and {job.run.rows.name} is not in its folder: put them back, "

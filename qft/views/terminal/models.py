@@ -7,83 +7,87 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from qft.documents.registry import (
+    RegistryListing,
+    VersionComparison,
+    VersionDetails,
+    VersionManifest,
+    VersionVerification,
+)
 from qft.views.terminal.table import table
 from qft.views.words import size
 
 __all__ = ["render_diff", "render_findings", "render_list", "render_version"]
 
-Document = dict[str, Any]
 
-
-def render_list(document: Document) -> RenderableType:
+def render_list(document: RegistryListing) -> RenderableType:
     """A table for each model."""
     parts: list[RenderableType] = []
-    for name, model in document["models"].items():
+    for name, model in document.models.items():
         rows = table(name, "version", "created", "target", "bytes", "gate", "scores")
-        if model["current"] and model["current"] not in model["versions"]:
-            rows.add_row(f"{model['current']} (current)", "", "the base", "", "", "")
-        for entry, manifest in model["versions"].items():
-            shown = f"{entry} (current)" if entry == model["current"] else entry
-            figures = ", ".join(f"{name} {_figure(value)}" for name, value in (manifest["scores"] or {}).items())
-            about = (_minute(manifest["created"]), manifest["target"] or "", size(manifest["bytes"]))
+        if model.current and model.current not in model.versions:
+            rows.add_row(f"{model.current} (current)", "", "the base", "", "", "")
+        for entry, manifest in model.versions.items():
+            shown = f"{entry} (current)" if entry == model.current else entry
+            figures = ", ".join(f"{name} {_figure(value)}" for name, value in (manifest.scores or {}).items())
+            about = (_minute(manifest.created), manifest.target or "", size(manifest.bytes or 0))
             rows.add_row(shown, *about, _gate(manifest), figures)
         parts += ["", rows]
-    return Group(*parts) if parts else Text(f"{document['registry']}: no models; add one with qft models add")
+    return Group(*parts) if parts else Text(f"{document.registry}: no models; add one with qft models add")
 
 
-def render_version(document: Document) -> RenderableType:
+def render_version(document: VersionDetails) -> RenderableType:
     """One version, or the record of a base, and what happened to the model."""
-    manifest = document["manifest"]
-    rows = table(f"{document['name']} {document['entry']}")
-    for name, value in _about(manifest).items():
+    rows = table(f"{document.name} {document.entry}")
+    for name, value in _about(document.manifest).items():
         rows.add_row(name, value)
     past = table("History", "time", "action", "from", "to", "reason")
-    for record in document["history"]:
-        forced = " (forced)" if record.get("forced") else ""
-        past.add_row(_minute(record["time"]), record["action"] + forced, record["from"], record["to"], record["reason"])
+    for event in document.history:
+        forced = " (forced)" if event.forced else ""
+        past.add_row(_minute(event.time), event.action + forced, event.start, event.to, event.reason)
     return Group("", rows, "", past)
 
 
-def render_diff(document: Document) -> RenderableType:
+def render_diff(document: VersionComparison) -> RenderableType:
     """One line for each figure or field."""
-    rows = table(f"{document['name']}", "", document["a"], document["b"])
-    for row in document["rows"]:
-        name = f"{row['section']} {row['field']}".rstrip()
-        shown = [size(row[side]) if name == "bytes" and row[side] else _figure(row[side]) for side in ("a", "b")]
-        rows.add_row(name, *shown, style="" if row["a"] == row["b"] else "bold")
+    rows = table(document.name, "", document.a, document.b)
+    for row in document.rows:
+        name = f"{row.section} {row.field}".rstrip()
+        shown = [size(value) if name == "bytes" and value else _figure(value) for value in (row.a, row.b)]
+        rows.add_row(name, *shown, style="" if row.a == row.b else "bold")
     return Group("", rows)
 
 
-def render_findings(document: Document) -> RenderableType:
+def render_findings(document: VersionVerification) -> RenderableType:
     """What was hashed; what is wrong is the error."""
-    rows = table(document["name"], "version", "missing", "changed", "extra", "")
-    for entry in document["entries"]:
-        counts = [str(len(entry[kind])) for kind in ("missing", "changed", "extra")]
-        rows.add_row(entry["entry"], *counts, "whole" if entry["whole"] else "broken")
+    rows = table(document.name, "version", "missing", "changed", "extra", "")
+    for finding in document.entries:
+        counts = [str(len(names)) for names in (finding.missing, finding.changed, finding.extra)]
+        rows.add_row(finding.entry, *counts, "whole" if finding.whole else "broken")
     return Group("", rows)
 
 
-def _about(manifest: Document) -> dict[str, str]:
-    base, recipe = manifest.get("base") or {}, manifest.get("recipe") or {}
-    told = {
-        "created": manifest["created"],
-        "target": manifest.get("target"),
-        "gate": _gate(manifest) if "gate" in manifest else None,
-        "bytes": size(manifest["bytes"]) if "bytes" in manifest else None,
-        "files": str(len(manifest["sha256"])) if "sha256" in manifest else None,
-        "base": base.get("path"),
-        "base commit": base.get("commit"),
-        "run": manifest.get("run"),
-        "recipe": recipe.get("path"),
+def _about(manifest: VersionManifest) -> dict[str, str]:
+    base, recipe = manifest.base, manifest.recipe
+    facts = {
+        "created": manifest.created,
+        "target": manifest.target,
+        "gate": _gate(manifest) if manifest.kind == "version" else None,
+        "bytes": size(manifest.bytes) if manifest.bytes is not None else None,
+        "files": str(len(manifest.sha256)) if manifest.sha256 is not None else None,
+        "base": base.path if base else None,
+        "base commit": base.commit if base else None,
+        "run": manifest.run,
+        "recipe": recipe.path if recipe else None,
     }
-    told |= {f"score {name}": _figure(value) for name, value in (manifest.get("scores") or {}).items()}
-    data = (manifest.get("data") or {}).items()
-    told |= {f"data {i}": f"{path} ({str(digest)[:12]})" for i, (path, digest) in enumerate(data, start=1)}
-    return {name: value for name, value in told.items() if value}
+    facts |= {f"score {name}": _figure(value) for name, value in (manifest.scores or {}).items()}
+    data = (manifest.data or {}).items()
+    facts |= {f"data {i}": f"{path} ({str(digest)[:12]})" for i, (path, digest) in enumerate(data, start=1)}
+    return {name: value for name, value in facts.items() if value}
 
 
-def _gate(manifest: Document) -> str:
-    verdict = (manifest.get("gate") or {}).get("passed")
+def _gate(manifest: VersionManifest) -> str:
+    verdict = manifest.gate.passed if manifest.gate else None
     return "not run" if verdict is None else "passed" if verdict else "failed"
 
 

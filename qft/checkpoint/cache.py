@@ -1,0 +1,155 @@
+"""What was read of GGUF files, kept for the next command: transformers takes half a minute for a vocabulary of 262,000.
+
+An entry is a folder of JSON, named by the SHA-256 of all that it was made of. Any of it can be deleted at any time, and
+one that is not as it was written is made anew. QFT_CACHE=off keeps nothing, and QFT_CACHE=FOLDER keeps it there
+rather than in the user's cache folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import shutil
+import struct
+from collections.abc import Callable
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TypeVar
+
+from qft import __version__
+from qft.files import atomic_folder, sha256, write_json
+
+__all__ = ["companions", "kept"]
+
+Value = TypeVar("Value")
+
+MAX_BYTES = 512 * 2**20
+"""Of all entries; those not used for longest are removed."""
+SUMS = "sha256.json"
+COMPANIONS = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "tekken.json", "*.model",
+    "chat_template*", "additional_chat_templates/*",
+)  # fmt: skip
+WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+"""Bytes of a value, by its type in a GGUF file."""
+STRING, ARRAY = 8, 9
+
+
+def kept(
+    path: Path,
+    part: str,
+    read: Callable[[], Value],
+    write: Callable[[Value, Path], None],
+    restore: Callable[[Path], Value],
+) -> Value:
+    """The `part` of the GGUF file at `path` that `read` gives, from an entry that `write` wrote where there is one."""
+    entry = _entry(path, part)
+    if entry is None:
+        return read()
+    # Its sums are compared when all is read: then nobody has removed or changed a file in between.
+    with suppress(Exception):  # whatever is wrong with an entry, it is made anew
+        value = restore(entry)
+        if _sums(entry) == json.loads((entry / SUMS).read_bytes()):
+            os.utime(entry)
+            return value
+    value = read()
+    with suppress(Exception):  # no room, or nothing that can be read back from JSON: then it is not kept
+        _keep(value, entry, write, restore)
+        _make_room(entry.parent)
+    return value
+
+
+def _keep(value: Value, entry: Path, write: Callable[[Value, Path], None], restore: Callable[[Path], Value]) -> None:
+    """Write an entry. Raises ValueError if the value would not be read back as it is."""
+    with TemporaryDirectory() as other, atomic_folder(entry) as folder:
+        write(value, folder)
+        sums = _sums(folder)
+        write(restore(folder), Path(other))
+        if _sums(Path(other)) != sums:
+            raise ValueError(f"{entry}: reads back otherwise")
+        write_json(folder / SUMS, sums)
+
+
+def _make_room(folder: Path) -> None:
+    total = 0
+    for entry in sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True):
+        total += sum(path.stat().st_size for path in entry.glob("*"))
+        if total > MAX_BYTES:
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    return {path.name: sha256(path) for path in folder.iterdir() if path.name != SUMS}
+
+
+def companions(path: Path) -> list[Path]:
+    """The files that transformers reads as well where they lie beside the GGUF file at `path`."""
+    beside = (file for pattern in COMPANIONS for file in sorted(path.parent.glob(pattern)))
+    return [file for file in beside if file.is_file() and file != path]
+
+
+def _entry(path: Path, part: str) -> Path | None:
+    """Where that part of the file is kept; None if nothing is kept of it."""
+    folder = _cache_folder()
+    if folder is None or (end := _header_end(path)) is None:
+        return None
+    digest = hashlib.sha256(f"{part} {__version__}".encode())
+    for package in ("transformers", "tokenizers", "gguf"):
+        digest.update(version(package).encode())
+    with path.open("rb") as stream:
+        digest.update(stream.read(end))
+    for file in companions(path):
+        digest.update(f"{file.name} {sha256(file)}".encode())
+    return folder / "gguf" / digest.hexdigest()
+
+
+def _cache_folder() -> Path | None:
+    where = os.environ.get("QFT_CACHE")
+    if where:
+        return None if where == "off" else Path(where)
+    with suppress(RuntimeError):  # this user has no home
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qft"
+    return None
+
+
+def _header_end(path: Path) -> int | None:
+    """Where the header of a GGUF file ends, from which all is made: after its keys, their values and the table of
+    tensors. None if it is of another version than 2 or 3, or broken."""
+    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        try:
+            version_, tensors, pairs = struct.unpack_from("<IQQ", data, 4)
+            if version_ not in (2, 3):
+                return None
+            at = 24
+            for _ in range(pairs):
+                at = _string_end(data, at)
+                at = _value_end(data, at + 4, struct.unpack_from("<I", data, at)[0])
+            for _ in range(tensors):
+                at = _string_end(data, at)
+                at += 4 + 8 * struct.unpack_from("<I", data, at)[0] + 12
+        except (struct.error, KeyError, OverflowError, RecursionError):
+            return None
+    return at
+
+
+def _value_end(data: mmap.mmap, at: int, kind: int) -> int:
+    if kind == STRING:
+        return _string_end(data, at)
+    if kind != ARRAY:
+        return at + WIDTHS[kind]
+    kind, count = map(int, struct.unpack_from("<IQ", data, at))
+    at += 12
+    if kind in WIDTHS:
+        return at + count * WIDTHS[kind]
+    for _ in range(count):
+        at = _value_end(data, at, kind)
+    return at
+
+
+def _string_end(data: mmap.mmap, at: int) -> int:
+    length: int = struct.unpack_from("<Q", data, at)[0]
+    return at + 8 + length

@@ -1,0 +1,84 @@
+"""manifest.json of a run: what was asked, with what it was done, and how far it came."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from qft.documents.part import Stored
+from qft.documents.training import SkippedModules
+
+__all__ = ["Base", "DevicePart", "Hardware", "Manifest", "PluginFile"]
+
+
+class Base(Stored):
+    """The weights that something was made from."""
+
+    path: str
+    """As the recipe says."""
+    commit: str | None = None
+    """Of a hub model; None for others."""
+    sha256: dict[str, str] = {}
+    """Of each file that defines the model, by its name."""
+
+
+class DevicePart(Stored):
+    """The device that a model is on."""
+
+    kind: str
+    """cpu or cuda"""
+    name: str
+    total_bytes: int
+    """Memory in all: the GPU's, or the host's for a CPU."""
+    bf16: bool
+    """Whether it computes in bfloat16."""
+    tf32: bool
+    capability: str | None = None
+    """CUDA compute capability, as in 9.0."""
+
+
+class Hardware(Stored):
+    """The machine of a run."""
+
+    device: DevicePart
+    cpu: str
+    threads: int
+    """That torch computes with."""
+    host_bytes: int
+    """Memory of the host."""
+    platform: str
+    python: str
+
+
+class PluginFile(Stored):
+    """The code of quant.plugin, as it was run."""
+
+    path: str
+    sha256: str
+    method: str
+    """The quant_method that it registers."""
+
+
+class Manifest(Stored):
+    """manifest.json of a run's folder. Times are in UTC, as ISO 8601 has them."""
+
+    schema_version: Literal[1] = 1
+    kind: Literal["run"] = "run"
+    status: str | None = None
+    """running, complete, failed, interrupted or refused."""
+    updated: str | None = None
+    """When the status was last set."""
+    command: list[str] = []
+    started: str | None = None
+    seed: int | None = None
+    versions: dict[str, str | None] = {}
+    """Of what a result depends on, by name; None: not installed."""
+    hardware: Hardware | None = None
+    data: dict[str, str | None] | None = None
+    """SHA-256 of each source by its path; None where it has no file of its own."""
+    plugin: PluginFile | None = None
+    base: Base | None = None
+    """None until the weights are on this machine."""
+    error: str | None = None
+    """Of the last failure."""
+    skipped_modules: SkippedModules | None = None
+    """None unless quant.skip_modules is auto."""

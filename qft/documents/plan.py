@@ -1,0 +1,209 @@
+"""plan.json of a run and `qft check --json`: what is decided before anything is loaded."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from qft.documents.manifest import DevicePart, PluginFile
+from qft.documents.part import Stored
+
+__all__ = [
+    "AdapterArguments",
+    "Audit",
+    "CalibrationCheck",
+    "CalibrationPart",
+    "CalibrationPlanDocument",
+    "DataPart",
+    "LayerPart",
+    "PlanDocument",
+    "PlannedModel",
+    "Quantization",
+    "SourceFacts",
+    "TrainerArguments",
+]
+
+
+class PlannedModel(Stored):
+    """The model, counted without its weights."""
+
+    path: str
+    """As the recipe says."""
+    commit: str | None
+    """Of a hub model; None for others."""
+    dtype: str
+    """Of the weights that are not quantized."""
+    architecture: str
+    layers: int
+    """Blocks."""
+    hidden_size: int
+    parameters: int
+    linear_parameters: int
+    """Weights of the linear layers that quantization applies to (all but the output head)."""
+    trainable_parameters: int
+    max_positions: int | None
+    """Longest sequence, in tokens, that the model was built for."""
+    heads: list[str]
+    """Names of the output head."""
+
+
+class Quantization(Stored):
+    """How the linear layers are held. Beside these fields it has the arguments of the quantization config, under the
+    names that bitsandbytes, the checkpoint or the plugin gives them."""
+
+    scheme: str
+    """none, 8bit, 4bit, or the method of a plugin or of a checkpoint that comes quantized."""
+    plugin: PluginFile | None = None
+    described: str = ""
+    """In words, with the data type and what is left as it is; empty in documents from before it was told here."""
+
+
+class AdapterArguments(Stored):
+    """Arguments of peft.LoraConfig, under its names."""
+
+    r: int
+    target_modules: str | list[str]
+
+
+class TrainerArguments(Stored):
+    """Arguments of transformers.TrainingArguments, under its names."""
+
+    per_device_train_batch_size: int
+    gradient_accumulation_steps: int
+    learning_rate: float
+    lr_scheduler_type: str
+    optim: str
+    bf16: bool
+    fp16: bool
+
+    @property
+    def checkpointing(self) -> bool:
+        """Whether gradients are checkpointed, by either of the names that transformers has had for it."""
+        others = self.model_extra or {}
+        return bool(others.get("activation_checkpointing", others.get("gradient_checkpointing")))
+
+
+class SourceFacts(Stored):
+    """What one source of rows held."""
+
+    path: str
+    part: str
+    """train or eval"""
+    format: str
+    rows: int
+    """Rows that are used, before weighting and splitting."""
+    skipped: int
+    truncated: int
+    tokens: int
+    supervised_tokens: int
+    longest: int
+    """Tokens of the longest row."""
+    digest: str | None
+    """SHA-256 of its file; None if it has none of its own."""
+    unit: str
+    """What a row's number counts: line or row."""
+    weight: float
+
+
+class DataPart(Stored):
+    train_rows: int
+    """After weighting and splitting."""
+    eval_rows: int
+    """Rows held out."""
+    max_length: int | None = None
+    """Of a row, in tokens; None in documents from before it was decided here."""
+    sources: list[SourceFacts]
+
+
+class Audit(Stored):
+    """What the calibration windows are made of."""
+
+    rows: int
+    """Rows drawn."""
+    windows: int
+    window_tokens: int
+    """Tokens of each window."""
+    tokens: int
+    """In all windows."""
+    row_length_p5: int
+    """Percentiles of the drawn rows' lengths, in tokens."""
+    row_length_p50: int
+    row_length_p95: int
+    distinct_tokens: int
+    vocabulary_share: float
+    """distinct_tokens / tokens that the tokenizer knows."""
+    duplicate_rows: int
+    """Drawn rows whose tokens are those of another one drawn before."""
+    truncated_rows: int
+    """Drawn rows of more than calibrate.max_length tokens, of which the first so many count."""
+    by_source: dict[str, int]
+    """Rows drawn, by the path of their source."""
+    sha256: str
+    """Of the windows' ids in their order, as little-endian int32."""
+
+
+class LayerPart(Stored):
+    """How one linear layer is to be held."""
+
+    data_type: str
+    """int, float, nf4 or fp4."""
+    bits: int
+    group_size: int
+    """Weights of a row that share a scale; -1: all of it."""
+    symmetric: bool
+    activations: str
+    """none, dynamic or static."""
+
+
+class CalibrationPart(Stored):
+    audit: Audit | None
+    """None if the engine looks at no windows."""
+    warnings: list[str]
+    verify_rows: int
+    """Rows on which the result is judged."""
+    sources: list[SourceFacts] = []
+
+
+class CalibrationPlanDocument(Stored):
+    """How a trained model is quantized for inference."""
+
+    schema_version: Literal[1] = 1
+    kind: Literal["calibration-plan"] = "calibration-plan"
+    device: DevicePart
+    model: PlannedModel
+    """The unquantized model."""
+    engine: str
+    algorithm: str | None = None
+    """Of engine llmcompressor; None with the others."""
+    schemes: dict[str, LayerPart | None]
+    """Of every linear layer, by its name; None: left in 16 bits. Empty with engine custom, whose plugin decides."""
+    quantization: Quantization | None = None
+    """Of engine custom; None with the others."""
+    data: CalibrationPart
+
+
+class PlanDocument(Stored):
+    """How a training goes."""
+
+    schema_version: Literal[1] = 1
+    kind: Literal["plan"] = "plan"
+    device: DevicePart
+    model: PlannedModel
+    quantization: Quantization
+    skip_modules: Literal["auto"] | list[str] = []
+    """As the recipe says; auto: measured and chosen by `qft train`."""
+    adapter: AdapterArguments | None
+    """None: all weights are trained."""
+    training: TrainerArguments
+    data: DataPart
+    steps: int
+    """Optimizer steps in all."""
+    calibration: CalibrationPlanDocument | None = None
+    """Told by `qft check` alone, where the recipe has a section for it."""
+
+
+class CalibrationCheck(Stored):
+    """What `qft check --json` prints of a recipe that trains nothing."""
+
+    schema_version: Literal[1] = 1
+    kind: Literal["calibration-check"] = "calibration-check"
+    calibration: CalibrationPlanDocument

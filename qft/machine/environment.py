@@ -1,0 +1,63 @@
+"""How the libraries are set up, by variables that they read while they are imported: silent, since qft says each thing
+once, itself; and on a machine without a GPU with threads that sleep while they wait."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from pathlib import Path
+
+__all__ = ["prepare_libraries"]
+
+GPUS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+"""Where the drivers of NVIDIA, of AMD and of Windows below Linux are: seen without torch, which is not loaded yet."""
+
+VARIABLES = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TQDM_DISABLE": "1",  # of third parties; downloads keep theirs
+    # compressed-tensors insists on two bars of a moment each; those of downloads appear a little later.
+    "TQDM_DELAY": "5",
+    "AR_LOG_LEVEL": "ERROR",  # auto-round, which sets its logger up by it when it is imported
+}
+
+LOGGERS = (
+    "bitsandbytes",
+    "accelerate",
+    "peft",
+    "torch.utils.tensorboard",
+    "matplotlib",
+    "lm_eval",
+    # It tries every kernel library that it ships, those for other Pythons and for absent GPUs too.
+    "torchao",
+    # torchao registers enums in a way that torch has outgrown.
+    "torch.utils._pytree",
+)
+
+HARMLESS = (
+    # transformers calls its own renamed property.
+    (r".is_gradient_checkpointing. is deprecated", FutureWarning),
+    # LLM.int8() computes outliers in float16, whatever the activations are.
+    (r"MatMul8bitLt: inputs will be cast", UserWarning),
+    # peft looks for the base's vocabulary size, which qft never changes.
+    (r"Could not find a config file in", UserWarning),
+)
+
+
+def prepare_libraries() -> None:
+    """Call before the libraries are imported: they read their environment, and speak, while they are."""
+    for name, value in VARIABLES.items():
+        os.environ.setdefault(name, value)
+    if not any(Path(path).exists() for path in GPUS):
+        # Threads that spin while one of them waits for a core are slower by far than threads that sleep.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for name in LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for message, category in HARMLESS:
+        warnings.filterwarnings("ignore", message=message, category=category)
+
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()

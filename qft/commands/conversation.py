@@ -25,10 +25,8 @@ __all__ = ["ChatOptions", "Conversation", "Reply"]
 Show = Callable[[str], None]
 """Takes a piece of an answer as soon as it is known."""
 
-
 UNFINISHED = "\ufffd"
 """What a decoder writes for the bytes of a character that is not whole yet."""
-
 
 SMALLER_CHAT = "Start anew with /reset, lower --max-new-tokens, or hold the base in fewer bits (TARGET@nf4)"
 

@@ -185,29 +185,22 @@ def _wrapped(model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int, ma
         del model.tie_weights
 
 
-def _results(document: Any) -> list[HarnessResult]:
+def _results(document: Any) -> Iterator[HarnessResult]:
     """One entry a metric, from the harness's document, whose keys are `metric,filter` and `metric_stderr,filter`."""
-    found = []
     for task, figures in document["results"].items():
+        given = document["versions"].get(task)
         for key, value in figures.items():
             metric, comma, used = key.partition(",")
             if comma and not metric.endswith("_stderr"):
-                found.append(
-                    HarnessResult(
-                        task=task,
-                        version=_version(document["versions"].get(task)),
-                        metric=metric,
-                        filter=None if used == "none" else used,
-                        value=_finite(value),
-                        stderr=_finite(figures.get(f"{metric}_stderr,{used}")),
-                        samples=figures["sample_len"],
-                    )
+                yield HarnessResult(
+                    task=task,
+                    version=None if given in (None, "Yaml", "N/A") else str(given),
+                    metric=metric,
+                    filter=None if used == "none" else used,
+                    value=_finite(value),
+                    stderr=_finite(figures.get(f"{metric}_stderr,{used}")),
+                    samples=figures["sample_len"],
                 )
-    return found
-
-
-def _version(given: object) -> str | None:
-    return None if given in (None, "Yaml", "N/A") else str(given)
 
 
 def _finite(value: object) -> float | None:

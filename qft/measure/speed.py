@@ -17,12 +17,8 @@ __all__ = ["decode_speed", "prefill_speed"]
 def prefill_speed(model: Any, prompt: Sequence[int], *, repeats: int = 3) -> float:
     """Tokens per second of reading `prompt`, the best of `repeats` after one more to warm up."""
     ids = torch.tensor([list(prompt)], device=next(model.parameters()).device)
-
-    def read() -> None:
-        with torch.inference_mode():
-            model(input_ids=ids, use_cache=True, logits_to_keep=1)
-
-    return len(prompt) / min(_seconds(read) for _ in range(repeats + 1))
+    seconds = (_seconds(model, input_ids=ids, use_cache=True, logits_to_keep=1) for _ in range(repeats + 1))
+    return len(prompt) / min(seconds)
 
 
 def decode_speed(model: Any, prompt: Sequence[int], *, tokens: int = 32) -> float:
@@ -31,21 +27,18 @@ def decode_speed(model: Any, prompt: Sequence[int], *, tokens: int = 32) -> floa
 
     def write(count: int) -> float:
         settings = GenerationConfig(max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0)
-
-        def once() -> None:
-            with torch.inference_mode():
-                model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)
-
-        return _seconds(once)
+        mask = torch.ones_like(ids)
+        return _seconds(model.generate, input_ids=ids, attention_mask=mask, generation_config=settings)
 
     # The first of each also chooses kernels and takes memory; the better of two has not.
     long, short = (min(write(count) for _ in range(2)) for count in (tokens + 1, 1))
     return tokens / max(long - short, 1e-9)
 
 
-def _seconds(work: Any) -> float:
+def _seconds(work: Any, **inputs: Any) -> float:
     wait_for_device()
     started = time.perf_counter()
-    work()
+    with torch.inference_mode():
+        work(**inputs)
     wait_for_device()
     return time.perf_counter() - started

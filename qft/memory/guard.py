@@ -11,7 +11,6 @@ from qft.errors import OutOfMemoryError
 
 __all__ = ["memory_guard"]
 
-
 SMALLER_TRAINING = (
     "Lower train.per_device_train_batch_size (and raise gradient_accumulation_steps by as much), lower "
     "data.max_length, set train.gradient_checkpointing: true, or hold the base in fewer bits (quant.mode: 4bit)"
@@ -23,15 +22,9 @@ def memory_guard(what: str, remedy: str = SMALLER_TRAINING) -> Iterator[None]:
     """Turn an allocator's failure into one message that says what to change."""
     try:
         yield
-    except (torch.cuda.OutOfMemoryError, MemoryError) as error:
-        raise OutOfMemoryError(_out_of_memory(what, remedy, error)) from error
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        known = isinstance(error, torch.cuda.OutOfMemoryError | MemoryError)
+        if not known and "can't allocate memory" not in str(error):
             raise
-        raise OutOfMemoryError(_out_of_memory(what, remedy, error)) from error
-
-
-def _out_of_memory(what: str, remedy: str, error: BaseException) -> str:
-    return (
-        f"out of memory while {what}: {str(error).splitlines()[0] if str(error) else 'the host has no more'}. {remedy}"
-    )
+        found = str(error).splitlines()[0] if str(error) else "the host has no more"
+        raise OutOfMemoryError(f"out of memory while {what}: {found}. {remedy}") from error

@@ -17,7 +17,7 @@ from transformers import set_seed
 
 from qft.calibration.layer_errors import layer_errors
 from qft.data.batch import model_inputs, pad_token_id
-from qft.documents.evaluation import EvalDocument, HarnessResult, Score, SourceResult, TargetResult
+from qft.documents.evaluation import EvalDocument, Score, SourceResult, TargetResult
 from qft.errors import ModelError, RecipeError
 from qft.files import require_free_space, write_json, write_text
 from qft.machine.device import versions
@@ -84,8 +84,7 @@ class _Measured:
 def evaluate(names: Sequence[str], options: EvalOptions, view: View) -> EvalDocument:
     """Measure each target of `names` and compare them with the reference.
 
-    Raises QftError: whatever is wrong with a target, the data or a metric is told before any model is loaded.
-    """
+    Raises QftError: whatever is wrong with a target, the data or a metric is told before any model is loaded."""
     started = time.perf_counter()
     targets = _targets(names, options)
     first = next((target for target in targets if target.has_recipe), targets[0])
@@ -207,7 +206,9 @@ class _Evaluation:
         found = self._read(target, plan, {"against" if first else "write": store} if store else {})
         if self.tasks:
             self.view.note(f"  asking lm-evaluation-harness: {', '.join(Path(task).name for task in self.tasks)}")
-            found.figures["harness"] = self._harness(found.model, plan)
+            asked = found.model, plan.tokenizer, self.tasks, self.recipe.eval
+            length = plan.shape.max_positions
+            found.figures["harness"] = run_tasks(*asked, seed=self.recipe.seed, max_length=length)
         if self.options.layers and first:
             self.view.note("  comparing its layers with the reference's")
             found.figures["layers"] = layer_errors(first.model, found.model, self._batches(plan))
@@ -248,18 +249,6 @@ class _Evaluation:
             batches.append(model_inputs([passage.input_ids], 0, device=plan.device.kind))
             tokens += len(passage.input_ids)
         return batches
-
-    def _harness(self, model: Any, plan: ModelPlan) -> list[HarnessResult]:
-        settings = self.recipe.eval
-        return run_tasks(
-            model,
-            plan.tokenizer,
-            self.tasks,
-            seed=self.recipe.seed,
-            batch_size=settings.batch_size,
-            max_length=plan.shape.max_positions,
-            limit=settings.harness_limit,
-        )
 
     def result(self, measured: _Measured, first: _Measured) -> TargetResult:
         """The figures of one target, beside those of the `first` where that is the reference."""

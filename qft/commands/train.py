@@ -25,8 +25,7 @@ def train(loaded: LoadedRecipe, view: View, *, resume: bool = False, overwrite: 
     """Train as the recipe says and write the run folder.
 
     Raises QftError: RunError before any work if the folder forbids it, then whatever `make_plan` refuses, then
-    NonFiniteError or OutOfMemoryError from the training itself. The last good checkpoint is kept in every case.
-    """
+    NonFiniteError or OutOfMemoryError from the training itself. The last good checkpoint is kept in every case."""
     started = time.perf_counter()
     check_folder(Path(loaded.recipe.output_dir), resume=resume, overwrite=overwrite)
     plan, skipped = _plan(loaded, view, resume=resume)

@@ -15,10 +15,8 @@ __all__ = ["Collator", "by_length", "model_inputs", "pad_token_id"]
 
 def pad_token_id(tokenizer: Any) -> int:
     """A token to pad with. Padding is masked by length, never by id, so any token serves, eos included."""
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id):
-        if token is not None:
-            return int(token)
-    return 0
+    tokens = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id, 0)
+    return int(next(token for token in tokens if token is not None))
 
 
 def by_length(lengths: Sequence[int], size: int) -> Iterator[list[int]]:

@@ -39,8 +39,7 @@ class Passage:
 def windows(ids: Sequence[int], window: int, stride: int) -> list[Passage]:
     """Cut one long text into windows of `window` tokens, each `stride` tokens after the one before.
 
-    Every token but the first is scored once, with at least window - stride tokens of context after the first window.
-    """
+    Every token but the first is scored once, with at least window - stride tokens of context after the first window."""
     if not 1 <= stride <= window:
         raise ValueError("a stride is between 1 and the window")
     made: list[Passage] = []
@@ -150,8 +149,7 @@ def measure(
 ) -> Likelihood:
     """Read `sequences` in batches of like length; `write` keeps the log probabilities, `against` compares with them.
 
-    Right padding does not change what a causal model predicts before it, so batches change no result beyond rounding.
-    """
+    Right padding does not change what a causal model predicts before it, so batches change no more than rounding."""
     nll = np.zeros(len(sequences))
     tokens = np.array([sequence.scored for sequence in sequences], dtype=np.int64)
     offsets = np.concatenate([[0], np.cumsum(tokens)])

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from qft.data.batch import model_inputs
 from qft.memory.meter import wait_for_device
 
 __all__ = ["decode_speed", "prefill_speed"]
@@ -23,12 +24,11 @@ def prefill_speed(model: Any, prompt: Sequence[int], *, repeats: int = 3) -> flo
 
 def decode_speed(model: Any, prompt: Sequence[int], *, tokens: int = 32) -> float:
     """Tokens per second of writing `tokens` tokens after `prompt`, one row, reading the prompt left out."""
-    ids = torch.tensor([list(prompt)], device=next(model.parameters()).device)
+    inputs = model_inputs([prompt], 0, device=next(model.parameters()).device)
 
     def write(count: int) -> float:
         settings = GenerationConfig(max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0)
-        mask = torch.ones_like(ids)
-        return _seconds(model.generate, input_ids=ids, attention_mask=mask, generation_config=settings)
+        return _seconds(model.generate, **inputs, generation_config=settings)
 
     # The first of each also chooses kernels and takes memory; the better of two has not.
     long, short = (min(write(count) for _ in range(2)) for count in (tokens + 1, 1))

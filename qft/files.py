@@ -15,18 +15,8 @@ from typing import Any
 
 from qft.errors import RunError
 
-__all__ = [
-    "atomic_file",
-    "atomic_folder",
-    "free_bytes",
-    "nearest_folder",
-    "now",
-    "require_free_space",
-    "same_disk",
-    "sha256",
-    "write_json",
-    "write_text",
-]
+__all__ = ["atomic_file", "atomic_folder", "free_bytes", "nearest_folder", "now", "require_free_space", "same_disk"]
+__all__ += ["sha256", "write_json", "write_text"]
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -47,6 +46,3 @@ class View(AbstractContextManager["View"]):
 
     def step(self, step: Step) -> None:
         """One optimizer step was made."""
-
-    def evaluated(self, step: int, loss: float, perplexity: float, scores: Mapping[str, float]) -> None:
-        """The held-out rows were evaluated."""

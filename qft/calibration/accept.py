@@ -164,14 +164,7 @@ class Acceptance:
 
     def _scores(self, model: Any) -> dict[str, float]:
         settings = self.plan.recipe.eval
-        answers = answer_rows(
-            model.eval(),
-            self.plan.model.tokenizer,
-            self.plan.data.verify,
-            max_new_tokens=settings.max_new_tokens,
-            batch_size=settings.batch_size,
-            samples=settings.samples,
-        )
+        answers = answer_rows(model.eval(), self.plan.model.tokenizer, self.plan.data.verify, settings)
         return {name: score(name, answers, pattern=settings.regex).value for name in settings.metrics}
 
 

@@ -56,7 +56,7 @@ def calibrate(loaded: LoadedRecipe, view: View, *, resume: bool = False, overwri
         )
     needed = 0 if resume else _needed_bytes(plan, merged_run)  # what is there already was needed too
     room = (needed, "the quantized model, its blocks and their activations")
-    run = start_run(plan.recipe, plan.document(), *room, resume=resume, overwrite=overwrite)
+    run = start_run(plan.recipe, plan.document(), room, resume=resume, overwrite=overwrite)
     try:
         guard = memory_guard("calibrating", smaller_calibration(plan.calibrate))
         with run.failure_noted(), guard, Meter(plan.model.device.kind) as meter:

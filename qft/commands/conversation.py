@@ -12,6 +12,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
+from qft.data.batch import model_inputs
 from qft.data.formats import FORMATS, Message
 from qft.data.formats import Conversation as Row
 from qft.data.sources import BadRow
@@ -24,7 +25,6 @@ __all__ = ["ChatOptions", "Conversation", "Reply"]
 
 Show = Callable[[str], None]
 """Takes a piece of an answer as soon as it is known."""
-
 
 UNFINISHED = "\ufffd"
 """What a decoder writes for the bytes of a character that is not whole yet."""
@@ -123,16 +123,11 @@ class Conversation:
         ids = self.prompt(text)
         settings = self.generation_config(model)
         writer = _Writer(self.tokenizer, settings.eos_token_id, show)
-        input_ids = torch.tensor([ids], device=next(model.parameters()).device)
+        inputs = model_inputs([ids], 0, device=next(model.parameters()).device)
         started, interrupted = time.perf_counter(), False
         try:
             with memory_guard("answering", self._smaller(model)), torch.inference_mode():
-                model.generate(
-                    input_ids=input_ids,
-                    attention_mask=torch.ones_like(input_ids),
-                    generation_config=settings,
-                    streamer=writer,
-                )
+                model.generate(**inputs, generation_config=settings, streamer=writer)
         except KeyboardInterrupt:
             interrupted = True
             writer.end()
@@ -159,11 +154,8 @@ class Conversation:
 
     def row(self) -> dict[str, Any]:
         """The conversation as training reads it. Raises DataError while there is nothing to learn in it."""
-        row: dict[str, Any]
-        if self.has_template:
-            name, row = "messages", {"messages": self._all_messages()}
-        else:
-            name, row = "text", {"text": self._text("").rstrip("\n")}
+        name = "messages" if self.has_template else "text"
+        row: dict[str, Any] = {name: self._all_messages() if self.has_template else self._text("").rstrip("\n")}
         try:
             if not self.messages:
                 raise BadRow("nothing was said yet")

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 from transformers import set_seed
 
 from qft.calibration.layer_errors import layer_errors
-from qft.data.batch import pad_token_id
-from qft.documents.evaluation import EvalDocument, HarnessResult, Score, SourceResult, TargetResult
+from qft.data.batch import model_inputs, pad_token_id
+from qft.documents.evaluation import EvalDocument, Score, SourceResult, TargetResult
 from qft.errors import ModelError, RecipeError
 from qft.files import require_free_space, write_json, write_text
 from qft.machine.device import versions
@@ -36,7 +35,7 @@ from qft.plan.packages import missing_packages
 from qft.progress import View
 from qft.recipe import Recipe
 from qft.run.folder import Run
-from qft.views.html.page import TargetAnswer, evaluation_page
+from qft.views.html.page import evaluation_page, side_by_side
 
 __all__ = ["EvalOptions", "default_out", "evaluate"]
 
@@ -79,24 +78,17 @@ class _Measured:
     answers: list[Answer]
     model: Any
     """The loaded model; kept of the reference alone, and while layers are compared."""
-    figures: dict[str, Any] = field(default_factory=dict)
+    figures: dict[str, Any]
 
 
 def evaluate(names: Sequence[str], options: EvalOptions, view: View) -> EvalDocument:
     """Measure each target of `names` and compare them with the reference.
 
-    Raises QftError: whatever is wrong with a target, the data or a metric is told before any model is loaded.
-    """
+    Raises QftError: whatever is wrong with a target, the data or a metric is told before any model is loaded."""
     started = time.perf_counter()
     targets = _targets(names, options)
-    if options.layers and options.reference is None:
-        raise RecipeError("--layers compares with a reference: give --reference TARGET, an unquantized one")
-    if options.layers and (outside := [target.name for target in targets if target.in_llamacpp]):
-        raise RecipeError(f"--layers: looks into models that transformers runs, and {outside[0]} is run by llama.cpp")
     first = next((target for target in targets if target.has_recipe), targets[0])
-    recipe = first.loaded.recipe
-    metrics = tuple(dict.fromkeys((*recipe.eval.metrics, *options.metrics)))
-    _require_metrics(metrics, recipe)
+    recipe = _with_metrics(first.loaded.recipe, options.metrics)
     asked = asked_tasks(first.loaded, options.harness)
     check_tasks(asked)
     view.note("Reading the configurations and the rows")
@@ -109,31 +101,12 @@ def evaluate(names: Sequence[str], options: EvalOptions, view: View) -> EvalDocu
         kept=first.rows,
         window=options.window,
         stride=options.stride,
-        with_answers=bool(metrics),
         holds_rows_out=first.has_recipe,
     )
     tasks = load_tasks(asked, seed=recipe.seed)
     set_seed(recipe.seed)
-    measured: list[_Measured] = []
-    reference: _Measured | None = None
-    with _log_probs(evalset, plans[0], options) as store:
-        for target, plan in zip(targets, plans, strict=True):
-            view.note(f"Evaluating {target.name}")
-            role = "write" if target.name == options.reference else "against"
-            with memory_guard(f"evaluating {target.name}", _smaller(plan, recipe, options)):
-                found = _measure(target, plan, evalset, recipe, metrics, options, {role: store} if store else {})
-                if tasks:
-                    view.note(f"  asking lm-evaluation-harness: {', '.join(Path(task).name for task in tasks)}")
-                    found.figures["harness"] = _harness(found.model, plan, tasks, recipe)
-                if options.layers and reference:
-                    view.note("  comparing its layers with the reference's")
-                    found.figures["layers"] = layer_errors(reference.model, found.model, _batches(evalset, plan))
-            if target.name == options.reference:
-                reference = found
-            if found is not reference or not options.layers:
-                found.model = None  # only layers need two models at once
-            measured.append(found)
-            view.note(f"  perplexity {found.likelihood.perplexity():.3f} over {found.likelihood.tokens.sum():,} tokens")
+    work = _Evaluation(recipe, evalset, tasks, options, view)
+    measured = work.measure(targets, plans)
     document = EvalDocument(
         data=evalset.sources,
         rows=len(evalset.passages),
@@ -143,7 +116,7 @@ def evaluate(names: Sequence[str], options: EvalOptions, view: View) -> EvalDocu
         device=plans[0].device.name,
         seed=recipe.seed,
         versions=versions() | ({"lm_eval": version("lm_eval")} if tasks else {}),
-        targets=[_result(m, reference, evalset, recipe, metrics) for m in measured],
+        targets=[work.result(each, measured[0]) for each in measured],
         wall_seconds=time.perf_counter() - started,
     )
     if options.out:
@@ -160,17 +133,20 @@ def _smaller(plan: ModelPlan, recipe: Recipe, options: EvalOptions) -> Iterator[
             yield f"lower {name} ({rows})"
 
 
-def _require_metrics(metrics: Sequence[str], recipe: Recipe) -> None:
+def _with_metrics(recipe: Recipe, more: Iterable[str]) -> Recipe:
+    """The recipe with `more` scores among its eval.metrics. Raises RecipeError for what cannot be scored."""
+    metrics = tuple(dict.fromkeys((*recipe.eval.metrics, *more)))
     problems = [f"--metric {name}: is none of {', '.join(SCORES)}" for name in metrics if name not in SCORES]
     if "regex" in metrics and recipe.eval.regex is None:
         problems.append("--metric regex: looks for eval.regex, which only a recipe has")
     problems += [f"{name}: {text}" for name, text in missing_packages(metrics)]
     if problems:
         raise RecipeError(problems)
+    return recipe.having(eval=recipe.eval.having(metrics=metrics))
 
 
 def _targets(names: Sequence[str], options: EvalOptions) -> list[Target]:
-    """The targets, the reference first."""
+    """The targets, the reference first. Raises RecipeError for what cannot be compared."""
     wanted = list(dict.fromkeys(names))
     if options.reference is not None and options.reference not in wanted:
         wanted.append(options.reference)
@@ -180,6 +156,10 @@ def _targets(names: Sequence[str], options: EvalOptions) -> list[Target]:
         raise RecipeError(
             f"{found[0].name}: a model has no rows of its own; give --data FILE, or compare it with a run"
         )
+    if options.layers and options.reference is None:
+        raise RecipeError("--layers compares with a reference: give --reference TARGET, an unquantized one")
+    if options.layers and (outside := [target.name for target in found if target.in_llamacpp]):
+        raise RecipeError(f"--layers: looks into models that transformers runs, and {outside[0]} is run by llama.cpp")
     return found
 
 
@@ -199,81 +179,124 @@ def _tokens(plan: ModelPlan) -> dict[str, int]:
     return {token: i for token, i in plan.tokenizer.get_vocab().items() if i < embedded and token != f"[PAD{i}]"}
 
 
-@contextmanager
-def _log_probs(evalset: EvalSet, plan: ModelPlan, options: EvalOptions) -> Iterator[LogProbs | None]:
-    """Room on disk for the reference's distributions; None without a reference."""
-    if options.reference is None:
-        yield None
-        return
-    vocabulary = plan.checkpoint.config.get_text_config().vocab_size
-    tokens = min(options.kl_tokens, sum(passage.scored for passage in evalset.passages))
-    with tempfile.TemporaryDirectory(prefix="qft-eval-") as folder:
-        require_free_space(Path(folder), tokens * vocabulary * 4, "the reference's distributions (--kl-tokens)")
-        yield LogProbs(Path(folder) / "log_probs.f32", tokens, vocabulary)
+@dataclass(frozen=True)
+class _Evaluation:
+    """What every target is asked."""
 
+    recipe: Recipe
+    evalset: EvalSet
+    tasks: Mapping[str, Any]
+    options: EvalOptions
+    view: View
 
-def _measure(
-    target: Target,
-    plan: ModelPlan,
-    evalset: EvalSet,
-    recipe: Recipe,
-    metrics: Sequence[str],
-    options: EvalOptions,
-    store: dict[str, LogProbs],
-) -> _Measured:
-    with Meter(plan.device.kind) as meter:
-        before = meter.settled()
-        model = load_target(target, plan)
-        meter.settled()
-        meter.restart()
-        pad = pad_token_id(plan.tokenizer)
-        likelihood = measure(model, evalset.passages, batch_size=options.batch_size, pad=pad, **store)
-        answers = _answers(model, plan, evalset.answered.rows, recipe) if metrics and evalset.answered else []
-        prompt = max((passage.input_ids for passage in evalset.passages), key=len)[:SPEED_PROMPT]
-        figures = {
-            "prefill_tokens_per_second": prefill_speed(model, prompt),
-            "decode_tokens_per_second": decode_speed(model, prompt),
-            "weight_bytes": sum(weight_bytes(model).values()),
-            "disk_bytes": _disk_bytes(target, plan),
+    def measure(self, targets: Sequence[Target], plans: Sequence[ModelPlan]) -> list[_Measured]:
+        """Ask one after another, of which the first may be the reference."""
+        measured: list[_Measured] = []
+        with self._log_probs(plans[0]) as store:
+            for target, plan in zip(targets, plans, strict=True):
+                self.view.note(f"Evaluating {target.name}")
+                with memory_guard(f"evaluating {target.name}", _smaller(plan, self.recipe, self.options)):
+                    measured.append(self._ask(target, plan, store, measured[0] if measured else None))
+        return measured
+
+    @contextmanager
+    def _log_probs(self, plan: ModelPlan) -> Iterator[LogProbs | None]:
+        """Room on disk for the reference's distributions; None without a reference."""
+        if self.options.reference is None:
+            yield None
+            return
+        vocabulary = plan.checkpoint.config.get_text_config().vocab_size
+        tokens = min(self.options.kl_tokens, sum(passage.scored for passage in self.evalset.passages))
+        with tempfile.TemporaryDirectory(prefix="qft-eval-") as folder:
+            require_free_space(Path(folder), tokens * vocabulary * 4, "the reference's distributions (--kl-tokens)")
+            yield LogProbs(Path(folder) / "log_probs.f32", tokens, vocabulary)
+
+    def _ask(self, target: Target, plan: ModelPlan, store: LogProbs | None, first: _Measured | None) -> _Measured:
+        found = self._read(target, plan, {"against" if first else "write": store} if store else {})
+        if self.tasks:
+            self.view.note(f"  asking lm-evaluation-harness: {', '.join(Path(task).name for task in self.tasks)}")
+            asked = found.model, plan.tokenizer, self.tasks, self.recipe.eval
+            length = plan.shape.max_positions
+            found.figures["harness"] = run_tasks(*asked, seed=self.recipe.seed, max_length=length)
+        if self.options.layers and first:
+            self.view.note("  comparing its layers with the reference's")
+            found.figures["layers"] = layer_errors(first.model, found.model, self._batches(plan))
+        if first or not self.options.layers:
+            found.model = None  # only layers need two models at once
+        likelihood = found.likelihood
+        self.view.note(f"  perplexity {likelihood.perplexity():.3f} over {likelihood.tokens.sum():,} tokens")
+        return found
+
+    def _read(self, target: Target, plan: ModelPlan, store: dict[str, LogProbs]) -> _Measured:
+        passages, answered = self.evalset.passages, self.evalset.answered
+        with Meter(plan.device.kind) as meter:
+            before = meter.settled()
+            model = load_target(target, plan)
+            meter.settled()
+            meter.restart()
+            pad = pad_token_id(plan.tokenizer)
+            likelihood = measure(model, passages, batch_size=self.options.batch_size, pad=pad, **store)
+            settings = self.recipe.eval
+            asked = answered.rows if answered and settings.metrics else None
+            answers = answer_rows(model, plan.tokenizer, asked, settings) if asked else []
+            prompt = max((passage.input_ids for passage in passages), key=len)[:SPEED_PROMPT]
+            figures = {
+                "prefill_tokens_per_second": prefill_speed(model, prompt),
+                "decode_tokens_per_second": decode_speed(model, prompt),
+                "weight_bytes": sum(weight_bytes(model).values()),
+                "disk_bytes": _disk_bytes(target, plan),
+                "peak_bytes": meter.peak().beyond(before),
+            }
+        return _Measured(target.name, likelihood, answers, model, figures)
+
+    def _batches(self, plan: ModelPlan) -> list[dict[str, torch.Tensor]]:
+        """Some of the passages, on the device: enough tokens to tell layers apart."""
+        batches, tokens = [], 0
+        for passage in self.evalset.passages:
+            if tokens >= LAYER_TOKENS:
+                break
+            batches.append(model_inputs([passage.input_ids], 0, device=plan.device.kind))
+            tokens += len(passage.input_ids)
+        return batches
+
+    def result(self, measured: _Measured, first: _Measured) -> TargetResult:
+        """The figures of one target, beside those of the `first` where that is the reference."""
+        likelihood, seed, rows = measured.likelihood, self.recipe.seed, len(self.evalset.passages)
+        metrics, regex = self.recipe.eval.metrics, self.recipe.eval.regex
+        result: dict[str, Any] = {
+            "name": measured.name,
+            "perplexity": likelihood.perplexity(),
+            "perplexity_interval": Score.of(interval(likelihood.perplexity, rows, seed=seed)),
+            "bits_per_byte": float(likelihood.nll.sum() / np.log(2) / self.evalset.text_bytes),
+            "eval_tokens": int(likelihood.tokens.sum()),
+            "scores": {n: Score.of(score(n, measured.answers, pattern=regex, seed=seed)) for n in metrics},
+            "by_source": self._by_source(likelihood),
+            **measured.figures,
         }
-        figures["peak_bytes"] = meter.peak().beyond(before)
-    return _Measured(target.name, likelihood, answers, model, figures)
+        if likelihood.divergence is not None:
+            kl, agrees = likelihood.divergence.kl, likelihood.divergence.agrees
+            result |= {"kl_mean": kl.mean(), "kl_p99": np.percentile(kl, 99), "top1_agreement": agrees.mean()}
+            result["kl_tokens"] = len(kl)
+        if measured.name == self.options.reference:
+            result |= {"kl_mean": 0.0, "kl_p99": 0.0, "top1_agreement": 1.0}
+        elif self.options.reference is not None:
+            result["perplexity_change"] = Score.of(likelihood.perplexity_change(first.likelihood, seed=seed))
+            result["score_changes"] = {
+                n: Score.of(score_change(n, measured.answers, first.answers, pattern=regex, seed=seed)) for n in metrics
+            }
+        return TargetResult(**result)
 
-
-def _batches(evalset: EvalSet, plan: ModelPlan) -> list[dict[str, torch.Tensor]]:
-    """Some of the passages, on the device: enough tokens to tell layers apart."""
-    batches, tokens = [], 0
-    for passage in evalset.passages:
-        if tokens >= LAYER_TOKENS:
-            break
-        ids = torch.tensor([list(passage.input_ids)], device=plan.device.kind)
-        batches.append({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
-        tokens += ids.numel()
-    return batches
-
-
-def _answers(model: Any, plan: ModelPlan, rows: Dataset, recipe: Recipe) -> list[Answer]:
-    settings = recipe.eval
-    return answer_rows(
-        model,
-        plan.tokenizer,
-        rows,
-        max_new_tokens=settings.max_new_tokens,
-        batch_size=settings.batch_size,
-        samples=settings.samples,
-    )
-
-
-def _harness(model: Any, plan: ModelPlan, tasks: Mapping[str, Any], recipe: Recipe) -> list[HarnessResult]:
-    return run_tasks(
-        model,
-        plan.tokenizer,
-        tasks,
-        seed=recipe.seed,
-        batch_size=recipe.eval.batch_size,
-        max_length=plan.shape.max_positions,
-        limit=recipe.eval.harness_limit,
-    )
+    def _by_source(self, likelihood: Likelihood) -> list[SourceResult]:
+        numbers = np.array([passage.source for passage in self.evalset.passages])
+        by_source = {int(number): np.flatnonzero(numbers == number) for number in np.unique(numbers)}
+        return [
+            SourceResult(
+                source=self.evalset.sources[number],
+                perplexity=likelihood.perplexity(rows),
+                eval_tokens=int(likelihood.tokens[rows].sum()),
+            )
+            for number, rows in by_source.items()
+        ]
 
 
 def _disk_bytes(target: Target, plan: ModelPlan) -> int:
@@ -281,66 +304,14 @@ def _disk_bytes(target: Target, plan: ModelPlan) -> int:
     return sum(path.stat().st_size for path in [*plan.checkpoint.weight_files(), *adapter])
 
 
-def _result(
-    measured: _Measured, reference: _Measured | None, evalset: EvalSet, recipe: Recipe, metrics: Sequence[str]
-) -> TargetResult:
-    likelihood, seed = measured.likelihood, recipe.seed
-    rows = len(evalset.passages)
-    result: dict[str, Any] = {
-        "name": measured.name,
-        "perplexity": likelihood.perplexity(),
-        "perplexity_interval": Score.of(interval(likelihood.perplexity, rows, seed=seed)),
-        "bits_per_byte": float(likelihood.nll.sum() / np.log(2) / evalset.text_bytes),
-        "eval_tokens": int(likelihood.tokens.sum()),
-        "scores": {n: Score.of(score(n, measured.answers, pattern=recipe.eval.regex, seed=seed)) for n in metrics},
-        "by_source": _by_source(likelihood, evalset),
-        **measured.figures,
-    }
-    if likelihood.divergence is not None:
-        kl, agrees = likelihood.divergence.kl, likelihood.divergence.agrees
-        result |= {"kl_mean": kl.mean(), "kl_p99": np.percentile(kl, 99), "top1_agreement": agrees.mean()}
-        result["kl_tokens"] = len(kl)
-    if reference is measured:
-        result |= {"kl_mean": 0.0, "kl_p99": 0.0, "top1_agreement": 1.0}
-    elif reference is not None:
-        result["perplexity_change"] = Score.of(likelihood.perplexity_change(reference.likelihood, seed=seed))
-        result["score_changes"] = {
-            n: Score.of(score_change(n, measured.answers, reference.answers, pattern=recipe.eval.regex, seed=seed))
-            for n in metrics
-        }
-    return TargetResult(**result)
-
-
-def _by_source(likelihood: Likelihood, evalset: EvalSet) -> list[SourceResult]:
-    numbers = np.array([passage.source for passage in evalset.passages])
-    found = []
-    for number in np.unique(numbers):
-        rows = np.flatnonzero(numbers == number)
-        found.append(
-            SourceResult(
-                source=evalset.sources[int(number)],
-                perplexity=likelihood.perplexity(rows),
-                eval_tokens=int(likelihood.tokens[rows].sum()),
-            )
-        )
-    return found
-
-
 def _write(out: Path, document: EvalDocument, measured: Sequence[_Measured], evalset: EvalSet) -> None:
     """eval.json, report.html, and each target's answers as JSONL."""
-    shown: dict[str, list[TargetAnswer]] = {}
-    for one in measured:
-        if one.answers:
-            name = "".join(c if c.isalnum() or c in "-._@" else "_" for c in one.name)
-            write_text(out / "answers" / f"{name}.jsonl", as_jsonl(one.answers, evalset.place))
-            shown[one.name] = [_shown(answer, evalset) for answer in one.answers]
-    write_text(out / "report.html", evaluation_page(document, shown))
+    shown = {one.name: one.answers for one in measured if one.answers}
+    for target, answers in shown.items():
+        name = "".join(c if c.isalnum() or c in "-._@" else "_" for c in target)
+        write_text(out / "answers" / f"{name}.jsonl", as_jsonl(answers, evalset.place))
+    write_text(out / "report.html", evaluation_page(document, side_by_side(shown, evalset.place)))
     write_json(out / "eval.json", document.model_dump(mode="json"))
-
-
-def _shown(answer: Answer, evalset: EvalSet) -> TargetAnswer:
-    place = evalset.place(answer.source, answer.row)
-    return TargetAnswer(place, answer.prompt, answer.expected, answer.given, answer.right)
 
 
 def default_out(names: Sequence[str]) -> Path | None:

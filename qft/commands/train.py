@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from qft.calibration.skip_auto import choose_skip_modules, skipped_before
@@ -11,14 +10,13 @@ from qft.data.encoded import write_rows
 from qft.documents.manifest import Manifest
 from qft.documents.training import Report, SkippedModules
 from qft.files import write_json, write_text
-from qft.measure.scores import Answer
 from qft.plan import Plan, make_plan, with_skip_modules
 from qft.progress import View
 from qft.recipe import LoadedRecipe
 from qft.run.folder import check_folder, start_run
 from qft.training.recorder import Recorder
 from qft.training.session import train_model
-from qft.views.html.page import AnswerPair, training_page
+from qft.views.html.page import side_by_side, training_page
 
 __all__ = ["train"]
 
@@ -27,13 +25,12 @@ def train(loaded: LoadedRecipe, view: View, *, resume: bool = False, overwrite: 
     """Train as the recipe says and write the run folder.
 
     Raises QftError: RunError before any work if the folder forbids it, then whatever `make_plan` refuses, then
-    NonFiniteError or OutOfMemoryError from the training itself. The last good checkpoint is kept in every case.
-    """
+    NonFiniteError or OutOfMemoryError from the training itself. The last good checkpoint is kept in every case."""
     started = time.perf_counter()
     check_folder(Path(loaded.recipe.output_dir), resume=resume, overwrite=overwrite)
     plan, skipped = _plan(loaded, view, resume=resume)
     room = (plan.checkpoint_bytes, "its checkpoints")
-    run = start_run(plan.recipe, plan.document(), *room, resume=resume, overwrite=overwrite)
+    run = start_run(plan.recipe, plan.document(), room, resume=resume, overwrite=overwrite)
     if skipped:
         run.note(Manifest(status="running", skipped_modules=skipped))
     recorder = Recorder(plan, view, started, skipped)
@@ -43,7 +40,9 @@ def train(loaded: LoadedRecipe, view: View, *, resume: bool = False, overwrite: 
         report = recorder.report(run, result)
     write_json(run.report, report.model_dump(mode="json"))
     run.set_status("complete")
-    write_text(run.page, training_page(report, _answer_pairs(recorder)))  # last: a picture must not cost a result
+    # A resumed run has no answers from before. Last: a picture must not cost a result.
+    answers = {moment.capitalize(): recorder.answers.get(moment, []) for moment in ("before", "after")}
+    write_text(run.page, training_page(report, side_by_side(answers, plan.data.place)))
     return report
 
 
@@ -55,21 +54,3 @@ def _plan(loaded: LoadedRecipe, view: View, *, resume: bool) -> tuple[Plan, Skip
         return plan, None
     skipped = skipped_before(Path(loaded.recipe.output_dir)) if resume else choose_skip_modules(plan, view)
     return with_skip_modules(plan, skipped.names), skipped
-
-
-def _answer_pairs(recorder: Recorder) -> list[AnswerPair]:
-    """The answers before and after, side by side; a resumed run has none from before."""
-    after = recorder.answers.get("after", [])
-    before: Sequence[Answer | None] = recorder.answers.get("before") or [None] * len(after)
-    return [
-        AnswerPair(
-            place=recorder.plan.data.place(new.source, new.row),
-            prompt=new.prompt,
-            expected=new.expected,
-            before=old.given if old else None,
-            after=new.given,
-            before_right=old.right if old else None,
-            after_right=new.right,
-        )
-        for old, new in zip(before, after, strict=True)
-    ]

@@ -1,7 +1,8 @@
-"""Encoded rows -> padded batches."""
+"""Encoded rows -> padded batches; all tensors are int64 [rows, tokens]."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,39 +10,47 @@ import torch
 
 from qft.data.template import IGNORED
 
-__all__ = ["Collator", "pad_token_id"]
+__all__ = ["Collator", "by_length", "model_inputs", "pad_token_id"]
 
 
 def pad_token_id(tokenizer: Any) -> int:
     """A token to pad with. Padding is masked by length, never by id, so any token serves, eos included."""
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id):
-        if token is not None:
-            return int(token)
-    return 0
+    tokens = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id, 0)
+    return int(next(token for token in tokens if token is not None))
+
+
+def by_length(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Indices of `lengths` in batches of at most `size`, the longest first."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
+def model_inputs(
+    rows: Sequence[Sequence[int]], pad: int, *, multiple: int = 1, left: bool = False, device: Any = None
+) -> dict[str, torch.Tensor]:
+    """input_ids and attention_mask of rows of token ids, padded on the right, or on the `left`, to the longest one
+    rounded up to `multiple` tokens."""
+    width = -(-max(map(len, rows)) // multiple) * multiple
+    tensors = []
+    for each, fill in ((rows, pad), ([[1] * len(row) for row in rows], 0)):
+        gaps = ([fill] * (width - len(row)) for row in each)
+        padded = [[*gap, *row] if left else [*row, *gap] for row, gap in zip(each, gaps, strict=True)]
+        tensors.append(torch.tensor(padded, device=device))
+    return dict(zip(("input_ids", "attention_mask"), tensors, strict=True))
 
 
 @dataclass(frozen=True)
 class Collator:
     """Pads on the right to the longest row, rounded up to `multiple` tokens.
 
-    Gives input_ids, attention_mask and labels (int64 [rows, tokens]) and `rows` (int64 [rows, 2]: source and row of
-    each, for messages).
-    """
+    Gives input_ids, attention_mask and labels, and `rows` (int64 [rows, 2]: source and row of each, for messages)."""
 
     pad: int
     multiple: int = 8
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        longest = max(len(row["input_ids"]) for row in rows)
-        width = -(-longest // self.multiple) * self.multiple
-        shape = (len(rows), width)
-        input_ids = torch.full(shape, self.pad)
-        labels = torch.full(shape, IGNORED)
-        attention_mask = torch.zeros(shape, dtype=torch.long)
-        for i, row in enumerate(rows):
-            n = len(row["input_ids"])
-            input_ids[i, :n] = torch.tensor(row["input_ids"])
-            labels[i, :n] = torch.tensor(row["labels"])
-            attention_mask[i, :n] = 1
+        inputs = model_inputs([row["input_ids"] for row in rows], self.pad, multiple=self.multiple)
+        labels = model_inputs([row["labels"] for row in rows], IGNORED, multiple=self.multiple)["input_ids"]
         places = torch.tensor([[row["source"], row["row"]] for row in rows])
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, "rows": places}
+        return {**inputs, "labels": labels, "rows": places}

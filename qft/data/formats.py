@@ -43,20 +43,11 @@ def from_sharegpt(row: dict[str, Any]) -> Conversation:
         if role is None:
             raise BadRow(f"conversations.{i}.from: {turn['from']!r} is none of {', '.join(SHAREGPT_ROLES)}")
         messages.append(_message({"role": role, "content": turn["value"]}, f"conversations.{i}"))
-    if row.get("system"):
-        messages.insert(0, {"role": "system", "content": _text(row, "system")})
-    return Conversation(tuple(messages))
+    return Conversation((*_system(row), *messages))
 
 
-SHAREGPT_ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "assistant": "assistant",
-    "tool": "tool",
-}
+SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant"}
+SHAREGPT_ROLES |= {"assistant": "assistant", "tool": "tool"}
 
 
 def from_prompt_completion(row: dict[str, Any]) -> Conversation:
@@ -64,7 +55,7 @@ def from_prompt_completion(row: dict[str, Any]) -> Conversation:
     prompt, completion = row.get("prompt"), row.get("completion")
     if isinstance(prompt, list) and isinstance(completion, list):
         return Conversation((*(_messages(row, "prompt") if prompt else ()), *_messages(row, "completion")))
-    return _question(_text(row, "prompt"), _text(row, "completion"))
+    return Conversation(_question(_text(row, "prompt"), _text(row, "completion")))
 
 
 def from_alpaca(row: dict[str, Any]) -> Conversation:
@@ -72,11 +63,8 @@ def from_alpaca(row: dict[str, Any]) -> Conversation:
     question = _text(row, "instruction")
     if row.get("input"):
         question += "\n\n" + _text(row, "input")
-    conversation = _question(question, _text(row, "output"))
-    if row.get("system"):
-        system = {"role": "system", "content": _text(row, "system")}
-        return Conversation((system, *conversation.messages))
-    return conversation
+    turns = _question(question, _text(row, "output"))
+    return Conversation((*_system(row), *turns))
 
 
 def from_text(row: dict[str, Any]) -> Conversation:
@@ -114,8 +102,12 @@ def detect(row: dict[str, Any]) -> str:
     raise BadRow(f"{found} fit no known format ({known}); rename them, or say which with data.format")
 
 
-def _question(question: str, answer: str) -> Conversation:
-    return Conversation(({"role": "user", "content": question}, {"role": "assistant", "content": answer}))
+def _question(question: str, answer: str) -> tuple[Message, ...]:
+    return {"role": "user", "content": question}, {"role": "assistant", "content": answer}
+
+
+def _system(row: dict[str, Any]) -> tuple[Message, ...]:
+    return ({"role": "system", "content": _text(row, "system")},) if row.get("system") else ()
 
 
 def _text(row: dict[str, Any], name: str) -> str:

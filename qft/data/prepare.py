@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from qft.data.encoded import COLUMNS, EncodedRows
 from qft.data.formats import FORMATS, detect
 from qft.data.sources import BadRow, Rows, decode, open_source, place
-from qft.data.template import IGNORED, Encoder, TooLong
+from qft.data.template import IGNORED, Encoded, Encoder, TooLong
 from qft.documents.plan import SourceFacts
 from qft.errors import DataError
 from qft.recipe import Source
@@ -180,33 +180,24 @@ def encode_row(
     row: dict[str, Any], index: int, indices: Sequence[int], encoder: Encoder, format_name: str, source: int
 ) -> dict[str, Any]:
     """One raw row as a record of FEATURES; a row that cannot be used carries its reason instead of tokens."""
-    record: dict[str, Any] = {
-        "input_ids": [],
-        "labels": [],
-        "length": 0,
-        "supervised": 0,
-        "answer_start": -1,
-        "source": source,
-        "row": indices[index],
-        "status": "ok",
-        "reason": "",
-    }
+    encoded, status, reason = Encoded([], []), "blank", ""
     try:
         fields = decode(row)
-        if fields is None:
-            return record | {"status": "blank"}
-        encoded = encoder(FORMATS[format_name](fields))
-    except TooLong as error:
-        return record | {"status": "too long", "reason": str(error)}
+        if fields is not None:
+            encoded = encoder(FORMATS[format_name](fields))
+            status = "truncated" if encoded.truncated else "ok"
     except BadRow as error:
-        return record | {"status": "bad", "reason": str(error)}
-    return record | {
+        status, reason = "too long" if isinstance(error, TooLong) else "bad", str(error)
+    return {
         "input_ids": encoded.input_ids,
         "labels": encoded.labels,
         "length": len(encoded.input_ids),
         "supervised": sum(label != IGNORED for label in encoded.labels[1:]),
         "answer_start": encoded.answer_start,
-        "status": "truncated" if encoded.truncated else "ok",
+        "source": source,
+        "row": indices[index],
+        "status": status,
+        "reason": reason,
     }
 
 

@@ -43,14 +43,8 @@ def find_device(wanted: str) -> Device | None:
         return Device("cpu", _cpu_name(), psutil.virtual_memory().total, bf16=True, tf32=False)
     properties = torch.cuda.get_device_properties(0)
     ampere = properties.major >= 8
-    return Device(
-        "cuda",
-        properties.name,
-        properties.total_memory,
-        bf16=ampere,
-        tf32=ampere,
-        capability=f"{properties.major}.{properties.minor}",
-    )
+    capability = f"{properties.major}.{properties.minor}"
+    return Device("cuda", properties.name, properties.total_memory, bf16=ampere, tf32=ampere, capability=capability)
 
 
 def versions() -> dict[str, str | None]:

@@ -44,11 +44,10 @@ def eval_set(
     kept: Path | None,
     window: int,
     stride: int,
-    with_answers: bool,
     holds_rows_out: bool,
 ) -> EvalSet:
     """The rows of `data`, or else those that the recipe holds out, which a run has `kept`. A plain text is scored in
-    windows, and the answers are then those to the recipe's held-out rows, if `holds_rows_out`.
+    windows, and eval.metrics are then of the answers to the recipe's held-out rows, if `holds_rows_out`.
 
     Raises DataError, MissingError or RecipeError for what cannot be asked."""
     if not data or Path(data).suffix.lower() not in TEXT_SUFFIXES:
@@ -57,10 +56,10 @@ def eval_set(
         of_recipe = [source.path for source in (*recipe.data.train, *recipe.data.eval)]
         sources = [path for path, _ in asked.places.values()] if data else of_recipe
         return EvalSet(passages, sources, _text_bytes(passages, tokenizer), asked, windowed=False)
-    if with_answers and not holds_rows_out:
+    if recipe.eval.metrics and not holds_rows_out:
         raise DataError(f"{data}: plain text has no answers to score; leave the metrics away, or name a run")
     passages = _windowed(Path(data), tokenizer, window, stride)
-    answered = _held_out(recipe, tokenizer, kept) if with_answers else None
+    answered = _held_out(recipe, tokenizer, kept) if recipe.eval.metrics else None
     return EvalSet(passages, [data], _text_bytes(passages, tokenizer), answered, windowed=True)
 
 

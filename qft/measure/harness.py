@@ -31,6 +31,7 @@ from qft.errors import MissingError, ModelError, RecipeError, first_line
 from qft.plan.packages import missing_packages
 from qft.recipe import LoadedRecipe
 from qft.recipe.load import is_task_file
+from qft.recipe.schema import EvalSection
 
 __all__ = ["asked_tasks", "check_tasks", "load_tasks", "run_tasks"]
 
@@ -72,31 +73,23 @@ def load_tasks(asked: Mapping[str, str], *, seed: int) -> dict[str, Any]:
 
 
 def run_tasks(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    tasks: Mapping[str, Any],
-    *,
-    seed: int,
-    batch_size: int,
-    max_length: int | None,
-    limit: int | None,
+    model: Any, tokenizer: Any, tasks: Mapping[str, Any], settings: EvalSection, *, seed: int, max_length: int | None
 ) -> list[HarnessResult]:
-    """Ask the model what load_tasks gave, the first `limit` samples of each task. `max_length` is in tokens; None is
-    what the harness finds for the model. Every task starts from `seed`, whichever others are asked with it."""
+    """Ask the model what load_tasks gave, the first eval.harness_limit samples of each task. `max_length` is in tokens;
+    None is what the harness finds for the model. Every task starts from `seed`, whichever others are asked with it."""
     import lm_eval
 
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # the bootstrap would fork a process that may hold a GPU
     found: list[HarnessResult] = []
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # progress bars that no setting turns off
-        lm = _wrapped(model, tokenizer, batch_size, max_length)
+        lm = _wrapped(model, tokenizer, settings.batch_size, max_length)
         for name, loaded in tasks.items():
             set_seed(seed)
             for task in loaded["tasks"].values():
                 task.set_fewshot_seed(seed)
             try:
-                document = lm_eval.evaluate(
-                    lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=RESAMPLES, log_samples=False
-                )
+                options = {"limit": settings.harness_limit, "bootstrap_iters": RESAMPLES, "log_samples": False}
+                document = lm_eval.evaluate(lm=lm, task_dict=loaded, **options)
             except (RuntimeError, MemoryError):  # torch's own; an allocator's failure among them
                 raise
             except Exception as error:
@@ -185,29 +178,22 @@ def _wrapped(model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int, ma
         del model.tie_weights
 
 
-def _results(document: Any) -> list[HarnessResult]:
+def _results(document: Any) -> Iterator[HarnessResult]:
     """One entry a metric, from the harness's document, whose keys are `metric,filter` and `metric_stderr,filter`."""
-    found = []
     for task, figures in document["results"].items():
+        given = document["versions"].get(task)
         for key, value in figures.items():
             metric, comma, used = key.partition(",")
             if comma and not metric.endswith("_stderr"):
-                found.append(
-                    HarnessResult(
-                        task=task,
-                        version=_version(document["versions"].get(task)),
-                        metric=metric,
-                        filter=None if used == "none" else used,
-                        value=_finite(value),
-                        stderr=_finite(figures.get(f"{metric}_stderr,{used}")),
-                        samples=figures["sample_len"],
-                    )
+                yield HarnessResult(
+                    task=task,
+                    version=None if given in (None, "Yaml", "N/A") else str(given),
+                    metric=metric,
+                    filter=None if used == "none" else used,
+                    value=_finite(value),
+                    stderr=_finite(figures.get(f"{metric}_stderr,{used}")),
+                    samples=figures["sample_len"],
                 )
-    return found
-
-
-def _version(given: object) -> str | None:
-    return None if given in (None, "Yaml", "N/A") else str(given)
 
 
 def _finite(value: object) -> float | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import kl_div, log_softmax
 
+from qft.data.batch import by_length, model_inputs
 from qft.data.template import IGNORED
 from qft.measure.statistics import Interval, change_interval
 
@@ -38,21 +39,18 @@ class Passage:
 def windows(ids: Sequence[int], window: int, stride: int) -> list[Passage]:
     """Cut one long text into windows of `window` tokens, each `stride` tokens after the one before.
 
-    Every token but the first is scored once, with at least window - stride tokens of context after the first window.
-    """
+    Every token but the first is scored once, with at least window - stride tokens of context after the first window."""
     if not 1 <= stride <= window:
         raise ValueError("a stride is between 1 and the window")
     made: list[Passage] = []
     scored_to = 0
     for start in range(0, len(ids), stride):
-        end = min(start + window, len(ids))
-        part = list(ids[start:end])
-        fresh = end - scored_to
-        labels = [IGNORED] * (len(part) - fresh) + part[len(part) - fresh :]
-        made.append(Passage(part, labels))
-        scored_to = end
-        if end == len(ids):
-            return made
+        part = list(ids[start : start + window])
+        known = scored_to - start
+        made.append(Passage(part, [IGNORED] * known + part[known:]))
+        scored_to = start + len(part)
+        if scored_to == len(ids):
+            break
     return made
 
 
@@ -80,10 +78,7 @@ class Likelihood:
     def perplexity_change(self, reference: Likelihood, *, seed: int) -> Interval:
         """Perplexity over the reference's, minus 1, with its interval; paired by sequences."""
         return change_interval(
-            lambda drawn: self.perplexity(drawn) / reference.perplexity(drawn),
-            lambda _: 1,
-            len(self.tokens),
-            seed=seed,
+            lambda drawn: self.perplexity(drawn) / reference.perplexity(drawn), lambda _: 1, len(self.tokens), seed=seed
         )
 
     def mean_kl(self, rows: Counts | None = None) -> Any:
@@ -154,48 +149,33 @@ def measure(
 ) -> Likelihood:
     """Read `sequences` in batches of like length; `write` keeps the log probabilities, `against` compares with them.
 
-    Right padding does not change what a causal model predicts before it, so batches change no result beyond rounding.
-    """
+    Right padding does not change what a causal model predicts before it, so batches change no more than rounding."""
     nll = np.zeros(len(sequences))
     tokens = np.array([sequence.scored for sequence in sequences], dtype=np.int64)
     offsets = np.concatenate([[0], np.cumsum(tokens)])
     store = write or against
-    kl = np.zeros(min(store.tokens, offsets[-1])) if against and store else None
-    agrees = np.zeros(len(kl), dtype=bool) if kl is not None else None
-    for batch in _batches(sequences, batch_size):
+    compared = min(store.tokens, offsets[-1]) if store else 0
+    kl, agrees = np.zeros(compared), np.zeros(compared, dtype=bool)
+    for batch in by_length([len(sequence.input_ids) for sequence in sequences], batch_size):
         logits = _logits(model, [sequences[i] for i in batch], pad)
         for row, i in enumerate(batch):
             labels = torch.tensor(sequences[i].labels[1:], device=logits.device)
             at = labels != IGNORED
             log_probs = log_softmax(logits[row, : len(labels)][at].float(), dim=-1)
             nll[i] = -float(log_probs.gather(1, labels[at][:, None]).double().sum())
-            places = np.arange(offsets[i], min(offsets[i + 1], store.tokens if store else 0))
-            if len(places) == 0:
-                continue
-            if write:
+            places = np.arange(offsets[i], min(offsets[i + 1], compared))
+            if write and len(places):
                 write.put(places, log_probs[: len(places)])
-            if against and kl is not None and agrees is not None:
+            if against and len(places):
                 far, same = against.compare(places, log_probs[: len(places)])
                 kl[places], agrees[places] = far.cpu().numpy(), same.cpu().numpy()
-    return Likelihood(nll, tokens, Divergence(kl, agrees) if kl is not None and agrees is not None else None)
-
-
-def _batches(sequences: Sequence[Passage], size: int) -> Iterator[list[int]]:
-    order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i].input_ids))
-    for start in range(0, len(order), size):
-        yield order[start : start + size]
+    return Likelihood(nll, tokens, Divergence(kl, agrees) if against else None)
 
 
 def _logits(model: Any, batch: Sequence[Passage], pad: int) -> torch.Tensor:
     """Logits [rows, tokens, vocabulary] of a batch padded on the right."""
-    width = max(len(sequence.input_ids) for sequence in batch)
-    input_ids = torch.full((len(batch), width), pad)
-    attention_mask = torch.zeros_like(input_ids)
-    for row, sequence in enumerate(batch):
-        input_ids[row, : len(sequence.input_ids)] = torch.tensor(sequence.input_ids)
-        attention_mask[row, : len(sequence.input_ids)] = 1
-    device = next(model.parameters()).device
+    ids = [sequence.input_ids for sequence in batch]
     with torch.inference_mode():
-        out = model(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), use_cache=False)
+        out = model(**model_inputs(ids, pad, device=next(model.parameters()).device), use_cache=False)
     logits: torch.Tensor = out.logits
     return logits

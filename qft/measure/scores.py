@@ -6,8 +6,9 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
@@ -15,22 +16,14 @@ import torch
 from datasets import Dataset
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from qft.data.batch import pad_token_id
+from qft.data.batch import by_length, model_inputs, pad_token_id
 from qft.data.template import special_ids
 from qft.errors import DataError, RecipeError
 from qft.measure.statistics import Interval, Rows, Statistic, change_interval, interval, mean_of
 from qft.plan.packages import missing_packages
+from qft.recipe.schema import EvalSection
 
-__all__ = [
-    "SCORES",
-    "Answer",
-    "answer_rows",
-    "as_jsonl",
-    "generation_config",
-    "missing_packages",
-    "score",
-    "score_change",
-]
+__all__ = ["SCORES", "Answer", "answer_rows", "as_jsonl", "generation_config", "score", "score_change"]
 
 Texts = Sequence[tuple[str, str]]
 """(expected, given), one pair a row."""
@@ -59,11 +52,8 @@ class Answer:
 
 def as_jsonl(answers: Iterable[Answer], place: Callable[[int, int], str]) -> str:
     """One answer a line, with the place of its row."""
-    lines = (
-        json.dumps({"place": place(a.source, a.row), "right": a.right, **asdict(a)}, ensure_ascii=False) + "\n"
-        for a in answers
-    )
-    return "".join(lines)
+    lines = ({"place": place(a.source, a.row), "right": a.right, **asdict(a)} for a in answers)
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
 def score(name: str, answers: Sequence[Answer], *, pattern: str | None = None, seed: int = 0) -> Interval:
@@ -102,14 +92,6 @@ def _mean(of_row: Callable[[str, str], float]) -> Callable[[Texts, str | None], 
     return lambda texts, pattern: mean_of([of_row(expected, given) for expected, given in texts])
 
 
-def _same_text(expected: str, given: str) -> float:
-    return float(expected.strip() == given.strip())
-
-
-def _same_label(expected: str, given: str) -> float:
-    return float(expected.casefold().split() == given.casefold().split())
-
-
 def _f1(average: Literal["macro", "micro"]) -> Callable[[Texts, str | None], Statistic]:
     """F1 of a classification, over the labels that the rows expect or were given; a resample has its own labels."""
 
@@ -125,10 +107,6 @@ def _f1(average: Literal["macro", "micro"]) -> Callable[[Texts, str | None], Sta
         return lambda rows: np.apply_along_axis(of_draw, -1, rows)
 
     return statistic
-
-
-def _json_valid(expected: str, given: str) -> float:
-    return float(_is_json(given))
 
 
 def _json_f1(expected: str, given: str) -> float:
@@ -175,15 +153,9 @@ def _rouge_l(texts: Texts, pattern: str | None) -> Statistic:
     """F-measure of the longest common subsequence of words (C.-Y. Lin, 2004), one a row."""
     from rouge_score.rouge_scorer import RougeScorer
 
-    scorer = RougeScorer(["rougeL"], use_stemmer=False, tokenizer=_Tokenizer())
+    tokenizer = SimpleNamespace(tokenize=_words)  # rouge-score's own knows the letters a to z alone
+    scorer = RougeScorer(["rougeL"], use_stemmer=False, tokenizer=tokenizer)
     return mean_of([scorer.score(expected, given)["rougeL"].fmeasure for expected, given in texts])
-
-
-class _Tokenizer:
-    """rouge-score's own knows the letters a to z alone."""
-
-    def tokenize(self, text: str) -> list[str]:
-        return _words(text)
 
 
 def _words(text: str) -> list[str]:
@@ -201,11 +173,11 @@ def _regex(texts: Texts, pattern: str | None) -> Statistic:
 
 
 SCORES: dict[str, Callable[[Texts, str | None], Statistic]] = {
-    "exact_match": _mean(_same_text),
-    "accuracy": _mean(_same_label),
+    "exact_match": _mean(lambda expected, given: expected.strip() == given.strip()),
+    "accuracy": _mean(lambda expected, given: expected.casefold().split() == given.casefold().split()),
     "f1_macro": _f1("macro"),
     "f1_micro": _f1("micro"),
-    "json_valid": _mean(_json_valid),
+    "json_valid": _mean(lambda expected, given: _is_json(given)),
     "json_f1": _mean(_json_f1),
     "rouge_l": _rouge_l,
     "regex": _regex,
@@ -219,33 +191,25 @@ NEEDS: dict[str, tuple[Callable[[str], bool], str]] = {
 """Which rows a score applies to, by their expected text; the others apply to all."""
 
 
-def answer_rows(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Dataset,
-    *,
-    max_new_tokens: int,
-    batch_size: int,
-    samples: int | None = None,
-) -> list[Answer]:
-    """Greedy answers to the last assistant turn of each row, in the rows' order, of the first `samples` rows alone if
-    it is given. Rows of plain text have none."""
-    asked = rows if samples is None else rows.select(range(min(samples, len(rows))))
+def answer_rows(model: Any, tokenizer: PreTrainedTokenizerBase, rows: Dataset, settings: EvalSection) -> list[Answer]:
+    """Greedy answers to the last assistant turn of each row, or of the first eval.samples rows, in the rows' order.
+    Rows of plain text have none."""
+    asked = rows if settings.samples is None else rows.select(range(min(settings.samples, len(rows))))
     examples = [row for row in asked if row["answer_start"] > 0]
-    by_length = sorted(range(len(examples)), key=lambda i: -examples[i]["answer_start"])
     found: dict[int, Answer] = {}
-    settings = generation_config(model, tokenizer, max_new_tokens, examples[0]["labels"] if examples else ())
+    labels = examples[0]["labels"] if examples else ()
+    decoding = generation_config(model, tokenizer, settings.max_new_tokens, labels)
     was_training = model.training
     model.eval()
-    for batch in _chunks(by_length, batch_size):
+    for batch in by_length([row["answer_start"] for row in examples], settings.batch_size):
         prompts = [examples[i]["input_ids"][: examples[i]["answer_start"]] for i in batch]
-        for i, prompt, ids in zip(batch, prompts, _generate(model, prompts, settings), strict=True):
+        for i, prompt, ids in zip(batch, prompts, _generate(model, prompts, decoding), strict=True):
             example = examples[i]
             found[i] = Answer(
                 source=example["source"],
                 row=example["row"],
                 prompt=tokenizer.decode(prompt),
-                expected=tokenizer.decode(_until(example["input_ids"][len(prompt) :], settings.eos_token_id)),
+                expected=tokenizer.decode(_until(example["input_ids"][len(prompt) :], decoding.eos_token_id)),
                 given=tokenizer.decode(ids),
             )
     model.train(was_training)
@@ -274,25 +238,12 @@ def generation_config(
 
 def _generate(model: Any, prompts: list[list[int]], settings: GenerationConfig) -> list[list[int]]:
     """New tokens for each prompt (padded on the left: generation goes on from the right end)."""
-    width = max(map(len, prompts))
-    input_ids = torch.full((len(prompts), width), settings.pad_token_id)
-    attention_mask = torch.zeros_like(input_ids)
-    for i, prompt in enumerate(prompts):
-        input_ids[i, width - len(prompt) :] = torch.tensor(prompt)
-        attention_mask[i, width - len(prompt) :] = 1
-    device = next(model.parameters()).device
+    inputs = model_inputs(prompts, settings.pad_token_id, left=True, device=next(model.parameters()).device)
     with torch.inference_mode():
-        out = model.generate(
-            input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), generation_config=settings
-        )
-    return [_until(ids, settings.eos_token_id) for ids in out[:, width:].tolist()]
+        out = model.generate(**inputs, generation_config=settings)
+    return [_until(ids, settings.eos_token_id) for ids in out[:, inputs["input_ids"].shape[1] :].tolist()]
 
 
 def _until(ids: list[int], stops: list[int]) -> list[int]:
     end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
     return ids[:end]
-
-
-def _chunks(items: list[int], size: int) -> Iterator[list[int]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from qft.data.batch import model_inputs
 from qft.memory.meter import wait_for_device
 
 __all__ = ["decode_speed", "prefill_speed"]
@@ -17,35 +18,27 @@ __all__ = ["decode_speed", "prefill_speed"]
 def prefill_speed(model: Any, prompt: Sequence[int], *, repeats: int = 3) -> float:
     """Tokens per second of reading `prompt`, the best of `repeats` after one more to warm up."""
     ids = torch.tensor([list(prompt)], device=next(model.parameters()).device)
-
-    def read() -> None:
-        with torch.inference_mode():
-            model(input_ids=ids, use_cache=True, logits_to_keep=1)
-
-    return len(prompt) / min(_seconds(read) for _ in range(repeats + 1))
+    seconds = (_seconds(model, input_ids=ids, use_cache=True, logits_to_keep=1) for _ in range(repeats + 1))
+    return len(prompt) / min(seconds)
 
 
 def decode_speed(model: Any, prompt: Sequence[int], *, tokens: int = 32) -> float:
     """Tokens per second of writing `tokens` tokens after `prompt`, one row, reading the prompt left out."""
-    ids = torch.tensor([list(prompt)], device=next(model.parameters()).device)
+    inputs = model_inputs([prompt], 0, device=next(model.parameters()).device)
 
     def write(count: int) -> float:
         settings = GenerationConfig(max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0)
-
-        def once() -> None:
-            with torch.inference_mode():
-                model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)
-
-        return _seconds(once)
+        return _seconds(model.generate, **inputs, generation_config=settings)
 
     # The first of each also chooses kernels and takes memory; the better of two has not.
     long, short = (min(write(count) for _ in range(2)) for count in (tokens + 1, 1))
     return tokens / max(long - short, 1e-9)
 
 
-def _seconds(work: Any) -> float:
+def _seconds(work: Any, **inputs: Any) -> float:
     wait_for_device()
     started = time.perf_counter()
-    work()
+    with torch.inference_mode():
+        work(**inputs)
     wait_for_device()
     return time.perf_counter() - started

@@ -20,10 +20,9 @@ def memory_guard(what: str, remedies: Iterable[str]) -> Iterator[None]:
     """Turn an allocator's failure into one message; `remedies` are what is left to do, the largest gain first."""
     try:
         yield
-    except (torch.cuda.OutOfMemoryError, MemoryError) as error:
-        raise OutOfMemoryError(_message(what, remedies, error)) from error
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        known = isinstance(error, torch.cuda.OutOfMemoryError | MemoryError)
+        if not known and "can't allocate memory" not in str(error):
             raise
         raise OutOfMemoryError(_message(what, remedies, error)) from error
 

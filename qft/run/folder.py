@@ -22,7 +22,6 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -47,52 +46,24 @@ FIXED = {
 UNFIXED = ("accept", "remedy", "max_bytes")
 """Of `calibrate`: what is asked of a result once its blocks are quantized."""
 
+Planned = PlanDocument | CalibrationPlanDocument
 
-@dataclass(frozen=True)
+
 class Run:
-    """One run's folder."""
+    """One run's folder, and the places in it."""
 
-    folder: Path
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.folder / "checkpoints"
-
-    @property
-    def adapter(self) -> Path:
-        return self.folder / "adapter"
-
-    @property
-    def full_model(self) -> Path:
-        return self.folder / "model"
-
-    @property
-    def initial_adapter(self) -> Path:
-        return self.checkpoints / "initial-adapter"
-
-    @property
-    def events(self) -> Path:
-        return self.folder / "events"
-
-    @property
-    def rows(self) -> Path:
-        return self.folder / "rows.jsonl"
-
-    @property
-    def answers(self) -> Path:
-        return self.folder / "answers"
-
-    @property
-    def work(self) -> Path:
-        return self.folder / "work"
-
-    @property
-    def page(self) -> Path:
-        return self.folder / "report.html"
-
-    @property
-    def report(self) -> Path:
-        return self.folder / "report.json"
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.checkpoints = folder / "checkpoints"
+        self.initial_adapter = self.checkpoints / "initial-adapter"
+        self.adapter = folder / "adapter"
+        self.full_model = folder / "model"
+        self.events = folder / "events"
+        self.rows = folder / "rows.jsonl"
+        self.answers = folder / "answers"
+        self.work = folder / "work"
+        self.page = folder / "report.html"
+        self.report = folder / "report.json"
 
     def manifest(self) -> Manifest | None:
         """None if the folder is no run."""
@@ -157,17 +128,9 @@ def check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
             raise RunError(f"{folder}: output_dir is not empty and not a run of qft, so it is not overwritten")
 
 
-def start_run(
-    recipe: Recipe,
-    plan: PlanDocument | CalibrationPlanDocument,
-    needed_bytes: int,
-    needed_for: str,
-    *,
-    resume: bool,
-    overwrite: bool,
-) -> Run:
+def start_run(recipe: Recipe, plan: Planned, room: tuple[int, str], *, resume: bool, overwrite: bool) -> Run:
     """Make the run folder, or take up the one that is there. Raises RunError if it cannot be resumed or the disk
-    has no room for the `needed_bytes` of `needed_for`."""
+    has no `room`: bytes, and what for."""
     run = Run(Path(recipe.output_dir))
     check_folder(run.folder, resume=resume, overwrite=overwrite)
     facts = Manifest(
@@ -182,9 +145,10 @@ def start_run(
     )
     if resume:
         _require_same(run, recipe, facts, FIXED[plan.kind])
-        if plan.kind == "plan":
-            _require_steps_left(run, plan.steps)
-    require_free_space(run.folder, needed_bytes, needed_for)
+        done = step_of(run.newest_checkpoint())
+        if plan.kind == "plan" and done >= plan.steps:
+            raise RunError(f"{run.folder}: the run has made its {done} steps; there is nothing to resume")
+    require_free_space(run.folder, *room)
     if overwrite and run.folder.exists():
         shutil.rmtree(run.folder)
     run.folder.mkdir(parents=True, exist_ok=True)
@@ -214,16 +178,9 @@ def _require_same(run: Run, recipe: Recipe, facts: Manifest, fixed: tuple[str, .
             "restore them, or start again with --overwrite"
         )
     manifest = run.manifest() or Manifest()
-    if manifest.data != facts.data:
-        raise RunError(f"{run.folder}: the data has changed since the run began; use --overwrite to start again")
-    if manifest.plugin != facts.plugin:
-        raise RunError(f"{run.folder}: quant.plugin has changed since the run began; use --overwrite to start again")
-
-
-def _require_steps_left(run: Run, steps: int) -> None:
-    done = step_of(run.newest_checkpoint())
-    if done >= steps:
-        raise RunError(f"{run.folder}: the run has made its {done} steps; there is nothing to resume")
+    for field, what in (("data", "the data"), ("plugin", "quant.plugin")):
+        if getattr(manifest, field) != getattr(facts, field):
+            raise RunError(f"{run.folder}: {what} has changed since the run began; use --overwrite to start again")
 
 
 def _is_whole(checkpoint: Path) -> bool:

@@ -15,8 +15,7 @@ PHASES = ("data", "forward", "backward", "optimizer")
 class PhaseClock:
     """Sums the seconds spent in each phase.
 
-    On a GPU a phase ends with an event in the stream, read one step later, so that measuring waits for nothing.
-    """
+    On a GPU a phase ends with an event in the stream, read one step later, so that measuring waits for nothing."""
 
     def __init__(self, on_gpu: bool) -> None:
         self.seconds = dict.fromkeys(PHASES, 0.0)

@@ -61,15 +61,8 @@ class HeldOut(TrainerCallback):
 
     def _answers(self, moment: str) -> list[Answer]:
         """The model's answers, kept as answers/`moment`.jsonl."""
-        settings = self.plan.recipe.eval
+        tokenizer, rows = self.plan.model.tokenizer, self.plan.data.eval
         with self.trainer.accelerator.autocast():
-            answers = answer_rows(
-                self.trainer.model,
-                self.plan.model.tokenizer,
-                self.plan.data.eval,
-                max_new_tokens=settings.max_new_tokens,
-                batch_size=settings.batch_size,
-                samples=settings.samples,
-            )
+            answers = answer_rows(self.trainer.model, tokenizer, rows, self.plan.recipe.eval)
         write_text(self.run.answers / f"{moment}.jsonl", as_jsonl(answers, self.plan.data.place))
         return answers

@@ -23,8 +23,7 @@ __all__ = ["Recorder"]
 class Recorder:
     """Holds the instruments of a run, keeps what they measure, and shows it as it comes.
 
-    It outlives a Trainer: a run that trains with several, one after another, has one recorder.
-    """
+    It outlives a Trainer: a run that trains with several, one after another, has one recorder."""
 
     def __init__(self, plan: Plan, view: View, started: float, skipped: documents.SkippedModules | None) -> None:
         self.plan, self.view, self.started, self.skipped = plan, view, started, skipped
@@ -64,7 +63,9 @@ class Recorder:
 
     def evaluated(self, moment: str, evaluation: documents.Evaluation, answers: list[Answer]) -> None:
         self.evaluations[moment], self.answers[moment] = evaluation, answers
-        self.view.evaluated(evaluation.step, evaluation.loss, evaluation.perplexity, evaluation.scores)
+        told = "".join(f", {name.replace('_', ' ')} {share:.1%}" for name, share in evaluation.scores.items())
+        found = f"held-out loss {evaluation.loss:.4f}, perplexity {evaluation.perplexity:.2f}"
+        self.view.note(f"step {evaluation.step}: {found}{told}")
 
     def report(self, run: Run, result: Path) -> documents.Report:
         """The report of a run that wrote its model to `result`."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Mapping
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -25,13 +24,8 @@ def choose_view(console: Console, *, quiet: bool) -> View:
     return LiveView(console) if console.is_terminal else LineView(console)
 
 
-def describe(step: int, loss: float, perplexity: float, scores: Mapping[str, float]) -> str:
-    told = "".join(f", {name.replace('_', ' ')} {share:.1%}" for name, share in scores.items())
-    return f"step {step}: held-out loss {loss:.4f}, perplexity {perplexity:.2f}{told}"
-
-
 class LineView(View):
-    """A plain line for each note and evaluation, and for a step at most every `every` seconds."""
+    """A plain line for each note, and for a step at most every `every` seconds."""
 
     def __init__(self, console: Console, every: float = 5.0) -> None:
         self.console, self.every = console, every
@@ -55,9 +49,6 @@ class LineView(View):
             f"{step.tokens / step.seconds:,.0f} tokens/s  memory {size(step.memory)} (peak {size(step.peak_memory)})  "
             f"{left:.0f} s left" + ("  SKIPPED: not finite" if step.skipped else "")
         )
-
-    def evaluated(self, step: int, loss: float, perplexity: float, scores: Mapping[str, float]) -> None:
-        self.note(describe(step, loss, perplexity, scores))
 
 
 class LiveView(View):
@@ -105,6 +96,3 @@ class LiveView(View):
         )
         curve = Text(sparkline(self.losses, min(60, self.console.width - 2)), style="green")
         self.live.update(Group(self.progress, figures, curve))
-
-    def evaluated(self, step: int, loss: float, perplexity: float, scores: Mapping[str, float]) -> None:
-        self.note(describe(step, loss, perplexity, scores))

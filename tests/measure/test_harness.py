@@ -21,6 +21,7 @@ from qft.errors import QftError
 from qft.measure.harness import check_tasks, load_tasks, run_tasks
 from qft.progress import View
 from qft.recipe import load
+from qft.recipe.schema import EvalSection
 from qft.views.terminal.evaluation import render_comparison
 from tests.support.cli import qft
 from tests.support.models import byte_tokenizer, tiny_llama
@@ -121,7 +122,8 @@ def test_a_choice_is_the_likeliest_continuation(tmp_path: Path) -> None:
 
 def asked(model: Any, *tasks: Path, limit: int | None = None, seed: int = 0) -> dict[tuple[str, str], HarnessResult]:
     loaded = load_tasks({str(task): str(task) for task in tasks}, seed=seed)
-    return by_metric(run_tasks(model, byte_tokenizer(), loaded, seed=seed, batch_size=4, max_length=512, limit=limit))
+    settings = EvalSection(batch_size=4, harness_limit=limit)
+    return by_metric(run_tasks(model, byte_tokenizer(), loaded, settings, seed=seed, max_length=512))
 
 
 def test_two_evaluations_with_one_seed_are_identical(run_folder: Path, tmp_path: Path) -> None:

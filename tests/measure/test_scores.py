@@ -14,8 +14,9 @@ import pytest
 
 from qft.documents.evaluation import Score
 from qft.errors import DataError, RecipeError
-from qft.measure.scores import SCORES, Answer, missing_packages, score, score_change
+from qft.measure.scores import SCORES, Answer, score, score_change
 from qft.measure.statistics import bootstrap_interval, change_interval, interval, mean_of
+from qft.plan.packages import missing_packages
 
 LABELS = ("cat", "dog", "bird", "ant")
 

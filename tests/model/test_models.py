@@ -21,6 +21,7 @@ from qft.model.adapter import attach_adapter
 from qft.model.load import load_base
 from qft.plan import make_plan
 from qft.recipe import load
+from qft.recipe.schema import EvalSection
 from tests.support.models import PACKAGE_MODEL, byte_tokenizer, tiny_llama, write_remote_code_model
 from tests.support.rows import chat, write_jsonl
 
@@ -254,12 +255,12 @@ def test_answers_come_in_batches_and_end_at_the_limit(recipe_file: RecipeFile, t
     model = load_base(plan.model)
     calls: list[int] = []  # rows of each forward pass: one for the prompts, one for each further token
     model.model.embed_tokens.register_forward_hook(lambda _, inputs, __: calls.append(len(inputs[0])))
-    answers = answer_rows(model, plan.model.tokenizer, plan.data.train, max_new_tokens=6, batch_size=2)
+    answers = answer_rows(model, plan.model.tokenizer, plan.data.train, EvalSection(max_new_tokens=6, batch_size=2))
     assert [answer.row for answer in answers] == [0, 1, 2, 3, 4]
     assert [answer.expected for answer in answers] == ["answer"] * 5
     assert calls == [2] * 12 + [1] * 6
     calls.clear()
-    answer_rows(model, plan.model.tokenizer, plan.data.train, max_new_tokens=9, batch_size=5)
+    answer_rows(model, plan.model.tokenizer, plan.data.train, EvalSection(max_new_tokens=9, batch_size=5))
     assert calls == [5] * 9
 
 
@@ -271,7 +272,9 @@ def test_batching_does_not_change_an_answer(recipe_file: RecipeFile, tmp_path: P
     alone, together = (
         [
             answer.given
-            for answer in answer_rows(model, plan.model.tokenizer, plan.data.train, max_new_tokens=8, batch_size=n)
+            for answer in answer_rows(
+                model, plan.model.tokenizer, plan.data.train, EvalSection(max_new_tokens=8, batch_size=n)
+            )
         ]
         for n in (1, 5)
     )

@@ -25,6 +25,7 @@ from qft.model.load import load_base
 from qft.plan import make_plan
 from qft.progress import View
 from qft.recipe import load
+from qft.recipe.schema import EvalSection
 from tests.support.models import PACKAGE_MODEL
 from tests.support.paths import ROOT
 from tests.support.rows import chat, write_jsonl
@@ -64,7 +65,7 @@ def test_the_dequantized_gguf_answers_as_the_model_does(tmp_path: Path) -> None:
     assert rows.exists()
     plan = make_plan(load(path))
     [answer] = answer_rows(
-        load_base(plan.model), plan.model.tokenizer, plan.data.train, max_new_tokens=12, batch_size=1
+        load_base(plan.model), plan.model.tokenizer, plan.data.train, EvalSection(max_new_tokens=12, batch_size=1)
     )
     assert "Paris" in answer.given
 
@@ -83,7 +84,7 @@ def test_it_learns_a_fact_and_the_saved_adapter_still_knows_it(tmp_path: Path) -
     model = PeftModel.from_pretrained(load_base(plan.model), tmp_path / "run" / "adapter").eval()
     rows = plan.data.eval.select([0])
     with torch.autocast("cpu", torch.bfloat16):
-        [answer] = answer_rows(model, plan.model.tokenizer, rows, max_new_tokens=16, batch_size=1)
+        [answer] = answer_rows(model, plan.model.tokenizer, rows, EvalSection(max_new_tokens=16, batch_size=1))
     assert answer.right
 
     [document] = export(tmp_path / "run", ExportOptions(to=("merged",)), View())

@@ -28,7 +28,8 @@ from qft.documents.training import (
     Report,
     Throughput,
 )
-from qft.views.html.page import AnswerPair, TargetAnswer, evaluation_page, training_page
+from qft.measure.scores import Answer
+from qft.views.html.page import Asked, evaluation_page, side_by_side, training_page
 
 GIB = 2**30
 VOID = {"meta", "link", "br", "hr", "img", "input"}
@@ -103,10 +104,11 @@ def memory(**changes: Any) -> Memory:
     return made.model_copy(update=changes)
 
 
-def pairs(count: int) -> list[AnswerPair]:
+def pairs(count: int) -> list[Asked]:
     """Every third answer is wrong after the training."""
+    right, wrong = ("yes", True), ("no", False)
     return [
-        AnswerPair(f"rows.jsonl:{n}", f"Question {n}?", "yes", "no", "no" if n % 3 == 0 else "yes", False, n % 3 > 0)
+        Asked(f"rows.jsonl:{n}", f"Question {n}?", "yes", {"Before": wrong, "After": right if n % 3 else wrong})
         for n in range(1, count + 1)
     ]
 
@@ -254,7 +256,7 @@ PAGES = {
     "resumed": lambda: training_page(training(1), pairs(1)),
     "evaluation": lambda: evaluation_page(
         evaluation([target(f"t{n}", n, layers=layers(12) if n else []) for n in range(3)]),
-        {"t0": [TargetAnswer("a:1", "p", "e", "g", True)], "t1": [TargetAnswer("a:1", "p", "e", "x", False)]},
+        [Asked("a:1", "p", "e", {"t0": ("g", True), "t1": ("x", False)})],
     ),
     "twelve": lambda: evaluation_page(evaluation([target(f"target {n}", n) for n in range(12)])),
     "empty": lambda: evaluation_page(evaluation([])),
@@ -473,14 +475,14 @@ def test_what_a_process_holds_besides_its_parts_is_named() -> None:
 
 
 def test_names_and_answers_are_text_and_nothing_else() -> None:
-    answers = [AnswerPair(EVIL, EVIL, EVIL, EVIL, f"{EVIL}\x00\x1b\ud800", False, False)]
+    given = {"Before": (EVIL, False), "After": (f"{EVIL}\x00\x1b\ud800", False)}
     model = training().model.model_copy(update={"path": EVIL, "device": EVIL})
     pages = [
-        Page(training_page(training(run=EVIL, model=model, advice=[EVIL]), answers)),
+        Page(training_page(training(run=EVIL, model=model, advice=[EVIL]), [Asked(EVIL, EVIL, EVIL, given)])),
         Page(
             evaluation_page(
                 evaluation([target(EVIL, scores={EVIL: score(0.5)}, layers=layers(2, (EVIL,))), target("plain", 1)]),
-                {EVIL: [TargetAnswer(EVIL, EVIL, EVIL, EVIL, True)]},
+                [Asked(EVIL, EVIL, EVIL, {EVIL: (EVIL, True)})],
             )
         ),
     ]
@@ -502,19 +504,29 @@ def test_at_most_twenty_answers_are_shown_and_the_wrong_ones_first() -> None:
     verdicts = [re.findall("right|wrong", text)[-1] for text in summaries]
     assert verdicts == ["wrong"] * 16 + ["right"] * 4
     assert "20 of 50 rows, the wrong ones first." in page.text("p")
-    long = Page(training_page(training(), [AnswerPair("a:1", "p" * 50_000, "e", None, "x", None, True)]))
+    resumed = Asked("a:1", "p" * 50_000, "e", {"Before": (None, None), "After": ("x", True)})
+    long = Page(training_page(training(), [resumed]))
     assert "characters …]" in long.html
     assert len(long.html) < 200_000
     assert "not asked" in long.text("span")
 
 
 def test_answers_of_targets_stand_side_by_side() -> None:
-    answers = {
-        "a": [TargetAnswer("r:1", "one", "e", "a1", True), TargetAnswer("r:2", "two", "e", "a2", False)],
-        "b": [TargetAnswer("r:1", "one", "e", "b1", True), TargetAnswer("r:2", "two", "e", "b2", False)],
-    }
+    right, wrong = ({name: (f"{name}{n}", n == 1) for name in ("a", "b")} for n in (1, 2))
+    answers = [Asked("r:1", "one", "e", right), Asked("r:2", "two", "e", wrong)]
     page = Page(evaluation_page(evaluation([target("a"), target("b", 1)]), answers))
     assert page.text("pre") == ["two", "e", "a2", "b2", "one", "e", "a1", "b1"]
+
+
+def test_each_row_is_shown_once_with_the_answers_of_all() -> None:
+    answers = {
+        "a": [Answer(0, 1, "one", "e", "e"), Answer(0, 2, "two", "e", "x")],
+        "b": [Answer(0, 2, "two", "e", "e")],
+    }
+    assert side_by_side(answers, lambda source, row: f"r:{row}") == [
+        Asked("r:1", "one", "e", {"a": ("e", True), "b": (None, None)}),
+        Asked("r:2", "two", "e", {"a": ("x", False), "b": ("e", True)}),
+    ]
 
 
 def test_scores_are_points_on_their_intervals() -> None:
@@ -584,9 +596,8 @@ def test_a_target_that_quantizing_broke_does_not_flatten_the_others() -> None:
 def test_a_big_evaluation_stays_small() -> None:
     kinds = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     targets = [target(f"{n}: {EVIL}", n, layers=layers(40, kinds)) for n in range(12)]
-    answers = {
-        t.name: [TargetAnswer(f"r:{i}", "量" * 3000, "e", "量" * 3000, False) for i in range(30)] for t in targets
-    }
+    given = {t.name: ("量" * 3000, False) for t in targets}
+    answers = [Asked(f"r:{i}", "量" * 3000, "e", given) for i in range(30)]
     assert len(evaluation_page(evaluation(targets), answers).encode()) < 1_000_000
 
 

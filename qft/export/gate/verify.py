@@ -34,6 +34,7 @@ from qft.measure.likelihood import Likelihood, LogProbs, Passage, measure
 from qft.measure.scores import answer_rows
 from qft.memory.guard import memory_guard
 from qft.model.target import load_target
+from qft.recipe.schema import EvalSection
 
 __all__ = ["Reference", "judge", "reference"]
 
@@ -138,15 +139,8 @@ def _rows(job: Job) -> Dataset:
 
 def _answers(model: Any, job: Job, rows: Dataset) -> list[str]:
     """Greedy continuations of some prompts; none where the rows are plain text."""
-    answers = answer_rows(
-        model,
-        job.plan.tokenizer,
-        rows,
-        max_new_tokens=NEW_TOKENS,
-        batch_size=CONTINUATIONS,
-        samples=CONTINUATIONS,
-    )
-    return [answer.given for answer in answers]
+    settings = EvalSection(max_new_tokens=NEW_TOKENS, batch_size=CONTINUATIONS, samples=CONTINUATIONS)
+    return [answer.given for answer in answer_rows(model, job.plan.tokenizer, rows, settings)]
 
 
 def _quality(model: Any, job: Job, expected: Reference, limits: Limits) -> Iterator[GateCheck]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -19,7 +18,10 @@ from qft.views.html.chart import WIDTH, Cell, Table, evenly
 from qft.views.html.evaluation_pictures import interval
 from qft.views.words import count, duration, number, percent, plain, si, size
 
-__all__ = ["AnswerPair", "TargetAnswer", "evaluation_page", "training_page"]
+if TYPE_CHECKING:
+    from qft.measure.scores import Answer  # which imports torch
+
+__all__ = ["Asked", "evaluation_page", "side_by_side", "training_page"]
 
 SAMPLES = 20
 """Most sample predictions shown."""
@@ -37,47 +39,28 @@ NOTHING |= dict.fromkeys(("kl_tokens", "peak_gpu_bytes", "peak_gpu_reserved_byte
 """What a field that is 0 or none says, where that is no figure; none says elsewhere that it was not measured."""
 
 
-@dataclass(frozen=True)
-class AnswerPair:
-    """A held-out row, and what the model said to it before and after the training."""
+class Asked(NamedTuple):
+    """A row, and what each target, or the model at each moment, said to it."""
 
     place: str
     """Where the row is: `rows.jsonl:17`."""
     prompt: str
     expected: str
-    before: str | None
-    """None where it was not asked."""
-    after: str | None
-    before_right: bool | None = None
-    """None where nothing judged it."""
-    after_right: bool | None = None
-
-    @property
-    def given(self) -> dict[str, tuple[str | None, bool | None]]:
-        return {"Before": (self.before, self.before_right), "After": (self.after, self.after_right)}
-
-
-@dataclass(frozen=True)
-class TargetAnswer:
-    """A row, and what one target said to it."""
-
-    place: str
-    prompt: str
-    expected: str
-    given: str
-    right: bool | None = None
-
-
-class _Answers(NamedTuple):
-    """A row, and what each target said to it: the text, and whether it is right."""
-
-    place: str
-    prompt: str
-    expected: str
     given: dict[str, tuple[str | None, bool | None]]
+    """The text, None where it was not asked, and whether it is right, None where nothing judged it."""
 
 
-def training_page(report: Report, answers: Sequence[AnswerPair] = ()) -> str:
+def side_by_side(answers: Mapping[str, Sequence[Answer]], place: Callable[[int, int], str]) -> list[Asked]:
+    """The rows that were answered, by the names of those who did."""
+    rows: dict[tuple[int, int], Asked] = {}
+    for name, each in answers.items():
+        for a in each:
+            new = Asked(place(a.source, a.row), a.prompt, a.expected, dict.fromkeys(answers, (None, None)))
+            rows.setdefault((a.source, a.row), new).given[name] = a.given, a.right
+    return list(rows.values())
+
+
+def training_page(report: Report, answers: Sequence[Asked] = ()) -> str:
     """The report of a training. The same report and answers give the same bytes."""
     return _page(
         "training",
@@ -89,13 +72,13 @@ def training_page(report: Report, answers: Sequence[AnswerPair] = ()) -> str:
         memory=training_pictures.memory(report),
         speed=[training_pictures.throughput(report), training_pictures.phases(report)],
         lengths=training_pictures.lengths(report),
-        answers=sorted(answers, key=lambda a: (a.after_right is not False, a.before_right is not False)),
+        answers=sorted(answers, key=lambda row: [right is not False for _, right in reversed(row.given.values())]),
         parts=_every_figure("The run", report),
     )
 
 
-def evaluation_page(document: EvalDocument, answers: Mapping[str, Sequence[TargetAnswer]] = {}) -> str:
-    """What an evaluation measured. `answers` are by the names of the targets."""
+def evaluation_page(document: EvalDocument, answers: Sequence[Asked] = ()) -> str:
+    """What an evaluation measured."""
     targets, reference = document.targets, document.reference
     metrics = list(dict.fromkeys(metric for t in targets for metric in t.scores))
     edges = evaluation_pictures.levels(targets)
@@ -112,7 +95,7 @@ def evaluation_page(document: EvalDocument, answers: Mapping[str, Sequence[Targe
         maps=[evaluation_pictures.layers(name, t, edges) for name, t in with_layers.items()],
         disturbed={t.name: _disturbed(t) for t in with_layers.values()},
         sources=_sources(targets),
-        answers=_side_by_side([t.name for t in targets], answers),
+        answers=sorted(answers, key=lambda row: -sum(right is False for _, right in row.given.values())),
     )
 
 
@@ -319,14 +302,3 @@ def _sources(targets: Sequence[TargetResult]) -> Table | None:
 
 def _source_cell(source: SourceResult | None) -> Cell:
     return None if source is None else _above(number(source.perplexity), f"{source.eval_tokens:,} tokens")
-
-
-def _side_by_side(names: Sequence[str], answers: Mapping[str, Sequence[TargetAnswer]]) -> list[_Answers]:
-    """The rows that targets answered, those with most wrong answers first."""
-    order = [name for name in names if name in answers] + [name for name in answers if name not in names]
-    rows: dict[tuple[str, str], _Answers] = {}
-    for name in order:
-        for a in answers[name]:
-            new = _Answers(a.place, a.prompt, a.expected, dict.fromkeys(order, (None, None)))
-            rows.setdefault((a.place, a.prompt), new).given[name] = a.given, a.right
-    return sorted(rows.values(), key=lambda row: -sum(right is False for _, right in row.given.values()))

@@ -49,10 +49,8 @@ class Checkpoint:
     @property
     def load_arguments(self) -> dict[str, Any]:
         """Arguments of any from_pretrained for this checkpoint."""
-        arguments: dict[str, Any] = {"pretrained_model_name_or_path": str(self.folder)}
-        if self.gguf_file:
-            arguments["gguf_file"] = self.gguf_file
-        return arguments
+        file = {"gguf_file": self.gguf_file} if self.gguf_file else {}
+        return {"pretrained_model_name_or_path": str(self.folder)} | file
 
     def with_weights(self) -> Checkpoint:
         """The same, once the weights of a hub model have been downloaded."""
@@ -164,10 +162,8 @@ def _config(arguments: dict[str, Any], asked: str) -> PretrainedConfig:
 def _hub(name: str, revision: str | None, trust_remote_code: bool) -> Checkpoint:
     folder = _snapshot(name, revision, SMALL_FILES)
     commit = folder.name
-    if not constants.HF_HUB_OFFLINE:
-        _require_safetensors(name, HfApi().list_repo_files(name, revision=commit))
-    else:
-        _require_safetensors(name, [p.name for p in folder.iterdir()])
+    here = [path.name for path in folder.iterdir()]
+    _require_safetensors(name, here if constants.HF_HUB_OFFLINE else HfApi().list_repo_files(name, revision=commit))
     return _folder(name, folder, trust_remote_code, hub_id=name, commit=commit)
 
 

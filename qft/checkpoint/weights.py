@@ -16,7 +16,7 @@ from qft.checkpoint.find import Checkpoint
 from qft.errors import ModelError
 from qft.files import atomic_file, write_json
 
-__all__ = ["dequantized", "read_weights", "save_tensors", "tensors_in", "write_index"]
+__all__ = ["dequantized", "read_weights", "reader", "save_tensors", "tensors_in", "write_index"]
 
 
 def dequantized(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
@@ -31,11 +31,23 @@ def read_weights(checkpoint: Checkpoint) -> Callable[[str], torch.Tensor]:
     if checkpoint.gguf_file:
         weights: dict[str, torch.Tensor] = dequantized(checkpoint, torch.float32).state_dict()
         return weights.__getitem__
-    where = tensors_in(checkpoint.weight_files())
+    held = reader(checkpoint.weight_files())
 
     def read(name: str) -> torch.Tensor:
-        if name not in where:
+        if (tensor := held(name)) is None:
             raise ModelError(f"{checkpoint.path}: has no weight called {name}")
+        return tensor
+
+    return read
+
+
+def reader(paths: Iterable[Path]) -> Callable[[str], torch.Tensor | None]:
+    """A function from the name of a tensor in safetensors files to its value; None: they have none."""
+    where = tensors_in(paths)
+
+    def read(name: str) -> torch.Tensor | None:
+        if name not in where:
+            return None
         with safe_open(where[name], framework="pt") as file:
             tensor: torch.Tensor = file.get_tensor(name)
             return tensor

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,9 +15,6 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from qft.errors import MissingError, ModelError
 from qft.gguf.kinds import KINDS
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 __all__ = ["LlamaCpp", "quantize", "require_llamacpp"]
 
@@ -104,11 +101,7 @@ class LlamaCpp(PreTrainedModel, GenerationMixin):
         return list(self._vocabulary.tokenize(text, add_special, True)) if text else []
 
     def forward(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        logits_to_keep: int = 0,
-        **_: Any,
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, logits_to_keep: int = 0, **_: Any
     ) -> CausalLMOutput:
         """Logits float32 [rows, tokens, vocabulary] of token ids [rows, tokens], zero where `attention_mask` is 0.
 

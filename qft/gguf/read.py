@@ -9,8 +9,7 @@ from typing import Any
 import gguf
 import torch
 
-from qft.gguf.rotary import deinterleave, heads_to_interleave
-from qft.gguf.shape import architecture
+from qft.gguf.shape import architecture, deinterleave, heads_to_interleave
 
 __all__ = ["read_gguf"]
 

@@ -23,7 +23,7 @@ def facts_of(artifact: Path, run: Path | None) -> VersionManifest:
     manifest.json, recipe.yaml and report.json. Raises MissingError if `run` is no run, RunError if a file cannot be
     read or the two tell of different bases."""
     exported = _read(artifact / "export.json")
-    facts = _facts(artifact, {name: exported.get(name) for name in ("target", "base", "gate", "sha256")})
+    facts = _told(artifact, {name: exported.get(name) for name in ("target", "base", "gate", "sha256")})
     if facts.gate and not facts.sha256:
         raise RunError(f"{artifact / 'export.json'}: has a verdict and no sha256, so nothing says of which files it is")
     if run is None:
@@ -44,7 +44,7 @@ def facts_of(artifact: Path, run: Path | None) -> VersionManifest:
     return facts.model_copy(update=known)
 
 
-def _facts(artifact: Path, values: Record) -> VersionManifest:
+def _told(artifact: Path, values: Record) -> VersionManifest:
     try:
         return VersionManifest.model_validate(values)
     except ValidationError as error:

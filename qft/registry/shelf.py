@@ -26,7 +26,7 @@ from qft.documents.registry import Event, VersionManifest
 from qft.errors import MissingError, RecipeError, RunError
 from qft.files import now, write_text
 
-__all__ = ["ADD_LOCK", "ARTIFACT", "LOCK", "MANIFEST", "ORIGINAL", "Shelf", "find_shelf", "names"]
+__all__ = ["ADD_LOCK", "ARTIFACT", "LOCK", "MANIFEST", "ORIGINAL", "Shelf", "find_shelf", "flush", "names"]
 
 ORIGINAL = "original"
 MANIFEST, ARTIFACT = "manifest.json", "artifact"
@@ -95,15 +95,7 @@ class Shelf:
         except OSError as error:
             raise RunError(f"{self.folder}: a registry needs symlinks: {error.strerror}") from None
         os.replace(temporary, self.folder / "current")
-        self.sync()
-
-    def sync(self) -> None:
-        """Have the folder's entries on disk, and not only in the system's memory."""
-        handle = os.open(self.folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        flush(self.folder)
 
     @contextmanager
     def locked(self, name: str) -> Iterator[None]:
@@ -132,6 +124,15 @@ class Shelf:
             return (self.folder / "history.jsonl").read_text("utf-8")
         except FileNotFoundError:
             return ""
+
+
+def flush(path: Path) -> None:
+    """Have a file, or the entries of a folder, on disk and not only in the system's memory."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def find_shelf(registry: Path, name: str, *, new: bool = False) -> Shelf:

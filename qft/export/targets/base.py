@@ -12,6 +12,8 @@ from transformers import AutoTokenizer
 
 from qft.export.facts import Facts, facts_of
 from qft.export.job import Job
+from qft.model.load import load_base
+from qft.plan import plan_folder
 from qft.recipe.schema import ExportGate
 
 __all__ = ["Exporter", "Limits", "Packages", "Read"]
@@ -42,9 +44,11 @@ class Limits:
 class Exporter(Protocol):
     """One export target; what stands here with a value holds for most of them."""
 
-    engine: str
+    format: str
+    """The name by which `deploy.rules` knows what is written."""
+    engine: str = "transformers"
     """What loads the artifact for the gate."""
-    library: str
+    library: str = "transformers"
     """library_name of the Hub."""
     usage: str
     """How to load it, in Markdown."""
@@ -62,7 +66,8 @@ class Exporter(Protocol):
     """What loading it again takes besides."""
 
     def weight_format(self, job: Job) -> str:
-        """The name by which `deploy.rules` knows what is written. Raises RecipeError for what would not be."""
+        """`format`, or what it is for this job. Raises RecipeError for what would not be written."""
+        return self.format
 
     def needed_bytes(self, job: Job) -> int:
         """Room on the disk that writing takes, temporary files included."""
@@ -72,7 +77,9 @@ class Exporter(Protocol):
         ModelError or RecipeError for what it cannot write."""
 
     def load(self, job: Job, folder: Path) -> Any:
-        """The artifact, loaded from its folder by its engine and ready to evaluate."""
+        """The artifact, loaded from its folder by its engine on the run's device and ready to evaluate. Raises
+        ModelError if it cannot be loaded."""
+        return load_base(plan_folder(folder, job.plan.recipe.model, job.dtype)).eval()
 
     def facts(self, model: Any, job: Job, folder: Path, texts: Sequence[str]) -> Facts:
         """What the loaded artifact is; the tokens of `texts` must be the same as in training."""

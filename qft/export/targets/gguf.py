@@ -25,7 +25,7 @@ LLAMACPP: Packages = (("cyllama", "llamacpp"),)
 
 
 class Gguf(Exporter):
-    engine, library = "llama.cpp", "gguf"
+    format, engine, library = "gguf", "llama.cpp", "gguf"
     gate_needs = LLAMACPP
 
     def __init__(self, kind: str) -> None:
@@ -39,14 +39,11 @@ class Gguf(Exporter):
             "`ollama run mine`. LM\nStudio opens the file.\n"
         )
 
-    def weight_format(self, job: Job) -> str:
-        return "gguf"
-
     def needed_bytes(self, job: Job) -> int:
         """Of the merged model, and of the file or files made of it. Raises ModelError for what GGUF cannot hold."""
-        from qft.gguf.write import require_writable
+        from qft.gguf.write import header
 
-        require_writable(job.weights.config, job.plan.tokenizer, self._written(job))
+        header(job.weights.config, job.plan.tokenizer, self._written(job), name="")
         return (3 if self.by_llamacpp else 2) * job.weights.folder_bytes
 
     def write(self, job: Job, folder: Path) -> None:

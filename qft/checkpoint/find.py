@@ -92,9 +92,8 @@ def find_checkpoint(recipe: Recipe) -> Checkpoint:
 def load_tokenizer(checkpoint: Checkpoint, recipe: Recipe) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer, with the recipe's chat template if it gives one."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            **checkpoint.load_arguments, trust_remote_code=recipe.model.trust_remote_code
-        )
+        trust = recipe.model.trust_remote_code
+        tokenizer = AutoTokenizer.from_pretrained(**checkpoint.load_arguments, trust_remote_code=trust)
     except Exception as error:  # tokenizers fail in as many ways as there are file formats
         raise ModelError(f"{checkpoint.path}: its tokenizer cannot be loaded: {first_line(error)}") from error
     if not tokenizer.is_fast:
@@ -169,25 +168,21 @@ def _hub(name: str, revision: str | None, trust_remote_code: bool) -> Checkpoint
 
 def _snapshot(name: str, revision: str | None, patterns: list[str]) -> Path:
     """The folder of a hub model's files at `revision`, named after the commit. Downloads what is not cached."""
+    problems: dict[type[Exception], str] = {
+        GatedRepoError: f"path: {name} is gated: accept its terms on its hub page, then log in with `hf auth login`",
+        RevisionNotFoundError: f"revision: {name} has no revision {revision}",
+        RepositoryNotFoundError: f"path: {name} is neither a file here nor a hub model that you can see; "
+        "check the spelling, or log in with `hf auth login` if it is private",
+        HFValidationError: f"path: {name} is neither a file here nor a hub id",
+    }
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except GatedRepoError:
-        raise MissingError(
-            f"model.path: {name} is gated: accept its terms on its hub page, then log in with `hf auth login`"
-        ) from None
-    except RevisionNotFoundError:
-        raise MissingError(f"model.revision: {name} has no revision {revision}") from None
-    except RepositoryNotFoundError:
-        raise MissingError(
-            f"model.path: {name} is neither a file here nor a hub model that you can see; "
-            "check the spelling, or log in with `hf auth login` if it is private"
-        ) from None
-    except HFValidationError:
-        raise MissingError(f"model.path: {name} is neither a file here nor a hub id") from None
+    except tuple(problems) as error:
+        problem = next(text for kind, text in problems.items() if isinstance(error, kind))
+        raise MissingError(f"model.{problem}") from None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        raise MissingError(
-            f"model.path: {name} is not on this machine, and the hub cannot be reached: {first_line(error)}"
-        ) from error
+        reason = f"is not on this machine, and the hub cannot be reached: {first_line(error)}"
+        raise MissingError(f"model.path: {name} {reason}") from error
 
 
 def _require_safetensors(asked: str, names: list[str]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from types import MappingProxyType
 
 import torch
 import transformers
@@ -64,12 +63,10 @@ def tensors_in(paths: Iterable[Path]) -> dict[str, Path]:
     return where
 
 
-def save_tensors(
-    tensors: dict[str, torch.Tensor], path: Path, header: Mapping[str, str] = MappingProxyType({})
-) -> None:
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path, header: Mapping[str, str] | None = None) -> None:
     """Write one safetensors file, atomically; `header` is what it says beside its format."""
     with atomic_file(path) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"} | dict(header))
+        save_file(tensors, temporary, metadata={"format": "pt"} | dict(header or {}))
 
 
 def write_index(folder: Path) -> None:

@@ -14,7 +14,7 @@ from qft.memory.guard import memory_guard
 from qft.plan import ModelPlan
 from qft.quant.hold import SCHEMES
 
-__all__ = ["generation_config", "load_base", "settle"]
+__all__ = ["generation_config", "load_base"]
 
 
 def load_base(plan: ModelPlan) -> PreTrainedModel:
@@ -28,14 +28,9 @@ def load_base(plan: ModelPlan) -> PreTrainedModel:
             raise ModelError(f"{plan.checkpoint.path}: cannot be loaded: {str(error).splitlines()[0]}") from error
     if plan.plugin:
         plan.plugin.require_layers(model)
-    settle(model, plan.scheme)
+    if plan.scheme in SCHEMES:
+        SCHEMES[plan.scheme].after_load(model)
     return model
-
-
-def settle(model: torch.nn.Module, scheme: str) -> None:
-    """Bring a freshly loaded model into the state that training and saving rely on. Called after every load."""
-    if scheme in SCHEMES:
-        SCHEMES[scheme].after_load(model)
 
 
 def _load(plan: ModelPlan) -> PreTrainedModel:
@@ -55,9 +50,8 @@ def _load(plan: ModelPlan) -> PreTrainedModel:
         # transformers reads a GGUF file or quantizes, not both at once: dequantize first, then load from memory.
         whole = dequantized(plan.checkpoint, arguments["dtype"])
         del arguments["trust_remote_code"]
-        return type(whole).from_pretrained(
-            None, config=plan.checkpoint.config, state_dict=whole.state_dict(), **arguments
-        )
+        settings = plan.checkpoint.config
+        return type(whole).from_pretrained(None, config=settings, state_dict=whole.state_dict(), **arguments)
     checkpoint = plan.checkpoint.with_weights()
     return AutoModelForCausalLM.from_pretrained(**checkpoint.load_arguments, use_safetensors=True, **arguments)
 

@@ -28,10 +28,7 @@ def facts_of(artifact: Path, run: Path | None) -> VersionManifest:
         raise RunError(f"{artifact / 'export.json'}: has a verdict and no sha256, so nothing says of which files it is")
     if run is None:
         return facts
-    record = _read(run / "manifest.json")
-    if not record:
-        raise MissingError(f"{run}: is no run of qft")
-    manifest = _manifest(run / "manifest.json", record)
+    manifest = _manifest(run)
     if facts.base and manifest.base and facts.base != manifest.base:
         raise RunError(f"{run}: its base is not the one in {artifact / 'export.json'}; name the run that was exported")
     known = {
@@ -52,9 +49,12 @@ def _told(artifact: Path, values: Record) -> VersionManifest:
         raise RunError(f"{artifact}: what is told of its {odd} is no mapping of names to values") from None
 
 
-def _manifest(path: Path, values: Record) -> Manifest:
+def _manifest(run: Path) -> Manifest:
+    path = run / "manifest.json"
+    if not (record := _read(path)):
+        raise MissingError(f"{run}: is no run of qft")
     try:
-        return Manifest.model_validate(values)
+        return Manifest.model_validate(record)
     except ValidationError as error:
         raise RunError(f"{path}: cannot be read: {error.errors()[0]['msg']}") from None
 

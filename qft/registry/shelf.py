@@ -98,26 +98,24 @@ class Shelf:
         flush(self.folder)
 
     @contextmanager
-    def locked(self, name: str) -> Iterator[None]:
-        """Hold LOCK or ADD_LOCK, waiting for it. The system lets go of it when the process ends, however it ends."""
+    def locked(self, name: str, *, wait: bool = True) -> Iterator[None]:
+        """Hold LOCK or ADD_LOCK, waiting for it, or else raising BlockingIOError if another has it. The system lets go
+        of it when the process ends, however it ends."""
         import fcntl  # Unix only; here, so that the help is printed anywhere
 
         with (self.folder / name).open("a") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX)
+            fcntl.flock(stream, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield
 
     def busy(self) -> bool:
         """Whether a version is being added at this moment."""
-        import fcntl
-
         if not (self.folder / ADD_LOCK).exists():
             return False
-        with (self.folder / ADD_LOCK).open("a") as stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-        return False
+        try:
+            with self.locked(ADD_LOCK, wait=False):
+                return False
+        except BlockingIOError:
+            return True
 
     def _history_text(self) -> str:
         try:

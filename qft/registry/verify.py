@@ -73,11 +73,7 @@ def _recorded(shelf: Shelf, entry: str) -> str | None:
 
 def _inspect_original(entry: str, manifest: VersionManifest) -> Finding:
     base = manifest.base
-    try:
-        named = base_entry(base, entry)
-    except QftError:
-        named = None
-    if base is None or named != entry:
+    if base is None or not base.sha256 or base_entry(base, entry) != entry:
         return Finding.of(entry, changed=[MANIFEST])
     files = {name: base_file(base, name) for name in base.sha256}
     missing = [f"{base.path}: {name}" for name, path in files.items() if path is None]

@@ -153,13 +153,12 @@ def _require_whole(finding: Finding) -> None:
 def _require_gate(shelf: Shelf, entry: str, force: bool) -> bool:
     """Whether it takes force. Raises GateError if it does and there is none."""
     gate = shelf.manifest(entry).gate or Verdict()
-    passed = gate.passed
-    if passed is not True and not force:
+    if not gate.passed and not force:
         failed = ", ".join(check.name for check in gate.checks if not check.passed)
-        why = "did not pass" if passed is False else "was not run"
+        why = "was not run" if gate.passed is None else "did not pass"
         text = f"{shelf.folder.name} {entry}: its gate {why}{f' ({failed})' if failed else ''}"
         raise GateError(f"{text}; --force makes it current all the same, and the history says so")
-    return passed is not True
+    return not gate.passed
 
 
 def _require_addable(registry: Path, artifact: Path, facts: VersionManifest) -> None:

@@ -103,8 +103,7 @@ def _word_problem(name: str, value: str | None) -> str | None:
 
 def check_loads(target: str, weights: str, dtype: str, asked: list[Environment]) -> list[LoadCheck]:
     """What each environment makes of `target`; of this machine's engines those that could read the format at all."""
-    readers = [one for one in asked if not one.here or any(rule.loads for rule in _rules(one, weights))]
-    if readers:
+    if readers := [one for one in asked if not one.here or any(rule.loads for rule in _rules(one, weights))]:
         return [_check(target, weights, dtype, one) for one in readers]
     engines = sorted({rule.engine for rule in RULES if weights in rule.formats and rule.loads})
     reason = f"no engine that is installed here is known to load {weights}"

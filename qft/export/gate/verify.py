@@ -25,10 +25,9 @@ from qft.data.encoded import read_rows
 from qft.data.prepare import KEPT, held_out, prepare
 from qft.documents.export import Gate, GateCheck
 from qft.errors import MissingError, ModelError
-from qft.export.facts import Facts, facts_of
 from qft.export.job import Job
 from qft.export.targets import EXPORTERS, Exporter
-from qft.export.targets.base import Limits, Read
+from qft.export.targets.base import Facts, Limits, Read, facts_of
 from qft.files import require_free_space
 from qft.measure.likelihood import Likelihood, LogProbs, Passage, measure
 from qft.measure.scores import answer_rows
@@ -37,8 +36,6 @@ from qft.model.target import load_target
 
 __all__ = ["Reference", "judge", "reference"]
 
-ROWS = KEPT
-"""Rows on which the models are asked, at most."""
 TOKENS = 4096
 """Learnt tokens over which distributions are compared, at most."""
 CONTINUATIONS, NEW_TOKENS = 4, 16
@@ -119,7 +116,7 @@ def _checks(job: Job, exporter: Exporter, folder: Path, expected: Reference, lim
 def _rows(job: Job) -> Dataset:
     """The first held-out rows, or training rows where none are held out: those that the run keeps, if it does."""
     if job.target.rows:
-        return read_rows(job.target.rows, ROWS).rows
+        return read_rows(job.target.rows, KEPT).rows
     recipe, tokenizer = job.target.loaded.recipe, job.plan.tokenizer
     try:
         asked = held_out(recipe.data, tokenizer, recipe.seed) or prepare(recipe.data, tokenizer, recipe.seed).asked()
@@ -128,7 +125,7 @@ def _rows(job: Job) -> Dataset:
             f"{error}; the gate asks on the run's rows, and {job.run.rows.name} is not in its folder: put them back, "
             "or export with --no-gate"
         ) from None
-    return asked.rows.select(range(min(ROWS, len(asked.rows))))
+    return asked.rows.select(range(min(KEPT, len(asked.rows))))
 
 
 def _answers(model: Any, job: Job, rows: Dataset) -> list[str]:

@@ -1,4 +1,4 @@
-"""Tensors of a safetensors folder, one at a time, into a GGUF file."""
+"""Tensors of a safetensors folder, one at a time, into a GGUF file; and back out of one."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from qft.checkpoint.weights import tensors_in
 from qft.errors import ModelError
 from qft.files import atomic_file, require_free_space
-from qft.gguf.kinds import KINDS
-from qft.gguf.shape import add_shape, architecture, heads_to_interleave, interleave, rope_factors
+from qft.gguf.llamacpp import KINDS
+from qft.gguf.shape import add_shape, architecture, deinterleave, heads_to_interleave, interleave, rope_factors
 from qft.gguf.vocabulary import add_tokenizer
 
-__all__ = ["header", "write_gguf"]
+__all__ = ["header", "read_gguf", "write_gguf"]
 
 _T = gguf.GGMLQuantizationType
 WRITABLE = [name for name, kind in KINDS.items() if not kind.by_llamacpp]
@@ -162,3 +162,21 @@ def _expected(config: Any) -> dict[str, tuple[int, ...]]:
 def _is_derived(name: str, config: Any) -> bool:
     """Whether the model makes this weight from others or from its configuration."""
     return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and bool(config.tie_word_embeddings))
+
+
+def read_gguf(path: Path, config: Any) -> Callable[[str], torch.Tensor | None]:
+    """A function from the name of a weight to its values, float32 in the order of Hugging Face; None if the file has no
+    such weight. `config` is the model's."""
+    held = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    arch = architecture(config)
+    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+
+    def read(name: str) -> torch.Tensor | None:
+        tensor = held.get(names.get_name(name, try_suffixes=(".weight", ".bias")))
+        if tensor is None:
+            return None
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        heads = heads_to_interleave(name, config, arch)
+        return torch.tensor(deinterleave(values, heads) if heads else values)
+
+    return read

@@ -51,10 +51,8 @@ class Checkpoint:
     @property
     def load_arguments(self) -> dict[str, Any]:
         """Arguments of any from_pretrained for this checkpoint."""
-        arguments: dict[str, Any] = {"pretrained_model_name_or_path": str(self.folder)}
-        if self.gguf_file:
-            arguments["gguf_file"] = self.gguf_file
-        return arguments
+        file = {"gguf_file": self.gguf_file} if self.gguf_file else {}
+        return {"pretrained_model_name_or_path": str(self.folder)} | file
 
     def with_weights(self) -> Checkpoint:
         """The same, once the weights of a hub model have been downloaded."""
@@ -164,34 +162,28 @@ def _config(asked: str, read: Callable[..., PretrainedConfig], path: Any, **argu
 def _hub(name: str, revision: str | None, trust_remote_code: bool) -> Checkpoint:
     folder = _snapshot(name, revision, SMALL_FILES)
     commit = folder.name
-    if not constants.HF_HUB_OFFLINE:
-        _require_safetensors(name, HfApi().list_repo_files(name, revision=commit))
-    else:
-        _require_safetensors(name, [p.name for p in folder.iterdir()])
+    here = [path.name for path in folder.iterdir()]
+    _require_safetensors(name, here if constants.HF_HUB_OFFLINE else HfApi().list_repo_files(name, revision=commit))
     return _folder(name, folder, trust_remote_code, hub_id=name, commit=commit)
 
 
 def _snapshot(name: str, revision: str | None, patterns: list[str]) -> Path:
     """The folder of a hub model's files at `revision`, named after the commit. Downloads what is not cached."""
+    problems: dict[type[Exception], str] = {
+        GatedRepoError: f"path: {name} is gated: accept its terms on its hub page, then log in with `hf auth login`",
+        RevisionNotFoundError: f"revision: {name} has no revision {revision}",
+        RepositoryNotFoundError: f"path: {name} is neither a file here nor a hub model that you can see; "
+        "check the spelling, or log in with `hf auth login` if it is private",
+        HFValidationError: f"path: {name} is neither a file here nor a hub id",
+    }
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except GatedRepoError:
-        raise MissingError(
-            f"model.path: {name} is gated: accept its terms on its hub page, then log in with `hf auth login`"
-        ) from None
-    except RevisionNotFoundError:
-        raise MissingError(f"model.revision: {name} has no revision {revision}") from None
-    except RepositoryNotFoundError:
-        raise MissingError(
-            f"model.path: {name} is neither a file here nor a hub model that you can see; "
-            "check the spelling, or log in with `hf auth login` if it is private"
-        ) from None
-    except HFValidationError:
-        raise MissingError(f"model.path: {name} is neither a file here nor a hub id") from None
+    except tuple(problems) as error:
+        problem = next(text for kind, text in problems.items() if isinstance(error, kind))
+        raise MissingError(f"model.{problem}") from None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        raise MissingError(
-            f"model.path: {name} is not on this machine, and the hub cannot be reached: {first_line(error)}"
-        ) from error
+        reason = f"is not on this machine, and the hub cannot be reached: {first_line(error)}"
+        raise MissingError(f"model.path: {name} {reason}") from error
 
 
 def _require_safetensors(asked: str, names: list[str]) -> None:

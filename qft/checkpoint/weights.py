@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from types import MappingProxyType
 
 import torch
 import transformers
@@ -16,7 +15,7 @@ from qft.checkpoint.find import Checkpoint
 from qft.errors import ModelError
 from qft.files import atomic_file, write_json
 
-__all__ = ["dequantized", "read_weights", "save_tensors", "tensors_in", "write_index"]
+__all__ = ["dequantized", "read_weights", "reader", "save_tensors", "tensors_in", "write_index"]
 
 
 def dequantized(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
@@ -31,11 +30,23 @@ def read_weights(checkpoint: Checkpoint) -> Callable[[str], torch.Tensor]:
     if checkpoint.gguf_file:
         weights: dict[str, torch.Tensor] = dequantized(checkpoint, torch.float32).state_dict()
         return weights.__getitem__
-    where = tensors_in(checkpoint.weight_files())
+    held = reader(checkpoint.weight_files())
 
     def read(name: str) -> torch.Tensor:
-        if name not in where:
+        if (tensor := held(name)) is None:
             raise ModelError(f"{checkpoint.path}: has no weight called {name}")
+        return tensor
+
+    return read
+
+
+def reader(paths: Iterable[Path]) -> Callable[[str], torch.Tensor | None]:
+    """A function from the name of a tensor in safetensors files to its value; None: they have none."""
+    where = tensors_in(paths)
+
+    def read(name: str) -> torch.Tensor | None:
+        if name not in where:
+            return None
         with safe_open(where[name], framework="pt") as file:
             tensor: torch.Tensor = file.get_tensor(name)
             return tensor
@@ -52,12 +63,10 @@ def tensors_in(paths: Iterable[Path]) -> dict[str, Path]:
     return where
 
 
-def save_tensors(
-    tensors: dict[str, torch.Tensor], path: Path, header: Mapping[str, str] = MappingProxyType({})
-) -> None:
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path, header: Mapping[str, str] | None = None) -> None:
     """Write one safetensors file, atomically; `header` is what it says beside its format."""
     with atomic_file(path) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"} | dict(header))
+        save_file(tensors, temporary, metadata={"format": "pt"} | dict(header or {}))
 
 
 def write_index(folder: Path) -> None:

@@ -174,11 +174,12 @@ def verify(
 
 
 def _listed(registry: Path, name: str) -> ModelVersions:
-    from qft import registry as versions
     from qft.documents.registry import ModelVersions
+    from qft.registry import find_shelf
 
-    manifests = {f"v{number}": manifest for number, manifest in versions.versions(registry, name).items()}
-    return ModelVersions(current=versions.find_shelf(registry, name).current(), versions=manifests)
+    shelf = find_shelf(registry, name)
+    manifests = {entry: shelf.manifest(entry) for entry in (f"v{number}" for number in shelf.numbers())}
+    return ModelVersions(current=shelf.current(), versions=manifests)
 
 
 def _number(text: str) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +57,8 @@ def _require_room(job: Job, jobs: Mapping[str, Job], registration: Registration 
     """Raises RunError if something is in the way, the disk is too full or the registry of no use, and whatever the
     exporter refuses besides."""
     out = job.out
-    for name in jobs:
-        if (out / name).exists() and not overwrite:
-            raise RunError(f"{out / name}: is there already; give --overwrite, or another folder with --out")
+    if not overwrite and (there := [out / name for name in jobs if (out / name).exists()]):
+        raise RunError(f"{there[0]}: is there already; give --overwrite, or another folder with --out")
     needed = sum(EXPORTERS[name].needed_bytes(own) for name, own in jobs.items())
     require_free_space(out, needed, "the export")
     if registration:
@@ -73,13 +72,10 @@ def _reference(job: Job, *, gate: bool) -> Iterator[Reference | None]:
     job.out.mkdir(parents=True, exist_ok=True)
     job.scratch.mkdir()
     try:
-        if gate:
-            job.view.note("Asking the model as trained")
-            with reference(job, job.out) as expected:
-                yield expected
-        else:
-            job.view.note("The gate is off (--no-gate): nothing will be known of what is written")
-            yield None
+        off = "The gate is off (--no-gate): nothing will be known of what is written"
+        job.view.note("Asking the model as trained" if gate else off)
+        with reference(job, job.out) if gate else nullcontext() as expected:
+            yield expected
     finally:
         shutil.rmtree(job.scratch, ignore_errors=True)
 

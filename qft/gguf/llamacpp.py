@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -14,12 +14,8 @@ from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, Pr
 from transformers.modeling_outputs import CausalLMOutput
 
 from qft.errors import MissingError, ModelError
-from qft.gguf.kinds import KINDS
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-__all__ = ["LlamaCpp", "quantize", "require_llamacpp"]
+__all__ = ["KINDS", "LlamaCpp", "quantize", "require_llamacpp"]
 
 CHUNK = 512
 """Tokens that llama.cpp reads at once."""
@@ -27,6 +23,29 @@ CELLS = 256
 """Tokens that a context has room for beyond those that were asked for."""
 UNUSED, ADDED = 2, 8 | 16
 """Bits of llama.cpp's enum llama_token_attr: UNUSED; CONTROL and USER_DEFINED."""
+
+
+class Kind(NamedTuple):
+    """Of GGUF file."""
+
+    number: int
+    """In the enum llama_ftype of llama.h, by which the file names itself."""
+    bits: int
+    """Of most weights, without their scales."""
+    by_llamacpp: bool = False
+    """Whether llama.cpp makes it of a 16-bit or 32-bit file; the others are written by `file`."""
+
+
+KINDS = {
+    "f32": Kind(0, 32),
+    "f16": Kind(1, 16),
+    "bf16": Kind(32, 16),
+    "q8_0": Kind(7, 8),
+    "q6_k": Kind(18, 6, by_llamacpp=True),
+    "q5_k_m": Kind(17, 5, by_llamacpp=True),
+    "q4_k_m": Kind(15, 4, by_llamacpp=True),
+    "q4_0": Kind(2, 4),
+}
 
 
 def require_llamacpp() -> None:
@@ -104,11 +123,7 @@ class LlamaCpp(PreTrainedModel, GenerationMixin):
         return list(self._vocabulary.tokenize(text, add_special, True)) if text else []
 
     def forward(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        logits_to_keep: int = 0,
-        **_: Any,
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, logits_to_keep: int = 0, **_: Any
     ) -> CausalLMOutput:
         """Logits float32 [rows, tokens, vocabulary] of token ids [rows, tokens], zero where `attention_mask` is 0.
 
@@ -161,22 +176,20 @@ class LlamaCpp(PreTrainedModel, GenerationMixin):
 
     def _read(self, row: int, ids: Sequence[int], first: int) -> torch.Tensor:
         """Logits [len(ids) - first, vocabulary] of the tokens from `first` on."""
-        found = []
-        for start in range(len(self._rows[row]), len(ids), CHUNK):
-            found += self._decode(row, ids[start : start + CHUNK], start, first)
-        return torch.stack(found)
-
-    def _decode(self, row: int, ids: Sequence[int], start: int, first: int) -> list[torch.Tensor]:
         from cyllama.llama import llama_cpp as binding
 
-        batch = binding.LlamaBatch(n_tokens=len(ids), embd=0, n_seq_max=1)
-        for at, token in enumerate(ids, start):
-            batch.add(token, at, [row], at >= first)
-        with _as_model_error(f"{self.path}: llama.cpp fails on it"):
-            self._context.decode(batch)
-            self._rows[row] += ids
-            places = range(max(first - start, 0), len(ids))
-            return [torch.tensor(self._context.get_logits_ith(at)) for at in places]
+        found = []
+        for start in range(len(self._rows[row]), len(ids), CHUNK):
+            chunk = ids[start : start + CHUNK]
+            batch = binding.LlamaBatch(n_tokens=len(chunk), embd=0, n_seq_max=1)
+            for at, token in enumerate(chunk, start):
+                batch.add(token, at, [row], at >= first)
+            with _as_model_error(f"{self.path}: llama.cpp fails on it"):
+                self._context.decode(batch)
+                self._rows[row] += chunk
+                places = range(max(first - start, 0), len(chunk))
+                found += [torch.tensor(self._context.get_logits_ith(at)) for at in places]
+        return torch.stack(found)
 
 
 def _shared(held: Sequence[int], asked: Sequence[int]) -> int:

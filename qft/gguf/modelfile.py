@@ -8,13 +8,14 @@ the Modelfile says so. Source: docs/modelfile.md and docs/template.md of ollama/
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Turns", "find_turns", "modelfile"]
+__all__ = ["find_turns", "modelfile"]
 
 Message = dict[str, str]
 ROLES = ("system", "user", "assistant")
@@ -61,7 +62,7 @@ def find_turns(tokenizer: PreTrainedTokenizerBase) -> Turns | None:
     adds_bos = tokenizer.bos_token_id in tokenizer("a").input_ids
     # The same token can be what every conversation starts with, and what every turn does.
     for start in dict.fromkeys(["", bos]):
-        template = _Template(tokenizer, start)
+        template = partial(_render, tokenizer, start)
         try:
             found = _turns(template, "" if adds_bos else start)
             if all(found.render(talk) == found.start + template(talk, prompt=True) for talk in _talks(found)):
@@ -75,19 +76,13 @@ class _NotTurns(Exception):
     """The template is of another kind."""
 
 
-@dataclass(frozen=True)
-class _Template:
-    """A chat template, less what every conversation starts with."""
-
-    tokenizer: Any
-    start: str
-
-    def __call__(self, messages: Sequence[Message], *, prompt: bool = False) -> str:
-        try:
-            text: str = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
-        except Exception as error:  # templates refuse conversations in as many ways as there are authors
-            raise _NotTurns from error
-        return _less(text, start=self.start)
+def _render(tokenizer: Any, start: str, messages: Sequence[Message], *, prompt: bool = False) -> str:
+    """As the chat template does, less what every conversation starts with."""
+    try:
+        text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
+    except Exception as error:  # templates refuse conversations in as many ways as there are authors
+        raise _NotTurns from error
+    return _less(text, start=start)
 
 
 def _talks(turns: Turns) -> Iterator[list[Message]]:
@@ -99,7 +94,7 @@ def _talks(turns: Turns) -> Iterator[list[Message]]:
             yield [{"role": "system", "content": "be brief"}, *talk[:count]]
 
 
-def _turns(template: _Template, start: str) -> Turns:
+def _turns(template: Callable[..., str], start: str) -> Turns:
     one, two = [{"role": "user", "content": "Q1"}], [{"role": "assistant", "content": "A1"}]
     again = [{"role": "user", "content": "Q2"}, {"role": "assistant", "content": "A2"}]
     head, after_user = _split(template(one), "Q1")

@@ -1,4 +1,4 @@
-"""What a GGUF file says of a model's shape: architecture, sizes and rotary embedding."""
+"""What a GGUF file says of a model's shape: architecture, sizes and rotary embedding, with the order of its rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from qft.errors import ModelError
 
-__all__ = ["ARCHITECTURES", "add_shape", "architecture", "head_dim", "rope_factors"]
+__all__ = ["add_shape", "architecture", "deinterleave", "heads_to_interleave", "interleave", "rope_factors"]
 
 ARCHITECTURES = {
     "LlamaForCausalLM": gguf.MODEL_ARCH.LLAMA,
@@ -89,8 +89,7 @@ def _require_plain_yarn(rope: dict[str, Any]) -> None:
 def rope_factors(config: Any) -> NDArray[np.float32] | None:
     """What llama.cpp divides each frequency by, float32 [head_dim / 2]; None unless the rotary scaling is llama3's.
 
-    Long waves are slowed by `factor`, short ones not at all, those between in proportion (Llama 3.1's rule).
-    """
+    Long waves are slowed by `factor`, short ones not at all, those between in proportion (Llama 3.1's rule)."""
     rope = config.rope_parameters
     if rope.get("rope_type") != "llama3":
         return None
@@ -101,3 +100,26 @@ def rope_factors(config: Any) -> NDArray[np.float32] | None:
     kept = np.clip(share, 0.0, 1.0)
     factors: NDArray[np.float32] = (1.0 / (kept + (1.0 - kept) / rope["factor"])).astype(np.float32)
     return factors
+
+
+def heads_to_interleave(name: str, config: Any, arch: gguf.MODEL_ARCH) -> int:
+    """Heads of a projection whose rows are to be reordered, 0 for none."""
+    if arch != gguf.MODEL_ARCH.LLAMA:
+        return 0
+    if ".q_proj." in name:
+        return int(config.num_attention_heads)
+    return int(config.num_key_value_heads) if ".k_proj." in name else 0
+
+
+def interleave(rows: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
+    """Reorder the rows [heads * head_dim, ...] of q or k so that each rotated pair lies side by side.
+
+    Hugging Face's Llama rotates row i of a head with row i + head_dim / 2; llama.cpp's rotates rows 2i and 2i + 1."""
+    halves = rows.reshape(heads, 2, -1, *rows.shape[1:])
+    return np.stack([halves[:, 0], halves[:, 1]], axis=2).reshape(rows.shape)
+
+
+def deinterleave(rows: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
+    """What `interleave` was given."""
+    pairs = rows.reshape(heads, -1, 2, *rows.shape[1:])
+    return np.concatenate([pairs[:, :, 0], pairs[:, :, 1]], axis=1).reshape(rows.shape)

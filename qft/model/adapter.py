@@ -20,7 +20,6 @@ from qft.quant.dequantize import dequantized_weight, is_quantized
 
 __all__ = ["CHANGES_BASE", "attach_adapter", "save_adapter", "save_full", "with_adapter"]
 
-
 CHANGES_BASE = ("pissa", "olora")
 """Initialisations that move a part of the base weights into the adapter."""
 
@@ -45,8 +44,7 @@ def save_adapter(model: PeftModel, plan: Plan, folder: Path, initial: Path | Non
     """Write the adapter in peft's layout, atomically.
 
     An adapter whose initialisation changed the base is written as the difference to `initial`, its state before
-    training, so that it fits the original base (at twice the rank).
-    """
+    training, so that it fits the original base (at twice the rank)."""
     config = model.peft_config["default"]
     config.base_model_name_or_path, config.revision = plan.model.checkpoint.path, plan.model.checkpoint.commit
     arguments = {"path_initial_model_for_weight_conversion": str(initial)} if initial else {}
@@ -80,13 +78,12 @@ def with_adapter(model: Any, adapter: Path) -> Any:
 def _start_from_quantization_error(model: PeftModel, plan: Plan) -> None:
     """LoftQ's first step (arXiv:2310.08659): the adapter starts as the best rank-r fit of what quantizing lost."""
     original = read_weights(plan.model.checkpoint)
-    base_name = "base_model.model."
     for name, module in model.named_modules():
         base = getattr(module, "base_layer", None)
         if base is None or not is_quantized(base):
             continue
         held = dequantized_weight(base).float()
-        error = original(f"{name.removeprefix(base_name)}.weight").to(held.device, torch.float32) - held
+        error = original(f"{name.removeprefix('base_model.model.')}.weight").to(held.device, torch.float32) - held
         u, s, v = torch.linalg.svd(error, full_matrices=False)
         r = module.r["default"]
         root = (s[:r] / module.scaling["default"]).sqrt()

@@ -42,9 +42,8 @@ def _load(plan: ModelPlan) -> PreTrainedModel:
         # transformers reads a GGUF file or quantizes, not both at once: dequantize first, then load from memory.
         whole = dequantized(plan.checkpoint, arguments["dtype"])
         del arguments["trust_remote_code"]
-        return type(whole).from_pretrained(
-            None, config=plan.checkpoint.config, state_dict=whole.state_dict(), **arguments
-        )
+        settings = plan.checkpoint.config
+        return type(whole).from_pretrained(None, config=settings, state_dict=whole.state_dict(), **arguments)
     checkpoint = plan.checkpoint.with_weights()
     return AutoModelForCausalLM.from_pretrained(**checkpoint.load_arguments, use_safetensors=True, **arguments)
 

@@ -21,7 +21,7 @@ from qft.recipe.load import from_values
 from qft.recipe.schema import QuantSection
 from qft.run.folder import Run
 
-__all__ = ["VARIANTS", "Target", "load_target", "parse_target"]
+__all__ = ["Target", "load_target", "parse_target", "require_same_base"]
 
 LLAMACPP = "llama.cpp"
 UNQUANTIZED = QuantSection()
@@ -29,9 +29,7 @@ FOUR_BIT = QuantSection(mode="4bit")
 
 VARIANTS: dict[str, tuple[QuantSection, str]] = {
     "base": (UNQUANTIZED, "auto"),
-    "float32": (UNQUANTIZED, "float32"),
-    "bfloat16": (UNQUANTIZED, "bfloat16"),
-    "float16": (UNQUANTIZED, "float16"),
+    **{dtype: (UNQUANTIZED, dtype) for dtype in ("float32", "bfloat16", "float16")},
     "nf4": (FOUR_BIT, "auto"),
     "fp4": (FOUR_BIT.having(quant_type="fp4"), "auto"),
     "8bit": (QuantSection(mode="8bit"), "auto"),

@@ -3,8 +3,8 @@
 from qft.registry.compare import diff
 from qft.registry.facts import facts_of
 from qft.registry.shelf import ORIGINAL, Shelf, find_shelf, names
-from qft.registry.verify import Which, inspect, problems, verify
-from qft.registry.write import SIDE, add, promote, require_usable, rollback, versions
+from qft.registry.verify import Which, inspect, problems
+from qft.registry.write import SIDE, add, promote, require_usable, rollback
 
 __all__ = [
     "ORIGINAL",
@@ -21,6 +21,4 @@ __all__ = [
     "promote",
     "require_usable",
     "rollback",
-    "verify",
-    "versions",
 ]

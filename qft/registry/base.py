@@ -49,12 +49,8 @@ def base_file(base: Base, name: str) -> Path | None:
     elif Path(path).is_absolute():
         places = [Path(path) / name, Path(path)]
     else:
-        places = _cached(path, base.commit, name)
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(path, name, revision=base.commit)
+        places = [Path(cached)] if isinstance(cached, str) else []
     return next((file for file in places if file.name == name and file.is_file()), None)
-
-
-def _cached(repository: str, commit: str | None, name: str) -> list[Path]:
-    from huggingface_hub import try_to_load_from_cache
-
-    file = try_to_load_from_cache(repository, name, revision=commit)
-    return [Path(file)] if isinstance(file, str) else []

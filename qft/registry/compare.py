@@ -17,13 +17,11 @@ ALWAYS = ("target", "bytes", "scores", "gate")
 def diff(a: VersionManifest, b: VersionManifest) -> list[Difference]:
     """What two manifests say: target, bytes, scores and gate figures, and where recipe, data and base differ."""
     left, right = _sections(a), _sections(b)
-    rows = []
-    for section in left:
-        fields = list(dict.fromkeys([*left[section], *right[section]]))
-        rows += [
-            Difference(section=section, field=name, a=left[section].get(name), b=right[section].get(name))
-            for name in fields
-        ]
+    rows = [
+        Difference(section=section, field=name, a=left[section].get(name), b=right[section].get(name))
+        for section in left
+        for name in left[section] | right[section]
+    ]
     return [row for row in rows if row.section in ALWAYS or row.a != row.b]
 
 

@@ -23,15 +23,12 @@ def facts_of(artifact: Path, run: Path | None) -> VersionManifest:
     manifest.json, recipe.yaml and report.json. Raises MissingError if `run` is no run, RunError if a file cannot be
     read or the two tell of different bases."""
     exported = _read(artifact / "export.json")
-    facts = _facts(artifact, {name: exported.get(name) for name in ("target", "base", "gate", "sha256")})
+    facts = _told(artifact, {name: exported.get(name) for name in ("target", "base", "gate", "sha256")})
     if facts.gate and not facts.sha256:
         raise RunError(f"{artifact / 'export.json'}: has a verdict and no sha256, so nothing says of which files it is")
     if run is None:
         return facts
-    record = _read(run / "manifest.json")
-    if not record:
-        raise MissingError(f"{run}: is no run of qft")
-    manifest = _manifest(run / "manifest.json", record)
+    manifest = _manifest(run)
     if facts.base and manifest.base and facts.base != manifest.base:
         raise RunError(f"{run}: its base is not the one in {artifact / 'export.json'}; name the run that was exported")
     known = {
@@ -44,7 +41,7 @@ def facts_of(artifact: Path, run: Path | None) -> VersionManifest:
     return facts.model_copy(update=known)
 
 
-def _facts(artifact: Path, values: Record) -> VersionManifest:
+def _told(artifact: Path, values: Record) -> VersionManifest:
     try:
         return VersionManifest.model_validate(values)
     except ValidationError as error:
@@ -52,9 +49,12 @@ def _facts(artifact: Path, values: Record) -> VersionManifest:
         raise RunError(f"{artifact}: what is told of its {odd} is no mapping of names to values") from None
 
 
-def _manifest(path: Path, values: Record) -> Manifest:
+def _manifest(run: Path) -> Manifest:
+    path = run / "manifest.json"
+    if not (record := _read(path)):
+        raise MissingError(f"{run}: is no run of qft")
     try:
-        return Manifest.model_validate(values)
+        return Manifest.model_validate(record)
     except ValidationError as error:
         raise RunError(f"{path}: cannot be read: {error.errors()[0]['msg']}") from None
 

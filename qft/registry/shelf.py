@@ -26,7 +26,7 @@ from qft.documents.registry import Event, VersionManifest
 from qft.errors import MissingError, RecipeError, RunError
 from qft.files import now, write_text
 
-__all__ = ["ADD_LOCK", "ARTIFACT", "LOCK", "MANIFEST", "ORIGINAL", "Shelf", "find_shelf", "names"]
+__all__ = ["ADD_LOCK", "ARTIFACT", "LOCK", "MANIFEST", "ORIGINAL", "Shelf", "find_shelf", "flush", "names"]
 
 ORIGINAL = "original"
 MANIFEST, ARTIFACT = "manifest.json", "artifact"
@@ -95,43 +95,42 @@ class Shelf:
         except OSError as error:
             raise RunError(f"{self.folder}: a registry needs symlinks: {error.strerror}") from None
         os.replace(temporary, self.folder / "current")
-        self.sync()
-
-    def sync(self) -> None:
-        """Have the folder's entries on disk, and not only in the system's memory."""
-        handle = os.open(self.folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        flush(self.folder)
 
     @contextmanager
-    def locked(self, name: str) -> Iterator[None]:
-        """Hold LOCK or ADD_LOCK, waiting for it. The system lets go of it when the process ends, however it ends."""
+    def locked(self, name: str, *, wait: bool = True) -> Iterator[None]:
+        """Hold LOCK or ADD_LOCK, waiting for it, or else raising BlockingIOError if another has it. The system lets go
+        of it when the process ends, however it ends."""
         import fcntl  # Unix only; here, so that the help is printed anywhere
 
         with (self.folder / name).open("a") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX)
+            fcntl.flock(stream, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield
 
     def busy(self) -> bool:
         """Whether a version is being added at this moment."""
-        import fcntl
-
         if not (self.folder / ADD_LOCK).exists():
             return False
-        with (self.folder / ADD_LOCK).open("a") as stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-        return False
+        try:
+            with self.locked(ADD_LOCK, wait=False):
+                return False
+        except BlockingIOError:
+            return True
 
     def _history_text(self) -> str:
         try:
             return (self.folder / "history.jsonl").read_text("utf-8")
         except FileNotFoundError:
             return ""
+
+
+def flush(path: Path) -> None:
+    """Have a file, or the entries of a folder, on disk and not only in the system's memory."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def find_shelf(registry: Path, name: str, *, new: bool = False) -> Shelf:

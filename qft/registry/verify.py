@@ -6,25 +6,14 @@ from pathlib import Path
 from typing import Literal
 
 from qft.documents.registry import Event, Finding, VersionManifest
-from qft.errors import GateError, QftError, RunError
+from qft.errors import QftError, RunError
 from qft.files import sha256
 from qft.registry.base import base_entry, base_file
 from qft.registry.shelf import ARTIFACT, MANIFEST, ORIGINAL, Shelf, find_shelf
 
-__all__ = ["Which", "files_of", "inspect", "inspect_entry", "pending", "problems", "verify"]
+__all__ = ["Which", "files_of", "inspect", "inspect_entry", "pending", "problems"]
 
 Which = int | Literal["original"] | None
-
-
-def verify(registry: Path, name: str, version: Which = None) -> None:
-    """Raise GateError that names every file which is missing, changed or extra; and, for version None, whatever else
-    is wrong with the model's folder."""
-    if version is None:
-        sentences = problems(registry, name)
-    else:
-        sentences = [text for finding in inspect(registry, name, version) for text in finding.sentences()]
-    if sentences:
-        raise GateError("\n".join(f"{name}: {text}" for text in sentences))
 
 
 def inspect(registry: Path, name: str, version: Which = None) -> list[Finding]:
@@ -84,11 +73,7 @@ def _recorded(shelf: Shelf, entry: str) -> str | None:
 
 def _inspect_original(entry: str, manifest: VersionManifest) -> Finding:
     base = manifest.base
-    try:
-        named = base_entry(base, entry)
-    except QftError:
-        named = None
-    if base is None or named != entry:
+    if base is None or not base.sha256 or base_entry(base, entry) != entry:
         return Finding.of(entry, changed=[MANIFEST])
     files = {name: base_file(base, name) for name in base.sha256}
     missing = [f"{base.path}: {name}" for name, path in files.items() if path is None]
@@ -112,8 +97,7 @@ def problems(registry: Path, name: str, findings: list[Finding] | None = None) -
     What begins with a dot is not looked at. `findings` are those of `inspect`, if it was asked before. Raises
     MissingError if there is no such model."""
     shelf = find_shelf(registry, name)
-    if findings is None:
-        findings = inspect(registry, name)
+    findings = inspect(registry, name) if findings is None else findings
     sentences = [text for finding in findings for text in finding.sentences()]
     try:
         history, current = shelf.history(), shelf.current()

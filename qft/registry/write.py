@@ -12,16 +12,15 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 from qft.documents.registry import Event, Finding, Verdict, VersionManifest
 from qft.errors import GateError, MissingError, RecipeError, RunError
 from qft.files import nearest_folder, now, require_free_space, sha256, write_json
 from qft.registry.base import base_entry, record_base
-from qft.registry.shelf import ADD_LOCK, ARTIFACT, LOCK, MANIFEST, ORIGINAL, Action, Shelf, find_shelf
-from qft.registry.verify import files_of, inspect_entry, pending
+from qft.registry.shelf import ADD_LOCK, ARTIFACT, LOCK, MANIFEST, ORIGINAL, Action, Shelf, find_shelf, flush
+from qft.registry.verify import Which, files_of, inspect_entry, pending
 
-__all__ = ["FACTS", "SIDE", "add", "promote", "require_usable", "rollback", "versions"]
+__all__ = ["SIDE", "add", "promote", "require_usable", "rollback"]
 
 FACTS = ("target", "base", "data", "recipe", "scores", "gate", "run")
 """What a manifest says beside bytes and hashes, None where nobody said it; see facts_of."""
@@ -65,12 +64,6 @@ def require_usable(registry: Path, name: str) -> None:
     pending(shelf.history(), shelf.current())
 
 
-def versions(registry: Path, name: str) -> dict[int, VersionManifest]:
-    """The manifest of every version, by number. Raises MissingError, or RunError for a manifest that is broken."""
-    shelf = find_shelf(registry, name)
-    return {number: shelf.manifest(f"v{number}") for number in shelf.numbers()}
-
-
 def promote(registry: Path, name: str, version: int, *, reason: str = "", force: bool = False) -> None:
     """Make a version current. Raises GateError if its files are not what was added, or if its gate did not pass: unless
     `force`, which the history then says. Raises RunError if it is current, MissingError if it is not there."""
@@ -83,14 +76,7 @@ def promote(registry: Path, name: str, version: int, *, reason: str = "", force:
             _move(shelf, "promote", entry, reason, forced)
 
 
-def rollback(
-    registry: Path,
-    name: str,
-    to: int | Literal["original"] | None = None,
-    *,
-    reason: str = "",
-    force: bool = False,
-) -> str:
+def rollback(registry: Path, name: str, to: Which = None, *, reason: str = "", force: bool = False) -> str:
     """Make an earlier version current: the one before (None), a numbered one, or the base that the current one was made
     from ("original"), of which only a record is kept. Returns vN or original-HASH.
 
@@ -106,8 +92,7 @@ def rollback(
         if current is None:
             raise RunError(f"{name}: nothing is current, so there is nothing to go back from; promote a version")
         entry = _rollback_entry(shelf, current, to)
-        forced = _require_acceptable(shelf, entry, force)
-        _move(shelf, "rollback", entry, reason, forced)
+        _move(shelf, "rollback", entry, reason, _require_acceptable(shelf, entry, force))
     return entry
 
 
@@ -123,7 +108,7 @@ def _require_acceptable(shelf: Shelf, entry: str, force: bool) -> bool:
     return False if was_current else _require_gate(shelf, entry, force)
 
 
-def _rollback_entry(shelf: Shelf, current: str, to: int | Literal["original"] | None) -> str:
+def _rollback_entry(shelf: Shelf, current: str, to: Which) -> str:
     if isinstance(to, int):
         return f"v{to}"
     if to is None:
@@ -168,15 +153,12 @@ def _require_whole(finding: Finding) -> None:
 def _require_gate(shelf: Shelf, entry: str, force: bool) -> bool:
     """Whether it takes force. Raises GateError if it does and there is none."""
     gate = shelf.manifest(entry).gate or Verdict()
-    passed = gate.passed
-    if passed is not True and not force:
+    if not gate.passed and not force:
         failed = ", ".join(check.name for check in gate.checks if not check.passed)
-        why = "did not pass" if passed is False else "was not run"
-        raise GateError(
-            f"{shelf.folder.name} {entry}: its gate {why}{f' ({failed})' if failed else ''}; "
-            "--force makes it current all the same, and the history says so"
-        )
-    return passed is not True
+        why = "was not run" if gate.passed is None else "did not pass"
+        text = f"{shelf.folder.name} {entry}: its gate {why}{f' ({failed})' if failed else ''}"
+        raise GateError(f"{text}; --force makes it current all the same, and the history says so")
+    return not gate.passed
 
 
 def _require_addable(registry: Path, artifact: Path, facts: VersionManifest) -> None:
@@ -213,7 +195,7 @@ def _fill(folder: Path, artifact: Path, facts: VersionManifest) -> None:
         raise RunError(f"{artifact}: its facts are no JSON: {error}") from None
     for path in [*files.values(), folder / MANIFEST]:
         path.chmod(0o444)
-        _flush(path)
+        flush(path)
 
 
 def _open_folders(folder: Path) -> None:
@@ -230,11 +212,6 @@ def _require_same(artifact: Path, said: dict[str, str], hashes: dict[str, str]) 
         raise GateError(f"{artifact}: not what its gate saw, by export.json: {', '.join(wrong[:5])}; export it again")
 
 
-def _flush(path: Path) -> None:
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())
-
-
 def _place(shelf: Shelf, temporary: Path) -> int:
     """Give the filled folder the next number: never one that was given, even if that version is gone."""
     added = [int(event.to[1:]) for event in shelf.history() if event.action == "add"]
@@ -247,7 +224,7 @@ def _place(shelf: Shelf, temporary: Path) -> int:
                 raise
             number += 1
         else:
-            shelf.sync()
+            flush(shelf.folder)
             return number
 
 
@@ -283,8 +260,7 @@ def _remove_leftovers(shelf: Shelf) -> None:
             _open_folders(path)
             shutil.rmtree(path)
     with shelf.locked(LOCK):
-        for pattern in (".current.*", ".history.jsonl.*"):
-            for path in shelf.folder.glob(pattern):
-                path.unlink()
+        for path in [*shelf.folder.glob(".current.*"), *shelf.folder.glob(".history.jsonl.*")]:
+            path.unlink()
         for path in shelf.folder.glob(f".{ORIGINAL}-*"):
             shutil.rmtree(path)

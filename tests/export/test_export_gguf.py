@@ -18,8 +18,8 @@ from qft.commands.evaluate import EvalOptions, evaluate
 from qft.export import export
 from qft.export.gate.verify import Reference, judge, reference
 from qft.export.job import Job
+from qft.gguf.file import read_gguf
 from qft.gguf.modelfile import find_turns, modelfile
-from qft.gguf.read import read_gguf
 from qft.progress import View
 from tests.support.cli import qft
 from tests.support.exports import job_of, options, refusal

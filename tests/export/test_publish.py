@@ -58,7 +58,8 @@ def test_what_is_written_becomes_the_next_versions(run: Path, tmp_path: Path) ->
     merged, adapter = json.loads(ran.stdout)
     assert merged["registered"] == {"name": "m", "version": 1, "registry": str(registry)}
     assert adapter["registered"]["version"] == 2
-    manifests = versions.versions(registry, "m")
+    shelf = versions.find_shelf(registry, "m")
+    manifests = {number: shelf.manifest(f"v{number}") for number in shelf.numbers()}
     assert [manifest.target for manifest in manifests.values()] == ["merged", "adapter"]
     for number, document in ((1, merged), (2, adapter)):
         manifest = manifests[number]
@@ -87,8 +88,9 @@ def test_what_is_refused_is_not_registered(run: Path, tmp_path: Path) -> None:
     strict = ("export.gate.kl=0",)  # the adapter is the very same model, the merged one is rounded
     error = refusal(run, "merged", "adapter", overrides=strict, **where)
     assert isinstance(error, GateError)
-    [manifest] = versions.versions(tmp_path / "models", "m").values()
-    assert manifest.target == "adapter"
+    shelf = versions.find_shelf(tmp_path / "models", "m")
+    assert shelf.numbers() == [1]
+    assert shelf.manifest("v1").target == "adapter"
 
 
 def test_what_was_not_verified_is_registered_as_that(run: Path, tmp_path: Path) -> None:

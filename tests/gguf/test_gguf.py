@@ -13,9 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qft.errors import ModelError
+from qft.gguf.file import write_gguf
 from qft.gguf.shape import rope_factors
 from qft.gguf.vocabulary import pre_tokenizer
-from qft.gguf.write import write_gguf
 from tests.support.gguf import qwen, read_back, saved, tokenizer_of
 from tests.support.models import CHATML, package_model, tiny_llama
 

@@ -10,9 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from qft.errors import MissingError, ModelError
-from qft.gguf.kinds import KINDS
-from qft.gguf.llamacpp import LlamaCpp, quantize
-from qft.gguf.write import write_gguf
+from qft.gguf.file import write_gguf
+from qft.gguf.llamacpp import KINDS, LlamaCpp, quantize
 from tests.support.gguf import qwen, saved, tokenizer_of
 from tests.support.models import tiny_llama
 

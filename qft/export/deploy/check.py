@@ -38,16 +38,13 @@ class Environment:
 
 
 def check_target(folder: Path, options: ExportOptions, environment: str, view: View) -> list[LoadCheck]:
-    """Whether `environment` can load what `export` would write of a run; nothing is written or loaded.
-
-    Raises RecipeError for an environment that makes no sense, and what `export` raises before any work."""
+    """Whether `environment` can load what `export` would write of a run. Raises RecipeError for an environment that
+    makes no sense, and what `export` raises before any work."""
     asked = environments(environment)
     loaded = load_run(folder, options.overrides)
-    names = asked_targets(loaded, options)
+    formats = {name: EXPORTERS[name].weight_format for name in asked_targets(loaded, options)}
     job = find_job(folder, loaded, options, view)
-    return [
-        check for name in names for check in check_loads(name, EXPORTERS[name].weight_format(job), job.dtype, asked)
-    ]
+    return [check for name, of in formats.items() for check in check_loads(name, of(job), job.dtype, asked)]
 
 
 def environments(text: str) -> list[Environment]:
@@ -84,9 +81,8 @@ def _described(text: str) -> Environment:
     if problems:
         raise RecipeError([f"--check-target {text}: {problem}" for problem in problems])
     packages = {name: given[name] for name in PACKAGES if name in given}
-    return Environment(
-        engines[0], given[engines[0]], given.get("cuda") or ("cpu" if "cpu" in given else None), packages
-    )
+    device = given.get("cuda") or ("cpu" if "cpu" in given else None)
+    return Environment(engines[0], given[engines[0]], device, packages)
 
 
 def _word_problem(name: str, value: str | None) -> str | None:
@@ -107,8 +103,7 @@ def _word_problem(name: str, value: str | None) -> str | None:
 
 def check_loads(target: str, weights: str, dtype: str, asked: list[Environment]) -> list[LoadCheck]:
     """What each environment makes of `target`; of this machine's engines those that could read the format at all."""
-    readers = [one for one in asked if not one.here or any(rule.loads for rule in _rules(one, weights))]
-    if readers:
+    if readers := [one for one in asked if not one.here or any(rule.loads for rule in _rules(one, weights))]:
         return [_check(target, weights, dtype, one) for one in readers]
     engines = sorted({rule.engine for rule in RULES if weights in rule.formats and rule.loads})
     reason = f"no engine that is installed here is known to load {weights}"
@@ -141,12 +136,12 @@ def _check(target: str, weights: str, dtype: str, environment: Environment) -> L
 
 def _judge(weights: str, dtype: str, environment: Environment) -> tuple[list[Finding], Rule | None]:
     """What stands in the way, nothing if it loads; and the rule that says so."""
-    rules, engine = _rules(environment, weights), environment.engine
+    every, unknown = _rules(environment, weights), "no source is known that says whether"
+    if not every:
+        return [(None, f"{unknown} {environment.engine} loads {weights}", "")], None
+    rules = [rule for rule in every if _tells_of(rule, environment.version)]
     if not rules:
-        return [(None, f"no source is known that says whether {engine} loads {weights}", "")], None
-    rules = [rule for rule in rules if _tells_of(rule, environment.version)]
-    if not rules:
-        reason = f"no source is known that says whether {engine} {environment.version} loads {weights}"
+        reason = f"{unknown} {environment.engine} {environment.version} loads {weights}"
         return [(None, reason, "another version")], None
     if unsaid := list(_unsaid(rules, environment)):
         return [*unsaid, *_package_obstacles(rules[-1], environment)], rules[-1]
@@ -154,7 +149,7 @@ def _judge(weights: str, dtype: str, environment: Environment) -> tuple[list[Fin
     told = [rule for rule in rules if rule.anywhere or (rule.cpu if on_cpu else rule.cuda) is not None]
     if not told:
         place = "a CPU" if on_cpu else "a GPU"
-        return [(None, f"no source is known that says whether {engine} loads {weights} on {place}", "")], None
+        return [(None, f"{unknown} {environment.engine} loads {weights} on {place}", "")], None
     judged = [([*_obstacles(rule, weights, dtype, environment)], rule) for rule in told]
     # Of two rules the more lenient one decides: each tells of what loads, not of all that does.
     return min(judged, key=lambda one: 2 * any(f[0] is False for f in one[0]) + bool(one[0]))
@@ -176,15 +171,13 @@ def _tells_of(rule: Rule, own: str | None) -> bool:
 
 
 def _obstacles(rule: Rule, weights: str, dtype: str, environment: Environment) -> Iterator[Finding]:
-    engine, device = environment.engine, environment.device
+    refusal = f"{rule.engine} does not load {weights}"
     if not rule.loads:
-        yield False, f"{engine} does not load {weights}", ""
-    elif device == "cpu":
-        if not rule.cpu:
-            remedy = f"a GPU of compute capability {rule.cuda} or newer"
-            yield False, f"{engine} does not load {weights} on a CPU", remedy
-    elif device is not None:
-        yield from _gpu_obstacles(rule, weights, dtype, device)
+        yield False, refusal, ""
+    elif environment.device == "cpu" and not rule.cpu:
+        yield False, f"{refusal} on a CPU", f"a GPU of compute capability {rule.cuda} or newer"
+    elif environment.device and environment.device != "cpu":
+        yield from _gpu_obstacles(rule, weights, dtype, environment.device)
     yield from _package_obstacles(rule, environment)
 
 
@@ -207,24 +200,21 @@ def _gpu_obstacles(rule: Rule, weights: str, dtype: str, device: str) -> Iterato
         reason = f"{rule.engine} has no kernels for {weights} from compute capability {rule.below} on"
         yield False, reason, f"a GPU below {rule.below}"
     if dtype == "bfloat16" and weights != "gguf" and rule.engine in BFLOAT16 and own < Version("8.0"):
-        source = BFLOAT16[rule.engine]
-        reason = (
-            f"bfloat16 needs compute capability 8.0, not {device}: it is refused or cast to another type ({source})"
-        )
-        yield False, reason, "a GPU of compute capability 8.0 or newer, or a run that computes in float16"
+        cast = f"it is refused or cast to another type ({BFLOAT16[rule.engine]})"
+        remedy = "a GPU of compute capability 8.0 or newer, or a run that computes in float16"
+        yield False, f"bfloat16 needs compute capability 8.0, not {device}: {cast}", remedy
 
 
 def _others(dtype: str, environment: Environment) -> list[str]:
-    formats = {name: None for rule in RULES if rule.engine == environment.engine for name in rule.formats}
-    names = [name for name in formats if not name.startswith("adapter")]  # its base is what it is
-    return [name for name in names if not _judge(name, dtype, environment)[0]]
+    formats = dict.fromkeys(name for rule in RULES if rule.engine == environment.engine for name in rule.formats)
+    others = [name for name in formats if not name.startswith("adapter")]  # its base is what it is
+    return [name for name in others if not _judge(name, dtype, environment)[0]]
 
 
 def refuse_unloadable(checks: list[LoadCheck]) -> None:
     """Raise GateError with every target that no asked environment is known to load."""
     loaded = {check.target for check in checks if check.loads}
-    lines = [_refusal(check) for check in checks if check.target not in loaded]
-    if lines:
+    if lines := [_refusal(check) for check in checks if check.target not in loaded]:
         raise GateError("\n".join(lines))
 
 

@@ -7,13 +7,7 @@ from dataclasses import dataclass, field
 
 __all__ = ["BFLOAT16", "ENGINES", "PACKAGES", "RULES", "Rule"]
 
-ENGINES = {
-    "transformers": "transformers",
-    "vllm": "vllm",
-    "sglang": "sglang",
-    "llama.cpp": "cyllama",
-    "ollama": None,
-}
+ENGINES = {"transformers": "transformers", "vllm": "vllm", "sglang": "sglang", "llama.cpp": "cyllama", "ollama": None}
 """What can load a model, and its Python package; None: it has none."""
 PACKAGES = ("bitsandbytes", "compressed-tensors", "peft", "gguf", "vllm-gguf-plugin")
 """What an engine can need besides."""
@@ -48,8 +42,9 @@ class Rule:
 
 
 ANY = "0.0"
-ADAPTER, ADAPTER_4BIT, ADAPTER_8BIT = (f"adapter on {base} base" for base in ("a 16-bit", "a bnb-4bit", "a bnb-8bit"))
-SPECIAL = tuple(f"{name}, with DoRA or modules_to_save" for name in (ADAPTER, ADAPTER_4BIT, ADAPTER_8BIT))
+ADAPTERS = tuple(f"adapter on {base} base" for base in ("a 16-bit", "a bnb-4bit", "a bnb-8bit"))
+ADAPTER, ADAPTER_4BIT, ADAPTER_8BIT = ADAPTERS
+SPECIAL = tuple(f"{name}, with DoRA or modules_to_save" for name in ADAPTERS)
 MERGED, GGUF, BNB_4BIT, BNB_8BIT = ("merged",), ("gguf",), ("bnb-4bit",), ("bnb-8bit",)
 BNB = BNB_4BIT + BNB_8BIT
 WNA16 = ("compressed-tensors W4A16", "compressed-tensors W8A16")
@@ -64,6 +59,7 @@ NEEDS_BNB = {"bitsandbytes": "0.46.1"}
 NEEDS_BNB_CPU = {"bitsandbytes": "0.49.0"}
 
 HF = "transformers 5.24.0: transformers"
+HF_COMPRESSED = f"{HF}/quantizers/quantizer_compressed_tensors.py"
 HF_GGUF = "https://huggingface.co/docs/transformers/main/en/quantization/gguf"
 PEFT_LORA = "https://huggingface.co/docs/peft/package_reference/lora"
 BNB_GPU = "https://github.com/bitsandbytes-foundation/bitsandbytes/blob/0.49.0/docs/source/installation.mdx"
@@ -100,20 +96,11 @@ RULES = (
     Rule("transformers", (ADAPTER, SPECIAL[0]), PEFT_LORA, ANY, True, "5.17", None, PEFT),
     Rule("transformers", (ADAPTER_4BIT, SPECIAL[1]), BNB_GPU, "6.0", None, "5.17", None, PEFT | NEEDS_BNB),
     Rule("transformers", (ADAPTER_8BIT, SPECIAL[2]), BNB_GPU, "7.5", None, "5.17", None, PEFT | NEEDS_BNB),
-    Rule("transformers", (ADAPTER_4BIT, SPECIAL[1]), BNB_CPU, None, True, "5.17", None, PEFT | NEEDS_BNB_CPU),
-    Rule("transformers", (ADAPTER_8BIT, SPECIAL[2]), BNB_CPU, None, True, "5.17", None, PEFT | NEEDS_BNB_CPU),
+    Rule("transformers", ADAPTERS[1:] + SPECIAL[1:], BNB_CPU, None, True, "5.17", None, PEFT | NEEDS_BNB_CPU),
     Rule("transformers", BNB_4BIT, BNB_GPU, "6.0", None, "5.17", None, NEEDS_BNB),
     Rule("transformers", BNB_8BIT, BNB_GPU, "7.5", None, "5.17", None, NEEDS_BNB),
     Rule("transformers", BNB, BNB_CPU, None, True, "5.17", None, NEEDS_BNB_CPU),
-    Rule(
-        "transformers",
-        COMPRESSED,
-        f"{HF}/quantizers/quantizer_compressed_tensors.py",
-        ANY,
-        True,
-        "5.17",
-        packages={"compressed-tensors": "0.15.0"},
-    ),
+    Rule("transformers", COMPRESSED, HF_COMPRESSED, ANY, True, "5.17", None, {"compressed-tensors": "0.15.0"}),
     Rule("transformers", GGUF, HF_GGUF, ANY, True, "5.17", None, {"gguf": "0.10.0"}),
     Rule("vllm", MERGED, VLLM_TABLE, "7.0", None, "0.6.4", "0.21.0"),
     Rule("vllm", MERGED, VLLM_GPU, "7.5", None, "0.21.0"),
@@ -139,12 +126,7 @@ RULES = (
     Rule("sglang", FP8, f"{SGL_SCHEMES}/compressed_tensors_w8a16_fp8.py", "8.0", None, "0.5.23"),
     Rule("sglang", GGUF, f"{SGL_QUANT}/gguf.py", "7.5", False, "0.5.23"),
     Rule("llama.cpp", GGUF, f"{LLAMA}/build.md", ANY, True),
-    Rule(
-        "llama.cpp",
-        (*MERGED, ADAPTER, ADAPTER_4BIT, ADAPTER_8BIT, *SPECIAL, *BNB, *COMPRESSED),
-        f"{LLAMA}/models.md",
-        loads=False,
-    ),
+    Rule("llama.cpp", (*MERGED, *ADAPTERS, *SPECIAL, *BNB, *COMPRESSED), f"{LLAMA}/models.md", loads=False),
     Rule("ollama", GGUF, "https://github.com/ollama/ollama/blob/main/docs/import.mdx", ANY, True),
 )
 BFLOAT16 = {"vllm": f"{VLLM}/blob/main/vllm/platforms/cuda.py", "sglang": SGL_GPU}

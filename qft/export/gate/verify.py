@@ -8,7 +8,8 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +25,9 @@ from qft.data.encoded import read_rows
 from qft.data.prepare import KEPT, held_out, prepare
 from qft.documents.export import Gate, GateCheck
 from qft.errors import MissingError, ModelError
-from qft.export.facts import Facts, facts_of
-from qft.export.gate.worst_weight import worst_weight
 from qft.export.job import Job
 from qft.export.targets import EXPORTERS, Exporter
-from qft.export.targets.base import Limits
+from qft.export.targets.base import Facts, Limits, Read, facts_of
 from qft.files import require_free_space
 from qft.measure.likelihood import Likelihood, LogProbs, Passage, measure
 from qft.measure.scores import answer_rows
@@ -38,8 +37,6 @@ from qft.recipe.schema import EvalSection
 
 __all__ = ["Reference", "judge", "reference"]
 
-ROWS = KEPT
-"""Rows on which the models are asked, at most."""
 TOKENS = 4096
 """Learnt tokens over which distributions are compared, at most."""
 CONTINUATIONS, NEW_TOKENS = 4, 16
@@ -47,8 +44,6 @@ CONTINUATIONS, NEW_TOKENS = 4, 16
 SMALLER = ("export on a device with more memory", "export without proof (--no-gate)")
 """What to do where there is no room for the gate."""
 BATCH = 8
-LIMITED = ("kl", "top1_agreement", "perplexity_increase")
-"""Checks that wrong weights fail."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +51,7 @@ class Reference:
     """The model as trained, as the gate remembers it."""
 
     rows: Dataset
-    passages: Sequence[Passage]
+    passages: list[Passage]
     likelihood: Likelihood
     log_probs: LogProbs
     answers: list[str]
@@ -95,14 +90,14 @@ def judge(job: Job, target: str, folder: Path, expected: Reference) -> Gate:
     original = exporter.merges and job.merge_into == "original"
     limits = (exporter.limits_original if original else exporter.limits).under(job.loaded.recipe.export.gate)
     checks = list(_checks(job, exporter, folder, expected, limits))
-    missed = any(check.name in LIMITED and not check.passed for check in checks)
+    missed = any(check.name in vars(limits) and not check.passed for check in checks)
     read = exporter.reader(job, folder) if missed else None
     return Gate(
         passed=all(check.passed for check in checks),
         engine=exporter.engine,
         rows=len(expected.rows),
         tokens=expected.log_probs.tokens,
-        worst_weight=worst_weight(job, read) if read else None,
+        worst_weight=_worst_weight(job, read) if read else None,
         checks=checks,
     )
 
@@ -124,7 +119,7 @@ def _checks(job: Job, exporter: Exporter, folder: Path, expected: Reference, lim
 def _rows(job: Job) -> Dataset:
     """The first held-out rows, or training rows where none are held out: those that the run keeps, if it does."""
     if job.target.rows:
-        return read_rows(job.target.rows, ROWS).rows
+        return read_rows(job.target.rows, KEPT).rows
     recipe, tokenizer = job.target.loaded.recipe, job.plan.tokenizer
     data = job.plan.rows_for(recipe.data)
     try:
@@ -134,7 +129,7 @@ def _rows(job: Job) -> Dataset:
             f"{error}; the gate asks on the run's rows, and {job.run.rows.name} is not in its folder: put them back, "
             "or export with --no-gate"
         ) from None
-    return asked.rows.select(range(min(ROWS, len(asked.rows))))
+    return asked.rows.select(range(min(KEPT, len(asked.rows))))
 
 
 def _answers(model: Any, job: Job, rows: Dataset) -> list[str]:
@@ -147,14 +142,17 @@ def _quality(model: Any, job: Job, expected: Reference, limits: Limits) -> Itera
     pad = pad_token_id(job.plan.tokenizer)
     found = measure(model, expected.passages, batch_size=BATCH, pad=pad, against=expected.log_probs)
     assert found.divergence is not None
-    kl, agreement = float(found.divergence.kl.mean()), float(found.divergence.agrees.mean())
-    increase = found.perplexity() / expected.likelihood.perplexity() - 1
-    # `<=` and `>=` are false for NaN, so a model that computes no numbers does not pass.
-    yield GateCheck(name="kl", value=_finite(kl), threshold=limits.kl, passed=kl <= limits.kl)
-    least = limits.top1_agreement
-    yield GateCheck(name="top1_agreement", value=_finite(agreement), threshold=least, passed=agreement >= least)
-    most = limits.perplexity_increase
-    yield GateCheck(name="perplexity_increase", value=_finite(increase), threshold=most, passed=increase <= most)
+    measured = {
+        "kl": float(found.divergence.kl.mean()),
+        "top1_agreement": float(found.divergence.agrees.mean()),
+        "perplexity_increase": found.perplexity() / expected.likelihood.perplexity() - 1,
+    }
+    for name, value in measured.items():
+        limit: float = getattr(limits, name)
+        # False for NaN, so a model that computes no numbers does not pass.
+        passed = value >= limit if name == "top1_agreement" else value <= limit
+        shown = value if math.isfinite(value) else str(value)  # JSON has no NaN
+        yield GateCheck(name=name, value=shown, threshold=limit, passed=passed)
     if expected.answers:
         given = _answers(model, job, expected.rows)
         same = sum(a == b for a, b in zip(given, expected.answers, strict=True)) / len(given)
@@ -163,12 +161,7 @@ def _quality(model: Any, job: Job, expected: Reference, limits: Limits) -> Itera
 
 def _structure(found: Facts, expected: Facts) -> list[GateCheck]:
     return [
-        GateCheck(
-            name=name,
-            value=_shown(found[name]),
-            threshold=_shown(wanted),
-            passed=found[name] == wanted,
-        )
+        GateCheck(name=name, value=_shown(found[name]), threshold=_shown(wanted), passed=found[name] == wanted)
         for name, wanted in expected.items()
     ]
 
@@ -182,6 +175,26 @@ def _shown(value: Any) -> float | str:
     return float(value) if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
-def _finite(value: float) -> float | str:
-    """JSON has no NaN."""
-    return value if torch.isfinite(torch.tensor(value)) else str(value)
+def _worst_weight(job: Job, read: Read) -> str | None:
+    """Name and signal-to-noise ratio of the weight that is farthest from what it should be; None if all are exact."""
+    worst, noisiest = None, math.inf
+    for tensors in job.weights.groups():
+        for name, expected in tensors.items():
+            given = read(name)
+            if given is None:
+                return f"{name}, which is missing"
+            if given.shape != expected.shape:
+                return f"{name}, which is {list(given.shape)} and not {list(expected.shape)}"
+            ratio = _decibels(expected, given)
+            if ratio < noisiest:
+                worst, noisiest = name, ratio
+    return f"{worst}, {noisiest:.1f} dB" if worst else None
+
+
+def _decibels(expected: torch.Tensor, given: torch.Tensor) -> float:
+    """Infinite for equal tensors."""
+    signal = float(expected.double().square().sum())
+    noise = float((given.double() - expected.double()).square().sum())
+    if not noise:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal else -math.inf

@@ -11,11 +11,12 @@ import os
 import shlex
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, constants, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # no __all__ there
 
@@ -73,8 +74,11 @@ def find_repository(name: str, *, private: bool) -> Repository:
     api = HfApi()
     if get_token() is None:
         raise MissingError(f"--push-to-hub {name}: you are not logged in; run `hf auth login`, or set HF_TOKEN")
+    info = None
     try:
-        user, info = api.whoami(), _info(api, name)
+        user = api.whoami()
+        with suppress(RepositoryNotFoundError):
+            info = api.model_info(name)
     except Exception as error:  # those of the HTTP library too, which is another one with each version of the client
         raise MissingError(f"--push-to-hub {name}: the hub cannot be asked: {_reason(error)}") from error
     _require_writer(name, user)
@@ -85,14 +89,6 @@ def find_repository(name: str, *, private: bool) -> Repository:
             f"--push-to-hub {name}: is there already and public, so --private cannot be; take another name"
         )
     return Repository(name, private, tuple(sibling.rfilename for sibling in info.siblings or ()))
-
-
-def _info(api: HfApi, name: str) -> ModelInfo | None:
-    """None if there is no such repository."""
-    try:
-        return api.model_info(name)
-    except RepositoryNotFoundError:
-        return None
 
 
 def _require_writer(name: str, user: dict[str, Any]) -> None:
@@ -162,17 +158,12 @@ def _staged(document: ExportDocument, repository: str) -> Path:
             link = folder / path.relative_to(artifact)
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(os.path.relpath(path, link.parent))
-    card = (artifact / "README.md").read_text("utf-8")
-    write_text(folder / "README.md", _named(card, repository))
+    # The card loads from the repository, and not from a folder.
+    before, heading, usage = (artifact / "README.md").read_text("utf-8").partition("\n## Loading\n")
+    write_text(folder / "README.md", before + heading + usage.replace("FOLDER", repository))
     digests = _rewrite_adapter_config(folder)
     write_json(folder / "export.json", _without_paths(document, digests))
     return folder
-
-
-def _named(card: str, repository: str) -> str:
-    """The card, loading from the repository rather than from a folder."""
-    before, heading, usage = card.partition("\n## Loading\n")
-    return before + heading + usage.replace("FOLDER", repository)
 
 
 def _rewrite_adapter_config(folder: Path) -> dict[str, str]:
@@ -190,7 +181,6 @@ def _rewrite_adapter_config(folder: Path) -> dict[str, str]:
 
 def _without_paths(document: ExportDocument, digests: dict[str, str]) -> dict[str, Any]:
     told = document.model_dump(mode="json", exclude={"registered", "pushed"})
-    for owner, name in ((told, "path"), (told, "run")):
-        owner[name] = Path(owner[name]).name
-    told["base"] = told["base"] | {"path": without_folders(told["base"]["path"])}
-    return told | {"sha256": told["sha256"] | digests}
+    names = {field: Path(told[field]).name for field in ("path", "run")}
+    base = told["base"] | {"path": without_folders(told["base"]["path"])}
+    return told | names | {"base": base, "sha256": told["sha256"] | digests}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
 from typing import get_args
 
 from qft.errors import RecipeError
@@ -39,14 +38,12 @@ def asked_targets(loaded: LoadedRecipe, options: ExportOptions) -> list[str]:
     for name in names:
         if name not in EXPORTERS:
             raise RecipeError(f"--to {name}: is none of {known}")
-    if missing := [text for name in names for text in _missing(name, gate=options.gate)]:
+    missing = [
+        f"--to {name}: needs {module.replace('_', '-')}; pip install 'qft[{extra}]'"
+        for name in names
+        for module, extra in dict.fromkeys(EXPORTERS[name].needs + (EXPORTERS[name].gate_needs if options.gate else ()))
+        if importlib.util.find_spec(module) is None
+    ]
+    if missing:
         raise RecipeError(missing)
     return names
-
-
-def _missing(target: str, *, gate: bool) -> Iterator[str]:
-    """What to install for the target, and for its gate; imports nothing."""
-    exporter = EXPORTERS[target]
-    for module, extra in dict.fromkeys((*exporter.needs, *(exporter.gate_needs if gate else ()))):
-        if importlib.util.find_spec(module) is None:
-            yield f"--to {target}: needs {module.replace('_', '-')}; pip install 'qft[{extra}]'"

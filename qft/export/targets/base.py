@@ -8,18 +8,23 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoTokenizer
 
-from qft.export.facts import Facts, facts_of
 from qft.export.job import Job
+from qft.model.load import load_base
+from qft.plan import plan_folder
 from qft.recipe.schema import ExportGate
 
-__all__ = ["Exporter", "Limits", "Packages", "Read"]
+__all__ = ["QUESTION", "Exporter", "Facts", "Limits", "Packages", "Read", "facts_of", "rendered"]
 
 Read = Callable[[str], torch.Tensor | None]
 """A weight of an artifact by its name in the model; None: it has none."""
+Facts = dict[str, Any]
+"""What of a model and its tokenizer must be in an artifact as it was in the model as trained, by the gate's checks."""
 Packages = tuple[tuple[str, str], ...]
 """Names of modules, each with the extra of qft that installs it."""
+QUESTION = [{"role": "user", "content": "How many legs has a spider?"}]
 
 
 @dataclass(frozen=True)
@@ -42,9 +47,11 @@ class Limits:
 class Exporter(Protocol):
     """One export target; what stands here with a value holds for most of them."""
 
-    engine: str
+    format: str = ""
+    """The name by which `deploy.rules` knows what is written; empty: `weight_format` says it of each job."""
+    engine: str = "transformers"
     """What loads the artifact for the gate."""
-    library: str
+    library: str = "transformers"
     """library_name of the Hub."""
     usage: str
     """How to load it, in Markdown."""
@@ -62,7 +69,8 @@ class Exporter(Protocol):
     """What loading it again takes besides."""
 
     def weight_format(self, job: Job) -> str:
-        """The name by which `deploy.rules` knows what is written. Raises RecipeError for what would not be."""
+        """`format`, or what it is for this job. Raises RecipeError for what would not be written."""
+        return self.format
 
     def needed_bytes(self, job: Job) -> int:
         """Room on the disk that writing takes, temporary files included."""
@@ -72,7 +80,9 @@ class Exporter(Protocol):
         ModelError or RecipeError for what it cannot write."""
 
     def load(self, job: Job, folder: Path) -> Any:
-        """The artifact, loaded from its folder by its engine and ready to evaluate."""
+        """The artifact, loaded from its folder by its engine on the run's device and ready to evaluate. Raises
+        ModelError if it cannot be loaded."""
+        return load_base(plan_folder(folder, job.plan.recipe.model, job.dtype)).eval()
 
     def facts(self, model: Any, job: Job, folder: Path, texts: Sequence[str]) -> Facts:
         """What the loaded artifact is; the tokens of `texts` must be the same as in training."""
@@ -82,3 +92,32 @@ class Exporter(Protocol):
     def reader(self, job: Job, folder: Path) -> Read | None:
         """The artifact's weights, for the gate to name the worst. None: they are not those of the merge."""
         return None
+
+
+def facts_of(model: Any, tokenizer: Any, texts: Sequence[str]) -> Facts:
+    """`texts` are those whose tokens must be the same."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inside, outside = base.get_input_embeddings(), base.get_output_embeddings()
+    trained_head = isinstance(outside, BaseTunerLayer)
+    stops = base.generation_config.eos_token_id
+    bos = tokenizer.bos_token_id
+    return {
+        "tied_embeddings": not trained_head and getattr(outside, "weight", 0) is getattr(inside, "weight", None),
+        "embedding_rows": inside.weight.shape[0],
+        "vocabulary_size": len(tokenizer),
+        "added_tokens": dict(sorted(tokenizer.get_added_vocab().items())),
+        "token_ids": [tokenizer(text, add_special_tokens=False).input_ids for text in texts],
+        "bos_count": tokenizer(QUESTION[0]["content"]).input_ids.count(bos) if bos is not None else 0,
+        "chat_template": rendered(tokenizer, tokenizer.chat_template),
+        "eos_token_id": sorted(stops) if isinstance(stops, list) else [stops],
+    }
+
+
+def rendered(tokenizer: Any, template: str | None) -> str:
+    """A prompt as the chat template renders it, with the tokenizer's names for special tokens."""
+    if template is None:
+        return "none"
+    text: str = tokenizer.apply_chat_template(
+        QUESTION, chat_template=template, tokenize=False, add_generation_prompt=True
+    )
+    return text

@@ -6,14 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from qft.export.facts import QUESTION, Facts, rendered
 from qft.export.job import Job
-from qft.export.targets.base import Exporter, Packages, Read
+from qft.export.targets.base import QUESTION, Exporter, Facts, Packages, Read, rendered
 from qft.export.targets.merged import Merged, merged_folder
 from qft.export.targets.quantized import Bnb4Bit, Bnb8Bit
 from qft.files import write_text
-from qft.gguf.kinds import KINDS
-from qft.gguf.llamacpp import LlamaCpp, quantize
+from qft.gguf.llamacpp import KINDS, LlamaCpp, quantize
 from qft.gguf.modelfile import modelfile
 from qft.model.load import generation_config
 
@@ -25,7 +23,7 @@ LLAMACPP: Packages = (("cyllama", "llamacpp"),)
 
 
 class Gguf(Exporter):
-    engine, library = "llama.cpp", "gguf"
+    format, engine, library = "gguf", "llama.cpp", "gguf"
     gate_needs = LLAMACPP
 
     def __init__(self, kind: str) -> None:
@@ -39,19 +37,16 @@ class Gguf(Exporter):
             "`ollama run mine`. LM\nStudio opens the file.\n"
         )
 
-    def weight_format(self, job: Job) -> str:
-        return "gguf"
-
     def needed_bytes(self, job: Job) -> int:
         """Of the merged model, and of the file or files made of it. Raises ModelError for what GGUF cannot hold."""
-        from qft.gguf.write import require_writable
+        from qft.gguf.file import header
 
-        require_writable(job.weights.config, job.plan.tokenizer, self._written(job))
+        header(job.weights.config, job.plan.tokenizer, self._written(job), name="")
         return (3 if self.by_llamacpp else 2) * job.weights.folder_bytes
 
     def write(self, job: Job, folder: Path) -> None:
         """Raises ModelError for what GGUF cannot hold."""
-        from qft.gguf.write import write_gguf
+        from qft.gguf.file import write_gguf
 
         name = job.run.folder.resolve().name
         out = folder / f"{name}-{self.kind}.gguf"
@@ -70,10 +65,12 @@ class Gguf(Exporter):
 
     def facts(self, model: LlamaCpp, job: Job, folder: Path, texts: Sequence[str]) -> Facts:
         """As llama.cpp sees the file: its tokens, where it stops, and the chat template that it carries."""
+        import gguf
+
         wanted, stops = generation_config(job.plan).eos_token_id, set(model.stops)
         ends = wanted if isinstance(wanted, list) else [wanted]
         return {
-            "tied_embeddings": not _has_head(_file(folder)),
+            "tied_embeddings": all(t.name != "output.weight" for t in gguf.GGUFReader(_file(folder)).tensors),
             "embedding_rows": model.config.vocab_size,
             "vocabulary_size": model.vocabulary_size,
             "added_tokens": dict(sorted(model.added_tokens.items())),
@@ -84,7 +81,7 @@ class Gguf(Exporter):
         }
 
     def reader(self, job: Job, folder: Path) -> Read:
-        from qft.gguf.read import read_gguf
+        from qft.gguf.file import read_gguf
 
         return read_gguf(_file(folder), job.weights.config)
 
@@ -95,10 +92,3 @@ class Gguf(Exporter):
 
 def _file(folder: Path) -> Path:
     return next(folder.glob("*.gguf"), folder / "model.gguf")
-
-
-def _has_head(path: Path) -> bool:
-    """Whether the output layer has weights of its own."""
-    import gguf
-
-    return any(tensor.name == "output.weight" for tensor in gguf.GGUFReader(path).tensors)

@@ -11,7 +11,7 @@ from qft.calibration.accept import quantize_folder
 from qft.errors import RecipeError
 from qft.export.job import Job
 from qft.export.targets.base import Exporter, Limits
-from qft.export.targets.merged import Merged, load_folder, merged_folder
+from qft.export.targets.merged import Merged, merged_folder
 from qft.plan import plan_calibration, plan_folder
 from qft.recipe.catalogue import block_engines
 from qft.recipe.schema import CalibrateSection
@@ -22,7 +22,6 @@ __all__ = ["Bnb4Bit", "Bnb8Bit", "CompressedTensors"]
 class Quantized(Exporter):
     """What the forms have in common."""
 
-    engine = library = "transformers"
     rounding = CalibrateSection(engine="rtn")
     """How it quantizes."""
 
@@ -40,47 +39,41 @@ class Quantized(Exporter):
         with TemporaryDirectory(dir=job.scratch) as work:
             return quantize_folder(plan, folder, Path(work), job.view)
 
-    def load(self, job: Job, folder: Path) -> Any:
-        return load_folder(job, folder)
-
 
 class Bnb4Bit(Quantized):
+    format = "bnb-4bit"
     limits = Limits(kl=0.1, top1_agreement=0.85, perplexity_increase=0.1)
     limits_original = Limits(kl=0.3, top1_agreement=0.8, perplexity_increase=0.15)
     regrids = True
     usage = f"{Merged.usage}\ntransformers needs the package bitsandbytes for it."
     rounding = CalibrateSection(engine="bitsandbytes", data_type="nf4")
 
-    def weight_format(self, job: Job) -> str:
-        return "bnb-4bit"
-
 
 class Bnb8Bit(Quantized):
+    format = "bnb-8bit"
     limits = Limits(kl=0.02, top1_agreement=0.95, perplexity_increase=0.02)
     limits_original = Limits(kl=0.1, top1_agreement=0.9, perplexity_increase=0.05)
     usage = Bnb4Bit.usage
     rounding = CalibrateSection(engine="bitsandbytes", bits=8, activations="dynamic")
 
-    def weight_format(self, job: Job) -> str:
-        return "bnb-8bit"
-
 
 class CompressedTensors(Quantized):
+    format = "compressed-tensors"
     limits, limits_original = Bnb4Bit.limits, Bnb4Bit.limits_original
     needs = (("compressed_tensors", "calibrate"),)
     usage = f"{Merged.usage}\ntransformers needs the package compressed-tensors for it."
 
     def weight_format(self, job: Job) -> str:
         section = self.section(job)
-        if section.activations == "none":
-            kind = f"W{section.bits}A16"
-            return f"compressed-tensors {kind if section.symmetric else f'{kind} with zero points'}"
-        return f"compressed-tensors {'FP8' if section.data_type == 'float' else 'W8A8'} {section.activations}"
+        kind = f"W{section.bits}A16{'' if section.symmetric else ' with zero points'}"
+        if section.activations != "none":
+            kind = f"{'FP8' if section.data_type == 'float' else 'W8A8'} {section.activations}"
+        return f"{self.format} {kind}"
 
     def section(self, job: Job) -> CalibrateSection:
         """As the recipe calibrates. Raises RecipeError for an engine that writes another format."""
         section = job.loaded.recipe.calibrate or self.rounding
-        able = [*block_engines("compressed-tensors")]
+        able = [*block_engines(self.format)]
         if section.engine not in able:
             text = f"{section.engine} writes its own format, not compressed-tensors: use {' or '.join(able)}"
             raise RecipeError(job.loaded.problem("calibrate.engine", text))

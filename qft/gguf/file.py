@@ -1,4 +1,4 @@
-"""Tensors of a safetensors folder, one at a time, into a GGUF file."""
+"""Tensors of a safetensors folder, one at a time, into a GGUF file; and back out of one."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from qft.checkpoint.weights import tensors_in
 from qft.errors import ModelError
 from qft.files import atomic_file, require_free_space
-from qft.gguf.kinds import KINDS
-from qft.gguf.rotary import heads_to_interleave, interleave
-from qft.gguf.shape import add_shape, architecture, rope_factors
+from qft.gguf.llamacpp import KINDS
+from qft.gguf.shape import add_shape, architecture, deinterleave, heads_to_interleave, interleave, rope_factors
 from qft.gguf.vocabulary import add_tokenizer
 
-__all__ = ["require_writable", "write_gguf"]
+__all__ = ["header", "read_gguf", "write_gguf"]
 
 _T = gguf.GGMLQuantizationType
 WRITABLE = [name for name, kind in KINDS.items() if not kind.by_llamacpp]
@@ -46,11 +46,6 @@ class _Tensor:
         return int(np.prod(self.shape)) // int(block) * int(size)
 
 
-def require_writable(config: Any, tokenizer: Any, kind: str) -> None:
-    """Raises ModelError for a model or tokenizer that `write_gguf` would refuse, before there are weights."""
-    _header(config, tokenizer, kind, name="")
-
-
 def write_gguf(model_folder: Path, out: Path, *, kind: str, name: str | None = None) -> None:
     """Write the model of `model_folder` as one GGUF file (version 3) that holds `out` whole or not at all.
 
@@ -64,7 +59,7 @@ def write_gguf(model_folder: Path, out: Path, *, kind: str, name: str | None = N
     """
     config = AutoConfig.from_pretrained(model_folder)
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    writer = _header(config, tokenizer, kind, name or model_folder.resolve().name)
+    writer = header(config, tokenizer, kind, name or model_folder.resolve().name)
     if getattr(config, "quantization_config", None):
         raise ModelError(f"{model_folder}: its weights are quantized; GGUF is written from 16-bit or 32-bit weights")
     tensors = _tensors(model_folder, config, architecture(config), kind)
@@ -72,8 +67,9 @@ def write_gguf(model_folder: Path, out: Path, *, kind: str, name: str | None = N
     _write(writer, tensors, out)
 
 
-def _header(config: Any, tokenizer: Any, kind: str, name: str) -> Any:
-    """A writer that knows everything but the tensors."""
+def header(config: Any, tokenizer: Any, kind: str, name: str) -> Any:
+    """A writer that knows everything but the tensors. Raises ModelError for a model or tokenizer that `write_gguf`
+    would refuse, before there are weights."""
     if kind not in WRITABLE:
         raise ModelError(f"GGUF: kind {kind!r} is none of {', '.join(WRITABLE)}")
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[architecture(config)])
@@ -87,9 +83,8 @@ def _header(config: Any, tokenizer: Any, kind: str, name: str) -> Any:
 
 
 def _write(writer: Any, tensors: list[_Tensor], out: Path) -> None:
-    for tensor in tensors:
-        dtype = np.dtype(np.float32)
-        writer.add_tensor_info(tensor.name, tensor.shape, dtype, tensor.nbytes, raw_dtype=tensor.type)
+    for each in tensors:
+        writer.add_tensor_info(each.name, each.shape, np.dtype(np.float32), each.nbytes, raw_dtype=each.type)
     with atomic_file(out) as temporary:
         try:
             writer.write_header_to_file(temporary)
@@ -114,7 +109,9 @@ def _encoded(tensor: _Tensor) -> NDArray[Any]:
 
 def _tensors(folder: Path, config: Any, arch: gguf.MODEL_ARCH, kind: str) -> list[_Tensor]:
     """The file's tensors in the order of the model's. Raises ModelError unless the folder holds just those."""
-    where = _where(folder)
+    where = tensors_in(sorted(folder.glob("*.safetensors")))
+    if not where:
+        raise ModelError(f"{folder}: has no .safetensors weights")
     expected = _expected(config)
     missing = sorted(set(expected) - set(where))
     extra = sorted(n for n in set(where) - set(expected) if not _is_derived(n, config))
@@ -134,14 +131,15 @@ def _tensor(
     theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
     if theirs is None:
         raise ModelError(f"GGUF: has no name for {name}")
-    held, real = _stored(path, name)
+    with safe_open(path, framework="pt") as file:
+        part = file.get_slice(name)
+        held, real = part[:0].dtype, tuple(part.get_shape())
     if held not in READ or real != shape:
         raise ModelError(f"{path}: {name} is {held} {list(real)}; wanted is a 16-bit or 32-bit float {list(shape)}")
     type_ = _T[kind.upper()] if len(shape) > 1 else _T.F32
     if type_ == _T.Q4_0 and theirs in EMBEDDINGS:
         type_ = _T.Q8_0
-    block = gguf.GGML_QUANT_SIZES[type_][0]
-    if shape[-1] % block:
+    if shape[-1] % (block := gguf.GGML_QUANT_SIZES[type_][0]):
         raise ModelError(f"GGUF: {name} has rows of {shape[-1]} weights, and {kind} holds multiples of {block}")
     heads = heads_to_interleave(name, config, arch)
     return _Tensor(theirs, shape, type_, lambda: _read(path, name, heads))
@@ -151,24 +149,6 @@ def _read(path: Path, name: str, heads: int) -> NDArray[np.float32]:
     with safe_open(path, framework="pt") as file:
         values: NDArray[np.float32] = file.get_tensor(name).float().numpy()
     return interleave(values, heads) if heads else values
-
-
-def _where(folder: Path) -> dict[str, Path]:
-    """The file of each weight."""
-    where: dict[str, Path] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            where.update(dict.fromkeys(file.keys(), path))
-    if not where:
-        raise ModelError(f"{folder}: has no .safetensors weights")
-    return where
-
-
-def _stored(path: Path, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
-    with safe_open(path, framework="pt") as file:
-        part = file.get_slice(name)
-        shape = tuple(part.get_shape())
-        return part[:0].dtype, shape
 
 
 def _expected(config: Any) -> dict[str, tuple[int, ...]]:
@@ -182,3 +162,21 @@ def _expected(config: Any) -> dict[str, tuple[int, ...]]:
 def _is_derived(name: str, config: Any) -> bool:
     """Whether the model makes this weight from others or from its configuration."""
     return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and bool(config.tie_word_embeddings))
+
+
+def read_gguf(path: Path, config: Any) -> Callable[[str], torch.Tensor | None]:
+    """A function from the name of a weight to its values, float32 in the order of Hugging Face; None if the file has no
+    such weight. `config` is the model's."""
+    held = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    arch = architecture(config)
+    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+
+    def read(name: str) -> torch.Tensor | None:
+        tensor = held.get(names.get_name(name, try_suffixes=(".weight", ".bias")))
+        if tensor is None:
+            return None
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        heads = heads_to_interleave(name, config, arch)
+        return torch.tensor(deinterleave(values, heads) if heads else values)
+
+    return read

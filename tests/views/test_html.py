@@ -30,6 +30,8 @@ from qft.documents.training import (
 )
 from qft.views.html.page import AnswerPair, TargetAnswer, evaluation_page, training_page
 
+pytestmark = pytest.mark.pictures
+
 GIB = 2**30
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 EVIL = "<script>alert('ö量😀')</script> & \"q\" $x$"

@@ -82,6 +82,7 @@ def test_perplexity_of_chats_is_that_of_the_plain_loss(run_folder: Path, tiny_mo
     from qft.plan import make_plan
 
     plan = make_plan(load(run_folder / "recipe.yaml"))
+    assert plan.data.eval is not None
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     assert result.perplexity == pytest.approx(math.exp(plain_loss(model, plan.data.eval)), rel=1e-5)
     assert result.eval_tokens == sum(plan.data.eval["supervised"])

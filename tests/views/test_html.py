@@ -31,6 +31,8 @@ from qft.documents.training import (
 from qft.measure.scores import Answer
 from qft.views.html.page import Asked, evaluation_page, side_by_side, training_page
 
+pytestmark = pytest.mark.pictures
+
 GIB = 2**30
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 EVIL = "<script>alert('ö量😀')</script> & \"q\" $x$"

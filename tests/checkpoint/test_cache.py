@@ -12,12 +12,12 @@ import gguf
 import numpy as np
 import pytest
 from gguf.gguf_reader import GGUFReader
-from qft.gguf.write import write_gguf
 from transformers import AutoConfig, AutoTokenizer
 
 from qft.checkpoint import cache
 from qft.checkpoint.find import Checkpoint, find_checkpoint, load_tokenizer
 from qft.checkpoint.weights import dequantized
+from qft.gguf.file import write_gguf
 from qft.recipe import load
 from tests.support.models import CHATML, package_model, tiny_llama
 

@@ -172,7 +172,7 @@ def test_the_live_view_shows_progress_speed_memory_and_the_curve() -> None:
         for number in (1, 2, 3):
             view.step(step(number))
         view.step(step(4, skipped=True))
-        view.evaluated(4, 0.5, 1.65, {"exact_match": 0.5})
+        view.note("step 4: held-out loss 0.5000, perplexity 1.65, exact match 50.0%")
     text = console.file.getvalue()  # type: ignore[attr-defined]
     for part in ("Loading", "4/4", "200 tokens/s", "1.0 GiB, peak 2.0 GiB", "█", "skipped", "exact match 50.0%"):
         assert part in text

@@ -36,7 +36,7 @@ def test_memory_is_the_gpus_where_there_is_one() -> None:
 def test_an_evaluation_is_told_with_its_scores(recipe_file: Callable[..., Path]) -> None:
     told: list[str] = []
     view = View()
-    view.note = told.append  # type: ignore[method-assign]
+    view.note = told.append  # type: ignore[method-assign, assignment]
     evaluation = Evaluation(step=4, loss=0.5, perplexity=1.65, tokens=9, rows=3, scores={"exact_match": 0.5})
     Recorder(make_plan(load(recipe_file())), view, 0.0, None).evaluated("step-4", evaluation, [])
     assert told == ["step 4: held-out loss 0.5000, perplexity 1.65, exact match 50.0%"]

@@ -23,8 +23,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 quickstart: setup
 	$(BIN)/qft train recipes/quickstart.yaml --overwrite
 
+# A process a core, each of one thread (tests/conftest.py) and some 2 GB.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(THREADS) --maxprocesses 8 --dist worksteal
 
 # What a commit must pass beside the tests; pre-commit runs the same.
 check: setup

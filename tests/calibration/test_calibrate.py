@@ -166,14 +166,13 @@ def test_a_miss_is_refused_with_its_figures_and_leaves_no_model(recipe: Recipe, 
 
 def test_a_drop_of_a_score_is_refused(recipe: Recipe, tmp_path: Path) -> None:
     """A random model repeats itself in the same way after rounding to 8 bits, so nothing drops."""
-    scores = {"metrics": ["exact_match", "regex"], "regex": ".", "max_new_tokens": 4, "batch_size": 4, "samples": 4}
+    metrics = ["exact_match", "regex"]
+    scores = {"metrics": metrics, "regex": ".", "max_new_tokens": 4, "batch_size": 4, "samples": 4}
     path = recipe(calibrate={"preset": "w8a16", "accept": {"score_drop": "1%"}}, eval=scores, data=HELD_OUT)
     report = calibrated(path)
     assert [check.name for check in report.checks] == ["score_drop"]
     assert report.scores_before.keys() == report.attempts[0].scores.keys() == {"exact_match", "regex"}
-    assert report.checks[0].value == max(
-        report.scores_before[n] - report.attempts[0].scores[n] for n in scores["metrics"]
-    )
+    assert report.checks[0].value == max(report.scores_before[n] - report.attempts[0].scores[n] for n in metrics)
 
 
 def test_the_remedy_keeps_the_worst_layers_until_it_is_accepted(recipe: Recipe, tmp_path: Path) -> None:

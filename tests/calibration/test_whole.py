@@ -276,7 +276,7 @@ def test_llmcompressor_makes_what_is_measured_once_it_is_loaded_again(
     assert report.peak_host_bytes > report.peak_bytes > 0
     run = tmp_path / "run"
     saved = load_file(run / "model" / "model.safetensors")
-    norms = torch.cat([tensor.float() for name, tensor in saved.items() if name.endswith("_layernorm.weight")])
+    norms: Any = torch.cat([tensor.float() for name, tensor in saved.items() if name.endswith("_layernorm.weight")])
     if report.scheme["algorithm"] == "gptq":
         assert len(report.layers) == 13
         assert all(layer.output_snr_db > 10 for layer in report.layers)

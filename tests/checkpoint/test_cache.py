@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoTokenizer
 from qft.checkpoint import cache
 from qft.checkpoint.find import Checkpoint, find_checkpoint, load_tokenizer
 from qft.checkpoint.weights import dequantized
-from qft.gguf import write_gguf
+from qft.gguf.file import write_gguf
 from qft.recipe import load
 from tests.support.models import CHATML, package_model, tiny_llama
 

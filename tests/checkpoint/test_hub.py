@@ -174,9 +174,9 @@ def client(hub: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clien
     """With a cache of its own."""
     cache = tmp_path_factory.mktemp("cache")
     own = {"HF_ENDPOINT": hub, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "0", "PYTHONPATH": str(ROOT)}
-    environment = {name: value for name, value in os.environ.items() if name != "HF_DATASETS_CACHE"} | own
+    pipe = subprocess.PIPE
     with subprocess.Popen(
-        [sys.executable, "-c", CHECKS], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", CHECKS], env=os.environ | own, stdin=pipe, stdout=pipe, text=True
     ) as process:
         yield Client(process, cache)
         process.kill()

@@ -27,14 +27,20 @@ def test_what_is_trained_and_calibrated_on_the_same_rows_is_encoded_once(
     data = {"train": str(rows), "eval_fraction": 0.1, "on_bad_row": "skip", **policy}
     calibrate = {"preset": "w8a8-static", "samples": 4, "max_length": 64}
     loaded = load(recipe_file(quant=None, data=data, calibrate=calibrate))
-    apart = make_plan(loaded).facts() | {"calibration": find_plan(loaded)[0].facts()}
+    calibration = find_plan(loaded)[0].document()
+    apart = make_plan(loaded).document().model_copy(update={"calibration": calibration})
     encoded: list[int] = []
     real = Dataset.map
-    monkeypatch.setattr(
-        Dataset, "map", lambda rows, *args, **kw: (encoded.append(len(rows)), real(rows, *args, **kw))[1]
-    )
+
+    def counted(rows: Any, *args: Any, **options: Any) -> Any:
+        encoded.append(len(rows))
+        return real(rows, *args, **options)
+
+    monkeypatch.setattr(Dataset, "map", counted)
     assert planned(loaded) == apart
     assert encoded == [59]
     other: dict[str, Any] = {"data": str(write_jsonl(tmp_path / "own.jsonl", [chat(f"{i}", "yes") for i in range(40)]))}
-    assert planned(loaded.having(calibrate=other))["calibration"]["data"] != apart["calibration"]["data"]
+    changed = planned(loaded.having(calibrate=other)).calibration
+    assert changed is not None
+    assert changed.data != calibration.data
     assert encoded == [59, 59, 40]

@@ -84,6 +84,7 @@ def test_perplexity_of_chats_is_that_of_the_plain_loss(run_folder: Path, tiny_mo
     from qft.plan import make_plan
 
     plan = make_plan(load(run_folder / "recipe.yaml"))
+    assert plan.data.eval is not None
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     assert result.perplexity == pytest.approx(math.exp(plain_loss(model, plan.data.eval)), rel=1e-5)
     assert result.eval_tokens == sum(plan.data.eval["supervised"])
@@ -158,6 +159,7 @@ def test_batches_change_no_likelihood(tiny_model: Path, tmp_path: Path) -> None:
         assert one.divergence.agrees.all()
 
 
+@pytest.mark.pictures
 def test_a_run_is_compared_with_its_base_in_one_command(run_folder: Path, tmp_path: Path) -> None:
     names = [f"{run_folder}@base", f"{run_folder}@nf4", f"{run_folder}@fp4", f"{run_folder}@8bit", str(run_folder)]
     names.append(f"{run_folder}@merged")
@@ -182,7 +184,9 @@ def test_a_run_is_compared_with_its_base_in_one_command(run_folder: Path, tmp_pa
     assert adapter.score_changes["rouge_l"].value == pytest.approx(
         adapter.scores["rouge_l"].value - base.scores["rouge_l"].value
     )
-    assert "merged" in (tmp_path / "out" / "report.html").read_text()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "merged" in page
+    assert "<path" in page
     written = json.loads((tmp_path / "out" / "eval.json").read_text())
     assert written == document.model_dump(mode="json")
     assert len(list((tmp_path / "out" / "answers").glob("*.jsonl"))) == 6

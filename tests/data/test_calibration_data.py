@@ -244,8 +244,8 @@ def test_an_empty_set_is_refused_by_its_name(tmp_path: Path) -> None:
 def test_a_long_row_is_cut_for_the_windows_alone(tmp_path: Path, own: bool) -> None:
     questions = [*(f"{i} " * 60 for i in range(10, 30)), *(f"short {i}" for i in range(4))]
     path = str(write_jsonl(tmp_path / "a.jsonl", [chat(question, "the answer") for question in questions]))
-    settings = {"calibrate": {"data": path} if own else {}, "train": () if own else path}
-    settings["calibrate"] |= {"verify_samples": 12, "samples": 99}
+    calibrate = {"verify_samples": 12, "samples": 99} | ({"data": path} if own else {})
+    settings: dict[str, Any] = {"calibrate": calibrate, "train": () if own else path}
     data = drawn(**settings, max_length=512)
     found = audit(data)
     assert found.row_length_p95 == 64

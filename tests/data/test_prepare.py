@@ -62,7 +62,8 @@ def test_bad_rows_are_listed_ten_at_most_with_their_lines_the_count_and_the_reme
     assert remedy.endswith("data.on_bad_row: skip")
 
 
-BAD, LONG = {"messages": []}, chat("a", "b" * 99)
+BAD: dict[str, Any] = {"messages": []}
+LONG = chat("a", "b" * 99)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +96,7 @@ def test_the_remedy_is_that_of_the_rows_that_stop_the_run(
     ids=["skip", "truncate"],
 )
 def test_rows_that_are_skipped_or_truncated_are_counted(
-    tmp_path: Path, policies: dict[str, str], kept: list[int], skipped: int, truncated: int
+    tmp_path: Path, policies: dict[str, Any], kept: list[int], skipped: int, truncated: int
 ) -> None:
     path = lines(tmp_path / "a.jsonl", chat("a", "b"), "", BAD, LONG, chat("c", "d"), chat("e" * 99, "cut off"))
     result = prepared(path, max_length=64, **policies)
@@ -276,7 +277,12 @@ def test_a_format_that_is_given_is_not_guessed(tmp_path: Path, where: str) -> No
 def test_rows_are_encoded_by_as_many_processes_as_asked(chat_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     real = Dataset.map
-    monkeypatch.setattr(Dataset, "map", lambda *args, **kw: (asked.append(kw["num_proc"]), real(*args, **kw))[1])
+
+    def counted(*args: Any, **kw: Any) -> Any:
+        asked.append(kw["num_proc"])
+        return real(*args, **kw)
+
+    monkeypatch.setattr(Dataset, "map", counted)
     one, two = prepared(str(chat_file)), prepared(str(chat_file), num_proc=2)
     assert one.eval is two.eval is None
     assert two.train.to_list() == one.train.to_list()

@@ -114,14 +114,15 @@ def test_pre_tokenizers_are_told_apart_by_their_definition() -> None:
     assert named(digits, split_bytes) == "smollm"
     assert named(llama3, bytes_, ignore_merges=True) == "llama-bpe"
     assert named(qwen2, bytes_, normalizer=normalizers.NFC()) == "qwen2"
-    for steps, rest, message in [
+    refused: list[tuple[list[Any], dict[str, Any], str]] = [
         ([bytes_], {}, "no pre-tokenizer of llama.cpp"),
         ([pre_tokenizers.Digits(individual_digits=False), split_bytes], {}, "no pre-tokenizer"),
         ([pre_tokenizers.ByteLevel(add_prefix_space=True)], {}, "no pre-tokenizer"),
         ([llama3, bytes_], {}, "ignore_merges"),
         ([split_bytes], {"normalizer": normalizers.NFC()}, "normalizer NFC"),
         ([split_bytes], {"byte_fallback": True}, "byte fallback"),
-    ]:
+    ]
+    for steps, rest, message in refused:
         with pytest.raises(ModelError, match=message):
             named(*steps, **rest)
 

@@ -25,7 +25,7 @@ from tests.support.runs import HARD, MODES, trained
 pytestmark = pytest.mark.gpu
 
 RecipeFile = Callable[..., Path]
-QUIET = {"report_to": []}
+QUIET: dict[str, Any] = {"report_to": []}
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -87,7 +87,8 @@ def test_cpu_and_gpu_agree_on_the_gradients(recipe_file: RecipeFile) -> None:
         ids = torch.arange(40, device=device).reshape(1, 40)
         model(input_ids=ids, labels=ids).loss.backward()
         gradients.append(torch.cat([p.grad.flatten().cpu() for p in model.parameters() if p.grad is not None]))
-    cosine = torch.nn.functional.cosine_similarity(*gradients, dim=0)
+    one, other = gradients
+    cosine = torch.nn.functional.cosine_similarity(one, other, dim=0)
     assert cosine > 0.9999
 
 

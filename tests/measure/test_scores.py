@@ -27,7 +27,7 @@ def eval_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("sklearn")
     pytest.importorskip("rouge_score")
     for drawing in (interval, change_interval):
-        monkeypatch.setitem(drawing.__kwdefaults__, "resamples", 100)
+        monkeypatch.setattr(drawing, "__kwdefaults__", {"resamples": 100})
 
 
 def answers(*texts: tuple[str, str]) -> list[Answer]:
@@ -377,7 +377,7 @@ def test_intervals_hold_the_true_mean_as_often_as_they_say() -> None:
     draw = np.random.default_rng(9)
     held = 0
     for seed in range(300):
-        low, high = bootstrap_interval(mean_of(draw.random(60) < 0.7), 60, seed=seed, resamples=500)
+        low, high = bootstrap_interval(mean_of((draw.random(60) < 0.7).astype(float)), 60, seed=seed, resamples=500)
         held += low <= 0.7 <= high
     assert 0.90 <= held / 300 <= 0.98
 

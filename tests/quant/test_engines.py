@@ -109,7 +109,7 @@ def write(engine_name: str, model: Any, schemes: Schemes, folder: Path) -> Writt
 
 
 def write_files(engine: Any, made: Written, shards: dict[str, dict[str, torch.Tensor]]) -> None:
-    where = {}
+    where: dict[str, str] = {}
     metadata = {f"{layer}.{key}": text for layer, held in made.held.items() for key, text in held.metadata.items()}
     ours = {f"{layer}.{key}" for layer, held in made.held.items() for key in held.tensors}
     for number, (name, shard) in enumerate(shards.items(), 1):

@@ -82,6 +82,7 @@ def test_it_learns_a_fact_and_the_saved_adapter_still_knows_it(tmp_path: Path) -
 
     plan = make_plan(load(path))
     model = PeftModel.from_pretrained(load_base(plan.model), tmp_path / "run" / "adapter").eval()
+    assert plan.data.eval is not None
     rows = plan.data.eval.select([0])
     with torch.autocast("cpu", torch.bfloat16):
         [answer] = answer_rows(model, plan.model.tokenizer, rows, EvalSection(max_new_tokens=16, batch_size=1))

@@ -15,7 +15,7 @@ from qft.progress import View
 from qft.recipe import load
 from tests.support.rows import chat, write_jsonl
 
-MODES = {
+MODES: dict[str, dict[str, Any]] = {
     "nf4": {"quant": {"preset": "finetune"}},
     "fp4": {"quant": {"preset": "inference"}},
     "8bit": {"quant": {"preset": None, "mode": "8bit"}},

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from qft.documents.training import Evaluation
 from qft.memory.meter import Snapshot
 from qft.plan import make_plan
 from qft.progress import Step, View
@@ -30,6 +31,15 @@ def test_memory_is_the_gpus_where_there_is_one() -> None:
     assert (after.device, after.beyond(before), before.beyond(after)) == (5, 3, 0)
     before, after = Snapshot(False, 0, 0, 100), Snapshot(False, 0, 0, 130)
     assert (after.device, after.beyond(before), before.beyond(after)) == (130, 30, 0)
+
+
+def test_an_evaluation_is_told_with_its_scores(recipe_file: Callable[..., Path]) -> None:
+    told: list[str] = []
+    view = View()
+    view.note = told.append  # type: ignore[method-assign, assignment]
+    evaluation = Evaluation(step=4, loss=0.5, perplexity=1.65, tokens=9, rows=3, scores={"exact_match": 0.5})
+    Recorder(make_plan(load(recipe_file())), view, 0.0, None).evaluated("step-4", evaluation, [])
+    assert told == ["step 4: held-out loss 0.5000, perplexity 1.65, exact match 50.0%"]
 
 
 @pytest.mark.parametrize(("on_gpu", "activations"), [(True, 20 - 5 - 1 - 1 - 2), (False, 40 - 30 - 1 - 2)])

@@ -269,6 +269,7 @@ def test_loftq_starts_nearer_to_the_original_weights(recipe_file: RecipeFile, ti
     assert compared == 14
 
 
+@pytest.mark.pictures
 def test_generated_answers_are_scored_and_kept(recipe_file: RecipeFile, chat_file: Path, tmp_path: Path) -> None:
     rows = [chat("hi", "yo")] * 8
     write_jsonl(tmp_path / "one.jsonl", rows)
@@ -285,7 +286,9 @@ def test_generated_answers_are_scored_and_kept(recipe_file: RecipeFile, chat_fil
     assert report.eval.before.scores == {"exact_match": 0.0, "regex": 0.0}
     assert report.eval.after is not None
     assert report.eval.after.scores == {"exact_match": 1.0, "regex": 1.0}
-    assert (tmp_path / "run" / "report.html").read_text().startswith("<!doctype html>")
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert page.startswith("<!doctype html>")
+    assert "<path" in page
     lines = (tmp_path / "run" / "answers" / "after.jsonl").read_text().splitlines()
     assert [json.loads(line)["given"] for line in lines] == ["yo"] * 3
 

@@ -31,8 +31,11 @@ from qft.documents.training import (
 from qft.measure.scores import Answer
 from qft.views.html.page import Asked, evaluation_page, side_by_side, training_page
 
+pytestmark = pytest.mark.pictures
+
 GIB = 2**30
 VOID = {"meta", "link", "br", "hr", "img", "input"}
+Given = dict[str, tuple[str | None, bool | None]]
 EVIL = "<script>alert('ö量😀')</script> & \"q\" $x$"
 
 
@@ -475,7 +478,7 @@ def test_what_a_process_holds_besides_its_parts_is_named() -> None:
 
 
 def test_names_and_answers_are_text_and_nothing_else() -> None:
-    given = {"Before": (EVIL, False), "After": (f"{EVIL}\x00\x1b\ud800", False)}
+    given: Given = {"Before": (EVIL, False), "After": (f"{EVIL}\x00\x1b\ud800", False)}
     model = training().model.model_copy(update={"path": EVIL, "device": EVIL})
     pages = [
         Page(training_page(training(run=EVIL, model=model, advice=[EVIL]), [Asked(EVIL, EVIL, EVIL, given)])),
@@ -512,7 +515,7 @@ def test_at_most_twenty_answers_are_shown_and_the_wrong_ones_first() -> None:
 
 
 def test_answers_of_targets_stand_side_by_side() -> None:
-    right, wrong = ({name: (f"{name}{n}", n == 1) for name in ("a", "b")} for n in (1, 2))
+    right, wrong = (dict[str, Any]((name, (f"{name}{n}", n == 1)) for name in ("a", "b")) for n in (1, 2))
     answers = [Asked("r:1", "one", "e", right), Asked("r:2", "two", "e", wrong)]
     page = Page(evaluation_page(evaluation([target("a"), target("b", 1)]), answers))
     assert page.text("pre") == ["two", "e", "a2", "b2", "one", "e", "a1", "b1"]
@@ -596,7 +599,7 @@ def test_a_target_that_quantizing_broke_does_not_flatten_the_others() -> None:
 def test_a_big_evaluation_stays_small() -> None:
     kinds = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     targets = [target(f"{n}: {EVIL}", n, layers=layers(40, kinds)) for n in range(12)]
-    given = {t.name: ("量" * 3000, False) for t in targets}
+    given: Given = {t.name: ("量" * 3000, False) for t in targets}
     answers = [Asked(f"r:{i}", "量" * 3000, "e", given) for i in range(30)]
     assert len(evaluation_page(evaluation(targets), answers).encode()) < 1_000_000
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -91,10 +93,10 @@ def report(**changes: object) -> Report:
     return made
 
 
-def replaced(document: object, parents: list[str], name: str, value: object) -> object:
+def replaced(document: Any, parents: list[str], name: str, value: object) -> Any:
     if parents:
         value, name = replaced(getattr(document, parents[0]), parents[1:], name, value), parents[0]
-    return document.model_copy(update={name: value})  # type: ignore[attr-defined]
+    return document.model_copy(update={name: value})
 
 
 def advice(**changes: object) -> str:
@@ -170,7 +172,7 @@ def test_the_live_view_shows_progress_speed_memory_and_the_curve() -> None:
         for number in (1, 2, 3):
             view.step(step(number))
         view.step(step(4, skipped=True))
-        view.evaluated(4, 0.5, 1.65, {"exact_match": 0.5})
+        view.note("step 4: held-out loss 0.5000, perplexity 1.65, exact match 50.0%")
     text = console.file.getvalue()  # type: ignore[attr-defined]
     for part in ("Loading", "4/4", "200 tokens/s", "1.0 GiB, peak 2.0 GiB", "█", "skipped", "exact match 50.0%"):
         assert part in text
@@ -225,8 +227,13 @@ def test_files_are_whole_or_absent(tmp_path_factory: pytest.TempPathFactory) -> 
     with pytest.raises(ValueError, match="JSON"):
         write_json(folder / "a.txt", {"loss": float("nan")})
     assert (folder / "a.txt").read_text() == "old"
+
+    def write_half(temporary: Path) -> None:
+        write_json(temporary / "half", {})
+        (temporary / "nowhere" / "half").touch()
+
     with pytest.raises(FileNotFoundError), atomic_folder(folder / "result") as temporary:
-        write_json(temporary / "half", {}), (temporary / "nowhere" / "half").touch()
+        write_half(temporary)
     assert [path.name for path in folder.iterdir()] == ["a.txt"]
     with atomic_folder(folder / "result") as temporary:
         (temporary / "whole").touch()

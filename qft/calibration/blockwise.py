@@ -85,13 +85,13 @@ class BlockQuantizer:
 
     def shard(self, number: int, attempt: int = 0) -> Path:
         """The newest file of a block's weights up to an attempt; only what an attempt changed is written again."""
-        found = (self._shard(number, back) for back in range(attempt, 0, -1))
-        return next((path for path in found if path.exists()), self._shard(number, 0))
+        newest_first = (self._shard(number, back) for back in range(attempt, 0, -1))
+        return next((path for path in newest_first if path.exists()), self._shard(number, 0))
 
     def metadata(self, number: int, attempt: int) -> dict[str, str]:
         """QuantizedLayer.metadata of that file, by full names."""
-        found: dict[str, str] = json.loads(self.shard(number, attempt).with_suffix(".json").read_text("utf-8"))
-        return found
+        metadata: dict[str, str] = json.loads(self.shard(number, attempt).with_suffix(".json").read_text("utf-8"))
+        return metadata
 
     def trials(self) -> Iterator[Trial]:
         """The task's own schemes, then those of its remedy."""
@@ -131,7 +131,7 @@ class BlockQuantizer:
         """The same with some layers held otherwise; those that are not stay as they are."""
         hidden = [self.model.enter(row["input_ids"]) for row in self.task.rows]
         for number in range(len(self.model)):
-            block = self._as_held(number, schemes, attempt)
+            block = self._block_of(number, schemes, attempt)
             hidden = [self.model.run(block, number, h) for h in hidden]
         unquantized = _Streams.load(self._streams(len(self.model))).verify
         return self.verify(unquantized, hidden)
@@ -184,8 +184,8 @@ class BlockQuantizer:
         model = self.model
         block = model.block(number)
         schemes = self._within(number, self.task.schemes)
-        held = self.engine.quantize(self._given(number, block, schemes, streams)) if schemes else {}
-        pairs = {f"{model.name(number)}.{name}": (_linear(block, name), one.module) for name, one in held.items()}
+        layers = self.engine.quantize(self._given(number, block, schemes, streams)) if schemes else {}
+        pairs = {f"{model.name(number)}.{name}": (_linear(block, name), layer.module) for name, layer in layers.items()}
         after: Hidden = []
 
         def run() -> None:
@@ -196,12 +196,12 @@ class BlockQuantizer:
             run()
         streams.verify = after
         streams.windows = [model.run(block, number, h) for h in streams.windows]
-        self._write(number, 0, block, held)
-        for name, one in held.items():
-            block.set_submodule(name, one.module)
+        self._write(number, 0, block, layers)
+        for name, layer in layers.items():
+            block.set_submodule(name, layer.module)
         streams.quantized_windows = [model.run(block, number, h) for h in streams.quantized_windows]
         streams.quantized_verify = [model.run(block, number, h) for h in streams.quantized_verify]
-        sizes = {f"{model.name(number)}.{name}": _bytes(one.tensors) for name, one in held.items()}
+        sizes = {f"{model.name(number)}.{name}": _bytes(layer.tensors) for name, layer in layers.items()}
         return [error.model_copy(update={"bytes": sizes[error.name]}) for error in errors]
 
     def _given(self, number: int, block: nn.Module, schemes: dict[str, LayerScheme], streams: _Streams) -> Block:
@@ -225,23 +225,24 @@ class BlockQuantizer:
             seed=self.task.seed + number,
         )
 
-    def _as_held(self, number: int, schemes: Schemes, attempt: int) -> nn.Module:
+    def _block_of(self, number: int, schemes: Schemes, attempt: int) -> nn.Module:
         """A block as an attempt holds it, written if the attempt changes it."""
         block, before, wanted = self.model.block(number), self.task.schemes, self._within(number, schemes)
         tensors, metadata = load_file(self._shard(number, 0)), self.metadata(number, 0)
-        held = {}
+        layers = {}
         for name in self._within(number, before):
-            full, layer = f"{self.model.name(number)}.{name}", _linear(block, name)
+            full = f"{self.model.name(number)}.{name}"
             if schemes[full] == before[full]:
-                own, told = (_of_layer(full, found) for found in (tensors, metadata))
-                held[name] = QuantizedLayer(self.engine.restore(layer, own, wanted[name]), own, told)
-        raised = {name: scheme for name, scheme in wanted.items() if name not in held}
+                parts = _of_layer(full, tensors)
+                module = self.engine.restore(_linear(block, name), parts, wanted[name])
+                layers[name] = QuantizedLayer(module, parts, _of_layer(full, metadata))
+        raised = {name: scheme for name, scheme in wanted.items() if name not in layers}
         if raised:
-            held |= find_engine(RAISED_BY).quantize(Block(self.model.name(number), copy.deepcopy(block), raised))
-        if held.keys() != self._within(number, before).keys() or raised:
-            self._write(number, attempt, block, held)
-        for name, one in held.items():
-            block.set_submodule(name, one.module)
+            layers |= find_engine(RAISED_BY).quantize(Block(self.model.name(number), copy.deepcopy(block), raised))
+        if layers.keys() != self._within(number, before).keys() or raised:
+            self._write(number, attempt, block, layers)
+        for name, layer in layers.items():
+            block.set_submodule(name, layer.module)
         return block
 
     def _within(self, number: int, schemes: Schemes) -> dict[str, LayerScheme]:
@@ -249,17 +250,21 @@ class BlockQuantizer:
         prefix = f"{self.model.name(number)}."
         return {name.removeprefix(prefix): s for name, s in schemes.items() if s and name.startswith(prefix)}
 
-    def _write(self, number: int, attempt: int, block: nn.Module, held: Mapping[str, QuantizedLayer]) -> None:
+    def _write(self, number: int, attempt: int, block: nn.Module, layers: Mapping[str, QuantizedLayer]) -> None:
         prefix = self.model.name(number)
         rest = {
-            name: p.data for name, p in block.named_parameters() if not any(name.startswith(f"{own}.") for own in held)
+            name: p.data
+            for name, p in block.named_parameters()
+            if not any(name.startswith(f"{layer}.") for layer in layers)
         }
-        layers = {f"{name}.{key}": t for name, one in held.items() for key, t in one.tensors.items()}
-        tensors = {f"{prefix}.{name}": t.detach().cpu().contiguous() for name, t in (rest | layers).items()}
-        told = {f"{prefix}.{name}.{key}": text for name, one in held.items() for key, text in one.metadata.items()}
+        parts = {f"{name}.{key}": t for name, layer in layers.items() for key, t in layer.tensors.items()}
+        tensors = {f"{prefix}.{name}": t.detach().cpu().contiguous() for name, t in (rest | parts).items()}
+        metadata = {
+            f"{prefix}.{name}.{key}": text for name, layer in layers.items() for key, text in layer.metadata.items()
+        }
         path = self._shard(number, attempt)
-        write_json(path.with_suffix(".json"), told)
-        save_tensors(tensors, path, self.engine.header(told, [f"{prefix}.{name}" for name in rest]))
+        write_json(path.with_suffix(".json"), metadata)
+        save_tensors(tensors, path, self.engine.header(metadata, [f"{prefix}.{name}" for name in rest]))
 
     def _tell(self, number: int, errors: list[LayerError]) -> None:
         left = (len(self.model) - number - 1) * sum(self.block_seconds) / len(self.block_seconds)
@@ -282,9 +287,9 @@ def _linear(block: nn.Module, name: str) -> nn.Linear:
     return layer
 
 
-def _of_layer(name: str, found: Mapping[str, T]) -> dict[str, T]:
+def _of_layer(name: str, values: Mapping[str, T]) -> dict[str, T]:
     """What belongs to a layer, by names within it."""
-    return {key.removeprefix(f"{name}."): value for key, value in found.items() if key.startswith(f"{name}.")}
+    return {key.removeprefix(f"{name}."): value for key, value in values.items() if key.startswith(f"{name}.")}
 
 
 def _bytes(tensors: Mapping[str, torch.Tensor]) -> int:

@@ -47,13 +47,13 @@ def choose_skip_modules(plan: Plan, view: View) -> SkippedModules:
         entries = suggest_skip_modules(errors, weights, budget_bytes=budget, full_bits=model.dtype.itemsize * 8)
         chosen = {entry.removesuffix("$") for entry in entries}
         after = quantizer.again({n: None if n in chosen else s for n, s in task.schemes.items()}, 1)
-    held = sum(error.bytes for error in errors)
+    quantized = sum(error.bytes for error in errors)
     grown = sum(weights[e.name] * model.dtype.itemsize - e.bytes for e in errors if e.name in chosen)
     return SkippedModules(
         names=entries,
         budget_bytes=budget,
-        linear_bytes_before=held,
-        linear_bytes_after=held + grown,
+        linear_bytes_before=quantized,
+        linear_bytes_after=quantized + grown,
         rows=len(task.rows),
         kl_before=before.after.mean_kl(),
         kl_after=after.after.mean_kl(),

@@ -120,11 +120,11 @@ class StreamedModel:
                 is_parameter = isinstance(meta, nn.Parameter)
                 filled = nn.Parameter(value, requires_grad=False) if is_parameter else value
                 filled._is_hf_initialized = True  # type: ignore[attr-defined]  # below, it is to be left alone
-                owner, _, own = name.rpartition(".")
-                setattr(module.get_submodule(owner), own, filled)
+                owner, _, key = name.rpartition(".")
+                setattr(module.get_submodule(owner), key, filled)
         for name, part in module.named_modules():
             computed = part._non_persistent_buffers_set
             if computed and not f"{name}.".startswith(skip):
-                for own in computed:
-                    part._buffers[own] = torch.empty_like(part._buffers[own], device=self.device)
+                for key in computed:
+                    part._buffers[key] = torch.empty_like(part._buffers[key], device=self.device)
                 self.model._init_weights(part)

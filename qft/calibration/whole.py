@@ -7,10 +7,11 @@ between the beginning and the end to resume from.
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,17 +24,17 @@ from transformers import PreTrainedModel
 from qft.calibration.layer_errors import layer_errors
 from qft.calibration.quantizer import EngineProcess, Trial
 from qft.calibration.source import Source
-from qft.calibration.whole_engines import WHOLE_ENGINES, WholeJob
 from qft.documents.evaluation import LayerError
 from qft.errors import ModelError
-from qft.files import atomic_folder
+from qft.files import atomic_folder, write_json, write_text
 from qft.measure.likelihood import Verification, compare
 from qft.model.load import load_base
-from qft.plan import CalibrationPlan, plan_folder
+from qft.plan import CalibrationPlan, ModelPlan, plan_folder
 from qft.progress import View
+from qft.quant.engines.llmcompressor import run_job
 from qft.recipe.schema import QuantSection
 
-__all__ = ["WholeQuantizer", "load_result"]
+__all__ = ["WHOLE_ENGINES", "WholeQuantizer", "load_result"]
 
 
 @dataclass
@@ -68,16 +69,15 @@ class WholeQuantizer:
 
         Raises ModelError if the engine fails, or if what it wrote does not load."""
         with atomic_folder(self._result) as folder:
-            job = WholeJob(self.plan, self.source, self.work, self.view)
-            self.process = WHOLE_ENGINES[self.plan.calibrate.engine](job, folder)
+            self.process = WHOLE_ENGINES[self.plan.calibrate.engine](self, folder)
             self.plan.model.tokenizer.save_pretrained(folder)
         gc.collect()  # models refer to themselves
         self.view.note(f"Comparing the result with the unquantized model on {len(self.rows)} rows")
         before, after = self.source.load().eval(), load_result(self.plan, self._result).eval()
         self._note_layers(before, after)
-        found = compare((row["labels"] for row in self.rows), self._logits(before), self._logits(after))
+        verification = compare((row["labels"] for row in self.rows), self._logits(before), self._logits(after))
         self._errors = self._layer_errors(before, after)
-        return found
+        return verification
 
     def errors(self) -> list[LayerError]:
         """Of every quantized layer, on the verification rows."""
@@ -102,10 +102,10 @@ class WholeQuantizer:
         return self.work / "quantized"
 
     def _note_layers(self, before: nn.Module, after: nn.Module) -> None:
-        held = dict(after.named_modules())
+        layers_after = dict(after.named_modules())
         for name, module in before.named_modules():
             if isinstance(module, nn.Linear):
-                is_quantized = hasattr(held.get(name), "dequantize") or f"{name}.weight_scale" in self._stored
+                is_quantized = hasattr(layers_after.get(name), "dequantize") or f"{name}.weight_scale" in self._stored
                 (self.quantized_layers if is_quantized else self.skipped_layers).append(name)
 
     def _logits(self, model: Any) -> Any:
@@ -131,10 +131,10 @@ def load_result(plan: CalibrationPlan, folder: Path) -> PreTrainedModel:
     """The quantized model in `folder`, loaded as anybody would. Raises ModelError if it says of no quantization."""
     plugin = plan.quantized.scheme.plugin if plan.quantized else None
     quant = QuantSection(mode="custom", plugin=plugin.path) if plugin else None
-    found = plan_folder(folder, plan.model.recipe.model, plan.model.dtype, quant)
-    if not found.checkpoint.quantization:
+    result = plan_folder(folder, plan.model.recipe.model, plan.model.dtype, quant)
+    if not result.checkpoint.quantization:
         raise ModelError(f"{folder}: its config.json has no quantization_config, so nobody could load it")
-    return load_base(found)
+    return load_base(result)
 
 
 def _ids(row: dict[str, Sequence[int]], model: Any) -> torch.Tensor:
@@ -143,10 +143,79 @@ def _ids(row: dict[str, Sequence[int]], model: Any) -> torch.Tensor:
 
 def _stored_bytes(folder: Path) -> dict[str, int]:
     """Bytes of each tensor in the safetensors files, by its name."""
-    found: dict[str, int] = {}
+    sizes: dict[str, int] = {}
     for path in folder.glob("*.safetensors"):
         with path.open("rb") as stream:
             header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
         header.pop("__metadata__", None)
-        found |= {name: tensor["data_offsets"][1] - tensor["data_offsets"][0] for name, tensor in header.items()}
-    return found
+        sizes |= {name: tensor["data_offsets"][1] - tensor["data_offsets"][0] for name, tensor in header.items()}
+    return sizes
+
+
+def write_by_plugin(job: WholeQuantizer, folder: Path) -> EngineProcess:
+    """By the code of quant.plugin, as transformers loads and saves. Raises ModelError if that fails."""
+    plan = _plugin_plan(job)
+    plugin = plan.scheme.plugin
+    assert plugin is not None
+    job.view.note(f"Quantizing the whole model by {plugin.path}")
+    model = load_base(plan)
+    try:
+        model.save_pretrained(folder)
+    except Exception as error:  # code of the user's fails in any way
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        text = f"quant.plugin: {plugin.path}: the model that it quantized cannot be saved: {reason}"
+        raise ModelError(text) from error
+    return EngineProcess()
+
+
+def _plugin_plan(job: WholeQuantizer) -> ModelPlan:
+    """How the plugin loads the model, from the merged weights if there are any."""
+    assert job.plan.quantized is not None
+    if not job.source.run:
+        return job.plan.quantized
+    folder = job.source.folder()
+    checkpoint = dataclasses.replace(job.plan.model.checkpoint, folder=folder, gguf_file=None, hub_id=None)
+    return dataclasses.replace(job.plan.quantized, checkpoint=checkpoint)
+
+
+def write_by_llmcompressor(job: WholeQuantizer, folder: Path) -> EngineProcess:
+    """By an algorithm of llm-compressor, in a process of calibrate.engine_python. Raises ModelError if it fails."""
+    plan, calibrate = job.plan, job.plan.calibrate
+    source, windows = job.source.folder(), job.work / "windows.jsonl"
+    write_text(windows, plan.data.as_jsonl())
+    request = {
+        "model": str(source),
+        "dtype": plan.model.dtype,
+        "trust_remote_code": plan.recipe.model.trust_remote_code,
+        "windows": str(windows),
+        "algorithm": calibrate.algorithm,
+        "scheme": next(scheme for scheme in plan.schemes.values() if scheme).facts(),
+        "ignore": [name for name, scheme in plan.schemes.items() if scheme is None],
+        "seed": plan.seed,
+        "output": str(folder),
+    }
+    assert calibrate.engine_python is not None
+    job.view.note(f"Quantizing the whole model by {calibrate.algorithm} of {calibrate.engine_python}")
+    on_gpu = plan.model.device.kind == "cuda"
+    report = run_job(calibrate.engine_python, request, job.work, job.view.note, on_gpu=on_gpu)
+    if not calibrate.symmetric:
+        _let_transformers_unpack(folder)
+    versions = {
+        name if name == "llmcompressor" else f"llmcompressor's {name}": version
+        for name, version in report["versions"].items()
+    }
+    return EngineProcess(versions, report["peak_bytes"], report["peak_host_bytes"])
+
+
+def _let_transformers_unpack(folder: Path) -> None:
+    """See CompressedTensors.config of qft.quant.engines, which says the same of models with zero points."""
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    config["quantization_config"]["dequantize"] = True
+    write_json(folder / "config.json", config)
+
+
+WHOLE_ENGINES: dict[str, Callable[[WholeQuantizer, Path], EngineProcess]] = {
+    "custom": write_by_plugin,
+    "llmcompressor": write_by_llmcompressor,
+}
+"""By calibrate.engine."""

@@ -70,7 +70,7 @@ class Job:
     @property
     def dtype(self) -> str:
         """In which the run multiplied its weights."""
-        return self.plan.scheme.compute_dtype
+        return self.plan.dtype if self.plan.checkpoint.quantization else self.plan.scheme.compute_dtype
 
     @cached_property
     def weights(self) -> MergedWeights:

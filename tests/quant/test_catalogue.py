@@ -7,7 +7,7 @@ from typing import get_args
 import pytest
 import torch
 
-from qft.calibration.whole_engines import WHOLE_ENGINES
+from qft.calibration.whole import WHOLE_ENGINES
 from qft.quant.engines import ENGINES, find_engine
 from qft.quant.layer import LayerScheme
 from qft.recipe.catalogue import CATALOGUE, SCHEME_FIELDS, block_engines

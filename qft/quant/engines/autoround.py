@@ -26,11 +26,11 @@ class AutoRound(CompressedTensors):
     def quantize(self, block: Block) -> dict[str, QuantizedLayer]:
         originals = {name: _copy(block.module.get_submodule(name)) for name in block.schemes}
         _tune(block)
-        held = {}
+        quantized = {}
         for name, scheme in block.schemes.items():
             tuned: Any = block.module.get_submodule(name)
-            held[name] = _hold(originals[name], tuned, scheme)
-        return held
+            quantized[name] = _hold(originals[name], tuned, scheme)
+        return quantized
 
 
 class _Alone(nn.Module):

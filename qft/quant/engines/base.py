@@ -63,12 +63,12 @@ class Engine(Protocol):
         head too), None for those in 16 bits; `dtype` in which the blocks were quantized. Raises ValueError for schemes
         that the format cannot hold in one model."""
 
-    def header(self, held: Mapping[str, str], others: Sequence[str]) -> dict[str, str]:
+    def header(self, metadata: Mapping[str, str], others: Sequence[str]) -> dict[str, str]:
         """What the header of a safetensors file must hold beside {"format": "pt"}; empty if nothing.
 
-        `held` is the metadata of the quantized layers in the file, by full names (<block>.<layer>.<name>); `others` are
+        `metadata` is that of the quantized layers in the file, by full names (<block>.<layer>.<name>); `others` are
         the full names of the tensors that belong to none. transformers adds the files' headers up in the order of their
-        names, and the last word on a key holds: in the last file by name, `held` is that of all files together.
+        names, and the last word on a key holds: in the last file by name, it is that of all files together.
         """
 
 

@@ -28,14 +28,14 @@ class BitsAndBytes:
     def restore(self, layer: nn.Linear, tensors: Tensors, scheme: LayerScheme) -> nn.Module:
         device = layer.weight.device
         weight = tensors["weight"].to(device)
-        held: nn.Linear = _unfilled(layer, scheme)
+        made: nn.Linear = _unfilled(layer, scheme)
         if scheme.data_type == "int":
             scales = tensors["SCB"].to(device)
-            held.weight = bnb.nn.Int8Params(weight, requires_grad=False, SCB=scales).to(device)
+            made.weight = bnb.nn.Int8Params(weight, requires_grad=False, SCB=scales).to(device)
         else:
             state = {name: tensor for name, tensor in tensors.items() if name.startswith("weight.")}
-            held.weight = bnb.nn.Params4bit.from_prequantized(weight, state, device=device, module=held)
-        return held
+            made.weight = bnb.nn.Params4bit.from_prequantized(weight, state, device=device, module=made)
+        return made
 
     def config(self, schemes: Mapping[str, LayerScheme | None], dtype: torch.dtype) -> dict[str, Any]:
         scheme = only_scheme(schemes)
@@ -47,25 +47,25 @@ class BitsAndBytes:
                 "bnb_4bit_use_double_quant": scheme.double_quant,
                 "bnb_4bit_compute_dtype": dtype,
             }
-        skipped = [skip_entry(name, list(schemes)) for name, own in schemes.items() if own is None]
+        skipped = [skip_entry(name, list(schemes)) for name, scheme in schemes.items() if scheme is None]
         made: dict[str, Any] = BitsAndBytesConfig(**settings, llm_int8_skip_modules=skipped).to_dict()
         return made | {"quant_method": made["quant_method"].value}
 
-    def header(self, held: Mapping[str, str], others: Sequence[str]) -> dict[str, str]:
+    def header(self, metadata: Mapping[str, str], others: Sequence[str]) -> dict[str, str]:
         return {}
 
 
 def _hold(layer: Any, scheme: LayerScheme) -> QuantizedLayer:
-    held, device = _unfilled(layer, scheme), layer.weight.device
+    made, device = _unfilled(layer, scheme), layer.weight.device
     if scheme.data_type == "int":
         # bitsandbytes rounds on the way from the host to the device, and weights that are there already not at all.
-        held.weight = bnb.nn.Int8Params(layer.weight.data.cpu(), requires_grad=False).to(device)
+        made.weight = bnb.nn.Int8Params(layer.weight.data.cpu(), requires_grad=False).to(device)
     else:
         weight = bnb.nn.Params4bit(
-            layer.weight.data, compress_statistics=scheme.double_quant, quant_type=scheme.data_type, module=held
+            layer.weight.data, compress_statistics=scheme.double_quant, quant_type=scheme.data_type, module=made
         )
-        held.weight = weight.to(device)
-    return QuantizedLayer(held, {name: _own(tensor) for name, tensor in held.state_dict().items()})
+        made.weight = weight.to(device)
+    return QuantizedLayer(made, {name: _unshared(tensor) for name, tensor in made.state_dict().items()})
 
 
 def _unfilled(layer: nn.Linear, scheme: LayerScheme) -> Any:
@@ -90,6 +90,6 @@ def _unfilled(layer: nn.Linear, scheme: LayerScheme) -> Any:
     return made.eval()
 
 
-def _own(tensor: torch.Tensor) -> torch.Tensor:
+def _unshared(tensor: torch.Tensor) -> torch.Tensor:
     """A plain tensor that shares its memory with nothing: layers share one code book, and safetensors refuses that."""
     return tensor.detach().as_subclass(torch.Tensor).clone()

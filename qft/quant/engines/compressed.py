@@ -40,14 +40,14 @@ class CompressedTensors:
         transformers (5.24) makes no room for packed zero points and refuses them, but for a model that says
         `dequantize`: that one it unpacks as it loads it, and then it takes all layers for the first group's.
         """
-        held = sorted({scheme for scheme in schemes.values() if scheme}, key=repr)
-        with_zero_points = not all(scheme.symmetric for scheme in held)
-        if with_zero_points and len(held) > 1:
+        kinds = sorted({scheme for scheme in schemes.values() if scheme}, key=repr)
+        with_zero_points = not all(scheme.symmetric for scheme in kinds)
+        if with_zero_points and len(kinds) > 1:
             raise ValueError("layers with zero points cannot be mixed with layers of another scheme")
         groups = {}
-        for number, scheme in enumerate(held):
-            names = [name for name, own in schemes.items() if own == scheme]
-            targets = ["Linear"] if len(held) == 1 else [f"re:^{re.escape(name)}$" for name in names]
+        for number, scheme in enumerate(kinds):
+            names = [name for name, kind in schemes.items() if kind == scheme]
+            targets = ["Linear"] if len(kinds) == 1 else [f"re:^{re.escape(name)}$" for name in names]
             arguments = _arguments(scheme)
             arguments.targets = targets
             arguments.format = infer_module_format(nn.Linear, arguments).value
@@ -61,7 +61,7 @@ class CompressedTensors:
         ).model_dump(mode="json")
         return made | ({"dequantize": True} if with_zero_points else {})
 
-    def header(self, held: Mapping[str, str], others: Sequence[str]) -> dict[str, str]:
+    def header(self, metadata: Mapping[str, str], others: Sequence[str]) -> dict[str, str]:
         return {}
 
 
@@ -105,16 +105,16 @@ def _restore(layer: nn.Linear, tensors: Tensors, scheme: LayerScheme) -> nn.Modu
     device = layer.weight.device
     state = {name: tensor.to(device) for name, tensor in tensors.items()}
     weight = _compressor(arguments).decompress(state, arguments)["weight"].to(layer.weight.dtype)
-    held = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-    held.weight = nn.Parameter(weight, requires_grad=False)
-    held.bias = layer.bias
+    made = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    made.weight = nn.Parameter(weight, requires_grad=False)
+    made.bias = layer.bias
     if scheme.activations != "none":
-        held.quantization_scheme = arguments
-        held.quantization_status = QuantizationStatus.COMPRESSED
+        made.quantization_scheme = arguments
+        made.quantization_status = QuantizationStatus.COMPRESSED
         if scheme.activations == "static":
-            held.input_scale = nn.Parameter(state["input_scale"], requires_grad=False)
-        set_forward_quantized(held)
-    return held
+            made.input_scale = nn.Parameter(state["input_scale"], requires_grad=False)
+        set_forward_quantized(made)
+    return made
 
 
 def _arguments(scheme: LayerScheme) -> QuantizationScheme:

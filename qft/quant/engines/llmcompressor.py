@@ -35,18 +35,18 @@ def find_problem(python: str) -> str | None:
         return f"{python} does not exist: name the Python of an environment that has llmcompressor"
     try:
         # Isolated: neither PYTHONPATH nor the folder of the job's file may stand in for the environment's packages.
-        asked = subprocess.run(  # noqa: S603  # the interpreter that the recipe names
+        answer = subprocess.run(  # noqa: S603  # the interpreter that the recipe names
             [python, "-I", "-c", ASK], capture_output=True, text=True, timeout=ASK_SECONDS, check=False
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"{python} cannot be run: {str(error).splitlines()[0]}"
-    if asked.returncode:
-        return f"{python} cannot import llmcompressor ({_last(asked.stderr.splitlines())}); {install}"
-    found = re.search(r"^version (\S+)$", asked.stdout, re.MULTILINE)
-    if not found:
+    if answer.returncode:
+        return f"{python} cannot import llmcompressor ({_last(answer.stderr.splitlines())}); {install}"
+    release = re.search(r"^version (\S+)$", answer.stdout, re.MULTILINE)
+    if not release:
         return f"{python} is no Python that answers; name the one of an environment that has llmcompressor"
-    numbers = tuple(map(int, re.findall(r"\d+", found[1])))
-    return f"{python} has llmcompressor {found[1]}, which is too old; {install}" if numbers < OLDEST else None
+    numbers = tuple(map(int, re.findall(r"\d+", release[1])))
+    return f"{python} has llmcompressor {release[1]}, which is too old; {install}" if numbers < OLDEST else None
 
 
 def run_job(
@@ -80,19 +80,19 @@ def run_job(
             raise
     if running.returncode or not report.is_file():
         raise ModelError(f"calibrate.engine: llmcompressor failed ({running.returncode}): {_last(said)}")
-    found: dict[str, Any] = json.loads(report.read_text("utf-8"))
-    return found
+    written: dict[str, Any] = json.loads(report.read_text("utf-8"))
+    return written
 
 
 def _follow(running: subprocess.Popen[str], tell: Callable[[str], None]) -> list[str]:
-    """The last lines of its standard error, but for progress bars, of which the parts of the model are told."""
+    """The last lines of its standard error, but for progress bars, of which the parts of the model are last_part."""
     assert running.stderr is not None
     said: list[str] = []
-    told = ""
+    last_part = ""
     for line in running.stderr:
         part = PART.search(line)
-        if part and part[0] != told:
-            told = part[0]
+        if part and part[0] != last_part:
+            last_part = part[0]
             tell(f"llm-compressor: part {part[1]} of {part[2]}")
         if not BAR.search(line):
             said = [*said[-20:], line]

@@ -12,9 +12,9 @@ __all__ = ["RoundToNearest"]
 
 class RoundToNearest(CompressedTensors):
     def quantize(self, block: Block) -> dict[str, QuantizedLayer]:
-        held = {}
+        quantized = {}
         for name, scheme in block.schemes.items():
             layer: Any = block.module.get_submodule(name)
             scales = weight_scales(layer.weight.data, scheme)
-            held[name] = hold(layer, scheme, *scales, block.largest_inputs.get(name))
-        return held
+            quantized[name] = hold(layer, scheme, *scales, block.largest_inputs.get(name))
+        return quantized

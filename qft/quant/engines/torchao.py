@@ -31,12 +31,12 @@ class TorchAo:
         return {name: _hold(block.module.get_submodule(name), scheme) for name, scheme in block.schemes.items()}
 
     def restore(self, layer: nn.Linear, tensors: Tensors, scheme: LayerScheme) -> nn.Module:
-        held: nn.Linear = _quantized(layer, scheme, torch.device("meta"))
-        _, header = flatten_tensor_state_dict({"layer.weight": held.weight})
+        quantized: nn.Linear = _quantized(layer, scheme, torch.device("meta"))
+        _, header = flatten_tensor_state_dict({"layer.weight": quantized.weight})
         parts = {f"layer.{name}": part.to(layer.weight.device) for name, part in tensors.items() if name != "bias"}
         whole, _ = unflatten_tensor_state_dict(parts, header)
-        held.weight = nn.Parameter(whole["layer.weight"], requires_grad=False)
-        return held
+        quantized.weight = nn.Parameter(whole["layer.weight"], requires_grad=False)
+        return quantized
 
     def config(self, schemes: Mapping[str, LayerScheme | None], dtype: torch.dtype) -> dict[str, Any]:
         names = list(schemes)
@@ -45,17 +45,17 @@ class TorchAo:
         made: dict[str, Any] = TorchAoConfig(_settings(only_scheme(schemes)), modules_to_not_convert=skipped).to_dict()
         return made | {"quant_method": made["quant_method"].value}
 
-    def header(self, held: Mapping[str, str], others: Sequence[str]) -> dict[str, str]:
-        described = {**held, **dict.fromkeys(others, PLAIN)}
+    def header(self, metadata: Mapping[str, str], others: Sequence[str]) -> dict[str, str]:
+        described = {**metadata, **dict.fromkeys(others, PLAIN)}
         return described | {"tensor_names": json.dumps(list(described))}
 
 
 def _hold(layer: Any, scheme: LayerScheme) -> QuantizedLayer:
-    held = _quantized(layer, scheme, layer.weight.device)
-    state = {f"layer.{name}": tensor for name, tensor in held.state_dict().items()}
+    quantized = _quantized(layer, scheme, layer.weight.device)
+    state = {f"layer.{name}": tensor for name, tensor in quantized.state_dict().items()}
     tensors, header = flatten_tensor_state_dict(state)
     del header["tensor_names"]
-    return QuantizedLayer(held, _within_layer(tensors), _within_layer(header))
+    return QuantizedLayer(quantized, _within_layer(tensors), _within_layer(header))
 
 
 def _within_layer(values: Mapping[str, Any]) -> dict[str, Any]:

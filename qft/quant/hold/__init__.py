@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from qft.quant.hold.base import Scheme
@@ -10,7 +11,8 @@ from qft.quant.hold.bnb_4bit import Bnb4Bit
 from qft.quant.hold.bnb_8bit import Bnb8Bit
 from qft.quant.hold.custom import Custom
 from qft.quant.hold.none import Unquantized
-from qft.quant.hold.prequantized import Prequantized, contradictions
+from qft.quant.hold.plugin import load_plugin
+from qft.quant.hold.prequantized import contradictions, mode, skipped_layers
 from qft.recipe.schema import QuantSection
 
 __all__ = ["SCHEMES", "Scheme", "contradictions", "find_scheme"]
@@ -22,10 +24,19 @@ SCHEMES: dict[str, Callable[[QuantSection, str, Sequence[str]], Scheme]] = {
     "custom": Custom.of,
 }
 """By quant.mode: of the section, the dtype of what is not quantized, and the names of the output heads."""
+OF_CHECKPOINTS: dict[str, Callable[[Mapping[str, Any], str], Scheme]] = {
+    "8bit": Bnb8Bit.of_checkpoint,
+    "4bit": Bnb4Bit.of_checkpoint,
+}
+"""Those that a checkpoint may come in."""
 
 
-def find_scheme(quant: QuantSection, quantization: Mapping[str, Any], dtype: str, heads: Sequence[str]) -> Scheme:
-    """How a model is held; `quantization` is the configuration of a checkpoint that comes quantized, else empty."""
-    if quantization:
-        return Prequantized.of(quantization, quant, dtype)
-    return SCHEMES[quant.mode](quant, dtype, heads)
+def find_scheme(quant: QuantSection, checkpoint: Mapping[str, Any], dtype: str, heads: Sequence[str]) -> Scheme:
+    """How a model is held; `checkpoint` is the quantization_config of one that comes quantized, else empty."""
+    if not checkpoint:
+        return SCHEMES[quant.mode](quant, dtype, heads)
+    name = mode(checkpoint)
+    if name in OF_CHECKPOINTS:
+        return OF_CHECKPOINTS[name](checkpoint, dtype)
+    plugin = load_plugin(Path(quant.plugin)) if quant.plugin else None
+    return Scheme(name, dtype, skipped_layers(checkpoint), plugin, checkpoint)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -15,19 +15,17 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from qft.quant.dequantize import dequantized_weight
 from qft.quant.engines import Block, find_engine
 from qft.quant.hold.plugin import Plugin
+from qft.quant.hold.prequantized import Problem, checkpoint_problems
 from qft.quant.layer import LayerScheme
 from qft.recipe import Recipe
 
-__all__ = ["Problem", "Scheme"]
-
-Problem = tuple[str, str]
-"""A field of the recipe, and what is wrong with it."""
+__all__ = ["Scheme"]
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """A scheme as one model has it. What is here holds for weights that nothing quantizes; each other kind says what
-    is otherwise."""
+    """A scheme as one model has it. What is here holds for layers of which only other code knows how they are held; a
+    file each says what is otherwise."""
 
     name: str
     """As quant.mode calls it, or the method of a plugin or of a checkpoint that comes quantized."""
@@ -37,13 +35,15 @@ class Scheme:
     """Layers that stay as they are, as transformers matches them: the output heads, and quant.skip_modules."""
     plugin: Plugin | None = None
     """The code of quant.plugin that quantizes."""
+    checkpoint: Mapping[str, Any] = field(default_factory=dict)
+    """The quantization_config of a checkpoint that comes quantized; empty with others."""
 
     engine: ClassVar[str | None] = None
     """Of `quant.engines`, the one that quantizes a single layer in this way."""
 
     @property
     def layer(self) -> LayerScheme | None:
-        """How a quantized layer is held; None: there is none, or only other code than ours knows."""
+        """How a quantized layer is held; None: there is none, or only other code knows."""
         return None
 
     @property
@@ -70,18 +70,19 @@ class Scheme:
         return ", ".join([self.name, *([f"not {', '.join(self.skipped)}"] if self.skipped else [])])
 
     def config(self) -> dict[str, Any]:
-        """Arguments of transformers' quantization config; empty: it is told nothing."""
+        """Arguments of transformers' quantization config for unquantized weights."""
         return {}
 
     def facts(self) -> dict[str, Any]:
         """As plain values, for the plan."""
-        return {"scheme": self.name, **self.config(), "plugin": asdict(self.plugin) if self.plugin else None}
+        plugin = asdict(self.plugin) if self.plugin else None
+        return {"scheme": self.name, **(self.checkpoint or self.config()), "plugin": plugin}
 
     def load_arguments(self) -> dict[str, Any]:
-        """Arguments of from_pretrained that make it hold the layers so."""
+        """Arguments of from_pretrained that make it hold the layers so; a checkpoint's own configuration it reads."""
         if self.plugin:
             self.plugin.activate()
-        config = self.config()
+        config = {} if self.checkpoint else self.config()
         return {"quantization_config": AutoQuantizationConfig.from_dict(config)} if config else {}
 
     def settle(self, model: nn.Module) -> None:
@@ -92,7 +93,7 @@ class Scheme:
 
     def problems(self, recipe: Recipe) -> Iterator[Problem]:
         """What of the recipe cannot be trained on weights that are held so."""
-        return iter(())
+        return checkpoint_problems(self.checkpoint, recipe) if self.checkpoint else iter(())
 
     def leaving(self, names: Sequence[str]) -> Scheme:
         """The same with these layers left as they are too."""
@@ -104,9 +105,9 @@ class Scheme:
         return converts
 
     def weight_bytes(self, rows: int, columns: int) -> int | None:
-        """What the weight [rows, columns] of a quantized layer takes on the device, its scales and code books
-        included; None: only other code than ours knows."""
-        return rows * columns * int(getattr(torch, self.dtype).itemsize)
+        """What the weight [rows, columns] of a layer that is held so takes on the device, its scales and code books
+        included; None: only other code knows."""
+        return None
 
     def round_trip(self, weight: torch.Tensor) -> torch.Tensor:
         """A weight [rows, columns], quantized and dequantized again on its device. Only of schemes with an engine."""

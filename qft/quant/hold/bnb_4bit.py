@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from qft.quant.hold.base import Scheme
+from qft.quant.hold.prequantized import skipped_layers
 from qft.quant.layer import LayerScheme
 from qft.recipe.schema import QuantSection
 
@@ -53,7 +54,8 @@ class Bnb4Bit(Scheme):
         return cls(
             name="4bit",
             dtype=dtype,
-            skipped=tuple(config.get("llm_int8_skip_modules") or ()),
+            skipped=skipped_layers(config),
+            checkpoint=config,
             quant_type=config.get("bnb_4bit_quant_type", "fp4"),
             double_quant=config.get("bnb_4bit_use_double_quant", False),
             compute_dtype=config.get("bnb_4bit_compute_dtype", "float32"),

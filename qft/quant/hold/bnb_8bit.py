@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qft.quant.hold.base import Scheme
+from qft.quant.hold.prequantized import skipped_layers
 from qft.quant.layer import LayerScheme
 from qft.recipe.schema import QuantSection
 
@@ -27,8 +28,8 @@ class Bnb8Bit(Scheme):
     @classmethod
     def of_checkpoint(cls, config: Mapping[str, Any], dtype: str) -> Bnb8Bit:
         """As a checkpoint's own quantization config has it."""
-        skipped = tuple(config.get("llm_int8_skip_modules") or ())
-        return cls("8bit", dtype, skipped, threshold=config.get("llm_int8_threshold", 6.0))
+        threshold = config.get("llm_int8_threshold", 6.0)
+        return cls("8bit", dtype, skipped_layers(config), checkpoint=config, threshold=threshold)
 
     @property
     def layer(self) -> LayerScheme:

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from qft.quant.hold.base import Problem, Scheme
-from qft.quant.hold.plugin import Plugin, load_plugin
+from qft.quant.hold.base import Scheme
+from qft.quant.hold.plugin import load_plugin
+from qft.quant.hold.prequantized import Problem
 from qft.recipe import Recipe
 from qft.recipe.schema import QuantSection
 
@@ -20,21 +21,12 @@ class Custom(Scheme):
     @classmethod
     def of(cls, quant: QuantSection, dtype: str, heads: Sequence[str]) -> Custom:
         """Runs the file. Raises MissingError, or ModelError for what it lacks."""
-        assert quant.plugin is not None
-        plugin = load_plugin(Path(quant.plugin))
+        plugin = load_plugin(Path(str(quant.plugin)))
         return cls(plugin.method, dtype, (*heads, *quant.named_skips), plugin)
 
-    @property
-    def code(self) -> Plugin:
-        assert self.plugin is not None
-        return self.plugin
-
     def config(self) -> dict[str, Any]:
-        return self.code.config(list(self.skipped))
+        return self.plugin.config(list(self.skipped)) if self.plugin else {}
 
     def problems(self, recipe: Recipe) -> Iterator[Problem]:
-        if reason := self.code.untrainable(self.config()):
+        if self.plugin and (reason := self.plugin.untrainable(self.config())):
             yield "quant.plugin", reason
-
-    def weight_bytes(self, rows: int, columns: int) -> None:
-        return None

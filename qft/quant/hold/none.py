@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from qft.quant.hold.base import Scheme
 from qft.recipe.schema import QuantSection
 
@@ -23,6 +25,9 @@ class Unquantized(Scheme):
 
     def quantizes(self, layer: str) -> bool:
         return False
+
+    def weight_bytes(self, rows: int, columns: int) -> int:
+        return rows * columns * int(getattr(torch, self.dtype).itemsize)
 
     def short_words(self) -> str:
         return self.dtype

@@ -48,7 +48,7 @@ class Plugin:
         try:
             trainable = self._quantizer(quantization).is_trainable
         except Exception as error:
-            return f"its quantizer cannot be used here: {_told(error)}"
+            return f"its quantizer cannot be used here: {_in_a_line(error)}"
         return None if trainable else f"its quantizer says that adapters cannot be trained on {self.method}"
 
     def unserializable(self, quantization: dict[str, Any]) -> str | None:
@@ -56,7 +56,7 @@ class Plugin:
         try:
             serializable = self._quantizer(quantization).is_serializable()
         except Exception as error:
-            return f"its quantizer cannot be used here: {_told(error)}"
+            return f"its quantizer cannot be used here: {_in_a_line(error)}"
         return None if serializable else f"its quantizer says (is_serializable) that {self.method} cannot be saved"
 
     def _quantizer(self, quantization: dict[str, Any]) -> Any:
@@ -99,15 +99,17 @@ def _register(path: Path, source: bytes, module: str) -> tuple[str, type[Any], t
     for name, _, _ in REGISTERED.values():  # else another version of a quantizer could not take its name
         for registry in registries:
             registry.pop(name, None)
-    own = [dict(registry) for registry in registries]
+    without_plugins = [dict(registry) for registry in registries]
     try:
         _run(path, source, module)
-        found = [{k: v for k, v in now.items() if k not in old} for now, old in zip(registries, own, strict=True)]
+        added = [
+            {k: v for k, v in now.items() if k not in old} for now, old in zip(registries, without_plugins, strict=True)
+        ]
     finally:
         for registry, old in zip(registries, before, strict=True):
             registry.clear()
             registry.update(old)
-    return _one_of_each(path, *found)
+    return _one_of_each(path, *added)
 
 
 def _run(path: Path, source: bytes, name: str) -> None:
@@ -119,7 +121,9 @@ def _run(path: Path, source: bytes, name: str) -> None:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
-        raise ModelError(f"quant.plugin: {path}{_line(error, path)}: cannot be imported: {_told(error)}") from error
+        raise ModelError(
+            f"quant.plugin: {path}{_line(error, path)}: cannot be imported: {_in_a_line(error)}"
+        ) from error
 
 
 class _Source(importlib.abc.ExecutionLoader):
@@ -150,12 +154,12 @@ def _one_of_each(path: Path, configs: dict[str, Any], quantizers: dict[str, Any]
         quantizer_class(config_class.from_dict(saved), pre_quantized=True)
     except Exception as error:
         raise ModelError(
-            f"quant.plugin: {path}{_line(error, path)}: its config or quantizer cannot be made: {_told(error)}"
+            f"quant.plugin: {path}{_line(error, path)}: its config or quantizer cannot be made: {_in_a_line(error)}"
         ) from error
     for key, value in wanted.items():
         if saved.get(key) != value:
-            found = f"{config_class.__name__}.{key} is {saved.get(key)!r}, and should be {value!r}"
-            raise ModelError(f"quant.plugin: {path}: {found}")
+            difference = f"{config_class.__name__}.{key} is {saved.get(key)!r}, and should be {value!r}"
+            raise ModelError(f"quant.plugin: {path}: {difference}")
     return name, config_class, quantizer_class
 
 
@@ -167,5 +171,5 @@ def _line(error: BaseException, path: Path) -> str:
     return f":{lines[-1]}" if lines else ""
 
 
-def _told(error: BaseException) -> str:
+def _in_a_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -6,15 +6,11 @@ from typing import Annotated
 
 import typer
 
-from qft.cli.calibrate import calibrate
-from qft.cli.chat import chat
-from qft.cli.check import check
-from qft.cli.evaluate import evaluate
 from qft.cli.export import export
 from qft.cli.models import models
-from qft.cli.recipes import init, schema
+from qft.cli.recipes import calibrate, check, init, schema, train
 from qft.cli.report import report
-from qft.cli.train import train
+from qft.cli.targets import chat, evaluate
 
 __all__ = ["app", "main"]
 

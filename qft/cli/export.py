@@ -67,10 +67,10 @@ def export(
             gate,
             overwrite,
             tuple(overrides or ()),
-            register=register,
-            registry=registry,
-            push_to_hub=push_to_hub,
-            private=private,
+            register,
+            registry,
+            push_to_hub,
+            private,
         )
         view = choose_lines(as_json, quiet)
         if environment is not None:

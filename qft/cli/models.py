@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qft.cli.shell import AsJson, Debug, messages, tell
-from qft.errors import GateError
+from qft.errors import GateError, MissingError
 
 if TYPE_CHECKING:
-    from qft.documents.registry import ModelVersions
     from qft.registry import Which
 
 __all__ = ["models"]
@@ -52,10 +51,14 @@ def list_models(
     """Show every version, its gate, and which one is current."""
     with messages(debug):
         from qft import registry as versions
-        from qft.documents.registry import RegistryListing
+        from qft.documents.registry import ModelVersions, RegistryListing
         from qft.views.terminal.models import render_list
 
-        models = {each: _listed(registry, each) for each in ([name] if name else versions.names(registry))}
+        models = {}
+        for each in [name] if name else versions.names(registry):
+            shelf = versions.find_shelf(registry, each)
+            manifests = {f"v{number}": shelf.manifest(f"v{number}") for number in shelf.numbers()}
+            models[each] = ModelVersions(current=shelf.current(), versions=manifests)
         tell(RegistryListing(registry=str(registry), models=models), render_list, as_json=as_json)
 
 
@@ -173,15 +176,6 @@ def verify(
             raise GateError("\n".join(f"{name}: {text}" for text in wrong))
 
 
-def _listed(registry: Path, name: str) -> ModelVersions:
-    from qft.documents.registry import ModelVersions
-    from qft.registry import find_shelf
-
-    shelf = find_shelf(registry, name)
-    manifests = {entry: shelf.manifest(entry) for entry in (f"v{number}" for number in shelf.numbers())}
-    return ModelVersions(current=shelf.current(), versions=manifests)
-
-
 def _number(text: str) -> int:
     digits = text.removeprefix("v")
     if not (digits.isascii() and digits.isdigit() and int(digits)):
@@ -191,7 +185,6 @@ def _number(text: str) -> int:
 
 def _entry(registry: Path, name: str, text: str) -> str:
     """vN, or what is current. Raises MissingError before the first promote."""
-    from qft.errors import MissingError
     from qft.registry import find_shelf
 
     if text != "current":

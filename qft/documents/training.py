@@ -68,7 +68,6 @@ class Memory(Part):
     """What the allocator held at its peak."""
     peak_host_bytes: Bytes
     device_bytes: Bytes
-    """Memory that the device has."""
     after_load_bytes: Bytes
     """On the device that trains, as are the two below."""
     after_first_step_bytes: Bytes
@@ -103,8 +102,6 @@ class Loss(Part):
 
 
 class Evaluation(Part):
-    """Held-out rows."""
-
     step: int
     loss: Nats
     """Mean over the supervised tokens."""

@@ -130,7 +130,7 @@ def _document(
         passed=gate.passed,
         bytes=sum(path.stat().st_size for path in files),
         sha256={str(path.relative_to(folder)): sha256(path) for path in files},
-        base=base.model_dump(),
+        base=base,
         merge_into=job.merge_into if EXPORTERS[name].merges else None,
         dtype=job.dtype,
         quantization=quantization,

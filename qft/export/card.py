@@ -62,7 +62,7 @@ def _license(job: Job) -> str | None:
 
 
 def _origin(job: Job, document: ExportDocument) -> str:
-    commit = document.base.get("commit")
+    commit = document.base.commit
     lines = [f"Finetuned with qft from `{_base(job)}`{f' at commit `{commit}`' if commit else ''}."]
     if job.adapter:
         lines.append(f"The adapter was trained on a base held in {_scheme(job)}.")

@@ -59,7 +59,8 @@ def _inspect_version(shelf: Shelf, entry: str, manifest: VersionManifest) -> Fin
     expected = digests | {MANIFEST: _recorded(shelf, entry)}
     there = files_of(shelf.folder / entry)
     changed = [name for name, digest in expected.items() if name in there and digest and _differs(there[name], digest)]
-    return Finding.of(entry, sorted(expected.keys() - there.keys()), changed, sorted(there.keys() - expected.keys()))
+    missing, extra = sorted(expected.keys() - there.keys()), sorted(there.keys() - expected.keys())
+    return Finding.of(entry, missing=missing, changed=changed, extra=extra)
 
 
 def _recorded(shelf: Shelf, entry: str) -> str | None:
@@ -78,7 +79,7 @@ def _inspect_original(entry: str, manifest: VersionManifest) -> Finding:
     files = {name: base_file(base, name) for name in base.sha256}
     missing = [f"{base.path}: {name}" for name, path in files.items() if path is None]
     changed = [str(path) for name, path in files.items() if path and _differs(path, base.sha256[name])]
-    return Finding.of(entry, missing, changed)
+    return Finding.of(entry, missing=missing, changed=changed)
 
 
 def _differs(path: Path, digest: str) -> bool:

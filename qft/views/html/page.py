@@ -62,8 +62,7 @@ def side_by_side(answers: Mapping[str, Sequence[Answer]], place: Callable[[int, 
 
 def training_page(report: Report, answers: Sequence[Asked] = ()) -> str:
     """The report of a training. The same report and answers give the same bytes."""
-    return _page(
-        "training",
+    return ENVIRONMENT.get_template("training.html.jinja").render(
         report=report,
         name=PurePath(report.run).name or report.run,
         headline=_training_headline(report),
@@ -83,8 +82,7 @@ def evaluation_page(document: EvalDocument, answers: Sequence[Asked] = ()) -> st
     metrics = list(dict.fromkeys(metric for t in targets for metric in t.scores))
     edges = evaluation_pictures.levels(targets)
     with_layers = {f"layers{i}": t for i, t in enumerate(t for t in targets if t.layers)}
-    return _page(
-        "evaluation",
+    return ENVIRONMENT.get_template("evaluation.html.jinja").render(
         document=document,
         headline=_evaluation_headline(targets, reference),
         quality=_quality(document, metrics),
@@ -115,10 +113,6 @@ ENVIRONMENT = Environment(
 )
 ENVIRONMENT.filters |= {name: getattr(words, name) for name in words.__all__} | {"middle_out": _middle_out}
 ENVIRONMENT.globals |= {"LONGEST": LONGEST, "SAMPLES": SAMPLES, "WIDTH": WIDTH}
-
-
-def _page(template: str, **content: Any) -> str:
-    return ENVIRONMENT.get_template(f"{template}.html.jinja").render(content)
 
 
 def _above(figure: str, more: str) -> Markup:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from qft.cli.shell import AsJson, Debug, Overrides, Quiet, choose_lines, consoles, messages, print_json, tell
+from qft.cli.shell import AsJson, Debug, Overrides, Quiet, choose_lines, messages, tell
 from qft.machine.quiet import quiet_libraries
 
 __all__ = ["export"]
@@ -77,12 +77,7 @@ def export(
             if register or push_to_hub:
                 raise typer.BadParameter("--check-target writes nothing: leave out --register and --push-to-hub")
             checks = check_target(run, options, environment, view)
-            document = [check.model_dump(mode="json") for check in checks] if as_json else checks
-            tell(document, render_loads, as_json=as_json, quiet=quiet)
+            tell(checks, render_loads, as_json=as_json, quiet=quiet)
             refuse_unloadable(checks)
             return
-        documents = run_export(run, options, view)
-        if as_json:
-            print_json([document.model_dump(mode="json") for document in documents])
-        elif not quiet:
-            consoles(False).print(render_exports(documents))
+        tell(run_export(run, options, view), render_exports, as_json=as_json, quiet=quiet)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Group, RenderableType
-from rich.text import Text
+from rich.console import Group
 
-from qft.views.terminal.table import table
+from qft.views.terminal.table import Facts, Rows, Whole, spaced
 from qft.views.words import size
 
 __all__ = ["render_diff", "render_findings", "render_list", "render_version"]
@@ -15,52 +14,55 @@ __all__ = ["render_diff", "render_findings", "render_list", "render_version"]
 Document = dict[str, Any]
 
 
-def render_list(document: Document) -> RenderableType:
+def render_list(document: Document) -> Group:
     """A table for each model."""
-    parts: list[RenderableType] = []
-    for name, model in document["models"].items():
-        rows = table(name, "version", "created", "target", "bytes", "gate", "scores")
-        if model["current"] and model["current"] not in model["versions"]:
-            rows.add_row(f"{model['current']} (current)", "", "the base", "", "", "")
-        for entry, manifest in model["versions"].items():
-            shown = f"{entry} (current)" if entry == model["current"] else entry
-            figures = ", ".join(f"{name} {_figure(value)}" for name, value in (manifest["scores"] or {}).items())
-            about = (_minute(manifest["created"]), manifest["target"] or "", size(manifest["bytes"]))
-            rows.add_row(shown, *about, _gate(manifest), figures)
-        parts += ["", rows]
-    return Group(*parts) if parts else Text(f"{document['registry']}: no models; add one with qft models add")
+    if not document["models"]:
+        return Group(Whole(f"{document['registry']}: no models; add one with qft models add"))
+    return spaced(*(_versions(name, model) for name, model in document["models"].items()))
 
 
-def render_version(document: Document) -> RenderableType:
+def _versions(name: str, model: Document) -> Rows:
+    rows = Rows(name, "version", "created", "target", "bytes", "gate", "scores")
+    if model["current"] and model["current"] not in model["versions"]:
+        rows.add(f"{model['current']} (current)", "", "the base", "", "", "")
+    for entry, manifest in model["versions"].items():
+        shown = f"{entry} (current)" if entry == model["current"] else entry
+        figures = ", ".join(f"{name} {_figure(value)}" for name, value in (manifest["scores"] or {}).items())
+        about = (_minute(manifest["created"]), manifest["target"] or "", size(manifest["bytes"]))
+        rows.add(shown, *about, _gate(manifest), figures)
+    return rows
+
+
+def render_version(document: Document) -> Group:
     """One version, or the record of a base, and what happened to the model."""
-    manifest = document["manifest"]
-    rows = table(f"{document['name']} {document['entry']}")
-    for name, value in _about(manifest).items():
-        rows.add_row(name, value)
-    past = table("History", "time", "action", "from", "to", "reason")
+    rows = Facts(f"{document['name']} {document['entry']}")
+    for name, value in _about(document["manifest"]).items():
+        rows.add(name, Whole(value))
+    past = Rows("History", "time", "action", "from", "to", "reason")
     for record in document["history"]:
         forced = " (forced)" if record.get("forced") else ""
-        past.add_row(_minute(record["time"]), record["action"] + forced, record["from"], record["to"], record["reason"])
-    return Group("", rows, "", past)
+        moved = (record["from"] or "", record["to"], record["reason"])
+        past.add(_minute(record["time"]), record["action"] + forced, *moved)
+    return spaced(rows, past)
 
 
-def render_diff(document: Document) -> RenderableType:
+def render_diff(document: Document) -> Group:
     """One line for each figure or field."""
-    rows = table(f"{document['name']}", "", document["a"], document["b"])
+    rows = Rows(document["name"], "", document["a"], document["b"], unbroken=True)
     for row in document["rows"]:
         name = f"{row['section']} {row['field']}".rstrip()
         shown = [size(row[side]) if name == "bytes" and row[side] else _figure(row[side]) for side in ("a", "b")]
-        rows.add_row(name, *shown, style="" if row["a"] == row["b"] else "bold")
-    return Group("", rows)
+        rows.add(name, *shown, style="" if row["a"] == row["b"] else "bold")
+    return spaced(rows)
 
 
-def render_findings(document: Document) -> RenderableType:
+def render_findings(document: Document) -> Group:
     """What was hashed; what is wrong is the error."""
-    rows = table(document["name"], "version", "missing", "changed", "extra", "")
+    rows = Rows(document["name"], "version", "missing", "changed", "extra", "")
     for entry in document["entries"]:
         counts = [str(len(entry[kind])) for kind in ("missing", "changed", "extra")]
-        rows.add_row(entry["entry"], *counts, "whole" if entry["whole"] else "broken")
-    return Group("", rows)
+        rows.add(entry["entry"], *counts, "whole" if entry["whole"] else "broken")
+    return spaced(rows)
 
 
 def _about(manifest: Document) -> dict[str, str]:

@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
 
-from qft.views.terminal.table import table
+from qft.views.terminal.table import Facts, Rows, Whole, bullets, spaced
 from qft.views.words import si
 
 __all__ = ["render_plan"]
@@ -20,68 +18,66 @@ def render_plan(facts: dict[str, Any]) -> Group:
     parts: list[RenderableType] = [_model(facts), _training(facts), _data(facts)] if "training" in facts else []
     if "calibration" in facts:
         parts.append(_calibration(facts["calibration"]))
-    return Group(*(line for part in parts for line in ("", part)))
+    return spaced(*parts)
 
 
 def _calibration(facts: dict[str, Any]) -> Group:
     """How a calibration holds the layers, and on what it looks."""
     model, schemes, audit = facts["model"], facts["schemes"], facts["data"]["audit"]
-    rows = table("Calibration")
-    rows.add_row("model", f"{model['path']}, {si(model['parameters'])} parameters, {model['layers']} blocks")
+    rows = Facts("Calibration")
+    rows.add("model", Whole(f"{model['path']}, {si(model['parameters'])} parameters, {model['layers']} blocks"))
     if held := [scheme for scheme in schemes.values() if scheme]:
         group = f", groups of {held[0]['group_size']}" if held[0]["group_size"] > 0 else ""
         kind = f"{held[0]['data_type']}, {held[0]['bits']} bits{group}; activations {held[0]['activations']}"
         maker = f"{facts['algorithm']} of {facts['engine']}" if facts["algorithm"] else facts["engine"]
-        rows.add_row("weights", f"{kind}, by {maker}")
-        rows.add_row("layers", f"{len(held)} quantized, {len(schemes) - len(held)} left in {model['dtype']}")
+        rows.add("weights", f"{kind}, by {maker}")
+        rows.add("layers", f"{len(held)} quantized, {len(schemes) - len(held)} left in {model['dtype']}")
     else:
-        rows.add_row("weights", "as quant.plugin holds them")
+        rows.add("weights", "as quant.plugin holds them")
     windows = f"{audit['windows']} windows of {audit['window_tokens']} tokens" if audit else "none needed"
-    rows.add_row("looks at", windows)
-    rows.add_row("judged by", f"{facts['data']['verify_rows']} held-out rows")
-    rows.add_row("on", facts["device"]["name"])
-    return Group(rows, *(Text(f"• {warning}", style="yellow") for warning in facts["data"]["warnings"]))
+    rows.add("looks at", windows)
+    rows.add("judged by", f"{facts['data']['verify_rows']} held-out rows")
+    rows.add("on", facts["device"]["name"])
+    return Group(rows, *bullets(facts["data"]["warnings"], "yellow"))
 
 
-def _model(facts: dict[str, Any]) -> Table:
+def _model(facts: dict[str, Any]) -> Facts:
     model, quantization, adapter = facts["model"], facts["quantization"], facts["adapter"]
-    rows = table("Model")
+    rows = Facts("Model")
     commit = f" at {model['commit']}" if model["commit"] else ""
-    rows.add_row("path", f"{model['path']}{commit}")
-    rows.add_row("base", f"{model['architecture']}, {si(model['parameters'])} parameters, {model['layers']} blocks")
-    rows.add_row("held as", f"{_held(quantization)}; the rest in {model['dtype']}")
+    rows.add("path", Whole(f"{model['path']}{commit}"))
+    rows.add("base", f"{model['architecture']}, {si(model['parameters'])} parameters, {model['layers']} blocks")
+    rows.add("held as", f"{_held(quantization)}; the rest in {model['dtype']}")
     if facts["skip_modules"] == "auto":
-        rows.add_row("", "layers to leave in 16 bits are measured and chosen by `qft train`")
+        rows.add("", "layers to leave in 16 bits are measured and chosen by `qft train`")
     if plugin := quantization["plugin"]:
-        rows.add_row("quantizer", f"{plugin['path']}, SHA-256 {plugin['sha256'][:12]}…")
+        rows.add("quantizer", Whole(f"{plugin['path']}, SHA-256 {plugin['sha256'][:12]}…"))
     share = model["trainable_parameters"] / model["parameters"]
     kind = f"LoRA r={adapter['r']} on {_names(adapter['target_modules'])}" if adapter else "all weights"
-    rows.add_row("trained", f"{kind}: {si(model['trainable_parameters'])} parameters ({share:.2%})")
-    rows.add_row("on", facts["device"]["name"])
+    rows.add("trained", f"{kind}: {si(model['trainable_parameters'])} parameters ({share:.2%})")
+    rows.add("on", facts["device"]["name"])
     return rows
 
 
-def _training(facts: dict[str, Any]) -> Table:
+def _training(facts: dict[str, Any]) -> Facts:
     training, data = facts["training"], facts["data"]
     batch = training["per_device_train_batch_size"] * training["gradient_accumulation_steps"]
     precision = "bf16" if training["bf16"] else "fp16" if training["fp16"] else "off"
     checkpointing = training.get("activation_checkpointing", training.get("gradient_checkpointing"))
-    rows = table("Training")
-    rows.add_row("steps", f"{facts['steps']} of {batch} rows ({training['gradient_accumulation_steps']} accumulated)")
-    rows.add_row("rows", f"{data['train_rows']:,} to train on, {data['eval_rows']:,} held out")
-    rows.add_row(
-        "optimizer", f"{training['optim']}, {training['lr_scheduler_type']} from {training['learning_rate']:g}"
-    )
-    rows.add_row("mixed precision", f"{precision}; gradient checkpointing {'on' if checkpointing else 'off'}")
+    rows = Facts("Training")
+    rows.add("steps", f"{facts['steps']} of {batch} rows ({training['gradient_accumulation_steps']} accumulated)")
+    rows.add("rows", f"{data['train_rows']:,} to train on, {data['eval_rows']:,} held out")
+    rows.add("optimizer", f"{training['optim']}, {training['lr_scheduler_type']} from {training['learning_rate']:g}")
+    rows.add("mixed precision", f"{precision}; gradient checkpointing {'on' if checkpointing else 'off'}")
     return rows
 
 
-def _data(facts: dict[str, Any]) -> Table:
-    rows = table("Data", "source", "format", "rows", "tokens", "learnt", "longest", "skipped", "cut")
+def _data(facts: dict[str, Any]) -> Rows:
+    rows = Rows("Data", "source", "format", "rows", "tokens", "learnt", "longest", "skipped", "cut")
     for source in facts["data"]["sources"]:
         counts = (source[name] for name in ("rows", "tokens", "supervised_tokens", "longest", "skipped", "truncated"))
         name = f"{source['part']}: {Path(source['path']).name}"
-        rows.add_row(name, source["format"], *(f"{count:,}" for count in counts))
+        rows.add(name, source["format"], *(f"{count:,}" for count in counts))
     return rows
 
 

@@ -10,6 +10,7 @@ from qft.cli.export import export
 from qft.cli.models import models
 from qft.cli.recipes import calibrate, check, init, schema, train
 from qft.cli.report import report
+from qft.cli.shell import register
 from qft.cli.targets import chat, evaluate
 
 __all__ = ["app", "main"]
@@ -17,6 +18,7 @@ __all__ = ["app", "main"]
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # its boxes cut the names of options, and wrap what an error says to run
     help="Finetune language models whose weights are held in few bits.",
 )
 
@@ -47,13 +49,18 @@ def options(
     pass
 
 
-app.command()(check)
-app.command()(train)
-app.command()(calibrate)
-app.command("eval")(evaluate)
-app.command()(export)
-app.command()(chat)
-app.command()(report)
-app.command()(init)
-app.command()(schema)
-app.add_typer(models, name="models")
+register(
+    app,
+    {
+        "check": check,
+        "train": train,
+        "calibrate": calibrate,
+        "eval": evaluate,
+        "export": export,
+        "chat": chat,
+        "report": report,
+        "init": init,
+        "schema": schema,
+    },
+)
+app.add_typer(models, name="models", short_help=models.info.help)

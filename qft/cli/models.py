@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qft.cli.shell import AsJson, Debug, messages, tell
+from qft.cli.shell import AsJson, Debug, messages, register, tell
 from qft.errors import GateError, MissingError
 
 if TYPE_CHECKING:
@@ -15,7 +16,11 @@ if TYPE_CHECKING:
 
 __all__ = ["models"]
 
-models = typer.Typer(no_args_is_help=True, help="Keep versions of exported models: promote one, go back to another.")
+models = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Keep versions of exported models: promote one, go back to another.",
+)
 
 Registry = Annotated[Path, typer.Option(metavar="FOLDER", help="Folder of the registry.")]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A model of the registry.", show_default=False)]
@@ -24,7 +29,6 @@ Reason = Annotated[str, typer.Option(help="Why, for the history.", show_default=
 MODELS = Path("models")
 
 
-@models.command()
 def add(
     name: Name,
     artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder of an export.", show_default=False)],
@@ -41,7 +45,6 @@ def add(
         typer.echo(f"{name} v{number} added; next: qft models promote {name} {number}{_elsewhere(registry)}")
 
 
-@models.command("list")
 def list_models(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Only this model.", show_default=False)] = None,
     registry: Registry = MODELS,
@@ -62,7 +65,6 @@ def list_models(
         tell(RegistryListing(registry=str(registry), models=models), render_list, as_json=as_json)
 
 
-@models.command()
 def show(
     name: Name,
     version: VersionText = "current",
@@ -89,7 +91,6 @@ def show(
         tell(document, render_version, as_json=as_json)
 
 
-@models.command()
 def diff(
     name: Name,
     a: VersionText,
@@ -109,7 +110,6 @@ def diff(
         tell(VersionComparison(name=name, a=entries[0], b=entries[1], rows=rows), render_diff, as_json=as_json)
 
 
-@models.command()
 def promote(
     name: Name,
     version: Annotated[str, typer.Argument(metavar="VERSION", help="A number.", show_default=False)],
@@ -127,7 +127,6 @@ def promote(
         typer.echo(f"{name}: v{number} is current: {registry / name / 'current' / 'artifact'}")
 
 
-@models.command()
 def rollback(
     name: Name,
     to: Annotated[
@@ -149,7 +148,6 @@ def rollback(
         typer.echo(f"{name}: {entry} is current: {path}")
 
 
-@models.command()
 def verify(
     name: Name,
     version: Annotated[
@@ -205,4 +203,18 @@ def _which(registry: Path, name: str, text: str | None) -> Which:
 
 
 def _elsewhere(registry: Path) -> str:
-    return "" if registry == MODELS else f" --registry {registry}"
+    return "" if registry == MODELS else f" --registry {quote(str(registry))}"
+
+
+register(
+    models,
+    {
+        "add": add,
+        "list": list_models,
+        "show": show,
+        "diff": diff,
+        "promote": promote,
+        "rollback": rollback,
+        "verify": verify,
+    },
+)

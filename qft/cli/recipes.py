@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -38,7 +39,7 @@ def init(
         from qft.recipe.starter import write_starter
 
         write_starter(path, model, data)
-        typer.echo(f"{path} written; next: qft check {path}")
+        typer.echo(f"{path} written; next: qft check {quote(str(path))}")
 
 
 def check(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False, debug: Debug = False) -> None:

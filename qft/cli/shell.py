@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from qft.progress import View
 
-__all__ = ["AsJson", "Debug", "Quiet", "consoles", "messages", "print_json", "tell"]
+__all__ = ["AsJson", "Debug", "Quiet", "consoles", "messages", "print_json", "register", "tell"]
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
@@ -52,6 +52,12 @@ def messages(
         raise typer.Exit(130) from None
 
 
+def register(app: typer.Typer, commands: Mapping[str, Callable[..., None]]) -> None:
+    """Add commands by their names, each with all of its docstring in the list of them."""
+    for name, command in commands.items():
+        app.command(name, short_help=command.__doc__)(command)
+
+
 def consoles(as_json: bool) -> Console:
     """Where people read: standard output, or standard error when that carries JSON."""
     from rich.console import Console
@@ -60,17 +66,23 @@ def consoles(as_json: bool) -> Console:
 
 
 def tell(document: Any, render: Callable[[Any], RenderableType], *, as_json: bool, quiet: bool = False) -> None:
-    """Print a document: as JSON, as `render` draws it, or with `quiet` not at all."""
+    """Print a document, or several: as JSON, as `render` draws them, or with `quiet` not at all."""
     if as_json:
-        print_json(document.model_dump(mode="json") if hasattr(document, "model_dump") else document)
+        print_json(document)
     elif not quiet:
-        consoles(False).print(render(document))
+        from rich.console import Group
+
+        consoles(False).print(Group(render(document)), crop=False)  # lines that people copy may be longer
 
 
 def print_json(document: object) -> None:
     import json
 
-    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False, default=str) + "\n")
+    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False, default=_plain) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump(mode="json") if hasattr(value, "model_dump") else str(value)
 
 
 def require_one_of(*, resume: bool, overwrite: bool) -> None:

@@ -80,4 +80,4 @@ def report(**changes: object) -> Report:
 def replaced(document: Any, parents: list[str], name: str, value: object) -> Any:
     if parents:
         value, name = replaced(getattr(document, parents[0]), parents[1:], name, value), parents[0]
-    return document.model_copy(update={name: value})  # type: ignore[attr-defined]
+    return document.model_copy(update={name: value})

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from qft.calibration.layer_errors import layer_errors
 from qft.calibration.quantizer import EngineProcess, Trial
 from qft.calibration.source import Source
-from qft.calibration.whole_engines import WHOLE_ENGINES, WholeJob
+from qft.calibration.whole_engines import WHOLE_ENGINES
 from qft.documents.evaluation import LayerError
 from qft.errors import ModelError
 from qft.files import atomic_folder
@@ -31,18 +31,17 @@ from qft.measure.likelihood import Verification, compare
 from qft.model.load import load_base
 from qft.plan import CalibrationPlan, plan_folder
 from qft.progress import View
-from qft.recipe.schema import QuantSection
+from qft.recipe.training import QuantSection
 
 __all__ = ["WholeQuantizer", "load_result"]
 
 
 @dataclass
 class WholeQuantizer:
-    """One calibration of the whole model, in the folder `work`."""
+    """One calibration of the whole model, in the folder source.work."""
 
     plan: CalibrationPlan
     source: Source
-    work: Path
     view: View
     quantized_layers: list[str] = field(default_factory=list)
     """Names of the linear layers that the result holds quantized; known once quantize() is done."""
@@ -68,8 +67,7 @@ class WholeQuantizer:
 
         Raises ModelError if the engine fails, or if what it wrote does not load."""
         with atomic_folder(self._result) as folder:
-            job = WholeJob(self.plan, self.source, self.work, self.view)
-            self.process = WHOLE_ENGINES[self.plan.calibrate.engine](job, folder)
+            self.process = WHOLE_ENGINES[self.plan.calibrate.engine](self.plan, self.source, self.view, folder)
             self.plan.model.tokenizer.save_pretrained(folder)
         gc.collect()  # models refer to themselves
         self.view.note(f"Comparing the result with the unquantized model on {len(self.rows)} rows")
@@ -88,18 +86,20 @@ class WholeQuantizer:
         # copyfile: some libraries write files that their owner alone may read.
         shutil.copytree(self._result, folder, dirs_exist_ok=True, copy_function=shutil.copyfile)
 
-    def tokens_per_second(self) -> float:
-        """0: how long the engine was busy with tokens is not told apart from the rest."""
-        return 0.0
-
     @cached_property
     def _stored(self) -> dict[str, int]:
         """Bytes of each tensor of the result, by its name."""
-        return _stored_bytes(self._result)
+        found: dict[str, int] = {}
+        for path in self._result.glob("*.safetensors"):
+            with path.open("rb") as stream:
+                header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+            header.pop("__metadata__", None)
+            found |= {name: tensor["data_offsets"][1] - tensor["data_offsets"][0] for name, tensor in header.items()}
+        return found
 
     @property
     def _result(self) -> Path:
-        return self.work / "quantized"
+        return self.source.work / "quantized"
 
     def _note_layers(self, before: nn.Module, after: nn.Module) -> None:
         held = dict(after.named_modules())
@@ -119,12 +119,9 @@ class WholeQuantizer:
             return []  # they scale a layer's inputs and weights against each other
         ids = [_ids(row, before) for row in self.rows]
         errors = layer_errors(before, after, [{"input_ids": i, "attention_mask": torch.ones_like(i)} for i in ids])
-        sizes = self._stored
-        return [
-            error.model_copy(update={"bytes": sum(n for name, n in sizes.items() if name.startswith(f"{error.name}."))})
-            for error in errors
-            if error.name in self.quantized_layers
-        ]
+        held, sizes = (error for error in errors if error.name in self.quantized_layers), self._stored.items()
+        own = ((error, sum(size for name, size in sizes if name.startswith(f"{error.name}."))) for error in held)
+        return [error.model_copy(update={"bytes": size}) for error, size in own]
 
 
 def load_result(plan: CalibrationPlan, folder: Path) -> PreTrainedModel:
@@ -139,14 +136,3 @@ def load_result(plan: CalibrationPlan, folder: Path) -> PreTrainedModel:
 
 def _ids(row: dict[str, Sequence[int]], model: Any) -> torch.Tensor:
     return torch.tensor([list(row["input_ids"])], device=model.device)
-
-
-def _stored_bytes(folder: Path) -> dict[str, int]:
-    """Bytes of each tensor in the safetensors files, by its name."""
-    found: dict[str, int] = {}
-    for path in folder.glob("*.safetensors"):
-        with path.open("rb") as stream:
-            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        header.pop("__metadata__", None)
-        found |= {name: tensor["data_offsets"][1] - tensor["data_offsets"][0] for name, tensor in header.items()}
-    return found

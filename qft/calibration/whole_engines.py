@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from qft.calibration.quantizer import EngineProcess
@@ -17,27 +16,17 @@ from qft.plan import CalibrationPlan, ModelPlan
 from qft.progress import View
 from qft.quant.engines.llmcompressor import run_job
 
-__all__ = ["WHOLE_ENGINES", "WholeJob"]
+__all__ = ["WHOLE_ENGINES"]
 
 
-@dataclass(frozen=True)
-class WholeJob:
-    """One model to quantize."""
-
-    plan: CalibrationPlan
-    source: Source
-    work: Path
-    """A folder for what is made on the way."""
-    view: View
-
-
-def write_by_plugin(job: WholeJob, folder: Path) -> EngineProcess:
+def write_by_plugin(plan: CalibrationPlan, source: Source, view: View, folder: Path) -> EngineProcess:
     """By the code of quant.plugin, as transformers loads and saves. Raises ModelError if that fails."""
-    plan = _plugin_plan(job)
-    plugin = plan.scheme.plugin
+    assert plan.quantized is not None
+    quantized = _on_merged(plan.quantized, source) if source.run else plan.quantized
+    plugin = quantized.scheme.plugin
     assert plugin is not None
-    job.view.note(f"Quantizing the whole model by {plugin.path}")
-    model = load_base(plan)
+    view.note(f"Quantizing the whole model by {plugin.path}")
+    model = load_base(quantized)
     try:
         model.save_pretrained(folder)
     except Exception as error:  # code of the user's fails in any way
@@ -47,23 +36,18 @@ def write_by_plugin(job: WholeJob, folder: Path) -> EngineProcess:
     return EngineProcess()
 
 
-def _plugin_plan(job: WholeJob) -> ModelPlan:
-    """How the plugin loads the model, from the merged weights if there are any."""
-    assert job.plan.quantized is not None
-    if not job.source.run:
-        return job.plan.quantized
-    folder = job.source.folder()
-    checkpoint = dataclasses.replace(job.plan.model.checkpoint, folder=folder, gguf_file=None, hub_id=None)
-    return dataclasses.replace(job.plan.quantized, checkpoint=checkpoint)
+def _on_merged(plan: ModelPlan, source: Source) -> ModelPlan:
+    """The plan of a model that is loaded from the merged weights."""
+    checkpoint = dataclasses.replace(source.plan.checkpoint, folder=source.folder(), gguf_file=None, hub_id=None)
+    return dataclasses.replace(plan, checkpoint=checkpoint)
 
 
-def write_by_llmcompressor(job: WholeJob, folder: Path) -> EngineProcess:
+def write_by_llmcompressor(plan: CalibrationPlan, source: Source, view: View, folder: Path) -> EngineProcess:
     """By an algorithm of llm-compressor, in a process of calibrate.engine_python. Raises ModelError if it fails."""
-    plan, calibrate = job.plan, job.plan.calibrate
-    source, windows = job.source.folder(), job.work / "windows.jsonl"
+    calibrate, windows = plan.calibrate, source.work / "windows.jsonl"
     write_text(windows, plan.data.as_jsonl())
     asked = {
-        "model": str(source),
+        "model": str(source.folder()),
         "dtype": plan.model.dtype,
         "trust_remote_code": plan.recipe.model.trust_remote_code,
         "windows": str(windows),
@@ -74,9 +58,9 @@ def write_by_llmcompressor(job: WholeJob, folder: Path) -> EngineProcess:
         "output": str(folder),
     }
     assert calibrate.engine_python is not None
-    job.view.note(f"Quantizing the whole model by {calibrate.algorithm} of {calibrate.engine_python}")
+    view.note(f"Quantizing the whole model by {calibrate.algorithm} of {calibrate.engine_python}")
     on_gpu = plan.model.device.kind == "cuda"
-    report = run_job(calibrate.engine_python, asked, job.work, job.view.note, on_gpu=on_gpu)
+    report = run_job(calibrate.engine_python, asked, source.work, view.note, on_gpu=on_gpu)
     if not calibrate.symmetric:
         _let_transformers_unpack(folder)
     versions = {
@@ -93,7 +77,7 @@ def _let_transformers_unpack(folder: Path) -> None:
     write_json(folder / "config.json", config)
 
 
-WHOLE_ENGINES: dict[str, Callable[[WholeJob, Path], EngineProcess]] = {
+WHOLE_ENGINES: dict[str, Callable[[CalibrationPlan, Source, View, Path], EngineProcess]] = {
     "custom": write_by_plugin,
     "llmcompressor": write_by_llmcompressor,
 }

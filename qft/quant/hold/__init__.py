@@ -11,7 +11,7 @@ from qft.quant.hold.bnb_8bit import Bnb8Bit
 from qft.quant.hold.custom import Custom
 from qft.quant.hold.none import Unquantized
 from qft.quant.hold.prequantized import Prequantized, contradictions
-from qft.recipe.schema import QuantSection
+from qft.recipe.training import QuantSection
 
 __all__ = ["SCHEMES", "Scheme", "contradictions", "find_scheme"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -13,15 +13,13 @@ from transformers.quantizers import AutoQuantizationConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qft.quant.dequantize import dequantized_weight
-from qft.quant.engines import Block, find_engine
+from qft.quant.engines import Block, find_engine, linear_of
 from qft.quant.hold.plugin import Plugin
 from qft.quant.layer import LayerScheme
 from qft.recipe import Recipe
+from qft.recipe.rules import Problem
 
-__all__ = ["Problem", "Scheme"]
-
-Problem = tuple[str, str]
-"""A field of the recipe, and what is wrong with it."""
+__all__ = ["Scheme"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class Scheme:
     plugin: Plugin | None = None
     """The code of quant.plugin that quantizes."""
 
-    engine: ClassVar[str | None] = None
+    engine: ClassVar[Literal["bitsandbytes"] | None] = None
     """Of `quant.engines`, the one that quantizes a single layer in this way."""
 
     @property
@@ -112,7 +110,5 @@ class Scheme:
         """A weight [rows, columns], quantized and dequantized again on its device. Only of schemes with an engine."""
         assert self.engine is not None
         assert self.layer is not None
-        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-        linear.weight = nn.Parameter(weight, requires_grad=False)
-        block = Block("", nn.ModuleDict({"layer": linear}), {"layer": self.layer})
+        block = Block("", nn.ModuleDict({"layer": linear_of(weight)}), {"layer": self.layer})
         return dequantized_weight(find_engine(self.engine).quantize(block)["layer"].module)

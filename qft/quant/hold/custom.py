@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from qft.quant.hold.base import Problem, Scheme
+from qft.quant.hold.base import Scheme
 from qft.quant.hold.plugin import Plugin, load_plugin
 from qft.recipe import Recipe
-from qft.recipe.schema import QuantSection
+from qft.recipe.rules import Problem
+from qft.recipe.training import QuantSection
 
 __all__ = ["Custom"]
 

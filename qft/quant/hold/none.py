@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qft.quant.hold.base import Scheme
-from qft.recipe.schema import QuantSection
+from qft.recipe.training import QuantSection
 
 __all__ = ["Unquantized"]
 

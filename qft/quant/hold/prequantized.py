@@ -10,13 +10,14 @@ from typing import Any
 from torch import nn
 from transformers.quantizers import AutoHfQuantizer
 
-from qft.quant.hold.base import Problem, Scheme
+from qft.quant.hold.base import Scheme
 from qft.quant.hold.bnb_4bit import Bnb4Bit
 from qft.quant.hold.bnb_8bit import Bnb8Bit
 from qft.quant.hold.plugin import Plugin, is_known, load_plugin
 from qft.quant.layer import LayerScheme
 from qft.recipe import LoadedRecipe, Recipe
-from qft.recipe.schema import QuantSection
+from qft.recipe.rules import Problem
+from qft.recipe.training import QuantSection
 
 __all__ = ["Prequantized", "contradictions"]
 
@@ -80,20 +81,15 @@ class Prequantized(Scheme):
 
     def problems(self, recipe: Recipe) -> Iterator[Problem]:
         if recipe.adapter.kind == "none":
-            yield (
-                "adapter.kind",
-                f"the checkpoint is quantized ({_method(self.quantization)}), and quantized weights cannot be trained "
-                "themselves: set it to lora",
-            )
+            held = f"the checkpoint is quantized ({_method(self.quantization)})"
+            yield "adapter.kind", f"{held}, and quantized weights cannot be trained themselves: set it to lora"
         if reason := _untrainable(self.quantization):
             yield "model.path", reason
         if recipe.train.torch_compile:
             yield "train.torch_compile", "a quantized base cannot be compiled for training; set it to false"
         if recipe.adapter.init_lora_weights not in ("default", "gaussian"):
-            yield (
-                "adapter.init_lora_weights",
-                f"{recipe.adapter.init_lora_weights} needs the unquantized weights, and this checkpoint has none",
-            )
+            text = f"{recipe.adapter.init_lora_weights} needs the unquantized weights, and this checkpoint has none"
+            yield "adapter.init_lora_weights", text
 
     def weight_bytes(self, rows: int, columns: int) -> int | None:
         return self.alike.weight_bytes(rows, columns) if self.alike else None
@@ -122,9 +118,8 @@ def _skipped(quantization: Mapping[str, Any]) -> tuple[str, ...]:
 
 def contradictions(quantization: Mapping[str, Any], loaded: LoadedRecipe) -> Iterator[Problem]:
     """Yield (field, text) for each field that the recipe sets and the checkpoint has otherwise."""
-    plugin = _plugin(loaded.recipe.quant)
-    own = _mode(quantization)
-    quant = loaded.recipe.quant
+    quant, own = loaded.recipe.quant, _mode(quantization)
+    plugin = _plugin(quant)
     asked = plugin.method if plugin else quant.mode
     if loaded.given("quant.mode") and asked != own:
         yield "quant.mode", f"the checkpoint is already quantized ({own}), not {asked}; {_remedy(own)}"

@@ -20,10 +20,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from qft.calibration.layer_errors import block_errors, inputs_seen
-from qft.calibration.quantizer import EngineProcess, Trial
+from qft.calibration.quantizer import EngineProcess, QuantizeTask, Schemes, Trial
 from qft.calibration.remedy import RAISED_BY, remedies
 from qft.calibration.streamed import StreamedModel
-from qft.calibration.task import QuantizeTask, Schemes
 from qft.checkpoint.weights import save_tensors, write_index
 from qft.documents.evaluation import LayerError
 from qft.files import write_json
@@ -70,7 +69,7 @@ class BlockQuantizer:
     process: EngineProcess = field(default_factory=EngineProcess)
 
     def __post_init__(self) -> None:
-        self.engine: Engine = find_engine(self.task.engine)
+        self.engine: Engine = find_engine(self.task.settings.engine)
         self.folder.mkdir(parents=True, exist_ok=True)
 
     @property
@@ -95,19 +94,14 @@ class BlockQuantizer:
 
     def trials(self) -> Iterator[Trial]:
         """The task's own schemes, then those of its remedy."""
-        first = self.quantize()
-        yield self._trial(0, self.task.schemes, first)
-        if not self.task.remedy:
+        schemes, limit = self.task.schemes, self.task.settings.max_bytes
+        yield Trial(0, schemes, self.quantize(), self.weight_bytes(0))
+        if self.task.settings.remedy == "none":
             return
         weights = {name: self.model.weights_of(name) for name in self.quantized_layers}
-        others = remedies(
-            self.task.schemes, self.errors(), weights, used=self.weight_bytes(0), limit=self.task.max_bytes
-        )
-        for number, schemes in enumerate(others, 1):
-            yield self._trial(number, schemes, self.again(schemes, number))
-
-    def _trial(self, number: int, schemes: Schemes, verification: Verification) -> Trial:
-        return Trial(number, schemes, verification, self.weight_bytes(number))
+        others = remedies(schemes, self.errors(), weights, used=self.weight_bytes(0), limit=limit)
+        for number, raised in enumerate(others, 1):
+            yield Trial(number, raised, self.again(raised, number), self.weight_bytes(number))
 
     def quantize(self) -> Verification:
         """All blocks, from the first that is not finished."""
@@ -143,7 +137,7 @@ class BlockQuantizer:
 
     def weight_bytes(self, attempt: int) -> int:
         """Of all weights as an attempt's result holds them, in files."""
-        around = sum(t.numel() * t.element_size() for t in self.model.around().values())
+        around = sum(tensor.nbytes for tensor in self.model.around().values())
         return around + sum(self.shard(number, attempt).stat().st_size for number in range(len(self.model)))
 
     def assemble(self, folder: Path, trial: Trial) -> None:
@@ -159,12 +153,6 @@ class BlockQuantizer:
         config = copy.deepcopy(self.model.model.config)
         config.quantization_config = self.engine.config(trial.schemes, self.model.dtype)
         config.save_pretrained(folder)
-
-    def tokens_per_second(self) -> float:
-        """Calibration and verification tokens times blocks, over the time of the blocks; 0 if all were finished."""
-        tokens = sum(map(len, self.task.windows)) + sum(len(row["input_ids"]) for row in self.task.rows)
-        seconds = self.block_seconds
-        return tokens * len(seconds) / (len(self.model) * sum(seconds)) if seconds else 0.0
 
     def _resume(self) -> tuple[int, _Streams]:
         """Blocks that are finished, and what stands behind them."""
@@ -192,8 +180,6 @@ class BlockQuantizer:
             after[:] = [model.run(block, number, h) for h in streams.verify]
 
         errors = block_errors(pairs, run)
-        if not errors:
-            run()
         streams.verify = after
         streams.windows = [model.run(block, number, h) for h in streams.windows]
         self._write(number, 0, block, layers)
@@ -221,7 +207,7 @@ class BlockQuantizer:
             calls=[self.model.call(number, hidden) for hidden in streams.windows],
             quantized_inputs=streams.quantized_windows,
             largest_inputs=largest,
-            iters=self.task.iters,
+            iters=self.task.settings.iters,
             seed=self.task.seed + number,
         )
 

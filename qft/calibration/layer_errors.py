@@ -27,11 +27,12 @@ from qft.errors import ModelError
 from qft.memory.meter import weight_bytes
 from qft.model.merge import add_delta
 from qft.quant.dequantize import dequantized_weight, is_quantized
-from qft.quant.skipping import skip_entry
+from qft.quant.layer import skip_entry
 
 __all__ = ["block_errors", "inputs_seen", "layer_errors", "suggest_skip_modules"]
 
 K = TypeVar("K")
+Visit = Callable[["_Pair", torch.Tensor], None]
 
 SNR_LIMIT = 200.0
 """Decibels that stand for an exact output, whose ratio is infinite and has no JSON."""
@@ -55,26 +56,20 @@ def layer_errors(
     count as `model` applies them. A layer that no token reaches (an expert without work) is left out. Raises
     ModelError where `model` lacks a layer, or has it in another shape.
     """
-    pairs, batches = _pairs(reference, model), list(batches)
+    pairs, names = _pairs(reference, model), ("input_ids", "attention_mask")
+    placed = [{name: batch[name].to(reference.device) for name in names} for batch in batches]
+    runs = [(partial(reference, **batch, use_cache=False), batch["attention_mask"].bool()) for batch in placed]
     with _evaluating(reference, model), torch.no_grad():
         # compressed-tensors unpacks a loaded model in its first pass, and the layers alone would never see one.
         model(torch.zeros(1, 1, dtype=torch.long, device=_device(model)), use_cache=False)
-        for visit in (_Pair.compare, _Pair.count_outliers):
-            for batch in batches:
-                _visit_inputs(reference, pairs, batch, visit)
-        return [pair.error() for pair in pairs if pair.values]
+        return _errors(pairs, runs)
 
 
 def block_errors(pairs: Mapping[str, tuple[nn.Linear, nn.Module]], run: Callable[[], object]) -> list[LayerError]:
     """Each pair (unquantized layer, the same as it is held) by its name, on the inputs that `run` sends through the
     unquantized ones. It is called twice, and no token of it may be padding."""
-    made = [_Pair(name, reference, layer) for name, (reference, layer) in pairs.items()]
     with torch.no_grad():
-        for visit in (_Pair.compare, _Pair.count_outliers):
-            seen = [(pair.reference, partial(visit, pair)) for pair in made]
-            with inputs_seen(seen, lambda look, inputs: look(inputs.flatten(0, -2))):
-                run()
-        return [pair.error() for pair in made if pair.values]
+        return _errors([_Pair(name, *layers) for name, layers in pairs.items()], [(run, None)])
 
 
 def suggest_skip_modules(
@@ -145,7 +140,8 @@ class _Pair:
             weight_error=_relative_error(held.to(original.device), original),
             output_snr_db=_decibels(self.signal, self.noise),
             outlier_share=self.outliers / self.values,
-            bytes=_bytes(self.layer),
+            # A code book that layers share counts in each.
+            bytes=sum(weight_bytes(self.layer).values()),
         )
 
 
@@ -159,7 +155,10 @@ def _pairs(reference: Any, model: Any) -> list[_Pair]:
             continue
         linear = _linear(held.get(name))
         if isinstance(linear, nn.Linear):
-            _same_shape(name, module, linear)
+            expected, found = (f"[{layer.out_features}, {layer.in_features}]" for layer in (module, linear))
+            if expected != found:
+                text = f"is {found} in the model and {expected} in the reference: not the same architecture"
+                raise ModelError(f"{name}: {text}")
             pairs.append(_Pair(name, module, held[name]))
         elif module is not head:
             found = f"has a {type(linear).__name__} there" if linear else "has none"
@@ -167,26 +166,20 @@ def _pairs(reference: Any, model: Any) -> list[_Pair]:
     return pairs
 
 
-def _same_shape(name: str, reference: nn.Linear, layer: nn.Linear) -> None:
-    expected, found = (f"[{linear.out_features}, {linear.in_features}]" for linear in (reference, layer))
-    if expected != found:
-        raise ModelError(f"{name}: is {found} in the model and {expected} in the reference: not the same architecture")
+def _errors(pairs: list[_Pair], runs: Sequence[tuple[Callable[[], object], torch.Tensor | None]]) -> list[LayerError]:
+    """Of what each of `runs` sends through the reference's layers, padding aside, which its mask tells."""
 
-
-def _visit_inputs(
-    reference: Any, pairs: list[_Pair], batch: Mapping[str, torch.Tensor], visit: Callable[[_Pair, torch.Tensor], None]
-) -> None:
-    """Run `reference` over one batch, and give `visit` each layer's input at the tokens that are no padding."""
-    batch = {name: batch[name].to(reference.device) for name in ("input_ids", "attention_mask")}
-    mask = batch["attention_mask"].bool()
-
-    def look(pair: _Pair, inputs: torch.Tensor) -> None:
-        rows = _rows(inputs, mask, pair.name)
+    def look(key: tuple[_Pair, Visit, torch.Tensor | None], inputs: torch.Tensor) -> None:
+        pair, visit, mask = key
+        rows = inputs.flatten(0, -2) if mask is None else _rows(inputs, mask, pair.name)
         if len(rows):
             visit(pair, rows)
 
-    with inputs_seen([(pair.reference, pair) for pair in pairs], look):
-        reference(**batch, use_cache=False)
+    for visit in (_Pair.compare, _Pair.count_outliers):
+        for run, mask in runs:
+            with inputs_seen([(pair.reference, (pair, visit, mask)) for pair in pairs], look):
+                run()
+    return [pair.error() for pair in pairs if pair.values]
 
 
 @contextmanager
@@ -270,11 +263,6 @@ def _with_adapter(layer: Any, adapter: str, weight: torch.Tensor, name: str) -> 
         raise ModelError(f"{name}: has an adapter of kind {kind}; only LoRA and DoRA are known here")
     magnitude = magnitudes[adapter].weight if adapter in magnitudes else None
     return add_delta(weight, layer.get_delta_weight(adapter), magnitude)
-
-
-def _bytes(layer: nn.Module) -> int:
-    """Weight, bias, scales and adapters of a layer that has run; a code book that layers share counts in each."""
-    return sum(weight_bytes(layer).values())
 
 
 def _sum_of_squares(values: torch.Tensor) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from qft.calibration.task import Schemes
+from qft.calibration.quantizer import Schemes
 from qft.documents.evaluation import LayerError
 from qft.quant.layer import LayerScheme
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qft.checkpoint.find import Checkpoint
 from qft.errors import ModelError
-from qft.recipe.schema import ModelSection
+from qft.recipe.training import ModelSection
 
 __all__ = ["find_blocks", "without_contents"]
 

@@ -78,7 +78,7 @@ def calibrate(loaded: LoadedRecipe, view: View, *, resume: bool = False, overwri
 
 
 def _begin(plan: CalibrationPlan, source: Source, run: Run, view: View) -> Acceptance:
-    quantizer = quantizer_for(plan, source, run.work, view)
+    quantizer = quantizer_for(plan, source, view)
     record_base(run, plan.model.checkpoint.base())
     write_text(run.folder / "calibration.jsonl", plan.data.as_jsonl())
     return Acceptance(plan, source, quantizer, view)
@@ -102,7 +102,7 @@ def _report(
     acceptance: Acceptance, result: Path | None, meter: Meter, before: Snapshot, started: float
 ) -> CalibrationReport:
     plan, quantizer, unquantized = acceptance.plan, acceptance.quantizer, acceptance.before
-    peak, process = meter.peak(), quantizer.process
+    peak, process, seconds = meter.peak(), quantizer.process, quantizer.block_seconds
     return CalibrationReport(
         model=plan.recipe.model.path,
         device=plan.model.device.name,
@@ -124,8 +124,9 @@ def _report(
         layers=quantizer.errors(),
         peak_bytes=max(peak.beyond(before), process.peak_bytes),
         peak_host_bytes=max(peak.host, process.peak_host_bytes),
-        block_seconds=quantizer.block_seconds,
-        tokens_per_second=quantizer.tokens_per_second(),
+        block_seconds=seconds,
+        # 0: a whole model does not tell it apart, and a resumed run may have quantized no block.
+        tokens_per_second=_tokens(plan) * len(seconds) / (plan.model.shape.layers * sum(seconds)) if seconds else 0.0,
         wall_seconds=time.perf_counter() - started,
         seed=plan.seed,
         versions={**versions(), **quantizer.process.versions},
@@ -142,7 +143,11 @@ def _needed_bytes(plan: CalibrationPlan, merged_run: Path | None) -> int:
     bits = quantized / max(sum(scheme is not None for scheme in plan.schemes.values()), 1)
     linears = plan.model.shape.linear_parameters
     weights = (plan.model.shape.parameters - linears) * 2 + linears * (bits + 1) / 8
-    tokens = sum(map(len, plan.data.windows)) + sum(len(row["input_ids"]) for row in plan.data.verify)
     if merged_run and plan.calibrate.accept.score_drop is not None:
         weights += plan.model.shape.parameters
-    return int(2 * weights + 2 * 2 * tokens * plan.model.shape.hidden_size * 4)
+    return int(2 * weights + 2 * 2 * _tokens(plan) * plan.model.shape.hidden_size * 4)
+
+
+def _tokens(plan: CalibrationPlan) -> int:
+    """Of calibration and verification."""
+    return sum(map(len, plan.data.windows)) + sum(len(row["input_ids"]) for row in plan.data.verify)

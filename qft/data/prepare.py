@@ -20,7 +20,7 @@ from qft.data.template import IGNORED, Encoded, Encoder, TooLong
 from qft.documents.plan import SourceFacts
 from qft.errors import DataError
 from qft.recipe import Source
-from qft.recipe.schema import DataSection
+from qft.recipe.training import DataSection
 
 __all__ = ["KEPT", "Prepared", "held_out", "prepare"]
 

@@ -175,16 +175,12 @@ class MergedWeights:
             raise ModelError(f"{self.plan.checkpoint.path}: {name} is {list(value.shape)}, not {list(meta.shape)}")
         if kind != "weight":
             return self._cast(value, meta)
-        if self._is_quantized(module):
-            value = self._dequantized(module, value)
+        if self.scheme and type(self.linears.get(module)) is nn.Linear and self.scheme.quantizes(module):
+            # As training held it: on the same kind of device.
+            value = self.scheme.round_trip(value.to(self.plan.device.kind)).cpu()
         if self.adapter and module in self.adapter.deltas:
             value = self.adapter.apply(module, value)
         return self._cast(value, meta)
-
-    def _is_quantized(self, module: str) -> bool:
-        """Whether training held this layer in few bits, and the result is to hold what it held."""
-        is_linear = type(self.linears.get(module)) is nn.Linear
-        return self.scheme is not None and is_linear and self.scheme.quantizes(module)
 
     def _source(self, base: Read, name: str) -> torch.Tensor:
         """The original weight in the dtype in which the base was loaded; of tied ones, whichever the files have."""
@@ -197,13 +193,8 @@ class MergedWeights:
             value = base(twins[0])
         return value.to(getattr(torch, self.plan.dtype)) if value.is_floating_point() else value
 
-    def _dequantized(self, module: str, weight: torch.Tensor) -> torch.Tensor:
-        """What the scheme makes of the weight, as training held it: on the same kind of device."""
-        assert self.scheme is not None
-        return self.scheme.round_trip(weight.to(self.plan.device.kind)).cpu()
-
     def _cast(self, value: torch.Tensor, meta: torch.Tensor) -> torch.Tensor:
-        return value.cpu().to(self.dtype).contiguous() if meta.is_floating_point() else value.cpu().contiguous()
+        return value.cpu().to(self.dtype if meta.is_floating_point() else value.dtype).contiguous()
 
     def _require_known_layers(self) -> None:
         if self.adapter is None:

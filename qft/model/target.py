@@ -18,7 +18,7 @@ from qft.model.load import load_base
 from qft.plan import ModelPlan, plan_model
 from qft.recipe import LoadedRecipe, load
 from qft.recipe.load import from_values
-from qft.recipe.schema import QuantSection
+from qft.recipe.training import QuantSection
 from qft.run.folder import Run
 
 __all__ = ["Target", "load_target", "parse_target", "require_same_base"]

@@ -15,9 +15,10 @@ from transformers import TrainingArguments
 from qft.data.prepare import Prepared, prepare
 from qft.documents.plan import AdapterArguments, DataPart, PlanDocument, TrainerArguments
 from qft.machine.device import Device
-from qft.plan.model import ModelPlan, Problem, Shape, device_problems, plan_model, refuse, require_device
+from qft.plan.model import ModelPlan, Shape, device_problems, plan_model, refuse, require_device
 from qft.plan.packages import missing_packages
 from qft.recipe import LoadedRecipe, Recipe
+from qft.recipe.rules import Problem
 
 __all__ = ["Plan", "make_plan"]
 
@@ -92,12 +93,7 @@ def make_plan(loaded: LoadedRecipe) -> Plan:
     data = prepare(model.rows_for(recipe.data), model.tokenizer, recipe.seed)
     if recipe.eval.metrics and data.eval and max(data.eval["answer_start"]) < 0:
         refuse(loaded, [("eval.metrics", "the held-out rows are plain text, which has no answers to score; remove it")])
-    return Plan(
-        model=model,
-        lora=lora,
-        training=_training_arguments(recipe, device),
-        data=data,
-    )
+    return Plan(model, lora, _training_arguments(recipe, device), data)
 
 
 def with_skip_modules(plan: Plan, names: Sequence[str]) -> Plan:
@@ -147,19 +143,12 @@ def _lora_arguments(recipe: Recipe) -> dict[str, Any]:
 
 
 # Fields of `train` that are qft's own, or that it hands over in another form.
-NOT_TRAINING_ARGUMENTS = {
-    "early_stopping_patience",
-    "on_nonfinite",
-    "gradient_checkpointing",
-    "report_to",
-    "bf16",
-    "tf32",
-}
+OWN_FIELDS = {"early_stopping_patience", "on_nonfinite", "gradient_checkpointing", "report_to", "bf16", "tf32"}
 
 
 def _training_arguments(recipe: Recipe, device: Device) -> dict[str, Any]:
     train = recipe.train
-    arguments = {name: value for name, value in train if name not in NOT_TRAINING_ARGUMENTS}
+    arguments = {name: value for name, value in train if name not in OWN_FIELDS}
     arguments |= {
         "bf16": _mixed_bf16(recipe, device),
         "tf32": device.tf32 if train.tf32 == "auto" else train.tf32,

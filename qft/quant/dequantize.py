@@ -20,13 +20,11 @@ def is_quantized(linear: nn.Module) -> bool:
 
 def dequantized_weight(linear: Any) -> torch.Tensor:
     """The weight [out, in] of a linear layer, as its library dequantizes it; of an unquantized one as it is."""
+    weight: torch.Tensor = linear.weight.detach()
     if hasattr(linear, "dequantize"):  # a plugin's
-        weight: torch.Tensor = linear.dequantize().detach()
-        return weight
-    if is_quantized(linear):
+        weight = linear.dequantize().detach()
+    elif is_quantized(linear):
         weight = dequantize_bnb_weight(linear.weight, state=getattr(linear, "state", None))
-    else:
-        weight = linear.weight.detach()
-        if is_traceable_wrapper_subclass(weight):  # torchao's
-            weight = linear.weight.dequantize()
+    elif is_traceable_wrapper_subclass(weight):  # torchao's
+        weight = linear.weight.dequantize()
     return weight

@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator
 
 from qft.recipe.catalogue import CATALOGUE, block_engines
 from qft.recipe.presets import PRESETS
-from qft.recipe.schema import AcceptSection, AdapterSection, CalibrateSection, QuantSection, Recipe
+from qft.recipe.schema import AcceptSection, CalibrateSection, Recipe
+from qft.recipe.training import AdapterSection, QuantSection
 
-__all__ = ["broken_rules", "unread_fields"]
+__all__ = ["Problem", "broken_rules", "unread_fields"]
 
 Problem = tuple[str, str]
+"""A field, and what is wrong with it."""
 
 QUANT_FIELDS = {
     "quant_type": "4bit",
@@ -25,7 +27,6 @@ QUANT_FIELDS = {
 
 SKIP_BUDGETS = ("quant.skip_budget_bits", "quant.skip_budget_bytes")
 
-ADAPTER_FIELDS = [name for name in AdapterSection.model_fields if name != "kind"]
 ANSWER_FIELDS = ("regex", "max_new_tokens", "samples")
 """Fields of `eval` that only the metrics read."""
 
@@ -53,7 +54,8 @@ def unread_fields(recipe: Recipe) -> dict[str, str]:
     """Fields that nothing reads beside the others' values, and why: to set one of them is an error."""
     train, unread = recipe.train, _unread_by_quant(recipe.quant)
     if recipe.adapter.kind == "none":
-        unread |= {f"adapter.{name}": "has no meaning with adapter.kind none" for name in ADAPTER_FIELDS}
+        fields = (f"adapter.{name}" for name in AdapterSection.model_fields if name != "kind")
+        unread |= dict.fromkeys(fields, "has no meaning with adapter.kind none")
     if train.eval_strategy != "steps":
         unread["train.eval_steps"] = "is read only with train.eval_strategy steps"
     if train.save_strategy != "steps":
@@ -74,11 +76,8 @@ def unread_fields(recipe: Recipe) -> dict[str, str]:
 
 
 def _unread_by_quant(quant: QuantSection) -> dict[str, str]:
-    unread = {
-        f"quant.{name}": f"has a meaning only with quant.mode {mode}, and the mode is {quant.mode}"
-        for name, mode in QUANT_FIELDS.items()
-        if quant.mode != mode
-    }
+    others = [(f"quant.{name}", mode) for name, mode in QUANT_FIELDS.items() if mode != quant.mode]
+    unread = {name: f"has a meaning only with quant.mode {mode}, and the mode is {quant.mode}" for name, mode in others}
     if quant.mode == "none":
         unread["quant.skip_modules"] = "nothing is quantized with quant.mode none"
     if quant.skip_modules != "auto":
@@ -95,8 +94,7 @@ def _unread_by_calibration(calibrate: CalibrateSection) -> dict[str, str]:
         if other != calibrate.engine
     }
     if not engine.needs_windows(calibrate.activations):
-        text = f"{calibrate.engine} needs no calibration windows unless activations are static"
-        unread["calibrate.samples"] = text
+        unread["calibrate.samples"] = f"{calibrate.engine} needs no calibration windows unless activations are static"
     if calibrate.data_type == "float":
         unread["calibrate.symmetric"] = "float8 has no zero point"
     unread |= {f"calibrate.{name}": reason for name, reason in engine.leaves_unread.items()}
@@ -112,10 +110,8 @@ def _quant_rules(recipe: Recipe) -> Iterator[Problem]:
     if quant.mode == "custom" and quant.plugin is None:
         yield "quant.plugin", "quant.mode custom needs the Python file of a quantizer; name it, or change the mode"
     if quant.preset and quant.mode != PRESETS["quant"][quant.preset]["mode"]:
-        yield (
-            "quant.preset",
-            f"{quant.preset} is a preset for 4bit, and the mode is {quant.mode}; remove one of the two",
-        )
+        text = f"{quant.preset} is a preset for 4bit, and the mode is {quant.mode}; remove one of the two"
+        yield "quant.preset", text
     if quant.mode != "none" and recipe.adapter.kind == "none":
         yield (
             "adapter.kind",
@@ -181,11 +177,8 @@ def _calibrate_rules(calibrate: CalibrateSection, recipe: Recipe) -> Iterator[Pr
     if not engine.by_plugin:
         yield from _scheme_rules(calibrate)
     if engine.whole_model and calibrate.remedy == "auto":
-        yield (
-            "calibrate.remedy",
-            f"holds single layers in more bits, and {calibrate.engine} quantizes the whole model at once; set it to "
-            "none",
-        )
+        text = f"holds single layers in more bits, and {calibrate.engine} quantizes the whole model at once"
+        yield "calibrate.remedy", f"{text}; set it to none"
     if calibrate.accept.score_drop is not None and not recipe.eval.metrics:
         yield "calibrate.accept.score_drop", "needs scores that can drop: set eval.metrics"
 
@@ -209,8 +202,7 @@ def _compressed_rules(calibrate: CalibrateSection) -> Iterator[Problem]:
     able = [*block_engines("compressed-tensors")]
     if calibrate.engine not in able:
         text = f"{calibrate.engine} writes its own format, not compressed-tensors (export.target): "
-        text += f"use {' or '.join(able)}"
-        yield "calibrate.engine", text
+        yield "calibrate.engine", f"{text}use {' or '.join(able)}"
 
 
 def _eval_rules(recipe: Recipe) -> Iterator[Problem]:

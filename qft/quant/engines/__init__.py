@@ -2,46 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from importlib import import_module
 
-from qft.quant.engines.base import Block, Engine, QuantizedLayer
+from qft.quant.engines.base import Block, Engine, QuantizedLayer, linear_of
 
-__all__ = ["ENGINES", "Block", "Engine", "QuantizedLayer", "find_engine"]
-
-
-def _autoround() -> Engine:
-    from qft.quant.engines.autoround import AutoRound
-
-    return AutoRound()
+__all__ = ["ENGINES", "Block", "Engine", "QuantizedLayer", "find_engine", "linear_of"]
 
 
-def _rtn() -> Engine:
-    from qft.quant.engines.rtn import RoundToNearest
-
-    return RoundToNearest()
-
-
-def _bitsandbytes() -> Engine:
-    from qft.quant.engines.bitsandbytes import BitsAndBytes
-
-    return BitsAndBytes()
-
-
-def _torchao() -> Engine:
-    from qft.quant.engines.torchao import TorchAo
-
-    return TorchAo()
-
-
-ENGINES: dict[str, Callable[[], Engine]] = {
-    "autoround": _autoround,
-    "rtn": _rtn,
-    "bitsandbytes": _bitsandbytes,
-    "torchao": _torchao,
+ENGINES = {
+    "autoround": "AutoRound",
+    "rtn": "RoundToNearest",
+    "bitsandbytes": "BitsAndBytes",
+    "torchao": "TorchAo",
 }
-"""Those that take single blocks, by calibrate.engine."""
+"""Classes of those that take single blocks, by calibrate.engine, after which their files are called."""
 
 
 def find_engine(name: str) -> Engine:
     """The engine of that name. Raises ImportError without its packages."""
-    return ENGINES[name]()
+    engine: Engine = getattr(import_module(f"{__name__}.{name}"), ENGINES[name])()
+    return engine

@@ -9,7 +9,7 @@ import torch
 from auto_round import AutoRound as Tuner
 from torch import nn
 
-from qft.quant.engines.base import Block, QuantizedLayer
+from qft.quant.engines.base import Block, QuantizedLayer, linear_of
 from qft.quant.engines.compressed import CompressedTensors, hold
 from qft.quant.layer import LayerScheme
 
@@ -24,13 +24,11 @@ BATCH = 8
 
 class AutoRound(CompressedTensors):
     def quantize(self, block: Block) -> dict[str, QuantizedLayer]:
-        originals = {name: _copy(block.module.get_submodule(name)) for name in block.schemes}
+        before: list[Any] = [block.module.get_submodule(name) for name in block.schemes]
+        originals = [linear_of(layer.weight.detach().clone(), layer.bias) for layer in before]
         _tune(block)
-        quantized = {}
-        for name, scheme in block.schemes.items():
-            tuned: Any = block.module.get_submodule(name)
-            quantized[name] = _hold(originals[name], tuned, scheme)
-        return quantized
+        pairs = zip(originals, block.schemes.items(), strict=True)
+        return {name: _hold(one, block.module.get_submodule(name), scheme) for one, (name, scheme) in pairs}
 
 
 class _Alone(nn.Module):
@@ -80,21 +78,8 @@ def _tune(block: Block) -> None:
 def _settings(scheme: LayerScheme | None) -> dict[str, Any]:
     if scheme is None:
         return {"bits": 16, "act_bits": 16}
-    return {
-        "bits": scheme.bits,
-        "group_size": scheme.group_size,
-        "sym": scheme.symmetric,
-        "data_type": "int",
-        "act_bits": 16,
-    }
-
-
-def _copy(layer: Any) -> Any:
-    """The layer as it is now, its weights shared with nothing."""
-    made = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-    made.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
-    made.bias = layer.bias
-    return made
+    shape = {"bits": scheme.bits, "group_size": scheme.group_size, "sym": scheme.symmetric}
+    return shape | {"data_type": "int", "act_bits": 16}
 
 
 def _hold(original: Any, tuned: Any, scheme: LayerScheme) -> QuantizedLayer:

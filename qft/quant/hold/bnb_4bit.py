@@ -13,7 +13,7 @@ from torch import nn
 from qft.quant.hold.base import Scheme
 from qft.quant.hold.prequantized import skipped_layers
 from qft.quant.layer import LayerScheme
-from qft.recipe.schema import QuantSection
+from qft.recipe.training import QuantSection
 
 __all__ = ["Bnb4Bit"]
 
@@ -38,15 +38,10 @@ class Bnb4Bit(Scheme):
 
     @classmethod
     def of(cls, quant: QuantSection, dtype: str, heads: Sequence[str]) -> Bnb4Bit:
-        return cls(
-            name="4bit",
-            dtype=dtype,
-            skipped=(*heads, *quant.named_skips),
-            quant_type=quant.quant_type,
-            double_quant=quant.double_quant,
-            compute_dtype=dtype if quant.compute_dtype == "auto" else quant.compute_dtype,
-            quant_storage=quant.quant_storage,
-        )
+        skipped = (*heads, *quant.named_skips)
+        compute = dtype if quant.compute_dtype == "auto" else quant.compute_dtype
+        own = (quant.quant_type, quant.double_quant, compute, quant.quant_storage)
+        return cls("4bit", dtype, skipped, None, {}, *own)
 
     @classmethod
     def of_checkpoint(cls, config: Mapping[str, Any], dtype: str) -> Bnb4Bit:

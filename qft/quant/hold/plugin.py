@@ -8,6 +8,7 @@ import importlib.util
 import json
 import sys
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,24 +46,21 @@ class Plugin:
 
     def untrainable(self, quantization: dict[str, Any]) -> str | None:
         """Why adapters cannot be trained on an unquantized model that it quantizes; None if they can."""
-        try:
-            trainable = self._quantizer(quantization).is_trainable
-        except Exception as error:
-            return f"its quantizer cannot be used here: {_in_a_line(error)}"
-        return None if trainable else f"its quantizer says that adapters cannot be trained on {self.method}"
+        reason = f"its quantizer says that adapters cannot be trained on {self.method}"
+        return self._unless(lambda quantizer: quantizer.is_trainable, quantization, reason)
 
     def unserializable(self, quantization: dict[str, Any]) -> str | None:
         """Why a model that it quantizes cannot be saved; None if it can."""
+        reason = f"its quantizer says (is_serializable) that {self.method} cannot be saved"
+        return self._unless(lambda quantizer: quantizer.is_serializable(), quantization, reason)
+
+    def _unless(self, able: Callable[[Any], bool], quantization: dict[str, Any], reason: str) -> str | None:
+        """`reason`, or why that cannot be told; None if its quantizer is `able`."""
+        _, config_class, quantizer_class = REGISTERED[self.sha256]
         try:
-            serializable = self._quantizer(quantization).is_serializable()
+            return None if able(quantizer_class(config_class.from_dict(quantization), pre_quantized=False)) else reason
         except Exception as error:
             return f"its quantizer cannot be used here: {_in_a_line(error)}"
-        return None if serializable else f"its quantizer says (is_serializable) that {self.method} cannot be saved"
-
-    def _quantizer(self, quantization: dict[str, Any]) -> Any:
-        """As it would quantize an unquantized model."""
-        _, config_class, quantizer_class = REGISTERED[self.sha256]
-        return quantizer_class(config_class.from_dict(quantization), pre_quantized=False)
 
     def require_layers(self, model: nn.Module) -> None:
         """Raise ModelError if it has put nothing into the loaded `model` that peft and qft can work with."""

@@ -13,6 +13,7 @@ from qft.calibration.quantizer import Quantizer
 from qft.calibration.source import Source
 from qft.data.prepare import Prepared
 from qft.documents.calibration import CalibrationRecord, CalibrationReport
+from qft.documents.manifest import Manifest
 from qft.errors import GateError, MissingError, RunError
 from qft.files import write_json, write_text
 from qft.machine.device import versions
@@ -69,7 +70,7 @@ def calibrate(loaded: LoadedRecipe, view: View, *, resume: bool = False, overwri
         if plan.engine.whole_model:
             shutil.rmtree(run.work, ignore_errors=True)
     write_json(run.report, report.model_dump(mode="json"))
-    run.set_status("complete" if accepted else "refused")
+    run.note(Manifest(status="complete" if accepted else "refused"))
     if not accepted:
         resumable = "" if plan.engine.whole_model else "; --resume then takes the blocks as they are"
         raise GateError(f"{acceptance.refusal(run.folder)}{resumable}")

@@ -89,17 +89,13 @@ class Run:
         manifest = (self.manifest() or Manifest()).model_copy(update=changes)
         write_json(self.folder / MANIFEST, manifest.model_dump(mode="json"))
 
-    def set_status(self, status: str) -> None:
-        """running, complete, failed, interrupted or refused."""
-        self.note(Manifest(status=status))
-
     @contextmanager
     def failure_noted(self) -> Iterator[None]:
         """Around the run's work: the manifest says how it ended, if it was cut off or failed."""
         try:
             yield
         except KeyboardInterrupt:
-            self.set_status("interrupted")
+            self.note(Manifest(status="interrupted"))
             raise
         except BaseException as error:
             self.note(Manifest(status="failed", error=f"{type(error).__name__}: {error}"))

@@ -63,9 +63,7 @@ class Recorder:
 
     def evaluated(self, moment: str, evaluation: documents.Evaluation, answers: list[Answer]) -> None:
         self.evaluations[moment], self.answers[moment] = evaluation, answers
-        told = "".join(f", {name.replace('_', ' ')} {share:.1%}" for name, share in evaluation.scores.items())
-        found = f"held-out loss {evaluation.loss:.4f}, perplexity {evaluation.perplexity:.2f}"
-        self.view.note(f"step {evaluation.step}: {found}{told}")
+        self.view.evaluated(evaluation.step, evaluation.loss, evaluation.perplexity, evaluation.scores)
 
     def report(self, run: Run, result: Path) -> documents.Report:
         """The report of a run that wrote its model to `result`."""

@@ -1,12 +1,8 @@
 """How work tells how far it is, and what is measured of one optimizer step."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-
-__all__ = ["Step", "View"]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,5 @@
 """A model quantized, judged on held-out rows by calibrate.accept, and written once it is accepted."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,8 +23,6 @@ from qft.memory.guard import memory_guard, smaller_calibration
 from qft.model.load import generation_config
 from qft.plan import CalibrationPlan
 from qft.progress import View
-
-__all__ = ["Acceptance", "perplexity", "quantize_folder", "quantizer_for"]
 
 
 def quantizer_for(plan: CalibrationPlan, source: Source, view: View) -> Quantizer:

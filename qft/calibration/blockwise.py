@@ -31,8 +31,6 @@ from qft.progress import View
 from qft.quant.engines import Block, Engine, QuantizedLayer, find_engine
 from qft.quant.layer import LayerScheme
 
-__all__ = ["BlockQuantizer"]
-
 Hidden = list[torch.Tensor]
 T = TypeVar("T")
 

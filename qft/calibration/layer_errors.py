@@ -4,8 +4,6 @@ Each layer is measured by itself, on the input that it gets in the reference mod
 not count in those behind it.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,8 +26,6 @@ from qft.memory.meter import weight_bytes
 from qft.model.merge import add_delta
 from qft.quant.dequantize import dequantized_weight, is_quantized
 from qft.quant.layer import skip_entry
-
-__all__ = ["block_errors", "inputs_seen", "layer_errors", "suggest_skip_modules"]
 
 K = TypeVar("K")
 Visit = Callable[["_Pair", torch.Tensor], None]

@@ -1,7 +1,5 @@
 """What quantizes a model, block by block or all at once, as `qft calibrate` and exports see it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,8 +9,6 @@ from qft.documents.evaluation import LayerError
 from qft.measure.likelihood import Verification
 from qft.quant.layer import LayerScheme
 from qft.recipe.schema import CalibrateSection
-
-__all__ = ["EngineProcess", "QuantizeTask", "Quantizer", "Schemes", "Trial"]
 
 Schemes = Mapping[str, LayerScheme | None]
 """Of every linear layer, by its name; None: left in 16 bits."""

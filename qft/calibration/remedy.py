@@ -1,14 +1,10 @@
 """Which layers to hold in more bits when a result is not accepted: the worst ones, more of them each time."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 
 from qft.calibration.quantizer import Schemes
 from qft.documents.evaluation import LayerError
 from qft.quant.layer import LayerScheme
-
-__all__ = ["RAISED_BY", "remedies"]
 
 RAISED_BY = "rtn"
 """The engine that holds layers in 8 bits here: they are close enough to need no data, whatever made the others."""

@@ -3,8 +3,6 @@
 The model goes through block by block, so that choosing needs less memory than the training will.
 """
 
-from __future__ import annotations
-
 import tempfile
 from pathlib import Path
 
@@ -23,8 +21,6 @@ from qft.plan import Plan, linear_layers
 from qft.progress import View
 from qft.recipe.schema import CalibrateSection
 from qft.run.folder import Run
-
-__all__ = ["choose_skip_modules", "skipped_before"]
 
 TOKENS = 4096
 """Of the training rows on which layers are measured."""

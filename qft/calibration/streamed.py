@@ -5,8 +5,6 @@ between and behind them (embedding, positions, masks, final norm, head) is the m
 by hand with the arguments that they would have been given.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,8 +16,6 @@ from qft.checkpoint.skeleton import find_blocks, without_contents
 from qft.errors import ModelError
 from qft.model.merge import Read
 from qft.plan import ModelPlan
-
-__all__ = ["StreamedModel"]
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 

@@ -5,8 +5,6 @@ unquantized model and the result at once. What is measured is the result as it l
 between the beginning and the end to resume from.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import gc
 import json
@@ -33,8 +31,6 @@ from qft.plan import CalibrationPlan, ModelPlan, plan_folder
 from qft.progress import View
 from qft.quant.engines.llmcompressor import run_job
 from qft.recipe.training import QuantSection
-
-__all__ = ["WHOLE_ENGINES", "WholeQuantizer", "load_result"]
 
 
 @dataclass

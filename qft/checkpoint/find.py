@@ -26,8 +26,6 @@ from qft.errors import MissingError, ModelError, first_line
 from qft.files import sha256
 from qft.recipe import Recipe
 
-__all__ = ["Checkpoint", "find_checkpoint", "load_tokenizer"]
-
 # Everything a model needs beside its weights; pickles are not among them.
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]
 WEIGHTS = "*.safetensors"

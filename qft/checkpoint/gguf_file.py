@@ -1,7 +1,5 @@
 """What transformers makes of a GGUF file beside its weights: each is read once, and then kept."""
 
-from __future__ import annotations
-
 import json
 from functools import partial
 from pathlib import Path
@@ -19,8 +17,6 @@ from transformers import (
 
 from qft.checkpoint.cache import companions, kept
 from qft.files import write_json
-
-__all__ = ["gguf_config", "gguf_tokenizer"]
 
 
 def gguf_config(path: Path) -> PretrainedConfig:

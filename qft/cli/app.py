@@ -1,7 +1,5 @@
 """`qft`: the commands, put together."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer
@@ -12,8 +10,6 @@ from qft.cli.recipes import calibrate, check, init, schema, train
 from qft.cli.report import report
 from qft.cli.shell import register
 from qft.cli.targets import chat, evaluate
-
-__all__ = ["app", "main"]
 
 app = typer.Typer(
     no_args_is_help=True,

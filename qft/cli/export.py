@@ -1,7 +1,5 @@
 """`qft export`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,8 +7,6 @@ import typer
 
 from qft.cli.shell import AsJson, Debug, Overrides, Quiet, choose_lines, messages, tell
 from qft.machine.environment import prepare_libraries
-
-__all__ = ["export"]
 
 MergeInto = Literal["dequantized", "original"]
 TO = "adapter, merged, bnb-4bit, bnb-8bit, compressed-tensors, gguf or gguf-KIND; by default the recipe's. Repeatable."

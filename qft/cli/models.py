@@ -14,8 +14,6 @@ from qft.errors import GateError, MissingError
 if TYPE_CHECKING:
     from qft.registry import Which
 
-__all__ = ["models"]
-
 models = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,

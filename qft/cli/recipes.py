@@ -1,7 +1,5 @@
 """What is done with a recipe: `qft init`, `check`, `train` and `calibrate`; and `qft schema`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from shlex import quote
 from typing import Annotated
@@ -22,8 +20,6 @@ from qft.cli.shell import (
     tell,
 )
 from qft.machine.environment import prepare_libraries
-
-__all__ = ["calibrate", "check", "init", "schema", "train"]
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in output_dir.")]
 

@@ -1,15 +1,11 @@
 """`qft report`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from qft.cli.shell import AsJson, Debug, messages, tell
-
-__all__ = ["report"]
 
 
 def report(

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
     from qft.progress import View
 
-__all__ = ["AsJson", "Debug", "Quiet", "consoles", "messages", "print_json", "register", "tell"]
-
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

@@ -1,7 +1,5 @@
 """What is done with models: `qft eval` and `qft chat`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 
@@ -9,8 +7,6 @@ import typer
 
 from qft.cli.shell import TARGET_HELP, AsJson, Debug, Quiet, choose_lines, messages, print_json, tell
 from qft.machine.environment import prepare_libraries
-
-__all__ = ["chat", "evaluate"]
 
 
 def evaluate(

@@ -1,7 +1,5 @@
 """`qft calibrate`: a trained model, quantized for inference, and proof of what it cost."""
 
-from __future__ import annotations
-
 import shutil
 import time
 from pathlib import Path
@@ -23,8 +21,6 @@ from qft.plan import CalibrationPlan, plan_calibration
 from qft.progress import View
 from qft.recipe import LoadedRecipe, load
 from qft.run.folder import Run, record_base, start_run
-
-__all__ = ["calibrate", "find_plan"]
 
 
 def find_plan(loaded: LoadedRecipe, trained: Prepared | None = None) -> tuple[CalibrationPlan, Path | None]:

@@ -1,7 +1,5 @@
 """`qft train`: Recipe -> Plan -> Run -> Report."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 
@@ -17,8 +15,6 @@ from qft.run.folder import check_folder, start_run
 from qft.training.recorder import Recorder
 from qft.training.session import train_model
 from qft.views.html.page import side_by_side, training_page
-
-__all__ = ["train"]
 
 
 def train(loaded: LoadedRecipe, view: View, *, resume: bool = False, overwrite: bool = False) -> Report:

@@ -1,14 +1,10 @@
 """The document of `qft calibrate`: what was quantized how, and what it cost on rows that calibrated nothing."""
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 from qft.documents.evaluation import LayerError, Score
 from qft.documents.manifest import Base, PluginFile
 from qft.documents.part import Bytes, DataHashes, Nats, Part, Seconds, Share, Stored, Tokens, TokensPerSecond, Versions
-
-__all__ = ["Attempt", "CalibrationRecord", "CalibrationReport", "Check"]
 
 
 class Attempt(Part):

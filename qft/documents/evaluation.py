@@ -6,8 +6,6 @@ from typing import Literal
 
 from qft.documents.part import Bits, Bytes, Decibels, Nats, Part, Seconds, Share, Tokens, TokensPerSecond, Versions
 
-__all__ = ["EvalDocument", "HarnessResult", "LayerError", "Score", "SourceResult", "TargetResult"]
-
 
 class Score(Part):
     """A figure with its 95% interval, by bootstrap over rows."""

@@ -1,13 +1,9 @@
 """The document of `qft export`: what was handed over, and the proof that it is the model that was trained."""
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 from qft.documents.manifest import Base
 from qft.documents.part import Bytes, Part, Tokens, Versions
-
-__all__ = ["ExportDocument", "Gate", "GateCheck", "LoadCheck", "Pushed", "Registered"]
 
 
 class GateCheck(Part):

@@ -1,13 +1,9 @@
 """manifest.json of a run: what was asked, with what it was done, and how far it came."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from qft.documents.part import Bytes, DataHashes, Stored, Versions
 from qft.documents.training import SkippedModules
-
-__all__ = ["Base", "DevicePart", "Hardware", "Manifest", "PluginFile"]
 
 
 class Base(Stored):

@@ -1,7 +1,5 @@
 """What all documents are made of, and the units of their figures."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, get_args
@@ -10,9 +8,6 @@ from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler
 from pydantic.fields import FieldInfo
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
-
-__all__ = ["Bits", "Bytes", "Decibels", "Nats", "Part", "Seconds", "Share", "Stored", "Tokens", "TokensPerSecond"]
-__all__ += ["DataHashes", "Unit", "Versions", "unit_of"]
 
 
 class Part(BaseModel):

@@ -1,14 +1,9 @@
 """plan.json of a run and `qft check --json`: what is decided before anything is loaded."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from qft.documents.manifest import DevicePart, PluginFile
 from qft.documents.part import Share, Stored, Tokens
-
-__all__ = ["AdapterArguments", "Audit", "CalibrationCheck", "CalibrationPart", "CalibrationPlanDocument", "DataPart"]
-__all__ += ["LayerPart", "PlanDocument", "PlannedModel", "Quantization", "SourceFacts", "TrainerArguments"]
 
 
 class PlannedModel(Stored):

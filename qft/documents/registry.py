@@ -9,9 +9,6 @@ from pydantic import ConfigDict, Field
 from qft.documents.manifest import Base
 from qft.documents.part import Bytes, DataHashes, Part, Stored
 
-__all__ = ["Difference", "Event", "Finding", "ModelVersions", "RecipeText", "RegistryListing", "Verdict"]
-__all__ += ["VersionComparison", "VersionDetails", "VersionManifest", "VersionVerification"]
-
 
 class RecipeText(Stored):
     path: str

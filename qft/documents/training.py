@@ -1,7 +1,5 @@
 """The report: one JSON document, of which every table and picture is a view."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Literal
 
@@ -9,8 +7,6 @@ from pydantic import ValidationError
 
 from qft.documents.part import Bits, Bytes, Nats, Part, Seconds, Share, Tokens, TokensPerSecond
 from qft.errors import MissingError, RunError
-
-__all__ = ["Evaluation", "Report", "SkippedModules", "read_report"]
 
 
 class ModelPart(Part):

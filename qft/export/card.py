@@ -1,7 +1,5 @@
 """README.md of an artifact: its model card, with the metadata that the Hub reads."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,6 @@ from qft.documents.training import read_report
 from qft.errors import QftError
 from qft.export.job import Job
 from qft.export.targets import Exporter
-
-__all__ = ["model_card", "without_folders"]
 
 
 def model_card(job: Job, exporter: Exporter, document: ExportDocument) -> str:

@@ -1,7 +1,5 @@
 """Tensors of a safetensors folder, one at a time, into a GGUF file; and back out of one."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +18,6 @@ from qft.files import atomic_file, require_free_space
 from qft.gguf.llamacpp import KINDS
 from qft.gguf.shape import add_shape, architecture, deinterleave, heads_to_interleave, interleave, rope_factors
 from qft.gguf.vocabulary import add_tokenizer
-
-__all__ = ["header", "read_gguf", "write_gguf"]
 
 _T = gguf.GGMLQuantizationType
 WRITABLE = [name for name, kind in KINDS.items() if not kind.by_llamacpp]

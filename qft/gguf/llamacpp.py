@@ -1,7 +1,5 @@
 """A GGUF file run by llama.cpp itself, in the place of a transformers model: it reads token ids and tells logits."""
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,8 +12,6 @@ from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, Pr
 from transformers.modeling_outputs import CausalLMOutput
 
 from qft.errors import MissingError, ModelError
-
-__all__ = ["KINDS", "LlamaCpp", "quantize", "require_llamacpp"]
 
 CHUNK = 512
 """Tokens that llama.cpp reads at once."""

@@ -1,7 +1,5 @@
 """What a GGUF file says of a model's shape: architecture, sizes and rotary embedding, with the order of its rows."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -10,8 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qft.errors import ModelError
-
-__all__ = ["add_shape", "architecture", "deinterleave", "heads_to_interleave", "interleave", "rope_factors"]
 
 ARCHITECTURES = {
     "LlamaForCausalLM": gguf.MODEL_ARCH.LLAMA,

@@ -1,15 +1,11 @@
 """What a GGUF file says of a tokenizer: its tokens, merges and the name of its pre-tokenizer."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 
 import gguf
 
 from qft.errors import ModelError
-
-__all__ = ["add_tokenizer", "pre_tokenizer"]
 
 # The patterns are data: what tokenizer.json of Llama 3 and of Qwen 2 say.
 _LLAMA3_SPLIT = (

@@ -1,7 +1,5 @@
 """Adapters: attached to a base to be trained, written in peft's layout, put on a base again."""
 
-from __future__ import annotations
-
 import json
 import warnings
 from pathlib import Path
@@ -17,8 +15,6 @@ from qft.files import atomic_folder
 from qft.memory.guard import memory_guard, smaller_base
 from qft.plan import Plan
 from qft.quant.dequantize import dequantized_weight, is_quantized
-
-__all__ = ["CHANGES_BASE", "attach_adapter", "save_adapter", "save_full", "with_adapter"]
 
 CHANGES_BASE = ("pissa", "olora")
 """Initialisations that move a part of the base weights into the adapter."""

@@ -1,7 +1,5 @@
 """Plan -> model: the only place that loads one to be run."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -11,8 +9,6 @@ from qft.checkpoint.weights import dequantized
 from qft.errors import ModelError, QftError
 from qft.memory.guard import memory_guard, smaller_base
 from qft.plan import ModelPlan
-
-__all__ = ["generation_config", "load_base"]
 
 
 def load_base(plan: ModelPlan) -> PreTrainedModel:

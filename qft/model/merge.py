@@ -5,8 +5,6 @@ Known are LoRA, rsLoRA and DoRA on linear layers, trained biases and modules tha
 of an adapter is refused.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import math
@@ -27,8 +25,6 @@ from qft.model.load import generation_config
 from qft.plan import ModelPlan
 from qft.quant.hold import Scheme
 from qft.recipe.schema import MergeInto
-
-__all__ = ["MergedWeights", "Read", "add_delta"]
 
 Read = Callable[[str], torch.Tensor]
 """From the name of a tensor in the model to its value."""

@@ -5,8 +5,6 @@ Without one, a run is its adapter on its base, a recipe its base as it is held, 
 dequantized by transformers, and with @llama.cpp run as it is; so is the file of an exported folder.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +18,6 @@ from qft.recipe import LoadedRecipe, load
 from qft.recipe.load import from_values
 from qft.recipe.training import QuantSection
 from qft.run.folder import Run
-
-__all__ = ["Target", "load_target", "parse_target", "require_same_base"]
 
 LLAMACPP = "llama.cpp"
 UNQUANTIZED = QuantSection()

@@ -1,7 +1,5 @@
 """Which layers are quantized how, and on which rows: everything that is decided before a calibration begins."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,8 +20,6 @@ from qft.recipe.catalogue import CATALOGUE, EngineRow
 from qft.recipe.rules import Problem
 from qft.recipe.schema import CalibrateSection
 from qft.recipe.training import AdapterSection, QuantSection
-
-__all__ = ["CalibrationPlan", "linear_layers", "plan_calibration"]
 
 GROUPS = (128, 64, 32)
 """Sizes that inference engines have kernels for, the smallest file first."""

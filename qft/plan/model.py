@@ -3,8 +3,6 @@
 Nothing here loads a weight: the model is built on the meta device, where tensors have shapes and no contents.
 """
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -27,8 +25,6 @@ from qft.recipe import LoadedRecipe, Recipe
 from qft.recipe.load import from_values
 from qft.recipe.rules import Problem
 from qft.recipe.training import DataSection, ModelSection, QuantSection
-
-__all__ = ["ModelPlan", "Shape", "device_problems", "plan_folder", "plan_model", "refuse", "require_device"]
 
 MAX_LENGTH = 2048
 """Of a row, in tokens, where nobody says and the model takes as many."""

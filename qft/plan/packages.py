@@ -1,13 +1,9 @@
 """What evaluations and engines need beyond qft's own dependencies."""
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Collection, Iterable, Iterator
 
 from qft.recipe.catalogue import CATALOGUE
-
-__all__ = ["missing_engine", "missing_packages"]
 
 PACKAGES = {
     "f1_macro": ("sklearn", "scikit-learn"),

@@ -1,7 +1,5 @@
 """How a training goes: ModelPlan + data -> Plan, with the arguments of peft and of the Trainer."""
 
-from __future__ import annotations
-
 import dataclasses
 import importlib.util
 import math
@@ -19,8 +17,6 @@ from qft.plan.model import ModelPlan, Shape, device_problems, plan_model, refuse
 from qft.plan.packages import missing_packages
 from qft.recipe import LoadedRecipe, Recipe
 from qft.recipe.rules import Problem
-
-__all__ = ["Plan", "make_plan"]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,5 @@
 """The values that a loaded layer multiplies with, whichever library holds it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import bitsandbytes as bnb
@@ -9,8 +7,6 @@ import torch
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-
-__all__ = ["dequantized_weight", "is_quantized"]
 
 
 def is_quantized(linear: nn.Module) -> bool:

@@ -1,15 +1,11 @@
 """How one linear layer is held or left as it is, whoever quantizes it and whichever way it is written."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from qft.recipe.catalogue import SCHEME_FIELDS
-
-__all__ = ["LayerScheme", "skip_entry"]
 
 
 @dataclass(frozen=True)

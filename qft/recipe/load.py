@@ -21,8 +21,6 @@ from qft.recipe.schema import Recipe
 from qft.recipe.source import Place, Tree
 from qft.recipe.training import plain
 
-__all__ = ["LoadedRecipe", "dump", "json_schema", "load"]
-
 MAX_EXTENDS = 16
 MAX_SHOWN = 100
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")

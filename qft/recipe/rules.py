@@ -1,7 +1,5 @@
 """Rules between fields that need no knowledge of model, data or device."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator
 
@@ -9,8 +7,6 @@ from qft.recipe.catalogue import CATALOGUE, block_engines
 from qft.recipe.presets import PRESETS
 from qft.recipe.schema import AcceptSection, CalibrateSection, Recipe
 from qft.recipe.training import AdapterSection, QuantSection
-
-__all__ = ["Problem", "broken_rules", "unread_fields"]
 
 Problem = tuple[str, str]
 """A field, and what is wrong with it."""

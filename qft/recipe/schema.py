@@ -1,7 +1,5 @@
 """What can be asked: a recipe of the sections of a training, and of those of what follows it."""
 
-from __future__ import annotations
-
 import re
 from typing import Annotated, Any, Literal
 
@@ -17,17 +15,6 @@ from qft.recipe.training import (
     Sources,
     TrainSection,
 )
-
-__all__ = [
-    "AcceptSection",
-    "CalibrateSection",
-    "EvalSection",
-    "ExportGate",
-    "ExportSection",
-    "ExportTarget",
-    "MergeInto",
-    "Recipe",
-]
 
 ExportTarget = Literal[
     "adapter", "merged", "bnb-4bit", "bnb-8bit", "compressed-tensors",

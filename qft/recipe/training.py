@@ -5,25 +5,10 @@ Field names follow the library that honours them: `train` those of `transformers
 error. `auto` is decided by the plan, never here.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
-
-__all__ = [
-    "AdapterSection",
-    "DataSection",
-    "Many",
-    "ModelSection",
-    "QuantSection",
-    "Section",
-    "Source",
-    "Sources",
-    "TrainSection",
-    "plain",
-]
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Format = Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text"]

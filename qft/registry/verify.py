@@ -1,7 +1,5 @@
 """Whether a registry holds what it held when its versions were added."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Literal
 
@@ -10,8 +8,6 @@ from qft.errors import QftError, RunError
 from qft.files import sha256
 from qft.registry.base import base_entry, base_file
 from qft.registry.shelf import ARTIFACT, MANIFEST, ORIGINAL, Shelf, find_shelf
-
-__all__ = ["Which", "files_of", "inspect", "inspect_entry", "pending", "problems"]
 
 Which = int | Literal["original"] | None
 

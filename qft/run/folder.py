@@ -15,8 +15,6 @@ report.json      what was measured; written once all of the above is there
 report.html      the same with pictures; one file that needs no network
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys
@@ -32,8 +30,6 @@ from qft.errors import RunError
 from qft.files import now, require_free_space, write_json, write_text
 from qft.machine.device import describe, versions
 from qft.recipe import Recipe, dump
-
-__all__ = ["Run", "check_folder", "record_base", "start_run", "step_of"]
 
 MANIFEST = "manifest.json"
 

@@ -1,7 +1,5 @@
 """What one training measures, noted as it happens, and the report that comes of it."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 
@@ -16,8 +14,6 @@ from qft.run.folder import Run
 from qft.training import summary
 from qft.training.advice import advise
 from qft.training.clock import PhaseClock
-
-__all__ = ["Recorder"]
 
 
 class Recorder:

@@ -15,8 +15,6 @@ from rich.text import Text
 from qft.progress import Step, View
 from qft.views.words import size, sparkline
 
-__all__ = ["LineView", "LiveView", "choose_view"]
-
 RECENT = 20
 """Steps over which speed and the time left are taken."""
 

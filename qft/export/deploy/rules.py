@@ -1,11 +1,7 @@
 """Which engine loads which weight format, on what, from which version on: one table, each row with its source."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-
-__all__ = ["BFLOAT16", "ENGINES", "PACKAGES", "RULES", "Rule"]
 
 ENGINES = {"transformers": "transformers", "vllm": "vllm", "sglang": "sglang", "llama.cpp": "cyllama", "ollama": None}
 """What can load a model, and its Python package; None: it has none."""

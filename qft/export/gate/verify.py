@@ -3,8 +3,6 @@
 The model as trained is asked first and let go; its log probabilities wait on disk. So one model is in memory at a time.
 """
 
-from __future__ import annotations
-
 import gc
 import hashlib
 import json
@@ -34,8 +32,6 @@ from qft.measure.scores import answer_rows
 from qft.memory.guard import memory_guard
 from qft.model.target import load_target
 from qft.recipe.schema import EvalSection
-
-__all__ = ["Reference", "judge", "reference"]
 
 TOKENS = 4096
 """Learnt tokens over which distributions are compared, at most."""

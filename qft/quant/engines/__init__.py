@@ -1,7 +1,5 @@
 """Ways to quantize a trained model, one file each; an engine and its library are imported only when asked for."""
 
-from __future__ import annotations
-
 from importlib import import_module
 
 from qft.quant.engines.base import Block, Engine, QuantizedLayer, linear_of

@@ -1,7 +1,5 @@
 """AutoRound (arXiv:2309.05516) by auto-round: scales, and with `iters` the rounding, chosen by the block's output."""
 
-from __future__ import annotations
-
 import os
 from typing import Any
 
@@ -12,8 +10,6 @@ from torch import nn
 from qft.quant.engines.base import Block, QuantizedLayer, linear_of
 from qft.quant.engines.compressed import CompressedTensors, hold
 from qft.quant.layer import LayerScheme
-
-__all__ = ["AutoRound"]
 
 # auto-round refuses zero points of 8 bits for the sake of formats that lack them; compressed-tensors has them.
 os.environ.setdefault("AR_ALLOW_W8_ASYM", "1")

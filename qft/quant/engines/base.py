@@ -1,7 +1,5 @@
 """What an engine of `qft calibrate` is given, and what it gives back: one block of the model at a time."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -10,8 +8,6 @@ import torch
 from torch import nn
 
 from qft.quant.layer import LayerScheme
-
-__all__ = ["Block", "Engine", "QuantizedLayer", "linear_of", "only_scheme"]
 
 Tensors = dict[str, torch.Tensor]
 

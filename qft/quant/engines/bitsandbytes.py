@@ -4,8 +4,6 @@ Layers are the library's own, and what is written is their state_dict, as transf
 weights by way of float16, and multiplies the columns in which any activation is above its threshold in float16.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,8 +14,6 @@ from transformers import BitsAndBytesConfig
 
 from qft.quant.engines.base import Block, Engine, QuantizedLayer, Tensors, only_scheme
 from qft.quant.layer import LayerScheme, skip_entry
-
-__all__ = ["BitsAndBytes"]
 
 
 class BitsAndBytes(Engine):

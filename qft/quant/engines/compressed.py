@@ -3,8 +3,6 @@
 Arithmetic and layout are the library's own, so that a layer computes here what it computes once it is loaded again.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -19,8 +17,6 @@ from torch import nn
 
 from qft.quant.engines.base import Engine, QuantizedLayer, Tensors
 from qft.quant.layer import LayerScheme
-
-__all__ = ["CompressedTensors", "hold", "weight_scales"]
 
 
 class CompressedTensors(Engine, Protocol):

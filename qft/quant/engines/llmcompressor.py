@@ -4,8 +4,6 @@ It asks for older releases of transformers and compressed-tensors than qft, so i
 another process: a job goes there as a JSON file, and a folder in the compressed-tensors format comes back.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -16,8 +14,6 @@ from typing import Any
 
 from qft.errors import ModelError
 from qft.files import write_json
-
-__all__ = ["OLDEST", "find_problem", "run_job"]
 
 OLDEST = (0, 14)
 """The release whose names llmcompressor_job.py knows, and on which it was tested."""

@@ -12,8 +12,6 @@ Run by the Python of calibrate.engine_python, so that it imports nothing of qft.
     report            a JSON file to write once that is done: versions, peak_bytes, peak_host_bytes
 """
 
-from __future__ import annotations
-
 import json
 import resource
 import sys

@@ -4,8 +4,6 @@ A weight is a tensor of a class of torchao's. What is written are the plain tens
 header of the safetensors file, what the class needs beside them: without the header nobody can put it together again.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,8 +16,6 @@ from transformers import TorchAoConfig
 
 from qft.quant.engines.base import Block, Engine, QuantizedLayer, Tensors, linear_of, only_scheme
 from qft.quant.layer import LayerScheme, skip_entry
-
-__all__ = ["TorchAo"]
 
 PLAIN = '{"_type": "Tensor"}'
 """What a header says of a tensor that is nothing but itself."""

@@ -1,7 +1,5 @@
 """Ways to hold the base's weights, one file each."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any

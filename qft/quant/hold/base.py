@@ -20,8 +20,6 @@ from qft.quant.layer import LayerScheme
 from qft.recipe import Recipe
 from qft.recipe.rules import Problem
 
-__all__ = ["Scheme"]
-
 
 @dataclass(frozen=True)
 class Scheme:

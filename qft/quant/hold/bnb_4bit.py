@@ -15,8 +15,6 @@ from qft.quant.hold.prequantized import skipped_layers
 from qft.quant.layer import LayerScheme
 from qft.recipe.training import QuantSection
 
-__all__ = ["Bnb4Bit"]
-
 BLOCK = 64
 """Weights that share a scale."""
 NESTED_BLOCK = 256

@@ -11,8 +11,6 @@ from qft.quant.hold.prequantized import skipped_layers
 from qft.quant.layer import LayerScheme
 from qft.recipe.training import QuantSection
 
-__all__ = ["Bnb8Bit"]
-
 
 @dataclass(frozen=True)
 class Bnb8Bit(Scheme):

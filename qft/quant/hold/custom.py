@@ -12,8 +12,6 @@ from qft.recipe import Recipe
 from qft.recipe.rules import Problem
 from qft.recipe.training import QuantSection
 
-__all__ = ["Custom"]
-
 
 class Custom(Scheme):
     """What a plugin makes of unquantized weights."""

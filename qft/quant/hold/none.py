@@ -9,8 +9,6 @@ import torch
 from qft.quant.hold.base import Scheme
 from qft.recipe.training import QuantSection
 
-__all__ = ["Unquantized"]
-
 
 class Unquantized(Scheme):
     """Nothing is quantized."""

@@ -1,7 +1,5 @@
 """A quantizer of the user's own: the Python file that quant.plugin names, run because a recipe names it."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib.abc
 import importlib.util
@@ -18,8 +16,6 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as CON
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as QUANTIZERS
 
 from qft.errors import MissingError, ModelError
-
-__all__ = ["Plugin", "is_known", "load_plugin"]
 
 REGISTERED: dict[str, tuple[str, type[Any], type[Any]]] = {}
 """Name, config class and quantizer class of each file run in this process, by the file's SHA-256."""

@@ -1,7 +1,5 @@
 """Checkpoints that come quantized: what they are, whether adapters train on them, what a recipe may still say."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,8 +8,6 @@ from transformers.quantizers import AutoHfQuantizer
 
 from qft.quant.hold.plugin import is_known, load_plugin
 from qft.recipe import LoadedRecipe, Recipe
-
-__all__ = ["Problem", "checkpoint_problems", "contradictions", "mode", "skipped_layers"]
 
 Problem = tuple[str, str]
 """A field of the recipe, and what is wrong with it."""

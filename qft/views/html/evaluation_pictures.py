@@ -16,8 +16,6 @@ from qft.views.words import binary_unit, number, percent, plain, shorten, size
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["interval", "layers", "levels", "quality", "scores"]
-
 Box = tuple[float, float, float, float]
 """Left, bottom, right, top."""
 Place = tuple[str, int]

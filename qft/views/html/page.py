@@ -21,8 +21,6 @@ from qft.views.words import count, duration, number, percent, plain, si, size
 if TYPE_CHECKING:
     from qft.measure.scores import Answer  # which imports torch
 
-__all__ = ["Asked", "evaluation_page", "side_by_side", "training_page"]
-
 SAMPLES = 20
 """Most sample predictions shown."""
 LONGEST = 1200
@@ -111,7 +109,8 @@ ENVIRONMENT = Environment(
     lstrip_blocks=True,
     finalize=lambda value: value if isinstance(value, Markup) else plain(value),
 )
-ENVIRONMENT.filters |= {name: getattr(words, name) for name in words.__all__} | {"middle_out": _middle_out}
+ENVIRONMENT.filters |= {name: getattr(words, name) for name in ("count", "duration", "shorten", "si")}
+ENVIRONMENT.filters["middle_out"] = _middle_out
 ENVIRONMENT.globals |= {"LONGEST": LONGEST, "SAMPLES": SAMPLES, "WIDTH": WIDTH}
 
 

@@ -25,8 +25,6 @@ from qft.views.words import binary_unit, count, number, size
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["learning_rate", "lengths", "loss", "memory", "phases", "throughput"]
-
 
 def loss(report: Report) -> Picture:
     """Of each step, smoothed, and of the held-out rows."""

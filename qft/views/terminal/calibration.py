@@ -1,15 +1,11 @@
 """The document of `qft calibrate` as rich tables."""
 
-from __future__ import annotations
-
 from rich.console import Group
 
 from qft.documents.calibration import Attempt, CalibrationReport
 from qft.views.terminal.evaluation import most_disturbed
 from qft.views.terminal.table import Rows, Whole, bullets, spaced
 from qft.views.words import size
-
-__all__ = ["render_calibration"]
 
 
 def render_calibration(report: CalibrationReport) -> Group:

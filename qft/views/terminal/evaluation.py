@@ -1,7 +1,5 @@
 """The document of `qft eval` as rich tables."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 
 from rich.console import Group
@@ -10,8 +8,6 @@ from rich.text import Text
 from qft.documents.evaluation import EvalDocument, HarnessResult, LayerError, Score, TargetResult
 from qft.views.terminal.table import Rows, spaced
 from qft.views.words import size
-
-__all__ = ["most_disturbed", "render_comparison"]
 
 WORST_LAYERS = 5
 """Layers shown of each target; eval.json has all."""

@@ -1,7 +1,5 @@
 """The documents of `qft export` as rich tables."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from shlex import quote
 
@@ -11,8 +9,6 @@ from rich.text import Text
 from qft.documents.export import ExportDocument, LoadCheck
 from qft.views.terminal.table import Rows, Whole, spaced
 from qft.views.words import size
-
-__all__ = ["render_exports", "render_loads"]
 
 
 def render_exports(documents: Sequence[ExportDocument]) -> Group:

@@ -1,7 +1,5 @@
 """The documents of `qft models` as rich tables."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from rich.console import Group
@@ -16,8 +14,6 @@ from qft.documents.registry import (
 )
 from qft.views.terminal.table import Facts, Rows, Whole, spaced
 from qft.views.words import size
-
-__all__ = ["render_diff", "render_findings", "render_list", "render_version"]
 
 
 def render_list(document: RegistryListing) -> Group:

@@ -1,7 +1,5 @@
 """The plan as a rich table."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from rich.console import Group, RenderableType
@@ -9,8 +7,6 @@ from rich.console import Group, RenderableType
 from qft.documents.plan import CalibrationCheck, CalibrationPlanDocument, PlanDocument
 from qft.views.terminal.table import Facts, Rows, Whole, bullets, spaced
 from qft.views.words import si
-
-__all__ = ["render_plan"]
 
 
 def render_plan(plan: PlanDocument | CalibrationCheck) -> Group:

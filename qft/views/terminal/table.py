@@ -1,7 +1,5 @@
 """What all views are made of: tables, facts, and lines that are never wrapped, since people copy from them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from textwrap import wrap
 
@@ -12,8 +10,6 @@ from rich.measure import Measurement
 from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
-
-__all__ = ["Facts", "Rows", "Whole", "bullets", "spaced"]
 
 
 class Whole(Text):

@@ -1,7 +1,5 @@
 """The report as rich tables."""
 
-from __future__ import annotations
-
 import os
 
 from rich.console import Group
@@ -10,8 +8,6 @@ from rich.text import Text
 from qft.documents.training import Report
 from qft.views.terminal.table import Facts, Rows, Whole, bullets, spaced
 from qft.views.words import si, size, sparkline
-
-__all__ = ["render"]
 
 
 def render(report: Report) -> Group:

@@ -104,7 +104,7 @@ class Audit(Stored):
     row_length_p5: Tokens
     row_length_p50: Tokens
     row_length_p95: Tokens
-    distinct_tokens: int
+    distinct_tokens: Tokens
     vocabulary_share: Share
     """distinct_tokens / tokens that the tokenizer knows."""
     duplicate_rows: int

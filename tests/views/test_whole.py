@@ -16,6 +16,9 @@ from qft.cli.shell import tell
 from qft.documents.calibration import Attempt, CalibrationReport
 from qft.documents.evaluation import Score
 from qft.documents.export import ExportDocument, Gate, LoadCheck, Pushed, Registered
+from qft.documents.manifest import Base
+from qft.documents.plan import CalibrationCheck, PlanDocument
+from qft.documents.registry import Difference, RegistryListing, VersionComparison, VersionDetails
 from qft.files import write_json
 from qft.views.live import LineView, LiveView
 from qft.views.terminal.calibration import render_calibration
@@ -87,7 +90,7 @@ def exported() -> ExportDocument:
         passed=True,
         bytes=1,
         sha256={},
-        base={},
+        base=Base(path="org/model"),
         merge_into=None,
         dtype="bfloat16",
         gate=Gate(passed=True, engine=None, rows=1, tokens=1, checks=[]),
@@ -124,37 +127,62 @@ def test_a_source_is_whole_within_its_table(lines: Show) -> None:
 
 
 def test_the_plan_tells_paths_whole(lines: Show) -> None:
-    model = {"path": PATH, "commit": None, "architecture": "Llama", "parameters": 9, "trainable_parameters": 1}
-    facts = {
-        "model": model | {"layers": 2, "dtype": "float32"},
-        "quantization": {"scheme": "custom", "plugin": {"path": PATH, "sha256": "0" * 64}},
-        "adapter": None,
-        "skip_modules": [],
-        "device": {"name": "CPU"},
-        "training": dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate"), 1)
-        | {"bf16": False, "fp16": False, "gradient_checkpointing": False, "optim": "a", "lr_scheduler_type": "b"},
-        "steps": 1,
-        "data": {"train_rows": 1, "eval_rows": 1, "sources": []},
+    counts = dict.fromkeys(("parameters", "linear_parameters", "trainable_parameters", "hidden_size", "layers"), 2)
+    model: dict[str, Any] = {
+        "path": PATH,
+        "commit": None,
+        "dtype": "float32",
+        "architecture": "Llama",
+        "max_positions": 9,
+        "heads": [],
     }
-    shown = lines(facts, render_plan)
+    device = {"kind": "cpu", "name": "CPU", "total_bytes": 1, "bf16": True, "tf32": False}
+    plugin = {"path": PATH, "sha256": "0" * 64, "method": "mine"}
+    training: dict[str, Any] = {
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 1,
+        "learning_rate": 1.0,
+    }
+    training |= {"lr_scheduler_type": "b", "optim": "a", "bf16": False, "fp16": False, "gradient_checkpointing": False}
+    plan = PlanDocument.model_validate(
+        {
+            "device": device,
+            "model": model | counts,
+            "quantization": {"scheme": "custom", "plugin": plugin},
+            "adapter": None,
+            "training": training,
+            "steps": 1,
+            "data": {"train_rows": 1, "eval_rows": 1, "sources": []},
+        }
+    )
+    shown = lines(plan, render_plan)
     assert told("path", PATH, shown)
     assert told("quantizer", f"{PATH}, SHA-256 {'0' * 12}…", shown)
     data = {"audit": None, "verify_rows": 3, "warnings": [f"{FOLDER} is short"]}
-    own = {"model": model | {"layers": 2}, "schemes": {}, "data": data, "device": {"name": "CPU"}}
-    shown = lines({"calibration": own}, render_plan)
-    assert told("model", f"{PATH}, 9 parameters, 2 blocks", shown)
+    calibration = {"device": device, "model": model | counts, "engine": "rtn", "schemes": {}, "data": data}
+    shown = lines(CalibrationCheck.model_validate({"calibration": calibration}), render_plan)
+    assert told("model", f"{PATH}, 2 parameters, 2 blocks", shown)
     assert any(FOLDER in line for line in shown)
 
 
 def test_the_registry_tells_paths_whole(lines: Show) -> None:
-    shown = lines({"name": "m" * 60, "entry": "v1", "manifest": MANIFEST, "history": []}, render_version)
+    entry: dict[str, Any] = {
+        "name": "m" * 60,
+        "entry": "v1",
+        "current": None,
+        "path": PATH,
+        "manifest": MANIFEST,
+        "history": [],
+    }
+    shown = lines(VersionDetails.model_validate(entry), render_version)
     assert f"{'m' * 60} v1" in shown
     assert told("base", PATH, shown)
     assert told("run", PATH, shown)
     assert told("data 1", f"{PATH} ({'0' * 12})", shown)
-    assert f"{PATH}: no models; add one with qft models add" in lines({"registry": PATH, "models": {}}, render_list)
-    rows = [{"section": "base", "field": "path", "a": FOLDER, "b": "other"}]
-    shown = lines({"name": "m", "a": "v1", "b": "v2", "rows": rows}, render_diff)
+    empty = lines(RegistryListing(registry=PATH, models={}), render_list)
+    assert f"{PATH}: no models; add one with qft models add" in empty
+    changed = Difference(section="base", field="path", a=FOLDER, b="other")
+    shown = lines(VersionComparison(name="m", a="v1", b="v2", rows=[changed]), render_diff)
     assert any(FOLDER in line for line in shown)
 
 

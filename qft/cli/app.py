@@ -45,18 +45,5 @@ def options(
     pass
 
 
-register(
-    app,
-    {
-        "check": check,
-        "train": train,
-        "calibrate": calibrate,
-        "eval": evaluate,
-        "export": export,
-        "chat": chat,
-        "report": report,
-        "init": init,
-        "schema": schema,
-    },
-)
+register(app, check, train, calibrate, evaluate, export, chat, report, init, schema)
 app.add_typer(models, name="models", short_help=models.info.help)

@@ -40,10 +40,8 @@ def export(
         from qft.export import export as run_export
         from qft.views.terminal.export import render_exports, render_loads
 
-        replaced, more = tuple(to or ()), tuple(overrides or ())
-        options = ExportOptions(
-            replaced, out, merge_into, gate, overwrite, more, register, registry, push_to_hub, private
-        )
+        kinds, more = tuple(to or ()), tuple(overrides or ())
+        options = ExportOptions(kinds, out, merge_into, gate, overwrite, more, register, registry, push_to_hub, private)
         view = choose_lines(as_json, quiet)
         if environment is None:
             tell(run_export(run, options, view), render_exports, as_json=as_json, quiet=quiet)

@@ -14,17 +14,16 @@ from qft.errors import GateError, MissingError
 if TYPE_CHECKING:
     from qft.registry import Which
 
-models = typer.Typer(
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    help="Keep versions of exported models: promote one, go back to another.",
-)
+HELP = "Keep versions of exported models: promote one, go back to another."
+models = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help=HELP)
 
 Registry = Annotated[Path, typer.Option(metavar="FOLDER", help="Folder of the registry.")]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A model of the registry.", show_default=False)]
-VersionText = Annotated[str, typer.Argument(metavar="VERSION", help="A number, or current.", show_default=False)]
+Version = Annotated[str, typer.Argument(metavar="VERSION", help="A number, or current.", show_default=False)]
 Reason = Annotated[str, typer.Option(help="Why, for the history.", show_default=False)]
 MODELS = Path("models")
+TO = "By default what was current before."
+WHICH = "A number, current or original; by default all."
 
 
 def add(
@@ -40,7 +39,8 @@ def add(
         from qft import registry as versions
 
         number = versions.add(registry, name, artifact, versions.facts_of(artifact, run), reason=reason)
-        typer.echo(f"{name} v{number} added; next: qft models promote {name} {number}{_elsewhere(registry)}")
+        elsewhere = "" if registry == MODELS else f" --registry {quote(str(registry))}"
+        typer.echo(f"{name} v{number} added; next: qft models promote {name} {number}{elsewhere}")
 
 
 def list_models(
@@ -64,11 +64,7 @@ def list_models(
 
 
 def show(
-    name: Name,
-    version: VersionText = "current",
-    registry: Registry = MODELS,
-    as_json: AsJson = False,
-    debug: Debug = False,
+    name: Name, version: Version = "current", registry: Registry = MODELS, as_json: AsJson = False, debug: Debug = False
 ) -> None:
     """Show one version: where it comes from, how good it is, and the model's history."""
     with messages(debug):
@@ -78,24 +74,14 @@ def show(
 
         shelf = find_shelf(registry, name)
         entry = _entry(registry, name, version)
-        document = VersionDetails(
-            name=name,
-            entry=entry,
-            current=shelf.current(),
-            path=str(shelf.folder / entry),
-            manifest=shelf.manifest(entry),
-            history=shelf.history(),
-        )
-        tell(document, render_version, as_json=as_json)
+        current, manifest, history = shelf.current(), shelf.manifest(entry), shelf.history()
+        path = str(shelf.folder / entry)
+        details = VersionDetails(name=name, entry=entry, current=current, path=path, manifest=manifest, history=history)
+        tell(details, render_version, as_json=as_json)
 
 
 def diff(
-    name: Name,
-    a: VersionText,
-    b: VersionText,
-    registry: Registry = MODELS,
-    as_json: AsJson = False,
-    debug: Debug = False,
+    name: Name, a: Version, b: Version, registry: Registry = MODELS, as_json: AsJson = False, debug: Debug = False
 ) -> None:
     """Compare two versions: recipe fields, data, base, scores, bytes and gate figures."""
     with messages(debug):
@@ -127,9 +113,7 @@ def promote(
 
 def rollback(
     name: Name,
-    to: Annotated[
-        str | None, typer.Option(metavar="VERSION|original", help="By default what was current before.")
-    ] = None,
+    to: Annotated[str | None, typer.Option(metavar="VERSION|original", help=TO)] = None,
     force: Annotated[bool, typer.Option("--force", help="Although it cannot be accepted; recorded.")] = False,
     registry: Registry = MODELS,
     reason: Reason = "",
@@ -148,10 +132,7 @@ def rollback(
 
 def verify(
     name: Name,
-    version: Annotated[
-        str | None,
-        typer.Argument(metavar="[VERSION]", help="A number, current or original; by default all.", show_default=False),
-    ] = None,
+    version: Annotated[str | None, typer.Argument(metavar="[VERSION]", help=WHICH, show_default=False)] = None,
     registry: Registry = MODELS,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -200,19 +181,4 @@ def _which(registry: Path, name: str, text: str | None) -> Which:
     return int(entry[1:]) if entry.startswith("v") else "original"
 
 
-def _elsewhere(registry: Path) -> str:
-    return "" if registry == MODELS else f" --registry {quote(str(registry))}"
-
-
-register(
-    models,
-    {
-        "add": add,
-        "list": list_models,
-        "show": show,
-        "diff": diff,
-        "promote": promote,
-        "rollback": rollback,
-        "verify": verify,
-    },
-)
+register(models, add, list_models, show, diff, promote, rollback, verify)

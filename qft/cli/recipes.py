@@ -6,22 +6,20 @@ from typing import Annotated
 
 import typer
 
-from qft.cli.shell import (
-    AsJson,
-    Debug,
-    Overrides,
-    Quiet,
-    RecipePath,
-    choose_lines,
-    consoles,
-    messages,
-    print_json,
-    require_one_of,
-    tell,
-)
+from qft.cli.shell import AsJson, Debug, Overrides, Quiet, choose_lines, consoles, messages, print_json, tell
 from qft.machine.environment import prepare_libraries
 
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.", show_default=False)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in output_dir.")]
+DOCUMENT = (
+    "recipe, report, eval, calibration, export, plan, calibration-plan, calibration-record, manifest, registry or "
+    "history."
+)
+
+
+def require_one_of(*, resume: bool, overwrite: bool) -> None:
+    if resume and overwrite:
+        raise typer.BadParameter("--resume continues a run and --overwrite replaces it; give one of the two")
 
 
 def init(
@@ -101,16 +99,7 @@ def calibrate(
         tell(report, render_calibration, as_json=as_json, quiet=quiet)
 
 
-def schema(
-    of: Annotated[
-        str,
-        typer.Argument(
-            metavar="[DOCUMENT]",
-            help="recipe, report, eval, calibration, export, plan, calibration-plan, calibration-record, manifest, "
-            "registry or history.",
-        ),
-    ] = "recipe",
-) -> None:
+def schema(of: Annotated[str, typer.Argument(metavar="[DOCUMENT]", help=DOCUMENT)] = "recipe") -> None:
     """Print the JSON Schema of a recipe (for editors) or of a document, such as report.json."""
     from qft.documents import DOCUMENTS
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -20,17 +19,14 @@ if TYPE_CHECKING:
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.", show_default=False)]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", metavar="SECTION.FIELD=VALUE", help="Override a field; paths are relative to here. Repeatable."
-    ),
-]
+SET_HELP = "Override a field; paths are relative to here. Repeatable."
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help=SET_HELP)]
 TARGET_HELP = (
     "A recipe, a run, or a model; PATH@VARIANT for base, float32, bfloat16, float16, nf4, fp4, 8bit, merged or (a "
     ".gguf file) llama.cpp."
 )
+NAMES = {"evaluate": "eval", "list_models": "list"}
+"""Of commands whose functions are called otherwise, so as not to hide what Python has under that name."""
 
 
 @contextmanager
@@ -50,10 +46,10 @@ def messages(
         raise typer.Exit(130) from None
 
 
-def register(app: typer.Typer, commands: Mapping[str, Callable[..., None]]) -> None:
-    """Add commands by their names, each with all of its docstring in the list of them."""
-    for name, command in commands.items():
-        app.command(name, short_help=command.__doc__)(command)
+def register(app: typer.Typer, *commands: Callable[..., None]) -> None:
+    """Add commands in this order, each with all of its docstring in the list of them."""
+    for command in commands:
+        app.command(NAMES.get(command.__name__, command.__name__), short_help=command.__doc__)(command)
 
 
 def consoles(as_json: bool) -> Console:
@@ -81,11 +77,6 @@ def print_json(document: object) -> None:
 
 def _plain(value: Any) -> Any:
     return value.model_dump(mode="json") if hasattr(value, "model_dump") else str(value)
-
-
-def require_one_of(*, resume: bool, overwrite: bool) -> None:
-    if resume and overwrite:
-        raise typer.BadParameter("--resume continues a run and --overwrite replaces it; give one of the two")
 
 
 def choose_lines(as_json: bool, quiet: bool) -> View:

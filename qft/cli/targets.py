@@ -8,6 +8,8 @@ import typer
 from qft.cli.shell import TARGET_HELP, AsJson, Debug, Quiet, choose_lines, messages, print_json, tell
 from qft.machine.environment import prepare_libraries
 
+HARNESS = "A task of lm-evaluation-harness, by name or file. Repeatable."
+
 
 def evaluate(
     targets: Annotated[list[str], typer.Argument(metavar="TARGET...", help=TARGET_HELP, show_default=False)],
@@ -15,10 +17,7 @@ def evaluate(
     data: Annotated[str | None, typer.Option(help="Other rows, or a plain text.")] = None,
     reference: Annotated[str | None, typer.Option(help="The target that the others are compared with.")] = None,
     metric: Annotated[list[str] | None, typer.Option(help="A task score beside the recipe's. Repeatable.")] = None,
-    harness: Annotated[
-        list[str] | None,
-        typer.Option(metavar="TASK", help="A task of lm-evaluation-harness, by name or file. Repeatable."),
-    ] = None,
+    harness: Annotated[list[str] | None, typer.Option(metavar="TASK", help=HARNESS)] = None,
     window: Annotated[int, typer.Option(min=2, help="Tokens of a window over plain text.")] = 512,
     stride: Annotated[int, typer.Option(min=1, help="Tokens from one window to the next.")] = 256,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows that are read at once.")] = 8,

@@ -68,15 +68,8 @@ class LiveView(View):
         self.console = console
         self.losses: list[float] = []
         self.recent: deque[tuple[int, float]] = deque(maxlen=RECENT)
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-        )
+        done = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self.progress = Progress(*done, TextColumn("left"), TimeRemainingColumn(), console=console)
         self.task = self.progress.add_task("training", total=None, visible=False)
         self.live = Live(self.progress, console=console, refresh_per_second=4)
 

@@ -139,9 +139,6 @@ def _figure(part: Part, field: str, written: Mapping[str, Callable[[Any], str]] 
     return f"{value:,}" if isinstance(value, int) else number(value) if isinstance(value, float) else str(value)
 
 
-# Of a training.
-
-
 def _training_headline(report: Report) -> Iterator[tuple[str, Cell, str]]:
     """[what, figure, more about it]."""
     memory, model, speed = report.memory, report.model, report.throughput
@@ -197,9 +194,6 @@ def _every_figure(name: str, part: Part) -> Iterator[tuple[str, Table]]:
     for field, value in parts.items():
         own = field.replace("_", " ")
         yield from _every_figure(own.capitalize() if isinstance(part, Report) else f"{name}, {own}", value)
-
-
-# Of an evaluation.
 
 
 def _evaluation_headline(targets: Sequence[TargetResult], reference: str | None) -> Iterator[tuple[str, Cell, str]]:

@@ -21,15 +21,10 @@ def _quality(report: CalibrationReport) -> Rows:
     rows.add("unquantized", size(report.bytes_before), f"{before.value:.3f}", "", "", "", "")
     for attempt in report.attempts:
         change = attempt.perplexity_change
-        rows.add(
-            _name(report, attempt),
-            size(attempt.weight_bytes),
-            f"{attempt.perplexity.value:.3f}",
-            f"{change.value:+.2%} [{change.low:+.2%}, {change.high:+.2%}]",
-            f"{attempt.kl_mean:.4f}",
-            f"{attempt.kl_p99:.3f}",
-            f"{attempt.top1_agreement:.1%}",
-        )
+        changed = f"{change.value:+.2%} [{change.low:+.2%}, {change.high:+.2%}]"
+        figures = (size(attempt.weight_bytes), f"{attempt.perplexity.value:.3f}", changed)
+        distance = (f"{attempt.kl_mean:.4f}", f"{attempt.kl_p99:.3f}", f"{attempt.top1_agreement:.1%}")
+        rows.add(_name(report, attempt), *figures, *distance)
     return rows
 
 
@@ -54,12 +49,7 @@ def _layers(report: CalibrationReport) -> Rows:
 def _costs(report: CalibrationReport) -> Rows:
     rows = Rows("Costs", "rows", "tokens", "tokens/s", "time", "peak", "host peak")
     tokens = (report.calibration or {}).get("tokens", 0) + report.verify_tokens
-    rows.add(
-        f"{report.verify_rows} held out",
-        f"{tokens:,}",
-        f"{report.tokens_per_second:,.0f}" if report.block_seconds else "",
-        f"{report.wall_seconds:,.0f} s",
-        size(report.peak_bytes),
-        size(report.peak_host_bytes),
-    )
+    speed = f"{report.tokens_per_second:,.0f}" if report.block_seconds else ""
+    figures = (f"{report.verify_rows} held out", f"{tokens:,}", speed, f"{report.wall_seconds:,.0f} s")
+    rows.add(*figures, size(report.peak_bytes), size(report.peak_host_bytes))
     return rows

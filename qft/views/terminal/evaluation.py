@@ -15,26 +15,17 @@ WORST_LAYERS = 5
 
 def render_comparison(document: EvalDocument) -> Group:
     """Quality, task scores, and speed and memory, one row a target; tasks of the harness, one row a metric."""
-    parts = [_quality(document)]
-    if any(target.scores for target in document.targets):
-        parts.append(_scores(document))
-    if any(target.harness for target in document.targets):
-        parts.append(_harness(document))
-    if any(target.layers for target in document.targets):
-        parts.append(_layers(document))
-    return spaced(*parts, _costs(document), Text(_footnote(document), style="dim"))
+    tables = {"scores": _scores, "harness": _harness, "layers": _layers}
+    found = (draw(document) for field, draw in tables.items() if any(getattr(t, field) for t in document.targets))
+    return spaced(_quality(document), *found, _costs(document), Text(_footnote(document), style="dim"))
 
 
 def _quality(document: EvalDocument) -> Rows:
     rows = Rows("Quality", "target", "perplexity", "change", "bits/byte", "KL mean", "KL 99%", "same top")
     for target in document.targets:
-        rows.add(
-            _name(target),
-            f"{target.perplexity:.3f} ±{_half(target.perplexity_interval):.3f}",
-            _change(target.perplexity_change),
-            f"{target.bits_per_byte:.4f}",
-            *_divergence(target),
-        )
+        half = (target.perplexity_interval.high - target.perplexity_interval.low) / 2
+        figures = (f"{target.perplexity:.3f} ±{half:.3f}", _change(target.perplexity_change))
+        rows.add(_name(target), *figures, f"{target.bits_per_byte:.4f}", *_divergence(target))
     return rows
 
 
@@ -83,14 +74,8 @@ def most_disturbed(layers: Iterable[LayerError]) -> Iterator[tuple[str, ...]]:
 def _costs(document: EvalDocument) -> Rows:
     rows = Rows("Speed and memory", "target", "read tok/s", "write tok/s", "weights", "peak", "on disk")
     for target in document.targets:
-        rows.add(
-            _name(target),
-            f"{target.prefill_tokens_per_second:,.0f}",
-            f"{target.decode_tokens_per_second:,.1f}",
-            size(target.weight_bytes),
-            size(target.peak_bytes),
-            size(target.disk_bytes),
-        )
+        speeds = (f"{target.prefill_tokens_per_second:,.0f}", f"{target.decode_tokens_per_second:,.1f}")
+        rows.add(_name(target), *speeds, *map(size, (target.weight_bytes, target.peak_bytes, target.disk_bytes)))
     return rows
 
 
@@ -104,10 +89,6 @@ def _footnote(document: EvalDocument) -> str:
 def _name(target: TargetResult) -> str:
     """The last part of the path, with the variant: a table has no room for more."""
     return target.name.rstrip("/").rpartition("/")[2]
-
-
-def _half(score: Score) -> float:
-    return (score.high - score.low) / 2
 
 
 def _change(score: Score | None) -> str:

@@ -10,6 +10,9 @@ from qft.documents.export import ExportDocument, LoadCheck
 from qft.views.terminal.table import Rows, Whole, spaced
 from qft.views.words import size
 
+FORMS = {"kl": ".5f", "top1_agreement": ".1%", "perplexity_increase": "+.2%", "same_continuations": ".0%"}
+"""Checks of the gate that are shown, and how."""
+
 
 def render_exports(documents: Sequence[ExportDocument]) -> Group:
     """Each artifact with its figures, and where it lies."""
@@ -17,15 +20,8 @@ def render_exports(documents: Sequence[ExportDocument]) -> Group:
     for document in documents:
         checks = {check.name: check.value for check in document.gate.checks}
         verdict = {True: "passed", False: "refused", None: "NOT VERIFIED"}[document.gate.passed]
-        rows.add(
-            document.target,
-            size(document.bytes),
-            _figure(checks.get("kl"), ".5f"),
-            _figure(checks.get("top1_agreement"), ".1%"),
-            _figure(checks.get("perplexity_increase"), "+.2%"),
-            _figure(checks.get("same_continuations"), ".0%"),
-            verdict,
-        )
+        figures = (_figure(checks.get(name), form) for name, form in FORMS.items())
+        rows.add(document.target, size(document.bytes), *figures, verdict)
     about = [Text(_quantized(document)) for document in documents if document.quantization]
     if any(document.gate.passed is None for document in documents):
         off = "The gate was off: nothing proves that these are the model that was trained."
@@ -59,7 +55,5 @@ def _figure(value: float | str | None, form: str) -> str:
 
 def _quantized(document: ExportDocument) -> str:
     told = document.quantization or {}
-    return (
-        f"{document.target}: quantizing the merged model again cost KL {told['kl']:.5f} and "
-        f"{told['perplexity_change']:+.2%} of perplexity"
-    )
+    cost = f"KL {told['kl']:.5f} and {told['perplexity_change']:+.2%} of perplexity"
+    return f"{document.target}: quantizing the merged model again cost {cost}"

@@ -4,26 +4,19 @@ from typing import Any
 
 from rich.console import Group
 
-from qft.documents.registry import (
-    ModelVersions,
-    RegistryListing,
-    VersionComparison,
-    VersionDetails,
-    VersionManifest,
-    VersionVerification,
-)
+from qft.documents import registry as documents
 from qft.views.terminal.table import Facts, Rows, Whole, spaced
 from qft.views.words import size
 
 
-def render_list(document: RegistryListing) -> Group:
+def render_list(document: documents.RegistryListing) -> Group:
     """A table for each model."""
     if not document.models:
         return Group(Whole(f"{document.registry}: no models; add one with qft models add"))
     return spaced(*(_versions(name, model) for name, model in document.models.items()))
 
 
-def _versions(name: str, model: ModelVersions) -> Rows:
+def _versions(name: str, model: documents.ModelVersions) -> Rows:
     rows = Rows(name, "version", "created", "target", "bytes", "gate", "scores")
     if model.current and model.current not in model.versions:
         rows.add(f"{model.current} (current)", "", "the base", "", "", "")
@@ -35,7 +28,7 @@ def _versions(name: str, model: ModelVersions) -> Rows:
     return rows
 
 
-def render_version(document: VersionDetails) -> Group:
+def render_version(document: documents.VersionDetails) -> Group:
     """One version, or the record of a base, and what happened to the model."""
     rows = Facts(f"{document.name} {document.entry}")
     for name, value in _about(document.manifest).items():
@@ -47,7 +40,7 @@ def render_version(document: VersionDetails) -> Group:
     return spaced(rows, past)
 
 
-def render_diff(document: VersionComparison) -> Group:
+def render_diff(document: documents.VersionComparison) -> Group:
     """One line for each figure or field."""
     rows = Rows(document.name, "", document.a, document.b, unbroken=True)
     for row in document.rows:
@@ -57,7 +50,7 @@ def render_diff(document: VersionComparison) -> Group:
     return spaced(rows)
 
 
-def render_findings(document: VersionVerification) -> Group:
+def render_findings(document: documents.VersionVerification) -> Group:
     """What was hashed; what is wrong is the error."""
     rows = Rows(document.name, "version", "missing", "changed", "extra", "")
     for finding in document.entries:
@@ -66,7 +59,7 @@ def render_findings(document: VersionVerification) -> Group:
     return spaced(rows)
 
 
-def _about(manifest: VersionManifest) -> dict[str, str]:
+def _about(manifest: documents.VersionManifest) -> dict[str, str]:
     base, recipe = manifest.base, manifest.recipe
     facts = {
         "created": manifest.created,
@@ -85,7 +78,7 @@ def _about(manifest: VersionManifest) -> dict[str, str]:
     return {name: value for name, value in facts.items() if value}
 
 
-def _gate(manifest: VersionManifest) -> str:
+def _gate(manifest: documents.VersionManifest) -> str:
     verdict = manifest.gate.passed if manifest.gate else None
     return "not run" if verdict is None else "passed" if verdict else "failed"
 

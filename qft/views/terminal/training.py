@@ -32,11 +32,9 @@ def _model(report: Report) -> Facts:
     rows.add("base", f"{model.architecture}, {si(model.parameters)} parameters")
     rows.add("held as", f"{held}: {model.bits_per_weight:.2f} bits a weight with scales, norms and head")
     if skipped := report.skipped_modules:
-        rows.add(
-            "left in 16 bits",
-            f"{len(skipped.names)} layers: KL {skipped.kl_before:.4f} to {skipped.kl_after:.4f} for "
-            f"{size(skipped.linear_bytes_after - skipped.linear_bytes_before)}",
-        )
+        bought = f"KL {skipped.kl_before:.4f} to {skipped.kl_after:.4f}"
+        more = size(skipped.linear_bytes_after - skipped.linear_bytes_before)
+        rows.add("left in 16 bits", f"{len(skipped.names)} layers: {bought} for {more}")
     rows.add("trained", f"{si(model.trainable_parameters)} parameters ({model.trainable_share:.2%})")
     rows.add("on", model.device)
     return rows

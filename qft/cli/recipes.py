@@ -16,7 +16,6 @@ from qft.cli.shell import (
     consoles,
     messages,
     print_json,
-    require_one_of,
     tell,
 )
 from qft.machine.environment import prepare_libraries
@@ -65,7 +64,7 @@ def train(
         from qft.recipe import load
 
         loaded = load(recipe, overrides or [])
-        require_one_of(resume=resume, overwrite=overwrite)
+        _require_one_of(resume=resume, overwrite=overwrite)
         prepare_libraries()
         from qft.commands.train import train as run_training
         from qft.views.live import choose_view
@@ -91,7 +90,7 @@ def calibrate(
         from qft.recipe import load
 
         loaded = load(recipe, [*(overrides or []), *([f"output_dir={out}"] if out else [])])
-        require_one_of(resume=resume, overwrite=overwrite)
+        _require_one_of(resume=resume, overwrite=overwrite)
         prepare_libraries()
         from qft.commands.calibrate import calibrate as run_calibration
         from qft.views.terminal.calibration import render_calibration
@@ -123,3 +122,8 @@ def schema(
         print_json({"$schema": dialect, **DOCUMENTS[of].model_json_schema()})
     else:
         raise typer.BadParameter(f"{of} is none of recipe, {', '.join(DOCUMENTS)}")
+
+
+def _require_one_of(*, resume: bool, overwrite: bool) -> None:
+    if resume and overwrite:
+        raise typer.BadParameter("--resume continues a run and --overwrite replaces it; give one of the two")

@@ -83,11 +83,6 @@ def _plain(value: Any) -> Any:
     return value.model_dump(mode="json") if hasattr(value, "model_dump") else str(value)
 
 
-def require_one_of(*, resume: bool, overwrite: bool) -> None:
-    if resume and overwrite:
-        raise typer.BadParameter("--resume continues a run and --overwrite replaces it; give one of the two")
-
-
 def choose_lines(as_json: bool, quiet: bool) -> View:
     """A plain line for each note, or nothing."""
     from qft.progress import View

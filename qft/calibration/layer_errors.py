@@ -41,9 +41,7 @@ SLICE = 2**22
 
 
 def layer_errors(
-    reference: PreTrainedModel,
-    model: PreTrainedModel | PeftModel,
-    batches: Iterable[Mapping[str, torch.Tensor]],
+    reference: PreTrainedModel, model: PreTrainedModel | PeftModel, batches: Iterable[Mapping[str, torch.Tensor]]
 ) -> list[LayerError]:
     """Each linear layer of `reference`, an unquantized model, against the layer of its name in `model`.
 

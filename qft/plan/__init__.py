@@ -4,14 +4,5 @@ from qft.plan.calibration import CalibrationPlan, linear_layers, plan_calibratio
 from qft.plan.model import ModelPlan, plan_folder, plan_model
 from qft.plan.training import Plan, make_plan, with_skip_modules
 
-__all__ = [
-    "CalibrationPlan",
-    "ModelPlan",
-    "Plan",
-    "linear_layers",
-    "make_plan",
-    "plan_calibration",
-    "plan_folder",
-    "plan_model",
-    "with_skip_modules",
-]
+__all__ = ["CalibrationPlan", "ModelPlan", "Plan", "linear_layers", "make_plan", "plan_calibration"]
+__all__ += ["plan_folder", "plan_model", "with_skip_modules"]

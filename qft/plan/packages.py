@@ -28,5 +28,4 @@ def missing_engine(name: str) -> Iterator[tuple[str, str]]:
     """Yield (field, what to install) if the engine's packages are not there; imports nothing."""
     for module in CATALOGUE[name].modules:
         if importlib.util.find_spec(module) is None:
-            package = module.replace("_", "-")
-            yield "calibrate.engine", f"{name} needs {package}; pip install 'qft[calibrate]'"
+            yield "calibrate.engine", f"{name} needs {module.replace('_', '-')}; pip install 'qft[calibrate]'"

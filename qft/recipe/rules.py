@@ -11,14 +11,8 @@ from qft.recipe.training import AdapterSection, QuantSection
 Problem = tuple[str, str]
 """A field, and what is wrong with it."""
 
-QUANT_FIELDS = {
-    "quant_type": "4bit",
-    "double_quant": "4bit",
-    "compute_dtype": "4bit",
-    "quant_storage": "4bit",
-    "threshold": "8bit",
-    "plugin": "custom",
-}
+QUANT_FIELDS = dict.fromkeys(("quant_type", "double_quant", "compute_dtype", "quant_storage"), "4bit")
+QUANT_FIELDS |= {"threshold": "8bit", "plugin": "custom"}
 """Fields of `quant` that only one mode reads."""
 
 SKIP_BUDGETS = ("quant.skip_budget_bits", "quant.skip_budget_bytes")
@@ -109,11 +103,10 @@ def _quant_rules(recipe: Recipe) -> Iterator[Problem]:
         text = f"{quant.preset} is a preset for 4bit, and the mode is {quant.mode}; remove one of the two"
         yield "quant.preset", text
     if quant.mode != "none" and recipe.adapter.kind == "none":
-        yield (
-            "adapter.kind",
-            f"quantized weights cannot be trained themselves: set adapter.kind to lora to train adapters on the "
-            f"{quant.mode} base, or quant.mode to none to train all weights",
+        text = (
+            f"set adapter.kind to lora to train adapters on the {quant.mode} base, or quant.mode to none to train all"
         )
+        yield "adapter.kind", f"quantized weights cannot be trained themselves: {text} weights"
     if quant.mode != "none" and recipe.train.torch_compile:
         yield "train.torch_compile", f"a {quant.mode} base cannot be compiled for training; set it to false"
 
@@ -132,11 +125,11 @@ def _adapter_rules(recipe: Recipe) -> Iterator[Problem]:
     if adapter.init_lora_weights == "loftq" and mode != "4bit":
         yield "adapter.init_lora_weights", "loftq starts from a 4-bit quantization error: set quant.mode to 4bit"
     if adapter.init_lora_weights.startswith(("pissa", "olora")) and mode != "none":
-        yield (
-            "adapter.init_lora_weights",
-            f"{adapter.init_lora_weights} moves part of the base weights into the adapter, which a {mode} base cannot "
-            "hold exactly: use default, gaussian or (with 4bit) loftq, or set quant.mode to none",
+        text = (
+            f"moves part of the base weights into the adapter, which a {mode} base cannot hold exactly: use default, "
         )
+        remedy = "gaussian or (with 4bit) loftq, or set quant.mode to none"
+        yield "adapter.init_lora_weights", f"{adapter.init_lora_weights} {text}{remedy}"
     if adapter.use_dora and mode == "custom":
         yield "adapter.use_dora", "peft scales the base weight itself, and cannot read a plugin's; set it to false"
     if adapter.layers_to_transform is not None and isinstance(adapter.target_modules, str):
@@ -205,11 +198,10 @@ def _eval_rules(recipe: Recipe) -> Iterator[Problem]:
     pattern = recipe.eval.regex
     if "regex" in recipe.eval.metrics and pattern is None:
         yield "eval.metrics", "regex needs a pattern in eval.regex"
-    if pattern is not None:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            yield "eval.regex", f"is no regular expression: {error}"
+    try:
+        re.compile(pattern or "")
+    except re.error as error:
+        yield "eval.regex", f"is no regular expression: {error}"
 
 
 def _train_rules(recipe: Recipe) -> Iterator[Problem]:
@@ -224,12 +216,9 @@ def _train_rules(recipe: Recipe) -> Iterator[Problem]:
         yield "train.eval_strategy", "steps needs train.eval_steps"
     if train.early_stopping_patience is not None and not train.load_best_model_at_end:
         yield "train.early_stopping_patience", "needs train.load_best_model_at_end: true"
-    if train.load_best_model_at_end:
-        yield from _best_model_rules(recipe)
-
-
-def _best_model_rules(recipe: Recipe) -> Iterator[Problem]:
-    train, field = recipe.train, "train.load_best_model_at_end"
+    field = "train.load_best_model_at_end"
+    if not train.load_best_model_at_end:
+        return
     if train.eval_strategy == "no":
         yield field, "needs evaluations to choose by: set train.eval_strategy"
     elif train.eval_strategy != train.save_strategy:

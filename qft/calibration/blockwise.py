@@ -72,12 +72,10 @@ class BlockQuantizer:
 
     @property
     def quantized_layers(self) -> list[str]:
-        """Names of the linear layers that the task holds in few bits."""
         return [name for name, scheme in self.task.schemes.items() if scheme]
 
     @property
     def skipped_layers(self) -> list[str]:
-        """Of all other linear layers."""
         return [name for name, scheme in self.task.schemes.items() if scheme is None]
 
     def shard(self, number: int, attempt: int = 0) -> Path:
@@ -185,8 +183,9 @@ class BlockQuantizer:
             block.set_submodule(name, layer.module)
         streams.quantized_windows = [model.run(block, number, h) for h in streams.quantized_windows]
         streams.quantized_verify = [model.run(block, number, h) for h in streams.quantized_verify]
-        sizes = {f"{model.name(number)}.{name}": _bytes(layer.tensors) for name, layer in layers.items()}
-        return [error.model_copy(update={"bytes": sizes[error.name]}) for error in errors]
+        sizes = {name: sum(tensor.nbytes for tensor in layer.tensors.values()) for name, layer in layers.items()}
+        prefix = f"{model.name(number)}."
+        return [error.model_copy(update={"bytes": sizes[error.name.removeprefix(prefix)]}) for error in errors]
 
     def _given(self, number: int, block: nn.Module, schemes: dict[str, LayerScheme], streams: _Streams) -> Block:
         largest = dict.fromkeys(schemes, 0.0)
@@ -235,17 +234,12 @@ class BlockQuantizer:
         return {name.removeprefix(prefix): s for name, s in schemes.items() if s and name.startswith(prefix)}
 
     def _write(self, number: int, attempt: int, block: nn.Module, layers: Mapping[str, QuantizedLayer]) -> None:
-        prefix = self.model.name(number)
-        rest = {
-            name: p.data
-            for name, p in block.named_parameters()
-            if not any(name.startswith(f"{layer}.") for layer in layers)
-        }
+        prefix, held = self.model.name(number), tuple(f"{layer}." for layer in layers)
+        rest = {name: p.data for name, p in block.named_parameters() if not name.startswith(held)}
         parts = {f"{name}.{key}": t for name, layer in layers.items() for key, t in layer.tensors.items()}
         tensors = {f"{prefix}.{name}": t.detach().cpu().contiguous() for name, t in (rest | parts).items()}
-        metadata = {
-            f"{prefix}.{name}.{key}": text for name, layer in layers.items() for key, text in layer.metadata.items()
-        }
+        told = {f"{name}.{key}": text for name, layer in layers.items() for key, text in layer.metadata.items()}
+        metadata = {f"{prefix}.{name}": text for name, text in told.items()}
         path = self._shard(number, attempt)
         write_json(path.with_suffix(".json"), metadata)
         save_tensors(tensors, path, self.engine.header(metadata, [f"{prefix}.{name}" for name in rest]))
@@ -254,9 +248,8 @@ class BlockQuantizer:
         left = (len(self.model) - number - 1) * sum(self.block_seconds) / len(self.block_seconds)
         worst = min(errors, key=lambda error: error.output_snr_db, default=None)
         noise = f", {worst.kind} {worst.output_snr_db:.1f} dB" if worst else ""
-        self.view.note(
-            f"block {number + 1} of {len(self.model)}{noise}, {self.block_seconds[-1]:.1f} s, {left:,.0f} s left"
-        )
+        timing = f"{self.block_seconds[-1]:.1f} s, {left:,.0f} s left"
+        self.view.note(f"block {number + 1} of {len(self.model)}{noise}, {timing}")
 
     def _shard(self, number: int, attempt: int) -> Path:
         return self.folder / f"block-{number:05}-{attempt}.safetensors"
@@ -274,7 +267,3 @@ def _linear(block: nn.Module, name: str) -> nn.Linear:
 def _of_layer(name: str, values: Mapping[str, T]) -> dict[str, T]:
     """What belongs to a layer, by names within it."""
     return {key.removeprefix(f"{name}."): value for key, value in values.items() if key.startswith(f"{name}.")}
-
-
-def _bytes(tensors: Mapping[str, torch.Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

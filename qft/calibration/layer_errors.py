@@ -48,8 +48,7 @@ def layer_errors(
     A batch holds input_ids and attention_mask, both int64 [rows, tokens], padded on the right; padding counts nowhere.
     The reference runs over them twice, as outliers are told from the root mean square of the whole input. Adapters
     count as `model` applies them. A layer that no token reaches (an expert without work) is left out. Raises
-    ModelError where `model` lacks a layer, or has it in another shape.
-    """
+    ModelError where `model` lacks a layer, or has it in another shape."""
     pairs, names = _pairs(reference, model), ("input_ids", "attention_mask")
     placed = [{name: batch[name].to(reference.device) for name in names} for batch in batches]
     runs = [(partial(reference, **batch, use_cache=False), batch["attention_mask"].bool()) for batch in placed]
@@ -132,7 +131,7 @@ class _Pair:
             block=int(block[1]) if block else None,
             kind=self.name.rpartition(".")[2],
             weight_error=_relative_error(held.to(original.device), original),
-            output_snr_db=_decibels(self.signal, self.noise),
+            output_snr_db=min(SNR_LIMIT, max(-SNR_LIMIT, decibels(self.signal, self.noise))),
             outlier_share=self.outliers / self.values,
             # A code book that layers share counts in each.
             bytes=sum(weight_bytes(self.layer).values()),
@@ -271,10 +270,8 @@ def _relative_error(held: torch.Tensor, original: torch.Tensor) -> float:
     return math.sqrt(_sum_of_squares(held - original)) / max(norm, torch.finfo(torch.float32).tiny)
 
 
-def _decibels(signal: float, noise: float) -> float:
-    """10 log10(signal / noise), within SNR_LIMIT."""
+def decibels(signal: float, noise: float) -> float:
+    """10 log10(signal / noise); infinite without noise."""
     if not noise:
-        return SNR_LIMIT
-    if not signal:
-        return -SNR_LIMIT
-    return min(SNR_LIMIT, max(-SNR_LIMIT, 10 * math.log10(signal / noise)))
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal else -math.inf

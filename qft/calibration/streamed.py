@@ -25,10 +25,8 @@ class StreamedModel:
 
     def __init__(self, plan: ModelPlan, read: Read) -> None:
         self.device, self.dtype, self.read = plan.device.kind, getattr(torch, plan.dtype), read
-        section = plan.recipe.model
-        attention = (
-            {} if section.attn_implementation == "auto" else {"attn_implementation": section.attn_implementation}
-        )
+        section, chosen = plan.recipe.model, plan.recipe.model.attn_implementation
+        attention = {} if chosen == "auto" else {"attn_implementation": chosen}
         self.model = without_contents(plan.checkpoint, section, dtype=self.dtype, **attention).eval()
         self.prefix, self.stack = find_blocks(self.model, plan.shape.layers)
         self._fill(self.model, "", skip=f"{self.prefix}.")

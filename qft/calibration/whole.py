@@ -41,11 +41,8 @@ class WholeQuantizer:
     source: Source
     view: View
     quantized_layers: list[str] = field(default_factory=list)
-    """Names of the linear layers that the result holds quantized; known once quantize() is done."""
     skipped_layers: list[str] = field(default_factory=list)
-    """Of all other linear layers."""
     block_seconds: list[float] = field(default_factory=list)
-    """Stays empty: there are no blocks."""
     process: EngineProcess = field(default_factory=EngineProcess)
 
     def __post_init__(self) -> None:
@@ -75,7 +72,6 @@ class WholeQuantizer:
         return verification
 
     def errors(self) -> list[LayerError]:
-        """Of every quantized layer, on the verification rows."""
         return self._errors
 
     def assemble(self, folder: Path, trial: Trial) -> None:
@@ -135,17 +131,6 @@ def _ids(row: dict[str, Sequence[int]], model: Any) -> torch.Tensor:
     return torch.tensor([list(row["input_ids"])], device=model.device)
 
 
-def _stored_bytes(folder: Path) -> dict[str, int]:
-    """Bytes of each tensor in the safetensors files, by its name."""
-    sizes: dict[str, int] = {}
-    for path in folder.glob("*.safetensors"):
-        with path.open("rb") as stream:
-            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        header.pop("__metadata__", None)
-        sizes |= {name: tensor["data_offsets"][1] - tensor["data_offsets"][0] for name, tensor in header.items()}
-    return sizes
-
-
 def write_by_plugin(job: WholeQuantizer, folder: Path) -> EngineProcess:
     """By the code of quant.plugin, as transformers loads and saves. Raises ModelError if that fails."""
     plan = _plugin_plan(job)
@@ -193,19 +178,13 @@ def write_by_llmcompressor(job: WholeQuantizer, folder: Path) -> EngineProcess:
     on_gpu = plan.model.device.kind == "cuda"
     report = run_job(calibrate.engine_python, request, job.source.work, job.view.note, on_gpu=on_gpu)
     if not calibrate.symmetric:
-        _let_transformers_unpack(folder)
-    versions = {
-        name if name == "llmcompressor" else f"llmcompressor's {name}": version
-        for name, version in report["versions"].items()
-    }
+        # See CompressedTensors.config of qft.quant.engines, which says the same of models with zero points.
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        config["quantization_config"]["dequantize"] = True
+        write_json(folder / "config.json", config)
+    own = "llmcompressor"
+    versions = {name if name == own else f"{own}'s {name}": version for name, version in report["versions"].items()}
     return EngineProcess(versions, report["peak_bytes"], report["peak_host_bytes"])
-
-
-def _let_transformers_unpack(folder: Path) -> None:
-    """See CompressedTensors.config of qft.quant.engines, which says the same of models with zero points."""
-    config = json.loads((folder / "config.json").read_text("utf-8"))
-    config["quantization_config"]["dequantize"] = True
-    write_json(folder / "config.json", config)
 
 
 WHOLE_ENGINES: dict[str, Callable[[WholeQuantizer, Path], EngineProcess]] = {

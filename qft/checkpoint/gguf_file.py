@@ -6,14 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import (
-    TOKENIZER_MAPPING,
-    AutoConfig,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from qft.checkpoint.cache import companions, kept
 from qft.files import write_json
@@ -59,5 +52,5 @@ def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 
 def _tokenizer_class(path: Path, config: PretrainedConfig) -> Any:
     """What AutoTokenizer would choose, which reads the file once more for its configuration."""
-    chosen = TOKENIZER_MAPPING.get(type(config), PreTrainedTokenizerFast)
+    chosen = transformers.TOKENIZER_MAPPING.get(type(config), transformers.PreTrainedTokenizerFast)
     return AutoTokenizer if companions(path) or chosen.__name__ == "MistralCommonBackend" else chosen

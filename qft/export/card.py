@@ -61,7 +61,7 @@ def _origin(job: Job, document: ExportDocument) -> str:
     commit = document.base.commit
     lines = [f"Finetuned with qft from `{_base(job)}`{f' at commit `{commit}`' if commit else ''}."]
     if job.adapter:
-        lines.append(f"The adapter was trained on a base held in {_scheme(job)}.")
+        lines.append(f"The adapter was trained on a base held in {job.plan.scheme.short_words()}.")
     if document.merge_into:
         which = "the same values, dequantized" if document.merge_into == "dequantized" else "the original weights"
         lines.append(f"It was added to {which}.")
@@ -72,10 +72,6 @@ def _origin(job: Job, document: ExportDocument) -> str:
             f"perplexity {told['perplexity_change']:+.2%} from the merged model."
         )
     return " ".join([*lines, f"Other weights are {document.dtype}."])
-
-
-def _scheme(job: Job) -> str:
-    return job.plan.scheme.short_words()
 
 
 def _data(job: Job) -> str:
@@ -130,5 +126,5 @@ def _cell(text: str) -> str:
 
 
 def _usage(job: Job, exporter: Exporter) -> str:
-    told = {"SCHEME": _scheme(job), "BASE": _base(job), "NAME": job.run.folder.resolve().name}
+    told = {"SCHEME": job.plan.scheme.short_words(), "BASE": _base(job), "NAME": job.run.folder.resolve().name}
     return re.sub("|".join(told), lambda found: told[found[0]], exporter.usage)

@@ -66,9 +66,8 @@ def with_adapter(model: Any, adapter: Path) -> Any:
             return PeftModel.from_pretrained(model, str(adapter))
         except (ValueError, RuntimeError, KeyError, UserWarning) as error:
             kind = json.loads((adapter / "adapter_config.json").read_text("utf-8")).get("base_model_name_or_path")
-            raise ModelError(
-                f"{adapter}: does not fit this base (it names {kind!r} as its own): {str(error).splitlines()[0]}"
-            ) from error
+            text = f"does not fit this base (it names {kind!r} as its own): {str(error).splitlines()[0]}"
+            raise ModelError(f"{adapter}: {text}") from error
 
 
 def _start_from_quantization_error(model: PeftModel, plan: Plan) -> None:

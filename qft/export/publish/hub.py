@@ -81,9 +81,8 @@ def find_repository(name: str, *, private: bool) -> Repository:
     if info is None:
         return Repository(name, private)
     if private and info.private is False:
-        raise RecipeError(
-            f"--push-to-hub {name}: is there already and public, so --private cannot be; take another name"
-        )
+        text = "is there already and public, so --private cannot be; take another name"
+        raise RecipeError(f"--push-to-hub {name}: {text}")
     return Repository(name, private, tuple(sibling.rfilename for sibling in info.siblings or ()))
 
 

@@ -63,11 +63,9 @@ def _tune(block: Block) -> None:
         scale_dtype=dtype,
         amp=dtype != torch.float32,  # else float32 would be rounded to bfloat16
     )
-    inputs = [(call,) for call in block.calls]
+    inputs, quantized = [(call,) for call in block.calls], list(block.quantized_inputs) or None
     with torch.enable_grad():
-        tuner.quantize_block(
-            block.module, inputs, q_input=list(block.quantized_inputs) or None, device=device, auto_offload=False
-        )
+        tuner.quantize_block(block.module, inputs, q_input=quantized, device=device, auto_offload=False)
     block.module.to(dtype)  # auto-round computes in float32 on a GPU without bfloat16, and leaves the block in it
 
 

@@ -64,8 +64,7 @@ class Engine(Protocol):
 
         `metadata` is that of the quantized layers in the file, by full names (<block>.<layer>.<name>); `others` are
         the full names of the tensors that belong to none. transformers adds the files' headers up in the order of their
-        names, and the last word on a key holds: in the last file by name, it is that of all files together.
-        """
+        names, and the last word on a key holds: in the last file by name, it is that of all files together."""
         return {}
 
 

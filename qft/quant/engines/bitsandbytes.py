@@ -53,10 +53,8 @@ def _hold(layer: Any, scheme: LayerScheme) -> QuantizedLayer:
         # bitsandbytes rounds on the way from the host to the device, and weights that are there already not at all.
         made.weight = bnb.nn.Int8Params(layer.weight.data.cpu(), requires_grad=False).to(device)
     else:
-        weight = bnb.nn.Params4bit(
-            layer.weight.data, compress_statistics=scheme.double_quant, quant_type=scheme.data_type, module=made
-        )
-        made.weight = weight.to(device)
+        settings = {"compress_statistics": scheme.double_quant, "quant_type": scheme.data_type, "module": made}
+        made.weight = bnb.nn.Params4bit(layer.weight.data, **settings).to(device)
     return QuantizedLayer(made, {name: _unshared(tensor) for name, tensor in made.state_dict().items()})
 
 

@@ -29,8 +29,7 @@ class CompressedTensors(Engine, Protocol):
         """The quantization_config of config.json. Raises ValueError for zero points beside a second scheme.
 
         transformers (5.24) makes no room for packed zero points and refuses them, but for a model that says
-        `dequantize`: that one it unpacks as it loads it, and then it takes all layers for the first group's.
-        """
+        `dequantize`: that one it unpacks as it loads it, and then it takes all layers for the first group's."""
         kinds = sorted({scheme for scheme in schemes.values() if scheme}, key=repr)
         with_zero_points = not all(scheme.symmetric for scheme in kinds)
         if with_zero_points and len(kinds) > 1:
@@ -104,12 +103,9 @@ def _restore(layer: nn.Linear, tensors: Tensors, scheme: LayerScheme) -> nn.Modu
 
 
 def _arguments(scheme: LayerScheme) -> QuantizationScheme:
+    strategy, size = ("channel", None) if scheme.group_size < 0 else ("group", scheme.group_size)
     weights = QuantizationArgs(
-        num_bits=scheme.bits,
-        type=scheme.data_type,
-        symmetric=scheme.symmetric,
-        strategy="channel" if scheme.group_size < 0 else "group",
-        group_size=None if scheme.group_size < 0 else scheme.group_size,
+        num_bits=scheme.bits, type=scheme.data_type, symmetric=scheme.symmetric, strategy=strategy, group_size=size
     )
     inputs = None
     if scheme.activations != "none":

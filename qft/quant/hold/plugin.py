@@ -96,9 +96,8 @@ def _register(path: Path, source: bytes, module: str) -> tuple[str, type[Any], t
     without_plugins = [dict(registry) for registry in registries]
     try:
         _run(path, source, module)
-        added = [
-            {k: v for k, v in now.items() if k not in old} for now, old in zip(registries, without_plugins, strict=True)
-        ]
+        pairs = zip(registries, without_plugins, strict=True)
+        added = [{name: made for name, made in now.items() if name not in old} for now, old in pairs]
     finally:
         for registry, old in zip(registries, before, strict=True):
             registry.clear()
@@ -115,9 +114,8 @@ def _run(path: Path, source: bytes, name: str) -> None:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
-        raise ModelError(
-            f"quant.plugin: {path}{_line(error, path)}: cannot be imported: {_in_a_line(error)}"
-        ) from error
+        where = f"quant.plugin: {path}{_line(error, path)}"
+        raise ModelError(f"{where}: cannot be imported: {_in_a_line(error)}") from error
 
 
 class _Source(importlib.abc.ExecutionLoader):
@@ -147,9 +145,8 @@ def _one_of_each(path: Path, configs: dict[str, Any], quantizers: dict[str, Any]
         saved = json.loads(json.dumps(config_class(modules_to_not_convert=["a_layer"]).to_dict()))
         quantizer_class(config_class.from_dict(saved), pre_quantized=True)
     except Exception as error:
-        raise ModelError(
-            f"quant.plugin: {path}{_line(error, path)}: its config or quantizer cannot be made: {_in_a_line(error)}"
-        ) from error
+        where = f"quant.plugin: {path}{_line(error, path)}"
+        raise ModelError(f"{where}: its config or quantizer cannot be made: {_in_a_line(error)}") from error
     for key, value in wanted.items():
         if saved.get(key) != value:
             difference = f"{config_class.__name__}.{key} is {saved.get(key)!r}, and should be {value!r}"

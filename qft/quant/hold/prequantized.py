@@ -8,9 +8,8 @@ from transformers.quantizers import AutoHfQuantizer
 
 from qft.quant.hold.plugin import is_known, load_plugin
 from qft.recipe import LoadedRecipe, Recipe
+from qft.recipe.rules import Problem
 
-Problem = tuple[str, str]
-"""A field of the recipe, and what is wrong with it."""
 # Recipe field -> key of the checkpoint's own quantization_config.
 BNB_KEYS = {
     "quant_type": "bnb_4bit_quant_type",

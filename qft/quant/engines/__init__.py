@@ -7,12 +7,7 @@ from qft.quant.engines.base import Block, Engine, QuantizedLayer, linear_of
 __all__ = ["ENGINES", "Block", "Engine", "QuantizedLayer", "find_engine", "linear_of"]
 
 
-ENGINES = {
-    "autoround": "AutoRound",
-    "rtn": "RoundToNearest",
-    "bitsandbytes": "BitsAndBytes",
-    "torchao": "TorchAo",
-}
+ENGINES = {"autoround": "AutoRound", "rtn": "RoundToNearest", "bitsandbytes": "BitsAndBytes", "torchao": "TorchAo"}
 """Classes of those that take single blocks, by calibrate.engine, after which their files are called."""
 
 

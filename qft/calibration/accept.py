@@ -36,9 +36,8 @@ def quantizer_for(plan: CalibrationPlan, source: Source, view: View) -> Quantize
 
 
 def quantize_folder(plan: CalibrationPlan, folder: Path, work: Path, view: View) -> dict[str, Any]:
-    """Quantize the planned model into `folder`, and say how that went; `work` is for what is made on the way.
-
-    Raises GateError if calibrate.accept is not met, and leaves `folder` as it was then."""
+    """Quantize the planned model into `folder`, and say how that went; `work` is for what is made on the way. Raises
+    GateError if calibrate.accept is not met, and leaves `folder` as it was then."""
     source = Source(plan.model, work)
     with memory_guard("calibrating", smaller_calibration(plan.calibrate)):
         acceptance = Acceptance(plan, source, quantizer_for(plan, source, view), view)

@@ -69,7 +69,6 @@ class Quantizer(Protocol):
 
     def trials(self) -> Iterator[Trial]:
         """The layers as they are to be held, then, with a remedy, some of them in more bits: as long as it is asked on.
-
         Raises ModelError if the engine fails."""
 
     def assemble(self, folder: Path, trial: Trial) -> None:

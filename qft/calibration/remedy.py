@@ -16,10 +16,9 @@ SIBLINGS = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
 def remedies(
     schemes: Schemes, errors: Iterable[LayerError], weights: Mapping[str, int], *, used: int, limit: int | None
 ) -> Iterator[Schemes]:
-    """The worst layers in 8 bits, then in 16; one more, two more, four more, … as far as `limit` bytes allow.
-
-    `errors` and `weights` (their number) are those of the layers that `schemes` quantizes, `used` the bytes of all
-    weights of the model that was not accepted."""
+    """The worst layers in 8 bits, then in 16; one more, two more, four more, … as far as `limit` bytes allow. `errors`
+    and `weights` (their number) are those of the layers that `schemes` quantizes, `used` the bytes of all weights of
+    the model that was not accepted."""
     size, units = {error.name: error.bytes for error in errors}, _units(errors)
     for raised in _ladder(schemes):
         done = 0

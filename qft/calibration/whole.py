@@ -57,9 +57,8 @@ class WholeQuantizer:
         yield Trial(0, self.plan.schemes, verification, weight_bytes)
 
     def quantize(self) -> Verification:
-        """Make the result, load it from its files, and compare it with the unquantized model.
-
-        Raises ModelError if the engine fails, or if what it wrote does not load."""
+        """Make the result, load it from its files, and compare it with the unquantized model. Raises ModelError if the
+        engine fails, or if what it wrote does not load."""
         with atomic_folder(self._result) as folder:
             self.process = WHOLE_ENGINES[self.plan.calibrate.engine](self, folder)
             self.plan.model.tokenizer.save_pretrained(folder)

@@ -67,8 +67,7 @@ class Checkpoint:
 
 def find_checkpoint(recipe: Recipe) -> Checkpoint:
     """Resolve model.path. Raises MissingError if it is not there, ModelError if it cannot be used."""
-    model = recipe.model
-    path = Path(model.path)
+    model, path = recipe.model, Path(recipe.model.path)
     if model.path.startswith("package:"):
         return _gguf(model.path, _package_file(model.path))
     if not path.is_absolute():

@@ -31,10 +31,8 @@ def gguf_config(path: Path) -> PretrainedConfig:
 
 
 def gguf_tokenizer(path: Path, config: PretrainedConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer. Raises what transformers does.
-
-    It is kept as its class, arguments and tokenizer.json: from what save_pretrained writes, some classes make another.
-    """
+    """The tokenizer. Raises what transformers does. It is kept as its class, arguments and tokenizer.json: from what
+    save_pretrained writes, some classes make another."""
 
     def restore(folder: Path) -> PreTrainedTokenizerBase:
         made = json.loads((folder / "arguments.json").read_bytes())

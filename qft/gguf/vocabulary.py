@@ -25,9 +25,8 @@ PRE_TOKENIZERS: dict[tuple[Any, ...], str] = {
 
 
 def add_tokenizer(writer: Any, tokenizer: Any, vocabulary: int) -> None:
-    """Write a byte-level BPE tokenizer; `vocabulary` is the number of the model's embeddings.
-
-    Raises ModelError for any other kind, and for one that llama.cpp would split text differently with."""
+    """Write a byte-level BPE tokenizer; `vocabulary` is the number of the model's embeddings. Raises ModelError for any
+    other kind, and for one that llama.cpp would split text differently with."""
     definition = json.loads(tokenizer.backend_tokenizer.to_str())
     name = pre_tokenizer(definition)
     tokens, types = _tokens(definition, vocabulary)

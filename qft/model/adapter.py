@@ -37,10 +37,8 @@ def attach_adapter(model: PreTrainedModel, plan: Plan) -> PeftModel | PreTrained
 
 
 def save_adapter(model: PeftModel, plan: Plan, folder: Path, initial: Path | None) -> None:
-    """Write the adapter in peft's layout, atomically.
-
-    An adapter whose initialisation changed the base is written as the difference to `initial`, its state before
-    training, so that it fits the original base (at twice the rank)."""
+    """Write the adapter in peft's layout, atomically. An adapter whose initialisation changed the base is written as
+    the difference to `initial`, its state before training, so that it fits the original base (at twice the rank)."""
     config = model.peft_config["default"]
     config.base_model_name_or_path, config.revision = plan.model.checkpoint.path, plan.model.checkpoint.commit
     arguments = {"path_initial_model_for_weight_conversion": str(initial)} if initial else {}

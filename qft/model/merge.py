@@ -83,10 +83,9 @@ class Adapter:
 
 
 class MergedWeights:
-    """The weights of the plan's base with the adapter added, in `dtype` on the host, one at a time.
-
-    `onto` says which values of a quantized base: those that training held, or the original ones. None: it is not
-    quantized, or there is no adapter."""
+    """The weights of the plan's base with the adapter added, in `dtype` on the host, one at a time. `onto` says which
+    values of a quantized base: those that training held, or the original ones. None: it is not quantized, or there is
+    no adapter."""
 
     def __init__(self, plan: ModelPlan, adapter: Path | None, dtype: str, onto: MergeInto | None) -> None:
         """Reads the adapter and nothing of the base. Raises ModelError for an adapter that cannot be merged, and for a
@@ -205,9 +204,8 @@ class MergedWeights:
 def _scheme(plan: ModelPlan, onto: MergeInto | None) -> Scheme | None:
     """How training held the base's linear layers, if the result is to hold the same values."""
     if plan.checkpoint.quantization:
-        raise ModelError(
-            f"{plan.checkpoint.path}: comes quantized, and nothing is merged into such a base: export --to adapter"
-        )
+        text = "comes quantized, and nothing is merged into such a base: export --to adapter"
+        raise ModelError(f"{plan.checkpoint.path}: {text}")
     if onto != "dequantized":
         return None
     if plan.scheme.engine:

@@ -61,9 +61,8 @@ class Target:
 
 
 def parse_target(text: str, *, adapter: Path | None, data: str | None) -> Target:
-    """Tell what `text` names. Raises RecipeError, or MissingError for what is not there.
-
-    `adapter` is put on a model that brings none; `data` stands in for the recipe that a model has not."""
+    """Tell what `text` names. Raises RecipeError, or MissingError for what is not there. `adapter` is put on a model
+    that brings none; `data` stands in for the recipe that a model has not."""
     path, at, variant = text.rpartition("@")
     if not at or variant not in VARIANTS:
         if at and "/" not in variant and not Path(text).exists():

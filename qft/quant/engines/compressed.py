@@ -27,7 +27,6 @@ class CompressedTensors(Engine, Protocol):
 
     def config(self, schemes: Mapping[str, LayerScheme | None], dtype: torch.dtype) -> dict[str, Any]:
         """The quantization_config of config.json. Raises ValueError for zero points beside a second scheme.
-
         transformers (5.24) makes no room for packed zero points and refuses them, but for a model that says
         `dequantize`: that one it unpacks as it loads it, and then it takes all layers for the first group's."""
         kinds = sorted({scheme for scheme in schemes.values() if scheme}, key=repr)

@@ -14,22 +14,7 @@ The message says what is wrong, where (`file:line` when there is one) and what t
 `--debug` adds the traceback.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
-
-__all__ = [
-    "DataError",
-    "GateError",
-    "MissingError",
-    "ModelError",
-    "NonFiniteError",
-    "OutOfMemoryError",
-    "QftError",
-    "RecipeError",
-    "RunError",
-    "first_line",
-]
 
 
 class QftError(Exception):

@@ -1,7 +1,5 @@
 """Atomic writes, content hashes and free space: what a run needs of the file system."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -14,9 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from qft.errors import RunError
-
-__all__ = ["atomic_file", "atomic_folder", "free_bytes", "nearest_folder", "now", "require_free_space", "same_disk"]
-__all__ += ["sha256", "write_json", "write_text"]
 
 
 @contextmanager

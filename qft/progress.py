@@ -1,11 +1,8 @@
 """How work tells how far it is, and what is measured of one optimizer step."""
 
-from __future__ import annotations
-
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-
-__all__ = ["Step", "View"]
 
 
 @dataclass(frozen=True)
@@ -46,3 +43,8 @@ class View(AbstractContextManager["View"]):
 
     def step(self, step: Step) -> None:
         """One optimizer step was made."""
+
+    def evaluated(self, step: int, loss: float, perplexity: float, scores: Mapping[str, float]) -> None:
+        """The held-out rows were evaluated, which is a note."""
+        told = "".join(f", {name.replace('_', ' ')} {share:.1%}" for name, share in scores.items())
+        self.note(f"step {step}: held-out loss {loss:.4f}, perplexity {perplexity:.2f}{told}")

@@ -1,7 +1,5 @@
 """A model quantized, judged on held-out rows by calibrate.accept, and written once it is accepted."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,9 +9,8 @@ import numpy as np
 from transformers import set_seed
 
 from qft.calibration.blockwise import BlockQuantizer
-from qft.calibration.quantizer import Quantizer, Trial
+from qft.calibration.quantizer import Quantizer, QuantizeTask, Trial
 from qft.calibration.source import Source
-from qft.calibration.task import QuantizeTask
 from qft.calibration.whole import WholeQuantizer, load_result
 from qft.documents.calibration import Attempt, Check
 from qft.documents.evaluation import Score
@@ -27,36 +24,23 @@ from qft.model.load import generation_config
 from qft.plan import CalibrationPlan
 from qft.progress import View
 
-__all__ = ["Acceptance", "perplexity", "quantize_folder", "quantizer_for"]
 
-
-def quantizer_for(plan: CalibrationPlan, source: Source, work: Path, view: View) -> Quantizer:
-    """What quantizes the model as planned, in the folder `work`."""
+def quantizer_for(plan: CalibrationPlan, source: Source, view: View) -> Quantizer:
+    """What quantizes the model as planned, in the folder source.work."""
     set_seed(plan.seed)
     view.note(f"Reading {plan.model.checkpoint.path}")
     if plan.engine.whole_model:
-        return WholeQuantizer(plan, source, work, view)
-    calibrate = plan.calibrate
-    task = QuantizeTask(
-        engine=calibrate.engine,
-        schemes=plan.schemes,
-        rows=list(plan.data.verify),
-        windows=plan.data.windows,
-        iters=calibrate.iters,
-        seed=plan.seed,
-        remedy=calibrate.remedy == "auto",
-        max_bytes=calibrate.max_bytes,
-    )
-    return BlockQuantizer(source.stream(), task, work, view)
+        return WholeQuantizer(plan, source, view)
+    task = QuantizeTask(plan.calibrate, plan.schemes, list(plan.data.verify), plan.data.windows, plan.seed)
+    return BlockQuantizer(source.stream(), task, source.work, view)
 
 
 def quantize_folder(plan: CalibrationPlan, folder: Path, work: Path, view: View) -> dict[str, Any]:
-    """Quantize the planned model into `folder`, and say how that went; `work` is for what is made on the way.
-
-    Raises GateError if calibrate.accept is not met, and leaves `folder` as it was then."""
+    """Quantize the planned model into `folder`, and say how that went; `work` is for what is made on the way. Raises
+    GateError if calibrate.accept is not met, and leaves `folder` as it was then."""
     source = Source(plan.model, work)
     with memory_guard("calibrating", smaller_calibration(plan.calibrate)):
-        acceptance = Acceptance(plan, source, quantizer_for(plan, source, work, view), view)
+        acceptance = Acceptance(plan, source, quantizer_for(plan, source, view), view)
         if not acceptance.write(folder):
             raise GateError(acceptance.refusal(folder))
     last = acceptance.attempts[-1]
@@ -91,7 +75,7 @@ class Acceptance:
             self.before: Likelihood = trial.verification.before
             self.attempts.append(self._measured(trial))
             self.checks = self._checks()
-            accepted = _passed(self.checks) and self._written(trial, folder, add)
+            accepted = all(check.passed for check in self.checks) and self._written(trial, folder, add)
             self.view.note(_in_words(self.attempts[-1], self.checks))
             if accepted:
                 return True
@@ -133,11 +117,9 @@ class Acceptance:
     def _checks(self) -> list[Check]:
         """Of what needs no generation."""
         attempt, accept = self.attempts[-1], self.plan.calibrate.accept
-        limits = {
-            "perplexity_increase": (attempt.perplexity_change.value, accept.perplexity_increase),
-            "kl": (attempt.kl_mean, accept.kl),
-        }
-        return [_check(name, value, limit) for name, (value, limit) in limits.items() if limit is not None]
+        values = {"perplexity_increase": attempt.perplexity_change.value, "kl": attempt.kl_mean}
+        limits = {name: getattr(accept, name) for name in values}
+        return [_check(name, values[name], limit) for name, limit in limits.items() if limit is not None]
 
     def _written(self, trial: Trial, final: Path, add: Callable[[Path], None]) -> bool:
         """Write the model as engines load it, unless its scores forbid it."""
@@ -181,13 +163,9 @@ def _check(name: str, value: float, limit: float) -> Check:
     return Check(name=name, value=value, limit=limit, passed=value <= limit)
 
 
-def _passed(checks: list[Check]) -> bool:
-    return all(check.passed for check in checks)
-
-
 def _in_words(attempt: Attempt, checks: list[Check]) -> str:
     kept = f", {len(attempt.kept)} layers in more bits" if attempt.kept else ""
-    verdict = ": accepted" if _passed(checks) else ": not accepted"
+    verdict = ": accepted" if all(check.passed for check in checks) else ": not accepted"
     return (
         f"{attempt.weight_bytes / 2**20:,.1f} MiB{kept}: perplexity {attempt.perplexity.value:.3f} "
         f"({attempt.perplexity_change.value:+.2%}), KL {attempt.kl_mean:.4f}{verdict if checks else ''}"

@@ -20,10 +20,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from qft.calibration.layer_errors import block_errors, inputs_seen
-from qft.calibration.quantizer import EngineProcess, Trial
+from qft.calibration.quantizer import EngineProcess, QuantizeTask, Schemes, Trial
 from qft.calibration.remedy import RAISED_BY, remedies
 from qft.calibration.streamed import StreamedModel
-from qft.calibration.task import QuantizeTask, Schemes
 from qft.checkpoint.weights import save_tensors, write_index
 from qft.documents.evaluation import LayerError
 from qft.files import write_json
@@ -31,8 +30,6 @@ from qft.measure.likelihood import Verification, compare
 from qft.progress import View
 from qft.quant.engines import Block, Engine, QuantizedLayer, find_engine
 from qft.quant.layer import LayerScheme
-
-__all__ = ["BlockQuantizer"]
 
 Hidden = list[torch.Tensor]
 T = TypeVar("T")
@@ -70,17 +67,15 @@ class BlockQuantizer:
     process: EngineProcess = field(default_factory=EngineProcess)
 
     def __post_init__(self) -> None:
-        self.engine: Engine = find_engine(self.task.engine)
+        self.engine: Engine = find_engine(self.task.settings.engine)
         self.folder.mkdir(parents=True, exist_ok=True)
 
     @property
     def quantized_layers(self) -> list[str]:
-        """Names of the linear layers that the task holds in few bits."""
         return [name for name, scheme in self.task.schemes.items() if scheme]
 
     @property
     def skipped_layers(self) -> list[str]:
-        """Of all other linear layers."""
         return [name for name, scheme in self.task.schemes.items() if scheme is None]
 
     def shard(self, number: int, attempt: int = 0) -> Path:
@@ -95,19 +90,14 @@ class BlockQuantizer:
 
     def trials(self) -> Iterator[Trial]:
         """The task's own schemes, then those of its remedy."""
-        first = self.quantize()
-        yield self._trial(0, self.task.schemes, first)
-        if not self.task.remedy:
+        schemes, limit = self.task.schemes, self.task.settings.max_bytes
+        yield Trial(0, schemes, self.quantize(), self.weight_bytes(0))
+        if self.task.settings.remedy == "none":
             return
         weights = {name: self.model.weights_of(name) for name in self.quantized_layers}
-        others = remedies(
-            self.task.schemes, self.errors(), weights, used=self.weight_bytes(0), limit=self.task.max_bytes
-        )
-        for number, schemes in enumerate(others, 1):
-            yield self._trial(number, schemes, self.again(schemes, number))
-
-    def _trial(self, number: int, schemes: Schemes, verification: Verification) -> Trial:
-        return Trial(number, schemes, verification, self.weight_bytes(number))
+        others = remedies(schemes, self.errors(), weights, used=self.weight_bytes(0), limit=limit)
+        for number, raised in enumerate(others, 1):
+            yield Trial(number, raised, self.again(raised, number), self.weight_bytes(number))
 
     def quantize(self) -> Verification:
         """All blocks, from the first that is not finished."""
@@ -143,7 +133,7 @@ class BlockQuantizer:
 
     def weight_bytes(self, attempt: int) -> int:
         """Of all weights as an attempt's result holds them, in files."""
-        around = sum(t.numel() * t.element_size() for t in self.model.around().values())
+        around = sum(tensor.nbytes for tensor in self.model.around().values())
         return around + sum(self.shard(number, attempt).stat().st_size for number in range(len(self.model)))
 
     def assemble(self, folder: Path, trial: Trial) -> None:
@@ -159,12 +149,6 @@ class BlockQuantizer:
         config = copy.deepcopy(self.model.model.config)
         config.quantization_config = self.engine.config(trial.schemes, self.model.dtype)
         config.save_pretrained(folder)
-
-    def tokens_per_second(self) -> float:
-        """Calibration and verification tokens times blocks, over the time of the blocks; 0 if all were finished."""
-        tokens = sum(map(len, self.task.windows)) + sum(len(row["input_ids"]) for row in self.task.rows)
-        seconds = self.block_seconds
-        return tokens * len(seconds) / (len(self.model) * sum(seconds)) if seconds else 0.0
 
     def _resume(self) -> tuple[int, _Streams]:
         """Blocks that are finished, and what stands behind them."""
@@ -192,8 +176,6 @@ class BlockQuantizer:
             after[:] = [model.run(block, number, h) for h in streams.verify]
 
         errors = block_errors(pairs, run)
-        if not errors:
-            run()
         streams.verify = after
         streams.windows = [model.run(block, number, h) for h in streams.windows]
         self._write(number, 0, block, layers)
@@ -201,8 +183,9 @@ class BlockQuantizer:
             block.set_submodule(name, layer.module)
         streams.quantized_windows = [model.run(block, number, h) for h in streams.quantized_windows]
         streams.quantized_verify = [model.run(block, number, h) for h in streams.quantized_verify]
-        sizes = {f"{model.name(number)}.{name}": _bytes(layer.tensors) for name, layer in layers.items()}
-        return [error.model_copy(update={"bytes": sizes[error.name]}) for error in errors]
+        sizes = {name: sum(tensor.nbytes for tensor in layer.tensors.values()) for name, layer in layers.items()}
+        prefix = f"{model.name(number)}."
+        return [error.model_copy(update={"bytes": sizes[error.name.removeprefix(prefix)]}) for error in errors]
 
     def _given(self, number: int, block: nn.Module, schemes: dict[str, LayerScheme], streams: _Streams) -> Block:
         largest = dict.fromkeys(schemes, 0.0)
@@ -221,7 +204,7 @@ class BlockQuantizer:
             calls=[self.model.call(number, hidden) for hidden in streams.windows],
             quantized_inputs=streams.quantized_windows,
             largest_inputs=largest,
-            iters=self.task.iters,
+            iters=self.task.settings.iters,
             seed=self.task.seed + number,
         )
 
@@ -251,17 +234,12 @@ class BlockQuantizer:
         return {name.removeprefix(prefix): s for name, s in schemes.items() if s and name.startswith(prefix)}
 
     def _write(self, number: int, attempt: int, block: nn.Module, layers: Mapping[str, QuantizedLayer]) -> None:
-        prefix = self.model.name(number)
-        rest = {
-            name: p.data
-            for name, p in block.named_parameters()
-            if not any(name.startswith(f"{layer}.") for layer in layers)
-        }
+        prefix, held = self.model.name(number), tuple(f"{layer}." for layer in layers)
+        rest = {name: p.data for name, p in block.named_parameters() if not name.startswith(held)}
         parts = {f"{name}.{key}": t for name, layer in layers.items() for key, t in layer.tensors.items()}
         tensors = {f"{prefix}.{name}": t.detach().cpu().contiguous() for name, t in (rest | parts).items()}
-        metadata = {
-            f"{prefix}.{name}.{key}": text for name, layer in layers.items() for key, text in layer.metadata.items()
-        }
+        told = {f"{name}.{key}": text for name, layer in layers.items() for key, text in layer.metadata.items()}
+        metadata = {f"{prefix}.{name}": text for name, text in told.items()}
         path = self._shard(number, attempt)
         write_json(path.with_suffix(".json"), metadata)
         save_tensors(tensors, path, self.engine.header(metadata, [f"{prefix}.{name}" for name in rest]))
@@ -270,9 +248,8 @@ class BlockQuantizer:
         left = (len(self.model) - number - 1) * sum(self.block_seconds) / len(self.block_seconds)
         worst = min(errors, key=lambda error: error.output_snr_db, default=None)
         noise = f", {worst.kind} {worst.output_snr_db:.1f} dB" if worst else ""
-        self.view.note(
-            f"block {number + 1} of {len(self.model)}{noise}, {self.block_seconds[-1]:.1f} s, {left:,.0f} s left"
-        )
+        timing = f"{self.block_seconds[-1]:.1f} s, {left:,.0f} s left"
+        self.view.note(f"block {number + 1} of {len(self.model)}{noise}, {timing}")
 
     def _shard(self, number: int, attempt: int) -> Path:
         return self.folder / f"block-{number:05}-{attempt}.safetensors"
@@ -290,7 +267,3 @@ def _linear(block: nn.Module, name: str) -> nn.Linear:
 def _of_layer(name: str, values: Mapping[str, T]) -> dict[str, T]:
     """What belongs to a layer, by names within it."""
     return {key.removeprefix(f"{name}."): value for key, value in values.items() if key.startswith(f"{name}.")}
-
-
-def _bytes(tensors: Mapping[str, torch.Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

@@ -4,8 +4,6 @@ Each layer is measured by itself, on the input that it gets in the reference mod
 not count in those behind it.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,11 +25,10 @@ from qft.errors import ModelError
 from qft.memory.meter import weight_bytes
 from qft.model.merge import add_delta
 from qft.quant.dequantize import dequantized_weight, is_quantized
-from qft.quant.skipping import skip_entry
-
-__all__ = ["block_errors", "inputs_seen", "layer_errors", "suggest_skip_modules"]
+from qft.quant.layer import skip_entry
 
 K = TypeVar("K")
+Visit = Callable[["_Pair", torch.Tensor], None]
 
 SNR_LIMIT = 200.0
 """Decibels that stand for an exact output, whose ratio is infinite and has no JSON."""
@@ -44,37 +41,28 @@ SLICE = 2**22
 
 
 def layer_errors(
-    reference: PreTrainedModel,
-    model: PreTrainedModel | PeftModel,
-    batches: Iterable[Mapping[str, torch.Tensor]],
+    reference: PreTrainedModel, model: PreTrainedModel | PeftModel, batches: Iterable[Mapping[str, torch.Tensor]]
 ) -> list[LayerError]:
     """Each linear layer of `reference`, an unquantized model, against the layer of its name in `model`.
 
     A batch holds input_ids and attention_mask, both int64 [rows, tokens], padded on the right; padding counts nowhere.
     The reference runs over them twice, as outliers are told from the root mean square of the whole input. Adapters
     count as `model` applies them. A layer that no token reaches (an expert without work) is left out. Raises
-    ModelError where `model` lacks a layer, or has it in another shape.
-    """
-    pairs, batches = _pairs(reference, model), list(batches)
+    ModelError where `model` lacks a layer, or has it in another shape."""
+    pairs, names = _pairs(reference, model), ("input_ids", "attention_mask")
+    placed = [{name: batch[name].to(reference.device) for name in names} for batch in batches]
+    runs = [(partial(reference, **batch, use_cache=False), batch["attention_mask"].bool()) for batch in placed]
     with _evaluating(reference, model), torch.no_grad():
         # compressed-tensors unpacks a loaded model in its first pass, and the layers alone would never see one.
         model(torch.zeros(1, 1, dtype=torch.long, device=_device(model)), use_cache=False)
-        for visit in (_Pair.compare, _Pair.count_outliers):
-            for batch in batches:
-                _visit_inputs(reference, pairs, batch, visit)
-        return [pair.error() for pair in pairs if pair.values]
+        return _errors(pairs, runs)
 
 
 def block_errors(pairs: Mapping[str, tuple[nn.Linear, nn.Module]], run: Callable[[], object]) -> list[LayerError]:
     """Each pair (unquantized layer, the same as it is held) by its name, on the inputs that `run` sends through the
     unquantized ones. It is called twice, and no token of it may be padding."""
-    made = [_Pair(name, reference, layer) for name, (reference, layer) in pairs.items()]
     with torch.no_grad():
-        for visit in (_Pair.compare, _Pair.count_outliers):
-            seen = [(pair.reference, partial(visit, pair)) for pair in made]
-            with inputs_seen(seen, lambda look, inputs: look(inputs.flatten(0, -2))):
-                run()
-        return [pair.error() for pair in made if pair.values]
+        return _errors([_Pair(name, *layers) for name, layers in pairs.items()], [(run, None)])
 
 
 def suggest_skip_modules(
@@ -143,9 +131,10 @@ class _Pair:
             block=int(block[1]) if block else None,
             kind=self.name.rpartition(".")[2],
             weight_error=_relative_error(held.to(original.device), original),
-            output_snr_db=_decibels(self.signal, self.noise),
+            output_snr_db=min(SNR_LIMIT, max(-SNR_LIMIT, decibels(self.signal, self.noise))),
             outlier_share=self.outliers / self.values,
-            bytes=_bytes(self.layer),
+            # A code book that layers share counts in each.
+            bytes=sum(weight_bytes(self.layer).values()),
         )
 
 
@@ -159,7 +148,10 @@ def _pairs(reference: Any, model: Any) -> list[_Pair]:
             continue
         linear = _linear(held.get(name))
         if isinstance(linear, nn.Linear):
-            _same_shape(name, module, linear)
+            expected, found = (f"[{layer.out_features}, {layer.in_features}]" for layer in (module, linear))
+            if expected != found:
+                text = f"is {found} in the model and {expected} in the reference: not the same architecture"
+                raise ModelError(f"{name}: {text}")
             pairs.append(_Pair(name, module, held[name]))
         elif module is not head:
             found = f"has a {type(linear).__name__} there" if linear else "has none"
@@ -167,26 +159,20 @@ def _pairs(reference: Any, model: Any) -> list[_Pair]:
     return pairs
 
 
-def _same_shape(name: str, reference: nn.Linear, layer: nn.Linear) -> None:
-    expected, found = (f"[{linear.out_features}, {linear.in_features}]" for linear in (reference, layer))
-    if expected != found:
-        raise ModelError(f"{name}: is {found} in the model and {expected} in the reference: not the same architecture")
+def _errors(pairs: list[_Pair], runs: Sequence[tuple[Callable[[], object], torch.Tensor | None]]) -> list[LayerError]:
+    """Of what each of `runs` sends through the reference's layers, padding aside, which its mask tells."""
 
-
-def _visit_inputs(
-    reference: Any, pairs: list[_Pair], batch: Mapping[str, torch.Tensor], visit: Callable[[_Pair, torch.Tensor], None]
-) -> None:
-    """Run `reference` over one batch, and give `visit` each layer's input at the tokens that are no padding."""
-    batch = {name: batch[name].to(reference.device) for name in ("input_ids", "attention_mask")}
-    mask = batch["attention_mask"].bool()
-
-    def look(pair: _Pair, inputs: torch.Tensor) -> None:
-        rows = _rows(inputs, mask, pair.name)
+    def look(key: tuple[_Pair, Visit, torch.Tensor | None], inputs: torch.Tensor) -> None:
+        pair, visit, mask = key
+        rows = inputs.flatten(0, -2) if mask is None else _rows(inputs, mask, pair.name)
         if len(rows):
             visit(pair, rows)
 
-    with inputs_seen([(pair.reference, pair) for pair in pairs], look):
-        reference(**batch, use_cache=False)
+    for visit in (_Pair.compare, _Pair.count_outliers):
+        for run, mask in runs:
+            with inputs_seen([(pair.reference, (pair, visit, mask)) for pair in pairs], look):
+                run()
+    return [pair.error() for pair in pairs if pair.values]
 
 
 @contextmanager
@@ -272,11 +258,6 @@ def _with_adapter(layer: Any, adapter: str, weight: torch.Tensor, name: str) -> 
     return add_delta(weight, layer.get_delta_weight(adapter), magnitude)
 
 
-def _bytes(layer: nn.Module) -> int:
-    """Weight, bias, scales and adapters of a layer that has run; a code book that layers share counts in each."""
-    return sum(weight_bytes(layer).values())
-
-
 def _sum_of_squares(values: torch.Tensor) -> float:
     """In float64."""
     parts = torch.split(values.flatten(), SLICE)
@@ -289,10 +270,8 @@ def _relative_error(held: torch.Tensor, original: torch.Tensor) -> float:
     return math.sqrt(_sum_of_squares(held - original)) / max(norm, torch.finfo(torch.float32).tiny)
 
 
-def _decibels(signal: float, noise: float) -> float:
-    """10 log10(signal / noise), within SNR_LIMIT."""
+def decibels(signal: float, noise: float) -> float:
+    """10 log10(signal / noise); infinite without noise."""
     if not noise:
-        return SNR_LIMIT
-    if not signal:
-        return -SNR_LIMIT
-    return min(SNR_LIMIT, max(-SNR_LIMIT, 10 * math.log10(signal / noise)))
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal else -math.inf

@@ -1,17 +1,31 @@
 """What quantizes a model, block by block or all at once, as `qft calibrate` and exports see it."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from qft.calibration.task import Schemes
 from qft.documents.evaluation import LayerError
 from qft.measure.likelihood import Verification
+from qft.quant.layer import LayerScheme
+from qft.recipe.schema import CalibrateSection
 
-__all__ = ["EngineProcess", "Quantizer", "Trial"]
+Schemes = Mapping[str, LayerScheme | None]
+"""Of every linear layer, by its name; None: left in 16 bits."""
+
+
+@dataclass(frozen=True)
+class QuantizeTask:
+    """The blocks of one model, quantized by one engine."""
+
+    settings: CalibrateSection
+    """Of which its engine, iters, remedy and max_bytes are read here."""
+    schemes: Schemes
+    rows: Sequence[Mapping[str, Any]]
+    """Held-out rows that tell what it does to the model: input_ids and labels."""
+    windows: Sequence[Sequence[int]] = ()
+    """Token ids that the engine looks at."""
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,7 +69,6 @@ class Quantizer(Protocol):
 
     def trials(self) -> Iterator[Trial]:
         """The layers as they are to be held, then, with a remedy, some of them in more bits: as long as it is asked on.
-
         Raises ModelError if the engine fails."""
 
     def assemble(self, folder: Path, trial: Trial) -> None:
@@ -63,6 +76,3 @@ class Quantizer(Protocol):
 
     def errors(self) -> list[LayerError]:
         """Of every quantized layer of the first trial, on the held-out rows."""
-
-    def tokens_per_second(self) -> float:
-        """Tokens times blocks, over the time of the blocks; 0 where no block was quantized."""

@@ -1,14 +1,10 @@
 """Which layers to hold in more bits when a result is not accepted: the worst ones, more of them each time."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 
-from qft.calibration.task import Schemes
+from qft.calibration.quantizer import Schemes
 from qft.documents.evaluation import LayerError
 from qft.quant.layer import LayerScheme
-
-__all__ = ["RAISED_BY", "remedies"]
 
 RAISED_BY = "rtn"
 """The engine that holds layers in 8 bits here: they are close enough to need no data, whatever made the others."""
@@ -20,10 +16,9 @@ SIBLINGS = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
 def remedies(
     schemes: Schemes, errors: Iterable[LayerError], weights: Mapping[str, int], *, used: int, limit: int | None
 ) -> Iterator[Schemes]:
-    """The worst layers in 8 bits, then in 16; one more, two more, four more, … as far as `limit` bytes allow.
-
-    `errors` and `weights` (their number) are those of the layers that `schemes` quantizes, `used` the bytes of all
-    weights of the model that was not accepted."""
+    """The worst layers in 8 bits, then in 16; one more, two more, four more, … as far as `limit` bytes allow. `errors`
+    and `weights` (their number) are those of the layers that `schemes` quantizes, `used` the bytes of all weights of
+    the model that was not accepted."""
     size, units = {error.name: error.bytes for error in errors}, _units(errors)
     for raised in _ladder(schemes):
         done = 0

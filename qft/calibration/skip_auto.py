@@ -3,8 +3,6 @@
 The model goes through block by block, so that choosing needs less memory than the training will.
 """
 
-from __future__ import annotations
-
 import tempfile
 from pathlib import Path
 
@@ -12,8 +10,8 @@ from datasets import Dataset
 
 from qft.calibration.blockwise import BlockQuantizer
 from qft.calibration.layer_errors import suggest_skip_modules
+from qft.calibration.quantizer import QuantizeTask
 from qft.calibration.streamed import StreamedModel
-from qft.calibration.task import QuantizeTask
 from qft.checkpoint.weights import read_weights
 from qft.documents.training import SkippedModules
 from qft.errors import RunError
@@ -21,9 +19,8 @@ from qft.files import require_free_space
 from qft.memory.guard import memory_guard
 from qft.plan import Plan, linear_layers
 from qft.progress import View
+from qft.recipe.schema import CalibrateSection
 from qft.run.folder import Run
-
-__all__ = ["choose_skip_modules", "skipped_before"]
 
 TOKENS = 4096
 """Of the training rows on which layers are measured."""
@@ -35,16 +32,15 @@ def choose_skip_modules(plan: Plan, view: View) -> SkippedModules:
     folder = Path(plan.recipe.output_dir).parent
     folder.mkdir(parents=True, exist_ok=True)
     require_free_space(folder, plan.model.shape.parameters * 2, "measuring the layers")
-    remedies = ["name layers in quant.skip_modules instead of auto"]
-    guard = memory_guard("measuring the layers", remedies)
+    guard = memory_guard("measuring the layers", ["name layers in quant.skip_modules instead of auto"])
     with tempfile.TemporaryDirectory(dir=folder, prefix=".skip-modules-") as work, guard:
         model = StreamedModel(plan.model, read_weights(plan.model.checkpoint.with_weights()))
         task = _task(plan)
         quantizer = BlockQuantizer(model, task, Path(work), view)
         before, errors = quantizer.quantize(), quantizer.errors()
-        budget = _budget_bytes(plan)
         weights = {error.name: model.weights_of(error.name) for error in errors}
-        entries = suggest_skip_modules(errors, weights, budget_bytes=budget, full_bits=model.dtype.itemsize * 8)
+        budget, bits = _budget_bytes(plan), model.dtype.itemsize * 8
+        entries = suggest_skip_modules(errors, weights, budget_bytes=budget, full_bits=bits)
         chosen = {entry.removesuffix("$") for entry in entries}
         after = quantizer.again({n: None if n in chosen else s for n, s in task.schemes.items()}, 1)
     quantized = sum(error.bytes for error in errors)
@@ -77,7 +73,7 @@ def _task(plan: Plan) -> QuantizeTask:
     assert scheme.engine is not None
     inputs, blocks = linear_layers(plan.model)
     schemes = {name: scheme.layer if name.startswith(f"{blocks}.") else None for name in inputs}
-    return QuantizeTask(scheme.engine, schemes, rows=list(_rows(plan.data.train)))
+    return QuantizeTask(CalibrateSection(engine=scheme.engine), schemes, rows=list(_rows(plan.data.train)))
 
 
 def _rows(train: Dataset) -> Dataset:

@@ -1,7 +1,5 @@
 """The unquantized model that a calibration starts from: the plan's own, or a run's base with its adapter merged."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,8 +12,6 @@ from qft.model.merge import MergedWeights
 from qft.model.target import require_same_base
 from qft.plan import ModelPlan, plan_folder
 from qft.run.folder import Run
-
-__all__ = ["Source"]
 
 
 @dataclass(frozen=True)

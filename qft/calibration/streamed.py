@@ -5,8 +5,6 @@ between and behind them (embedding, positions, masks, final norm, head) is the m
 by hand with the arguments that they would have been given.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,8 +17,6 @@ from qft.errors import ModelError
 from qft.model.merge import Read
 from qft.plan import ModelPlan
 
-__all__ = ["StreamedModel"]
-
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -29,10 +25,8 @@ class StreamedModel:
 
     def __init__(self, plan: ModelPlan, read: Read) -> None:
         self.device, self.dtype, self.read = plan.device.kind, getattr(torch, plan.dtype), read
-        section = plan.recipe.model
-        attention = (
-            {} if section.attn_implementation == "auto" else {"attn_implementation": section.attn_implementation}
-        )
+        section, chosen = plan.recipe.model, plan.recipe.model.attn_implementation
+        attention = {} if chosen == "auto" else {"attn_implementation": chosen}
         self.model = without_contents(plan.checkpoint, section, dtype=self.dtype, **attention).eval()
         self.prefix, self.stack = find_blocks(self.model, plan.shape.layers)
         self._fill(self.model, "", skip=f"{self.prefix}.")

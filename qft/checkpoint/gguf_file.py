@@ -1,26 +1,15 @@
 """What transformers makes of a GGUF file beside its weights: each is read once, and then kept."""
 
-from __future__ import annotations
-
 import json
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import (
-    TOKENIZER_MAPPING,
-    AutoConfig,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from qft.checkpoint.cache import companions, kept
 from qft.files import write_json
-
-__all__ = ["gguf_config", "gguf_tokenizer"]
 
 
 def gguf_config(path: Path) -> PretrainedConfig:
@@ -42,10 +31,8 @@ def gguf_config(path: Path) -> PretrainedConfig:
 
 
 def gguf_tokenizer(path: Path, config: PretrainedConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer. Raises what transformers does.
-
-    It is kept as its class, arguments and tokenizer.json: from what save_pretrained writes, some classes make another.
-    """
+    """The tokenizer. Raises what transformers does. It is kept as its class, arguments and tokenizer.json: from what
+    save_pretrained writes, some classes make another."""
 
     def restore(folder: Path) -> PreTrainedTokenizerBase:
         made = json.loads((folder / "arguments.json").read_bytes())
@@ -63,5 +50,5 @@ def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 
 def _tokenizer_class(path: Path, config: PretrainedConfig) -> Any:
     """What AutoTokenizer would choose, which reads the file once more for its configuration."""
-    chosen = TOKENIZER_MAPPING.get(type(config), PreTrainedTokenizerFast)
+    chosen = transformers.TOKENIZER_MAPPING.get(type(config), transformers.PreTrainedTokenizerFast)
     return AutoTokenizer if companions(path) or chosen.__name__ == "MistralCommonBackend" else chosen

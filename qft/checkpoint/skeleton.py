@@ -1,7 +1,5 @@
 """A checkpoint's model on the meta device: tensors have shapes and no contents."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -10,9 +8,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qft.checkpoint.find import Checkpoint
 from qft.errors import ModelError
-from qft.recipe.schema import ModelSection
-
-__all__ = ["find_blocks", "without_contents"]
+from qft.recipe.training import ModelSection
 
 
 def without_contents(checkpoint: Checkpoint, section: ModelSection, **arguments: Any) -> PreTrainedModel:

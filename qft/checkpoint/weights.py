@@ -1,7 +1,5 @@
 """The weights of a checkpoint, by name; and weights as safetensors files with their index."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -14,8 +12,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from qft.checkpoint.find import Checkpoint
 from qft.errors import ModelError
 from qft.files import atomic_file, write_json
-
-__all__ = ["dequantized", "read_weights", "reader", "save_tensors", "tensors_in", "write_index"]
 
 
 def dequantized(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:

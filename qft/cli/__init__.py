@@ -1,4 +1,4 @@
-"""The commands, one file each, and what they share. Everything heavy is imported inside them."""
+"""The commands, and what they share. Everything heavy is imported inside them."""
 
 from qft.cli.app import app, main
 

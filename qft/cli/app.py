@@ -1,26 +1,20 @@
 """`qft`: the commands, put together."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer
 
-from qft.cli.calibrate import calibrate
-from qft.cli.chat import chat
-from qft.cli.check import check
-from qft.cli.evaluate import evaluate
 from qft.cli.export import export
 from qft.cli.models import models
-from qft.cli.recipes import init, schema
+from qft.cli.recipes import calibrate, check, init, schema, train
 from qft.cli.report import report
-from qft.cli.train import train
-
-__all__ = ["app", "main"]
+from qft.cli.shell import register
+from qft.cli.targets import chat, evaluate
 
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # its boxes cut the names of options, and wrap what an error says to run
     help="Finetune language models whose weights are held in few bits.",
 )
 
@@ -51,13 +45,5 @@ def options(
     pass
 
 
-app.command()(check)
-app.command()(train)
-app.command()(calibrate)
-app.command("eval")(evaluate)
-app.command()(export)
-app.command()(chat)
-app.command()(report)
-app.command()(init)
-app.command()(schema)
-app.add_typer(models, name="models")
+register(app, check, train, calibrate, evaluate, export, chat, report, init, schema)
+app.add_typer(models, name="models", short_help=models.info.help)

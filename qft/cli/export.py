@@ -1,52 +1,32 @@
 """`qft export`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from qft.cli.shell import AsJson, Debug, Overrides, Quiet, choose_lines, consoles, messages, print_json, tell
+from qft.cli.shell import AsJson, Debug, Overrides, Quiet, choose_lines, messages, tell
 from qft.machine.environment import prepare_libraries
 
-__all__ = ["export"]
-
 MergeInto = Literal["dequantized", "original"]
+TO = "adapter, merged, bnb-4bit, bnb-8bit, compressed-tensors, gguf or gguf-KIND; by default the recipe's. Repeatable."
+ENV = "Export nothing; tell whether `here`, or an environment such as vllm=0.11.0,cuda=8.0, can load it."
+REGISTER = "Add what is written to the registry, as this model's next version."
+REGISTRY = "Folder of the registry; by default the recipe's, or models."
+PUSH = "Upload what passed to this repository of the hub."
 
 
 def export(
     run: Annotated[Path, typer.Argument(help="The folder of a finished training.", show_default=False)],
-    to: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="TARGET",
-            help="adapter, merged, bnb-4bit, bnb-8bit, compressed-tensors, gguf or gguf-KIND; by default the recipe's. "
-            "Repeatable.",
-        ),
-    ] = None,
+    to: Annotated[list[str] | None, typer.Option(metavar="TARGET", help=TO)] = None,
     out: Annotated[Path | None, typer.Option(help="Where the artifacts' folders go; by default RUN/export.")] = None,
     merge_into: Annotated[MergeInto | None, typer.Option(help="Base weights to add the adapter to.")] = None,
     gate: Annotated[bool, typer.Option("--gate/--no-gate", help="Prove what was written, or do not.")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace artifacts of an earlier export.")] = False,
-    environment: Annotated[
-        str | None,
-        typer.Option(
-            "--check-target",
-            metavar="ENV",
-            help="Export nothing; tell whether `here`, or an environment such as vllm=0.11.0,cuda=8.0, can load it.",
-        ),
-    ] = None,
-    register: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Add what is written to the registry, as this model's next version."),
-    ] = None,
-    registry: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Folder of the registry; by default the recipe's, or models.")
-    ] = None,
-    push_to_hub: Annotated[
-        str | None, typer.Option(metavar="OWNER/NAME", help="Upload what passed to this repository of the hub.")
-    ] = None,
+    environment: Annotated[str | None, typer.Option("--check-target", metavar="ENV", help=ENV)] = None,
+    register: Annotated[str | None, typer.Option(metavar="NAME", help=REGISTER)] = None,
+    registry: Annotated[Path | None, typer.Option(metavar="FOLDER", help=REGISTRY)] = None,
+    push_to_hub: Annotated[str | None, typer.Option(metavar="OWNER/NAME", help=PUSH)] = None,
     private: Annotated[bool, typer.Option("--private", help="Make a new repository of the hub private.")] = False,
     overrides: Overrides = None,
     as_json: AsJson = False,
@@ -60,29 +40,14 @@ def export(
         from qft.export import export as run_export
         from qft.views.terminal.export import render_exports, render_loads
 
-        options = ExportOptions(
-            tuple(to or ()),
-            out,
-            merge_into,
-            gate,
-            overwrite,
-            tuple(overrides or ()),
-            register=register,
-            registry=registry,
-            push_to_hub=push_to_hub,
-            private=private,
-        )
+        kinds, more = tuple(to or ()), tuple(overrides or ())
+        options = ExportOptions(kinds, out, merge_into, gate, overwrite, more, register, registry, push_to_hub, private)
         view = choose_lines(as_json, quiet)
-        if environment is not None:
-            if register or push_to_hub:
-                raise typer.BadParameter("--check-target writes nothing: leave out --register and --push-to-hub")
-            checks = check_target(run, options, environment, view)
-            document = [check.model_dump(mode="json") for check in checks] if as_json else checks
-            tell(document, render_loads, as_json=as_json, quiet=quiet)
-            refuse_unloadable(checks)
+        if environment is None:
+            tell(run_export(run, options, view), render_exports, as_json=as_json, quiet=quiet)
             return
-        documents = run_export(run, options, view)
-        if as_json:
-            print_json([document.model_dump(mode="json") for document in documents])
-        elif not quiet:
-            consoles(False).print(render_exports(documents))
+        if register or push_to_hub:
+            raise typer.BadParameter("--check-target writes nothing: leave out --register and --push-to-hub")
+        checks = check_target(run, options, environment, view)
+        tell(checks, render_loads, as_json=as_json, quiet=quiet)
+        refuse_unloadable(checks)

@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qft.cli.shell import AsJson, Debug, messages, tell
-from qft.errors import GateError
+from qft.cli.shell import AsJson, Debug, messages, register, tell
+from qft.errors import GateError, MissingError
 
 if TYPE_CHECKING:
-    from qft.documents.registry import ModelVersions
     from qft.registry import Which
 
-__all__ = ["models"]
-
-models = typer.Typer(no_args_is_help=True, help="Keep versions of exported models: promote one, go back to another.")
+HELP = "Keep versions of exported models: promote one, go back to another."
+models = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help=HELP)
 
 Registry = Annotated[Path, typer.Option(metavar="FOLDER", help="Folder of the registry.")]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A model of the registry.", show_default=False)]
-VersionText = Annotated[str, typer.Argument(metavar="VERSION", help="A number, or current.", show_default=False)]
+Version = Annotated[str, typer.Argument(metavar="VERSION", help="A number, or current.", show_default=False)]
 Reason = Annotated[str, typer.Option(help="Why, for the history.", show_default=False)]
 MODELS = Path("models")
+TO = "By default what was current before."
+WHICH = "A number, current or original; by default all."
 
 
-@models.command()
 def add(
     name: Name,
     artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder of an export.", show_default=False)],
@@ -39,10 +39,10 @@ def add(
         from qft import registry as versions
 
         number = versions.add(registry, name, artifact, versions.facts_of(artifact, run), reason=reason)
-        typer.echo(f"{name} v{number} added; next: qft models promote {name} {number}{_elsewhere(registry)}")
+        elsewhere = "" if registry == MODELS else f" --registry {quote(str(registry))}"
+        typer.echo(f"{name} v{number} added; next: qft models promote {name} {number}{elsewhere}")
 
 
-@models.command("list")
 def list_models(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Only this model.", show_default=False)] = None,
     registry: Registry = MODELS,
@@ -52,20 +52,19 @@ def list_models(
     """Show every version, its gate, and which one is current."""
     with messages(debug):
         from qft import registry as versions
-        from qft.documents.registry import RegistryListing
+        from qft.documents.registry import ModelVersions, RegistryListing
         from qft.views.terminal.models import render_list
 
-        models = {each: _listed(registry, each) for each in ([name] if name else versions.names(registry))}
+        models = {}
+        for each in [name] if name else versions.names(registry):
+            shelf = versions.find_shelf(registry, each)
+            manifests = {f"v{number}": shelf.manifest(f"v{number}") for number in shelf.numbers()}
+            models[each] = ModelVersions(current=shelf.current(), versions=manifests)
         tell(RegistryListing(registry=str(registry), models=models), render_list, as_json=as_json)
 
 
-@models.command()
 def show(
-    name: Name,
-    version: VersionText = "current",
-    registry: Registry = MODELS,
-    as_json: AsJson = False,
-    debug: Debug = False,
+    name: Name, version: Version = "current", registry: Registry = MODELS, as_json: AsJson = False, debug: Debug = False
 ) -> None:
     """Show one version: where it comes from, how good it is, and the model's history."""
     with messages(debug):
@@ -75,25 +74,14 @@ def show(
 
         shelf = find_shelf(registry, name)
         entry = _entry(registry, name, version)
-        document = VersionDetails(
-            name=name,
-            entry=entry,
-            current=shelf.current(),
-            path=str(shelf.folder / entry),
-            manifest=shelf.manifest(entry),
-            history=shelf.history(),
-        )
-        tell(document, render_version, as_json=as_json)
+        current, manifest, history = shelf.current(), shelf.manifest(entry), shelf.history()
+        path = str(shelf.folder / entry)
+        details = VersionDetails(name=name, entry=entry, current=current, path=path, manifest=manifest, history=history)
+        tell(details, render_version, as_json=as_json)
 
 
-@models.command()
 def diff(
-    name: Name,
-    a: VersionText,
-    b: VersionText,
-    registry: Registry = MODELS,
-    as_json: AsJson = False,
-    debug: Debug = False,
+    name: Name, a: Version, b: Version, registry: Registry = MODELS, as_json: AsJson = False, debug: Debug = False
 ) -> None:
     """Compare two versions: recipe fields, data, base, scores, bytes and gate figures."""
     with messages(debug):
@@ -106,7 +94,6 @@ def diff(
         tell(VersionComparison(name=name, a=entries[0], b=entries[1], rows=rows), render_diff, as_json=as_json)
 
 
-@models.command()
 def promote(
     name: Name,
     version: Annotated[str, typer.Argument(metavar="VERSION", help="A number.", show_default=False)],
@@ -124,12 +111,9 @@ def promote(
         typer.echo(f"{name}: v{number} is current: {registry / name / 'current' / 'artifact'}")
 
 
-@models.command()
 def rollback(
     name: Name,
-    to: Annotated[
-        str | None, typer.Option(metavar="VERSION|original", help="By default what was current before.")
-    ] = None,
+    to: Annotated[str | None, typer.Option(metavar="VERSION|original", help=TO)] = None,
     force: Annotated[bool, typer.Option("--force", help="Although it cannot be accepted; recorded.")] = False,
     registry: Registry = MODELS,
     reason: Reason = "",
@@ -146,13 +130,9 @@ def rollback(
         typer.echo(f"{name}: {entry} is current: {path}")
 
 
-@models.command()
 def verify(
     name: Name,
-    version: Annotated[
-        str | None,
-        typer.Argument(metavar="[VERSION]", help="A number, current or original; by default all.", show_default=False),
-    ] = None,
+    version: Annotated[str | None, typer.Argument(metavar="[VERSION]", help=WHICH, show_default=False)] = None,
     registry: Registry = MODELS,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -173,15 +153,6 @@ def verify(
             raise GateError("\n".join(f"{name}: {text}" for text in wrong))
 
 
-def _listed(registry: Path, name: str) -> ModelVersions:
-    from qft.documents.registry import ModelVersions
-    from qft.registry import find_shelf
-
-    shelf = find_shelf(registry, name)
-    manifests = {entry: shelf.manifest(entry) for entry in (f"v{number}" for number in shelf.numbers())}
-    return ModelVersions(current=shelf.current(), versions=manifests)
-
-
 def _number(text: str) -> int:
     digits = text.removeprefix("v")
     if not (digits.isascii() and digits.isdigit() and int(digits)):
@@ -191,7 +162,6 @@ def _number(text: str) -> int:
 
 def _entry(registry: Path, name: str, text: str) -> str:
     """vN, or what is current. Raises MissingError before the first promote."""
-    from qft.errors import MissingError
     from qft.registry import find_shelf
 
     if text != "current":
@@ -211,5 +181,4 @@ def _which(registry: Path, name: str, text: str | None) -> Which:
     return int(entry[1:]) if entry.startswith("v") else "original"
 
 
-def _elsewhere(registry: Path) -> str:
-    return "" if registry == MODELS else f" --registry {registry}"
+register(models, add, list_models, show, diff, promote, rollback, verify)

@@ -1,15 +1,25 @@
-"""`qft init` and `qft schema`."""
-
-from __future__ import annotations
+"""What is done with a recipe: `qft init`, `check`, `train` and `calibrate`; and `qft schema`."""
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
 
-from qft.cli.shell import Debug, messages, print_json
+from qft.cli.shell import AsJson, Debug, Overrides, Quiet, choose_lines, consoles, messages, print_json, tell
+from qft.machine.environment import prepare_libraries
 
-__all__ = ["init", "schema"]
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.", show_default=False)]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in output_dir.")]
+DOCUMENT = (
+    "recipe, report, eval, calibration, export, plan, calibration-plan, calibration-record, manifest, registry or "
+    "history."
+)
+
+
+def require_one_of(*, resume: bool, overwrite: bool) -> None:
+    if resume and overwrite:
+        raise typer.BadParameter("--resume continues a run and --overwrite replaces it; give one of the two")
 
 
 def init(
@@ -23,19 +33,73 @@ def init(
         from qft.recipe.starter import write_starter
 
         write_starter(path, model, data)
-        typer.echo(f"{path} written; next: qft check {path}")
+        typer.echo(f"{path} written; next: qft check {quote(str(path))}")
 
 
-def schema(
-    of: Annotated[
-        str,
-        typer.Argument(
-            metavar="[DOCUMENT]",
-            help="recipe, report, eval, calibration, export, plan, calibration-plan, calibration-record, manifest, "
-            "registry or history.",
-        ),
-    ] = "recipe",
+def check(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False, debug: Debug = False) -> None:
+    """Say what a recipe would do, and whether it can, before anything is loaded."""
+    with messages(debug):
+        from qft.recipe import load
+
+        loaded = load(recipe, overrides or [])
+        prepare_libraries()
+        from qft.commands.check import planned
+        from qft.views.terminal.plan import render_plan
+
+        tell(planned(loaded), render_plan, as_json=as_json)
+
+
+def train(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint.")] = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
 ) -> None:
+    """Finetune as the recipe says, and report memory and throughput."""
+    with messages(debug):
+        from qft.recipe import load
+
+        loaded = load(recipe, overrides or [])
+        require_one_of(resume=resume, overwrite=overwrite)
+        prepare_libraries()
+        from qft.commands.train import train as run_training
+        from qft.views.live import choose_view
+        from qft.views.terminal.training import render
+
+        with choose_view(consoles(as_json), quiet=quiet) as view:
+            report = run_training(loaded, view, resume=resume, overwrite=overwrite)
+        tell(report, render, as_json=as_json, quiet=quiet)
+
+
+def calibrate(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Where to write instead of output_dir.", show_default=False)] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue behind the last finished block.")] = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Quantize a trained model for inference, and accept the result or refuse it by what it lost."""
+    with messages(debug):
+        from qft.recipe import load
+
+        loaded = load(recipe, [*(overrides or []), *([f"output_dir={out}"] if out else [])])
+        require_one_of(resume=resume, overwrite=overwrite)
+        prepare_libraries()
+        from qft.commands.calibrate import calibrate as run_calibration
+        from qft.views.terminal.calibration import render_calibration
+
+        view = choose_lines(as_json, quiet)
+        report = run_calibration(loaded, view, resume=resume, overwrite=overwrite)
+        tell(report, render_calibration, as_json=as_json, quiet=quiet)
+
+
+def schema(of: Annotated[str, typer.Argument(metavar="[DOCUMENT]", help=DOCUMENT)] = "recipe") -> None:
     """Print the JSON Schema of a recipe (for editors) or of a document, such as report.json."""
     from qft.documents import DOCUMENTS
 

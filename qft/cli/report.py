@@ -1,15 +1,11 @@
 """`qft report`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from qft.cli.shell import AsJson, Debug, consoles, messages, print_json
-
-__all__ = ["report"]
+from qft.cli.shell import AsJson, Debug, messages, tell
 
 
 def report(
@@ -23,17 +19,19 @@ def report(
         from io import StringIO
 
         from rich.console import Console
+        from rich.measure import Measurement
 
         from qft.documents.training import read_report
         from qft.files import write_text
         from qft.views.terminal.training import render
 
         document = read_report(run)
-        if as_json:
-            print_json(document.model_dump(mode="json"))
-        elif svg:
+        if svg and not as_json:
             console = Console(record=True, width=100, file=StringIO(), force_terminal=True)
-            console.print(render(document))
+            view = render(document)
+            least = Measurement.get(console, console.options.update(max_width=10_000), view).minimum
+            console.width = max(100, least)
+            console.print(view)
             write_text(svg, console.export_svg(title=f"qft report {run.name}"))
         else:
-            consoles(False).print(render(document))
+            tell(document, render, as_json=as_json)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,22 +16,17 @@ if TYPE_CHECKING:
 
     from qft.progress import View
 
-__all__ = ["AsJson", "Debug", "Quiet", "consoles", "messages", "print_json", "tell"]
-
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.", show_default=False)]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", metavar="SECTION.FIELD=VALUE", help="Override a field; paths are relative to here. Repeatable."
-    ),
-]
+SET_HELP = "Override a field; paths are relative to here. Repeatable."
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help=SET_HELP)]
 TARGET_HELP = (
     "A recipe, a run, or a model; PATH@VARIANT for base, float32, bfloat16, float16, nf4, fp4, 8bit, merged or (a "
     ".gguf file) llama.cpp."
 )
+NAMES = {"evaluate": "eval", "list_models": "list"}
+"""Of commands whose functions are called otherwise, so as not to hide what Python has under that name."""
 
 
 @contextmanager
@@ -52,6 +46,12 @@ def messages(
         raise typer.Exit(130) from None
 
 
+def register(app: typer.Typer, *commands: Callable[..., None]) -> None:
+    """Add commands in this order, each with all of its docstring in the list of them."""
+    for command in commands:
+        app.command(NAMES.get(command.__name__, command.__name__), short_help=command.__doc__)(command)
+
+
 def consoles(as_json: bool) -> Console:
     """Where people read: standard output, or standard error when that carries JSON."""
     from rich.console import Console
@@ -60,22 +60,23 @@ def consoles(as_json: bool) -> Console:
 
 
 def tell(document: Any, render: Callable[[Any], RenderableType], *, as_json: bool, quiet: bool = False) -> None:
-    """Print a document: as JSON, as `render` draws it, or with `quiet` not at all."""
+    """Print a document, or several: as JSON, as `render` draws them, or with `quiet` not at all."""
     if as_json:
-        print_json(document.model_dump(mode="json") if hasattr(document, "model_dump") else document)
+        print_json(document)
     elif not quiet:
-        consoles(False).print(render(document))
+        from rich.console import Group
+
+        consoles(False).print(Group(render(document)), crop=False)  # lines that people copy may be longer
 
 
 def print_json(document: object) -> None:
     import json
 
-    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False, default=str) + "\n")
+    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False, default=_plain) + "\n")
 
 
-def require_one_of(*, resume: bool, overwrite: bool) -> None:
-    if resume and overwrite:
-        raise typer.BadParameter("--resume continues a run and --overwrite replaces it; give one of the two")
+def _plain(value: Any) -> Any:
+    return value.model_dump(mode="json") if hasattr(value, "model_dump") else str(value)
 
 
 def choose_lines(as_json: bool, quiet: bool) -> View:

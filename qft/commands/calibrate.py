@@ -1,7 +1,5 @@
 """`qft calibrate`: a trained model, quantized for inference, and proof of what it cost."""
 
-from __future__ import annotations
-
 import shutil
 import time
 from pathlib import Path
@@ -13,6 +11,7 @@ from qft.calibration.quantizer import Quantizer
 from qft.calibration.source import Source
 from qft.data.prepare import Prepared
 from qft.documents.calibration import CalibrationRecord, CalibrationReport
+from qft.documents.manifest import Manifest
 from qft.errors import GateError, MissingError, RunError
 from qft.files import write_json, write_text
 from qft.machine.device import versions
@@ -22,8 +21,6 @@ from qft.plan import CalibrationPlan, plan_calibration
 from qft.progress import View
 from qft.recipe import LoadedRecipe, load
 from qft.run.folder import Run, record_base, start_run
-
-__all__ = ["calibrate", "find_plan"]
 
 
 def find_plan(loaded: LoadedRecipe, trained: Prepared | None = None) -> tuple[CalibrationPlan, Path | None]:
@@ -69,7 +66,7 @@ def calibrate(loaded: LoadedRecipe, view: View, *, resume: bool = False, overwri
         if plan.engine.whole_model:
             shutil.rmtree(run.work, ignore_errors=True)
     write_json(run.report, report.model_dump(mode="json"))
-    run.set_status("complete" if accepted else "refused")
+    run.note(Manifest(status="complete" if accepted else "refused"))
     if not accepted:
         resumable = "" if plan.engine.whole_model else "; --resume then takes the blocks as they are"
         raise GateError(f"{acceptance.refusal(run.folder)}{resumable}")
@@ -78,7 +75,7 @@ def calibrate(loaded: LoadedRecipe, view: View, *, resume: bool = False, overwri
 
 
 def _begin(plan: CalibrationPlan, source: Source, run: Run, view: View) -> Acceptance:
-    quantizer = quantizer_for(plan, source, run.work, view)
+    quantizer = quantizer_for(plan, source, view)
     record_base(run, plan.model.checkpoint.base())
     write_text(run.folder / "calibration.jsonl", plan.data.as_jsonl())
     return Acceptance(plan, source, quantizer, view)
@@ -102,7 +99,7 @@ def _report(
     acceptance: Acceptance, result: Path | None, meter: Meter, before: Snapshot, started: float
 ) -> CalibrationReport:
     plan, quantizer, unquantized = acceptance.plan, acceptance.quantizer, acceptance.before
-    peak, process = meter.peak(), quantizer.process
+    peak, process, seconds = meter.peak(), quantizer.process, quantizer.block_seconds
     return CalibrationReport(
         model=plan.recipe.model.path,
         device=plan.model.device.name,
@@ -124,8 +121,9 @@ def _report(
         layers=quantizer.errors(),
         peak_bytes=max(peak.beyond(before), process.peak_bytes),
         peak_host_bytes=max(peak.host, process.peak_host_bytes),
-        block_seconds=quantizer.block_seconds,
-        tokens_per_second=quantizer.tokens_per_second(),
+        block_seconds=seconds,
+        # 0: a whole model does not tell it apart, and a resumed run may have quantized no block.
+        tokens_per_second=_tokens(plan) * len(seconds) / (plan.model.shape.layers * sum(seconds)) if seconds else 0.0,
         wall_seconds=time.perf_counter() - started,
         seed=plan.seed,
         versions={**versions(), **quantizer.process.versions},
@@ -142,7 +140,11 @@ def _needed_bytes(plan: CalibrationPlan, merged_run: Path | None) -> int:
     bits = quantized / max(sum(scheme is not None for scheme in plan.schemes.values()), 1)
     linears = plan.model.shape.linear_parameters
     weights = (plan.model.shape.parameters - linears) * 2 + linears * (bits + 1) / 8
-    tokens = sum(map(len, plan.data.windows)) + sum(len(row["input_ids"]) for row in plan.data.verify)
     if merged_run and plan.calibrate.accept.score_drop is not None:
         weights += plan.model.shape.parameters
-    return int(2 * weights + 2 * 2 * tokens * plan.model.shape.hidden_size * 4)
+    return int(2 * weights + 2 * 2 * _tokens(plan) * plan.model.shape.hidden_size * 4)
+
+
+def _tokens(plan: CalibrationPlan) -> int:
+    """Of calibration and verification."""
+    return sum(map(len, plan.data.windows)) + sum(len(row["input_ids"]) for row in plan.data.verify)

@@ -1,7 +1,5 @@
 """`qft chat`: a conversation with one target, in the terminal, from a pipe, or one answer."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import sys
@@ -16,8 +14,6 @@ from transformers import set_seed
 from qft.commands.conversation import ChatOptions, Conversation, Reply
 from qft.errors import DataError, QftError, RecipeError, RunError
 from qft.model.target import load_target, parse_target
-
-__all__ = ["Session", "open_session"]
 
 CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
 CONTROLS |= {127: 0x2421} | dict.fromkeys(range(128, 160), 0xFFFD)

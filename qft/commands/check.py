@@ -1,14 +1,10 @@
 """`qft check`: Recipe -> Plan, and no further."""
 
-from __future__ import annotations
-
 from qft.commands.calibrate import find_plan
 from qft.documents.plan import CalibrationCheck, PlanDocument
 from qft.measure.harness import asked_tasks, check_tasks
 from qft.plan import make_plan
 from qft.recipe import LoadedRecipe
-
-__all__ = ["planned"]
 
 
 def planned(loaded: LoadedRecipe) -> PlanDocument | CalibrationCheck:

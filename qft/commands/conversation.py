@@ -1,7 +1,5 @@
 """A conversation with a loaded model: its turns, rendered and answered."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -20,8 +18,6 @@ from qft.data.template import Encoder, encode_prompt
 from qft.errors import DataError, RecipeError
 from qft.measure.scores import generation_config
 from qft.memory.guard import memory_guard
-
-__all__ = ["ChatOptions", "Conversation", "Reply"]
 
 Show = Callable[[str], None]
 """Takes a piece of an answer as soon as it is known."""

@@ -1,7 +1,5 @@
 """`qft eval`: several models on the same rows and the same tokens, compared."""
 
-from __future__ import annotations
-
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -36,8 +34,6 @@ from qft.progress import View
 from qft.recipe import Recipe
 from qft.run.folder import Run
 from qft.views.html.page import evaluation_page, side_by_side
-
-__all__ = ["EvalOptions", "default_out", "evaluate"]
 
 LAYER_TOKENS = 2048
 """Tokens on whose activations layers are compared."""

@@ -1,7 +1,5 @@
 """`qft train`: Recipe -> Plan -> Run -> Report."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 
@@ -17,8 +15,6 @@ from qft.run.folder import check_folder, start_run
 from qft.training.recorder import Recorder
 from qft.training.session import train_model
 from qft.views.html.page import side_by_side, training_page
-
-__all__ = ["train"]
 
 
 def train(loaded: LoadedRecipe, view: View, *, resume: bool = False, overwrite: bool = False) -> Report:
@@ -39,7 +35,7 @@ def train(loaded: LoadedRecipe, view: View, *, resume: bool = False, overwrite: 
         result = train_model(run, recorder, resume=resume)
         report = recorder.report(run, result)
     write_json(run.report, report.model_dump(mode="json"))
-    run.set_status("complete")
+    run.note(Manifest(status="complete"))
     # A resumed run has no answers from before. Last: a picture must not cost a result.
     answers = {moment.capitalize(): recorder.answers.get(moment, []) for moment in ("before", "after")}
     write_text(run.page, training_page(report, side_by_side(answers, plan.data.place)))

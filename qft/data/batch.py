@@ -1,7 +1,5 @@
 """Encoded rows -> padded batches; all tensors are int64 [rows, tokens]."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,8 +7,6 @@ from typing import Any
 import torch
 
 from qft.data.template import IGNORED
-
-__all__ = ["Collator", "by_length", "model_inputs", "pad_token_id"]
 
 
 def pad_token_id(tokenizer: Any) -> int:

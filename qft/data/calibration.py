@@ -4,8 +4,6 @@ Windows are plain token ids: rows as the chat template renders them, special tok
 one length. Verification rows are whole, with labels, and never among the windows' rows.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re
@@ -23,8 +21,6 @@ from qft.documents.plan import Audit
 from qft.errors import DataError
 from qft.recipe import Recipe
 from qft.recipe.schema import CalibrateSection
-
-__all__ = ["CalibrationData", "calibration_data"]
 
 Ints = NDArray[np.int64]
 Strings = NDArray[np.str_]

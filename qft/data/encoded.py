@@ -1,7 +1,5 @@
 """Encoded rows that a model is asked, and the file in which a run keeps them: JSON lines, one a row."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,8 +11,6 @@ from datasets import Dataset, Features, List, Value
 from qft.data.sources import place
 from qft.errors import DataError
 from qft.files import atomic_file
-
-__all__ = ["COLUMNS", "EncodedRows", "read_rows", "write_rows"]
 
 COLUMNS = Features(
     {

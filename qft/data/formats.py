@@ -1,14 +1,10 @@
 """Row -> conversation, one pure function a format. Raises BadRow with the reason."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from qft.data.sources import BadRow
-
-__all__ = ["FORMATS", "Conversation", "detect"]
 
 Message = dict[str, Any]
 ROLES = ("system", "developer", "user", "assistant", "tool")

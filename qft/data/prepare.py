@@ -1,7 +1,5 @@
 """The data section of a recipe -> encoded train and eval rows, and what was found on the way."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,9 +18,7 @@ from qft.data.template import IGNORED, Encoded, Encoder, TooLong
 from qft.documents.plan import SourceFacts
 from qft.errors import DataError
 from qft.recipe import Source
-from qft.recipe.schema import DataSection
-
-__all__ = ["KEPT", "Prepared", "held_out", "prepare"]
+from qft.recipe.training import DataSection
 
 SHOWN = 10
 """Bad rows that a message lists."""

@@ -4,8 +4,6 @@ JSON is kept as text until a row is used, one row a line, so that a broken line 
 need not share one schema. Everything is read through `datasets`, which keeps it on disk.
 """
 
-from __future__ import annotations
-
 import csv
 import glob
 import json
@@ -22,8 +20,6 @@ from numpy.typing import NDArray
 from qft.errors import DataError, MissingError, first_line
 from qft.files import sha256
 from qft.recipe import Source
-
-__all__ = ["JSON_COLUMN", "BadRow", "Rows", "open_source"]
 
 JSON_COLUMN = "__json__"
 TEXT_COLUMN = "__text__"

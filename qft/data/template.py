@@ -5,8 +5,6 @@ the conversation is rendered up to and including each assistant turn: as long as
 whole, the turn is what lies between. A template for which that does not hold is refused.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,8 +15,6 @@ from transformers import PreTrainedTokenizerBase
 from qft.data.formats import Conversation, Message
 from qft.data.sources import BadRow
 from qft.errors import DataError
-
-__all__ = ["IGNORED", "Encoded", "Encoder", "encode_prompt", "special_ids"]
 
 IGNORED = -100
 """Label of a token that is not learnt."""

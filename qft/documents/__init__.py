@@ -9,8 +9,6 @@ from qft.documents.plan import CalibrationPlanDocument, PlanDocument
 from qft.documents.registry import Event, VersionManifest
 from qft.documents.training import Report
 
-__all__ = ["DOCUMENTS"]
-
 DOCUMENTS: dict[str, type[Part]] = {
     "report": Report,
     "eval": EvalDocument,

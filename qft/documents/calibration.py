@@ -1,14 +1,10 @@
 """The document of `qft calibrate`: what was quantized how, and what it cost on rows that calibrated nothing."""
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 from qft.documents.evaluation import LayerError, Score
 from qft.documents.manifest import Base, PluginFile
-from qft.documents.part import Bytes, Nats, Part, Seconds, Share, Stored, Tokens, TokensPerSecond
-
-__all__ = ["Attempt", "CalibrationRecord", "CalibrationReport", "Check"]
+from qft.documents.part import Bytes, DataHashes, Nats, Part, Seconds, Share, Stored, Tokens, TokensPerSecond, Versions
 
 
 class Attempt(Part):
@@ -23,9 +19,8 @@ class Attempt(Part):
     perplexity_change: Score
     """Perplexity over that of the unquantized model, minus 1; paired by rows."""
     kl_mean: Nats
-    """Mean KL divergence of the next-token distributions from the unquantized model's, in nats."""
+    """Mean KL divergence of the next-token distributions from the unquantized model's."""
     kl_interval: Score
-    """The mean, with its interval over rows."""
     kl_p99: Nats
     top1_agreement: Share
     """Share of tokens at which both models find the same token most likely."""
@@ -88,7 +83,7 @@ class CalibrationReport(Part):
     """Calibration and verification tokens times blocks, over the time of the blocks; 0 without blocks."""
     wall_seconds: Seconds
     seed: int
-    versions: dict[str, str | None]
+    versions: Versions
     result: str | None
     """Folder of the quantized model; None if it was refused."""
 
@@ -99,10 +94,8 @@ class CalibrationRecord(Stored):
     schema_version: Literal[1] = 1
     kind: Literal["calibration-record"] = "calibration-record"
     base: Base | None
-    data: dict[str, str | None] | None
-    """SHA-256 of each source by its path; None where it has no file of its own."""
-    versions: dict[str, str | None]
-    """Of what the result depends on, by name; None: not installed."""
+    data: DataHashes
+    versions: Versions
     seed: int
     plugin: PluginFile | None = None
     """The code of quant.plugin, its path without the folders of this machine; None with other engines."""

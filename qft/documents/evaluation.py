@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from qft.documents.part import Bits, Bytes, Decibels, Nats, Part, Seconds, Share, Tokens, TokensPerSecond
-
-__all__ = ["EvalDocument", "HarnessResult", "LayerError", "Score", "SourceResult", "TargetResult"]
+from qft.documents.part import Bits, Bytes, Decibels, Nats, Part, Seconds, Share, Tokens, TokensPerSecond, Versions
 
 
 class Score(Part):
@@ -24,8 +22,6 @@ class Score(Part):
 
 
 class SourceResult(Part):
-    """One source of the rows."""
-
     source: str
     perplexity: float
     eval_tokens: Tokens
@@ -42,7 +38,7 @@ class LayerError(Part):
     weight_error: float
     """Norm of the difference of the weights, over the norm of the reference's."""
     output_snr_db: Decibels
-    """Signal to noise of the layer's output on real activations, in decibels; higher is better."""
+    """Signal to noise of the layer's output on real activations; higher is better."""
     outlier_share: Share
     """Share of the input's magnitudes above six times their root mean square."""
     bytes: Bytes
@@ -53,7 +49,6 @@ class HarnessResult(Part):
     """One metric of a task of EleutherAI's lm-evaluation-harness, as the harness takes it."""
 
     task: str
-    """Name of the task, or of a group of tasks."""
     version: str | None
     """The task's own; None if it has none."""
     metric: str
@@ -69,8 +64,6 @@ class HarnessResult(Part):
 
 
 class TargetResult(Part):
-    """One model."""
-
     name: str
     perplexity: float
     """exp of the mean negative log likelihood over eval_tokens."""
@@ -80,7 +73,7 @@ class TargetResult(Part):
     eval_tokens: Tokens
     """Tokens whose likelihood was taken."""
     kl_mean: Nats | None = None
-    """Mean Kullback-Leibler divergence of the next-token distributions from the reference's, in nats."""
+    """Mean Kullback-Leibler divergence of the next-token distributions from the reference's."""
     kl_p99: Nats | None = None
     """Its 99th percentile over tokens."""
     top1_agreement: Share | None = None
@@ -95,7 +88,6 @@ class TargetResult(Part):
     """Score minus the reference's; paired by rows."""
     by_source: list[SourceResult] = []
     harness: list[HarnessResult] = []
-    """Tasks of eval.harness and --harness."""
     prefill_tokens_per_second: TokensPerSecond
     """Reading a prompt."""
     decode_tokens_per_second: TokensPerSecond
@@ -116,7 +108,6 @@ class EvalDocument(Part):
     schema_version: Literal[1] = 1
     kind: Literal["eval"] = "eval"
     data: list[str]
-    """Where the rows came from."""
     rows: int
     window: Tokens | None
     """Tokens of a window over plain text; None where each row is scored by itself."""
@@ -126,6 +117,6 @@ class EvalDocument(Part):
     """Name of the target that the others are compared with."""
     device: str
     seed: int
-    versions: dict[str, str | None]
+    versions: Versions
     targets: list[TargetResult]
     wall_seconds: Seconds

@@ -1,12 +1,9 @@
 """The document of `qft export`: what was handed over, and the proof that it is the model that was trained."""
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
-from qft.documents.part import Bytes, Part, Tokens
-
-__all__ = ["ExportDocument", "Gate", "GateCheck", "LoadCheck", "Pushed", "Registered"]
+from qft.documents.manifest import Base
+from qft.documents.part import Bytes, Part, Tokens, Versions
 
 
 class GateCheck(Part):
@@ -14,7 +11,6 @@ class GateCheck(Part):
 
     name: str
     value: float | str
-    """Measured of the artifact."""
     threshold: float | str | None
     """What the value may be at most (kl, perplexity_increase) or at least (top1_agreement), or must be; None: told
     only."""
@@ -38,12 +34,11 @@ class Gate(Part):
 
 
 class Registered(Part):
-    """The version of a registry that an artifact was copied into."""
+    """The version of a registry, which is a folder, that an artifact was copied into."""
 
     name: str
     version: int
     registry: str
-    """Folder of the registry."""
 
 
 class Pushed(Part):
@@ -52,7 +47,6 @@ class Pushed(Part):
     repository: str
     commit: str
     url: str
-    """Of the commit."""
 
 
 class ExportDocument(Part):
@@ -62,17 +56,14 @@ class ExportDocument(Part):
     kind: Literal["export"] = "export"
     target: str
     path: str
-    """The folder, as it was written."""
     run: str
-    """The run that it comes from."""
     passed: bool | None
     """gate.passed."""
     bytes: Bytes
     """Of all files that are listed in sha256."""
     sha256: dict[str, str]
     """Of each file but export.json and README.md, by its name within the folder."""
-    base: dict[str, Any]
-    """path, commit and sha256 (by file) of the base, from the run's manifest."""
+    base: Base
     merge_into: Literal["dequantized", "original"] | None
     """The base weights that the adapter was added to; None: nothing was merged."""
     dtype: str
@@ -81,11 +72,10 @@ class ExportDocument(Part):
     """How a second quantization holds the weights, and what it cost: scheme, kl (mean, in nats, from the merged model)
     and perplexity_change."""
     gate: Gate
-    versions: dict[str, str | None]
+    versions: Versions
     registered: Registered | None = None
-    """Told by the command alone: in export.json, which is written first and then never changed, it is null."""
     pushed: Pushed | None = None
-    """The same holds for it."""
+    """As `registered`, told by the command alone: export.json, written first and then never changed, has null."""
 
 
 class LoadCheck(Part):

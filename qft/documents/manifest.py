@@ -1,13 +1,9 @@
 """manifest.json of a run: what was asked, with what it was done, and how far it came."""
 
-from __future__ import annotations
-
 from typing import Literal
 
-from qft.documents.part import Stored
+from qft.documents.part import Bytes, DataHashes, Stored, Versions
 from qft.documents.training import SkippedModules
-
-__all__ = ["Base", "DevicePart", "Hardware", "Manifest", "PluginFile"]
 
 
 class Base(Stored):
@@ -27,10 +23,9 @@ class DevicePart(Stored):
     kind: str
     """cpu or cuda"""
     name: str
-    total_bytes: int
+    total_bytes: Bytes
     """Memory in all: the GPU's, or the host's for a CPU."""
     bf16: bool
-    """Whether it computes in bfloat16."""
     tf32: bool
     capability: str | None = None
     """CUDA compute capability, as in 9.0."""
@@ -43,8 +38,7 @@ class Hardware(Stored):
     cpu: str
     threads: int
     """That torch computes with."""
-    host_bytes: int
-    """Memory of the host."""
+    host_bytes: Bytes
     platform: str
     python: str
 
@@ -70,15 +64,11 @@ class Manifest(Stored):
     command: list[str] = []
     started: str | None = None
     seed: int | None = None
-    versions: dict[str, str | None] = {}
-    """Of what a result depends on, by name; None: not installed."""
+    versions: Versions = {}
     hardware: Hardware | None = None
-    data: dict[str, str | None] | None = None
-    """SHA-256 of each source by its path; None where it has no file of its own."""
+    data: DataHashes = None
     plugin: PluginFile | None = None
     base: Base | None = None
     """None until the weights are on this machine."""
     error: str | None = None
-    """Of the last failure."""
     skipped_modules: SkippedModules | None = None
-    """None unless quant.skip_modules is auto."""

@@ -1,18 +1,13 @@
 """What all documents are made of, and the units of their figures."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler
+from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler
 from pydantic.fields import FieldInfo
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
-
-__all__ = ["Bits", "Bytes", "Decibels", "Nats", "Part", "Seconds", "Share", "Stored", "Tokens", "TokensPerSecond"]
-__all__ += ["Unit", "unit_of"]
 
 
 class Part(BaseModel):
@@ -45,6 +40,11 @@ Share = Annotated[float, Unit("share")]
 """Between 0 and 1."""
 Tokens = Annotated[int, Unit("tokens")]
 TokensPerSecond = Annotated[float, Unit("tokens/s")]
+Versions = Annotated[dict[str, str | None], Field(description="Of what a result depends on; None: not installed.")]
+DataHashes = Annotated[
+    dict[str, str | None] | None,
+    Field(description="SHA-256 of each source of rows by its path; None where it has no file of its own."),
+]
 
 
 def unit_of(field: FieldInfo) -> str | None:

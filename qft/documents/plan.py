@@ -1,26 +1,9 @@
 """plan.json of a run and `qft check --json`: what is decided before anything is loaded."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from qft.documents.manifest import DevicePart, PluginFile
-from qft.documents.part import Stored
-
-__all__ = [
-    "AdapterArguments",
-    "Audit",
-    "CalibrationCheck",
-    "CalibrationPart",
-    "CalibrationPlanDocument",
-    "DataPart",
-    "LayerPart",
-    "PlanDocument",
-    "PlannedModel",
-    "Quantization",
-    "SourceFacts",
-    "TrainerArguments",
-]
+from qft.documents.part import Share, Stored, Tokens
 
 
 class PlannedModel(Stored):
@@ -29,7 +12,6 @@ class PlannedModel(Stored):
     path: str
     """As the recipe says."""
     commit: str | None
-    """Of a hub model; None for others."""
     dtype: str
     """Of the weights that are not quantized."""
     architecture: str
@@ -40,10 +22,9 @@ class PlannedModel(Stored):
     linear_parameters: int
     """Weights of the linear layers that quantization applies to (all but the output head)."""
     trainable_parameters: int
-    max_positions: int | None
-    """Longest sequence, in tokens, that the model was built for."""
+    max_positions: Tokens | None
+    """Longest sequence that the model was built for."""
     heads: list[str]
-    """Names of the output head."""
 
 
 class Quantization(Stored):
@@ -93,10 +74,9 @@ class SourceFacts(Stored):
     """Rows that are used, before weighting and splitting."""
     skipped: int
     truncated: int
-    tokens: int
-    supervised_tokens: int
-    longest: int
-    """Tokens of the longest row."""
+    tokens: Tokens
+    supervised_tokens: Tokens
+    longest: Tokens
     digest: str | None
     """SHA-256 of its file; None if it has none of its own."""
     unit: str
@@ -108,9 +88,8 @@ class DataPart(Stored):
     train_rows: int
     """After weighting and splitting."""
     eval_rows: int
-    """Rows held out."""
-    max_length: int | None = None
-    """Of a row, in tokens; None in documents from before it was decided here."""
+    max_length: Tokens | None = None
+    """Of a row; None in documents from before it was decided here."""
     sources: list[SourceFacts]
 
 
@@ -118,18 +97,15 @@ class Audit(Stored):
     """What the calibration windows are made of."""
 
     rows: int
-    """Rows drawn."""
     windows: int
-    window_tokens: int
-    """Tokens of each window."""
-    tokens: int
+    window_tokens: Tokens
+    tokens: Tokens
     """In all windows."""
-    row_length_p5: int
-    """Percentiles of the drawn rows' lengths, in tokens."""
-    row_length_p50: int
-    row_length_p95: int
-    distinct_tokens: int
-    vocabulary_share: float
+    row_length_p5: Tokens
+    row_length_p50: Tokens
+    row_length_p95: Tokens
+    distinct_tokens: Tokens
+    vocabulary_share: Share
     """distinct_tokens / tokens that the tokenizer knows."""
     duplicate_rows: int
     """Drawn rows whose tokens are those of another one drawn before."""

@@ -2,33 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
 from qft.documents.manifest import Base
-from qft.documents.part import Part, Stored
-
-__all__ = [
-    "Difference",
-    "Event",
-    "Finding",
-    "GateFigure",
-    "ModelVersions",
-    "RecipeText",
-    "RegistryListing",
-    "Verdict",
-    "VersionComparison",
-    "VersionDetails",
-    "VersionManifest",
-    "VersionVerification",
-]
+from qft.documents.part import Bytes, DataHashes, Part, Stored
 
 
 class RecipeText(Stored):
-    """The recipe of a run."""
-
     path: str
     sha256: str
     text: str
@@ -63,29 +45,24 @@ class VersionManifest(Stored):
     created: str = ""
     """In UTC, as ISO 8601 has it."""
     target: str | None = None
-    """Of `qft export`."""
     base: Base | None = None
-    data: dict[str, str | None] | None = None
-    """SHA-256 of each source of the run by its path."""
+    data: DataHashes = None
     recipe: RecipeText | None = None
     scores: dict[str, float] | None = None
     """Of the run on its held-out rows, by name."""
     gate: Verdict | None = None
     run: str | None = None
-    """Folder of the run that it comes from."""
-    bytes: int | None = None
-    """Of all files."""
+    bytes: Bytes | None = None
     sha256: dict[str, str] | None = None
     """Of each file by its name within the artifact."""
 
 
 class Event(Stored):
-    """One line of history.jsonl."""
+    """One line of history.jsonl. Its time is in UTC, as ISO 8601 has it."""
 
     model_config = ConfigDict(populate_by_name=True)
 
     time: str
-    """In UTC, as ISO 8601 has it."""
     action: Literal["add", "promote", "rollback"]
     start: str | None = Field(alias="from")
     """What was current before: vN or original-HASH. None: nothing, or an add, which changes nothing of it."""
@@ -105,18 +82,15 @@ class Finding(Part):
 
     entry: str
     """vN or original-HASH."""
-    missing: list[str]
-    changed: list[str]
-    extra: list[str]
+    missing: list[str] = []
+    changed: list[str] = []
+    extra: list[str] = []
     whole: bool
     """Whether nothing is missing, changed or extra."""
 
     @classmethod
-    def of(
-        cls, entry: str, missing: Sequence[str] = (), changed: Sequence[str] = (), extra: Sequence[str] = ()
-    ) -> Finding:
-        whole = not (missing or changed or extra)
-        return cls(entry=entry, missing=list(missing), changed=list(changed), extra=list(extra), whole=whole)
+    def of(cls, entry: str, **found: list[str]) -> Finding:
+        return cls(entry=entry, **found, whole=not any(found.values()))
 
     def sentences(self) -> list[str]:
         kinds = {"missing": self.missing, "changed": self.changed, "not in the manifest": self.extra}
@@ -134,19 +108,15 @@ class Difference(Part):
 
 
 class ModelVersions(Part):
-    """One model of a registry."""
-
     current: str | None
     """vN or original-HASH; None before the first promote."""
     versions: dict[str, VersionManifest]
-    """By vN."""
 
 
 class RegistryListing(Part):
     """`qft models list`."""
 
     registry: str
-    """Its folder."""
     models: dict[str, ModelVersions]
 
 
@@ -155,10 +125,8 @@ class VersionDetails(Part):
 
     name: str
     entry: str
-    """vN or original-HASH."""
     current: str | None
     path: str
-    """Folder of the entry."""
     manifest: VersionManifest
     history: list[Event]
     """Of the model, oldest first."""

@@ -1,7 +1,5 @@
 """The report: one JSON document, of which every table and picture is a view."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Literal
 
@@ -9,8 +7,6 @@ from pydantic import ValidationError
 
 from qft.documents.part import Bits, Bytes, Nats, Part, Seconds, Share, Tokens, TokensPerSecond
 from qft.errors import MissingError, RunError
-
-__all__ = ["Evaluation", "Report", "SkippedModules", "read_report"]
 
 
 class ModelPart(Part):
@@ -68,7 +64,6 @@ class Memory(Part):
     """What the allocator held at its peak."""
     peak_host_bytes: Bytes
     device_bytes: Bytes
-    """Memory that the device has."""
     after_load_bytes: Bytes
     """On the device that trains, as are the two below."""
     after_first_step_bytes: Bytes
@@ -103,8 +98,6 @@ class Loss(Part):
 
 
 class Evaluation(Part):
-    """Held-out rows."""
-
     step: int
     loss: Nats
     """Mean over the supervised tokens."""

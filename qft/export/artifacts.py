@@ -1,7 +1,5 @@
 """A run -> its artifacts: each is written beside its final name, put before the gate, and moved there if it passes."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -21,8 +19,6 @@ from qft.files import atomic_folder, free_bytes, require_free_space, sha256, wri
 from qft.machine.device import versions
 from qft.progress import View
 from qft.registry import SIDE
-
-__all__ = ["export"]
 
 UNVERIFIED = Gate(passed=None, engine=None, rows=0, tokens=0, checks=[])
 
@@ -130,7 +126,7 @@ def _document(
         passed=gate.passed,
         bytes=sum(path.stat().st_size for path in files),
         sha256={str(path.relative_to(folder)): sha256(path) for path in files},
-        base=base.model_dump(),
+        base=base,
         merge_into=job.merge_into if EXPORTERS[name].merges else None,
         dtype=job.dtype,
         quantization=quantization,

@@ -1,7 +1,5 @@
 """README.md of an artifact: its model card, with the metadata that the Hub reads."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,6 @@ from qft.documents.training import read_report
 from qft.errors import QftError
 from qft.export.job import Job
 from qft.export.targets import Exporter
-
-__all__ = ["model_card", "without_folders"]
 
 
 def model_card(job: Job, exporter: Exporter, document: ExportDocument) -> str:
@@ -62,10 +58,10 @@ def _license(job: Job) -> str | None:
 
 
 def _origin(job: Job, document: ExportDocument) -> str:
-    commit = document.base.get("commit")
+    commit = document.base.commit
     lines = [f"Finetuned with qft from `{_base(job)}`{f' at commit `{commit}`' if commit else ''}."]
     if job.adapter:
-        lines.append(f"The adapter was trained on a base held in {_scheme(job)}.")
+        lines.append(f"The adapter was trained on a base held in {job.plan.scheme.short_words()}.")
     if document.merge_into:
         which = "the same values, dequantized" if document.merge_into == "dequantized" else "the original weights"
         lines.append(f"It was added to {which}.")
@@ -76,10 +72,6 @@ def _origin(job: Job, document: ExportDocument) -> str:
             f"perplexity {told['perplexity_change']:+.2%} from the merged model."
         )
     return " ".join([*lines, f"Other weights are {document.dtype}."])
-
-
-def _scheme(job: Job) -> str:
-    return job.plan.scheme.short_words()
 
 
 def _data(job: Job) -> str:
@@ -134,5 +126,5 @@ def _cell(text: str) -> str:
 
 
 def _usage(job: Job, exporter: Exporter) -> str:
-    told = {"SCHEME": _scheme(job), "BASE": _base(job), "NAME": job.run.folder.resolve().name}
+    told = {"SCHEME": job.plan.scheme.short_words(), "BASE": _base(job), "NAME": job.run.folder.resolve().name}
     return re.sub("|".join(told), lambda found: told[found[0]], exporter.usage)

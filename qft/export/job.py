@@ -18,8 +18,6 @@ from qft.recipe import LoadedRecipe, load
 from qft.recipe.schema import MergeInto
 from qft.run.folder import Run
 
-__all__ = ["ExportOptions", "Job", "find_job", "load_run"]
-
 
 @dataclass(frozen=True)
 class ExportOptions:

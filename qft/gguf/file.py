@@ -1,7 +1,5 @@
 """Tensors of a safetensors folder, one at a time, into a GGUF file; and back out of one."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +18,6 @@ from qft.files import atomic_file, require_free_space
 from qft.gguf.llamacpp import KINDS
 from qft.gguf.shape import add_shape, architecture, deinterleave, heads_to_interleave, interleave, rope_factors
 from qft.gguf.vocabulary import add_tokenizer
-
-__all__ = ["header", "read_gguf", "write_gguf"]
 
 _T = gguf.GGMLQuantizationType
 WRITABLE = [name for name, kind in KINDS.items() if not kind.by_llamacpp]
@@ -55,8 +51,7 @@ def write_gguf(model_folder: Path, out: Path, *, kind: str, name: str | None = N
     is in memory.
 
     Raises ModelError for a model or tokenizer that GGUF cannot hold faithfully, RunError if the disk is too full.
-    Source: the GGUF specification, docs/gguf.md of ggml-org/ggml.
-    """
+    Source: the GGUF specification, docs/gguf.md of ggml-org/ggml."""
     config = AutoConfig.from_pretrained(model_folder)
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     writer = header(config, tokenizer, kind, name or model_folder.resolve().name)
@@ -64,7 +59,18 @@ def write_gguf(model_folder: Path, out: Path, *, kind: str, name: str | None = N
         raise ModelError(f"{model_folder}: its weights are quantized; GGUF is written from 16-bit or 32-bit weights")
     tensors = _tensors(model_folder, config, architecture(config), kind)
     require_free_space(out.parent, sum(tensor.nbytes for tensor in tensors), "the GGUF file")
-    _write(writer, tensors, out)
+    for each in tensors:
+        writer.add_tensor_info(each.name, each.shape, np.dtype(np.float32), each.nbytes, raw_dtype=each.type)
+    with atomic_file(out) as temporary:
+        try:
+            writer.write_header_to_file(temporary)
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for tensor in tensors:
+                writer.write_tensor_data(_encoded(tensor))
+        finally:
+            if writer.fout is not None:
+                writer.close()
 
 
 def header(config: Any, tokenizer: Any, kind: str, name: str) -> Any:
@@ -80,21 +86,6 @@ def header(config: Any, tokenizer: Any, kind: str, name: str) -> Any:
     add_shape(writer, config)
     add_tokenizer(writer, tokenizer, config.vocab_size)
     return writer
-
-
-def _write(writer: Any, tensors: list[_Tensor], out: Path) -> None:
-    for each in tensors:
-        writer.add_tensor_info(each.name, each.shape, np.dtype(np.float32), each.nbytes, raw_dtype=each.type)
-    with atomic_file(out) as temporary:
-        try:
-            writer.write_header_to_file(temporary)
-            writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
-            for tensor in tensors:
-                writer.write_tensor_data(_encoded(tensor))
-        finally:
-            if writer.fout is not None:
-                writer.close()
 
 
 def _encoded(tensor: _Tensor) -> NDArray[Any]:

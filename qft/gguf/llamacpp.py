@@ -1,7 +1,5 @@
 """A GGUF file run by llama.cpp itself, in the place of a transformers model: it reads token ids and tells logits."""
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,8 +12,6 @@ from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, Pr
 from transformers.modeling_outputs import CausalLMOutput
 
 from qft.errors import MissingError, ModelError
-
-__all__ = ["KINDS", "LlamaCpp", "quantize", "require_llamacpp"]
 
 CHUNK = 512
 """Tokens that llama.cpp reads at once."""
@@ -68,7 +64,6 @@ def quantize(source: Path, out: Path, kind: str) -> None:
 
 class LlamaCpp(PreTrainedModel, GenerationMixin):
     """One GGUF file. It is evaluated and generates as any transformers model does, on the host, and never trains.
-
     Source: llama.h of ggml-org/llama.cpp, through the package cyllama."""
 
     config_class = PretrainedConfig
@@ -126,7 +121,6 @@ class LlamaCpp(PreTrainedModel, GenerationMixin):
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, logits_to_keep: int = 0, **_: Any
     ) -> CausalLMOutput:
         """Logits float32 [rows, tokens, vocabulary] of token ids [rows, tokens], zero where `attention_mask` is 0.
-
         logits_to_keep: only of so many last tokens; 0 of all. What a row shares with the one that was read before in
         its place is not read again."""
         width = input_ids.shape[1]

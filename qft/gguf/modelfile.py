@@ -5,8 +5,6 @@ between two fixed texts can be written for it exactly, and that is tried out; an
 the Modelfile says so. Source: docs/modelfile.md and docs/template.md of ollama/ollama.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +12,6 @@ from functools import partial
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
-
-__all__ = ["find_turns", "modelfile"]
 
 Message = dict[str, str]
 ROLES = ("system", "user", "assistant")

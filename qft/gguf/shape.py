@@ -1,7 +1,5 @@
 """What a GGUF file says of a model's shape: architecture, sizes and rotary embedding, with the order of its rows."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -11,8 +9,6 @@ from numpy.typing import NDArray
 
 from qft.errors import ModelError
 
-__all__ = ["add_shape", "architecture", "deinterleave", "heads_to_interleave", "interleave", "rope_factors"]
-
 ARCHITECTURES = {
     "LlamaForCausalLM": gguf.MODEL_ARCH.LLAMA,
     "MistralForCausalLM": gguf.MODEL_ARCH.LLAMA,
@@ -21,6 +17,7 @@ ARCHITECTURES = {
 }
 """Class of the model -> architecture of the file. llama.cpp runs Mistral as llama."""
 
+YARN_KNOWN = {"rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "partial_rotary_factor"}
 YARN_DEFAULTS = {"beta_fast": 32, "beta_slow": 1}
 """What llama.cpp assumes where the file says nothing."""
 
@@ -42,9 +39,8 @@ def head_dim(config: Any) -> int:
 
 
 def add_shape(writer: Any, config: Any) -> None:
-    """Write the hyperparameters (source: the GGUF specification, docs/gguf.md of ggml-org/ggml).
-
-    Raises ModelError for a rotary scaling that the file cannot express."""
+    """Write the hyperparameters (source: the GGUF specification, docs/gguf.md of ggml-org/ggml). Raises ModelError for
+    a rotary scaling that the file cannot express."""
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -70,7 +66,9 @@ def _add_rope(writer: Any, config: Any) -> None:
     if kind == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
     elif kind == "yarn":
-        _require_plain_yarn(rope)
+        for name, value in rope.items():
+            if name not in YARN_KNOWN and value is not None and YARN_DEFAULTS.get(name) != value:
+                raise ModelError(f"GGUF: yarn with {name} {value}: the file can say factor and original length alone")
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
         writer.add_rope_scaling_orig_ctx_len(original)
@@ -79,16 +77,8 @@ def _add_rope(writer: Any, config: Any) -> None:
     writer.add_rope_scaling_factor(float(rope["factor"]))
 
 
-def _require_plain_yarn(rope: dict[str, Any]) -> None:
-    known = {"rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "partial_rotary_factor"}
-    for name, value in rope.items():
-        if name not in known and value is not None and YARN_DEFAULTS.get(name) != value:
-            raise ModelError(f"GGUF: yarn with {name} {value}: the file can say factor and original length alone")
-
-
 def rope_factors(config: Any) -> NDArray[np.float32] | None:
     """What llama.cpp divides each frequency by, float32 [head_dim / 2]; None unless the rotary scaling is llama3's.
-
     Long waves are slowed by `factor`, short ones not at all, those between in proportion (Llama 3.1's rule)."""
     rope = config.rope_parameters
     if rope.get("rope_type") != "llama3":
@@ -112,9 +102,8 @@ def heads_to_interleave(name: str, config: Any, arch: gguf.MODEL_ARCH) -> int:
 
 
 def interleave(rows: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
-    """Reorder the rows [heads * head_dim, ...] of q or k so that each rotated pair lies side by side.
-
-    Hugging Face's Llama rotates row i of a head with row i + head_dim / 2; llama.cpp's rotates rows 2i and 2i + 1."""
+    """Reorder the rows [heads * head_dim, ...] of q or k so that each rotated pair lies side by side. Hugging Face's
+    Llama rotates row i of a head with row i + head_dim / 2; llama.cpp's rotates rows 2i and 2i + 1."""
     halves = rows.reshape(heads, 2, -1, *rows.shape[1:])
     return np.stack([halves[:, 0], halves[:, 1]], axis=2).reshape(rows.shape)
 

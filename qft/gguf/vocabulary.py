@@ -1,15 +1,11 @@
 """What a GGUF file says of a tokenizer: its tokens, merges and the name of its pre-tokenizer."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 
 import gguf
 
 from qft.errors import ModelError
-
-__all__ = ["add_tokenizer", "pre_tokenizer"]
 
 # The patterns are data: what tokenizer.json of Llama 3 and of Qwen 2 say.
 _LLAMA3_SPLIT = (
@@ -29,9 +25,8 @@ PRE_TOKENIZERS: dict[tuple[Any, ...], str] = {
 
 
 def add_tokenizer(writer: Any, tokenizer: Any, vocabulary: int) -> None:
-    """Write a byte-level BPE tokenizer; `vocabulary` is the number of the model's embeddings.
-
-    Raises ModelError for any other kind, and for one that llama.cpp would split text differently with."""
+    """Write a byte-level BPE tokenizer; `vocabulary` is the number of the model's embeddings. Raises ModelError for any
+    other kind, and for one that llama.cpp would split text differently with."""
     definition = json.loads(tokenizer.backend_tokenizer.to_str())
     name = pre_tokenizer(definition)
     tokens, types = _tokens(definition, vocabulary)

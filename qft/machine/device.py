@@ -1,7 +1,5 @@
 """What this machine is: its devices, what they can compute in, and the versions that a result depends on."""
 
-from __future__ import annotations
-
 import platform
 import sys
 from dataclasses import dataclass
@@ -12,8 +10,6 @@ import psutil
 import torch
 
 from qft import __version__
-
-__all__ = ["Device", "describe", "find_device", "versions"]
 
 PACKAGES = ("transformers", "bitsandbytes", "peft", "accelerate", "datasets", "tokenizers")
 

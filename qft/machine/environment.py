@@ -1,14 +1,10 @@
 """How the libraries are set up, by variables that they read while they are imported: silent, since qft says each thing
 once, itself; and on a machine without a GPU with threads that sleep while they wait."""
 
-from __future__ import annotations
-
 import logging
 import os
 import warnings
 from pathlib import Path
-
-__all__ = ["prepare_libraries"]
 
 GPUS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 """Where the drivers of NVIDIA, of AMD and of Windows below Linux are: seen without torch, which is not loaded yet."""

@@ -1,7 +1,5 @@
 """What every target of `qft eval` is asked: passages to score, and rows to answer."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +12,6 @@ from qft.data.prepare import held_out, prepare
 from qft.errors import DataError, MissingError, RecipeError
 from qft.measure.likelihood import Passage, windows
 from qft.recipe import Recipe, Source
-
-__all__ = ["EvalSet", "eval_set"]
 
 TEXT_SUFFIXES = {".txt", ".md"}
 

@@ -5,8 +5,6 @@ own; no chat template is applied, and a context is as long as the model was buil
 code written by the model, and tasks about images or sounds.
 """
 
-from __future__ import annotations
-
 import copy
 import difflib
 import io
@@ -32,8 +30,6 @@ from qft.plan.packages import missing_packages
 from qft.recipe import LoadedRecipe
 from qft.recipe.load import is_task_file
 from qft.recipe.schema import EvalSection
-
-__all__ = ["asked_tasks", "check_tasks", "load_tasks", "run_tasks"]
 
 RESAMPLES = 1000
 """Bootstrap resamples behind the standard errors that have no formula; the harness seeds each itself."""

@@ -16,8 +16,6 @@ from qft.data.batch import by_length, model_inputs
 from qft.data.template import IGNORED
 from qft.measure.statistics import Interval, change_interval
 
-__all__ = ["Divergence", "Likelihood", "LogProbs", "Passage", "Verification", "compare", "measure", "windows"]
-
 Floats = NDArray[np.float64]
 Counts = NDArray[np.int64]
 

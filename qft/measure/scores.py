@@ -1,7 +1,5 @@
 """Answers to held-out rows, and how good they are."""
 
-from __future__ import annotations
-
 import json
 import re
 import unicodedata
@@ -22,8 +20,6 @@ from qft.errors import DataError, RecipeError
 from qft.measure.statistics import Interval, Rows, Statistic, change_interval, interval, mean_of
 from qft.plan.packages import missing_packages
 from qft.recipe.schema import EvalSection
-
-__all__ = ["SCORES", "Answer", "answer_rows", "as_jsonl", "generation_config", "score", "score_change"]
 
 Texts = Sequence[tuple[str, str]]
 """(expected, given), one pair a row."""

@@ -1,7 +1,5 @@
 """How fast a model reads a prompt and writes an answer, in tokens per second."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -11,8 +9,6 @@ from transformers import GenerationConfig
 
 from qft.data.batch import model_inputs
 from qft.memory.meter import wait_for_device
-
-__all__ = ["decode_speed", "prefill_speed"]
 
 
 def prefill_speed(model: Any, prompt: Sequence[int], *, repeats: int = 3) -> float:

@@ -5,15 +5,11 @@ rows as there are, with replacement, and take the statistic of them; the interva
 draws give. It is too narrow for few rows, and has no width where all rows are alike.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-
-__all__ = ["Interval", "Rows", "Statistic", "bootstrap_interval", "change_interval", "interval", "mean_of"]
 
 Rows = NDArray[np.intp]
 """Indices of rows [..., rows]; a row that was drawn twice stands there twice."""

@@ -1,7 +1,5 @@
 """What gradient checkpointing saves and costs, measured on one block of the running model."""
 
-from __future__ import annotations
-
 import time
 from typing import Any
 
@@ -10,8 +8,6 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qft.memory.meter import wait_for_device
-
-__all__ = ["CheckpointingProbe"]
 
 
 class CheckpointingProbe:

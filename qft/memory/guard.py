@@ -1,7 +1,5 @@
 """An allocator's failure as one message that says what to change, of what the recipe has not done yet."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -11,8 +9,6 @@ import torch
 from qft.errors import OutOfMemoryError
 from qft.recipe import Recipe
 from qft.recipe.schema import CalibrateSection
-
-__all__ = ["memory_guard", "smaller_base", "smaller_calibration", "smaller_training"]
 
 
 @contextmanager

@@ -15,8 +15,6 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-__all__ = ["HostSampler", "Meter", "Snapshot", "optimizer_bytes", "tensor_bytes", "wait_for_device", "weight_bytes"]
-
 
 @dataclass(frozen=True)
 class Snapshot:

@@ -1,7 +1,5 @@
 """Adapters: attached to a base to be trained, written in peft's layout, put on a base again."""
 
-from __future__ import annotations
-
 import json
 import warnings
 from pathlib import Path
@@ -17,8 +15,6 @@ from qft.files import atomic_folder
 from qft.memory.guard import memory_guard, smaller_base
 from qft.plan import Plan
 from qft.quant.dequantize import dequantized_weight, is_quantized
-
-__all__ = ["CHANGES_BASE", "attach_adapter", "save_adapter", "save_full", "with_adapter"]
 
 CHANGES_BASE = ("pissa", "olora")
 """Initialisations that move a part of the base weights into the adapter."""
@@ -41,10 +37,8 @@ def attach_adapter(model: PreTrainedModel, plan: Plan) -> PeftModel | PreTrained
 
 
 def save_adapter(model: PeftModel, plan: Plan, folder: Path, initial: Path | None) -> None:
-    """Write the adapter in peft's layout, atomically.
-
-    An adapter whose initialisation changed the base is written as the difference to `initial`, its state before
-    training, so that it fits the original base (at twice the rank)."""
+    """Write the adapter in peft's layout, atomically. An adapter whose initialisation changed the base is written as
+    the difference to `initial`, its state before training, so that it fits the original base (at twice the rank)."""
     config = model.peft_config["default"]
     config.base_model_name_or_path, config.revision = plan.model.checkpoint.path, plan.model.checkpoint.commit
     arguments = {"path_initial_model_for_weight_conversion": str(initial)} if initial else {}
@@ -70,9 +64,8 @@ def with_adapter(model: Any, adapter: Path) -> Any:
             return PeftModel.from_pretrained(model, str(adapter))
         except (ValueError, RuntimeError, KeyError, UserWarning) as error:
             kind = json.loads((adapter / "adapter_config.json").read_text("utf-8")).get("base_model_name_or_path")
-            raise ModelError(
-                f"{adapter}: does not fit this base (it names {kind!r} as its own): {str(error).splitlines()[0]}"
-            ) from error
+            text = f"does not fit this base (it names {kind!r} as its own): {str(error).splitlines()[0]}"
+            raise ModelError(f"{adapter}: {text}") from error
 
 
 def _start_from_quantization_error(model: PeftModel, plan: Plan) -> None:

@@ -1,18 +1,14 @@
 """Plan -> model: the only place that loads one to be run."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from qft.checkpoint.weights import dequantized
-from qft.errors import ModelError, QftError
+from qft.errors import ModelError
 from qft.memory.guard import memory_guard, smaller_base
 from qft.plan import ModelPlan
-
-__all__ = ["generation_config", "load_base"]
 
 
 def load_base(plan: ModelPlan) -> PreTrainedModel:
@@ -20,8 +16,6 @@ def load_base(plan: ModelPlan) -> PreTrainedModel:
     with memory_guard("loading the model", smaller_base(plan.recipe, plan.scheme.name)):
         try:
             model = _load(plan)
-        except QftError:
-            raise
         except (ValueError, OSError, ImportError, KeyError) as error:
             raise ModelError(f"{plan.checkpoint.path}: cannot be loaded: {str(error).splitlines()[0]}") from error
     plan.scheme.settle(model)

@@ -5,8 +5,6 @@ Known are LoRA, rsLoRA and DoRA on linear layers, trained biases and modules tha
 of an adapter is refused.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import math
@@ -27,8 +25,6 @@ from qft.model.load import generation_config
 from qft.plan import ModelPlan
 from qft.quant.hold import Scheme
 from qft.recipe.schema import MergeInto
-
-__all__ = ["MergedWeights", "Read", "add_delta"]
 
 Read = Callable[[str], torch.Tensor]
 """From the name of a tensor in the model to its value."""
@@ -87,10 +83,9 @@ class Adapter:
 
 
 class MergedWeights:
-    """The weights of the plan's base with the adapter added, in `dtype` on the host, one at a time.
-
-    `onto` says which values of a quantized base: those that training held, or the original ones. None: it is not
-    quantized, or there is no adapter."""
+    """The weights of the plan's base with the adapter added, in `dtype` on the host, one at a time. `onto` says which
+    values of a quantized base: those that training held, or the original ones. None: it is not quantized, or there is
+    no adapter."""
 
     def __init__(self, plan: ModelPlan, adapter: Path | None, dtype: str, onto: MergeInto | None) -> None:
         """Reads the adapter and nothing of the base. Raises ModelError for an adapter that cannot be merged, and for a
@@ -175,16 +170,12 @@ class MergedWeights:
             raise ModelError(f"{self.plan.checkpoint.path}: {name} is {list(value.shape)}, not {list(meta.shape)}")
         if kind != "weight":
             return self._cast(value, meta)
-        if self._is_quantized(module):
-            value = self._dequantized(module, value)
+        if self.scheme and type(self.linears.get(module)) is nn.Linear and self.scheme.quantizes(module):
+            # As training held it: on the same kind of device.
+            value = self.scheme.round_trip(value.to(self.plan.device.kind)).cpu()
         if self.adapter and module in self.adapter.deltas:
             value = self.adapter.apply(module, value)
         return self._cast(value, meta)
-
-    def _is_quantized(self, module: str) -> bool:
-        """Whether training held this layer in few bits, and the result is to hold what it held."""
-        is_linear = type(self.linears.get(module)) is nn.Linear
-        return self.scheme is not None and is_linear and self.scheme.quantizes(module)
 
     def _source(self, base: Read, name: str) -> torch.Tensor:
         """The original weight in the dtype in which the base was loaded; of tied ones, whichever the files have."""
@@ -197,13 +188,8 @@ class MergedWeights:
             value = base(twins[0])
         return value.to(getattr(torch, self.plan.dtype)) if value.is_floating_point() else value
 
-    def _dequantized(self, module: str, weight: torch.Tensor) -> torch.Tensor:
-        """What the scheme makes of the weight, as training held it: on the same kind of device."""
-        assert self.scheme is not None
-        return self.scheme.round_trip(weight.to(self.plan.device.kind)).cpu()
-
     def _cast(self, value: torch.Tensor, meta: torch.Tensor) -> torch.Tensor:
-        return value.cpu().to(self.dtype).contiguous() if meta.is_floating_point() else value.cpu().contiguous()
+        return value.cpu().to(self.dtype if meta.is_floating_point() else value.dtype).contiguous()
 
     def _require_known_layers(self) -> None:
         if self.adapter is None:
@@ -218,9 +204,8 @@ class MergedWeights:
 def _scheme(plan: ModelPlan, onto: MergeInto | None) -> Scheme | None:
     """How training held the base's linear layers, if the result is to hold the same values."""
     if plan.checkpoint.quantization:
-        raise ModelError(
-            f"{plan.checkpoint.path}: comes quantized, and nothing is merged into such a base: export --to adapter"
-        )
+        text = "comes quantized, and nothing is merged into such a base: export --to adapter"
+        raise ModelError(f"{plan.checkpoint.path}: {text}")
     if onto != "dequantized":
         return None
     if plan.scheme.engine:

@@ -5,8 +5,6 @@ Without one, a run is its adapter on its base, a recipe its base as it is held, 
 dequantized by transformers, and with @llama.cpp run as it is; so is the file of an exported folder.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +16,8 @@ from qft.model.load import load_base
 from qft.plan import ModelPlan, plan_model
 from qft.recipe import LoadedRecipe, load
 from qft.recipe.load import from_values
-from qft.recipe.schema import QuantSection
+from qft.recipe.training import QuantSection
 from qft.run.folder import Run
-
-__all__ = ["Target", "load_target", "parse_target", "require_same_base"]
 
 LLAMACPP = "llama.cpp"
 UNQUANTIZED = QuantSection()
@@ -65,9 +61,8 @@ class Target:
 
 
 def parse_target(text: str, *, adapter: Path | None, data: str | None) -> Target:
-    """Tell what `text` names. Raises RecipeError, or MissingError for what is not there.
-
-    `adapter` is put on a model that brings none; `data` stands in for the recipe that a model has not."""
+    """Tell what `text` names. Raises RecipeError, or MissingError for what is not there. `adapter` is put on a model
+    that brings none; `data` stands in for the recipe that a model has not."""
     path, at, variant = text.rpartition("@")
     if not at or variant not in VARIANTS:
         if at and "/" not in variant and not Path(text).exists():

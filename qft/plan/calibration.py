@@ -1,7 +1,5 @@
 """Which layers are quantized how, and on which rows: everything that is decided before a calibration begins."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,15 +11,15 @@ from qft.data.calibration import CalibrationData, calibration_data
 from qft.data.prepare import Prepared
 from qft.documents.plan import CalibrationPart, CalibrationPlanDocument, LayerPart
 from qft.machine.device import Device
-from qft.plan.model import ModelPlan, Problem, plan_model, refuse, require_device
+from qft.plan.model import ModelPlan, plan_model, refuse, require_device
 from qft.plan.packages import missing_engine, missing_packages
 from qft.quant.engines.llmcompressor import find_problem
 from qft.quant.layer import LayerScheme
 from qft.recipe import LoadedRecipe, Recipe
 from qft.recipe.catalogue import CATALOGUE, EngineRow
-from qft.recipe.schema import AdapterSection, CalibrateSection, QuantSection
-
-__all__ = ["CalibrationPlan", "linear_layers", "plan_calibration"]
+from qft.recipe.rules import Problem
+from qft.recipe.schema import CalibrateSection
+from qft.recipe.training import AdapterSection, QuantSection
 
 GROUPS = (128, 64, 32)
 """Sizes that inference engines have kernels for, the smallest file first."""
@@ -105,38 +103,28 @@ def plan_calibration(
     if model.checkpoint.quantization:
         text = "is already quantized; start from the unquantized model, or from a run whose base is unquantized"
         refuse(loaded, [("model.path", text)])
-    assert recipe.calibrate is not None
-    engine = CATALOGUE[recipe.calibrate.engine]
+    calibrate = recipe.calibrate
+    assert calibrate is not None
+    engine = CATALOGUE[calibrate.engine]
     if engine.by_plugin:
         return _by_plugin(loaded.having(adapter=AdapterSection()), model, trained)
     linears, blocks = linear_layers(model)
-    skipped = recipe.calibrate.skip_modules
+    skipped = calibrate.skip_modules
     taken = {name for name in linears if name.startswith(f"{blocks}.") and not _is_skipped(name, skipped)}
-    scheme = _scheme(recipe.calibrate, [linears[name] for name in taken])
+    scheme = _scheme(calibrate, [linears[name] for name in taken])
     schemes = {name: scheme if name in taken else None for name in linears}
-    refuse(loaded, _layer_problems(recipe.calibrate, schemes, linears))
-    return CalibrationPlan(
-        loaded=unquantized,
-        model=model,
-        schemes=schemes,
-        data=_data(model, recipe, trained, needs_windows=engine.needs_windows(scheme.activations)),
-    )
+    refuse(loaded, _layer_problems(calibrate, schemes, linears))
+    data = _data(model, recipe, trained, needs_windows=engine.needs_windows(scheme.activations))
+    return CalibrationPlan(unquantized, model, schemes, data)
 
 
 def _by_plugin(loaded: LoadedRecipe, model: ModelPlan, trained: Prepared | None) -> CalibrationPlan:
     """The plan of engine custom; `model` is that of the unquantized model."""
     quantized = plan_model(loaded)
     assert quantized.scheme.plugin is not None
-    unserializable = quantized.scheme.plugin.unserializable(quantized.scheme.config())
-    if unserializable:
+    if unserializable := quantized.scheme.plugin.unserializable(quantized.scheme.config()):
         refuse(loaded, [("quant.plugin", unserializable)])
-    return CalibrationPlan(
-        loaded=loaded,
-        model=model,
-        schemes={},
-        data=_data(model, loaded.recipe, trained, needs_windows=False),
-        quantized=quantized,
-    )
+    return CalibrationPlan(loaded, model, {}, _data(model, loaded.recipe, trained, needs_windows=False), quantized)
 
 
 def _data(model: ModelPlan, recipe: Recipe, trained: Prepared | None, *, needs_windows: bool) -> CalibrationData:
@@ -173,7 +161,7 @@ def _scheme(calibrate: CalibrateSection, inputs: Sequence[int]) -> LayerScheme:
     size: int | str = calibrate.group_size
     if size == "auto":
         fitting = [size for size in GROUPS if all(count % size == 0 for count in inputs)]
-        size = next(iter(fitting), GROUPS[0]) if calibrate.data_type == "int" and calibrate.bits == 4 else -1
+        size = next(iter(fitting), GROUPS[0]) if (calibrate.data_type, calibrate.bits) == ("int", 4) else -1
     return LayerScheme(calibrate.data_type, calibrate.bits, int(size), calibrate.symmetric, calibrate.activations)
 
 
@@ -192,9 +180,6 @@ def _layer_problems(
         yield "calibrate.skip_modules", "leaves nothing to quantize"
     for name, scheme in schemes.items():
         if scheme and scheme.group_size > 0 and linears[name] % scheme.group_size:
-            yield (
-                "calibrate.group_size",
-                f"{name} has {linears[name]} inputs, which {scheme.group_size} does not divide: use a smaller group, "
-                "-1, or leave the layer out with calibrate.skip_modules",
-            )
+            text = f"{name} has {linears[name]} inputs, which {scheme.group_size} does not divide: use a smaller group"
+            yield "calibrate.group_size", f"{text}, -1, or leave the layer out with calibrate.skip_modules"
             return

@@ -3,9 +3,6 @@
 Nothing here loads a weight: the model is built on the meta device, where tensors have shapes and no contents.
 """
 
-from __future__ import annotations
-
-import dataclasses
 import importlib.util
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -26,20 +23,8 @@ from qft.machine.device import Device, find_device
 from qft.quant.hold import Scheme, contradictions, find_scheme
 from qft.recipe import LoadedRecipe, Recipe
 from qft.recipe.load import from_values
-from qft.recipe.schema import DataSection, ModelSection, QuantSection
-
-__all__ = [
-    "ModelPlan",
-    "Problem",
-    "Shape",
-    "device_problems",
-    "plan_folder",
-    "plan_model",
-    "refuse",
-    "require_device",
-]
-
-Problem = tuple[str, str]
+from qft.recipe.rules import Problem
+from qft.recipe.training import DataSection, ModelSection, QuantSection
 
 MAX_LENGTH = 2048
 """Of a row, in tokens, where nobody says and the model takes as many."""
@@ -116,15 +101,9 @@ def plan_model(loaded: LoadedRecipe, lora: dict[str, Any] | None = None) -> Mode
         refuse(loaded, contradictions(checkpoint.quantization, loaded))
     dtype = _dtype(recipe, device)
     shape = _shape(loaded, checkpoint, lora)
-    return ModelPlan(
-        loaded=loaded,
-        device=device,
-        checkpoint=checkpoint,
-        tokenizer=load_tokenizer(checkpoint, recipe),
-        shape=shape,
-        dtype=dtype,
-        scheme=find_scheme(recipe.quant, checkpoint.quantization, dtype, shape.heads),
-    )
+    tokenizer = load_tokenizer(checkpoint, recipe)
+    scheme = find_scheme(recipe.quant, checkpoint.quantization, dtype, shape.heads)
+    return ModelPlan(loaded, device, checkpoint, tokenizer, shape, dtype, scheme)
 
 
 def refuse(loaded: LoadedRecipe, problems: Iterable[Problem]) -> None:
@@ -182,19 +161,17 @@ def _shape(loaded: LoadedRecipe, checkpoint: Checkpoint, lora: dict[str, Any] | 
     heads = tuple(name for name, module in model.named_modules() if module is head)
     linears = [module for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in heads]
     text = config.get_text_config()
-    shape = Shape(
+    parameters = sum(p.numel() for p in model.parameters())  # before there are adapters
+    return Shape(
         architecture=type(model).__name__,
         layers=text.num_hidden_layers,
         hidden_size=text.hidden_size,
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=parameters,
         linear_parameters=sum(module.weight.numel() for module in linears),
-        trainable_parameters=sum(p.numel() for p in model.parameters()),
+        trainable_parameters=_trainable(loaded, model, lora) if lora else parameters,
         max_positions=getattr(text, "max_position_embeddings", None),
         heads=heads,
     )
-    if lora is None:
-        return shape
-    return dataclasses.replace(shape, trainable_parameters=_trainable(loaded, model, lora))
 
 
 def _trainable(loaded: LoadedRecipe, model: nn.Module, lora: dict[str, Any]) -> int:

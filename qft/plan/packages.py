@@ -1,13 +1,9 @@
 """What evaluations and engines need beyond qft's own dependencies."""
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Collection, Iterable, Iterator
 
 from qft.recipe.catalogue import CATALOGUE
-
-__all__ = ["missing_engine", "missing_packages"]
 
 PACKAGES = {
     "f1_macro": ("sklearn", "scikit-learn"),
@@ -32,5 +28,4 @@ def missing_engine(name: str) -> Iterator[tuple[str, str]]:
     """Yield (field, what to install) if the engine's packages are not there; imports nothing."""
     for module in CATALOGUE[name].modules:
         if importlib.util.find_spec(module) is None:
-            package = module.replace("_", "-")
-            yield "calibrate.engine", f"{name} needs {package}; pip install 'qft[calibrate]'"
+            yield "calibrate.engine", f"{name} needs {module.replace('_', '-')}; pip install 'qft[calibrate]'"

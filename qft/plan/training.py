@@ -1,7 +1,5 @@
 """How a training goes: ModelPlan + data -> Plan, with the arguments of peft and of the Trainer."""
 
-from __future__ import annotations
-
 import dataclasses
 import importlib.util
 import math
@@ -15,11 +13,10 @@ from transformers import TrainingArguments
 from qft.data.prepare import Prepared, prepare
 from qft.documents.plan import AdapterArguments, DataPart, PlanDocument, TrainerArguments
 from qft.machine.device import Device
-from qft.plan.model import ModelPlan, Problem, Shape, device_problems, plan_model, refuse, require_device
+from qft.plan.model import ModelPlan, Shape, device_problems, plan_model, refuse, require_device
 from qft.plan.packages import missing_packages
 from qft.recipe import LoadedRecipe, Recipe
-
-__all__ = ["Plan", "make_plan"]
+from qft.recipe.rules import Problem
 
 
 @dataclass(frozen=True)
@@ -92,12 +89,7 @@ def make_plan(loaded: LoadedRecipe) -> Plan:
     data = prepare(model.rows_for(recipe.data), model.tokenizer, recipe.seed)
     if recipe.eval.metrics and data.eval and max(data.eval["answer_start"]) < 0:
         refuse(loaded, [("eval.metrics", "the held-out rows are plain text, which has no answers to score; remove it")])
-    return Plan(
-        model=model,
-        lora=lora,
-        training=_training_arguments(recipe, device),
-        data=data,
-    )
+    return Plan(model, lora, _training_arguments(recipe, device), data)
 
 
 def with_skip_modules(plan: Plan, names: Sequence[str]) -> Plan:
@@ -136,9 +128,7 @@ def _training_problems(recipe: Recipe, device: Device) -> Iterator[Problem]:
 
 def _lora_arguments(recipe: Recipe) -> dict[str, Any]:
     adapter = recipe.adapter
-    arguments: dict[str, Any] = {
-        name: list(value) if isinstance(value, tuple) else value for name, value in adapter if name != "kind"
-    }
+    arguments: dict[str, Any] = {n: list(v) if isinstance(v, tuple) else v for n, v in adapter if n != "kind"}
     # loftq starts from the error of our own quantization, so models.py sets it once the weights are there.
     known = {"default": True, "loftq": True}
     arguments["init_lora_weights"] = known.get(adapter.init_lora_weights, adapter.init_lora_weights)
@@ -147,19 +137,12 @@ def _lora_arguments(recipe: Recipe) -> dict[str, Any]:
 
 
 # Fields of `train` that are qft's own, or that it hands over in another form.
-NOT_TRAINING_ARGUMENTS = {
-    "early_stopping_patience",
-    "on_nonfinite",
-    "gradient_checkpointing",
-    "report_to",
-    "bf16",
-    "tf32",
-}
+OWN_FIELDS = {"early_stopping_patience", "on_nonfinite", "gradient_checkpointing", "report_to", "bf16", "tf32"}
 
 
 def _training_arguments(recipe: Recipe, device: Device) -> dict[str, Any]:
     train = recipe.train
-    arguments = {name: value for name, value in train if name not in NOT_TRAINING_ARGUMENTS}
+    arguments = {name: value for name, value in train if name not in OWN_FIELDS}
     arguments |= {
         "bf16": _mixed_bf16(recipe, device),
         "tf32": device.tf32 if train.tf32 == "auto" else train.tf32,
@@ -190,7 +173,5 @@ def _training_arguments(recipe: Recipe, device: Device) -> dict[str, Any]:
 def _mixed_bf16(recipe: Recipe, device: Device) -> bool:
     if recipe.train.bf16 != "auto":
         return recipe.train.bf16
-    asks_float32 = recipe.model.dtype == "float32" or (
-        recipe.quant.mode == "4bit" and recipe.quant.compute_dtype == "float32"
-    )
-    return device.bf16 and not recipe.train.fp16 and not asks_float32
+    computes_float32 = recipe.quant.mode == "4bit" and recipe.quant.compute_dtype == "float32"
+    return device.bf16 and not (recipe.train.fp16 or computes_float32 or recipe.model.dtype == "float32")

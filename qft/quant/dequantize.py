@@ -1,7 +1,5 @@
 """The values that a loaded layer multiplies with, whichever library holds it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import bitsandbytes as bnb
@@ -9,8 +7,6 @@ import torch
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-
-__all__ = ["dequantized_weight", "is_quantized"]
 
 
 def is_quantized(linear: nn.Module) -> bool:
@@ -20,13 +16,11 @@ def is_quantized(linear: nn.Module) -> bool:
 
 def dequantized_weight(linear: Any) -> torch.Tensor:
     """The weight [out, in] of a linear layer, as its library dequantizes it; of an unquantized one as it is."""
+    weight: torch.Tensor = linear.weight.detach()
     if hasattr(linear, "dequantize"):  # a plugin's
-        weight: torch.Tensor = linear.dequantize().detach()
-        return weight
-    if is_quantized(linear):
+        weight = linear.dequantize().detach()
+    elif is_quantized(linear):
         weight = dequantize_bnb_weight(linear.weight, state=getattr(linear, "state", None))
-    else:
-        weight = linear.weight.detach()
-        if is_traceable_wrapper_subclass(weight):  # torchao's
-            weight = linear.weight.dequantize()
+    elif is_traceable_wrapper_subclass(weight):  # torchao's
+        weight = linear.weight.dequantize()
     return weight

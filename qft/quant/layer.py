@@ -1,13 +1,11 @@
-"""How one linear layer is held, whoever quantizes it and whichever way it is written."""
+"""How one linear layer is held or left as it is, whoever quantizes it and whichever way it is written."""
 
-from __future__ import annotations
-
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from qft.recipe.catalogue import SCHEME_FIELDS
-
-__all__ = ["LayerScheme"]
 
 
 @dataclass(frozen=True)
@@ -30,3 +28,11 @@ class LayerScheme:
     def facts(self) -> dict[str, Any]:
         """As plain values, by the names of the fields of `calibrate`."""
         return {name: getattr(self, name) for name in SCHEME_FIELDS}
+
+
+def skip_entry(name: str, names: Sequence[str]) -> str:
+    """What makes transformers leave exactly this layer of `names` unquantized: its name, ended by $ where it must be.
+    transformers matches an entry as a regular expression from the start of a name, up to a dot or the end since 5.24
+    and without any end before, and as the end of a name (quantizers_utils.should_convert_module)."""
+    alone = not any(re.match(name, other) or other.endswith(name) for other in names if other != name)
+    return name if alone else f"{name}$"

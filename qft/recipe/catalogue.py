@@ -1,12 +1,8 @@
 """Every engine of `qft calibrate`: one row each, free of torch, and the only place that tells engines apart by name."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
-
-__all__ = ["CATALOGUE", "SCHEME_FIELDS", "EngineRow", "block_engines"]
 
 Kind = tuple[str, int, str]
 """data_type, bits, activations."""

@@ -17,14 +17,14 @@ from qft.errors import RecipeError
 from qft.recipe import source
 from qft.recipe.presets import PRESETS
 from qft.recipe.rules import broken_rules, unread_fields
-from qft.recipe.schema import Recipe, plain
+from qft.recipe.schema import Recipe
 from qft.recipe.source import Place, Tree
-
-__all__ = ["LoadedRecipe", "dump", "json_schema", "load"]
+from qft.recipe.training import plain
 
 MAX_EXTENDS = 16
 MAX_SHOWN = 100
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
+FILE_SUFFIXES = (".gguf", ".jsonl", ".json", ".csv", ".parquet", ".txt", ".md")
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,8 @@ def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
             return value
         exists = os.path.exists(folder / os.path.expanduser(value))
         # A hub id looks like a relative path: it is one only if nothing of that name lies here and it has no suffix.
-        return value if not exists and _looks_like_hub_id(value) else local(value)
+        is_hub_id = HUB_ID.match(value) and not value.lower().endswith(FILE_SUFFIXES)
+        return value if not exists and is_hub_id else local(value)
 
     def each_source(value: Any) -> Any:
         if isinstance(value, list):
@@ -207,11 +208,6 @@ def _program(value: Any, folder: Path) -> Any:
 def is_task_file(task: Any) -> bool:
     """Whether one of eval.harness is a path, rather than a name that the harness knows."""
     return isinstance(task, str) and task.lower().endswith((".yaml", ".yml"))
-
-
-def _looks_like_hub_id(text: str) -> bool:
-    suffixes = (".gguf", ".jsonl", ".json", ".csv", ".parquet", ".txt", ".md")
-    return bool(HUB_ID.match(text)) and not text.lower().endswith(suffixes)
 
 
 def _apply_presets(tree: Tree) -> None:
@@ -292,8 +288,7 @@ def _siblings(place: Place) -> list[str]:
     for part in place:
         if isinstance(part, int):
             continue
-        inner = _section_class(section.model_fields[part].annotation)
-        if inner is None:
+        if (inner := _section_class(section.model_fields[part].annotation)) is None:
             return []
         section = inner
     return [*section.model_fields, *([] if place else ["extends"])]

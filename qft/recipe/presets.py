@@ -1,10 +1,6 @@
 """Named starting values. Explicit fields win over them; `{section: {preset: fields}}`."""
 
-from __future__ import annotations
-
 from typing import Any
-
-__all__ = ["PRESETS"]
 
 # The two uses of 4-bit weights differ: inference wants the plainest dequantization, finetuning the data type that
 # fits normally distributed weights, the smallest scales, and a compute dtype whose range gradients fit in.

@@ -1,31 +1,22 @@
 """Rules between fields that need no knowledge of model, data or device."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator
 
 from qft.recipe.catalogue import CATALOGUE, block_engines
 from qft.recipe.presets import PRESETS
-from qft.recipe.schema import AcceptSection, AdapterSection, CalibrateSection, QuantSection, Recipe
-
-__all__ = ["broken_rules", "unread_fields"]
+from qft.recipe.schema import AcceptSection, CalibrateSection, Recipe
+from qft.recipe.training import AdapterSection, QuantSection
 
 Problem = tuple[str, str]
+"""A field, and what is wrong with it."""
 
-QUANT_FIELDS = {
-    "quant_type": "4bit",
-    "double_quant": "4bit",
-    "compute_dtype": "4bit",
-    "quant_storage": "4bit",
-    "threshold": "8bit",
-    "plugin": "custom",
-}
+QUANT_FIELDS = dict.fromkeys(("quant_type", "double_quant", "compute_dtype", "quant_storage"), "4bit")
+QUANT_FIELDS |= {"threshold": "8bit", "plugin": "custom"}
 """Fields of `quant` that only one mode reads."""
 
 SKIP_BUDGETS = ("quant.skip_budget_bits", "quant.skip_budget_bytes")
 
-ADAPTER_FIELDS = [name for name in AdapterSection.model_fields if name != "kind"]
 ANSWER_FIELDS = ("regex", "max_new_tokens", "samples")
 """Fields of `eval` that only the metrics read."""
 
@@ -53,7 +44,8 @@ def unread_fields(recipe: Recipe) -> dict[str, str]:
     """Fields that nothing reads beside the others' values, and why: to set one of them is an error."""
     train, unread = recipe.train, _unread_by_quant(recipe.quant)
     if recipe.adapter.kind == "none":
-        unread |= {f"adapter.{name}": "has no meaning with adapter.kind none" for name in ADAPTER_FIELDS}
+        fields = (f"adapter.{name}" for name in AdapterSection.model_fields if name != "kind")
+        unread |= dict.fromkeys(fields, "has no meaning with adapter.kind none")
     if train.eval_strategy != "steps":
         unread["train.eval_steps"] = "is read only with train.eval_strategy steps"
     if train.save_strategy != "steps":
@@ -74,11 +66,8 @@ def unread_fields(recipe: Recipe) -> dict[str, str]:
 
 
 def _unread_by_quant(quant: QuantSection) -> dict[str, str]:
-    unread = {
-        f"quant.{name}": f"has a meaning only with quant.mode {mode}, and the mode is {quant.mode}"
-        for name, mode in QUANT_FIELDS.items()
-        if quant.mode != mode
-    }
+    others = [(f"quant.{name}", mode) for name, mode in QUANT_FIELDS.items() if mode != quant.mode]
+    unread = {name: f"has a meaning only with quant.mode {mode}, and the mode is {quant.mode}" for name, mode in others}
     if quant.mode == "none":
         unread["quant.skip_modules"] = "nothing is quantized with quant.mode none"
     if quant.skip_modules != "auto":
@@ -95,8 +84,7 @@ def _unread_by_calibration(calibrate: CalibrateSection) -> dict[str, str]:
         if other != calibrate.engine
     }
     if not engine.needs_windows(calibrate.activations):
-        text = f"{calibrate.engine} needs no calibration windows unless activations are static"
-        unread["calibrate.samples"] = text
+        unread["calibrate.samples"] = f"{calibrate.engine} needs no calibration windows unless activations are static"
     if calibrate.data_type == "float":
         unread["calibrate.symmetric"] = "float8 has no zero point"
     unread |= {f"calibrate.{name}": reason for name, reason in engine.leaves_unread.items()}
@@ -112,16 +100,13 @@ def _quant_rules(recipe: Recipe) -> Iterator[Problem]:
     if quant.mode == "custom" and quant.plugin is None:
         yield "quant.plugin", "quant.mode custom needs the Python file of a quantizer; name it, or change the mode"
     if quant.preset and quant.mode != PRESETS["quant"][quant.preset]["mode"]:
-        yield (
-            "quant.preset",
-            f"{quant.preset} is a preset for 4bit, and the mode is {quant.mode}; remove one of the two",
-        )
+        text = f"{quant.preset} is a preset for 4bit, and the mode is {quant.mode}; remove one of the two"
+        yield "quant.preset", text
     if quant.mode != "none" and recipe.adapter.kind == "none":
-        yield (
-            "adapter.kind",
-            f"quantized weights cannot be trained themselves: set adapter.kind to lora to train adapters on the "
-            f"{quant.mode} base, or quant.mode to none to train all weights",
+        text = (
+            f"set adapter.kind to lora to train adapters on the {quant.mode} base, or quant.mode to none to train all"
         )
+        yield "adapter.kind", f"quantized weights cannot be trained themselves: {text} weights"
     if quant.mode != "none" and recipe.train.torch_compile:
         yield "train.torch_compile", f"a {quant.mode} base cannot be compiled for training; set it to false"
 
@@ -140,11 +125,11 @@ def _adapter_rules(recipe: Recipe) -> Iterator[Problem]:
     if adapter.init_lora_weights == "loftq" and mode != "4bit":
         yield "adapter.init_lora_weights", "loftq starts from a 4-bit quantization error: set quant.mode to 4bit"
     if adapter.init_lora_weights.startswith(("pissa", "olora")) and mode != "none":
-        yield (
-            "adapter.init_lora_weights",
-            f"{adapter.init_lora_weights} moves part of the base weights into the adapter, which a {mode} base cannot "
-            "hold exactly: use default, gaussian or (with 4bit) loftq, or set quant.mode to none",
+        text = (
+            f"moves part of the base weights into the adapter, which a {mode} base cannot hold exactly: use default, "
         )
+        remedy = "gaussian or (with 4bit) loftq, or set quant.mode to none"
+        yield "adapter.init_lora_weights", f"{adapter.init_lora_weights} {text}{remedy}"
     if adapter.use_dora and mode == "custom":
         yield "adapter.use_dora", "peft scales the base weight itself, and cannot read a plugin's; set it to false"
     if adapter.layers_to_transform is not None and isinstance(adapter.target_modules, str):
@@ -181,11 +166,8 @@ def _calibrate_rules(calibrate: CalibrateSection, recipe: Recipe) -> Iterator[Pr
     if not engine.by_plugin:
         yield from _scheme_rules(calibrate)
     if engine.whole_model and calibrate.remedy == "auto":
-        yield (
-            "calibrate.remedy",
-            f"holds single layers in more bits, and {calibrate.engine} quantizes the whole model at once; set it to "
-            "none",
-        )
+        text = f"holds single layers in more bits, and {calibrate.engine} quantizes the whole model at once"
+        yield "calibrate.remedy", f"{text}; set it to none"
     if calibrate.accept.score_drop is not None and not recipe.eval.metrics:
         yield "calibrate.accept.score_drop", "needs scores that can drop: set eval.metrics"
 
@@ -209,19 +191,17 @@ def _compressed_rules(calibrate: CalibrateSection) -> Iterator[Problem]:
     able = [*block_engines("compressed-tensors")]
     if calibrate.engine not in able:
         text = f"{calibrate.engine} writes its own format, not compressed-tensors (export.target): "
-        text += f"use {' or '.join(able)}"
-        yield "calibrate.engine", text
+        yield "calibrate.engine", f"{text}use {' or '.join(able)}"
 
 
 def _eval_rules(recipe: Recipe) -> Iterator[Problem]:
     pattern = recipe.eval.regex
     if "regex" in recipe.eval.metrics and pattern is None:
         yield "eval.metrics", "regex needs a pattern in eval.regex"
-    if pattern is not None:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            yield "eval.regex", f"is no regular expression: {error}"
+    try:
+        re.compile(pattern or "")
+    except re.error as error:
+        yield "eval.regex", f"is no regular expression: {error}"
 
 
 def _train_rules(recipe: Recipe) -> Iterator[Problem]:
@@ -236,12 +216,9 @@ def _train_rules(recipe: Recipe) -> Iterator[Problem]:
         yield "train.eval_strategy", "steps needs train.eval_steps"
     if train.early_stopping_patience is not None and not train.load_best_model_at_end:
         yield "train.early_stopping_patience", "needs train.load_best_model_at_end: true"
-    if train.load_best_model_at_end:
-        yield from _best_model_rules(recipe)
-
-
-def _best_model_rules(recipe: Recipe) -> Iterator[Problem]:
-    train, field = recipe.train, "train.load_best_model_at_end"
+    field = "train.load_best_model_at_end"
+    if not train.load_best_model_at_end:
+        return
     if train.eval_strategy == "no":
         yield field, "needs evaluations to choose by: set train.eval_strategy"
     elif train.eval_strategy != train.save_strategy:

@@ -16,8 +16,6 @@ import yaml
 
 from qft.errors import MissingError, RecipeError
 
-__all__ = ["MAX_BYTES", "MAX_NODES", "Place", "Tree", "parse", "read", "write"]
-
 MAX_BYTES = 2**20
 MAX_NODES = 20_000
 

@@ -1,7 +1,5 @@
 """A commented recipe to start from."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path
@@ -9,8 +7,6 @@ from pathlib import Path
 from qft.errors import MissingError, RecipeError
 from qft.files import write_text
 from qft.recipe.load import json_schema
-
-__all__ = ["write_starter"]
 
 STARTER = """\
 # yaml-language-server: $schema={schema}

@@ -6,19 +6,5 @@ from qft.registry.shelf import ORIGINAL, Shelf, find_shelf, names
 from qft.registry.verify import Which, inspect, problems
 from qft.registry.write import SIDE, add, promote, require_usable, rollback
 
-__all__ = [
-    "ORIGINAL",
-    "SIDE",
-    "Shelf",
-    "Which",
-    "add",
-    "diff",
-    "facts_of",
-    "find_shelf",
-    "inspect",
-    "names",
-    "problems",
-    "promote",
-    "require_usable",
-    "rollback",
-]
+__all__ = ["ORIGINAL", "SIDE", "Shelf", "Which", "add", "diff", "facts_of", "find_shelf", "inspect", "names"]
+__all__ += ["problems", "promote", "require_usable", "rollback"]

@@ -1,7 +1,5 @@
 """The base that versions were made from: never copied, referenced by what its files hash to."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 import os
@@ -13,8 +11,6 @@ from qft.documents.registry import VersionManifest
 from qft.errors import RunError
 from qft.files import now, write_json
 from qft.registry.shelf import MANIFEST, ORIGINAL, Shelf
-
-__all__ = ["base_entry", "base_file", "record_base"]
 
 
 def base_entry(base: Base | None, of: str) -> str:

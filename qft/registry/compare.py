@@ -1,14 +1,10 @@
 """Two versions side by side."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import yaml
 
 from qft.documents.registry import Difference, Verdict, VersionManifest
-
-__all__ = ["diff"]
 
 ALWAYS = ("target", "bytes", "scores", "gate")
 """Sections told whether or not they differ; recipe, data and base are long, and told where they do."""

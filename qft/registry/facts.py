@@ -1,7 +1,5 @@
 """What is known of an artifact: its export.json, and the run that it comes from."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -12,8 +10,6 @@ from qft.documents.manifest import Manifest
 from qft.documents.registry import RecipeText, VersionManifest
 from qft.errors import MissingError, RunError
 from qft.files import sha256
-
-__all__ = ["facts_of"]
 
 Record = dict[str, Any]
 

@@ -8,8 +8,6 @@ history.jsonl    one line for each add, promote and rollback; lines are added an
 .*               locks, and what a killed command left behind
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -25,8 +23,6 @@ from pydantic import ValidationError
 from qft.documents.registry import Event, VersionManifest
 from qft.errors import MissingError, RecipeError, RunError
 from qft.files import now, write_text
-
-__all__ = ["ADD_LOCK", "ARTIFACT", "LOCK", "MANIFEST", "ORIGINAL", "Shelf", "find_shelf", "flush", "names"]
 
 ORIGINAL = "original"
 MANIFEST, ARTIFACT = "manifest.json", "artifact"

@@ -1,7 +1,5 @@
 """Whether a registry holds what it held when its versions were added."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Literal
 
@@ -10,8 +8,6 @@ from qft.errors import QftError, RunError
 from qft.files import sha256
 from qft.registry.base import base_entry, base_file
 from qft.registry.shelf import ARTIFACT, MANIFEST, ORIGINAL, Shelf, find_shelf
-
-__all__ = ["Which", "files_of", "inspect", "inspect_entry", "pending", "problems"]
 
 Which = int | Literal["original"] | None
 
@@ -59,7 +55,8 @@ def _inspect_version(shelf: Shelf, entry: str, manifest: VersionManifest) -> Fin
     expected = digests | {MANIFEST: _recorded(shelf, entry)}
     there = files_of(shelf.folder / entry)
     changed = [name for name, digest in expected.items() if name in there and digest and _differs(there[name], digest)]
-    return Finding.of(entry, sorted(expected.keys() - there.keys()), changed, sorted(there.keys() - expected.keys()))
+    missing, extra = sorted(expected.keys() - there.keys()), sorted(there.keys() - expected.keys())
+    return Finding.of(entry, missing=missing, changed=changed, extra=extra)
 
 
 def _recorded(shelf: Shelf, entry: str) -> str | None:
@@ -78,7 +75,7 @@ def _inspect_original(entry: str, manifest: VersionManifest) -> Finding:
     files = {name: base_file(base, name) for name in base.sha256}
     missing = [f"{base.path}: {name}" for name, path in files.items() if path is None]
     changed = [str(path) for name, path in files.items() if path and _differs(path, base.sha256[name])]
-    return Finding.of(entry, missing, changed)
+    return Finding.of(entry, missing=missing, changed=changed)
 
 
 def _differs(path: Path, digest: str) -> bool:

@@ -4,8 +4,6 @@ A version is filled under a name that nobody reads and becomes vN by one rename.
 the history first and then done by one rename of `current`; whoever writes next finishes what was cut off between.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import shutil
@@ -19,8 +17,6 @@ from qft.files import nearest_folder, now, require_free_space, sha256, write_jso
 from qft.registry.base import base_entry, record_base
 from qft.registry.shelf import ADD_LOCK, ARTIFACT, LOCK, MANIFEST, ORIGINAL, Action, Shelf, find_shelf, flush
 from qft.registry.verify import Which, files_of, inspect_entry, pending
-
-__all__ = ["SIDE", "add", "promote", "require_usable", "rollback"]
 
 FACTS = ("target", "base", "data", "recipe", "scores", "gate", "run")
 """What a manifest says beside bytes and hashes, None where nobody said it; see facts_of."""

@@ -15,8 +15,6 @@ report.json      what was measured; written once all of the above is there
 report.html      the same with pictures; one file that needs no network
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys
@@ -32,8 +30,6 @@ from qft.errors import RunError
 from qft.files import now, require_free_space, write_json, write_text
 from qft.machine.device import describe, versions
 from qft.recipe import Recipe, dump
-
-__all__ = ["Run", "check_folder", "record_base", "start_run", "step_of"]
 
 MANIFEST = "manifest.json"
 
@@ -89,17 +85,13 @@ class Run:
         manifest = (self.manifest() or Manifest()).model_copy(update=changes)
         write_json(self.folder / MANIFEST, manifest.model_dump(mode="json"))
 
-    def set_status(self, status: str) -> None:
-        """running, complete, failed, interrupted or refused."""
-        self.note(Manifest(status=status))
-
     @contextmanager
     def failure_noted(self) -> Iterator[None]:
         """Around the run's work: the manifest says how it ended, if it was cut off or failed."""
         try:
             yield
         except KeyboardInterrupt:
-            self.set_status("interrupted")
+            self.note(Manifest(status="interrupted"))
             raise
         except BaseException as error:
             self.note(Manifest(status="failed", error=f"{type(error).__name__}: {error}"))

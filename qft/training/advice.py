@@ -1,12 +1,8 @@
 """What the numbers of a report suggest, in sentences that name a field and a figure."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from qft.documents.training import Report
-
-__all__ = ["advise"]
 
 GIB = 2**30
 

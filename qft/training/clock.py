@@ -1,13 +1,9 @@
 """Where the time of a training step goes, in seconds, on a CPU and without stalling a GPU."""
 
-from __future__ import annotations
-
 import time
 from typing import Any
 
 import torch
-
-__all__ = ["PHASES", "PhaseClock"]
 
 PHASES = ("data", "forward", "backward", "optimizer")
 

@@ -1,7 +1,5 @@
 """The held-out rows, asked before, within and after a training."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -12,8 +10,6 @@ from qft.files import write_json, write_text
 from qft.measure.scores import Answer, answer_rows, as_jsonl, score
 from qft.run.folder import Run
 from qft.training.trainer import QftTrainer
-
-__all__ = ["HeldOut"]
 
 
 class HeldOut(TrainerCallback):

@@ -1,7 +1,5 @@
 """What one training measures, noted as it happens, and the report that comes of it."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 
@@ -16,8 +14,6 @@ from qft.run.folder import Run
 from qft.training import summary
 from qft.training.advice import advise
 from qft.training.clock import PhaseClock
-
-__all__ = ["Recorder"]
 
 
 class Recorder:
@@ -63,9 +59,7 @@ class Recorder:
 
     def evaluated(self, moment: str, evaluation: documents.Evaluation, answers: list[Answer]) -> None:
         self.evaluations[moment], self.answers[moment] = evaluation, answers
-        told = "".join(f", {name.replace('_', ' ')} {share:.1%}" for name, share in evaluation.scores.items())
-        found = f"held-out loss {evaluation.loss:.4f}, perplexity {evaluation.perplexity:.2f}"
-        self.view.note(f"step {evaluation.step}: {found}{told}")
+        self.view.evaluated(evaluation.step, evaluation.loss, evaluation.perplexity, evaluation.scores)
 
     def report(self, run: Run, result: Path) -> documents.Report:
         """The report of a run that wrote its model to `result`."""

@@ -1,7 +1,5 @@
 """The work of a training run: load, evaluate, train, save, evaluate."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +17,6 @@ from qft.run.folder import Run, record_base, step_of
 from qft.training.evaluation import HeldOut
 from qft.training.recorder import Recorder
 from qft.training.trainer import QftTrainer
-
-__all__ = ["train_model", "training_arguments"]
 
 
 def train_model(run: Run, recorder: Recorder, *, resume: bool) -> Path:

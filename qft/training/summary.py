@@ -1,7 +1,5 @@
 """Steps -> the figures of a report."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections import Counter
@@ -11,8 +9,6 @@ from itertools import pairwise
 from qft.documents.training import Checkpointing, Loss, Throughput
 from qft.errors import QftError
 from qft.progress import Step
-
-__all__ = ["checkpointing", "growing", "lengths", "loss", "spikes", "throughput"]
 
 
 def throughput(steps: list[Step]) -> Throughput:

@@ -4,8 +4,6 @@ Hooks are overridden and nothing is rewritten: what a step is (accumulation, cli
 stays the Trainer's.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from dataclasses import dataclass, field
@@ -19,8 +17,6 @@ from qft.memory.checkpointing import CheckpointingProbe
 from qft.memory.meter import optimizer_bytes, tensor_bytes
 from qft.progress import Step
 from qft.training.recorder import Recorder
-
-__all__ = ["QftTrainer"]
 
 SHOWN_ROWS = 16
 

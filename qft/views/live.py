@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
+from statistics import fmean
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -14,7 +15,8 @@ from rich.text import Text
 from qft.progress import Step, View
 from qft.views.words import size, sparkline
 
-__all__ = ["LineView", "LiveView", "choose_view"]
+RECENT = 20
+"""Steps over which speed and the time left are taken."""
 
 
 def choose_view(console: Console, *, quiet: bool) -> View:
@@ -24,26 +26,34 @@ def choose_view(console: Console, *, quiet: bool) -> View:
     return LiveView(console) if console.is_terminal else LineView(console)
 
 
+def _print(console: Console, text: str) -> None:
+    """One line, however long, as it is: people copy from it."""
+    console.print(text, soft_wrap=True, markup=False, emoji=False, highlight=False)
+
+
 class LineView(View):
     """A plain line for each note, and for a step at most every `every` seconds."""
 
     def __init__(self, console: Console, every: float = 5.0) -> None:
         self.console, self.every = console, every
         self.steps = 0
+        self.seconds: list[float] = []
         self._last = -math.inf
 
     def note(self, text: str) -> None:
-        self.console.print(text, highlight=False, soft_wrap=True)
+        _print(self.console, text)
 
     def begin(self, steps: int, done: int) -> None:
         self.steps = steps
 
     def step(self, step: Step) -> None:
+        self.seconds.append(step.seconds)
         now = time.monotonic()
         if now - self._last < self.every and step.step != self.steps:
             return
         self._last = now
-        left = (self.steps - step.step) * step.seconds
+        recent = self.seconds[1:][-RECENT:] or self.seconds  # the first step also allocates
+        left = (self.steps - step.step) * fmean(recent)
         self.note(
             f"step {step.step}/{self.steps}  loss {step.loss:.4f}  lr {step.learning_rate:.2e}  "
             f"{step.tokens / step.seconds:,.0f} tokens/s  memory {size(step.memory)} (peak {size(step.peak_memory)})  "
@@ -57,16 +67,9 @@ class LiveView(View):
     def __init__(self, console: Console) -> None:
         self.console = console
         self.losses: list[float] = []
-        self.recent: deque[tuple[int, float]] = deque(maxlen=20)
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-        )
+        self.recent: deque[tuple[int, float]] = deque(maxlen=RECENT)
+        done = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self.progress = Progress(*done, TextColumn("left"), TimeRemainingColumn(), console=console)
         self.task = self.progress.add_task("training", total=None, visible=False)
         self.live = Live(self.progress, console=console, refresh_per_second=4)
 
@@ -78,7 +81,7 @@ class LiveView(View):
         self.live.stop()
 
     def note(self, text: str) -> None:
-        self.live.console.print(text, highlight=False)
+        _print(self.live.console, text)
 
     def begin(self, steps: int, done: int) -> None:
         self.progress.update(self.task, total=steps, completed=done, visible=True)

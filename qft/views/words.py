@@ -1,13 +1,8 @@
 """Figures and texts as people read them: sizes, counts, shares, and curves of one line."""
 
-from __future__ import annotations
-
 import math
 import re
 from itertools import pairwise
-
-__all__ = ["binary_unit", "count", "duration", "number", "percent", "plain", "shorten", "si", "size", "sparkline"]
-
 
 BARS = "▁▂▃▄▅▆▇█"
 

@@ -20,7 +20,7 @@ from qft.documents.evaluation import LayerError
 from qft.errors import ModelError
 from qft.memory.meter import weight_bytes
 from qft.quant.hold import SCHEMES
-from qft.recipe.schema import QuantSection
+from qft.recipe.training import QuantSection
 from tests.support.models import tiny_llama
 
 # Those of pyproject.toml, which hold under `-W error` as well when they are given here.

@@ -16,7 +16,7 @@ from qft.data.batch import Collator, pad_token_id
 from qft.data.encoded import EncodedRows, read_rows, write_rows
 from qft.data.prepare import KEPT, Prepared, held_out, prepare
 from qft.errors import DataError
-from qft.recipe.schema import DataSection
+from qft.recipe.training import DataSection
 from tests.support.models import byte_tokenizer
 from tests.support.rows import chat, write_jsonl
 

@@ -77,7 +77,7 @@ def test_what_is_written_becomes_the_next_versions(run: Path, tmp_path: Path) ->
     assert versions.problems(registry, "m") == []
     again = qft("export", run, *asked, "--overwrite")
     assert "m v4 added" in again.stdout
-    next_step = re.search(r"qft models promote m 3.*", again.stdout.replace("\n", " "))
+    next_step = re.search(r"qft models promote m 3.*", again.stdout)
     assert next_step
     assert str(registry) in next_step[0]
     assert qft("models", "promote", "m", 3, "--registry", registry).exit_code == 0

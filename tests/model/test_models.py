@@ -191,7 +191,7 @@ def test_a_row_is_as_long_as_the_model_takes_where_nobody_says(
     data_part = make_plan(load(path)).document().data
     assert (data_part.max_length, data_part.train_rows, data_part.sources[0].skipped) == (longest, 1, 1)
     told = refusal(recipe_file(model={"path": str(tmp_path / "model")}, data=data), DataError)
-    assert f"long.jsonl:1: 3040 tokens, and data.max_length is {longest}" in told
+    assert f"long.jsonl:1: 3022 tokens, and data.max_length is {longest}" in told
 
 
 def test_running_out_of_memory_is_one_message_with_remedies(recipe_file: RecipeFile) -> None:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from qft.memory.meter import weight_bytes
 from qft.quant.dequantize import dequantized_weight
 from qft.quant.hold import SCHEMES, Scheme, find_scheme
-from qft.recipe.schema import QuantSection
+from qft.recipe.training import QuantSection
 
 QUANTS: dict[str, dict[str, Any]] = {
     "none": {"mode": "none"},

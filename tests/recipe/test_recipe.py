@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from qft.errors import RecipeError
 from qft.recipe import Recipe, load
-from qft.recipe.schema import AdapterSection
+from qft.recipe.training import AdapterSection
 from tests.support.paths import ROOT
 
 MINIMAL = "model: {path: org/model}\ndata: {train: rows.jsonl}\noutput_dir: run\n"

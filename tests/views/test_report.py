@@ -5,23 +5,11 @@ from __future__ import annotations
 import io
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console
 
-from qft.documents.training import (
-    Checkpointing,
-    Components,
-    Evaluation,
-    Evaluations,
-    Loss,
-    Memory,
-    ModelPart,
-    Phases,
-    Report,
-    Throughput,
-)
+from qft.documents.training import Checkpointing, Evaluation
 from qft.files import _put_in_place, atomic_folder, require_free_space, write_json, write_text
 from qft.progress import Step, View
 from qft.training.advice import advise
@@ -30,73 +18,9 @@ from qft.training.summary import growing, lengths, spikes
 from qft.views.live import LineView, LiveView, choose_view
 from qft.views.terminal.training import render
 from qft.views.words import si, size, sparkline
+from tests.support.reports import GIB, report
 
-GIB = 2**30
 CHECKPOINTING = Checkpointing(saved_bytes=12 * GIB, cost_share=0.31)
-
-
-def report(**changes: object) -> Report:
-    """A made-up run on a GPU, in which nothing calls for advice."""
-    evaluation = Evaluation(step=0, loss=2.0, perplexity=7.39, tokens=100, rows=10)
-    made = Report(
-        run="run",
-        result="run/adapter",
-        model=ModelPart(
-            path="org/model",
-            architecture="LlamaForCausalLM",
-            device="GPU",
-            scheme="4bit",
-            quant_type="nf4",
-            dtype="bfloat16",
-            parameters=8_000_000_000,
-            trainable_parameters=40_000_000,
-            trainable_share=0.005,
-            bits_per_weight=5.3,
-        ),
-        throughput=Throughput(
-            tokens_per_second=6000,
-            samples_per_second=3,
-            step_seconds_p50=1,
-            step_seconds_p95=1.1,
-            padding_share=0.0,
-            history=[(1, 6000.0), (2, 6100.0)],
-        ),
-        phases=Phases(data=0.0, forward=0.3, backward=0.65, optimizer=0.05),
-        memory=Memory(
-            peak_gpu_bytes=60 * GIB,
-            peak_gpu_reserved_bytes=65 * GIB,
-            peak_host_bytes=4 * GIB,
-            device_bytes=80 * GIB,
-            after_load_bytes=6 * GIB,
-            after_first_step_bytes=7 * GIB,
-            at_end_bytes=7 * GIB,
-            growing=False,
-            history=[(1, 7 * GIB, 60 * GIB), (2, 7 * GIB, 60 * GIB)],
-            components=Components(
-                base_weights=5 * GIB, trainable_weights=1, gradients=1, optimizer_state=1, activations=50 * GIB
-            ),
-        ),
-        loss=Loss(first=2.0, last=1.0, lowest=0.9, spikes=0, history=[(1, 2.0, 1e-4, 0.5), (2, 1.0, 1e-4, 0.5)]),
-        eval=Evaluations(before=evaluation, after=evaluation.model_copy(update={"loss": 1.5})),
-        lengths=[(50, 10), (100, 20)],
-        steps=30,
-        skipped_steps=0,
-        samples=60,
-        tokens=6000,
-        supervised_tokens=3000,
-        wall_seconds=60,
-        advice=[],
-    )
-    for path, value in changes.items():
-        *parents, name = path.split("__")
-        made = replaced(made, parents, name, value)
-    return made
-
-
-def replaced(document: Any, parents: list[str], name: str, value: object) -> Any:
-    if parents:
-        value, name = replaced(getattr(document, parents[0]), parents[1:], name, value), parents[0]
-    return document.model_copy(update={name: value})
 
 
 def advice(**changes: object) -> str:
@@ -187,6 +111,20 @@ def test_lines_are_few_and_the_last_step_is_among_them() -> None:
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert [line.split()[1] for line in lines] == ["1/3", "3/3"]
     assert "200 tokens/s" in lines[0]
+
+
+def test_the_time_left_is_a_mean_over_recent_steps_and_the_first_does_not_spoil_it() -> None:
+    console = Console(width=200, file=io.StringIO())
+    view = LineView(console, every=0)
+    view.begin(100, 0)
+    for number in range(1, 31):
+        view.step(step(number, seconds={1: 60.0, 30: 11.0}.get(number, 1.0)))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    left = [float(line.rpartition("peak 2.0 GiB)")[2].split()[0]) for line in lines]
+    assert left[0] == 99 * 60  # nothing else is known yet
+    assert left[1:29] == [100 - number for number in range(2, 30)]
+    assert left[29] == 70 * 1.5  # one slow step among twenty
+    assert "9 tokens/s" in lines[29]
 
 
 def test_growing_memory_is_told_from_noise() -> None:

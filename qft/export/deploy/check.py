@@ -1,7 +1,5 @@
 """Whether an environment can load what an export would write, judged by the table of `rules`. Nothing is loaded."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,8 +15,6 @@ from qft.export.job import ExportOptions, find_job, load_run
 from qft.export.targets import EXPORTERS, asked_targets
 from qft.machine.device import find_device
 from qft.progress import View
-
-__all__ = ["Environment", "check_loads", "check_target", "environments", "refuse_unloadable"]
 
 Finding = tuple[bool | None, str, str]
 """False: cannot load; None: not known. Why, and what to do."""

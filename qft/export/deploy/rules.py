@@ -1,11 +1,7 @@
 """Which engine loads which weight format, on what, from which version on: one table, each row with its source."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-
-__all__ = ["BFLOAT16", "ENGINES", "PACKAGES", "RULES", "Rule"]
 
 ENGINES = {"transformers": "transformers", "vllm": "vllm", "sglang": "sglang", "llama.cpp": "cyllama", "ollama": None}
 """What can load a model, and its Python package; None: it has none."""
@@ -49,8 +45,8 @@ MERGED, GGUF, BNB_4BIT, BNB_8BIT = ("merged",), ("gguf",), ("bnb-4bit",), ("bnb-
 BNB = BNB_4BIT + BNB_8BIT
 WNA16 = ("compressed-tensors W4A16", "compressed-tensors W8A16")
 ZERO_POINTS = tuple(f"{name} with zero points" for name in WNA16)
-INT8_DYNAMIC, INT8_STATIC = ("compressed-tensors W8A8 dynamic",), ("compressed-tensors W8A8 static",)
-INT8 = INT8_DYNAMIC + INT8_STATIC
+INT8_DYNAMIC = ("compressed-tensors W8A8 dynamic",)
+INT8 = (*INT8_DYNAMIC, "compressed-tensors W8A8 static")
 FP8 = ("compressed-tensors FP8 dynamic", "compressed-tensors FP8 static")
 COMPRESSED = WNA16 + ZERO_POINTS + INT8 + FP8
 
@@ -69,19 +65,12 @@ VLLM_DOCS = "https://docs.vllm.ai/en"
 VLLM_TABLE = f"{VLLM_DOCS}/v0.6.4.post1/quantization/supported_hardware.html"
 VLLM_GPU = f"{VLLM}/blob/v0.21.0/docs/getting_started/installation/gpu.cuda.inc.md"
 VLLM_CPU = f"{VLLM}/blob/main/docs/getting_started/installation/cpu.md"
-VLLM_LORA = f"{VLLM_DOCS}/v0.8.5/features/lora.html"
 VLLM_EXAMPLES = f"{VLLM}/blob/3504b6721ba6b65e8fd3dd86aea4be70d8b0978b/examples"
 VLLM_QLORA = f"{VLLM_EXAMPLES}/offline_inference/lora_with_quantization_inference.py"
-VLLM_PEFT = f"{VLLM}/blob/main/vllm/lora/peft_helper.py"
 VLLM_QUANT = "vllm/model_executor/layers/quantization"
 VLLM_BNB = f"{VLLM}/blob/01f5395fdf04e971bac08504ccf5a2c7c0c7cda6/{VLLM_QUANT}/bitsandbytes.py"
 VLLM_BNB_NEW = f"{VLLM_DOCS}/latest/features/quantization/bnb/"
-VLLM_INT4 = f"{VLLM_DOCS}/v0.8.0/_sources/features/quantization/int4.md"
-VLLM_TURING = f"{VLLM}/pull/31000"
-VLLM_INT8 = f"{VLLM}/pull/25935"
 VLLM_FP8 = f"{VLLM}/tree/aa63715b2ba9d047abbd5707a7627df15d030db8/{VLLM_QUANT}/compressed_tensors/schemes"
-VLLM_FP8_NEW = f"{VLLM_DOCS}/v0.32.0/features/quantization/llm_compressor/fp8/"
-VLLM_GGUF = f"{VLLM_DOCS}/v0.11.2/features/quantization/"
 VLLM_GGUF_NEW = f"{VLLM}/pull/39612 {VLLM_DOCS}/v0.24.0/features/quantization/gguf/"
 SGL = "sglang 0.5.23: sglang/srt"
 SGL_GPU = f"{SGL}/model_executor/model_runner_components/load_model_utils.py"
@@ -96,7 +85,8 @@ RULES = (
     Rule("transformers", (ADAPTER, SPECIAL[0]), PEFT_LORA, ANY, True, "5.17", None, PEFT),
     Rule("transformers", (ADAPTER_4BIT, SPECIAL[1]), BNB_GPU, "6.0", None, "5.17", None, PEFT | NEEDS_BNB),
     Rule("transformers", (ADAPTER_8BIT, SPECIAL[2]), BNB_GPU, "7.5", None, "5.17", None, PEFT | NEEDS_BNB),
-    Rule("transformers", ADAPTERS[1:] + SPECIAL[1:], BNB_CPU, None, True, "5.17", None, PEFT | NEEDS_BNB_CPU),
+    Rule("transformers", (ADAPTER_4BIT, SPECIAL[1]), BNB_CPU, None, True, "5.17", None, PEFT | NEEDS_BNB_CPU),
+    Rule("transformers", (ADAPTER_8BIT, SPECIAL[2]), BNB_CPU, None, True, "5.17", None, PEFT | NEEDS_BNB_CPU),
     Rule("transformers", BNB_4BIT, BNB_GPU, "6.0", None, "5.17", None, NEEDS_BNB),
     Rule("transformers", BNB_8BIT, BNB_GPU, "7.5", None, "5.17", None, NEEDS_BNB),
     Rule("transformers", BNB, BNB_CPU, None, True, "5.17", None, NEEDS_BNB_CPU),
@@ -105,18 +95,18 @@ RULES = (
     Rule("vllm", MERGED, VLLM_TABLE, "7.0", None, "0.6.4", "0.21.0"),
     Rule("vllm", MERGED, VLLM_GPU, "7.5", None, "0.21.0"),
     Rule("vllm", MERGED, VLLM_CPU, None, True, "0.11.0"),
-    Rule("vllm", (ADAPTER,), f"{VLLM_LORA} {VLLM_GPU}", "7.5", None, "0.8.5"),
+    Rule("vllm", (ADAPTER,), f"{VLLM_DOCS}/v0.8.5/features/lora.html {VLLM_GPU}", "7.5", None, "0.8.5"),
     Rule("vllm", (ADAPTER_4BIT,), f"{VLLM_QLORA} {VLLM_GPU}", "7.5", False, "0.11.0", None, NEEDS_BNB),
-    Rule("vllm", SPECIAL, VLLM_PEFT, loads=False),
+    Rule("vllm", SPECIAL, f"{VLLM}/blob/main/vllm/lora/peft_helper.py", loads=False),
     Rule("vllm", BNB, VLLM_BNB, "7.0", False, "0.11.0", "0.21.0", NEEDS_BNB),
     Rule("vllm", BNB, f"{VLLM_BNB_NEW} {VLLM_GPU}", "7.5", False, "0.21.0", None, {"bitsandbytes": "0.49.2"}),
-    Rule("vllm", WNA16, VLLM_INT4, "8.0", None, "0.8.0"),
-    Rule("vllm", WNA16, VLLM_TURING, "7.5", None, "0.23.0"),
-    Rule("vllm", INT8, f"{VLLM_TABLE} {VLLM_INT8}", "7.5", None, "0.6.4", below="10.0"),
+    Rule("vllm", WNA16, f"{VLLM_DOCS}/v0.8.0/_sources/features/quantization/int4.md", "8.0", None, "0.8.0"),
+    Rule("vllm", WNA16, f"{VLLM}/pull/31000", "7.5", None, "0.23.0"),
+    Rule("vllm", INT8, f"{VLLM_TABLE} {VLLM}/pull/25935", "7.5", None, "0.6.4", below="10.0"),
     Rule("vllm", INT8, VLLM_CPU, None, True, "0.11.0"),
     Rule("vllm", FP8, VLLM_FP8, "8.0", False, "0.6.4"),
-    Rule("vllm", FP8, VLLM_FP8_NEW, "7.5", False, "0.32.0"),
-    Rule("vllm", GGUF, VLLM_GGUF, "7.0", False, "0.6.4", "0.24.0"),
+    Rule("vllm", FP8, f"{VLLM_DOCS}/v0.32.0/features/quantization/llm_compressor/fp8/", "7.5", False, "0.32.0"),
+    Rule("vllm", GGUF, f"{VLLM_DOCS}/v0.11.2/features/quantization/", "7.0", False, "0.6.4", "0.24.0"),
     Rule("vllm", GGUF, VLLM_GGUF_NEW, "7.5", False, "0.24.0", None, {"vllm-gguf-plugin": "0.0.2"}),
     Rule("sglang", MERGED, f"{SGL_OLD}/model_executor/model_runner.py", "7.5", None, "0.5.1"),
     Rule("sglang", BNB, f"{SGL_QUANT}/bitsandbytes.py", "7.5", None, "0.5.23", None, NEEDS_BNB),

@@ -3,8 +3,6 @@
 The model as trained is asked first and let go; its log probabilities wait on disk. So one model is in memory at a time.
 """
 
-from __future__ import annotations
-
 import gc
 import hashlib
 import json
@@ -16,10 +14,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from datasets import Dataset
 from safetensors import SafetensorError
 
+from qft.calibration.layer_errors import decibels
 from qft.data.batch import pad_token_id
 from qft.data.encoded import read_rows
 from qft.data.prepare import KEPT, held_out, prepare
@@ -34,8 +32,6 @@ from qft.measure.scores import answer_rows
 from qft.memory.guard import memory_guard
 from qft.model.target import load_target
 from qft.recipe.schema import EvalSection
-
-__all__ = ["Reference", "judge", "reference"]
 
 TOKENS = 4096
 """Learnt tokens over which distributions are compared, at most."""
@@ -113,7 +109,9 @@ def _checks(job: Job, exporter: Exporter, folder: Path, expected: Reference, lim
     if facts["embedding_rows"] == expected.facts["embedding_rows"]:  # else the rows' tokens mean nothing to it
         with memory_guard("asking the artifact", SMALLER):
             yield from _quality(model, job, expected, limits)
-    yield from _structure(facts, expected.facts)
+    for name, wanted in expected.facts.items():
+        given = facts[name]
+        yield GateCheck(name=name, value=_shown(given), threshold=_shown(wanted), passed=given == wanted)
 
 
 def _rows(job: Job) -> Dataset:
@@ -159,13 +157,6 @@ def _quality(model: Any, job: Job, expected: Reference, limits: Limits) -> Itera
         yield GateCheck(name="same_continuations", value=same, threshold=None, passed=True)
 
 
-def _structure(found: Facts, expected: Facts) -> list[GateCheck]:
-    return [
-        GateCheck(name=name, value=_shown(found[name]), threshold=_shown(wanted), passed=found[name] == wanted)
-        for name, wanted in expected.items()
-    ]
-
-
 def _shown(value: Any) -> float | str:
     if isinstance(value, list) and value and isinstance(value[0], list):
         digest = hashlib.sha256(json.dumps(value).encode()).hexdigest()
@@ -185,16 +176,8 @@ def _worst_weight(job: Job, read: Read) -> str | None:
                 return f"{name}, which is missing"
             if given.shape != expected.shape:
                 return f"{name}, which is {list(given.shape)} and not {list(expected.shape)}"
-            ratio = _decibels(expected, given)
+            noise = float((given.double() - expected.double()).square().sum())
+            ratio = decibels(float(expected.double().square().sum()), noise)
             if ratio < noisiest:
                 worst, noisiest = name, ratio
     return f"{worst}, {noisiest:.1f} dB" if worst else None
-
-
-def _decibels(expected: torch.Tensor, given: torch.Tensor) -> float:
-    """Infinite for equal tensors."""
-    signal = float(expected.double().square().sum())
-    noise = float((given.double() - expected.double()).square().sum())
-    if not noise:
-        return math.inf
-    return 10 * math.log10(signal / noise) if signal else -math.inf

@@ -4,8 +4,6 @@ What is uploaded lies in OUT/TARGET.hub until it has arrived: links to the artif
 written anew. So what an interrupted upload leaves can be pushed as it is.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shlex
@@ -24,8 +22,6 @@ from qft.documents.export import ExportDocument, Pushed
 from qft.errors import MissingError, QftError, RecipeError, first_line
 from qft.export.card import without_folders
 from qft.files import sha256, write_json, write_text
-
-__all__ = ["Repository", "find_repository", "push", "require_pushable", "staging_folder"]
 
 MODEL_FILES = (".safetensors", ".json", ".jinja")
 """Endings of what a loader could take for part of the model. Such files of an earlier one must not stay beside it."""
@@ -85,9 +81,8 @@ def find_repository(name: str, *, private: bool) -> Repository:
     if info is None:
         return Repository(name, private)
     if private and info.private is False:
-        raise RecipeError(
-            f"--push-to-hub {name}: is there already and public, so --private cannot be; take another name"
-        )
+        text = "is there already and public, so --private cannot be; take another name"
+        raise RecipeError(f"--push-to-hub {name}: {text}")
     return Repository(name, private, tuple(sibling.rfilename for sibling in info.siblings or ()))
 
 

@@ -1,7 +1,5 @@
 """An artifact -> the next version of a model in the registry."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +10,6 @@ from qft.files import require_free_space, same_disk
 from qft.recipe.schema import ExportSection
 from qft.registry import add, facts_of, require_usable
 from qft.run.folder import Run
-
-__all__ = ["Registration", "find_registration", "register"]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,5 @@
 """Forms that a run is handed over in, one file each."""
 
-from __future__ import annotations
-
 import importlib.util
 from typing import get_args
 

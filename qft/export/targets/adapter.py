@@ -1,7 +1,5 @@
 """The adapter in peft's layout, with the tokenizer that it was trained with."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,8 +9,6 @@ from qft.export.job import Job
 from qft.export.targets.base import Exporter, Limits
 from qft.model.adapter import with_adapter
 from qft.model.target import load_target
-
-__all__ = ["Adapter"]
 
 
 class Adapter(Exporter):

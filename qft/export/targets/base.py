@@ -16,8 +16,6 @@ from qft.model.load import load_base
 from qft.plan import plan_folder
 from qft.recipe.schema import ExportGate
 
-__all__ = ["QUESTION", "Exporter", "Facts", "Limits", "Packages", "Read", "facts_of", "rendered"]
-
 Read = Callable[[str], torch.Tensor | None]
 """A weight of an artifact by its name in the model; None: it has none."""
 Facts = dict[str, Any]

@@ -1,7 +1,5 @@
 """One GGUF file of the merged model, for llama.cpp and what is built on it, with a Modelfile for Ollama."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,8 +12,6 @@ from qft.files import write_text
 from qft.gguf.llamacpp import KINDS, LlamaCpp, quantize
 from qft.gguf.modelfile import modelfile
 from qft.model.load import generation_config
-
-__all__ = ["Gguf"]
 
 UNQUANTIZED = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 """Kind of file that holds weights of a dtype as they are."""

@@ -1,15 +1,11 @@
 """16-bit safetensors of base and adapter in one, written one block after the other: the whole is never in memory."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from qft.checkpoint.weights import reader
 from qft.export.job import Job
 from qft.export.targets.base import Exporter, Limits, Read
 from qft.files import atomic_folder
-
-__all__ = ["Merged", "merged_folder"]
 
 
 class Merged(Exporter):

@@ -1,8 +1,6 @@
 """Forms that are merged first and then quantized again by the machinery of `qft calibrate`: bitsandbytes' 4 and 8 bits,
 and compressed-tensors. What that costs is measured against the merged model."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,8 +13,6 @@ from qft.export.targets.merged import Merged, merged_folder
 from qft.plan import plan_calibration, plan_folder
 from qft.recipe.catalogue import block_engines
 from qft.recipe.schema import CalibrateSection
-
-__all__ = ["Bnb4Bit", "Bnb8Bit", "CompressedTensors"]
 
 
 class Quantized(Exporter):

@@ -1,12 +1,10 @@
 """Ways to quantize a trained model, one file each; an engine and its library are imported only when asked for."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
-from qft.quant.engines.base import Block, Engine, QuantizedLayer
+from qft.quant.engines.base import Block, Engine, QuantizedLayer, linear_of
 
-__all__ = ["ENGINES", "Block", "Engine", "QuantizedLayer", "find_engine"]
+__all__ = ["ENGINES", "Block", "Engine", "QuantizedLayer", "find_engine", "linear_of"]
 
 
 def _autoround() -> Engine:
@@ -33,12 +31,8 @@ def _torchao() -> Engine:
     return TorchAo()
 
 
-ENGINES: dict[str, Callable[[], Engine]] = {
-    "autoround": _autoround,
-    "rtn": _rtn,
-    "bitsandbytes": _bitsandbytes,
-    "torchao": _torchao,
-}
+Makers = dict[str, Callable[[], Engine]]
+ENGINES: Makers = {"autoround": _autoround, "rtn": _rtn, "bitsandbytes": _bitsandbytes, "torchao": _torchao}
 """Those that take single blocks, by calibrate.engine."""
 
 

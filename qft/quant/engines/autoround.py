@@ -1,7 +1,5 @@
 """AutoRound (arXiv:2309.05516) by auto-round: scales, and with `iters` the rounding, chosen by the block's output."""
 
-from __future__ import annotations
-
 import os
 from typing import Any
 
@@ -9,11 +7,9 @@ import torch
 from auto_round import AutoRound as Tuner
 from torch import nn
 
-from qft.quant.engines.base import Block, QuantizedLayer
+from qft.quant.engines.base import Block, QuantizedLayer, linear_of
 from qft.quant.engines.compressed import CompressedTensors, hold
 from qft.quant.layer import LayerScheme
-
-__all__ = ["AutoRound"]
 
 # auto-round refuses zero points of 8 bits for the sake of formats that lack them; compressed-tensors has them.
 os.environ.setdefault("AR_ALLOW_W8_ASYM", "1")
@@ -24,13 +20,11 @@ BATCH = 8
 
 class AutoRound(CompressedTensors):
     def quantize(self, block: Block) -> dict[str, QuantizedLayer]:
-        originals = {name: _copy(block.module.get_submodule(name)) for name in block.schemes}
+        before: list[Any] = [block.module.get_submodule(name) for name in block.schemes]
+        originals = [linear_of(layer.weight.detach().clone(), layer.bias) for layer in before]
         _tune(block)
-        quantized = {}
-        for name, scheme in block.schemes.items():
-            tuned: Any = block.module.get_submodule(name)
-            quantized[name] = _hold(originals[name], tuned, scheme)
-        return quantized
+        pairs = zip(originals, block.schemes.items(), strict=True)
+        return {name: _hold(one, block.module.get_submodule(name), scheme) for one, (name, scheme) in pairs}
 
 
 class _Alone(nn.Module):
@@ -69,32 +63,17 @@ def _tune(block: Block) -> None:
         scale_dtype=dtype,
         amp=dtype != torch.float32,  # else float32 would be rounded to bfloat16
     )
-    inputs = [(call,) for call in block.calls]
+    inputs, quantized = [(call,) for call in block.calls], list(block.quantized_inputs) or None
     with torch.enable_grad():
-        tuner.quantize_block(
-            block.module, inputs, q_input=list(block.quantized_inputs) or None, device=device, auto_offload=False
-        )
+        tuner.quantize_block(block.module, inputs, q_input=quantized, device=device, auto_offload=False)
     block.module.to(dtype)  # auto-round computes in float32 on a GPU without bfloat16, and leaves the block in it
 
 
 def _settings(scheme: LayerScheme | None) -> dict[str, Any]:
     if scheme is None:
         return {"bits": 16, "act_bits": 16}
-    return {
-        "bits": scheme.bits,
-        "group_size": scheme.group_size,
-        "sym": scheme.symmetric,
-        "data_type": "int",
-        "act_bits": 16,
-    }
-
-
-def _copy(layer: Any) -> Any:
-    """The layer as it is now, its weights shared with nothing."""
-    made = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-    made.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
-    made.bias = layer.bias
-    return made
+    shape = {"bits": scheme.bits, "group_size": scheme.group_size, "sym": scheme.symmetric}
+    return shape | {"data_type": "int", "act_bits": 16}
 
 
 def _hold(original: Any, tuned: Any, scheme: LayerScheme) -> QuantizedLayer:

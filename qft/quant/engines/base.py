@@ -1,7 +1,5 @@
 """What an engine of `qft calibrate` is given, and what it gives back: one block of the model at a time."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -10,8 +8,6 @@ import torch
 from torch import nn
 
 from qft.quant.layer import LayerScheme
-
-__all__ = ["Block", "Engine", "QuantizedLayer", "only_scheme"]
 
 Tensors = dict[str, torch.Tensor]
 
@@ -68,8 +64,17 @@ class Engine(Protocol):
 
         `metadata` is that of the quantized layers in the file, by full names (<block>.<layer>.<name>); `others` are
         the full names of the tensors that belong to none. transformers adds the files' headers up in the order of their
-        names, and the last word on a key holds: in the last file by name, it is that of all files together.
-        """
+        names, and the last word on a key holds: in the last file by name, it is that of all files together."""
+        return {}
+
+
+def linear_of(weight: torch.Tensor, bias: torch.Tensor | None = None) -> nn.Linear:
+    """A linear layer that multiplies with `weight` [out, in], itself and no copy, and adds `bias` [out]."""
+    made = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    made.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        made.bias = nn.Parameter(bias.data, requires_grad=False)
+    return made.eval()
 
 
 def only_scheme(schemes: Mapping[str, LayerScheme | None]) -> LayerScheme:

@@ -4,9 +4,7 @@ Layers are the library's own, and what is written is their state_dict, as transf
 weights by way of float16, and multiplies the columns in which any activation is above its threshold in float16.
 """
 
-from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import bitsandbytes as bnb
@@ -14,14 +12,11 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
 
-from qft.quant.engines.base import Block, QuantizedLayer, Tensors, only_scheme
-from qft.quant.layer import LayerScheme
-from qft.quant.skipping import skip_entry
-
-__all__ = ["BitsAndBytes"]
+from qft.quant.engines.base import Block, Engine, QuantizedLayer, Tensors, only_scheme
+from qft.quant.layer import LayerScheme, skip_entry
 
 
-class BitsAndBytes:
+class BitsAndBytes(Engine):
     def quantize(self, block: Block) -> dict[str, QuantizedLayer]:
         return {name: _hold(block.module.get_submodule(name), scheme) for name, scheme in block.schemes.items()}
 
@@ -51,9 +46,6 @@ class BitsAndBytes:
         made: dict[str, Any] = BitsAndBytesConfig(**settings, llm_int8_skip_modules=skipped).to_dict()
         return made | {"quant_method": made["quant_method"].value}
 
-    def header(self, metadata: Mapping[str, str], others: Sequence[str]) -> dict[str, str]:
-        return {}
-
 
 def _hold(layer: Any, scheme: LayerScheme) -> QuantizedLayer:
     made, device = _unfilled(layer, scheme), layer.weight.device
@@ -61,28 +53,18 @@ def _hold(layer: Any, scheme: LayerScheme) -> QuantizedLayer:
         # bitsandbytes rounds on the way from the host to the device, and weights that are there already not at all.
         made.weight = bnb.nn.Int8Params(layer.weight.data.cpu(), requires_grad=False).to(device)
     else:
-        weight = bnb.nn.Params4bit(
-            layer.weight.data, compress_statistics=scheme.double_quant, quant_type=scheme.data_type, module=made
-        )
-        made.weight = weight.to(device)
+        settings = {"compress_statistics": scheme.double_quant, "quant_type": scheme.data_type, "module": made}
+        made.weight = bnb.nn.Params4bit(layer.weight.data, **settings).to(device)
     return QuantizedLayer(made, {name: _unshared(tensor) for name, tensor in made.state_dict().items()})
 
 
 def _unfilled(layer: nn.Linear, scheme: LayerScheme) -> Any:
     """A layer of bitsandbytes in the place of `layer`, with its bias; the weight is still to be set."""
-    shape = layer.in_features, layer.out_features
+    shape, place = (layer.in_features, layer.out_features, False), {"device": torch.device("meta")}
     if scheme.data_type == "int":
-        made = bnb.nn.Linear8bitLt(
-            *shape, bias=False, has_fp16_weights=False, threshold=scheme.threshold, device=torch.device("meta")
-        )
+        made = bnb.nn.Linear8bitLt(*shape, has_fp16_weights=False, threshold=scheme.threshold, **place)
     else:
-        made = bnb.nn.Linear4bit(
-            *shape,
-            bias=False,
-            compute_dtype=layer.weight.dtype,
-            quant_type=scheme.data_type,
-            device=torch.device("meta"),
-        )
+        made = bnb.nn.Linear4bit(*shape, compute_dtype=layer.weight.dtype, quant_type=scheme.data_type, **place)
         # On CPUs with AVX512-BF16 the first forward would repack the weights in place; see qft/quant/hold/bnb_4bit.py.
         made.support_avx512bf16_for_cpu = False
     if layer.bias is not None:

@@ -3,32 +3,23 @@
 Arithmetic and layout are the library's own, so that a layer computes here what it computes once it is loaded again.
 """
 
-from __future__ import annotations
-
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.compressors.format import infer_module_format
-from compressed_tensors.quantization import (
-    QuantizationArgs,
-    QuantizationConfig,
-    QuantizationScheme,
-    QuantizationStatus,
-)
+from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme, QuantizationStatus
 from compressed_tensors.quantization.lifecycle.forward import set_forward_quantized
 from compressed_tensors.quantization.utils import calculate_qparams
 from torch import nn
 
-from qft.quant.engines.base import QuantizedLayer, Tensors
+from qft.quant.engines.base import Engine, QuantizedLayer, Tensors
 from qft.quant.layer import LayerScheme
 
-__all__ = ["CompressedTensors", "hold", "weight_scales"]
 
-
-class CompressedTensors:
+class CompressedTensors(Engine, Protocol):
     """What the engines that write this format have in common."""
 
     def restore(self, layer: nn.Linear, tensors: Tensors, scheme: LayerScheme) -> nn.Module:
@@ -36,20 +27,17 @@ class CompressedTensors:
 
     def config(self, schemes: Mapping[str, LayerScheme | None], dtype: torch.dtype) -> dict[str, Any]:
         """The quantization_config of config.json. Raises ValueError for zero points beside a second scheme.
-
         transformers (5.24) makes no room for packed zero points and refuses them, but for a model that says
-        `dequantize`: that one it unpacks as it loads it, and then it takes all layers for the first group's.
-        """
+        `dequantize`: that one it unpacks as it loads it, and then it takes all layers for the first group's."""
         kinds = sorted({scheme for scheme in schemes.values() if scheme}, key=repr)
         with_zero_points = not all(scheme.symmetric for scheme in kinds)
         if with_zero_points and len(kinds) > 1:
             raise ValueError("layers with zero points cannot be mixed with layers of another scheme")
         groups = {}
         for number, scheme in enumerate(kinds):
-            names = [name for name, kind in schemes.items() if kind == scheme]
-            targets = ["Linear"] if len(kinds) == 1 else [f"re:^{re.escape(name)}$" for name in names]
             arguments = _arguments(scheme)
-            arguments.targets = targets
+            if len(kinds) > 1:
+                arguments.targets = [f"re:^{re.escape(name)}$" for name, kind in schemes.items() if kind == scheme]
             arguments.format = infer_module_format(nn.Linear, arguments).value
             groups[f"group_{number}"] = arguments
         formats = {str(arguments.format) for arguments in groups.values()}
@@ -60,9 +48,6 @@ class CompressedTensors:
             ignore=[name for name, scheme in schemes.items() if scheme is None],
         ).model_dump(mode="json")
         return made | ({"dequantize": True} if with_zero_points else {})
-
-    def header(self, metadata: Mapping[str, str], others: Sequence[str]) -> dict[str, str]:
-        return {}
 
 
 def weight_scales(weight: torch.Tensor, scheme: LayerScheme) -> tuple[torch.Tensor, torch.Tensor]:
@@ -102,8 +87,7 @@ def hold(
 def _restore(layer: nn.Linear, tensors: Tensors, scheme: LayerScheme) -> nn.Module:
     """A linear layer with the dequantized weights, which rounds its inputs as the scheme says."""
     arguments = _arguments(scheme)
-    device = layer.weight.device
-    state = {name: tensor.to(device) for name, tensor in tensors.items()}
+    state = {name: tensor.to(layer.weight.device) for name, tensor in tensors.items()}
     weight = _compressor(arguments).decompress(state, arguments)["weight"].to(layer.weight.dtype)
     made = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
     made.weight = nn.Parameter(weight, requires_grad=False)
@@ -118,12 +102,9 @@ def _restore(layer: nn.Linear, tensors: Tensors, scheme: LayerScheme) -> nn.Modu
 
 
 def _arguments(scheme: LayerScheme) -> QuantizationScheme:
+    strategy, size = ("channel", None) if scheme.group_size < 0 else ("group", scheme.group_size)
     weights = QuantizationArgs(
-        num_bits=scheme.bits,
-        type=scheme.data_type,
-        symmetric=scheme.symmetric,
-        strategy="channel" if scheme.group_size < 0 else "group",
-        group_size=None if scheme.group_size < 0 else scheme.group_size,
+        num_bits=scheme.bits, type=scheme.data_type, symmetric=scheme.symmetric, strategy=strategy, group_size=size
     )
     inputs = None
     if scheme.activations != "none":

@@ -4,8 +4,6 @@ It asks for older releases of transformers and compressed-tensors than qft, so i
 another process: a job goes there as a JSON file, and a folder in the compressed-tensors format comes back.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -16,8 +14,6 @@ from typing import Any
 
 from qft.errors import ModelError
 from qft.files import write_json
-
-__all__ = ["OLDEST", "find_problem", "run_job"]
 
 OLDEST = (0, 14)
 """The release whose names llmcompressor_job.py knows, and on which it was tested."""
@@ -52,13 +48,11 @@ def find_problem(python: str) -> str | None:
 def run_job(
     python: str, job: Mapping[str, Any], folder: Path, tell: Callable[[str], None], *, on_gpu: bool
 ) -> dict[str, Any]:
-    """Do `job` (see llmcompressor_job.py, which sets `report` apart) in `folder`, and return its report.
-
-    `tell` hears of each part of the model that is begun. Raises ModelError with the last words of what failed."""
+    """Do `job` (see llmcompressor_job.py, which sets `report` apart) in `folder`, and return its report. `tell` hears
+    of each part of the model that is begun. Raises ModelError with the last words of what failed."""
     report = folder / "report.json"
     write_json(folder / "job.json", {**job, "report": str(report)})
-    script = Path(__file__).with_name("llmcompressor_job.py")
-    command = [python, "-I", str(script), str(folder / "job.json")]
+    command = [python, "-I", str(Path(__file__).with_name("llmcompressor_job.py")), str(folder / "job.json")]
     # qft silences progress bars; of these it reads the parts of the model.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TQDM_")}
     if not on_gpu:

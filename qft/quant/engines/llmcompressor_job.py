@@ -12,8 +12,6 @@ Run by the Python of calibrate.engine_python, so that it imports nothing of qft.
     report            a JSON file to write once that is done: versions, peak_bytes, peak_host_bytes
 """
 
-from __future__ import annotations
-
 import json
 import resource
 import sys
@@ -42,7 +40,7 @@ def main(path: str) -> None:
     set_seed(job["seed"])
     if not torch.accelerator.is_available():
         # Its AWQ (0.14) pins memory for faster copies to a GPU, and fails where there is none.
-        IntermediatesCache.pin_memory = _leave_unpinned
+        IntermediatesCache.pin_memory = lambda *_: None
     model = AutoModelForCausalLM.from_pretrained(
         job["model"],
         dtype=getattr(torch, job["dtype"]),
@@ -62,10 +60,6 @@ def main(path: str) -> None:
     Path(job["report"]).write_text(json.dumps(_report(before)), "utf-8")
 
 
-def _leave_unpinned(*_: Any) -> None:
-    pass
-
-
 def modifiers(job: dict[str, Any]) -> list[Any]:
     """llm-compressor's recipe of a job."""
     quantized = {"config_groups": {"group_0": _group(job["scheme"])}, "ignore": job["ignore"]}
@@ -76,24 +70,15 @@ def modifiers(job: dict[str, Any]) -> list[Any]:
 
 
 def _group(scheme: dict[str, Any]) -> dict[str, Any]:
-    by_row, activations = scheme["group_size"] < 0, scheme["activations"]
-    weights = {
-        "num_bits": scheme["bits"],
-        "type": scheme["data_type"],
-        "symmetric": scheme["symmetric"],
-        "strategy": "channel" if by_row else "group",
-        "group_size": None if by_row else scheme["group_size"],
-    }
+    size, kind = scheme["group_size"], scheme["data_type"]
+    scales = {"strategy": "channel", "group_size": None} if size < 0 else {"strategy": "group", "group_size": size}
+    weights = {"num_bits": scheme["bits"], "type": kind, "symmetric": scheme["symmetric"], **scales}
     group: dict[str, Any] = {"targets": ["Linear"], "weights": weights}
-    if activations != "none":
-        dynamic = activations == "dynamic"
-        group["input_activations"] = {
-            "num_bits": 8,
-            "type": scheme["data_type"],
-            "symmetric": True,
-            "strategy": "token" if dynamic else "tensor",
-            "dynamic": dynamic,
-        }
+    if scheme["activations"] != "none":
+        dynamic = scheme["activations"] == "dynamic"
+        strategy = "token" if dynamic else "tensor"
+        inputs = {"num_bits": 8, "type": kind, "symmetric": True, "strategy": strategy, "dynamic": dynamic}
+        group["input_activations"] = inputs
     return group
 
 

@@ -1,13 +1,9 @@
 """Round to nearest: each group's extremes are the ends of its range, and no data is looked at."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from qft.quant.engines.base import Block, QuantizedLayer
 from qft.quant.engines.compressed import CompressedTensors, hold, weight_scales
-
-__all__ = ["RoundToNearest"]
 
 
 class RoundToNearest(CompressedTensors):

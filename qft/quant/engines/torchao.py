@@ -4,8 +4,6 @@ A weight is a tensor of a class of torchao's. What is written are the plain tens
 header of the safetensors file, what the class needs beside them: without the header nobody can put it together again.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,17 +14,14 @@ from torchao.prototype.safetensors.safetensors_support import flatten_tensor_sta
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
 from transformers import TorchAoConfig
 
-from qft.quant.engines.base import Block, QuantizedLayer, Tensors, only_scheme
-from qft.quant.layer import LayerScheme
-from qft.quant.skipping import skip_entry
-
-__all__ = ["TorchAo"]
+from qft.quant.engines.base import Block, Engine, QuantizedLayer, Tensors, linear_of, only_scheme
+from qft.quant.layer import LayerScheme, skip_entry
 
 PLAIN = '{"_type": "Tensor"}'
 """What a header says of a tensor that is nothing but itself."""
 
 
-class TorchAo:
+class TorchAo(Engine):
     def quantize(self, block: Block) -> dict[str, QuantizedLayer]:
         return {name: _hold(block.module.get_submodule(name), scheme) for name, scheme in block.schemes.items()}
 
@@ -64,12 +59,9 @@ def _within_layer(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _quantized(layer: nn.Linear, scheme: LayerScheme, device: torch.device) -> Any:
     """`layer` with its weight rounded on `device`; on meta, what a rounded weight is, without its values."""
-    made = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-    made.weight = nn.Parameter(layer.weight.data.to(device), requires_grad=False)
+    made = linear_of(layer.weight.data.to(device), layer.bias)
     quantize_(made, _settings(scheme))
-    if layer.bias is not None:
-        made.bias = nn.Parameter(layer.bias.data, requires_grad=False)
-    return made.eval()
+    return made
 
 
 def _settings(scheme: LayerScheme) -> Any:

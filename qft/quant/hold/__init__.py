@@ -1,7 +1,5 @@
 """Ways to hold the base's weights, one file each."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from qft.quant.hold.custom import Custom
 from qft.quant.hold.none import Unquantized
 from qft.quant.hold.plugin import load_plugin
 from qft.quant.hold.prequantized import contradictions, mode, skipped_layers
-from qft.recipe.schema import QuantSection
+from qft.recipe.training import QuantSection
 
 __all__ = ["SCHEMES", "Scheme", "contradictions", "find_scheme"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -13,13 +13,12 @@ from transformers.quantizers import AutoQuantizationConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qft.quant.dequantize import dequantized_weight
-from qft.quant.engines import Block, find_engine
+from qft.quant.engines import Block, find_engine, linear_of
 from qft.quant.hold.plugin import Plugin
-from qft.quant.hold.prequantized import Problem, checkpoint_problems
+from qft.quant.hold.prequantized import checkpoint_problems
 from qft.quant.layer import LayerScheme
 from qft.recipe import Recipe
-
-__all__ = ["Scheme"]
+from qft.recipe.rules import Problem
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Scheme:
     checkpoint: Mapping[str, Any] = field(default_factory=dict)
     """The quantization_config of a checkpoint that comes quantized; empty with others."""
 
-    engine: ClassVar[str | None] = None
+    engine: ClassVar[Literal["bitsandbytes"] | None] = None
     """Of `quant.engines`, the one that quantizes a single layer in this way."""
 
     @property
@@ -113,7 +112,5 @@ class Scheme:
         """A weight [rows, columns], quantized and dequantized again on its device. Only of schemes with an engine."""
         assert self.engine is not None
         assert self.layer is not None
-        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-        linear.weight = nn.Parameter(weight, requires_grad=False)
-        block = Block("", nn.ModuleDict({"layer": linear}), {"layer": self.layer})
+        block = Block("", nn.ModuleDict({"layer": linear_of(weight)}), {"layer": self.layer})
         return dequantized_weight(find_engine(self.engine).quantize(block)["layer"].module)

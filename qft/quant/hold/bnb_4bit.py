@@ -11,11 +11,9 @@ import torch
 from torch import nn
 
 from qft.quant.hold.base import Scheme
-from qft.quant.hold.prequantized import skipped_layers
+from qft.quant.hold.prequantized import BNB_KEYS, skipped_layers
 from qft.quant.layer import LayerScheme
-from qft.recipe.schema import QuantSection
-
-__all__ = ["Bnb4Bit"]
+from qft.recipe.training import QuantSection
 
 BLOCK = 64
 """Weights that share a scale."""
@@ -38,29 +36,17 @@ class Bnb4Bit(Scheme):
 
     @classmethod
     def of(cls, quant: QuantSection, dtype: str, heads: Sequence[str]) -> Bnb4Bit:
-        return cls(
-            name="4bit",
-            dtype=dtype,
-            skipped=(*heads, *quant.named_skips),
-            quant_type=quant.quant_type,
-            double_quant=quant.double_quant,
-            compute_dtype=dtype if quant.compute_dtype == "auto" else quant.compute_dtype,
-            quant_storage=quant.quant_storage,
-        )
+        skipped = (*heads, *quant.named_skips)
+        compute = dtype if quant.compute_dtype == "auto" else quant.compute_dtype
+        own = (quant.quant_type, quant.double_quant, compute, quant.quant_storage)
+        return cls("4bit", dtype, skipped, None, {}, *own)
 
     @classmethod
     def of_checkpoint(cls, config: Mapping[str, Any], dtype: str) -> Bnb4Bit:
         """As a checkpoint's own quantization config has it; what that leaves out is bitsandbytes' default."""
-        return cls(
-            name="4bit",
-            dtype=dtype,
-            skipped=skipped_layers(config),
-            checkpoint=config,
-            quant_type=config.get("bnb_4bit_quant_type", "fp4"),
-            double_quant=config.get("bnb_4bit_use_double_quant", False),
-            compute_dtype=config.get("bnb_4bit_compute_dtype", "float32"),
-            quant_storage=config.get("bnb_4bit_quant_storage", "uint8"),
-        )
+        defaults = {"quant_type": "fp4", "double_quant": False, "compute_dtype": "float32", "quant_storage": "uint8"}
+        own: dict[str, Any] = {name: config.get(BNB_KEYS[name], value) for name, value in defaults.items()}
+        return cls("4bit", dtype, skipped_layers(config), checkpoint=config, **own)
 
     @property
     def layer(self) -> LayerScheme:

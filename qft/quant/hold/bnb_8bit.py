@@ -9,9 +9,7 @@ from typing import Any
 from qft.quant.hold.base import Scheme
 from qft.quant.hold.prequantized import skipped_layers
 from qft.quant.layer import LayerScheme
-from qft.recipe.schema import QuantSection
-
-__all__ = ["Bnb8Bit"]
+from qft.recipe.training import QuantSection
 
 
 @dataclass(frozen=True)
@@ -43,11 +41,8 @@ class Bnb8Bit(Scheme):
         return "8 bits (LLM.int8())"
 
     def config(self) -> dict[str, Any]:
-        return {
-            "load_in_8bit": True,
-            "llm_int8_threshold": self.threshold,
-            "llm_int8_skip_modules": list(self.skipped),
-        }
+        skipped = list(self.skipped)
+        return {"load_in_8bit": True, "llm_int8_threshold": self.threshold, "llm_int8_skip_modules": skipped}
 
     def weight_bytes(self, rows: int, columns: int) -> int:
         return rows * columns + 4 * rows

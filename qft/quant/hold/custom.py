@@ -8,11 +8,9 @@ from typing import Any
 
 from qft.quant.hold.base import Scheme
 from qft.quant.hold.plugin import load_plugin
-from qft.quant.hold.prequantized import Problem
 from qft.recipe import Recipe
-from qft.recipe.schema import QuantSection
-
-__all__ = ["Custom"]
+from qft.recipe.rules import Problem
+from qft.recipe.training import QuantSection
 
 
 class Custom(Scheme):

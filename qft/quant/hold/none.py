@@ -7,9 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from qft.quant.hold.base import Scheme
-from qft.recipe.schema import QuantSection
-
-__all__ = ["Unquantized"]
+from qft.recipe.training import QuantSection
 
 
 class Unquantized(Scheme):

@@ -1,13 +1,12 @@
 """A quantizer of the user's own: the Python file that quant.plugin names, run because a recipe names it."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib.abc
 import importlib.util
 import json
 import sys
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,6 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as CON
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as QUANTIZERS
 
 from qft.errors import MissingError, ModelError
-
-__all__ = ["Plugin", "is_known", "load_plugin"]
 
 REGISTERED: dict[str, tuple[str, type[Any], type[Any]]] = {}
 """Name, config class and quantizer class of each file run in this process, by the file's SHA-256."""
@@ -45,24 +42,21 @@ class Plugin:
 
     def untrainable(self, quantization: dict[str, Any]) -> str | None:
         """Why adapters cannot be trained on an unquantized model that it quantizes; None if they can."""
-        try:
-            trainable = self._quantizer(quantization).is_trainable
-        except Exception as error:
-            return f"its quantizer cannot be used here: {_in_a_line(error)}"
-        return None if trainable else f"its quantizer says that adapters cannot be trained on {self.method}"
+        reason = f"its quantizer says that adapters cannot be trained on {self.method}"
+        return self._unless(lambda quantizer: quantizer.is_trainable, quantization, reason)
 
     def unserializable(self, quantization: dict[str, Any]) -> str | None:
         """Why a model that it quantizes cannot be saved; None if it can."""
+        reason = f"its quantizer says (is_serializable) that {self.method} cannot be saved"
+        return self._unless(lambda quantizer: quantizer.is_serializable(), quantization, reason)
+
+    def _unless(self, able: Callable[[Any], bool], quantization: dict[str, Any], reason: str) -> str | None:
+        """`reason`, or why that cannot be told; None if its quantizer is `able`."""
+        _, config_class, quantizer_class = REGISTERED[self.sha256]
         try:
-            serializable = self._quantizer(quantization).is_serializable()
+            return None if able(quantizer_class(config_class.from_dict(quantization), pre_quantized=False)) else reason
         except Exception as error:
             return f"its quantizer cannot be used here: {_in_a_line(error)}"
-        return None if serializable else f"its quantizer says (is_serializable) that {self.method} cannot be saved"
-
-    def _quantizer(self, quantization: dict[str, Any]) -> Any:
-        """As it would quantize an unquantized model."""
-        _, config_class, quantizer_class = REGISTERED[self.sha256]
-        return quantizer_class(config_class.from_dict(quantization), pre_quantized=False)
 
     def require_layers(self, model: nn.Module) -> None:
         """Raise ModelError if it has put nothing into the loaded `model` that peft and qft can work with."""
@@ -102,9 +96,8 @@ def _register(path: Path, source: bytes, module: str) -> tuple[str, type[Any], t
     without_plugins = [dict(registry) for registry in registries]
     try:
         _run(path, source, module)
-        added = [
-            {k: v for k, v in now.items() if k not in old} for now, old in zip(registries, without_plugins, strict=True)
-        ]
+        pairs = zip(registries, without_plugins, strict=True)
+        added = [{name: made for name, made in now.items() if name not in old} for now, old in pairs]
     finally:
         for registry, old in zip(registries, before, strict=True):
             registry.clear()
@@ -121,9 +114,8 @@ def _run(path: Path, source: bytes, name: str) -> None:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
-        raise ModelError(
-            f"quant.plugin: {path}{_line(error, path)}: cannot be imported: {_in_a_line(error)}"
-        ) from error
+        where = f"quant.plugin: {path}{_line(error, path)}"
+        raise ModelError(f"{where}: cannot be imported: {_in_a_line(error)}") from error
 
 
 class _Source(importlib.abc.ExecutionLoader):
@@ -153,9 +145,8 @@ def _one_of_each(path: Path, configs: dict[str, Any], quantizers: dict[str, Any]
         saved = json.loads(json.dumps(config_class(modules_to_not_convert=["a_layer"]).to_dict()))
         quantizer_class(config_class.from_dict(saved), pre_quantized=True)
     except Exception as error:
-        raise ModelError(
-            f"quant.plugin: {path}{_line(error, path)}: its config or quantizer cannot be made: {_in_a_line(error)}"
-        ) from error
+        where = f"quant.plugin: {path}{_line(error, path)}"
+        raise ModelError(f"{where}: its config or quantizer cannot be made: {_in_a_line(error)}") from error
     for key, value in wanted.items():
         if saved.get(key) != value:
             difference = f"{config_class.__name__}.{key} is {saved.get(key)!r}, and should be {value!r}"

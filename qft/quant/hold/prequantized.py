@@ -1,7 +1,5 @@
 """Checkpoints that come quantized: what they are, whether adapters train on them, what a recipe may still say."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,11 +8,8 @@ from transformers.quantizers import AutoHfQuantizer
 
 from qft.quant.hold.plugin import is_known, load_plugin
 from qft.recipe import LoadedRecipe, Recipe
+from qft.recipe.rules import Problem
 
-__all__ = ["Problem", "checkpoint_problems", "contradictions", "mode", "skipped_layers"]
-
-Problem = tuple[str, str]
-"""A field of the recipe, and what is wrong with it."""
 # Recipe field -> key of the checkpoint's own quantization_config.
 BNB_KEYS = {
     "quant_type": "bnb_4bit_quant_type",

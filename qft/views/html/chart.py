@@ -17,9 +17,6 @@ from markupsafe import Markup
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["BOTTOM", "COLOUR", "LEFT", "RIGHT", "WIDTH", "Cell", "Line", "Picture", "Point", "Table", "axis", "curves"]
-__all__ += ["each_and_smooth", "evenly", "finite", "thin", "tick"]
-
 WIDTH = 360
 """Units of every picture: it is as readable on a phone as beside another one on a wide screen."""
 POINTS = 600

@@ -6,6 +6,7 @@ import math
 import statistics
 import unicodedata
 from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -15,8 +16,6 @@ from qft.views.words import binary_unit, number, percent, plain, shorten, size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-__all__ = ["interval", "layers", "levels", "quality", "scores"]
 
 Box = tuple[float, float, float, float]
 """Left, bottom, right, top."""
@@ -49,15 +48,10 @@ def quality(targets: Sequence[TargetResult], reference: str | None) -> Picture:
     if missing := len(targets) - len(drawn):
         said += f" For {missing} of {len(targets)} targets it is not finite."
     rows = [(t.name, size(t.weight_bytes), number(t.perplexity), interval(t.perplexity_interval)) for t in drawn]
-    return Picture(
-        "quality",
-        "Quality against size",
-        said,
-        lambda axes: _paint_quality(axes, drawn, reference),
-        Table(("Target", "Weights", "Perplexity", "95% interval"), rows),
-        _key([t.name for t in drawn], reference),
-        max(280, 84 + 16 * len(drawn)),
-    )
+    paint = partial(_paint_quality, targets=drawn, reference=reference)
+    table = Table(("Target", "Weights", "Perplexity", "95% interval"), rows)
+    key = _key([t.name for t in drawn], reference)
+    return Picture("quality", "Quality against size", said, paint, table, key, max(280, 84 + 16 * len(drawn)))
 
 
 def _has_perplexity(target: TargetResult) -> bool:
@@ -146,16 +140,9 @@ def scores(name: str, metric: str, targets: Sequence[TargetResult], reference: s
     if missing := len(targets) - len(measured):
         said += f" For {missing} of {len(targets)} targets it was not measured."
     rows = [(target, percent(score.value), interval(score, percent)) for target, score in measured.items()]
-    return Picture(
-        name,
-        title,
-        said,
-        lambda axes: _paint_scores(axes, measured, reference),
-        Table(("Target", title, "95% interval"), rows),
-        _key(measured, reference),
-        44 + 40 * len(measured),
-        (8, 8, 6, 30),
-    )
+    paint = partial(_paint_scores, measured=measured, reference=reference)
+    table, height = Table(("Target", title, "95% interval"), rows), 44 + 40 * len(measured)
+    return Picture(name, title, said, paint, table, _key(measured, reference), height, (8, 8, 6, 30))
 
 
 def _paint_scores(axes: Axes, measured: dict[str, Score], reference: str | None) -> None:
@@ -202,17 +189,12 @@ def layers(name: str, target: TargetResult, edges: Sequence[float]) -> Picture:
     if len(cells) < len(kinds) * len(blocks):
         key.append(("cross", "not measured"))
     rows = [(str(b), *(f"{cells[k, b]:.1f}" if (k, b) in cells else None for k in kinds)) for b in blocks]
-    return Picture(
-        name,
-        title,
-        f"The output's SNR is {statistics.median(cells.values()):.1f} dB at the median of {len(cells):,} layers, "
-        f"and lowest, {cells[kind, block]:.1f} dB, in {plain(kind)} of block {block}.",
-        lambda axes: _paint_layers(axes, cells, kinds, blocks, edges),
-        Table(("Block", *kinds), rows),
-        key,
-        48 + 18 * len(kinds),
-        (min(14 + max(_width_of(shorten(kind, 14)) for kind in kinds), 110), RIGHT, 6, BOTTOM),
-    )
+    said = f"The output's SNR is {statistics.median(cells.values()):.1f} dB at the median of {len(cells):,} layers, "
+    said += f"and lowest, {cells[kind, block]:.1f} dB, in {plain(kind)} of block {block}."
+    paint = partial(_paint_layers, cells=cells, kinds=kinds, blocks=blocks, edges=edges)
+    table, height = Table(("Block", *kinds), rows), 48 + 18 * len(kinds)
+    left = min(14 + max(_width_of(shorten(kind, 14)) for kind in kinds), 110)
+    return Picture(name, title, said, paint, table, key, height, (left, RIGHT, 6, BOTTOM))
 
 
 def _grid(found: Iterable[LayerError]) -> dict[Place, float]:

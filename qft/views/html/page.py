@@ -21,8 +21,6 @@ from qft.views.words import count, duration, number, percent, plain, si, size
 if TYPE_CHECKING:
     from qft.measure.scores import Answer  # which imports torch
 
-__all__ = ["Asked", "evaluation_page", "side_by_side", "training_page"]
-
 SAMPLES = 20
 """Most sample predictions shown."""
 LONGEST = 1200
@@ -62,8 +60,7 @@ def side_by_side(answers: Mapping[str, Sequence[Answer]], place: Callable[[int, 
 
 def training_page(report: Report, answers: Sequence[Asked] = ()) -> str:
     """The report of a training. The same report and answers give the same bytes."""
-    return _page(
-        "training",
+    return ENVIRONMENT.get_template("training.html.jinja").render(
         report=report,
         name=PurePath(report.run).name or report.run,
         headline=_training_headline(report),
@@ -83,8 +80,7 @@ def evaluation_page(document: EvalDocument, answers: Sequence[Asked] = ()) -> st
     metrics = list(dict.fromkeys(metric for t in targets for metric in t.scores))
     edges = evaluation_pictures.levels(targets)
     with_layers = {f"layers{i}": t for i, t in enumerate(t for t in targets if t.layers)}
-    return _page(
-        "evaluation",
+    return ENVIRONMENT.get_template("evaluation.html.jinja").render(
         document=document,
         headline=_evaluation_headline(targets, reference),
         quality=_quality(document, metrics),
@@ -113,12 +109,9 @@ ENVIRONMENT = Environment(
     lstrip_blocks=True,
     finalize=lambda value: value if isinstance(value, Markup) else plain(value),
 )
-ENVIRONMENT.filters |= {name: getattr(words, name) for name in words.__all__} | {"middle_out": _middle_out}
+ENVIRONMENT.filters |= {name: getattr(words, name) for name in ("count", "duration", "shorten", "si")}
+ENVIRONMENT.filters["middle_out"] = _middle_out
 ENVIRONMENT.globals |= {"LONGEST": LONGEST, "SAMPLES": SAMPLES, "WIDTH": WIDTH}
-
-
-def _page(template: str, **content: Any) -> str:
-    return ENVIRONMENT.get_template(f"{template}.html.jinja").render(content)
 
 
 def _above(figure: str, more: str) -> Markup:
@@ -144,9 +137,6 @@ def _figure(part: Part, field: str, written: Mapping[str, Callable[[Any], str]] 
     if show := written.get(unit or ""):
         return show(value)
     return f"{value:,}" if isinstance(value, int) else number(value) if isinstance(value, float) else str(value)
-
-
-# Of a training.
 
 
 def _training_headline(report: Report) -> Iterator[tuple[str, Cell, str]]:
@@ -204,9 +194,6 @@ def _every_figure(name: str, part: Part) -> Iterator[tuple[str, Table]]:
     for field, value in parts.items():
         own = field.replace("_", " ")
         yield from _every_figure(own.capitalize() if isinstance(part, Report) else f"{name}, {own}", value)
-
-
-# Of an evaluation.
 
 
 def _evaluation_headline(targets: Sequence[TargetResult], reference: str | None) -> Iterator[tuple[str, Cell, str]]:

@@ -4,28 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from qft.documents.training import Memory, Report
-from qft.views.html.chart import (
-    COLOUR,
-    Line,
-    Picture,
-    Point,
-    Table,
-    axis,
-    curves,
-    each_and_smooth,
-    evenly,
-    finite,
-    thin,
-)
+from qft.views.html.chart import COLOUR, Line, Picture, Table, axis, curves, each_and_smooth, evenly, finite, thin
 from qft.views.words import binary_unit, count, number, size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-__all__ = ["learning_rate", "lengths", "loss", "memory", "phases", "throughput"]
 
 
 def loss(report: Report) -> Picture:
@@ -44,7 +31,7 @@ def loss(report: Report) -> Picture:
     return Picture("loss", "Loss", _loss_sentence(report, held_out), curves(lines, unit="nats a token"), table, key)
 
 
-def _loss_sentence(report: Report, held_out: Sequence[Point]) -> str:
+def _loss_sentence(report: Report, held_out: Sequence[tuple[float, float]]) -> str:
     said = f"The training loss went from {number(report.loss.first)} to {number(report.loss.last)}"
     said += f" (lowest {number(report.loss.lowest)}) in {count(report.steps, 'step')}."
     if not held_out:
@@ -101,15 +88,10 @@ def memory(report: Report) -> Picture:
         key.insert(0, ("dashdot ink", f"the device's limit: {size(limit)}"))
     said = f"At most {size(peak)} were held, {size(held.components.activations)} of them activations and workspace, "
     said += f"{size(held.components.base_weights)} base weights. The device has {size(held.device_bytes)}"
-    return Picture(
-        "memory",
-        title,
-        f"{said}{'' if limit else ', which is beyond the picture'}.",
-        lambda axes: _paint_memory(axes, held, parts, limit, peak),
-        _over_steps(history, {"After it": size, "Largest so far": size}),
-        key,
-        height=240,
-    )
+    said += "." if limit else ", which is beyond the picture."
+    paint = partial(_paint_memory, held=held, parts=parts, limit=limit, peak=peak)
+    table = _over_steps(history, {"After it": size, "Largest so far": size})
+    return Picture("memory", title, said, paint, table, key, height=240)
 
 
 def _parts(held: Memory, peak: int) -> list[tuple[str, int, str]]:

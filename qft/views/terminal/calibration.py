@@ -1,41 +1,30 @@
 """The document of `qft calibrate` as rich tables."""
 
-from __future__ import annotations
-
-from rich.console import Group, RenderableType
-from rich.text import Text
+from rich.console import Group
 
 from qft.documents.calibration import Attempt, CalibrationReport
-from qft.views.terminal.evaluation import WORST_LAYERS
-from qft.views.terminal.table import table
+from qft.views.terminal.evaluation import most_disturbed
+from qft.views.terminal.table import Rows, Whole, bullets, spaced
 from qft.views.words import size
-
-__all__ = ["render_calibration"]
 
 
 def render_calibration(report: CalibrationReport) -> Group:
     """What it cost, the layers that lost most, and bytes, time and memory."""
-    layers: list[RenderableType] = [_layers(report), ""] if report.layers else []
-    parts: list[RenderableType] = ["", _quality(report), "", *layers, _costs(report), ""]
-    parts += [Text(f"• {warning}", style="yellow") for warning in report.warnings]
-    return Group(*parts, Text(f"Written to {report.result}"))
+    layers = [_layers(report)] if report.layers else []
+    written = Whole(f"Written to {report.result}")
+    return spaced(_quality(report), *layers, _costs(report), Group(*bullets(report.warnings, "yellow"), written))
 
 
-def _quality(report: CalibrationReport) -> RenderableType:
-    rows = table("Quality", "weights", "bytes", "perplexity", "change", "KL mean", "KL 99%", "same top")
+def _quality(report: CalibrationReport) -> Rows:
+    rows = Rows("Quality", "weights", "bytes", "perplexity", "change", "KL mean", "KL 99%", "same top")
     before = report.perplexity_before
-    rows.add_row("unquantized", size(report.bytes_before), f"{before.value:.3f}", "", "", "", "")
+    rows.add("unquantized", size(report.bytes_before), f"{before.value:.3f}", "", "", "", "")
     for attempt in report.attempts:
         change = attempt.perplexity_change
-        rows.add_row(
-            _name(report, attempt),
-            size(attempt.weight_bytes),
-            f"{attempt.perplexity.value:.3f}",
-            f"{change.value:+.2%} [{change.low:+.2%}, {change.high:+.2%}]",
-            f"{attempt.kl_mean:.4f}",
-            f"{attempt.kl_p99:.3f}",
-            f"{attempt.top1_agreement:.1%}",
-        )
+        changed = f"{change.value:+.2%} [{change.low:+.2%}, {change.high:+.2%}]"
+        figures = (size(attempt.weight_bytes), f"{attempt.perplexity.value:.3f}", changed)
+        distance = (f"{attempt.kl_mean:.4f}", f"{attempt.kl_p99:.3f}", f"{attempt.top1_agreement:.1%}")
+        rows.add(_name(report, attempt), *figures, *distance)
     return rows
 
 
@@ -50,23 +39,17 @@ def _name(report: CalibrationReport, attempt: Attempt) -> str:
     return f"{maker} {scheme['data_type']}{scheme['bits']}{group}{activations}{kept}".replace("nf44", "nf4")
 
 
-def _layers(report: CalibrationReport) -> RenderableType:
-    rows = table("Layers that lost most", "layer", "SNR", "weight error", "outliers", "bytes")
-    for layer in sorted(report.layers, key=lambda layer: layer.output_snr_db)[:WORST_LAYERS]:
-        figures = (f"{layer.output_snr_db:.1f} dB", f"{layer.weight_error:.2%}", f"{layer.outlier_share:.2%}")
-        rows.add_row(layer.name, *figures, size(layer.bytes))
+def _layers(report: CalibrationReport) -> Rows:
+    rows = Rows("Layers that lost most", "layer", "SNR", "weight error", "outliers", "bytes")
+    for figures in most_disturbed(report.layers):
+        rows.add(*figures)
     return rows
 
 
-def _costs(report: CalibrationReport) -> RenderableType:
-    rows = table("Costs", "rows", "tokens", "tokens/s", "time", "peak", "host peak")
+def _costs(report: CalibrationReport) -> Rows:
+    rows = Rows("Costs", "rows", "tokens", "tokens/s", "time", "peak", "host peak")
     tokens = (report.calibration or {}).get("tokens", 0) + report.verify_tokens
-    rows.add_row(
-        f"{report.verify_rows} held out",
-        f"{tokens:,}",
-        f"{report.tokens_per_second:,.0f}" if report.block_seconds else "",
-        f"{report.wall_seconds:,.0f} s",
-        size(report.peak_bytes),
-        size(report.peak_host_bytes),
-    )
+    speed = f"{report.tokens_per_second:,.0f}" if report.block_seconds else ""
+    figures = (f"{report.verify_rows} held out", f"{tokens:,}", speed, f"{report.wall_seconds:,.0f} s")
+    rows.add(*figures, size(report.peak_bytes), size(report.peak_host_bytes))
     return rows

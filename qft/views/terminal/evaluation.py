@@ -1,15 +1,13 @@
 """The document of `qft eval` as rich tables."""
 
-from __future__ import annotations
+from collections.abc import Iterable, Iterator
 
-from rich.console import Group, RenderableType
+from rich.console import Group
 from rich.text import Text
 
-from qft.documents.evaluation import EvalDocument, HarnessResult, Score, TargetResult
-from qft.views.terminal.table import table
+from qft.documents.evaluation import EvalDocument, HarnessResult, LayerError, Score, TargetResult
+from qft.views.terminal.table import Rows, spaced
 from qft.views.words import size
-
-__all__ = ["render_comparison"]
 
 WORST_LAYERS = 5
 """Layers shown of each target; eval.json has all."""
@@ -17,27 +15,17 @@ WORST_LAYERS = 5
 
 def render_comparison(document: EvalDocument) -> Group:
     """Quality, task scores, and speed and memory, one row a target; tasks of the harness, one row a metric."""
-    parts: list[RenderableType] = ["", _quality(document)]
-    if any(target.scores for target in document.targets):
-        parts += ["", _scores(document)]
-    if any(target.harness for target in document.targets):
-        parts += ["", _harness(document)]
-    if any(target.layers for target in document.targets):
-        parts += ["", _layers(document)]
-    parts += ["", _costs(document), "", Text(_footnote(document), style="dim")]
-    return Group(*parts)
+    tables = {"scores": _scores, "harness": _harness, "layers": _layers}
+    found = (draw(document) for field, draw in tables.items() if any(getattr(t, field) for t in document.targets))
+    return spaced(_quality(document), *found, _costs(document), Text(_footnote(document), style="dim"))
 
 
-def _quality(document: EvalDocument) -> RenderableType:
-    rows = table("Quality", "target", "perplexity", "change", "bits/byte", "KL mean", "KL 99%", "same top")
+def _quality(document: EvalDocument) -> Rows:
+    rows = Rows("Quality", "target", "perplexity", "change", "bits/byte", "KL mean", "KL 99%", "same top")
     for target in document.targets:
-        rows.add_row(
-            _name(target),
-            f"{target.perplexity:.3f} ±{_half(target.perplexity_interval):.3f}",
-            _change(target.perplexity_change),
-            f"{target.bits_per_byte:.4f}",
-            *_divergence(target),
-        )
+        half = (target.perplexity_interval.high - target.perplexity_interval.low) / 2
+        figures = (f"{target.perplexity:.3f} ±{half:.3f}", _change(target.perplexity_change))
+        rows.add(_name(target), *figures, f"{target.bits_per_byte:.4f}", *_divergence(target))
     return rows
 
 
@@ -47,19 +35,19 @@ def _divergence(target: TargetResult) -> tuple[str, str, str]:
     return f"{target.kl_mean:.4f}", f"{target.kl_p99:.3f}", f"{target.top1_agreement:.1%}"
 
 
-def _scores(document: EvalDocument) -> RenderableType:
+def _scores(document: EvalDocument) -> Rows:
     names = list(document.targets[0].scores)
-    rows = table("Scores (95% interval)", "target", *(name.replace("_", " ") for name in names))
+    rows = Rows("Scores (95% interval)", "target", *(name.replace("_", " ") for name in names))
     for target in document.targets:
-        rows.add_row(_name(target), *(_share(target.scores[name]) for name in names))
+        rows.add(_name(target), *(_share(target.scores[name]) for name in names))
     return rows
 
 
-def _harness(document: EvalDocument) -> RenderableType:
-    rows = table("lm-evaluation-harness (± standard error)", "task", "metric", "samples", *map(_name, document.targets))
+def _harness(document: EvalDocument) -> Rows:
+    rows = Rows("lm-evaluation-harness (± standard error)", "task", "metric", "samples", *map(_name, document.targets))
     for same in zip(*(target.harness for target in document.targets), strict=True):
         metric = ", ".join(filter(None, (same[0].metric, same[0].filter)))
-        rows.add_row(same[0].task, metric, f"{same[0].samples:,}", *map(_measured, same))
+        rows.add(same[0].task, metric, f"{same[0].samples:,}", *map(_measured, same))
     return rows
 
 
@@ -68,26 +56,26 @@ def _measured(found: HarnessResult) -> str:
     return value if found.stderr is None else f"{value} ±{found.stderr:.2g}"
 
 
-def _layers(document: EvalDocument) -> RenderableType:
-    rows = table("Layers furthest from the reference", "target", "layer", "SNR", "weight error", "outliers", "bytes")
+def _layers(document: EvalDocument) -> Rows:
+    rows = Rows("Layers furthest from the reference", "target", "layer", "SNR", "weight error", "outliers", "bytes")
     for target in document.targets:
-        for layer in sorted(target.layers, key=lambda layer: layer.output_snr_db)[:WORST_LAYERS]:
-            figures = (f"{layer.output_snr_db:.1f} dB", f"{layer.weight_error:.2%}", f"{layer.outlier_share:.2%}")
-            rows.add_row(_name(target), layer.name, *figures, size(layer.bytes))
+        for figures in most_disturbed(target.layers):
+            rows.add(_name(target), *figures)
     return rows
 
 
-def _costs(document: EvalDocument) -> RenderableType:
-    rows = table("Speed and memory", "target", "read tok/s", "write tok/s", "weights", "peak", "on disk")
+def most_disturbed(layers: Iterable[LayerError]) -> Iterator[tuple[str, ...]]:
+    """Name, signal to noise, weight error, outliers and bytes of the layers furthest from the reference."""
+    for layer in sorted(layers, key=lambda layer: layer.output_snr_db)[:WORST_LAYERS]:
+        shares = (f"{layer.weight_error:.2%}", f"{layer.outlier_share:.2%}")
+        yield layer.name, f"{layer.output_snr_db:.1f} dB", *shares, size(layer.bytes)
+
+
+def _costs(document: EvalDocument) -> Rows:
+    rows = Rows("Speed and memory", "target", "read tok/s", "write tok/s", "weights", "peak", "on disk")
     for target in document.targets:
-        rows.add_row(
-            _name(target),
-            f"{target.prefill_tokens_per_second:,.0f}",
-            f"{target.decode_tokens_per_second:,.1f}",
-            size(target.weight_bytes),
-            size(target.peak_bytes),
-            size(target.disk_bytes),
-        )
+        speeds = (f"{target.prefill_tokens_per_second:,.0f}", f"{target.decode_tokens_per_second:,.1f}")
+        rows.add(_name(target), *speeds, *map(size, (target.weight_bytes, target.peak_bytes, target.disk_bytes)))
     return rows
 
 
@@ -101,10 +89,6 @@ def _footnote(document: EvalDocument) -> str:
 def _name(target: TargetResult) -> str:
     """The last part of the path, with the variant: a table has no room for more."""
     return target.name.rstrip("/").rpartition("/")[2]
-
-
-def _half(score: Score) -> float:
-    return (score.high - score.low) / 2
 
 
 def _change(score: Score | None) -> str:

@@ -1,47 +1,38 @@
 """The documents of `qft export` as rich tables."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
+from shlex import quote
 
-from rich.console import Group, RenderableType
+from rich.console import Group
 from rich.text import Text
 
 from qft.documents.export import ExportDocument, LoadCheck
-from qft.views.terminal.table import table
+from qft.views.terminal.table import Rows, Whole, spaced
 from qft.views.words import size
 
-__all__ = ["render_exports", "render_loads"]
+FORMS = {"kl": ".5f", "top1_agreement": ".1%", "perplexity_increase": "+.2%", "same_continuations": ".0%"}
+"""Checks of the gate that are shown, and how."""
 
 
 def render_exports(documents: Sequence[ExportDocument]) -> Group:
     """Each artifact with its figures, and where it lies."""
-    rows = table("Exports", "target", "bytes", "KL", "same top", "perplexity", "same answers", "gate")
+    rows = Rows("Exports", "target", "bytes", "KL", "same top", "perplexity", "same answers", "gate")
     for document in documents:
         checks = {check.name: check.value for check in document.gate.checks}
         verdict = {True: "passed", False: "refused", None: "NOT VERIFIED"}[document.gate.passed]
-        rows.add_row(
-            document.target,
-            size(document.bytes),
-            _figure(checks.get("kl"), ".5f"),
-            _figure(checks.get("top1_agreement"), ".1%"),
-            _figure(checks.get("perplexity_increase"), "+.2%"),
-            _figure(checks.get("same_continuations"), ".0%"),
-            verdict,
-        )
-    parts: list[RenderableType] = ["", rows, ""]
-    parts += [Text(_quantized(document)) for document in documents if document.quantization]
+        figures = (_figure(checks.get(name), form) for name, form in FORMS.items())
+        rows.add(document.target, size(document.bytes), *figures, verdict)
+    about = [Text(_quantized(document)) for document in documents if document.quantization]
     if any(document.gate.passed is None for document in documents):
-        parts.append(
-            Text("The gate was off: nothing proves that these are the model that was trained.", style="bold red")
-        )
-    return Group(*parts, *(Text(line) for document in documents for line in _places(document)))
+        off = "The gate was off: nothing proves that these are the model that was trained."
+        about.append(Text(off, style="bold red"))
+    return spaced(rows, Group(*about, *(Whole(line) for document in documents for line in _places(document))))
 
 
 def _places(document: ExportDocument) -> Iterator[str]:
     yield f"Written to {document.path}"
     if added := document.registered:
-        elsewhere = "" if added.registry == "models" else f" --registry {added.registry}"
+        elsewhere = "" if added.registry == "models" else f" --registry {quote(added.registry)}"
         next_step = f"qft models promote {added.name} {added.version}{elsewhere}"
         yield f"{added.name} v{added.version} added to {added.registry}; next: {next_step}"
     if pushed := document.pushed:
@@ -50,12 +41,12 @@ def _places(document: ExportDocument) -> Iterator[str]:
 
 def render_loads(checks: Sequence[LoadCheck]) -> Group:
     """What each environment can load, and where that is written."""
-    rows = table("Loads", "target", "format", "engine", "device", "loads", "source")
+    rows = Rows("Loads", "target", "format", "engine", "device", "loads", "source", unbroken=True)
     for check in checks:
         engine = " ".join(part for part in (check.engine, check.version) if part)
         verdict = {True: "yes", False: "no", None: "not known"}[check.loads]
-        rows.add_row(check.target, check.format, engine, check.device or "", verdict, check.source or "")
-    return Group("", rows)
+        rows.add(check.target, check.format, engine, check.device or "", verdict, check.source or "")
+    return spaced(rows)
 
 
 def _figure(value: float | str | None, form: str) -> str:
@@ -64,7 +55,5 @@ def _figure(value: float | str | None, form: str) -> str:
 
 def _quantized(document: ExportDocument) -> str:
     told = document.quantization or {}
-    return (
-        f"{document.target}: quantizing the merged model again cost KL {told['kl']:.5f} and "
-        f"{told['perplexity_change']:+.2%} of perplexity"
-    )
+    cost = f"KL {told['kl']:.5f} and {told['perplexity_change']:+.2%} of perplexity"
+    return f"{document.target}: quantizing the merged model again cost {cost}"

@@ -1,73 +1,65 @@
 """The documents of `qft models` as rich tables."""
 
-from __future__ import annotations
-
 from typing import Any
 
-from rich.console import Group, RenderableType
-from rich.text import Text
+from rich.console import Group
 
-from qft.documents.registry import (
-    RegistryListing,
-    VersionComparison,
-    VersionDetails,
-    VersionManifest,
-    VersionVerification,
-)
-from qft.views.terminal.table import table
+from qft.documents import registry as documents
+from qft.views.terminal.table import Facts, Rows, Whole, spaced
 from qft.views.words import size
 
-__all__ = ["render_diff", "render_findings", "render_list", "render_version"]
 
-
-def render_list(document: RegistryListing) -> RenderableType:
+def render_list(document: documents.RegistryListing) -> Group:
     """A table for each model."""
-    parts: list[RenderableType] = []
-    for name, model in document.models.items():
-        rows = table(name, "version", "created", "target", "bytes", "gate", "scores")
-        if model.current and model.current not in model.versions:
-            rows.add_row(f"{model.current} (current)", "", "the base", "", "", "")
-        for entry, manifest in model.versions.items():
-            shown = f"{entry} (current)" if entry == model.current else entry
-            figures = ", ".join(f"{name} {_figure(value)}" for name, value in (manifest.scores or {}).items())
-            about = (_minute(manifest.created), manifest.target or "", size(manifest.bytes or 0))
-            rows.add_row(shown, *about, _gate(manifest), figures)
-        parts += ["", rows]
-    return Group(*parts) if parts else Text(f"{document.registry}: no models; add one with qft models add")
+    if not document.models:
+        return Group(Whole(f"{document.registry}: no models; add one with qft models add"))
+    return spaced(*(_versions(name, model) for name, model in document.models.items()))
 
 
-def render_version(document: VersionDetails) -> RenderableType:
+def _versions(name: str, model: documents.ModelVersions) -> Rows:
+    rows = Rows(name, "version", "created", "target", "bytes", "gate", "scores")
+    if model.current and model.current not in model.versions:
+        rows.add(f"{model.current} (current)", "", "the base", "", "", "")
+    for entry, manifest in model.versions.items():
+        shown = f"{entry} (current)" if entry == model.current else entry
+        figures = ", ".join(f"{name} {_figure(value)}" for name, value in (manifest.scores or {}).items())
+        about = (_minute(manifest.created), manifest.target or "", size(manifest.bytes or 0))
+        rows.add(shown, *about, _gate(manifest), figures)
+    return rows
+
+
+def render_version(document: documents.VersionDetails) -> Group:
     """One version, or the record of a base, and what happened to the model."""
-    rows = table(f"{document.name} {document.entry}")
+    rows = Facts(f"{document.name} {document.entry}")
     for name, value in _about(document.manifest).items():
-        rows.add_row(name, value)
-    past = table("History", "time", "action", "from", "to", "reason")
+        rows.add(name, Whole(value))
+    past = Rows("History", "time", "action", "from", "to", "reason")
     for event in document.history:
         forced = " (forced)" if event.forced else ""
-        past.add_row(_minute(event.time), event.action + forced, event.start, event.to, event.reason)
-    return Group("", rows, "", past)
+        past.add(_minute(event.time), event.action + forced, event.start or "", event.to, event.reason)
+    return spaced(rows, past)
 
 
-def render_diff(document: VersionComparison) -> RenderableType:
+def render_diff(document: documents.VersionComparison) -> Group:
     """One line for each figure or field."""
-    rows = table(document.name, "", document.a, document.b)
+    rows = Rows(document.name, "", document.a, document.b, unbroken=True)
     for row in document.rows:
         name = f"{row.section} {row.field}".rstrip()
         shown = [size(value) if name == "bytes" and value else _figure(value) for value in (row.a, row.b)]
-        rows.add_row(name, *shown, style="" if row.a == row.b else "bold")
-    return Group("", rows)
+        rows.add(name, *shown, style="" if row.a == row.b else "bold")
+    return spaced(rows)
 
 
-def render_findings(document: VersionVerification) -> RenderableType:
+def render_findings(document: documents.VersionVerification) -> Group:
     """What was hashed; what is wrong is the error."""
-    rows = table(document.name, "version", "missing", "changed", "extra", "")
+    rows = Rows(document.name, "version", "missing", "changed", "extra", "")
     for finding in document.entries:
         counts = [str(len(names)) for names in (finding.missing, finding.changed, finding.extra)]
-        rows.add_row(finding.entry, *counts, "whole" if finding.whole else "broken")
-    return Group("", rows)
+        rows.add(finding.entry, *counts, "whole" if finding.whole else "broken")
+    return spaced(rows)
 
 
-def _about(manifest: VersionManifest) -> dict[str, str]:
+def _about(manifest: documents.VersionManifest) -> dict[str, str]:
     base, recipe = manifest.base, manifest.recipe
     facts = {
         "created": manifest.created,
@@ -86,7 +78,7 @@ def _about(manifest: VersionManifest) -> dict[str, str]:
     return {name: value for name, value in facts.items() if value}
 
 
-def _gate(manifest: VersionManifest) -> str:
+def _gate(manifest: documents.VersionManifest) -> str:
     verdict = manifest.gate.passed if manifest.gate else None
     return "not run" if verdict is None else "passed" if verdict else "failed"
 

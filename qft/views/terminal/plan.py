@@ -1,18 +1,12 @@
 """The plan as a rich table."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
 
 from qft.documents.plan import CalibrationCheck, CalibrationPlanDocument, PlanDocument
-from qft.views.terminal.table import table
+from qft.views.terminal.table import Facts, Rows, Whole, bullets, spaced
 from qft.views.words import si
-
-__all__ = ["render_plan"]
 
 
 def render_plan(plan: PlanDocument | CalibrationCheck) -> Group:
@@ -20,69 +14,69 @@ def render_plan(plan: PlanDocument | CalibrationCheck) -> Group:
     parts: list[RenderableType] = [_model(plan), _training(plan), _data(plan)] if plan.kind == "plan" else []
     if plan.calibration:
         parts.append(_calibration(plan.calibration))
-    return Group(*(line for part in parts for line in ("", part)))
+    return spaced(*parts)
 
 
 def _calibration(plan: CalibrationPlanDocument) -> Group:
     """How a calibration holds the layers, and on what it looks."""
     model, audit = plan.model, plan.data.audit
-    rows = table("Calibration")
-    rows.add_row("model", f"{model.path}, {si(model.parameters)} parameters, {model.layers} blocks")
+    rows = Facts("Calibration")
+    rows.add("model", Whole(f"{model.path}, {si(model.parameters)} parameters, {model.layers} blocks"))
     if quantized := [scheme for scheme in plan.schemes.values() if scheme]:
         scheme = quantized[0]
         group = f", groups of {scheme.group_size}" if scheme.group_size > 0 else ""
         kind = f"{scheme.data_type}, {scheme.bits} bits{group}; activations {scheme.activations}"
         maker = f"{plan.algorithm} of {plan.engine}" if plan.algorithm else plan.engine
-        rows.add_row("weights", f"{kind}, by {maker}")
+        rows.add("weights", f"{kind}, by {maker}")
         left = len(plan.schemes) - len(quantized)
-        rows.add_row("layers", f"{len(quantized)} quantized, {left} left in {model.dtype}")
+        rows.add("layers", f"{len(quantized)} quantized, {left} left in {model.dtype}")
     else:
-        rows.add_row("weights", "as quant.plugin holds them")
+        rows.add("weights", "as quant.plugin holds them")
     windows = f"{audit.windows} windows of {audit.window_tokens} tokens" if audit else "none needed"
-    rows.add_row("looks at", windows)
-    rows.add_row("judged by", f"{plan.data.verify_rows} held-out rows")
-    rows.add_row("on", plan.device.name)
-    return Group(rows, *(Text(f"• {warning}", style="yellow") for warning in plan.data.warnings))
+    rows.add("looks at", windows)
+    rows.add("judged by", f"{plan.data.verify_rows} held-out rows")
+    rows.add("on", plan.device.name)
+    return Group(rows, *bullets(plan.data.warnings, "yellow"))
 
 
-def _model(plan: PlanDocument) -> Table:
+def _model(plan: PlanDocument) -> Facts:
     model, adapter = plan.model, plan.adapter
-    rows = table("Model")
+    rows = Facts("Model")
     commit = f" at {model.commit}" if model.commit else ""
-    rows.add_row("path", f"{model.path}{commit}")
-    rows.add_row("base", f"{model.architecture}, {si(model.parameters)} parameters, {model.layers} blocks")
-    rows.add_row("held as", f"{plan.quantization.described}; the rest in {model.dtype}")
+    rows.add("path", Whole(f"{model.path}{commit}"))
+    rows.add("base", f"{model.architecture}, {si(model.parameters)} parameters, {model.layers} blocks")
+    rows.add("held as", f"{plan.quantization.described}; the rest in {model.dtype}")
     if plan.skip_modules == "auto":
-        rows.add_row("", "layers to leave in 16 bits are measured and chosen by `qft train`")
+        rows.add("", "layers to leave in 16 bits are measured and chosen by `qft train`")
     if plugin := plan.quantization.plugin:
-        rows.add_row("quantizer", f"{plugin.path}, SHA-256 {plugin.sha256[:12]}…")
+        rows.add("quantizer", Whole(f"{plugin.path}, SHA-256 {plugin.sha256[:12]}…"))
     share = model.trainable_parameters / model.parameters
     kind = f"LoRA r={adapter.r} on {_names(adapter.target_modules)}" if adapter else "all weights"
-    rows.add_row("trained", f"{kind}: {si(model.trainable_parameters)} parameters ({share:.2%})")
-    rows.add_row("on", plan.device.name)
+    rows.add("trained", f"{kind}: {si(model.trainable_parameters)} parameters ({share:.2%})")
+    rows.add("on", plan.device.name)
     return rows
 
 
-def _training(plan: PlanDocument) -> Table:
+def _training(plan: PlanDocument) -> Facts:
     training, data = plan.training, plan.data
     batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
     precision = "bf16" if training.bf16 else "fp16" if training.fp16 else "off"
-    rows = table("Training")
-    rows.add_row("steps", f"{plan.steps} of {batch} rows ({training.gradient_accumulation_steps} accumulated)")
+    rows = Facts("Training")
+    rows.add("steps", f"{plan.steps} of {batch} rows ({training.gradient_accumulation_steps} accumulated)")
     longest = f"; of {data.max_length:,} tokens at most" if data.max_length else ""
-    rows.add_row("rows", f"{data.train_rows:,} to train on, {data.eval_rows:,} held out{longest}")
-    rows.add_row("optimizer", f"{training.optim}, {training.lr_scheduler_type} from {training.learning_rate:g}")
-    rows.add_row("mixed precision", f"{precision}; gradient checkpointing {'on' if training.checkpointing else 'off'}")
+    rows.add("rows", f"{data.train_rows:,} to train on, {data.eval_rows:,} held out{longest}")
+    rows.add("optimizer", f"{training.optim}, {training.lr_scheduler_type} from {training.learning_rate:g}")
+    rows.add("mixed precision", f"{precision}; gradient checkpointing {'on' if training.checkpointing else 'off'}")
     return rows
 
 
-def _data(plan: PlanDocument) -> Table:
-    rows = table("Data", "source", "format", "rows", "tokens", "learnt", "longest", "skipped", "cut")
+def _data(plan: PlanDocument) -> Rows:
+    rows = Rows("Data", "source", "format", "rows", "tokens", "learnt", "longest", "skipped", "cut")
     for source in plan.data.sources:
         tokens = (source.tokens, source.supervised_tokens, source.longest)
         counts = (source.rows, *tokens, source.skipped, source.truncated)
         name = f"{source.part}: {Path(source.path).name}"
-        rows.add_row(name, source.format, *(f"{count:,}" for count in counts))
+        rows.add(name, source.format, *(f"{count:,}" for count in counts))
     return rows
 
 

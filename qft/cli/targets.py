@@ -1,16 +1,14 @@
-"""`qft eval`."""
-
-from __future__ import annotations
+"""What is done with models: `qft eval` and `qft chat`."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from qft.cli.shell import TARGET_HELP, AsJson, Debug, Quiet, choose_lines, messages, tell
+from qft.cli.shell import TARGET_HELP, AsJson, Debug, Quiet, choose_lines, messages, print_json, tell
 from qft.machine.environment import prepare_libraries
 
-__all__ = ["evaluate"]
+HARNESS = "A task of lm-evaluation-harness, by name or file. Repeatable."
 
 
 def evaluate(
@@ -19,10 +17,7 @@ def evaluate(
     data: Annotated[str | None, typer.Option(help="Other rows, or a plain text.")] = None,
     reference: Annotated[str | None, typer.Option(help="The target that the others are compared with.")] = None,
     metric: Annotated[list[str] | None, typer.Option(help="A task score beside the recipe's. Repeatable.")] = None,
-    harness: Annotated[
-        list[str] | None,
-        typer.Option(metavar="TASK", help="A task of lm-evaluation-harness, by name or file. Repeatable."),
-    ] = None,
+    harness: Annotated[list[str] | None, typer.Option(metavar="TASK", help=HARNESS)] = None,
     window: Annotated[int, typer.Option(min=2, help="Tokens of a window over plain text.")] = 512,
     stride: Annotated[int, typer.Option(min=1, help="Tokens from one window to the next.")] = 256,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows that are read at once.")] = 8,
@@ -55,3 +50,33 @@ def evaluate(
         )
         view = choose_lines(as_json, quiet)
         tell(run_evaluation(targets, options, view), render_comparison, as_json=as_json, quiet=quiet)
+
+
+def chat(
+    target: Annotated[str, typer.Argument(metavar="TARGET", help=TARGET_HELP, show_default=False)],
+    adapter: Annotated[Path | None, typer.Option(help="Put this adapter on a model that brings none.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Answer this alone, instead of a conversation.")] = None,
+    system: Annotated[str | None, typer.Option(help="What the system says before the conversation.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token; above, one is drawn.")] = 0.0,
+    top_p: Annotated[float | None, typer.Option(help="Draw from the most likely tokens of this share.")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of what is drawn.")] = 0,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Talk to a model: in the terminal, from a pipe (each line is a turn), or one answer to --prompt."""
+    with messages(debug, interrupted="interrupted"):
+        if as_json and prompt is None:
+            raise typer.BadParameter("--json prints one answer; give --prompt TEXT")
+        prepare_libraries()
+        from qft.commands.chat import open_session
+        from qft.commands.conversation import ChatOptions
+
+        options = ChatOptions(system, max_new_tokens, temperature, top_p, seed)
+        session = open_session(target, adapter, options, prompt, lambda text: typer.echo(text, err=True))
+        if prompt is None:
+            session.run()
+        elif as_json:
+            print_json(session.answer_json(prompt))
+        else:
+            session.say(prompt)

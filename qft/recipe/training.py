@@ -1,0 +1,275 @@
+"""What a training is asked: the sections that it reads, as frozen pydantic models that know nothing of torch.
+
+Field names follow the library that honours them: `train` those of `transformers.TrainingArguments`, `quant` those of
+`BitsAndBytesConfig` without their prefixes, `adapter` those of `peft.LoraConfig`. A field that is not listed is an
+error. `auto` is decided by the plan, never here.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+Format = Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text"]
+T = TypeVar("T")
+Many = Annotated[tuple[T, ...], Strict(False)]
+"""A YAML list, held as a tuple so that a recipe stays frozen."""
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A part of a recipe: unknown fields are errors, values are never converted, nothing changes after loading."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+    def having(self, **changes: Any) -> Self:
+        """The same section with other values, validated like the first."""
+        return self.model_validate(self.model_dump(exclude_unset=True) | {n: plain(v) for n, v in changes.items()})
+
+
+def plain(value: Any) -> Any:
+    """Sections, wherever in `value` they are, as mappings of the fields that they set."""
+    if isinstance(value, BaseModel):
+        return value.model_dump(exclude_unset=True)
+    if isinstance(value, Mapping):
+        return {name: plain(inner) for name, inner in value.items()}
+    return [plain(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+class ModelSection(Section):
+    """Which model, and how its unquantized weights are held."""
+
+    path: str = Field(min_length=1)
+    """A hub id, a local folder, a .gguf file, or package:NAME/FILE (a file that an installed Python package ships)."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model; the commit it stands for is recorded. None: the main branch."""
+    dtype: Literal[Dtype, "auto"] = "auto"
+    """Dtype of every weight that is not quantized: norms, head, embeddings, and the linears under quant.mode none.
+    auto: bfloat16 where the device has it, else float16 on a GPU; float32 when all weights are trained."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model runs. auto: the GPU if there is one, else the CPU."""
+    attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = "auto"
+    """Attention kernel, by its transformers name. auto: the one that transformers picks for the model."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off: a model that needs it is refused."""
+
+
+class QuantSection(Section):
+    """In how few bits the linear layers are held."""
+
+    preset: Literal["inference", "finetune"] | None = None
+    """Starting values that explicit fields override. inference: 4bit fp4, float32 compute, no double quantization.
+    finetune: 4bit nf4, bfloat16 compute, double quantization."""
+    mode: Literal["none", "8bit", "4bit", "custom"] = "none"
+    """none: as model.dtype says; 8bit: LLM.int8(); 4bit: the 4-bit data type of quant_type; custom: by the code of
+    plugin."""
+    plugin: str | None = Field(None, min_length=1)
+    """A Python file that registers a quantizer with transformers. It is run: name only code that you trust. Only with
+    mode custom, which needs it."""
+    quant_type: Literal["nf4", "fp4"] = "nf4"
+    """4-bit data type: nf4 (normal float, for weights that are trained on) or fp4. Only with mode 4bit."""
+    double_quant: bool = True
+    """Quantize the scaling factors too: about 0.4 bits a weight less. Only with mode 4bit."""
+    compute_dtype: Literal[Dtype, "auto"] = "auto"
+    """Dtype in which dequantized weights are multiplied. auto: model.dtype. Only with mode 4bit."""
+    quant_storage: Literal["uint8", "float16", "bfloat16", "float32"] = "uint8"
+    """Dtype of the tensors that hold the packed 4-bit weights; FSDP wants the compute dtype. Only with mode 4bit."""
+    threshold: float = Field(6.0, ge=0)
+    """Activations above this magnitude are multiplied in 16 bits (LLM.int8()'s outliers). Only with mode 8bit."""
+    skip_modules: Literal["auto"] | Many[str] = ()
+    """Names of linear layers to leave unquantized, beside the output head that is always left. auto: those whose output
+    quantizing harms most, measured on training rows before the training, within one of the budgets below."""
+    skip_budget_bits: float | None = Field(None, gt=0)
+    """Bits that a linear weight may take more on average, for skip_modules auto."""
+    skip_budget_bytes: int | None = Field(None, ge=1)
+    """Bytes that the linear layers may take more in all, for skip_modules auto."""
+
+    @property
+    def named_skips(self) -> tuple[str, ...]:
+        """skip_modules, none as long as auto is to choose them."""
+        return () if self.skip_modules == "auto" else self.skip_modules
+
+
+class AdapterSection(Section):
+    """What is trained on top of the base weights."""
+
+    kind: Literal["lora", "none"] = "lora"
+    """lora: low-rank adapters; none: all weights, of an unquantized model."""
+    r: int = Field(16, ge=1)
+    """Rank of the update matrices."""
+    lora_alpha: float = Field(16.0, gt=0)
+    """The update is scaled by lora_alpha / r (lora_alpha / sqrt(r) with use_rslora)."""
+    lora_dropout: Fraction = 0.0
+    """Dropout probability in front of the update."""
+    target_modules: str | Many[str] = "all-linear"
+    """all-linear (every linear layer but the head), a list of layer names, or one regular expression."""
+    exclude_modules: str | Many[str] | None = None
+    """Layer names, or one regular expression, to leave out of target_modules."""
+    layers_to_transform: Many[int] | None = None
+    """Indices of the blocks that get adapters. None: all. Needs target_modules as a list."""
+    use_rslora: bool = False
+    """Rank-stabilised scaling (arXiv:2312.03732)."""
+    use_dora: bool = False
+    """Weight-decomposed update (arXiv:2402.09353)."""
+    init_lora_weights: Annotated[str, Field(pattern=r"^(default|gaussian|olora|loftq|pissa(_niter_[0-9]+)?)$")] = (
+        "default"
+    )
+    """default (B is zero), gaussian, loftq (starts from the quantization error; mode 4bit only),
+    or pissa, pissa_niter_N, olora (these change the base weights; mode none only)."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Which biases are trained."""
+    modules_to_save: Many[str] = ()
+    """Modules trained in full and saved with the adapter, such as embed_tokens and lm_head."""
+
+
+class Source(Section):
+    """One place where rows come from."""
+
+    path: str = Field(min_length=1)
+    """A local .jsonl, .json, .csv, .parquet, .txt or .md file, or a hub dataset id."""
+    format: Format = "auto"
+    """Format of this source's rows. auto: data.format."""
+    weight: float = Field(1.0, gt=0)
+    """How many times the rows count in one epoch: 0.5 takes a random half, 2 takes each row twice."""
+    name: str | None = None
+    """Configuration of a hub dataset."""
+    split: str = "train"
+    """Split of a hub dataset."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub dataset."""
+    sample_by: Literal["line", "paragraph", "document"] = "line"
+    """What one row of a text file is."""
+
+
+def _as_sources(value: Any) -> Any:
+    """A path, one source or a list of either, as a list of sources."""
+    if value is None:
+        return []
+    items = value if isinstance(value, list | tuple) else [value]
+    return [{"path": item} if isinstance(item, str) else item for item in items]
+
+
+Sources = Annotated[
+    tuple[Source, ...],
+    Field(strict=False),
+    BeforeValidator(_as_sources, json_schema_input_type=str | Source | list[str | Source] | None),
+]
+
+
+class DataSection(Section):
+    """What is learnt from."""
+
+    train: Sources = ()
+    """Training rows: a path, one source ({path, format, weight, …}), or a list of either."""
+    eval: Sources = ()
+    """Held-out rows, in the same form."""
+    eval_fraction: Fraction = 0.0
+    """Share of the training rows to hold out instead of eval, drawn with the recipe's seed."""
+    format: Format = "auto"
+    """How rows are laid out. auto: seen from the first row's fields, and shown."""
+    max_length: Literal["auto"] | Annotated[int, Field(ge=2)] = "auto"
+    """Longest row, in tokens. auto: 2048, or what the model was built for where that is less."""
+    on_too_long: Literal["stop", "skip", "truncate"] = "stop"
+    """What happens to a row of more than max_length tokens; skipped and truncated rows are counted."""
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    """What happens to a row that cannot be read; skipped rows are counted."""
+    loss_on: Literal["assistant", "all"] = "assistant"
+    """Which tokens are learnt: the assistant's turns with their end-of-turn token, or every token."""
+    chat_template: str | None = None
+    """A Jinja file to use instead of the model's own chat template, or for a model that has none."""
+    num_proc: int = Field(1, ge=1)
+    """Processes that tokenize."""
+
+
+class TrainSection(Section):
+    """How it is learnt, by the names of transformers.TrainingArguments."""
+
+    per_device_train_batch_size: int = Field(1, ge=1)
+    """Rows in one forward pass."""
+    per_device_eval_batch_size: int = Field(4, ge=1)
+    """Rows in one forward pass of an evaluation."""
+    gradient_accumulation_steps: int = Field(8, ge=1)
+    """Forward passes in one optimizer step; the loss is averaged over all their tokens."""
+    num_train_epochs: float = Field(1.0, gt=0)
+    """Passes over the data; max_steps, if it is set, takes precedence."""
+    max_steps: int = Field(-1, ge=-1)
+    """Optimizer steps in all. -1: as num_train_epochs says."""
+    learning_rate: float = Field(2e-4, gt=0)
+    """Peak learning rate."""
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
+    ] = "linear"
+    """Shape of the learning rate after the warm-up."""
+    warmup_steps: float = Field(0.03, ge=0)
+    """Warm-up: optimizer steps if 1 or more, else a share of all steps."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay."""
+    adam_beta1: Fraction = 0.9
+    """Decay of the first moment."""
+    adam_beta2: Fraction = 0.999
+    """Decay of the second moment."""
+    adam_epsilon: float = Field(1e-8, gt=0)
+    """Added to the denominator of the update."""
+    max_grad_norm: float = Field(1.0, ge=0)
+    """Gradients are scaled down to this norm. 0: never."""
+    optim: Literal[
+        "adamw_torch",
+        "adamw_torch_fused",
+        "adamw_8bit",
+        "paged_adamw_8bit",
+        "paged_adamw_32bit",
+        "lion_8bit",
+        "lion_32bit",
+        "adafactor",
+        "sgd",
+    ] = "adamw_torch"
+    """Optimizer. The 8bit and paged ones are bitsandbytes'."""
+    bf16: bool | Literal["auto"] = "auto"
+    """Mixed precision in bfloat16. auto: on where the device has it, unless fp16 is on or the weights are float32 by
+    request."""
+    fp16: bool = False
+    """Mixed precision in float16 with loss scaling; GPU only."""
+    tf32: bool | Literal["auto"] = "auto"
+    """TensorFloat-32 in float32 matrix products. auto: on where the GPU has it (compute capability 8.0)."""
+    gradient_checkpointing: bool = False
+    """Keep only each block's input and compute the rest again in the backward pass (non-reentrant)."""
+    torch_compile: bool = False
+    """Compile the model; an unquantized one only."""
+    neftune_noise_alpha: float | None = Field(None, gt=0)
+    """Noise added to the embeddings (arXiv:2310.05914). None: none."""
+    label_smoothing_factor: Fraction = 0.0
+    """Share of the target probability spread over all tokens."""
+    train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = "random"
+    """Order of the rows in an epoch."""
+    dataloader_num_workers: int = Field(0, ge=0)
+    """Processes that prepare batches. 0: the training process."""
+    dataloader_pin_memory: bool | Literal["auto"] = "auto"
+    """Page-locked host memory for copies to a GPU. auto: on with a GPU."""
+    logging_steps: int = Field(1, ge=1)
+    """Optimizer steps between two log entries."""
+    eval_strategy: Literal["no", "steps", "epoch"] = "no"
+    """When to evaluate, beside once before and once after the training."""
+    eval_steps: int | None = Field(None, ge=1)
+    """Optimizer steps between two evaluations, with eval_strategy steps."""
+    save_strategy: Literal["no", "steps", "epoch"] = "epoch"
+    """When to write a checkpoint."""
+    save_steps: int = Field(500, ge=1)
+    """Optimizer steps between two checkpoints, with save_strategy steps."""
+    save_total_limit: int | None = Field(2, ge=1)
+    """Checkpoints to keep. None: all."""
+    load_best_model_at_end: bool = False
+    """Hand over the checkpoint with the lowest eval loss instead of the last one."""
+    early_stopping_patience: int | None = Field(None, ge=1)
+    """Stop after this many evaluations without a lower eval loss. Needs load_best_model_at_end."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What happens before an update whose loss or gradient norm is NaN or infinite: the run stops and names the rows,
+    or the update is skipped and counted."""
+    full_determinism: bool = False
+    """Deterministic kernels everywhere: slower, and repeatable to the bit."""
+    report_to: Many[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = ("tensorboard",)
+    """Where the curves are sent as well."""
+    run_name: str | None = None
+    """Name of the run there. None: the name of output_dir."""

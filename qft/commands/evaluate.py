@@ -27,7 +27,7 @@ from qft.measure.speed import decode_speed, prefill_speed
 from qft.measure.statistics import interval
 from qft.memory.guard import memory_guard
 from qft.memory.meter import Meter, weight_bytes
-from qft.model.target import Target, load_target, parse_target
+from qft.model.target import Target, load_target, parse_target, split_variant
 from qft.plan import ModelPlan
 from qft.plan.packages import missing_packages
 from qft.progress import View
@@ -122,7 +122,7 @@ def evaluate(names: Sequence[str], options: EvalOptions, view: View) -> EvalDocu
 
 def _smaller(plan: ModelPlan, recipe: Recipe, options: EvalOptions) -> Iterator[str]:
     """What lets the evaluation of a target take less."""
-    if plan.scheme.name in ("none", "8bit"):
+    if plan.scheme.above_4_bits:
         yield "hold the base in 4 bits (TARGET@nf4)"
     for name, rows in [("--batch-size", options.batch_size), ("eval.batch_size", recipe.eval.batch_size)]:
         if rows > 1:
@@ -311,6 +311,7 @@ def _write(out: Path, document: EvalDocument, measured: Sequence[_Measured], eva
 
 
 def default_out(names: Sequence[str]) -> Path | None:
-    """Where results go unless the user says: into the first run among the targets."""
-    runs = [Path(name.rpartition("@")[0] or name) for name in names]
+    """Where results go unless the user says: into the first run among the targets.
+    Raises RecipeError for a variant that is none."""
+    runs = (Path(split_variant(name)[0]) for name in names)
     return next((run / "eval" for run in runs if Run(run).manifest()), None)

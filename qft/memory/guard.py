@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import torch
 
 from qft.errors import OutOfMemoryError
+from qft.quant.hold import Scheme
 from qft.recipe import Recipe
 from qft.recipe.schema import CalibrateSection
 
@@ -23,17 +24,17 @@ def memory_guard(what: str, remedies: Iterable[str]) -> Iterator[None]:
         raise OutOfMemoryError(_message(what, remedies, error)) from error
 
 
-def smaller_base(recipe: Recipe, scheme: str) -> Iterator[str]:
+def smaller_base(recipe: Recipe, scheme: Scheme) -> Iterator[str]:
     """What lets a base, held by `scheme`, take less."""
     if recipe.adapter.kind == "none":
         yield "train adapters instead of all weights (adapter.kind: lora)"
-    elif scheme in ("none", "8bit"):
+    elif scheme.above_4_bits:
         yield "hold the base in 4 bits (quant.mode: 4bit)"
-    elif scheme == "4bit" and not recipe.quant.double_quant:
+    elif scheme.quant_type and not recipe.quant.double_quant:
         yield "set quant.double_quant: true"
 
 
-def smaller_training(recipe: Recipe, scheme: str) -> Iterator[str]:
+def smaller_training(recipe: Recipe, scheme: Scheme) -> Iterator[str]:
     """What lets a training take less. A base that was loaded has its place: it is the activations that grow."""
     train = recipe.train
     if recipe.adapter.kind == "none":

@@ -26,7 +26,7 @@ def attach_adapter(model: PreTrainedModel, plan: Plan) -> PeftModel | PreTrained
         model.enable_input_require_grads()
     if plan.lora is None:
         return model.requires_grad_(True)
-    with memory_guard("attaching the adapters", smaller_base(plan.recipe, plan.model.scheme.name)):
+    with memory_guard("attaching the adapters", smaller_base(plan.recipe, plan.model.scheme)):
         adapted = get_peft_model(model, LoraConfig(**plan.lora))
         if plan.model.checkpoint.gguf_file:
             # Else peft would ask the hub for the base's config at each checkpoint.

@@ -13,7 +13,7 @@ from qft.plan import ModelPlan
 
 def load_base(plan: ModelPlan) -> PreTrainedModel:
     """The base model on its device, quantized as planned, its other weights in plan.dtype."""
-    with memory_guard("loading the model", smaller_base(plan.recipe, plan.scheme.name)):
+    with memory_guard("loading the model", smaller_base(plan.recipe, plan.scheme)):
         try:
             model = _load(plan)
         except (ValueError, OSError, ImportError, KeyError) as error:

@@ -63,11 +63,7 @@ class Target:
 def parse_target(text: str, *, adapter: Path | None, data: str | None) -> Target:
     """Tell what `text` names. Raises RecipeError, or MissingError for what is not there. `adapter` is put on a model
     that brings none; `data` stands in for the recipe that a model has not."""
-    path, at, variant = text.rpartition("@")
-    if not at or variant not in VARIANTS:
-        if at and "/" not in variant and not Path(text).exists():
-            raise RecipeError(f"{text}: {variant} is none of the variants {', '.join(VARIANTS)}")
-        path, variant = text, ""
+    path, variant = split_variant(text)
     if file := _exported_gguf(Path(path)):
         path, variant = str(file), variant or LLAMACPP
     if variant == LLAMACPP:
@@ -92,6 +88,16 @@ def parse_target(text: str, *, adapter: Path | None, data: str | None) -> Target
         variant=variant,
         rows=run.rows if is_run and run.rows.is_file() else None,
     )
+
+
+def split_variant(text: str) -> tuple[str, str]:
+    """The path that `text` names, and its variant, empty without one. Raises RecipeError for a variant that is none."""
+    path, at, variant = text.rpartition("@")
+    if at and variant in VARIANTS:
+        return path, variant
+    if at and "/" not in variant and not Path(text).exists():
+        raise RecipeError(f"{text}: {variant} is none of the variants {', '.join(VARIANTS)}")
+    return text, ""
 
 
 def load_target(target: Target, plan: ModelPlan) -> Any:

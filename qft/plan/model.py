@@ -49,7 +49,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """What `qft.models.load_base` needs to know."""
+    """What `qft.model.load.load_base` needs to know."""
 
     loaded: LoadedRecipe
     device: Device
@@ -129,7 +129,7 @@ def device_problems(recipe: Recipe, device: Device) -> Iterator[Problem]:
         remedy = f"{device.name} has no bfloat16; use float16 or float32"
         if model.dtype == "bfloat16":
             yield "model.dtype", remedy
-        if recipe.quant.mode == "4bit" and recipe.quant.compute_dtype == "bfloat16":
+        if recipe.quant.compute_dtype == "bfloat16":
             yield "quant.compute_dtype", remedy
     if device.kind == "cpu" and attention.startswith("flash"):
         yield "model.attn_implementation", f"{attention} needs a GPU; use sdpa"

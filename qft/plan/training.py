@@ -129,7 +129,7 @@ def _training_problems(recipe: Recipe, device: Device) -> Iterator[Problem]:
 def _lora_arguments(recipe: Recipe) -> dict[str, Any]:
     adapter = recipe.adapter
     arguments: dict[str, Any] = {n: list(v) if isinstance(v, tuple) else v for n, v in adapter if n != "kind"}
-    # loftq starts from the error of our own quantization, so models.py sets it once the weights are there.
+    # loftq starts from the error of our own quantization, so model/adapter.py sets it once the weights are there.
     known = {"default": True, "loftq": True}
     arguments["init_lora_weights"] = known.get(adapter.init_lora_weights, adapter.init_lora_weights)
     arguments["modules_to_save"] = list(adapter.modules_to_save) or None
@@ -173,5 +173,4 @@ def _training_arguments(recipe: Recipe, device: Device) -> dict[str, Any]:
 def _mixed_bf16(recipe: Recipe, device: Device) -> bool:
     if recipe.train.bf16 != "auto":
         return recipe.train.bf16
-    computes_float32 = recipe.quant.mode == "4bit" and recipe.quant.compute_dtype == "float32"
-    return device.bf16 and not (recipe.train.fp16 or computes_float32 or recipe.model.dtype == "float32")
+    return device.bf16 and not (recipe.train.fp16 or "float32" in (recipe.quant.compute_dtype, recipe.model.dtype))

@@ -1,6 +1,6 @@
 """Every engine of `qft calibrate`: one row each, free of torch, and the only place that tells engines apart by name."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -100,6 +100,11 @@ CATALOGUE: dict[str, EngineRow] = {
 """By calibrate.engine."""
 
 
-def block_engines(writes: str) -> Iterator[str]:
-    """Names of the engines that take single blocks and write this format."""
-    return (name for name, row in CATALOGUE.items() if row.writes == writes and not row.whole_model)
+def export_problem(engine: str, writes: str) -> str | None:
+    """Why an export of this format cannot be made by the engine; None if it can: it goes block by block."""
+    able = [name for name, row in CATALOGUE.items() if row.writes == writes and not row.whole_model]
+    if engine in able:
+        return None
+    own = CATALOGUE[engine].writes != writes
+    why = f"writes its own format, not {writes}" if own else "quantizes whole models, by `qft calibrate` alone"
+    return f"{engine} {why}: use {' or '.join(able)}"

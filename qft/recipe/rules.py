@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterator
 
-from qft.recipe.catalogue import CATALOGUE, block_engines
+from qft.recipe.catalogue import CATALOGUE, export_problem
 from qft.recipe.presets import PRESETS
 from qft.recipe.schema import AcceptSection, CalibrateSection, Recipe
 from qft.recipe.training import AdapterSection, QuantSection
@@ -34,8 +34,10 @@ def broken_rules(recipe: Recipe, given: Callable[[str], bool]) -> Iterator[Probl
     yield from _eval_rules(recipe)
     if recipe.adapter.kind == "none" and "adapter" in recipe.export.target:
         yield "export.target", "adapter: there is none with adapter.kind none; export merged, or a quantized form"
-    if "compressed-tensors" in recipe.export.target and recipe.calibrate:
-        yield from _compressed_rules(recipe.calibrate)
+    if recipe.calibrate and "compressed-tensors" in recipe.export.target:
+        problem = export_problem(recipe.calibrate.engine, "compressed-tensors")
+        if problem:
+            yield "calibrate.engine", f"for export.target, {problem}"
     if recipe.calibrate:
         yield from _calibrate_rules(recipe.calibrate, recipe)
 
@@ -185,13 +187,6 @@ def _scheme_rules(calibrate: CalibrateSection) -> Iterator[Problem]:
         yield "calibrate.group_size", "8-bit products need one scale a row: set it to auto or -1"
     if calibrate.activations != "none" and not calibrate.symmetric:
         yield "calibrate.symmetric", "8-bit products of activations need weights without a zero point: set it to true"
-
-
-def _compressed_rules(calibrate: CalibrateSection) -> Iterator[Problem]:
-    able = [*block_engines("compressed-tensors")]
-    if calibrate.engine not in able:
-        text = f"{calibrate.engine} writes its own format, not compressed-tensors (export.target): "
-        yield "calibrate.engine", f"{text}use {' or '.join(able)}"
 
 
 def _eval_rules(recipe: Recipe) -> Iterator[Problem]:

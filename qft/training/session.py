@@ -31,7 +31,7 @@ def train_model(run: Run, recorder: Recorder, *, resume: bool) -> Path:
         recorder.loaded(model)
         # Under autocast a LoRA layer need not cast its input to float32 first, which would be kept for backward.
         mixed = plan.training["bf16"] or plan.training["fp16"]
-        remedies = smaller_training(plan.recipe, plan.model.scheme.name)
+        remedies = smaller_training(plan.recipe, plan.model.scheme)
         with memory_guard("training", remedies), disable_input_dtype_casting(model, active=mixed):
             held_out = HeldOut(trainer, run)
             held_out.evaluate("before") if checkpoint is None else held_out.recall("before")

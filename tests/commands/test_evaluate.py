@@ -16,7 +16,7 @@ import torch
 from jsonschema import Draft202012Validator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qft.commands.evaluate import EvalOptions, evaluate
+from qft.commands.evaluate import EvalOptions, default_out, evaluate
 from qft.commands.train import train
 from qft.data.prepare import prepare
 from qft.documents.evaluation import EvalDocument
@@ -319,6 +319,12 @@ def test_the_command_prints_tables_or_one_document(run_folder: Path, tmp_path: P
     Draft202012Validator(json.loads(qft("schema", "eval").stdout)).validate(document)
     assert document["targets"][0]["name"] == str(run_folder)
     assert qft("eval", tmp_path / "nowhere", "--data", "x.txt").exit_code == 3
+
+
+def test_results_go_into_the_run_whatever_its_folder_is_called(run_folder: Path, tmp_path: Path) -> None:
+    named = Path(shutil.copytree(run_folder, tmp_path / "first@home"))
+    for target in (str(named), f"{named}@nf4"):
+        assert default_out(["model.gguf", target]) == named / "eval"
 
 
 def test_options_have_the_defaults_of_the_command_line() -> None:

@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -25,7 +25,7 @@ from qft import registry as versions
 from qft.documents.export import ExportDocument
 from qft.errors import GateError
 from qft.export import EXPORTERS, ExportOptions, export
-from qft.export.gate.verify import Reference, judge, reference
+from qft.export.gate.verify import Reference, judge
 from qft.export.job import Job
 from qft.files import sha256
 from qft.model.target import load_target
@@ -284,13 +284,6 @@ BROKEN: dict[str, tuple[Callable[[Path, Path], None], set[str]]] = {
     "another end of turn": (other_eos, {"eos_token_id"}),
     "a file that is cut": (cut_file, {"loads"}),
 }
-
-
-@pytest.fixture(scope="module")
-def asked(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Job, Reference]]:
-    job = job_of(run)
-    with reference(job, tmp_path_factory.mktemp("scratch")) as expected:
-        yield job, expected
 
 
 @pytest.fixture(scope="module")

@@ -16,25 +16,18 @@ import torch
 
 from qft.commands.evaluate import EvalOptions, evaluate
 from qft.export import export
-from qft.export.gate.verify import Reference, judge, reference
+from qft.export.gate.verify import Reference, judge
 from qft.export.job import Job
 from qft.gguf.file import read_gguf
 from qft.gguf.modelfile import find_turns, modelfile
 from qft.progress import View
 from tests.support.cli import qft
-from tests.support.exports import job_of, options, refusal
+from tests.support.exports import options, refusal
 from tests.support.models import CHATML, byte_tokenizer, tiny_llama
 from tests.support.runs import trained
 from tests.support.tasks import answer_task, choice_task, text_task
 
 pytest.importorskip("cyllama", reason="needs llama.cpp (pip install 'qft[llamacpp]')")
-
-
-@pytest.fixture(scope="module")
-def asked(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Job, Reference]]:
-    job = job_of(run)
-    with reference(job, tmp_path_factory.mktemp("scratch")) as expected:
-        yield job, expected
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from qft.memory.meter import weight_bytes
 from qft.model.adapter import attach_adapter
 from qft.model.load import load_base
 from qft.plan import make_plan
+from qft.quant.hold import find_scheme
 from qft.recipe import load
 from qft.recipe.schema import EvalSection
 from tests.support.models import PACKAGE_MODEL, byte_tokenizer, tiny_llama, write_remote_code_model
@@ -195,7 +196,8 @@ def test_a_row_is_as_long_as_the_model_takes_where_nobody_says(
 
 
 def test_running_out_of_memory_is_one_message_with_remedies(recipe_file: RecipeFile) -> None:
-    remedies = smaller_training(load(recipe_file()).recipe, "4bit")
+    recipe = load(recipe_file()).recipe
+    remedies = smaller_training(recipe, find_scheme(recipe.quant, {}, "float32", ()))
     with (
         pytest.raises(OutOfMemoryError, match=r"while training.*per_device_train_batch_size"),
         memory_guard("training", remedies),
@@ -230,23 +232,26 @@ def test_of_an_allocators_failure_the_first_sentence_is_told(error: Exception, f
 
 
 def test_what_the_recipe_has_done_is_no_remedy(recipe_file: RecipeFile) -> None:
-    def remedies(scheme: str, **sections: Any) -> list[str]:
+    def remedies(checkpoint: dict[str, Any] | None = None, **sections: Any) -> list[str]:
         recipe = load(recipe_file(**sections)).recipe
+        scheme = find_scheme(recipe.quant, checkpoint or {}, "float32", ())
         return [re.findall(r"[a-z]+\.[a-z_0-9]+", text)[0] for text in smaller_training(recipe, scheme)]
 
     checkpointing, batch = "train.gradient_checkpointing", "train.per_device_train_batch_size"
-    assert remedies("4bit") == [checkpointing, batch, "data.max_length"]
+    assert remedies() == [checkpointing, batch, "data.max_length"]
     small = {"gradient_checkpointing": True, "per_device_train_batch_size": 1}
-    assert remedies("4bit", train=small) == ["data.max_length"]
+    assert remedies(train=small) == ["data.max_length"]
     once = {"mode": "4bit", "double_quant": False, "preset": ...}
-    assert remedies("4bit", train=small, quant=once) == ["quant.double_quant", "data.max_length"]
-    assert remedies("8bit", train=small, quant={"mode": "8bit", "preset": ...}) == ["quant.mode", "data.max_length"]
+    assert remedies(train=small, quant=once) == ["quant.double_quant", "data.max_length"]
+    assert remedies(train=small, quant={"mode": "8bit", "preset": ...}) == ["quant.mode", "data.max_length"]
     whole = {"quant": None, "adapter": {"kind": "none", "r": ...}}
-    assert remedies("none", train=small, **whole) == ["adapter.kind", "train.optim", "data.max_length"]
-    assert "train.optim" not in remedies("none", train={"optim": "adamw_8bit"}, **whole)
-    assert not list(smaller_base(load(recipe_file()).recipe, "4bit"))
+    assert remedies(train=small, **whole) == ["adapter.kind", "train.optim", "data.max_length"]
+    assert "train.optim" not in remedies(train={"optim": "adamw_8bit"}, **whole)
+    recipe = load(recipe_file()).recipe
+    assert not list(smaller_base(recipe, find_scheme(recipe.quant, {}, "float32", ())))
     # A checkpoint that comes quantized cannot be held in 4 bits by the recipe.
-    assert remedies("gptq", train=small, quant=None) == ["data.max_length"]
+    for checkpoint in ({"quant_method": "gptq"}, {"quant_method": "bitsandbytes", "load_in_8bit": True}):
+        assert remedies(checkpoint, train=small, quant=None) == ["data.max_length"]
 
 
 def test_answers_come_in_batches_and_end_at_the_limit(recipe_file: RecipeFile, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from qft.calibration.whole import WHOLE_ENGINES
 from qft.quant.engines import ENGINES, find_engine
 from qft.quant.layer import LayerScheme
-from qft.recipe.catalogue import CATALOGUE, SCHEME_FIELDS, block_engines
+from qft.recipe.catalogue import CATALOGUE, SCHEME_FIELDS, export_problem
 from qft.recipe.schema import CalibrateSection
 
 
@@ -45,4 +45,10 @@ def test_windows_are_looked_at_as_the_row_says() -> None:
     assert needs["autoround"] == needs["llmcompressor"] == [True, True]
     assert needs["rtn"] == [False, True]
     assert needs["custom"] == [False, False]
-    assert [*block_engines("compressed-tensors")] == ["autoround", "rtn"]
+
+
+def test_an_export_is_made_by_the_engines_that_write_its_format_block_by_block() -> None:
+    problems = {name: export_problem(name, "compressed-tensors") for name in CATALOGUE}
+    assert {name for name, problem in problems.items() if problem is None} == {"autoround", "rtn"}
+    assert "writes its own format" in str(problems["torchao"])
+    assert "whole models" in str(problems["llmcompressor"])

@@ -30,10 +30,10 @@ from qft.documents.training import (
 )
 from qft.measure.scores import Answer
 from qft.views.html.page import Asked, evaluation_page, side_by_side, training_page
+from tests.support.reports import GIB, report
 
 pytestmark = pytest.mark.pictures
 
-GIB = 2**30
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 Given = dict[str, tuple[str | None, bool | None]]
 EVIL = "<script>alert('ö量😀')</script> & \"q\" $x$"
@@ -48,45 +48,21 @@ def training(steps: int = 40, **changes: Any) -> Report:
     loss = [1 + math.exp(-n / 10) for n in numbers]
     before = Evaluation(step=0, loss=2.5, perplexity=12.18, tokens=900, rows=30, scores={"exact_match": 0.1})
     after = Evaluation(step=steps, loss=1.2, perplexity=3.32, tokens=900, rows=30, scores={"exact_match": 0.8})
-    fields: dict[str, Any] = {
-        "run": "runs/first",
-        "result": "runs/first/adapter",
-        "model": ModelPart(
-            path="org/model",
-            architecture="LlamaForCausalLM",
-            device="GPU",
-            scheme="4bit",
-            quant_type="nf4",
-            dtype="bfloat16",
-            parameters=8_000_000_000,
-            trainable_parameters=40_000_000,
-            trainable_share=0.005,
-            bits_per_weight=5.3,
-        ),
-        "throughput": Throughput(
-            tokens_per_second=6123,
-            samples_per_second=3,
-            step_seconds_p50=1,
-            step_seconds_p95=1.1,
-            padding_share=0.1,
-            history=[(n, 6000.0 + n) for n in numbers],
-        ),
-        "phases": Phases(data=0.05, forward=0.3, backward=0.6, optimizer=0.05),
-        "memory": memory(history=[(n, 7 * GIB, 18 * GIB) for n in numbers]),
-        "loss": Loss(
-            first=2.0, last=1.0, lowest=0.9, spikes=0, history=[(n, x, 1e-4, 0.5) for n, x in enumerate(loss, 1)]
-        ),
-        "eval": Evaluations(before=before, after=after),
-        "lengths": [(50, 10), (100, 20), (150, 0), (200, 3)],
-        "steps": steps,
-        "skipped_steps": 0,
-        "samples": 60,
-        "tokens": 6000,
-        "supervised_tokens": 3000,
-        "wall_seconds": 60,
-        "advice": ["Take fewer steps."],
-    }
-    return Report(**fields | changes)
+    made = report(
+        run="runs/first",
+        result="runs/first/adapter",
+        throughput__tokens_per_second=6123,
+        throughput__padding_share=0.1,
+        throughput__history=[(n, 6000.0 + n) for n in numbers],
+        phases=Phases(data=0.05, forward=0.3, backward=0.6, optimizer=0.05),
+        memory=memory(history=[(n, 7 * GIB, 18 * GIB) for n in numbers]),
+        loss__history=[(n, x, 1e-4, 0.5) for n, x in enumerate(loss, 1)],
+        eval=Evaluations(before=before, after=after),
+        lengths=[(50, 10), (100, 20), (150, 0), (200, 3)],
+        steps=steps,
+        advice=["Take fewer steps."],
+    )
+    return made.model_copy(update=changes)
 
 
 def memory(**changes: Any) -> Memory:

@@ -11,7 +11,7 @@ from qft.export.job import Job
 from qft.export.targets.base import Exporter, Limits
 from qft.export.targets.merged import Merged, merged_folder
 from qft.plan import plan_calibration, plan_folder
-from qft.recipe.catalogue import block_engines
+from qft.recipe.catalogue import export_problem
 from qft.recipe.schema import CalibrateSection
 
 
@@ -67,10 +67,8 @@ class CompressedTensors(Quantized):
         return f"{self.format} {kind}"
 
     def section(self, job: Job) -> CalibrateSection:
-        """As the recipe calibrates. Raises RecipeError for an engine that writes another format."""
+        """As the recipe calibrates. Raises RecipeError for an engine that cannot."""
         section = job.loaded.recipe.calibrate or self.rounding
-        able = [*block_engines(self.format)]
-        if section.engine not in able:
-            text = f"{section.engine} writes its own format, not compressed-tensors: use {' or '.join(able)}"
-            raise RecipeError(job.loaded.problem("calibrate.engine", text))
+        if problem := export_problem(section.engine, self.format):
+            raise RecipeError(job.loaded.problem("calibrate.engine", problem))
         return section

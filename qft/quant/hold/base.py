@@ -51,6 +51,11 @@ class Scheme:
         return None
 
     @property
+    def above_4_bits(self) -> bool:
+        """Whether quant.mode could have the weights held in fewer bits than they are."""
+        return False
+
+    @property
     def compute_dtype(self) -> str:
         """In which weights are multiplied."""
         return self.dtype
@@ -66,7 +71,11 @@ class Scheme:
 
     def words(self) -> str:
         """`4bit nf4, double quantization, computed in bfloat16, not lm_head`"""
-        return ", ".join([self.name, *([f"not {', '.join(self.skipped)}"] if self.skipped else [])])
+        return ", ".join([*self.details(), *([f"not {', '.join(self.skipped)}"] if self.skipped else [])])
+
+    def details(self) -> list[str]:
+        """Of `words`, what is said of the layers that are held so."""
+        return [self.name]
 
     def config(self) -> dict[str, Any]:
         """Arguments of transformers' quantization config for unquantized weights."""

@@ -59,10 +59,9 @@ class Bnb4Bit(Scheme):
     def short_words(self) -> str:
         return f"4 bits ({self.quant_type})"
 
-    def words(self) -> str:
+    def details(self) -> list[str]:
         double = ["double quantization"] if self.double_quant else []
-        left = [f"not {', '.join(self.skipped)}"] if self.skipped else []
-        return ", ".join([f"4bit {self.quant_type}", *double, f"computed in {self.compute_dtype}", *left])
+        return [f"4bit {self.quant_type}", *double, f"computed in {self.compute_dtype}"]
 
     def config(self) -> dict[str, Any]:
         return {

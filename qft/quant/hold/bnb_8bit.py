@@ -34,6 +34,10 @@ class Bnb8Bit(Scheme):
         return LayerScheme("int", 8, activations="dynamic", threshold=self.threshold)
 
     @property
+    def above_4_bits(self) -> bool:
+        return not self.checkpoint  # one that comes quantized stays as it is
+
+    @property
     def weight_format(self) -> str:
         return "bnb-8bit"
 

@@ -18,6 +18,10 @@ class Unquantized(Scheme):
         return cls("none", dtype)
 
     @property
+    def above_4_bits(self) -> bool:
+        return True
+
+    @property
     def weight_format(self) -> str:
         return "16-bit"
 

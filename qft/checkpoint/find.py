@@ -15,7 +15,7 @@ from transformers import __version__ as transformers_version
 
 from qft.checkpoint.gguf_file import gguf_config, gguf_tokenizer
 from qft.documents.manifest import Base
-from qft.errors import MissingError, ModelError, first_line
+from qft.errors import DataError, MissingError, ModelError, first_line
 from qft.files import sha256
 from qft.recipe import Recipe
 
@@ -97,7 +97,10 @@ def load_tokenizer(checkpoint: Checkpoint, recipe: Recipe) -> PreTrainedTokenize
         template = Path(recipe.data.chat_template)
         if not template.is_file():
             raise MissingError(f"data.chat_template: {template} does not exist")
-        tokenizer.chat_template = template.read_text("utf-8")
+        try:
+            tokenizer.chat_template = template.read_text("utf-8-sig")
+        except UnicodeDecodeError:
+            raise DataError(f"data.chat_template: {template}: not UTF-8 text") from None
     return tokenizer
 
 

@@ -36,7 +36,13 @@ def init(
         typer.echo(f"{path} written; next: qft check {quote(str(path))}")
 
 
-def check(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False, debug: Debug = False) -> None:
+def check(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    show: Annotated[int, typer.Option("--show", min=0, help="Rows of each source to print, token by token.")] = 0,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
     """Say what a recipe would do, and whether it can, before anything is loaded."""
     with messages(debug):
         from qft.recipe import load
@@ -46,7 +52,7 @@ def check(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = Fal
         from qft.commands.check import planned
         from qft.views.terminal.plan import render_plan
 
-        tell(planned(loaded), render_plan, as_json=as_json)
+        tell(planned(loaded, show), render_plan, as_json=as_json)
 
 
 def train(

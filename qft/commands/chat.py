@@ -14,10 +14,7 @@ from transformers import set_seed
 from qft.commands.conversation import ChatOptions, Conversation, Reply
 from qft.errors import DataError, QftError, RecipeError, RunError
 from qft.model.target import load_target, parse_target
-
-CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
-CONTROLS |= {127: 0x2421} | dict.fromkeys(range(128, 160), 0xFFFD)
-"""What to show for the characters by which a text could command a terminal."""
+from qft.views.words import CONTROLS
 
 HELP = """\
 /reset        forget all turns; what the system says stays

@@ -1,18 +1,27 @@
 """`qft check`: Recipe -> Plan, and no further."""
 
 from qft.commands.calibrate import find_plan
+from qft.data.shown import shown_rows
 from qft.documents.plan import CalibrationCheck, PlanDocument
 from qft.measure.harness import asked_tasks, check_tasks
 from qft.plan import make_plan
 from qft.recipe import LoadedRecipe
 
 
-def planned(loaded: LoadedRecipe) -> PlanDocument | CalibrationCheck:
-    """The plan of the training, and within it that of the calibration; of what the recipe has sections for."""
+def planned(loaded: LoadedRecipe, show: int = 0) -> PlanDocument | CalibrationCheck:
+    """The plan of the training, and within it that of the calibration; of what the recipe has sections for. With the
+    first `show` rows of each source."""
     check_tasks(asked_tasks(loaded))
-    calibrates = loaded.recipe.calibrate is not None
-    if calibrates and not any(loaded.has(section) for section in ("train", "adapter", "quant")):
-        return CalibrationCheck(calibration=find_plan(loaded)[0].document())
+    calibrate = loaded.recipe.calibrate
+    if calibrate and not any(loaded.has(section) for section in ("train", "adapter", "quant")):
+        calibration = find_plan(loaded)[0]
+        rows = shown_rows(calibration.data.prepared, calibration.model.tokenizer, show)
+        return CalibrationCheck(calibration=calibration.document(), shown=rows)
     plan = make_plan(loaded)
-    calibration = find_plan(loaded, plan.data)[0].document() if calibrates else None
-    return plan.document().model_copy(update={"calibration": calibration})
+    shown = shown_rows(plan.data, plan.model.tokenizer, show)
+    if not calibrate:
+        return plan.document().model_copy(update={"shown": shown})
+    calibration = find_plan(loaded, plan.data)[0]
+    if calibrate.data:
+        shown += shown_rows(calibration.data.prepared, calibration.model.tokenizer, show)
+    return plan.document().model_copy(update={"calibration": calibration.document(), "shown": shown})

@@ -11,8 +11,9 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from qft.data.batch import model_inputs
-from qft.data.formats import FORMATS, Message
-from qft.data.formats import Conversation as Row
+from qft.data.conversation import Conversation as Row
+from qft.data.conversation import Message
+from qft.data.formats import FORMATS
 from qft.data.sources import BadRow
 from qft.data.template import Encoder, encode_prompt
 from qft.errors import DataError, RecipeError
@@ -185,7 +186,7 @@ class Conversation:
             return []
         turns = ({"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"})
         try:
-            return Encoder(self.tokenizer, max_length=sys.maxsize)(Row(turns)).labels
+            return Encoder(self.tokenizer, max_length=sys.maxsize)(Row(turns))[0].labels
         except BadRow:
             return []  # no row can be learnt through such a template, so no model has learnt its end of turn
 

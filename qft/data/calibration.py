@@ -72,7 +72,7 @@ def calibration_data(
     few = [f"{len(verify)} rows to verify on: fewer than {FEW} tell little"] if len(verify) < FEW else []
     if not needs_windows:
         return CalibrationData((), verify, prepared, None, tuple(few))
-    rest = np.flatnonzero(~np.isin(digests, _digests(verify)))
+    rest = np.flatnonzero(~np.isin(digests, _digests(verify)) & ~np.isin(_places(prepared.train), _places(verify)))
     warnings = _overlap(prepared, len(rest))
     drawn = prepared.train.select(rest[_draw(prepared.train.select(rest), digests[rest], calibrate, generator)])
     rows = [ids[: calibrate.max_length] for ids in drawn["input_ids"]]
@@ -103,6 +103,11 @@ def _encode(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, calibrate: Calib
 def _digests(rows: Dataset) -> Strings:
     """A name for each row's token ids, equal for equal ids."""
     return np.array([hashlib.sha256(np.array(ids, dtype="<i4").tobytes()).hexdigest() for ids in rows["input_ids"]])
+
+
+def _places(rows: Dataset) -> Strings:
+    """A name for where each example stands, equal for those of one row."""
+    return np.array([f"{source}:{row}" for source, row in zip(rows["source"], rows["row"], strict=True)])
 
 
 def _verification(

@@ -23,8 +23,9 @@ COLUMNS = Features(
         "row": Value("int64"),
     }
 )
-"""Of encoded rows. input_ids and labels: [tokens]; length and supervised, in tokens; answer_start: index of the last
-assistant turn's first token, -1 if that turn is cut and in plain text; source and row: where it stands."""
+"""Of encoded rows, or of each example that a row became. input_ids and labels: [tokens]; length and supervised, in
+tokens; answer_start: index of the first token of the last turn that is learnt, -1 if that is cut and in plain text;
+source and row: where it stands."""
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,20 @@
 """The data section of a recipe -> encoded train and eval rows, and what was found on the way."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, Features, Value, concatenate_datasets, disable_caching
+from datasets import Dataset, concatenate_datasets, disable_caching
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from qft.data.encoded import COLUMNS, EncodedRows
-from qft.data.formats import FORMATS, detect
-from qft.data.sources import BadRow, Rows, decode, open_source, place
-from qft.data.template import IGNORED, Encoded, Encoder, TooLong
+from qft.data.reader import FEATURES, RowReader, find_format
+from qft.data.sources import Rows, open_source, place
+from qft.data.template import Encoder
 from qft.documents.plan import SourceFacts
 from qft.errors import DataError
 from qft.recipe import Source
@@ -25,8 +25,6 @@ SHOWN = 10
 
 KEPT = 32
 """Training rows that stand in for held-out rows where none are held out."""
-
-FEATURES = Features({**COLUMNS, "status": Value("string"), "reason": Value("string")})
 
 Ints = NDArray[np.int64]
 Chosen = tuple[Rows, Sequence[int]]
@@ -64,8 +62,9 @@ def prepare(data: DataSection, tokenizer: PreTrainedTokenizerBase, seed: int) ->
     train = concatenate_datasets(encoded[: len(data.train)])
     kept_out = concatenate_datasets(encoded[len(data.train) :]) if data.eval else None
     if data.eval_fraction:
-        drawn = _draw(len(train), data.eval_fraction, seed)
-        train, kept_out = train.select(np.setdiff1d(np.arange(len(train)), drawn)), train.select(drawn)
+        numbers = _row_numbers(train)
+        drawn = np.isin(numbers, _draw(len(np.unique(numbers)), data.eval_fraction, seed))
+        train, kept_out = train.select(np.flatnonzero(~drawn)), train.select(np.flatnonzero(drawn))
     train = _weigh(train, facts, seed)
     for name, rows in (("data.train", train), ("data.eval", kept_out)):
         if rows is not None:
@@ -112,6 +111,13 @@ def _draw(count: int, fraction: float, seed: int) -> Ints:
     return held
 
 
+def _row_numbers(examples: Dataset) -> Ints:
+    """For each example, which row it comes from, counted from 0: those of one row lie together."""
+    places = np.array([examples["source"], examples["row"]])
+    numbers: Ints = np.cumsum(np.any(places[:, 1:] != places[:, :-1], axis=0)) if len(examples) else np.zeros(0, int)
+    return np.concatenate([[0], numbers])[: len(examples)]
+
+
 def _require_rows(name: str, rows: Sequence[Dataset]) -> None:
     if not sum(map(len, rows)):
         raise DataError(f"{name}: no row is left to use")
@@ -124,29 +130,31 @@ def _encode_all(
     that must stop the run."""
     disable_caching()
     assert data.max_length != "auto"  # the plan has decided
-    encoder = Encoder(tokenizer, data.max_length, data.on_too_long, data.loss_on)
+    encoder = Encoder(tokenizer, data.max_length, data.on_too_long, data.loss_on, data.chat_template)
     stops = [kind for kind, policy in (("bad", data.on_bad_row), ("too long", data.on_too_long)) if policy == "stop"]
     usable, facts, bad = [], [], []
     for number, (rows, indices) in chosen.items():
-        name = _format(rows, data)
-        encoded = _encode(rows, indices, data.num_proc, {"encoder": encoder, "format_name": name, "source": number})
+        name = find_format(rows, data)
+        reader = RowReader(encoder, name, frozenset(data.ignore_fields), number)
+        encoded = _encode(rows, indices, data.num_proc, reader)
         status = np.array(encoded["status"], dtype=object)
         stopping = encoded.select(np.flatnonzero(np.isin(status, stops)))
         bad += [f"{rows.place(row['row'])}: {row['reason']}" for row in stopping]
-        used = encoded.select(np.flatnonzero(np.isin(status, ["ok", "truncated"]))).remove_columns(["status", "reason"])
-        usable.append(used)
+        used = encoded.select(np.flatnonzero(np.isin(status, ["ok", "truncated"])))
+        usable.append(used.select_columns([*COLUMNS]))
         facts.append(_facts(rows, "train" if number < len(data.train) else "eval", name, status, used))
     if bad:
         _refuse(bad)
     return usable, facts
 
 
-def _encode(rows: Rows, indices: Sequence[int], num_proc: int, arguments: dict[str, Any]) -> Dataset:
-    """The rows at `indices` as records of FEATURES."""
+def _encode(rows: Rows, indices: Sequence[int], num_proc: int, reader: RowReader) -> Dataset:
+    """The examples of the rows at `indices`, as records of FEATURES."""
     return rows.dataset.select(indices).map(
-        encode_row,
+        reader,
         with_indices=True,
-        fn_kwargs={"indices": indices, **arguments},
+        batched=True,
+        fn_kwargs={"indices": indices},
         remove_columns=rows.dataset.column_names,
         features=FEATURES,
         num_proc=num_proc if num_proc > 1 else None,
@@ -156,13 +164,17 @@ def _encode(rows: Rows, indices: Sequence[int], num_proc: int, arguments: dict[s
 
 def _facts(rows: Rows, part: str, name: str, status: NDArray[Any], used: Dataset) -> SourceFacts:
     lengths = np.array(used["length"], dtype=np.int64)
+    wholes = np.flatnonzero(np.diff(_row_numbers(used), append=-1))  # of each row, the last example
     return SourceFacts(
         path=rows.source.path,
         part=part,
         format=name,
-        rows=len(used),
+        rows=len(wholes),
+        examples=len(used),
+        repeated_tokens=int(lengths.sum() - lengths[wholes].sum()),
+        unread=dict(Counter(name for names in used.select(wholes)["unread"] for name in names).most_common()),
         skipped=int(np.isin(status, ["bad", "too long"]).sum()),
-        truncated=int((status == "truncated").sum()),
+        truncated=len(np.unique(np.array(used["row"])[status[np.isin(status, ["ok", "truncated"])] == "truncated"])),
         tokens=int(lengths.sum()),
         supervised_tokens=int(np.array(used["supervised"], dtype=np.int64).sum()),
         longest=int(lengths.max(initial=0)),
@@ -170,54 +182,6 @@ def _facts(rows: Rows, part: str, name: str, status: NDArray[Any], used: Dataset
         unit=rows.unit,
         weight=rows.source.weight,
     )
-
-
-def encode_row(
-    row: dict[str, Any], index: int, indices: Sequence[int], encoder: Encoder, format_name: str, source: int
-) -> dict[str, Any]:
-    """One raw row as a record of FEATURES; a row that cannot be used carries its reason instead of tokens."""
-    encoded, status, reason = Encoded([], []), "blank", ""
-    try:
-        fields = decode(row)
-        if fields is not None:
-            encoded = encoder(FORMATS[format_name](fields))
-            status = "truncated" if encoded.truncated else "ok"
-    except BadRow as error:
-        status, reason = "too long" if isinstance(error, TooLong) else "bad", str(error)
-    return {
-        "input_ids": encoded.input_ids,
-        "labels": encoded.labels,
-        "length": len(encoded.input_ids),
-        "supervised": sum(label != IGNORED for label in encoded.labels[1:]),
-        "answer_start": encoded.answer_start,
-        "source": source,
-        "row": indices[index],
-        "status": status,
-        "reason": reason,
-    }
-
-
-def _format(rows: Rows, data: DataSection) -> str:
-    name: str = rows.source.format if rows.source.format != "auto" else data.format
-    return name if name != "auto" else _detect(rows)
-
-
-def _detect(rows: Rows) -> str:
-    """Format of the first row that can be read at all."""
-    unreadable = []
-    for index, row in enumerate(islice(rows.dataset, 100)):
-        try:
-            fields = decode(row)
-        except BadRow as error:
-            unreadable.append(f"{rows.place(index)}: {error}")
-            continue
-        if fields is not None:
-            try:
-                return detect(fields)
-            except BadRow as error:
-                raise DataError(f"{rows.place(index)}: {error}") from None
-    first = unreadable[0] if unreadable else f"{rows.place(0)}: blank"
-    raise DataError(f"{first}; nor can any of the next rows be read: is this the right file?")
 
 
 def _refuse(bad: Sequence[str]) -> None:
@@ -233,11 +197,13 @@ def _weigh(rows: Dataset, facts: Sequence[SourceFacts], seed: int) -> Dataset:
     """Repeat, or draw a part of, each source's rows as its weight says."""
     if all(source.weight == 1 for source in facts):
         return rows
-    numbers = np.array(rows["source"])
+    sources, numbers = np.array(rows["source"]), _row_numbers(rows)
     generator = np.random.default_rng(seed)
     chosen = []
     for number, source in enumerate(facts):
-        own = np.flatnonzero(numbers == number)
-        whole, rest = divmod(round(source.weight * len(own)), max(len(own), 1))
-        chosen += [own] * whole + [np.sort(generator.permutation(own)[:rest])]
+        own = np.flatnonzero(sources == number)
+        distinct = np.unique(numbers[own])
+        whole, rest = divmod(round(source.weight * len(distinct)), max(len(distinct), 1))
+        part = np.isin(numbers[own], generator.permutation(distinct)[:rest])
+        chosen += [own] * whole + [own[part]]
     return rows.select(np.concatenate(chosen))

@@ -64,7 +64,8 @@ def decode(row: dict[str, Any]) -> dict[str, Any] | None:
     if TEXT_COLUMN in row:
         return {"text": row[TEXT_COLUMN]} if row[TEXT_COLUMN].strip() else None
     if JSON_COLUMN not in row:
-        return row
+        filled: dict[str, Any] = _filled(row)
+        return filled
     text = row[JSON_COLUMN]
     if not text.strip():
         return None
@@ -83,6 +84,13 @@ def decode(row: dict[str, Any]) -> dict[str, Any] | None:
     if not isinstance(value, dict):
         raise BadRow(f"a row is a JSON object, not {type(value).__name__}")
     return value
+
+
+def _filled(value: Any) -> Any:
+    """Without fields that hold nothing: a file of columns has every field in every row, at every depth."""
+    if isinstance(value, dict):
+        return {name: _filled(inner) for name, inner in value.items() if inner is not None}
+    return [_filled(inner) for inner in value] if isinstance(value, list) else value
 
 
 def open_source(source: Source) -> Rows:

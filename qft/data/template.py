@@ -2,132 +2,192 @@
 
 Which tokens the assistant wrote is told by the template's generation markers where it has them. Where it has none,
 the conversation is rendered up to and including each assistant turn: as long as every such text is a prefix of the
-whole, the turn is what lies between. A template for which that does not hold is refused.
+whole, the turn is what lies between.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from qft.data.formats import Conversation, Message
+from qft.data.conversation import Conversation, Message
+from qft.data.rendering import Example, Renderer, Span, require_all
 from qft.data.sources import BadRow
 from qft.errors import DataError
 
 IGNORED = -100
 """Label of a token that is not learnt."""
 
-GENERATION_MARKER = re.compile(r"\{%-?\s*generation\b")
-
-Span = tuple[int, int]
-
 
 @dataclass
 class Encoded:
-    """One row. `labels` equal `input_ids` where a token is learnt, IGNORED elsewhere; both int32 [tokens]."""
+    """One example. `labels` equal `input_ids` where a token is learnt, IGNORED elsewhere; both int32 [tokens]."""
 
     input_ids: list[int]
     labels: list[int]
     answer_start: int = -1
-    """Index of the last assistant turn's first token; -1 if that turn is cut, and for plain text."""
+    """Index of the first token of the last turn that is learnt; -1 if that turn is cut, and for plain text."""
     truncated: bool = False
 
 
 @dataclass
 class Encoder:
-    """Encodes rows for one tokenizer. Raises BadRow for a row that cannot be learnt from."""
+    """Encodes rows for one tokenizer. Raises BadRow for a row that cannot be learnt from, DataError for a template that
+    serves no row."""
 
     tokenizer: PreTrainedTokenizerBase
     max_length: int
     on_too_long: str = "stop"
     loss_on: str = "assistant"
+    template_file: str | None = None
+    """Where the chat template was read, if that is not the tokenizer's own."""
     special_ids: set[int] = field(init=False)
+    renderer: Renderer = field(init=False)
 
     def __post_init__(self) -> None:
         self.special_ids = special_ids(self.tokenizer)
+        self.renderer = Renderer(self.tokenizer, self.template_file)
 
-    def __call__(self, conversation: Conversation) -> Encoded:
-        encoded = self._text(conversation.text) if conversation.text is not None else self._chat(conversation)
-        if len(encoded.input_ids) > self.max_length:
-            self._shorten(encoded)
+    def __call__(self, conversation: Conversation) -> list[Encoded]:
+        """The row's examples: one, unless the template renders turns otherwise once more follow. The last holds all of
+        the row."""
+        examples = [self._shortened(encoded) for encoded in self._encoded(conversation)]
         # The first token is never predicted, so a label there teaches nothing.
-        if all(label == IGNORED for label in encoded.labels[1:]):
-            cut = f" within the first {self.max_length} tokens" if encoded.truncated else ""
+        learnt = [each for each in examples if any(label != IGNORED for label in each.labels[1:])]
+        if not learnt:
+            cut = f" within the first {self.max_length} tokens" if examples[0].truncated else ""
             raise BadRow(f"no token to learn{cut}")
+        return learnt
+
+    def _encoded(self, conversation: Conversation) -> list[Encoded]:
+        if conversation.text is not None:
+            return [self._text(conversation.text)]
+        if self.tokenizer.chat_template:
+            return self._chat(conversation)
+        if conversation.plain is None:
+            raise DataError(
+                f"{conversation.turn(0)}: the rows have turns, and there is no chat template; give one as "
+                "data.chat_template"
+            )
+        question, answer = conversation.plain
+        require_all(conversation, [question + answer], {})
+        return [self._question(question, answer)]
+
+    def _shortened(self, encoded: Encoded) -> Encoded:
+        """Cut to max_length tokens, if that is the policy. Raises TooLong if not."""
+        if len(encoded.input_ids) > self.max_length:
+            if self.on_too_long != "truncate":
+                raise TooLong(f"{len(encoded.input_ids)} tokens, and data.max_length is {self.max_length}")
+            encoded.truncated = True
+            encoded.answer_start = -1
+            del encoded.input_ids[self.max_length :], encoded.labels[self.max_length :]
         return encoded
 
-    def _shorten(self, encoded: Encoded) -> None:
-        if self.on_too_long != "truncate":
-            raise TooLong(f"{len(encoded.input_ids)} tokens, and data.max_length is {self.max_length}")
-        encoded.truncated = True
-        encoded.answer_start = -1
-        del encoded.input_ids[self.max_length :], encoded.labels[self.max_length :]
-
     def _text(self, text: str) -> Encoded:
-        ids = list(self.tokenizer(text).input_ids)
-        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        if bos is not None and ids[:2] == [bos, bos]:  # the text has one of its own
-            del ids[0]
-        if eos is not None and ids[-1:] != [eos]:
-            ids.append(eos)
+        ids, _ = self._continued(text)
         return Encoded(ids, list(ids))
 
-    def _chat(self, conversation: Conversation) -> Encoded:
+    def _question(self, question: str, answer: str) -> Encoded:
+        """The answer right behind the question, as a text goes on."""
+        if self.tokenizer.eos_token_id is None:
+            raise DataError(
+                "the model has neither a chat template nor an end token, so a trained model would never stop; give a "
+                "template as data.chat_template"
+            )
+        ids, ends = self._continued(question + answer)
+        start = next(i for i, end in enumerate(ends) if end > len(question))
+        labels = list(ids) if self.loss_on == "all" else [*[IGNORED] * start, *ids[start:]]
+        return Encoded(ids, labels, answer_start=start)
+
+    def _continued(self, text: str) -> tuple[list[int], list[int]]:
+        """Token ids of a text with the end token behind it, and the character that each ends at (0: it stands for no
+        text)."""
+        out = self.tokenizer(text, return_offsets_mapping=True)
+        ids, ends = list(out["input_ids"]), [end for _, end in out["offset_mapping"]]
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        if bos is not None and ids[:2] == [bos, bos]:  # the text has one of its own
+            del ids[0], ends[0]
+        if eos is not None and ids[-1:] != [eos]:
+            ids.append(eos)
+            ends.append(0)
+        return ids, ends
+
+    def _chat(self, conversation: Conversation) -> list[Encoded]:
         _check_turns(conversation)
-        try:
-            template = self.tokenizer.get_chat_template(tools=conversation.tools)
-        except ValueError:
-            raise DataError("the model has no chat template; give one as data.chat_template") from None
-        marked = GENERATION_MARKER.search(template)
-        ids, turns = self._by_markers(conversation) if marked else self._by_prefixes(conversation)
-        if not turns:
+        conversation, examples = self.renderer(conversation)
+        whole = examples[0]
+        encoded = [self._labelled(conversation, each, is_whole=each is whole) for each in reversed(examples)]
+        if not any(encoded):
+            raise BadRow("no turn is learnt: weight or train of every assistant message says no")
+        return [one for one in encoded if one]
+
+    def _labelled(self, conversation: Conversation, example: Example, *, is_whole: bool) -> Encoded | None:
+        """Token ids and labels of an example; None if its row says that none of its turns is learnt."""
+        left_out = {number for number, learn in enumerate(conversation.learnt) if learn is False}
+        self._check_learnt(conversation, left_out)
+        ids, turns = self._turns(conversation, example)
+        if not any(turns.values()):
             raise BadRow("the chat template leaves no token to the assistant")
-        turns = [self._without_trailing_space(ids, turn) for turn in turns]
+        turns = {n: [self._without_trailing_space(ids, span) for span in spans] for n, spans in turns.items()}
+        self._check_ends(ids, [span for spans in turns.values() for span in spans])
+        labels = list(ids) if self.loss_on == "all" and is_whole else [IGNORED] * len(ids)
+        for number, spans in turns.items():
+            for start, end in spans:
+                labels[start:end] = [IGNORED] * (end - start) if number in left_out else ids[start:end]
+        if all(label == IGNORED for label in labels):
+            return None
+        learnt = [start for number, spans in turns.items() if number not in left_out for start, _ in spans]
+        return Encoded(ids, labels, answer_start=max(learnt, default=-1))
+
+    def _check_learnt(self, conversation: Conversation, left_out: set[int]) -> None:
+        """What rows say of single turns must be possible."""
+        for number, learn in enumerate(conversation.learnt):
+            if conversation.messages[number]["role"] == "assistant":
+                continue
+            if number in left_out and self.loss_on == "all":
+                raise BadRow(f"{conversation.turn(number)}: cannot be left out while data.loss_on is all")
+            if learn and self.loss_on != "all":
+                text = "only the assistant's turns are learnt, unless data.loss_on is all"
+                raise BadRow(f"{conversation.turn(number)}: {text}")
+
+    def _turns(self, conversation: Conversation, example: Example) -> tuple[list[int], dict[int, list[Span]]]:
+        """Token ids, and the runs of tokens that the assistant wrote, by the number of the message."""
+        if self.renderer.has_markers(conversation):
+            return self._marked_turns(conversation, example)
+        out = self.tokenizer(example.text, add_special_tokens=False, return_offsets_mapping=True)
+        turns = {number: [_tokens_inside(out["offset_mapping"], span)] for number, span in example.turns.items()}
+        return list(out["input_ids"]), {n: [run for run in runs if run[0] < run[1]] for n, runs in turns.items()}
+
+    def _marked_turns(self, conversation: Conversation, example: Example) -> tuple[list[int], dict[int, list[Span]]]:
+        """The same by the template's markers."""
+        before = example.messages[: min(example.turns, default=0)]
+        earlier = len(self._runs(conversation, before)[1]) if any(m["role"] == "assistant" for m in before) else 0
+        ids, runs, starts = self._runs(conversation, example.messages)
+        turns: dict[int, list[Span]] = {number: [] for number in example.turns}
+        for run in runs[earlier:]:
+            turns[next(n for n, (_, end) in example.turns.items() if starts[run[0]] < end)].append(run)
+        return ids, turns
+
+    def _runs(self, conversation: Conversation, messages: Sequence[Message]) -> tuple[list[int], list[Span], list[int]]:
+        """Token ids, the runs of them that the template marks as generated, and the character that each starts at."""
+        out = self.renderer.apply(conversation, messages, tokenize=True)
+        mask = out["assistant_masks"]
+        edges = [i for i, (a, b) in enumerate(zip([0, *mask], [*mask, 0], strict=True)) if a != b]
+        runs = list(zip(edges[::2], edges[1::2], strict=True))
+        return list(out["input_ids"]), runs, [start for start, _ in out["offset_mapping"]]
+
+    def _check_ends(self, ids: list[int], turns: Sequence[Span]) -> None:
         if ids[turns[-1][1] - 1] not in self.special_ids:
             raise BadRow(
                 "the chat template ends the assistant's turn without a special token, so a trained model would never "
                 "stop; give one that does as data.chat_template"
             )
         for start, end in turns:
-            if ids[end - 1] in ids[start : end - 1]:
+            if ids[end - 1] in self.special_ids and ids[end - 1] in ids[start : end - 1]:
                 token = self.tokenizer.decode(ids[end - 1])
                 raise BadRow(
                     f"the assistant's text contains the end-of-turn token {token}: it would learn to stop there"
                 )
-        labels = list(ids) if self.loss_on == "all" else [IGNORED] * len(ids)
-        for start, end in turns:
-            labels[start:end] = ids[start:end]
-        return Encoded(ids, labels, answer_start=turns[-1][0])
-
-    def _by_markers(self, conversation: Conversation) -> tuple[list[int], list[Span]]:
-        """Token ids, and the runs of tokens that the template marks as generated."""
-        out = self._apply(conversation.messages, conversation.tools, tokenize=True)
-        ids, mask = list(out["input_ids"]), list(out["assistant_masks"])
-        edges = [i for i, (a, b) in enumerate(zip([0, *mask], [*mask, 0], strict=True)) if a != b]
-        return ids, list(zip(edges[::2], edges[1::2], strict=True))
-
-    def _by_prefixes(self, conversation: Conversation) -> tuple[list[int], list[Span]]:
-        """Token ids, and the tokens of each assistant turn by the text before and after it."""
-        messages, tools = conversation.messages, conversation.tools
-        whole = self._apply(messages, tools)
-        spans: list[Span] = []
-        for i, message in enumerate(messages):
-            if message["role"] == "assistant":
-                before = self._apply(messages[:i], tools, add_generation_prompt=True)
-                after = self._apply(messages[: i + 1], tools)
-                if not (whole.startswith(after) and after.startswith(before)):
-                    raise BadRow(
-                        f"messages.{i}: the chat template renders the turns so far differently once more follow, so "
-                        "the assistant's tokens cannot be told apart; give a template with {% generation %} markers as "
-                        "data.chat_template, or split the conversation"
-                    )
-                spans.append((len(before), len(after)))
-        encoding = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
-        offsets = encoding["offset_mapping"]
-        turns = [_tokens_inside(offsets, span) for span in spans]
-        return list(encoding["input_ids"]), [turn for turn in turns if turn[0] < turn[1]]
 
     def _without_trailing_space(self, ids: list[int], turn: Span) -> Span:
         """Leave out the line break that some templates write after the end-of-turn token: it is never generated."""
@@ -138,15 +198,6 @@ class Encoder:
                 break
             last -= 1
         return (start, last) if last > start and ids[last - 1] in self.special_ids else turn
-
-    def _apply(self, messages: tuple[Message, ...], tools: list[Any] | None, **options: Any) -> Any:
-        """The rendered text, or with tokenize=True the token ids and the assistant mask."""
-        if options.setdefault("tokenize", False):
-            options |= {"return_dict": True, "return_assistant_tokens_mask": True}
-        try:
-            return self.tokenizer.apply_chat_template(list(messages), tools=tools, **options)
-        except Exception as error:  # a template is a program: it can fail with more than jinja's own errors
-            raise BadRow(f"the chat template refuses the conversation: {error}") from None
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -173,7 +224,7 @@ class TooLong(BadRow):
 def _check_turns(conversation: Conversation) -> None:
     messages = conversation.messages
     if messages[0]["role"] == "assistant":
-        raise BadRow("messages.0: a conversation cannot start with the assistant")
+        raise BadRow(f"{conversation.turn(0)}: a conversation cannot start with the assistant")
     if messages[-1]["role"] != "assistant":
         raise BadRow("the conversation does not end with the assistant, so its end teaches nothing")
 

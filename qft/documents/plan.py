@@ -1,6 +1,8 @@
 """plan.json of a run and `qft check --json`: what is decided before anything is loaded."""
 
-from typing import Literal
+from typing import Literal, NamedTuple
+
+from pydantic import Field
 
 from qft.documents.manifest import DevicePart, PluginFile
 from qft.documents.part import Share, Stored, Tokens
@@ -72,6 +74,13 @@ class SourceFacts(Stored):
     format: str
     rows: int
     """Rows that are used, before weighting and splitting."""
+    examples: int | None = None
+    """What these rows became: more than `rows` where the chat template renders earlier turns otherwise once more
+    follow, so that each is learnt in a context of its own. None in documents from before it was counted."""
+    repeated_tokens: Tokens = 0
+    """Of `tokens`, those in examples beside each row's last, which holds all of it: the price of the others."""
+    unread: dict[str, int] = {}
+    """Rows that have each field which nobody reads, by its name."""
     skipped: int
     truncated: int
     tokens: Tokens
@@ -86,8 +95,11 @@ class SourceFacts(Stored):
 
 class DataPart(Stored):
     train_rows: int
-    """After weighting and splitting."""
+    """Examples, after weighting and splitting."""
     eval_rows: int
+    chat_template: str | None = None
+    """What renders the rows: `model`, a file, or `none` (question and answer one behind the other, then the end token).
+    None in documents from before it was told."""
     max_length: Tokens | None = None
     """Of a row; None in documents from before it was decided here."""
     sources: list[SourceFacts]
@@ -157,6 +169,23 @@ class CalibrationPlanDocument(Stored):
     data: CalibrationPart
 
 
+class ShownToken(NamedTuple):
+    text: str
+    learnt: bool
+
+
+class ShownRow(Stored):
+    """One row as the model reads it; one that became several examples is there several times."""
+
+    place: str
+    """File and line."""
+    text: str
+    learnt: list[str]
+    """The spans of the text that are learnt, in their order."""
+    pieces: list[ShownToken] = Field([], exclude=True)
+    """Token by token, for views."""
+
+
 class PlanDocument(Stored):
     """How a training goes."""
 
@@ -175,6 +204,8 @@ class PlanDocument(Stored):
     """Optimizer steps in all."""
     calibration: CalibrationPlanDocument | None = None
     """Told by `qft check` alone, where the recipe has a section for it."""
+    shown: list[ShownRow] = []
+    """Of each source, as many rows as `qft check --show` asks for."""
 
 
 class CalibrationCheck(Stored):
@@ -183,3 +214,5 @@ class CalibrationCheck(Stored):
     schema_version: Literal[1] = 1
     kind: Literal["calibration-check"] = "calibration-check"
     calibration: CalibrationPlanDocument
+    shown: list[ShownRow] = []
+    """Of each source, as many rows as `qft check --show` asks for."""

@@ -20,6 +20,7 @@ from qft.documents.manifest import DevicePart
 from qft.documents.plan import PlannedModel, Quantization
 from qft.errors import RecipeError
 from qft.machine.device import Device, find_device
+from qft.plan.template import set_template, template_problems
 from qft.quant.hold import Scheme, contradictions, find_scheme
 from qft.recipe import LoadedRecipe, Recipe
 from qft.recipe.load import from_values
@@ -102,6 +103,8 @@ def plan_model(loaded: LoadedRecipe, lora: dict[str, Any] | None = None) -> Mode
     dtype = _dtype(recipe, device)
     shape = _shape(loaded, checkpoint, lora)
     tokenizer = load_tokenizer(checkpoint, recipe)
+    refuse(loaded, template_problems(tokenizer, recipe.data))
+    set_template(tokenizer, recipe.data)
     scheme = find_scheme(recipe.quant, checkpoint.quantization, dtype, shape.heads)
     return ModelPlan(loaded, device, checkpoint, tokenizer, shape, dtype, scheme)
 

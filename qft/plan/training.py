@@ -15,6 +15,7 @@ from qft.documents.plan import AdapterArguments, DataPart, PlanDocument, Trainer
 from qft.machine.device import Device
 from qft.plan.model import ModelPlan, Shape, device_problems, plan_model, refuse, require_device
 from qft.plan.packages import missing_packages
+from qft.plan.template import template_of
 from qft.recipe import LoadedRecipe, Recipe
 from qft.recipe.rules import Problem
 
@@ -68,6 +69,7 @@ class Plan:
             data=DataPart(
                 train_rows=len(rows.train),
                 eval_rows=len(rows.eval) if rows.eval else 0,
+                chat_template=template_of(self.model.tokenizer, self.recipe.data),
                 max_length=self.model.longest_row(self.recipe.data),
                 sources=list(rows.sources),
             ),

@@ -44,7 +44,7 @@ def broken_rules(recipe: Recipe, given: Callable[[str], bool]) -> Iterator[Probl
 
 def unread_fields(recipe: Recipe) -> dict[str, str]:
     """Fields that nothing reads beside the others' values, and why: to set one of them is an error."""
-    train, unread = recipe.train, _unread_by_quant(recipe.quant)
+    train, unread = recipe.train, _unread_by_quant(recipe.quant) | _unread_by_data(recipe)
     if recipe.adapter.kind == "none":
         fields = (f"adapter.{name}" for name in AdapterSection.model_fields if name != "kind")
         unread |= dict.fromkeys(fields, "has no meaning with adapter.kind none")
@@ -75,6 +75,11 @@ def _unread_by_quant(quant: QuantSection) -> dict[str, str]:
     if quant.skip_modules != "auto":
         unread |= dict.fromkeys(SKIP_BUDGETS, "is read only with quant.skip_modules auto")
     return unread
+
+
+def _unread_by_data(recipe: Recipe) -> dict[str, str]:
+    fields = ("data.chat_template", "data.template_kwargs") if recipe.data.template == "none" else ()
+    return dict.fromkeys(fields, "has no meaning with data.template none")
 
 
 def _unread_by_calibration(calibrate: CalibrateSection) -> dict[str, str]:

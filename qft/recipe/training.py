@@ -8,13 +8,28 @@ error. `auto` is decided by the plan, never here.
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, Strict
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Format = Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text"]
 T = TypeVar("T")
 Many = Annotated[tuple[T, ...], Strict(False)]
 """A YAML list, held as a tuple so that a recipe stays frozen."""
+
+
+def _as_pairs(value: Any) -> tuple[tuple[Any, Any], ...]:
+    if not isinstance(value, Mapping):
+        raise ValueError("needs a mapping of names to values")
+    return tuple(value.items())
+
+
+Switch = bool | int | float | str
+Switches = Annotated[
+    tuple[tuple[str, Switch], ...],
+    BeforeValidator(_as_pairs, json_schema_input_type=dict[str, Switch]),
+    PlainSerializer(dict),
+]
+"""A YAML mapping of names to values, held as pairs so that a recipe stays frozen."""
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -178,8 +193,15 @@ class DataSection(Section):
     """What happens to a row that cannot be read; skipped rows are counted."""
     loss_on: Literal["assistant", "all"] = "assistant"
     """Which tokens are learnt: the assistant's turns with their end-of-turn token, or every token."""
+    ignore_fields: Many[str] = ()
+    """Fields of rows to leave out as if they were not there, by dotted names (`messages.reasoning_content`)."""
+    template: Literal["auto", "none"] = "auto"
+    """auto: rows are rendered by the chat template. none: question and answer stand one behind the other, with the end
+    token; so it is for a model without a template, too."""
     chat_template: str | None = None
     """A Jinja file to use instead of the model's own chat template, or for a model that has none."""
+    template_kwargs: Switches = Field((), json_schema_extra={"default": {}})
+    """Arguments of the chat template, such as enable_thinking. They become its defaults, wherever the model goes."""
     num_proc: int = Field(1, ge=1)
     """Processes that tokenize."""
 

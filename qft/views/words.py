@@ -4,6 +4,10 @@ import math
 import re
 from itertools import pairwise
 
+CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
+CONTROLS |= {127: 0x2421} | dict.fromkeys(range(128, 160), 0xFFFD)
+"""What to show for the characters by which a text could command a terminal."""
+
 BARS = "▁▂▃▄▅▆▇█"
 
 

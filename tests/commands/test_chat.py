@@ -19,11 +19,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from typer.testing import CliRunner, Result
 
 from qft.cli import app
-from qft.commands.chat import CONTROLS, Session
+from qft.commands.chat import Session
 from qft.commands.conversation import ChatOptions, Conversation, _Writer
 from qft.data.prepare import prepare
 from qft.errors import DataError, QftError, RecipeError
 from qft.recipe.load import from_values
+from qft.views.words import CONTROLS
 from tests.support.cli import qft
 from tests.support.models import CHATML, byte_tokenizer, tiny_llama
 from tests.support.paths import ROOT

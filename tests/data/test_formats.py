@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from qft.data.formats import FORMATS, Conversation, detect
+from qft.data.conversation import Conversation
+from qft.data.formats import FORMATS, detect
 from qft.data.sources import BadRow
 
 USER = {"role": "user", "content": "hi"}
@@ -150,7 +151,7 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
         messages(USER, ASSISTANT | {"tool_calls": ["a"]}),
         "messages.1.tool_calls: ",
     ),
-    "tools that are a text": ("messages", messages(USER, ASSISTANT, tools="[]"), "tools: needs a list"),
+    "tools that are a text": ("messages", messages(USER, ASSISTANT, tools="none"), "tools: needs a list"),
     "tools that are texts": ("messages", messages(USER, ASSISTANT, tools=["add"]), "tools: needs a list"),
     "no turns": ("sharegpt", {"conversations": []}, "conversations?: needs a list of turns"),
     "a turn without a value": (
@@ -160,7 +161,7 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "an unknown speaker": ("sharegpt", turns(("human", "x"), ("bing", "y")), "conversations.1.from: 'bing' is none of"),
     "a speaker that is a list": ("sharegpt", turns((["gpt"], "y")), "conversations.0.from: "),  # type: ignore[arg-type]
-    "a value that is a number": ("sharegpt", turns(("human", 7)), "conversations.0.content: needs a text"),
+    "a value that is a number": ("sharegpt", turns(("human", 7)), "conversations.0.value: needs a text"),
     "a system that is a number": ("sharegpt", turns(("human", "x")) | {"system": 7}, "system: needs a text, not int"),
     "no completion": ("prompt_completion", {"prompt": "hi"}, "completion: needs a text, not nothing"),
     "an empty prompt": ("prompt_completion", {"prompt": " ", "completion": "yo"}, "prompt: is empty"),

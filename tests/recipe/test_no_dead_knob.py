@@ -135,7 +135,10 @@ CASES: dict[str, Case] = {
     "data.on_too_long": Case("truncate", rows, ("data.max_length=34", "data.on_too_long=skip")),
     "data.on_bad_row": Case("skip", rows, ("data.train=bad.jsonl",)),
     "data.loss_on": Case("all", rows),
+    "data.ignore_fields": Case("[messages.aside]", rows, ("data.chat_template=aside.jinja", "data.train=asides.jsonl")),
+    "data.template": Case("none", rows, ("data.train=both.jsonl", "data.format=alpaca")),
     "data.chat_template": Case("shout.jinja", rows),
+    "data.template_kwargs": Case("{aloud: true}", rows, ("data.chat_template=aside.jinja",)),
     "train.bf16": Case("false", training),
     "train.fp16": Case("true", training, ("train.bf16=false",)),
     "train.tf32": Case("true", training, ("train.tf32=false",)),
@@ -272,7 +275,11 @@ def workshop(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path
     write_jsonl(folder / "both.jsonl", [{"text": "a text", "instruction": "do", "output": "done"}] * 4)
     write_jsonl(folder / "bad.jsonl", [{"messages": []}, *[chat("good", "row")] * 4])
     (folder / "lines.txt").write_text("one\ntwo\nthree\n")
-    (folder / "shout.jinja").write_text(CHATML.replace("m['content']", "m['content'] | upper"))
+    asides = [{"messages": [turn | {"aside": "hm"} for turn in chat("hi", "yo")["messages"]]}] * 4
+    write_jsonl(folder / "asides.jsonl", asides)
+    aside = CHATML.replace("m['content']", "m['content'] + ('!' if aloud else '') + (m.aside or '')")
+    (folder / "aside.jinja").write_text(aside)
+    (folder / "shout.jinja").write_text(CHATML.replace("m['content']", "m['content'] + '!'"))
     tiny_llama(num_hidden_layers=1).save_pretrained(folder / "other-model")
     byte_tokenizer().save_pretrained(folder / "other-model")
     write_remote_code_model(folder / "remote")

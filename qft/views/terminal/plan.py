@@ -1,20 +1,19 @@
 """The plan as a rich table."""
 
-from pathlib import Path
-
 from rich.console import Group, RenderableType
 
 from qft.documents.plan import CalibrationCheck, CalibrationPlanDocument, PlanDocument
-from qft.views.terminal.table import Facts, Rows, Whole, bullets, spaced
+from qft.views.terminal.rows import Shown, render_data
+from qft.views.terminal.table import Facts, Whole, bullets, spaced
 from qft.views.words import si
 
 
 def render_plan(plan: PlanDocument | CalibrationCheck) -> Group:
     """What `qft check` shows."""
-    parts: list[RenderableType] = [_model(plan), _training(plan), _data(plan)] if plan.kind == "plan" else []
+    parts: list[RenderableType] = [_model(plan), _training(plan), render_data(plan.data)] if plan.kind == "plan" else []
     if plan.calibration:
         parts.append(_calibration(plan.calibration))
-    return spaced(*parts)
+    return spaced(*parts, *map(Shown, plan.shown))
 
 
 def _calibration(plan: CalibrationPlanDocument) -> Group:
@@ -65,18 +64,11 @@ def _training(plan: PlanDocument) -> Facts:
     rows.add("steps", f"{plan.steps} of {batch} rows ({training.gradient_accumulation_steps} accumulated)")
     longest = f"; of {data.max_length:,} tokens at most" if data.max_length else ""
     rows.add("rows", f"{data.train_rows:,} to train on, {data.eval_rows:,} held out{longest}")
+    if data.chat_template:
+        known = {"model": "the model's own", "none": "none: answers follow their questions, then the end token"}
+        rows.add("chat template", known.get(data.chat_template) or Whole(data.chat_template))
     rows.add("optimizer", f"{training.optim}, {training.lr_scheduler_type} from {training.learning_rate:g}")
     rows.add("mixed precision", f"{precision}; gradient checkpointing {'on' if training.checkpointing else 'off'}")
-    return rows
-
-
-def _data(plan: PlanDocument) -> Rows:
-    rows = Rows("Data", "source", "format", "rows", "tokens", "learnt", "longest", "skipped", "cut")
-    for source in plan.data.sources:
-        tokens = (source.tokens, source.supervised_tokens, source.longest)
-        counts = (source.rows, *tokens, source.skipped, source.truncated)
-        name = f"{source.part}: {Path(source.path).name}"
-        rows.add(name, source.format, *(f"{count:,}" for count in counts))
     return rows
 
 

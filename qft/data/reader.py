@@ -1,0 +1,92 @@
+"""Raw rows of a source -> examples: tokens and labels, or the reason why a row cannot be used."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from datasets import Features, List, Value
+
+from qft.data.conversation import without_fields
+from qft.data.encoded import COLUMNS
+from qft.data.formats import FORMATS, detect
+from qft.data.sources import BadRow, Rows, decode
+from qft.data.template import IGNORED, Encoded, Encoder, TooLong
+from qft.errors import DataError
+from qft.recipe.training import DataSection
+
+FEATURES = Features({**COLUMNS, "status": Value("string"), "reason": Value("string"), "unread": List(Value("string"))})
+
+"""COLUMNS; status: ok, truncated, blank, bad or too long; the reason of the last two; fields that nobody reads."""
+
+
+@dataclass
+class RowReader:
+    """Raw rows of one source -> examples as records of FEATURES; a row that cannot be used has one, with the reason."""
+
+    encoder: Encoder
+    format: str
+    ignored: frozenset[str]
+    source: int
+
+    def __call__(
+        self, batch: dict[str, list[Any]], positions: list[int], indices: Sequence[int]
+    ) -> dict[str, list[Any]]:
+        """Examples of the raw rows of `batch`, which are at `positions` of `indices`; by the columns of FEATURES."""
+        rows = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
+        made = [
+            {**record, "source": self.source, "row": indices[position]}
+            for row, position in zip(rows, positions, strict=True)
+            for record in self._records(row)
+        ]
+        return {name: [record[name] for record in made] for name in FEATURES}
+
+    def _records(self, row: dict[str, Any]) -> list[dict[str, Any]]:
+        try:
+            fields = decode(row)
+            if fields is None:
+                return [_record(Encoded([], []), "blank")]
+            conversation = FORMATS[self.format](without_fields(fields, self.ignored))
+            examples = self.encoder(conversation)
+        except BadRow as error:
+            return [_record(Encoded([], []), "too long" if isinstance(error, TooLong) else "bad", str(error))]
+        unread = sorted(conversation.unread)
+        return [_record(each, "truncated" if each.truncated else "ok", unread=unread) for each in examples]
+
+
+def _record(encoded: Encoded, status: str, reason: str = "", unread: Sequence[str] = ()) -> dict[str, Any]:
+    """All of FEATURES but the place."""
+    return {
+        "input_ids": encoded.input_ids,
+        "labels": encoded.labels,
+        "length": len(encoded.input_ids),
+        "supervised": sum(label != IGNORED for label in encoded.labels[1:]),
+        "answer_start": encoded.answer_start,
+        "status": status,
+        "reason": reason,
+        "unread": unread,
+    }
+
+
+def find_format(rows: Rows, data: DataSection) -> str:
+    """Name of the format of a source's rows. Raises DataError if it cannot be told."""
+    name: str = rows.source.format if rows.source.format != "auto" else data.format
+    return name if name != "auto" else _detect(rows)
+
+
+def _detect(rows: Rows) -> str:
+    """Format of the first row that can be read at all."""
+    unreadable = []
+    for index, row in enumerate(islice(rows.dataset, 100)):
+        try:
+            fields = decode(row)
+        except BadRow as error:
+            unreadable.append(f"{rows.place(index)}: {error}")
+            continue
+        if fields is not None:
+            try:
+                return detect(fields)
+            except BadRow as error:
+                raise DataError(f"{rows.place(index)}: {error}") from None
+    first = unreadable[0] if unreadable else f"{rows.place(0)}: blank"
+    raise DataError(f"{first}; nor can any of the next rows be read: is this the right file?")

@@ -1,0 +1,56 @@
+"""What renders rows: the tokenizer's chat template, with the recipe's arguments as its defaults.
+
+The defaults become a part of the template, and not of each call, so that a model is asked as it was trained wherever it
+goes: in `qft chat`, in evaluations, and in the files that other engines load.
+"""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from qft.data.rendering import reads
+from qft.recipe.rules import Problem
+from qft.recipe.training import DataSection
+
+
+def template_problems(tokenizer: PreTrainedTokenizerBase, data: DataSection) -> Iterator[Problem]:
+    """Arguments that no template reads."""
+    templates = _templates(tokenizer)
+    for name, _ in data.template_kwargs:
+        if not any(reads(template, name) for template in templates.values()):
+            yield (
+                "data.template_kwargs",
+                f"{name}: the chat template reads nothing of that name"
+                if templates
+                else (f"{name}: the model has no chat template; give one as data.chat_template"),
+            )
+
+
+def set_template(tokenizer: PreTrainedTokenizerBase, data: DataSection) -> None:
+    """Make the tokenizer's template what the data section asks for."""
+    defaults = "".join(
+        f"{{% set {name} = {name} if {name} is defined else {_literal(value)} %}}"
+        for name, value in data.template_kwargs
+    )
+    made = {name: defaults + text.removeprefix("\ufeff") for name, text in _templates(tokenizer).items()}
+    if data.template == "none":
+        tokenizer.chat_template = None
+    elif made:
+        tokenizer.chat_template = made if isinstance(tokenizer.chat_template, dict) else made["default"]
+
+
+def template_of(tokenizer: PreTrainedTokenizerBase, data: DataSection) -> str:
+    """Of the Plan: `model`, a file, or `none`."""
+    return data.chat_template or ("model" if tokenizer.chat_template else "none")
+
+
+def _templates(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """By their names, of which there may be several."""
+    given: Any = tokenizer.chat_template
+    return given if isinstance(given, dict) else {"default": given} if given else {}
+
+
+def _literal(value: bool | float | str) -> str:
+    return json.dumps(value, ensure_ascii=False)

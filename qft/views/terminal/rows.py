@@ -1,0 +1,66 @@
+"""The rows of a plan: what the sources hold, and single rows token by token."""
+
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+from rich.console import Console, ConsoleOptions, Group, RenderResult
+
+from qft.documents.plan import DataPart, ShownRow, ShownToken, SourceFacts
+from qft.views.terminal.table import Rows, Whole, bullets
+from qft.views.words import CONTROLS, count
+
+
+def render_data(data: DataPart) -> Group:
+    """What each source holds, and what of it is told otherwise or not at all."""
+    rows = Rows("Data", "source", "format", "rows", "tokens", "learnt", "longest", "skipped", "cut")
+    for source in data.sources:
+        tokens = (source.tokens, source.supervised_tokens, source.longest)
+        counts = (source.rows, *tokens, source.skipped, source.truncated)
+        rows.add(_name(source), source.format, *(f"{number:,}" for number in counts))
+    return Group(rows, *bullets(map(_split, filter(_is_split, data.sources))), *bullets(_unread(data), "yellow"))
+
+
+def _name(source: SourceFacts) -> str:
+    return f"{source.part}: {Path(source.path).name}"
+
+
+def _is_split(source: SourceFacts) -> bool:
+    return source.examples not in (None, source.rows)
+
+
+def _split(source: SourceFacts) -> str:
+    """What a template costs that renders earlier turns otherwise once more follow."""
+    return (
+        f"{_name(source)}: {count(source.rows, 'row')} became {source.examples:,} examples, "
+        "for the chat template renders earlier turns otherwise once more follow; this takes "
+        f"{source.repeated_tokens:,} of the {source.tokens:,} tokens"
+    )
+
+
+def _unread(data: DataPart) -> Iterator[str]:
+    for source in data.sources:
+        if source.unread:
+            fields = ", ".join(f"{name} ({count(rows, 'row')})" for name, rows in source.unread.items())
+            yield f"{_name(source)}: nobody reads {fields}; data.ignore_fields says that it is meant"
+
+
+class Shown:
+    """A row token by token, the learnt ones in colour; without colours between « and »."""
+
+    def __init__(self, row: ShownRow) -> None:
+        self.row = row
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        tokens = self.row.pieces
+        learnt = sum(token.learnt for token in tokens)
+        yield Whole(f"{self.row.place}: {count(len(tokens), 'token')}, {learnt:,} learnt", "bold")
+        text = Whole()
+        for before, token in pairwise([ShownToken("", False), *tokens, ShownToken("", False)]):
+            begins, ends = token.learnt and not before.learnt, before.learnt and not token.learnt
+            text.append("»" if ends and not console.color_system else "")
+            text.append("|" if before.text and token.text else "", "dim")
+            text.append("«" if begins and not console.color_system else "")
+            written = token.text.translate(CONTROLS).replace("\n", "↵\n")
+            text.append(written, "bold green" if token.learnt else "")
+        yield text

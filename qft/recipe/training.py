@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, Strict
+from pydantic_core import PydanticCustomError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Format = Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text"]
@@ -19,7 +20,7 @@ Many = Annotated[tuple[T, ...], Strict(False)]
 
 def _as_pairs(value: Any) -> tuple[tuple[Any, Any], ...]:
     if not isinstance(value, Mapping):
-        raise ValueError("needs a mapping of names to values")
+        raise PydanticCustomError("mapping", "Input should be a mapping of names to values")
     return tuple(value.items())
 
 

@@ -1,9 +1,18 @@
 """plan.json of a run and `qft check --json`: what is decided before anything is loaded."""
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from qft.documents.manifest import DevicePart, PluginFile
 from qft.documents.part import Share, Stored, Tokens
+
+Matched = Annotated[
+    dict[str, dict[str, int]],
+    Field(
+        description="Modules that each name, pattern or index in a field of the recipe matches: {field: {entry: n}}."
+    ),
+]
 
 
 class PlannedModel(Stored):
@@ -154,6 +163,7 @@ class CalibrationPlanDocument(Stored):
     """Of every linear layer, by its name; None: left in 16 bits. Empty with engine custom, whose plugin decides."""
     quantization: Quantization | None = None
     """Of engine custom; None with the others."""
+    matched: Matched = {}
     data: CalibrationPart
 
 
@@ -167,6 +177,7 @@ class PlanDocument(Stored):
     quantization: Quantization
     skip_modules: Literal["auto"] | list[str] = []
     """As the recipe says; auto: measured and chosen by `qft train`."""
+    matched: Matched = {}
     adapter: AdapterArguments | None
     """None: all weights are trained."""
     training: TrainerArguments

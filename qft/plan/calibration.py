@@ -1,17 +1,18 @@
 """Which layers are quantized how, and on which rows: everything that is decided before a calibration begins."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
-from qft.checkpoint.skeleton import find_blocks, without_contents
+from qft.checkpoint.skeleton import find_blocks
 from qft.data.calibration import CalibrationData, calibration_data
 from qft.data.prepare import Prepared
 from qft.documents.plan import CalibrationPart, CalibrationPlanDocument, LayerPart
 from qft.machine.device import Device
 from qft.plan.model import ModelPlan, plan_model, refuse, require_device
+from qft.plan.modules import Matches, ends_with, match_own
 from qft.plan.packages import missing_engine, missing_packages
 from qft.quant.engines.llmcompressor import find_problem
 from qft.quant.layer import LayerScheme
@@ -39,6 +40,8 @@ class CalibrationPlan:
     data: CalibrationData
     quantized: ModelPlan | None = None
     """The model as engine custom loads it; None with the others."""
+    matched: Matches = field(default_factory=dict)
+    """Of the names of modules that say what is left in 16 bits, by field: how many each matches."""
 
     @property
     def recipe(self) -> Recipe:
@@ -79,6 +82,7 @@ class CalibrationPlan:
             algorithm=self.algorithm,
             schemes={name: scheme and LayerPart(**scheme.facts()) for name, scheme in self.schemes.items()},
             quantization=self.quantized and self.quantized.quantization_part,
+            matched=self.matched,
             data=CalibrationPart(
                 audit=rows.audit,
                 warnings=list(rows.warnings),
@@ -108,14 +112,17 @@ def plan_calibration(
     engine = CATALOGUE[calibrate.engine]
     if engine.by_plugin:
         return _by_plugin(loaded.having(adapter=AdapterSection()), model, trained)
-    linears, blocks = linear_layers(model)
+    skeleton = model.skeleton()
+    linears, blocks = linear_layers(model, skeleton)
+    matched, problems = match_own("calibrate.skip_modules", calibrate.skip_modules, skeleton)
+    refuse(loaded, problems)
     skipped = calibrate.skip_modules
     taken = {name for name in linears if name.startswith(f"{blocks}.") and not _is_skipped(name, skipped)}
     scheme = _scheme(calibrate, [linears[name] for name in taken])
     schemes = {name: scheme if name in taken else None for name in linears}
     refuse(loaded, _layer_problems(calibrate, schemes, linears))
     data = _data(model, recipe, trained, needs_windows=engine.needs_windows(scheme.activations))
-    return CalibrationPlan(unquantized, model, schemes, data)
+    return CalibrationPlan(unquantized, model, schemes, data, matched=matched)
 
 
 def _by_plugin(loaded: LoadedRecipe, model: ModelPlan, trained: Prepared | None) -> CalibrationPlan:
@@ -124,7 +131,8 @@ def _by_plugin(loaded: LoadedRecipe, model: ModelPlan, trained: Prepared | None)
     assert quantized.scheme.plugin is not None
     if unserializable := quantized.scheme.plugin.unserializable(quantized.scheme.config()):
         refuse(loaded, [("quant.plugin", unserializable)])
-    return CalibrationPlan(loaded, model, {}, _data(model, loaded.recipe, trained, needs_windows=False), quantized)
+    data = _data(model, loaded.recipe, trained, needs_windows=False)
+    return CalibrationPlan(loaded, model, {}, data, quantized, quantized.matched)
 
 
 def _data(model: ModelPlan, recipe: Recipe, trained: Prepared | None, *, needs_windows: bool) -> CalibrationData:
@@ -150,11 +158,10 @@ def _has_float8(device: Device) -> bool:
     return device.capability is not None and tuple(map(int, device.capability.split("."))) >= FLOAT8_CAPABILITY
 
 
-def linear_layers(plan: ModelPlan) -> tuple[dict[str, int], str]:
+def linear_layers(plan: ModelPlan, skeleton: nn.Module) -> tuple[dict[str, int], str]:
     """Inputs of each linear layer by its name, and the name of the stack of blocks."""
-    model = without_contents(plan.checkpoint, plan.recipe.model)
-    linears = {name: module.in_features for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    return linears, find_blocks(model, plan.shape.layers)[0]
+    linears = {name: module.in_features for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)}
+    return linears, find_blocks(skeleton, plan.shape.layers)[0]
 
 
 def _scheme(calibrate: CalibrateSection, inputs: Sequence[int]) -> LayerScheme:
@@ -166,16 +173,12 @@ def _scheme(calibrate: CalibrateSection, inputs: Sequence[int]) -> LayerScheme:
 
 
 def _is_skipped(name: str, skipped: tuple[str, ...]) -> bool:
-    return any(f".{name}".endswith(f".{end}") for end in skipped)
+    return any(ends_with(name, end) for end in skipped)
 
 
 def _layer_problems(
     calibrate: CalibrateSection, schemes: dict[str, LayerScheme | None], linears: dict[str, int]
 ) -> Iterator[Problem]:
-    for end in calibrate.skip_modules:
-        if not any(_is_skipped(name, (end,)) for name in linears):
-            names = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
-            yield "calibrate.skip_modules", f"{end} is no linear layer (they are called {names})"
     if not any(schemes.values()):
         yield "calibrate.skip_modules", "leaves nothing to quantize"
     for name, scheme in schemes.items():

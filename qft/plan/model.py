@@ -11,15 +11,17 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qft.checkpoint.find import Checkpoint, find_checkpoint, load_tokenizer
 from qft.checkpoint.skeleton import without_contents
 from qft.documents.manifest import DevicePart
 from qft.documents.plan import PlannedModel, Quantization
-from qft.errors import RecipeError
+from qft.errors import RecipeError, first_line
 from qft.machine.device import Device, find_device
+from qft.plan.modules import Matches, is_all_linear, match_adapter, match_skips
 from qft.quant.hold import Scheme, contradictions, find_scheme
 from qft.recipe import LoadedRecipe, Recipe
 from qft.recipe.load import from_values
@@ -60,10 +62,16 @@ class ModelPlan:
     """Of the weights that are not quantized."""
     scheme: Scheme
     """How its linear layers are held."""
+    matched: Matches
+    """Of the names of modules that the recipe gives, by field: how many each matches."""
 
     @property
     def recipe(self) -> Recipe:
         return self.loaded.recipe
+
+    def skeleton(self) -> PreTrainedModel:
+        """The model without contents."""
+        return without_contents(self.checkpoint, self.recipe.model)
 
     def longest_row(self, data: DataSection) -> int:
         """data.max_length, in tokens, as it is decided for this model."""
@@ -100,10 +108,12 @@ def plan_model(loaded: LoadedRecipe, lora: dict[str, Any] | None = None) -> Mode
     if checkpoint.quantization:
         refuse(loaded, contradictions(checkpoint.quantization, loaded))
     dtype = _dtype(recipe, device)
-    shape = _shape(loaded, checkpoint, lora)
+    model = without_contents(checkpoint, recipe.model, dtype=torch.float32)
+    matched = _matched(loaded, model, lora)
+    shape = _shape(loaded, model, lora, matched)
     tokenizer = load_tokenizer(checkpoint, recipe)
     scheme = find_scheme(recipe.quant, checkpoint.quantization, dtype, shape.heads)
-    return ModelPlan(loaded, device, checkpoint, tokenizer, shape, dtype, scheme)
+    return ModelPlan(loaded, device, checkpoint, tokenizer, shape, dtype, scheme, matched)
 
 
 def refuse(loaded: LoadedRecipe, problems: Iterable[Problem]) -> None:
@@ -153,14 +163,23 @@ def plan_folder(folder: Path, section: ModelSection, dtype: str, quant: QuantSec
     return plan_model(from_values(values | ({"quant": quant.model_dump(exclude_unset=True)} if quant else {})))
 
 
-def _shape(loaded: LoadedRecipe, checkpoint: Checkpoint, lora: dict[str, Any] | None) -> Shape:
-    """Build the model without contents, attach the adapters, and count."""
-    config = checkpoint.config
-    model = without_contents(checkpoint, loaded.recipe.model, dtype=torch.float32)
+def _matched(loaded: LoadedRecipe, model: nn.Module, lora: dict[str, Any] | None) -> Matches:
+    """What names of modules match, those of the adapter too if there are to be adapters. Raises RecipeError for those
+    that match nothing."""
+    matches, problems = match_skips(loaded.recipe, model)
+    if lora:
+        others, more = match_adapter(loaded.recipe.adapter, model)
+        matches, problems = matches | others, [*problems, *more]
+    refuse(loaded, problems)
+    return matches
+
+
+def _shape(loaded: LoadedRecipe, model: PreTrainedModel, lora: dict[str, Any] | None, matched: Matches) -> Shape:
+    """Count what the skeleton is made of, and what of it is trained once adapters are attached to it."""
     head = model.get_output_embeddings()
     heads = tuple(name for name, module in model.named_modules() if module is head)
     linears = [module for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in heads]
-    text = config.get_text_config()
+    text = model.config.get_text_config()
     parameters = sum(p.numel() for p in model.parameters())  # before there are adapters
     return Shape(
         architecture=type(model).__name__,
@@ -168,19 +187,21 @@ def _shape(loaded: LoadedRecipe, checkpoint: Checkpoint, lora: dict[str, Any] | 
         hidden_size=text.hidden_size,
         parameters=parameters,
         linear_parameters=sum(module.weight.numel() for module in linears),
-        trainable_parameters=_trainable(loaded, model, lora) if lora else parameters,
+        trainable_parameters=_trainable(loaded, model, lora, matched) if lora else parameters,
         max_positions=getattr(text, "max_position_embeddings", None),
         heads=heads,
     )
 
 
-def _trainable(loaded: LoadedRecipe, model: nn.Module, lora: dict[str, Any]) -> int:
-    """Trainable parameters once the adapters are attached. Raises RecipeError if they fit nowhere."""
-    names = sorted({n.rpartition(".")[2] for n, module in model.named_modules() if isinstance(module, nn.Linear)})
+def _trainable(loaded: LoadedRecipe, model: nn.Module, lora: dict[str, Any], matched: Matches) -> int:
+    """Trainable parameters once the adapters are attached; how many modules `all-linear` is goes into `matched`. Raises
+    RecipeError if they cannot be."""
     try:
         with torch.device("meta"):
             adapted = get_peft_model(model, LoraConfig(**lora | {"init_lora_weights": False}))
-    except (ValueError, KeyError) as error:
-        text = f"{str(error).splitlines()[0]} (the linear layers are called {', '.join(names)})"
-        raise RecipeError(loaded.problem("adapter.target_modules", text)) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise RecipeError(loaded.problem("adapter.target_modules", first_line(error))) from error
+    if is_all_linear(lora["target_modules"]):
+        count = sum(isinstance(module, BaseTunerLayer) for module in adapted.modules())
+        matched["adapter.target_modules"] = {lora["target_modules"]: count}
     return sum(p.numel() for p in adapted.parameters() if p.requires_grad)

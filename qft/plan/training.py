@@ -63,6 +63,7 @@ class Plan:
             model=self.model.model_part,
             quantization=self.model.quantization_part,
             skip_modules=self.recipe.quant.skip_modules,
+            matched=self.model.matched,
             adapter=AdapterArguments(**self.lora) if self.lora else None,
             training=TrainerArguments(**self.training),
             data=DataPart(

@@ -32,6 +32,7 @@ def _calibration(plan: CalibrationPlanDocument) -> Group:
         rows.add("layers", f"{len(quantized)} quantized, {left} left in {model.dtype}")
     else:
         rows.add("weights", "as quant.plugin holds them")
+    _add_matches(rows, plan.matched)
     windows = f"{audit.windows} windows of {audit.window_tokens} tokens" if audit else "none needed"
     rows.add("looks at", windows)
     rows.add("judged by", f"{plan.data.verify_rows} held-out rows")
@@ -53,8 +54,15 @@ def _model(plan: PlanDocument) -> Facts:
     share = model.trainable_parameters / model.parameters
     kind = f"LoRA r={adapter.r} on {_names(adapter.target_modules)}" if adapter else "all weights"
     rows.add("trained", f"{kind}: {si(model.trainable_parameters)} parameters ({share:.2%})")
+    _add_matches(rows, plan.matched)
     rows.add("on", plan.device.name)
     return rows
+
+
+def _add_matches(rows: Facts, matched: dict[str, dict[str, int]]) -> None:
+    """How many modules each name in the recipe is to the model."""
+    for field, counts in matched.items():
+        rows.add(field.partition(".")[2], ", ".join(f"{entry}: {number}" for entry, number in counts.items()))
 
 
 def _training(plan: PlanDocument) -> Facts:

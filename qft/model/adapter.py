@@ -74,7 +74,7 @@ def require_fit(adapter: Path, plan: ModelPlan) -> None:
         tensors = {name: tensor.to("meta") for name, tensor in load_peft_weights(str(adapter), device="cpu").items()}
         with torch.device("meta"), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
-            found = set_peft_model_state_dict(get_peft_model(plan.skeleton(), config), tensors)
+            found = set_peft_model_state_dict(PeftModel(plan.skeleton(), config), tensors)
     except KeyError as error:
         raise ModelError(_misfit(adapter, f"it holds no {error.args[0]}")) from error
     except (ValueError, RuntimeError, TypeError, OSError, SafetensorError) as error:

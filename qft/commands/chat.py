@@ -142,6 +142,8 @@ def open_session(
     conversation.prompt("Hello" if prompt is None else prompt)
     if not conversation.has_template:
         note(f"[{name} has no chat template: it continues what is written, as plain text]")
+    if plan.held_in_part:
+        note(f"[{plan.held_in_part}]")
     note(f"[loading {name} on {plan.device.name}]")
     model = load_target(target, plan)
     set_seed(options.seed)

@@ -191,6 +191,8 @@ class _Evaluation:
         with self._log_probs(plans[0]) as store:
             for target, plan in zip(targets, plans, strict=True):
                 self.view.note(f"Evaluating {target.name}")
+                if plan.held_in_part:
+                    self.view.note(f"  {plan.held_in_part}")
                 with memory_guard(f"evaluating {target.name}", _smaller(plan, self.recipe, self.options)):
                     measured.append(self._ask(target, plan, store, measured[0] if measured else None))
         return measured

@@ -45,6 +45,9 @@ class Quantization(Stored):
     plugin: PluginFile | None = None
     described: str = ""
     """In words, with the data type and what is left as it is; empty in documents from before it was told here."""
+    quantized_share: Share | None = None
+    """Of the weights (parameters of two dimensions or more) outside embeddings and head, by count, what is held in few
+    bits. None: only a plugin or the checkpoint's own code knows, or the document is from before it was told here."""
 
 
 class AdapterArguments(Stored):
@@ -163,6 +166,9 @@ class CalibrationPlanDocument(Stored):
     """Of every linear layer, by its name; None: left in 16 bits. Empty with engine custom, whose plugin decides."""
     quantization: Quantization | None = None
     """Of engine custom; None with the others."""
+    quantized_share: Share | None = None
+    """Of the weights (parameters of two dimensions or more) outside embeddings and head, by count, what is quantized.
+    None with engine custom, whose plugin decides, and in documents from before it was told here."""
     matched: Matched = {}
     data: CalibrationPart
 

@@ -1,6 +1,6 @@
 """Which layers are quantized how, and on which rows: everything that is decided before a calibration begins."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,11 +11,12 @@ from qft.data.calibration import CalibrationData, calibration_data
 from qft.data.prepare import Prepared
 from qft.documents.plan import CalibrationPart, CalibrationPlanDocument, LayerPart
 from qft.machine.device import Device
-from qft.plan.model import ModelPlan, plan_model, refuse, require_device
+from qft.plan.model import ModelPlan, partial_problem, plan_model, refuse, require_device
 from qft.plan.modules import Matches, ends_with, match_own
 from qft.plan.packages import missing_engine, missing_packages
 from qft.quant.engines.llmcompressor import find_problem
 from qft.quant.layer import LayerScheme
+from qft.quant.share import Held, count_weights
 from qft.recipe import LoadedRecipe, Recipe
 from qft.recipe.catalogue import CATALOGUE, EngineRow
 from qft.recipe.rules import Problem
@@ -42,6 +43,8 @@ class CalibrationPlan:
     """The model as engine custom loads it; None with the others."""
     matched: Matches = field(default_factory=dict)
     """Of the names of modules that say what is left in 16 bits, by field: how many each matches."""
+    weights: Mapping[str, int] = field(default_factory=dict)
+    """Of each module outside embeddings and head: see qft.quant.share."""
 
     @property
     def recipe(self) -> Recipe:
@@ -72,6 +75,10 @@ class CalibrationPlan:
         scheme = next(scheme for scheme in self.schemes.values() if scheme)
         return scheme.facts() | ({"algorithm": self.algorithm} if self.algorithm else {})
 
+    def quantized_share(self, layers: Collection[str]) -> float:
+        """Of the weights outside embeddings and head, those of `layers`."""
+        return Held.of(self.weights, layers, lambda name: False).share
+
     def document(self) -> CalibrationPlanDocument:
         """For `qft check --json` and the run folder."""
         rows = self.data
@@ -82,6 +89,7 @@ class CalibrationPlan:
             algorithm=self.algorithm,
             schemes={name: scheme and LayerPart(**scheme.facts()) for name, scheme in self.schemes.items()},
             quantization=self.quantized and self.quantized.quantization_part,
+            quantized_share=None if self.quantized else self.quantized_share(_quantized(self.schemes)),
             matched=self.matched,
             data=CalibrationPart(
                 audit=rows.audit,
@@ -120,9 +128,16 @@ def plan_calibration(
     taken = {name for name in linears if name.startswith(f"{blocks}.") and not _is_skipped(name, skipped)}
     scheme = _scheme(calibrate, [linears[name] for name in taken])
     schemes = {name: scheme if name in taken else None for name in linears}
-    refuse(loaded, _layer_problems(calibrate, schemes, linears))
+    weights = count_weights(skeleton)
+    held = Held.of(weights, _quantized(schemes), lambda name: _is_skipped(name, skipped))
+    partial = (
+        ()
+        if calibrate.allow_partial or not held.quantized
+        else partial_problem(held, "calibrate", "calibrate.allow_partial")
+    )
+    refuse(loaded, [*_layer_problems(calibrate, schemes, linears), *partial])
     data = _data(model, recipe, trained, needs_windows=engine.needs_windows(scheme.activations))
-    return CalibrationPlan(unquantized, model, schemes, data, matched=matched)
+    return CalibrationPlan(unquantized, model, schemes, data, matched=matched, weights=weights)
 
 
 def _by_plugin(loaded: LoadedRecipe, model: ModelPlan, trained: Prepared | None) -> CalibrationPlan:
@@ -132,7 +147,7 @@ def _by_plugin(loaded: LoadedRecipe, model: ModelPlan, trained: Prepared | None)
     if unserializable := quantized.scheme.plugin.unserializable(quantized.scheme.config()):
         refuse(loaded, [("quant.plugin", unserializable)])
     data = _data(model, loaded.recipe, trained, needs_windows=False)
-    return CalibrationPlan(loaded, model, {}, data, quantized, quantized.matched)
+    return CalibrationPlan(loaded, model, {}, data, quantized, quantized.matched, count_weights(model.skeleton()))
 
 
 def _data(model: ModelPlan, recipe: Recipe, trained: Prepared | None, *, needs_windows: bool) -> CalibrationData:
@@ -172,6 +187,10 @@ def _scheme(calibrate: CalibrateSection, inputs: Sequence[int]) -> LayerScheme:
     return LayerScheme(calibrate.data_type, calibrate.bits, int(size), calibrate.symmetric, calibrate.activations)
 
 
+def _quantized(schemes: Mapping[str, LayerScheme | None]) -> list[str]:
+    return [name for name, scheme in schemes.items() if scheme]
+
+
 def _is_skipped(name: str, skipped: tuple[str, ...]) -> bool:
     return any(ends_with(name, end) for end in skipped)
 
@@ -180,7 +199,10 @@ def _layer_problems(
     calibrate: CalibrateSection, schemes: dict[str, LayerScheme | None], linears: dict[str, int]
 ) -> Iterator[Problem]:
     if not any(schemes.values()):
-        yield "calibrate.skip_modules", "leaves nothing to quantize"
+        if calibrate.skip_modules:
+            yield "calibrate.skip_modules", "leaves nothing to quantize"
+        else:
+            yield "calibrate", "the model's blocks hold no layer of torch.nn.Linear, and no other is quantized"
     for name, scheme in schemes.items():
         if scheme and scheme.group_size > 0 and linears[name] % scheme.group_size:
             text = f"{name} has {linears[name]} inputs, which {scheme.group_size} does not divide: use a smaller group"

@@ -14,6 +14,8 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qft.checkpoint.find import Checkpoint, find_checkpoint, load_tokenizer
 from qft.checkpoint.skeleton import without_contents
@@ -21,8 +23,9 @@ from qft.documents.manifest import DevicePart
 from qft.documents.plan import PlannedModel, Quantization
 from qft.errors import RecipeError, first_line
 from qft.machine.device import Device, find_device
-from qft.plan.modules import Matches, is_all_linear, match_adapter, match_skips
+from qft.plan.modules import Matches, is_all_linear, match_adapter, match_skips, whole_problems
 from qft.quant.hold import Scheme, contradictions, find_scheme
+from qft.quant.share import Held, count_weights
 from qft.recipe import LoadedRecipe, Recipe
 from qft.recipe.load import from_values
 from qft.recipe.rules import Problem
@@ -64,6 +67,8 @@ class ModelPlan:
     """How its linear layers are held."""
     matched: Matches
     """Of the names of modules that the recipe gives, by field: how many each matches."""
+    held: Held | None
+    """Of its weights, what the scheme holds in few bits; None: only other code knows."""
 
     @property
     def recipe(self) -> Recipe:
@@ -84,6 +89,11 @@ class ModelPlan:
         return data.having(max_length=self.longest_row(data))
 
     @property
+    def held_in_part(self) -> str | None:
+        """What to say of a base that is called quantized and is not, for the most part."""
+        return self.held.words() if self.held and self.held.is_partial and self.scheme.name != "none" else None
+
+    @property
     def device_part(self) -> DevicePart:
         return DevicePart(**asdict(self.device))
 
@@ -94,7 +104,8 @@ class ModelPlan:
 
     @property
     def quantization_part(self) -> Quantization:
-        return Quantization(**self.scheme.facts() | {"described": self.scheme.words()})
+        share = self.held.share if self.held else None
+        return Quantization(**self.scheme.facts() | {"described": self.scheme.words(), "quantized_share": share})
 
 
 def plan_model(loaded: LoadedRecipe, lora: dict[str, Any] | None = None) -> ModelPlan:
@@ -110,10 +121,27 @@ def plan_model(loaded: LoadedRecipe, lora: dict[str, Any] | None = None) -> Mode
     dtype = _dtype(recipe, device)
     model = without_contents(checkpoint, recipe.model, dtype=torch.float32)
     matched = _matched(loaded, model, lora)
-    shape = _shape(loaded, model, lora, matched)
     tokenizer = load_tokenizer(checkpoint, recipe)
-    scheme = find_scheme(recipe.quant, checkpoint.quantization, dtype, shape.heads)
-    return ModelPlan(loaded, device, checkpoint, tokenizer, shape, dtype, scheme, matched)
+    scheme = find_scheme(recipe.quant, checkpoint.quantization, dtype, _heads(model))
+    if lora:
+        refuse(loaded, whole_problems(recipe.adapter, scheme.holds(model) or ()))
+    held = weights_held(scheme, recipe, model)
+    shape = _shape(loaded, model, lora, matched)
+    return ModelPlan(loaded, device, checkpoint, tokenizer, shape, dtype, scheme, matched, held)
+
+
+def weights_held(scheme: Scheme, recipe: Recipe, model: PreTrainedModel) -> Held | None:
+    """What of the weights of a skeleton the scheme holds in few bits; None: only other code knows."""
+    layers, asked = scheme.holds(model), recipe.quant.named_skips
+    if layers is None:
+        return None
+    return Held.of(count_weights(model), layers, lambda name: not should_convert_module(name, list(asked)))
+
+
+def partial_problem(held: Held | None, field: str, allow: str) -> Iterator[Problem]:
+    """Yield what is wrong at `field` if far less is held than one would think, unless the field `allow` says so."""
+    if held and held.is_partial:
+        yield field, f"{held.words()}: set {allow} to true if that is meant"
 
 
 def refuse(loaded: LoadedRecipe, problems: Iterable[Problem]) -> None:
@@ -176,9 +204,8 @@ def _matched(loaded: LoadedRecipe, model: nn.Module, lora: dict[str, Any] | None
 
 def _shape(loaded: LoadedRecipe, model: PreTrainedModel, lora: dict[str, Any] | None, matched: Matches) -> Shape:
     """Count what the skeleton is made of, and what of it is trained once adapters are attached to it."""
-    head = model.get_output_embeddings()
-    heads = tuple(name for name, module in model.named_modules() if module is head)
-    linears = [module for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in heads]
+    head, kinds = model.get_output_embeddings(), (nn.Linear, Conv1D)
+    linears = [module for module in model.modules() if isinstance(module, kinds) and module is not head]
     text = model.config.get_text_config()
     parameters = sum(p.numel() for p in model.parameters())  # before there are adapters
     return Shape(
@@ -189,8 +216,13 @@ def _shape(loaded: LoadedRecipe, model: PreTrainedModel, lora: dict[str, Any] | 
         linear_parameters=sum(module.weight.numel() for module in linears),
         trainable_parameters=_trainable(loaded, model, lora, matched) if lora else parameters,
         max_positions=getattr(text, "max_position_embeddings", None),
-        heads=heads,
+        heads=_heads(model),
     )
+
+
+def _heads(model: PreTrainedModel) -> tuple[str, ...]:
+    head = model.get_output_embeddings()
+    return tuple(name for name, module in model.named_modules() if module is head)
 
 
 def _trainable(loaded: LoadedRecipe, model: nn.Module, lora: dict[str, Any], matched: Matches) -> int:

@@ -8,7 +8,7 @@ with quant.skip_modules; calibrate.skip_modules is qft's own, and read as peft r
 import difflib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -62,6 +62,15 @@ def match_adapter(adapter: AdapterSection, model: nn.Module) -> tuple[Matches, l
     if not problems:
         problems = [*_target_problems(adapter, model, matches), *_save_problems(adapter, model)]
     return matches, problems
+
+
+def whole_problems(adapter: AdapterSection, quantized: Collection[str]) -> Iterator[Problem]:
+    """What of modules_to_save is, or holds, one of the layers that are `quantized` and so cannot be trained whole."""
+    for entry in adapter.modules_to_save:
+        # It matches a layer or a module around it: the name up to a dot, or to the end, ends with the entry.
+        if hits := [name for name in quantized if f"{entry}." in f"{name}."]:
+            text = f"{min(hits)} is quantized, and cannot be trained whole; name it in quant.skip_modules too"
+            yield "adapter.modules_to_save", f"{entry}: {text}"
 
 
 def ends_with(name: str, end: str) -> bool:

@@ -13,7 +13,16 @@ from transformers import TrainingArguments
 from qft.data.prepare import Prepared, prepare
 from qft.documents.plan import AdapterArguments, DataPart, PlanDocument, TrainerArguments
 from qft.machine.device import Device
-from qft.plan.model import ModelPlan, Shape, device_problems, plan_model, refuse, require_device
+from qft.plan.model import (
+    ModelPlan,
+    Shape,
+    device_problems,
+    partial_problem,
+    plan_model,
+    refuse,
+    require_device,
+    weights_held,
+)
 from qft.plan.packages import missing_packages
 from qft.recipe import LoadedRecipe, Recipe
 from qft.recipe.rules import Problem
@@ -86,7 +95,8 @@ def make_plan(loaded: LoadedRecipe) -> Plan:
     refuse(loaded, [*device_problems(recipe, device), *_training_problems(recipe, device)])
     lora = _lora_arguments(recipe) if recipe.adapter.kind == "lora" else None
     model = plan_model(loaded, lora)
-    refuse(loaded, [*model.scheme.problems(recipe), *_length_problems(recipe, model.shape)])
+    problems = [*model.scheme.problems(recipe), *_share_problems(model), *_length_problems(recipe, model.shape)]
+    refuse(loaded, problems)
     data = prepare(model.rows_for(recipe.data), model.tokenizer, recipe.seed)
     if recipe.eval.metrics and data.eval and max(data.eval["answer_start"]) < 0:
         refuse(loaded, [("eval.metrics", "the held-out rows are plain text, which has no answers to score; remove it")])
@@ -97,8 +107,21 @@ def with_skip_modules(plan: Plan, names: Sequence[str]) -> Plan:
     """The plan once quant.skip_modules auto has become `names`."""
     model = plan.model
     chosen = {"skip_modules": names, "skip_budget_bits": None, "skip_budget_bytes": None}
-    changed = dataclasses.replace(model, loaded=model.loaded.having(quant=chosen), scheme=model.scheme.leaving(names))
+    loaded, scheme = model.loaded.having(quant=chosen), model.scheme.leaving(names)
+    held = weights_held(scheme, loaded.recipe, model.skeleton())
+    changed = dataclasses.replace(model, loaded=loaded, scheme=scheme, held=held)
     return dataclasses.replace(plan, model=changed)
+
+
+def _share_problems(model: ModelPlan) -> Iterator[Problem]:
+    """A base that is called quantized and is not, for the most part."""
+    recipe = model.recipe
+    if model.scheme.name == "none":
+        if recipe.quant.allow_partial:
+            yield "quant.allow_partial", "nothing is quantized with quant.mode none; remove it"
+    elif not recipe.quant.allow_partial:
+        field = "model.path" if model.checkpoint.quantization else "quant.mode"
+        yield from partial_problem(model.held, field, "quant.allow_partial")
 
 
 def _length_problems(recipe: Recipe, shape: Shape) -> Iterator[Problem]:

@@ -20,16 +20,9 @@ from qft.recipe import load
 from qft.views.terminal.plan import render_plan
 from tests.support.architectures import write_model
 from tests.support.cli import qft
-from tests.support.once import once
 
 RecipeFile = Callable[..., Path]
 Models = Callable[[str], Path]
-
-
-@pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    """Folders of tiny models, by architecture."""
-    return lambda kind: once(tmp_path_factory, f"plan-{kind}", lambda folder: write_model(folder, kind))
 
 
 def sections(**adapter: Any) -> dict[str, Any]:
@@ -122,6 +115,13 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
     ("llama", sections(modules_to_save=["layers"]), "adapter.modules_to_save", "a list of modules"),
     ("llama", sections(modules_to_save=["rotary_emb"]), "adapter.modules_to_save", "holds no weights"),
     ("llama", sections(modules_to_save=["lm_head("]), "adapter.modules_to_save", "is no regular expression"),
+    (
+        "llama",
+        skips() | sections(modules_to_save=["q_proj"]),
+        "adapter.modules_to_save",
+        "name it in quant.skip_modules",
+    ),
+    ("llama", skips() | sections(modules_to_save=["mlp"]), "adapter.modules_to_save", "mlp.down_proj is quantized"),
     ("llama", skips("up_porj"), "quant.skip_modules", "did you mean up_proj"),
     ("llama", skips("mlp"), "quant.skip_modules", "holds no weights but"),
     ("llama", skips("model.layers.7"), "quant.skip_modules", "matches no module"),

@@ -6,7 +6,7 @@ from rich.console import Group, RenderableType
 
 from qft.documents.plan import CalibrationCheck, CalibrationPlanDocument, PlanDocument
 from qft.views.terminal.table import Facts, Rows, Whole, bullets, spaced
-from qft.views.words import si
+from qft.views.words import share_held, si
 
 
 def render_plan(plan: PlanDocument | CalibrationCheck) -> Group:
@@ -30,6 +30,8 @@ def _calibration(plan: CalibrationPlanDocument) -> Group:
         rows.add("weights", f"{kind}, by {maker}")
         left = len(plan.schemes) - len(quantized)
         rows.add("layers", f"{len(quantized)} quantized, {left} left in {model.dtype}")
+        if held := share_held(plan.quantized_share):
+            rows.add("", f"{held} quantized")
     else:
         rows.add("weights", "as quant.plugin holds them")
     _add_matches(rows, plan.matched)
@@ -47,6 +49,8 @@ def _model(plan: PlanDocument) -> Facts:
     rows.add("path", Whole(f"{model.path}{commit}"))
     rows.add("base", f"{model.architecture}, {si(model.parameters)} parameters, {model.layers} blocks")
     rows.add("held as", f"{plan.quantization.described}; the rest in {model.dtype}")
+    if plan.quantization.scheme != "none" and (held := share_held(plan.quantization.quantized_share)):
+        rows.add("", held)
     if plan.skip_modules == "auto":
         rows.add("", "layers to leave in 16 bits are measured and chosen by `qft train`")
     if plugin := plan.quantization.plugin:

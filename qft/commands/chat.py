@@ -14,6 +14,7 @@ from transformers import set_seed
 from qft.commands.conversation import ChatOptions, Conversation, Reply
 from qft.errors import DataError, QftError, RecipeError, RunError
 from qft.model.target import load_target, parse_target
+from qft.plan.limits import require_special_tokens
 
 CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
 CONTROLS |= {127: 0x2421} | dict.fromkeys(range(128, 160), 0xFFFD)
@@ -138,7 +139,8 @@ def open_session(
     told before the model is loaded."""
     target = parse_target(name, adapter=adapter, data=None)
     plan = target.plan()
-    conversation = Conversation(plan.tokenizer, options, plan.shape.max_positions)
+    require_special_tokens(plan.tokenizer, plan.shape.embeddings, generates=True)
+    conversation = Conversation(plan.tokenizer, options, plan.shape.max_positions, plan.shape.embeddings)
     conversation.prompt("Hello" if prompt is None else prompt)
     if not conversation.has_template:
         note(f"[{name} has no chat template: it continues what is written, as plain text]")

@@ -33,6 +33,11 @@ class PlannedModel(Stored):
     trainable_parameters: int
     max_positions: Tokens | None
     """Longest sequence that the model was built for."""
+    position_table: Tokens | None = None
+    """Longest sequence that its tables of positions have room for. None: it computes its positions, or the document is
+    from before it was told here."""
+    embeddings: Tokens | None = None
+    """Tokens that its input embeddings know; None in documents from before it was told here."""
     heads: list[str]
 
 

@@ -11,6 +11,7 @@ from qft.data.calibration import CalibrationData, calibration_data
 from qft.data.prepare import Prepared
 from qft.documents.plan import CalibrationPart, CalibrationPlanDocument, LayerPart
 from qft.machine.device import Device
+from qft.plan.limits import answer_problems, length_problem, require_known_tokens, require_special_tokens
 from qft.plan.model import ModelPlan, partial_problem, plan_model, refuse, require_device
 from qft.plan.modules import Matches, ends_with, match_own
 from qft.plan.packages import missing_engine, missing_packages
@@ -136,7 +137,7 @@ def plan_calibration(
         else partial_problem(held, "calibrate", "calibrate.allow_partial")
     )
     refuse(loaded, [*_layer_problems(calibrate, schemes, linears), *partial])
-    data = _data(model, recipe, trained, needs_windows=engine.needs_windows(scheme.activations))
+    data = _data(model, loaded, trained, needs_windows=engine.needs_windows(scheme.activations))
     return CalibrationPlan(unquantized, model, schemes, data, matched=matched, weights=weights)
 
 
@@ -146,13 +147,24 @@ def _by_plugin(loaded: LoadedRecipe, model: ModelPlan, trained: Prepared | None)
     assert quantized.scheme.plugin is not None
     if unserializable := quantized.scheme.plugin.unserializable(quantized.scheme.config()):
         refuse(loaded, [("quant.plugin", unserializable)])
-    data = _data(model, loaded.recipe, trained, needs_windows=False)
+    data = _data(model, loaded, trained, needs_windows=False)
     return CalibrationPlan(loaded, model, {}, data, quantized, quantized.matched, count_weights(model.skeleton()))
 
 
-def _data(model: ModelPlan, recipe: Recipe, trained: Prepared | None, *, needs_windows: bool) -> CalibrationData:
+def _data(model: ModelPlan, loaded: LoadedRecipe, trained: Prepared | None, *, needs_windows: bool) -> CalibrationData:
+    recipe, shape, tokenizer = loaded.recipe, model.shape, model.tokenizer
     decided = recipe.having(data=model.rows_for(recipe.data))
-    return calibration_data(decided, model.tokenizer, needs_windows=needs_windows, trained=trained)
+    data = calibration_data(decided, tokenizer, needs_windows=needs_windows, trained=trained)
+    prepared = data.prepared
+    parts = [part for part in (prepared.train, prepared.eval) if part is not None]
+    require_known_tokens(parts, prepared.place, tokenizer, shape.embeddings)
+    longest = max([*map(len, data.windows), *data.verify["length"]])
+    refuse(loaded, length_problem("calibrate.max_length", longest, shape.position_table))
+    assert recipe.calibrate is not None
+    if recipe.calibrate.accept.score_drop is not None:
+        require_special_tokens(tokenizer, shape.embeddings, generates=True)
+        refuse(loaded, answer_problems(data.verify, recipe.eval, shape.position_table))
+    return data
 
 
 def _problems(recipe: Recipe, device: Device) -> Iterator[Problem]:

@@ -23,6 +23,7 @@ from qft.documents.manifest import DevicePart
 from qft.documents.plan import PlannedModel, Quantization
 from qft.errors import RecipeError, first_line
 from qft.machine.device import Device, find_device
+from qft.plan.limits import table_of_positions
 from qft.plan.modules import Matches, is_all_linear, match_adapter, match_skips, whole_problems
 from qft.quant.hold import Scheme, contradictions, find_scheme
 from qft.quant.share import Held, count_weights
@@ -48,6 +49,10 @@ class Shape:
     trainable_parameters: int
     max_positions: int | None
     """Longest sequence, in tokens, that the model was built for."""
+    position_table: int | None
+    """Longest sequence, in tokens, that its tables of positions have room for. None: it computes its positions."""
+    embeddings: int
+    """Tokens that its input embeddings know."""
     heads: tuple[str, ...]
     """Names of the output head."""
 
@@ -206,7 +211,8 @@ def _shape(loaded: LoadedRecipe, model: PreTrainedModel, lora: dict[str, Any] | 
     """Count what the skeleton is made of, and what of it is trained once adapters are attached to it."""
     head, kinds = model.get_output_embeddings(), (nn.Linear, Conv1D)
     linears = [module for module in model.modules() if isinstance(module, kinds) and module is not head]
-    text = model.config.get_text_config()
+    text, table = model.config.get_text_config(), table_of_positions(model)
+    built_for = [length for length in (getattr(text, "max_position_embeddings", None), table) if length]
     parameters = sum(p.numel() for p in model.parameters())  # before there are adapters
     return Shape(
         architecture=type(model).__name__,
@@ -215,7 +221,9 @@ def _shape(loaded: LoadedRecipe, model: PreTrainedModel, lora: dict[str, Any] | 
         parameters=parameters,
         linear_parameters=sum(module.weight.numel() for module in linears),
         trainable_parameters=_trainable(loaded, model, lora, matched) if lora else parameters,
-        max_positions=getattr(text, "max_position_embeddings", None),
+        max_positions=min(built_for, default=None),
+        position_table=table,
+        embeddings=model.get_input_embeddings().weight.shape[0],
         heads=_heads(model),
     )
 

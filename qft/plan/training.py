@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 from qft.data.prepare import Prepared, prepare
 from qft.documents.plan import AdapterArguments, DataPart, PlanDocument, TrainerArguments
 from qft.machine.device import Device
+from qft.plan.limits import answer_problems, require_known_tokens, require_special_tokens
 from qft.plan.model import (
     ModelPlan,
     Shape,
@@ -98,6 +99,11 @@ def make_plan(loaded: LoadedRecipe) -> Plan:
     problems = [*model.scheme.problems(recipe), *_share_problems(model), *_length_problems(recipe, model.shape)]
     refuse(loaded, problems)
     data = prepare(model.rows_for(recipe.data), model.tokenizer, recipe.seed)
+    parts, shape = [part for part in (data.train, data.eval) if part is not None], model.shape
+    require_known_tokens(parts, data.place, model.tokenizer, shape.embeddings)
+    require_special_tokens(model.tokenizer, shape.embeddings, generates=bool(recipe.eval.metrics))
+    if recipe.eval.metrics and data.eval:
+        refuse(loaded, answer_problems(data.eval, recipe.eval, shape.position_table))
     if recipe.eval.metrics and data.eval and max(data.eval["answer_start"]) < 0:
         refuse(loaded, [("eval.metrics", "the held-out rows are plain text, which has no answers to score; remove it")])
     return Plan(model, lora, _training_arguments(recipe, device), data)

@@ -74,7 +74,7 @@ def _trainer(model: Any, run: Run, recorder: Recorder) -> QftTrainer:
         args=training_arguments(plan, run),
         train_dataset=plan.data.train,
         eval_dataset=plan.data.eval,
-        data_collator=Collator(pad_token_id(plan.model.tokenizer)),
+        data_collator=Collator(pad_token_id(plan.model.tokenizer), most=plan.model.shape.position_table),
         processing_class=plan.model.tokenizer,
         callbacks=_callbacks(plan, run),
     )

@@ -71,7 +71,7 @@ def _task(plan: Plan) -> QuantizeTask:
     """Every layer of the blocks as the training holds it, measured on a few training rows."""
     scheme = plan.model.scheme
     assert scheme.engine is not None
-    inputs, blocks = linear_layers(plan.model)
+    inputs, blocks = linear_layers(plan.model, plan.model.skeleton())
     schemes = {name: scheme.layer if name.startswith(f"{blocks}.") else None for name in inputs}
     return QuantizeTask(CalibrateSection(engine=scheme.engine), schemes, rows=list(_rows(plan.data.train)))
 

@@ -99,6 +99,7 @@ def _report(
     acceptance: Acceptance, result: Path | None, meter: Meter, before: Snapshot, started: float
 ) -> CalibrationReport:
     plan, quantizer, unquantized = acceptance.plan, acceptance.quantizer, acceptance.before
+    raised = {name for name, bits in acceptance.attempts[-1].kept.items() if bits == 16}
     peak, process, seconds = meter.peak(), quantizer.process, quantizer.block_seconds
     return CalibrationReport(
         model=plan.recipe.model.path,
@@ -106,6 +107,7 @@ def _report(
         engine=plan.calibrate.engine,
         scheme=plan.scheme_facts(),
         quantized_layers=len(quantizer.quantized_layers),
+        quantized_share=plan.quantized_share({*quantizer.quantized_layers} - raised),
         skipped_layers=quantizer.skipped_layers,
         calibration=plan.data.audit.model_dump() if plan.data.audit else None,
         warnings=list(plan.data.warnings),

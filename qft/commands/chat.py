@@ -14,6 +14,7 @@ from transformers import set_seed
 from qft.commands.conversation import ChatOptions, Conversation, Reply
 from qft.errors import DataError, QftError, RecipeError, RunError
 from qft.model.target import load_target, parse_target
+from qft.plan.limits import require_special_tokens
 from qft.views.words import CONTROLS
 
 HELP = """\
@@ -135,10 +136,13 @@ def open_session(
     told before the model is loaded."""
     target = parse_target(name, adapter=adapter, data=None)
     plan = target.plan()
-    conversation = Conversation(plan.tokenizer, options, plan.shape.max_positions)
+    require_special_tokens(plan.tokenizer, plan.shape.embeddings, generates=True)
+    conversation = Conversation(plan.tokenizer, options, plan.shape.max_positions, plan.shape.embeddings)
     conversation.prompt("Hello" if prompt is None else prompt)
     if not conversation.has_template:
         note(f"[{name} has no chat template: it continues what is written, as plain text]")
+    if plan.held_in_part:
+        note(f"[{plan.held_in_part}]")
     note(f"[loading {name} on {plan.device.name}]")
     model = load_target(target, plan)
     set_seed(options.seed)

@@ -19,6 +19,7 @@ from qft.data.template import Encoder, encode_prompt
 from qft.errors import DataError, RecipeError
 from qft.measure.scores import generation_config
 from qft.memory.guard import memory_guard
+from qft.plan.limits import unknown_token
 
 Show = Callable[[str], None]
 """Takes a piece of an answer as soon as it is known."""
@@ -70,11 +71,13 @@ class Reply:
 class Conversation:
     """Messages, rendered with the model's chat template; without one, a text that the model continues.
 
-    `max_positions` is the longest sequence, in tokens, that the model was built for; None if it does not say."""
+    `max_positions` is the longest sequence, in tokens, that the model was built for; None if it does not say.
+    `embeddings` is how many tokens it knows; None if that is not known."""
 
     tokenizer: PreTrainedTokenizerBase
     options: ChatOptions
     max_positions: int | None = None
+    embeddings: int | None = None
     messages: list[Message] = field(init=False, default_factory=list)
     """The turns so far, without what the system says."""
     system: str | None = field(init=False, default=None)
@@ -105,6 +108,8 @@ class Conversation:
         if not text.strip():
             raise RecipeError("there is nothing to answer: the prompt is empty")
         ids = self._render(text)
+        if self.embeddings and (unknown := unknown_token(ids, self.tokenizer, self.embeddings)):
+            raise DataError(unknown)
         room, wanted = self.max_positions, self.options.max_new_tokens
         if room is not None and len(ids) + wanted > room:
             remedy = "/reset starts anew (no turn is dropped by itself), or lower" if self.messages else "lower"

@@ -20,7 +20,7 @@ from qft.errors import ModelError, RecipeError
 from qft.files import require_free_space, write_json, write_text
 from qft.machine.device import versions
 from qft.measure.evalset import EvalSet, eval_set
-from qft.measure.harness import asked_tasks, check_tasks, load_tasks, run_tasks
+from qft.measure.harness import asked_tasks, check_tasks, load_tasks, require_answer_room, run_tasks
 from qft.measure.likelihood import Likelihood, LogProbs, measure
 from qft.measure.scores import SCORES, Answer, answer_rows, as_jsonl, score, score_change
 from qft.measure.speed import decode_speed, prefill_speed
@@ -40,6 +40,10 @@ LAYER_TOKENS = 2048
 
 SPEED_PROMPT = 256
 """Tokens of the prompt that speed is measured on, or fewer if the rows hold fewer."""
+
+
+SPEED_ANSWER = 32
+"""Tokens that are written behind it, or half of what a table of positions has room for."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,9 @@ def evaluate(names: Sequence[str], options: EvalOptions, view: View) -> EvalDocu
         holds_rows_out=first.has_recipe,
     )
     tasks = load_tasks(asked, seed=recipe.seed)
+    for plan in [plan for target, plan in zip(targets, plans, strict=True) if not target.in_llamacpp]:
+        evalset.require_room(plan, recipe.eval)
+        require_answer_room(tasks, plan.shape.position_table)
     set_seed(recipe.seed)
     work = _Evaluation(recipe, evalset, tasks, options, view)
     measured = work.measure(targets, plans)
@@ -191,6 +198,8 @@ class _Evaluation:
         with self._log_probs(plans[0]) as store:
             for target, plan in zip(targets, plans, strict=True):
                 self.view.note(f"Evaluating {target.name}")
+                if plan.held_in_part:
+                    self.view.note(f"  {plan.held_in_part}")
                 with memory_guard(f"evaluating {target.name}", _smaller(plan, self.recipe, self.options)):
                     measured.append(self._ask(target, plan, store, measured[0] if measured else None))
         return measured
@@ -236,9 +245,11 @@ class _Evaluation:
             asked = answered.rows if answered and settings.metrics else None
             answers = answer_rows(model, plan.tokenizer, asked, settings) if asked else []
             prompt = max((passage.input_ids for passage in passages), key=len)[:SPEED_PROMPT]
+            room = plan.shape.position_table or SPEED_PROMPT + SPEED_ANSWER
+            written = min(SPEED_ANSWER, room // 2)
             figures = {
                 "prefill_tokens_per_second": prefill_speed(model, prompt),
-                "decode_tokens_per_second": decode_speed(model, prompt),
+                "decode_tokens_per_second": decode_speed(model, prompt[: room - written], tokens=written),
                 "weight_bytes": sum(weight_bytes(model).values()),
                 "disk_bytes": _disk_bytes(target, plan),
                 "peak_bytes": meter.peak().beyond(before),

@@ -23,11 +23,19 @@ def by_length(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
 
 
 def model_inputs(
-    rows: Sequence[Sequence[int]], pad: int, *, multiple: int = 1, left: bool = False, device: Any = None
+    rows: Sequence[Sequence[int]],
+    pad: int,
+    *,
+    multiple: int = 1,
+    most: int | None = None,
+    left: bool = False,
+    device: Any = None,
 ) -> dict[str, torch.Tensor]:
     """input_ids and attention_mask of rows of token ids, padded on the right, or on the `left`, to the longest one
-    rounded up to `multiple` tokens."""
-    width = -(-max(map(len, rows)) // multiple) * multiple
+    rounded up to `multiple` tokens, where that is no more than `most`."""
+    longest = max(map(len, rows))
+    width = -(-longest // multiple) * multiple
+    width = width if most is None else max(min(width, most), longest)
     tensors = []
     for each, fill in ((rows, pad), ([[1] * len(row) for row in rows], 0)):
         gaps = ([fill] * (width - len(row)) for row in each)
@@ -38,15 +46,17 @@ def model_inputs(
 
 @dataclass(frozen=True)
 class Collator:
-    """Pads on the right to the longest row, rounded up to `multiple` tokens.
+    """Pads on the right to the longest row, rounded up to `multiple` tokens, but to no more than `most`.
 
     Gives input_ids, attention_mask and labels, and `rows` (int64 [rows, 2]: source and row of each, for messages)."""
 
     pad: int
     multiple: int = 8
+    most: int | None = None
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        inputs = model_inputs([row["input_ids"] for row in rows], self.pad, multiple=self.multiple)
-        labels = model_inputs([row["labels"] for row in rows], IGNORED, multiple=self.multiple)["input_ids"]
+        inputs = model_inputs([row["input_ids"] for row in rows], self.pad, multiple=self.multiple, most=self.most)
+        ids = [row["labels"] for row in rows]
+        labels = model_inputs(ids, IGNORED, multiple=self.multiple, most=self.most)["input_ids"]
         places = torch.tensor([[row["source"], row["row"]] for row in rows])
         return {**inputs, "labels": labels, "rows": places}

@@ -51,6 +51,9 @@ class CalibrationReport(Part):
     """data_type, bits, group_size, symmetric, activations, and the algorithm of engine llmcompressor; of engine custom
     the plugin's quantization config instead, with its quant_method."""
     quantized_layers: int
+    quantized_share: Share | None = None
+    """Of the weights (parameters of two dimensions or more) outside embeddings and head, by count, what the last
+    attempt holds in few bits. None in documents from before it was told here."""
     skipped_layers: list[str]
     """Linear layers left in 16 bits by the recipe."""
     calibration: dict[str, Any] | None

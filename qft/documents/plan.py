@@ -1,11 +1,18 @@
 """plan.json of a run and `qft check --json`: what is decided before anything is loaded."""
 
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field
 
 from qft.documents.manifest import DevicePart, PluginFile
 from qft.documents.part import Share, Stored, Tokens
+
+Matched = Annotated[
+    dict[str, dict[str, int]],
+    Field(
+        description="Modules that each name, pattern or index in a field of the recipe matches: {field: {entry: n}}."
+    ),
+]
 
 
 class PlannedModel(Stored):
@@ -26,6 +33,11 @@ class PlannedModel(Stored):
     trainable_parameters: int
     max_positions: Tokens | None
     """Longest sequence that the model was built for."""
+    position_table: Tokens | None = None
+    """Longest sequence that its tables of positions have room for. None: it computes its positions, or the document is
+    from before it was told here."""
+    embeddings: Tokens | None = None
+    """Tokens that its input embeddings know; None in documents from before it was told here."""
     heads: list[str]
 
 
@@ -38,6 +50,9 @@ class Quantization(Stored):
     plugin: PluginFile | None = None
     described: str = ""
     """In words, with the data type and what is left as it is; empty in documents from before it was told here."""
+    quantized_share: Share | None = None
+    """Of the weights (parameters of two dimensions or more) outside embeddings and head, by count, what is held in few
+    bits. None: only a plugin or the checkpoint's own code knows, or the document is from before it was told here."""
 
 
 class AdapterArguments(Stored):
@@ -166,6 +181,10 @@ class CalibrationPlanDocument(Stored):
     """Of every linear layer, by its name; None: left in 16 bits. Empty with engine custom, whose plugin decides."""
     quantization: Quantization | None = None
     """Of engine custom; None with the others."""
+    quantized_share: Share | None = None
+    """Of the weights (parameters of two dimensions or more) outside embeddings and head, by count, what is quantized.
+    None with engine custom, whose plugin decides, and in documents from before it was told here."""
+    matched: Matched = {}
     data: CalibrationPart
 
 
@@ -196,6 +215,7 @@ class PlanDocument(Stored):
     quantization: Quantization
     skip_modules: Literal["auto"] | list[str] = []
     """As the recipe says; auto: measured and chosen by `qft train`."""
+    matched: Matched = {}
     adapter: AdapterArguments | None
     """None: all weights are trained."""
     training: TrainerArguments

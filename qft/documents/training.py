@@ -25,6 +25,9 @@ class ModelPart(Part):
     trainable_parameters: int
     trainable_share: Share
     """trainable_parameters / parameters."""
+    quantized_share: Share | None = None
+    """Of the weights (parameters of two dimensions or more) outside embeddings and head, by count, what the loaded base
+    holds in few bits. None: the checkpoint's own code knows, or the report is from before it was told here."""
     bits_per_weight: Bits
     """Bits of memory for each of the base's parameters, scales included."""
 

@@ -38,6 +38,10 @@ HARMLESS = (
     (r"MatMul8bitLt: inputs will be cast", UserWarning),
     # peft looks for the base's vocabulary size, which qft never changes.
     (r"Could not find a config file in", UserWarning),
+    # peft turns it over itself for the transposed weights of GPT-2's layers.
+    (r"fan_in_fan_out is set to False but the target module is .Conv1D.", UserWarning),
+    # peft makes these patterns itself, for experts that transformers 5 has fused, and then looks for their modules.
+    (r"The following (rank|alpha)_pattern keys did not match", RuntimeWarning),
 )
 
 

@@ -11,7 +11,16 @@ from qft.data.encoded import EncodedRows, read_rows
 from qft.data.prepare import held_out, prepare
 from qft.errors import DataError, MissingError, RecipeError
 from qft.measure.likelihood import Passage, windows
+from qft.plan import ModelPlan
+from qft.plan.limits import (
+    answer_problems,
+    length_problem,
+    require_known_tokens,
+    require_special_tokens,
+    unknown_token,
+)
 from qft.recipe import Recipe, Source
+from qft.recipe.schema import EvalSection
 
 TEXT_SUFFIXES = {".txt", ".md"}
 
@@ -30,6 +39,22 @@ class EvalSet:
 
     def place(self, source: int, row: int) -> str:
         return self.answered.place(source, row) if self.answered else ""
+
+    def require_room(self, plan: ModelPlan, settings: EvalSection) -> None:
+        """Raise DataError, ModelError or RecipeError if a model has no room for a token, a passage or an answer."""
+        shape, tokenizer, answered = plan.shape, plan.tokenizer, self.answered
+        if answered:
+            require_known_tokens([answered.rows], answered.place, tokenizer, shape.embeddings)
+        for passage in self.passages if self.windowed else ():
+            if unknown := unknown_token(passage.input_ids, tokenizer, shape.embeddings):
+                raise DataError(f"{self.sources[passage.source]}: {unknown}")
+        require_special_tokens(tokenizer, shape.embeddings, generates=bool(settings.metrics))
+        longest, room = max(len(passage.input_ids) for passage in self.passages), shape.position_table
+        problems = [*length_problem("--window" if self.windowed else "data.max_length", longest, room)]
+        if answered and settings.metrics:
+            problems += answer_problems(answered.rows, settings, room)
+        if problems:
+            raise RecipeError(f"{plan.checkpoint.path}: {field}: {text}" for field, text in problems)
 
 
 def eval_set(

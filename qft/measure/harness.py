@@ -31,6 +31,10 @@ from qft.recipe import LoadedRecipe
 from qft.recipe.load import is_task_file
 from qft.recipe.schema import EvalSection
 
+ANSWER_FIELDS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+"""By which a task says how long its answers may be; the first counts."""
+ANSWER_TOKENS = 256
+"""What the harness takes for a task that does not say."""
 RESAMPLES = 1000
 """Bootstrap resamples behind the standard errors that have no formula; the harness seeds each itself."""
 
@@ -66,6 +70,17 @@ def load_tasks(asked: Mapping[str, str], *, seed: int) -> dict[str, Any]:
     if twice := [name for name, count in names.items() if count > 1]:
         raise RecipeError(f"eval.harness: {', '.join(twice)}: asked for more than once; leave one away")
     return loaded
+
+
+def require_answer_room(tasks: Mapping[str, Any], room: int | None) -> None:
+    """Raise RecipeError for a task whose answers alone may fill a table of `room` positions; None: there is none."""
+    found = {name: task for loaded in tasks.values() for name, task in loaded["tasks"].items()}
+    for name, task in found.items() if room else ():
+        given = task.get_config("generation_kwargs") or {}
+        longest = next((given[name] for name in ANSWER_FIELDS if name in given), ANSWER_TOKENS)
+        if room and task.OUTPUT_TYPE == "generate_until" and longest >= room:
+            text = f"writes up to {longest} tokens (max_gen_toks), and the model's table of positions ends at {room}"
+            raise RecipeError(f"eval.harness: {name}: {text}")
 
 
 def run_tasks(

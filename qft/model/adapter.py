@@ -6,14 +6,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from qft.checkpoint.weights import read_weights
 from qft.errors import ModelError
 from qft.files import atomic_folder
 from qft.memory.guard import memory_guard, smaller_base
-from qft.plan import Plan
+from qft.plan import ModelPlan, Plan
 from qft.quant.dequantize import dequantized_weight, is_quantized
 
 CHANGES_BASE = ("pissa", "olora")
@@ -56,6 +64,33 @@ def save_full(model: PreTrainedModel, plan: Plan, folder: Path) -> None:
         plan.model.tokenizer.save_pretrained(str(temporary))
 
 
+def require_fit(adapter: Path, plan: ModelPlan) -> None:
+    """Put the adapter in that folder on the base without contents, as peft will. Raises ModelError if the base has no
+    place for one of its tensors, or one of another shape, or if it lacks one that its configuration asks for; peft
+    itself would leave the first out."""
+    try:
+        config = PeftConfig.from_pretrained(str(adapter))
+        config.init_lora_weights = False
+        tensors = {name: tensor.to("meta") for name, tensor in load_peft_weights(str(adapter), device="cpu").items()}
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
+            found = set_peft_model_state_dict(PeftModel(plan.skeleton(), config), tensors)
+    except KeyError as error:
+        raise ModelError(_misfit(adapter, f"it holds no {error.args[0]}")) from error
+    except (ValueError, RuntimeError, TypeError, OSError, SafetensorError) as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        raise ModelError(_misfit(adapter, next((x for x in lines if "size mismatch" in x), lines[0]))) from error
+    if found.unexpected_keys:
+        raise ModelError(_misfit(adapter, f"it holds {found.unexpected_keys[0]}, for which the base has no module"))
+    if missing := [name for name in found.missing_keys if "lora_" in name]:
+        raise ModelError(_misfit(adapter, f"it holds no {missing[0]}"))
+
+
+def _misfit(adapter: Path, reason: str) -> str:
+    kind = json.loads((adapter / "adapter_config.json").read_text("utf-8")).get("base_model_name_or_path")
+    return f"{adapter}: does not fit this base (it names {kind!r} as its own): {reason}"
+
+
 def with_adapter(model: Any, adapter: Path) -> Any:
     """`model` with the adapter in that folder. Raises ModelError if it does not fit."""
     with warnings.catch_warnings():
@@ -63,9 +98,7 @@ def with_adapter(model: Any, adapter: Path) -> Any:
         try:
             return PeftModel.from_pretrained(model, str(adapter))
         except (ValueError, RuntimeError, KeyError, UserWarning) as error:
-            kind = json.loads((adapter / "adapter_config.json").read_text("utf-8")).get("base_model_name_or_path")
-            text = f"does not fit this base (it names {kind!r} as its own): {str(error).splitlines()[0]}"
-            raise ModelError(f"{adapter}: {text}") from error
+            raise ModelError(_misfit(adapter, str(error).splitlines()[0])) from error
 
 
 def _start_from_quantization_error(model: PeftModel, plan: Plan) -> None:

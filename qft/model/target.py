@@ -11,7 +11,7 @@ from typing import Any
 
 from qft.errors import MissingError, ModelError, RecipeError
 from qft.gguf.llamacpp import LlamaCpp, require_llamacpp
-from qft.model.adapter import with_adapter
+from qft.model.adapter import require_fit, with_adapter
 from qft.model.load import load_base
 from qft.plan import ModelPlan, plan_model
 from qft.recipe import LoadedRecipe, load
@@ -57,7 +57,11 @@ class Target:
         return self.variant == LLAMACPP
 
     def plan(self) -> ModelPlan:
-        return plan_model(self.loaded)
+        """How the base is held. Raises what `plan_model` does, and ModelError for an adapter that does not fit it."""
+        plan = plan_model(self.loaded)
+        if self.adapter:
+            require_fit(self.adapter, plan)
+        return plan
 
 
 def parse_target(text: str, *, adapter: Path | None, data: str | None) -> Target:

@@ -1,20 +1,23 @@
 """Which layers are quantized how, and on which rows: everything that is decided before a calibration begins."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
-from qft.checkpoint.skeleton import find_blocks, without_contents
+from qft.checkpoint.skeleton import find_blocks
 from qft.data.calibration import CalibrationData, calibration_data
 from qft.data.prepare import Prepared
 from qft.documents.plan import CalibrationPart, CalibrationPlanDocument, LayerPart
 from qft.machine.device import Device
-from qft.plan.model import ModelPlan, plan_model, refuse, require_device
+from qft.plan.limits import answer_problems, length_problem, require_known_tokens, require_special_tokens
+from qft.plan.model import ModelPlan, partial_problem, plan_model, refuse, require_device
+from qft.plan.modules import Matches, ends_with, match_own
 from qft.plan.packages import missing_engine, missing_packages
 from qft.quant.engines.llmcompressor import find_problem
 from qft.quant.layer import LayerScheme
+from qft.quant.share import Held, count_weights
 from qft.recipe import LoadedRecipe, Recipe
 from qft.recipe.catalogue import CATALOGUE, EngineRow
 from qft.recipe.rules import Problem
@@ -39,6 +42,10 @@ class CalibrationPlan:
     data: CalibrationData
     quantized: ModelPlan | None = None
     """The model as engine custom loads it; None with the others."""
+    matched: Matches = field(default_factory=dict)
+    """Of the names of modules that say what is left in 16 bits, by field: how many each matches."""
+    weights: Mapping[str, int] = field(default_factory=dict)
+    """Of each module outside embeddings and head: see qft.quant.share."""
 
     @property
     def recipe(self) -> Recipe:
@@ -69,6 +76,10 @@ class CalibrationPlan:
         scheme = next(scheme for scheme in self.schemes.values() if scheme)
         return scheme.facts() | ({"algorithm": self.algorithm} if self.algorithm else {})
 
+    def quantized_share(self, layers: Collection[str]) -> float:
+        """Of the weights outside embeddings and head, those of `layers`."""
+        return Held.of(self.weights, layers, lambda name: False).share
+
     def document(self) -> CalibrationPlanDocument:
         """For `qft check --json` and the run folder."""
         rows = self.data
@@ -79,6 +90,8 @@ class CalibrationPlan:
             algorithm=self.algorithm,
             schemes={name: scheme and LayerPart(**scheme.facts()) for name, scheme in self.schemes.items()},
             quantization=self.quantized and self.quantized.quantization_part,
+            quantized_share=None if self.quantized else self.quantized_share(_quantized(self.schemes)),
+            matched=self.matched,
             data=CalibrationPart(
                 audit=rows.audit,
                 warnings=list(rows.warnings),
@@ -108,14 +121,24 @@ def plan_calibration(
     engine = CATALOGUE[calibrate.engine]
     if engine.by_plugin:
         return _by_plugin(loaded.having(adapter=AdapterSection()), model, trained)
-    linears, blocks = linear_layers(model)
+    skeleton = model.skeleton()
+    linears, blocks = linear_layers(model, skeleton)
+    matched, problems = match_own("calibrate.skip_modules", calibrate.skip_modules, skeleton)
+    refuse(loaded, problems)
     skipped = calibrate.skip_modules
     taken = {name for name in linears if name.startswith(f"{blocks}.") and not _is_skipped(name, skipped)}
     scheme = _scheme(calibrate, [linears[name] for name in taken])
     schemes = {name: scheme if name in taken else None for name in linears}
-    refuse(loaded, _layer_problems(calibrate, schemes, linears))
-    data = _data(model, recipe, trained, needs_windows=engine.needs_windows(scheme.activations))
-    return CalibrationPlan(unquantized, model, schemes, data)
+    weights = count_weights(skeleton)
+    held = Held.of(weights, _quantized(schemes), lambda name: _is_skipped(name, skipped))
+    partial = (
+        ()
+        if calibrate.allow_partial or not held.quantized
+        else partial_problem(held, "calibrate", "calibrate.allow_partial")
+    )
+    refuse(loaded, [*_layer_problems(calibrate, schemes, linears), *partial])
+    data = _data(model, loaded, trained, needs_windows=engine.needs_windows(scheme.activations))
+    return CalibrationPlan(unquantized, model, schemes, data, matched=matched, weights=weights)
 
 
 def _by_plugin(loaded: LoadedRecipe, model: ModelPlan, trained: Prepared | None) -> CalibrationPlan:
@@ -124,12 +147,24 @@ def _by_plugin(loaded: LoadedRecipe, model: ModelPlan, trained: Prepared | None)
     assert quantized.scheme.plugin is not None
     if unserializable := quantized.scheme.plugin.unserializable(quantized.scheme.config()):
         refuse(loaded, [("quant.plugin", unserializable)])
-    return CalibrationPlan(loaded, model, {}, _data(model, loaded.recipe, trained, needs_windows=False), quantized)
+    data = _data(model, loaded, trained, needs_windows=False)
+    return CalibrationPlan(loaded, model, {}, data, quantized, quantized.matched, count_weights(model.skeleton()))
 
 
-def _data(model: ModelPlan, recipe: Recipe, trained: Prepared | None, *, needs_windows: bool) -> CalibrationData:
+def _data(model: ModelPlan, loaded: LoadedRecipe, trained: Prepared | None, *, needs_windows: bool) -> CalibrationData:
+    recipe, shape, tokenizer = loaded.recipe, model.shape, model.tokenizer
     decided = recipe.having(data=model.rows_for(recipe.data))
-    return calibration_data(decided, model.tokenizer, needs_windows=needs_windows, trained=trained)
+    data = calibration_data(decided, tokenizer, needs_windows=needs_windows, trained=trained)
+    prepared = data.prepared
+    parts = [part for part in (prepared.train, prepared.eval) if part is not None]
+    require_known_tokens(parts, prepared.place, tokenizer, shape.embeddings)
+    longest = max([*map(len, data.windows), *data.verify["length"]])
+    refuse(loaded, length_problem("calibrate.max_length", longest, shape.position_table))
+    assert recipe.calibrate is not None
+    if recipe.calibrate.accept.score_drop is not None:
+        require_special_tokens(tokenizer, shape.embeddings, generates=True)
+        refuse(loaded, answer_problems(data.verify, recipe.eval, shape.position_table))
+    return data
 
 
 def _problems(recipe: Recipe, device: Device) -> Iterator[Problem]:
@@ -150,11 +185,10 @@ def _has_float8(device: Device) -> bool:
     return device.capability is not None and tuple(map(int, device.capability.split("."))) >= FLOAT8_CAPABILITY
 
 
-def linear_layers(plan: ModelPlan) -> tuple[dict[str, int], str]:
+def linear_layers(plan: ModelPlan, skeleton: nn.Module) -> tuple[dict[str, int], str]:
     """Inputs of each linear layer by its name, and the name of the stack of blocks."""
-    model = without_contents(plan.checkpoint, plan.recipe.model)
-    linears = {name: module.in_features for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    return linears, find_blocks(model, plan.shape.layers)[0]
+    linears = {name: module.in_features for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)}
+    return linears, find_blocks(skeleton, plan.shape.layers)[0]
 
 
 def _scheme(calibrate: CalibrateSection, inputs: Sequence[int]) -> LayerScheme:
@@ -165,19 +199,22 @@ def _scheme(calibrate: CalibrateSection, inputs: Sequence[int]) -> LayerScheme:
     return LayerScheme(calibrate.data_type, calibrate.bits, int(size), calibrate.symmetric, calibrate.activations)
 
 
+def _quantized(schemes: Mapping[str, LayerScheme | None]) -> list[str]:
+    return [name for name, scheme in schemes.items() if scheme]
+
+
 def _is_skipped(name: str, skipped: tuple[str, ...]) -> bool:
-    return any(f".{name}".endswith(f".{end}") for end in skipped)
+    return any(ends_with(name, end) for end in skipped)
 
 
 def _layer_problems(
     calibrate: CalibrateSection, schemes: dict[str, LayerScheme | None], linears: dict[str, int]
 ) -> Iterator[Problem]:
-    for end in calibrate.skip_modules:
-        if not any(_is_skipped(name, (end,)) for name in linears):
-            names = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
-            yield "calibrate.skip_modules", f"{end} is no linear layer (they are called {names})"
     if not any(schemes.values()):
-        yield "calibrate.skip_modules", "leaves nothing to quantize"
+        if calibrate.skip_modules:
+            yield "calibrate.skip_modules", "leaves nothing to quantize"
+        else:
+            yield "calibrate", "the model's blocks hold no layer of torch.nn.Linear, and no other is quantized"
     for name, scheme in schemes.items():
         if scheme and scheme.group_size > 0 and linears[name] % scheme.group_size:
             text = f"{name} has {linears[name]} inputs, which {scheme.group_size} does not divide: use a smaller group"

@@ -11,17 +11,23 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qft.checkpoint.find import Checkpoint, find_checkpoint, load_tokenizer
 from qft.checkpoint.skeleton import without_contents
 from qft.documents.manifest import DevicePart
 from qft.documents.plan import PlannedModel, Quantization
-from qft.errors import RecipeError
+from qft.errors import RecipeError, first_line
 from qft.machine.device import Device, find_device
+from qft.plan.limits import table_of_positions
+from qft.plan.modules import Matches, is_all_linear, match_adapter, match_skips, whole_problems
 from qft.plan.template import set_template, template_problems
 from qft.quant.hold import Scheme, contradictions, find_scheme
+from qft.quant.share import Held, count_weights
 from qft.recipe import LoadedRecipe, Recipe
 from qft.recipe.load import from_values
 from qft.recipe.rules import Problem
@@ -44,6 +50,10 @@ class Shape:
     trainable_parameters: int
     max_positions: int | None
     """Longest sequence, in tokens, that the model was built for."""
+    position_table: int | None
+    """Longest sequence, in tokens, that its tables of positions have room for. None: it computes its positions."""
+    embeddings: int
+    """Tokens that its input embeddings know."""
     heads: tuple[str, ...]
     """Names of the output head."""
 
@@ -61,10 +71,18 @@ class ModelPlan:
     """Of the weights that are not quantized."""
     scheme: Scheme
     """How its linear layers are held."""
+    matched: Matches
+    """Of the names of modules that the recipe gives, by field: how many each matches."""
+    held: Held | None
+    """Of its weights, what the scheme holds in few bits; None: only other code knows."""
 
     @property
     def recipe(self) -> Recipe:
         return self.loaded.recipe
+
+    def skeleton(self) -> PreTrainedModel:
+        """The model without contents."""
+        return without_contents(self.checkpoint, self.recipe.model)
 
     def longest_row(self, data: DataSection) -> int:
         """data.max_length, in tokens, as it is decided for this model."""
@@ -77,6 +95,11 @@ class ModelPlan:
         return data.having(max_length=self.longest_row(data))
 
     @property
+    def held_in_part(self) -> str | None:
+        """What to say of a base that is called quantized and is not, for the most part."""
+        return self.held.words() if self.held and self.held.is_partial and self.scheme.name != "none" else None
+
+    @property
     def device_part(self) -> DevicePart:
         return DevicePart(**asdict(self.device))
 
@@ -87,7 +110,8 @@ class ModelPlan:
 
     @property
     def quantization_part(self) -> Quantization:
-        return Quantization(**self.scheme.facts() | {"described": self.scheme.words()})
+        share = self.held.share if self.held else None
+        return Quantization(**self.scheme.facts() | {"described": self.scheme.words(), "quantized_share": share})
 
 
 def plan_model(loaded: LoadedRecipe, lora: dict[str, Any] | None = None) -> ModelPlan:
@@ -101,12 +125,31 @@ def plan_model(loaded: LoadedRecipe, lora: dict[str, Any] | None = None) -> Mode
     if checkpoint.quantization:
         refuse(loaded, contradictions(checkpoint.quantization, loaded))
     dtype = _dtype(recipe, device)
-    shape = _shape(loaded, checkpoint, lora)
+    model = without_contents(checkpoint, recipe.model, dtype=torch.float32)
+    matched = _matched(loaded, model, lora)
     tokenizer = load_tokenizer(checkpoint, recipe)
     refuse(loaded, template_problems(tokenizer, recipe.data))
     set_template(tokenizer, recipe.data)
-    scheme = find_scheme(recipe.quant, checkpoint.quantization, dtype, shape.heads)
-    return ModelPlan(loaded, device, checkpoint, tokenizer, shape, dtype, scheme)
+    scheme = find_scheme(recipe.quant, checkpoint.quantization, dtype, _heads(model))
+    if lora:
+        refuse(loaded, whole_problems(recipe.adapter, scheme.holds(model) or ()))
+    held = weights_held(scheme, recipe, model)
+    shape = _shape(loaded, model, lora, matched)
+    return ModelPlan(loaded, device, checkpoint, tokenizer, shape, dtype, scheme, matched, held)
+
+
+def weights_held(scheme: Scheme, recipe: Recipe, model: PreTrainedModel) -> Held | None:
+    """What of the weights of a skeleton the scheme holds in few bits; None: only other code knows."""
+    layers, asked = scheme.holds(model), recipe.quant.named_skips
+    if layers is None:
+        return None
+    return Held.of(count_weights(model), layers, lambda name: not should_convert_module(name, list(asked)))
+
+
+def partial_problem(held: Held | None, field: str, allow: str) -> Iterator[Problem]:
+    """Yield what is wrong at `field` if far less is held than one would think, unless the field `allow` says so."""
+    if held and held.is_partial:
+        yield field, f"{held.words()}: set {allow} to true if that is meant"
 
 
 def refuse(loaded: LoadedRecipe, problems: Iterable[Problem]) -> None:
@@ -156,14 +199,23 @@ def plan_folder(folder: Path, section: ModelSection, dtype: str, quant: QuantSec
     return plan_model(from_values(values | ({"quant": quant.model_dump(exclude_unset=True)} if quant else {})))
 
 
-def _shape(loaded: LoadedRecipe, checkpoint: Checkpoint, lora: dict[str, Any] | None) -> Shape:
-    """Build the model without contents, attach the adapters, and count."""
-    config = checkpoint.config
-    model = without_contents(checkpoint, loaded.recipe.model, dtype=torch.float32)
-    head = model.get_output_embeddings()
-    heads = tuple(name for name, module in model.named_modules() if module is head)
-    linears = [module for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in heads]
-    text = config.get_text_config()
+def _matched(loaded: LoadedRecipe, model: nn.Module, lora: dict[str, Any] | None) -> Matches:
+    """What names of modules match, those of the adapter too if there are to be adapters. Raises RecipeError for those
+    that match nothing."""
+    matches, problems = match_skips(loaded.recipe, model)
+    if lora:
+        others, more = match_adapter(loaded.recipe.adapter, model)
+        matches, problems = matches | others, [*problems, *more]
+    refuse(loaded, problems)
+    return matches
+
+
+def _shape(loaded: LoadedRecipe, model: PreTrainedModel, lora: dict[str, Any] | None, matched: Matches) -> Shape:
+    """Count what the skeleton is made of, and what of it is trained once adapters are attached to it."""
+    head, kinds = model.get_output_embeddings(), (nn.Linear, Conv1D)
+    linears = [module for module in model.modules() if isinstance(module, kinds) and module is not head]
+    text, table = model.config.get_text_config(), table_of_positions(model)
+    built_for = [length for length in (getattr(text, "max_position_embeddings", None), table) if length]
     parameters = sum(p.numel() for p in model.parameters())  # before there are adapters
     return Shape(
         architecture=type(model).__name__,
@@ -171,19 +223,28 @@ def _shape(loaded: LoadedRecipe, checkpoint: Checkpoint, lora: dict[str, Any] | 
         hidden_size=text.hidden_size,
         parameters=parameters,
         linear_parameters=sum(module.weight.numel() for module in linears),
-        trainable_parameters=_trainable(loaded, model, lora) if lora else parameters,
-        max_positions=getattr(text, "max_position_embeddings", None),
-        heads=heads,
+        trainable_parameters=_trainable(loaded, model, lora, matched) if lora else parameters,
+        max_positions=min(built_for, default=None),
+        position_table=table,
+        embeddings=model.get_input_embeddings().weight.shape[0],
+        heads=_heads(model),
     )
 
 
-def _trainable(loaded: LoadedRecipe, model: nn.Module, lora: dict[str, Any]) -> int:
-    """Trainable parameters once the adapters are attached. Raises RecipeError if they fit nowhere."""
-    names = sorted({n.rpartition(".")[2] for n, module in model.named_modules() if isinstance(module, nn.Linear)})
+def _heads(model: PreTrainedModel) -> tuple[str, ...]:
+    head = model.get_output_embeddings()
+    return tuple(name for name, module in model.named_modules() if module is head)
+
+
+def _trainable(loaded: LoadedRecipe, model: nn.Module, lora: dict[str, Any], matched: Matches) -> int:
+    """Trainable parameters once the adapters are attached; how many modules `all-linear` is goes into `matched`. Raises
+    RecipeError if they cannot be."""
     try:
         with torch.device("meta"):
             adapted = get_peft_model(model, LoraConfig(**lora | {"init_lora_weights": False}))
-    except (ValueError, KeyError) as error:
-        text = f"{str(error).splitlines()[0]} (the linear layers are called {', '.join(names)})"
-        raise RecipeError(loaded.problem("adapter.target_modules", text)) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise RecipeError(loaded.problem("adapter.target_modules", first_line(error))) from error
+    if is_all_linear(lora["target_modules"]):
+        count = sum(isinstance(module, BaseTunerLayer) for module in adapted.modules())
+        matched["adapter.target_modules"] = {lora["target_modules"]: count}
     return sum(p.numel() for p in adapted.parameters() if p.requires_grad)

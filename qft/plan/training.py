@@ -13,7 +13,17 @@ from transformers import TrainingArguments
 from qft.data.prepare import Prepared, prepare
 from qft.documents.plan import AdapterArguments, DataPart, PlanDocument, TrainerArguments
 from qft.machine.device import Device
-from qft.plan.model import ModelPlan, Shape, device_problems, plan_model, refuse, require_device
+from qft.plan.limits import answer_problems, require_known_tokens, require_special_tokens
+from qft.plan.model import (
+    ModelPlan,
+    Shape,
+    device_problems,
+    partial_problem,
+    plan_model,
+    refuse,
+    require_device,
+    weights_held,
+)
 from qft.plan.packages import missing_packages
 from qft.plan.template import template_of
 from qft.recipe import LoadedRecipe, Recipe
@@ -64,6 +74,7 @@ class Plan:
             model=self.model.model_part,
             quantization=self.model.quantization_part,
             skip_modules=self.recipe.quant.skip_modules,
+            matched=self.model.matched,
             adapter=AdapterArguments(**self.lora) if self.lora else None,
             training=TrainerArguments(**self.training),
             data=DataPart(
@@ -87,8 +98,14 @@ def make_plan(loaded: LoadedRecipe) -> Plan:
     refuse(loaded, [*device_problems(recipe, device), *_training_problems(recipe, device)])
     lora = _lora_arguments(recipe) if recipe.adapter.kind == "lora" else None
     model = plan_model(loaded, lora)
-    refuse(loaded, [*model.scheme.problems(recipe), *_length_problems(recipe, model.shape)])
+    problems = [*model.scheme.problems(recipe), *_share_problems(model), *_length_problems(recipe, model.shape)]
+    refuse(loaded, problems)
     data = prepare(model.rows_for(recipe.data), model.tokenizer, recipe.seed)
+    parts, shape = [part for part in (data.train, data.eval) if part is not None], model.shape
+    require_known_tokens(parts, data.place, model.tokenizer, shape.embeddings)
+    require_special_tokens(model.tokenizer, shape.embeddings, generates=bool(recipe.eval.metrics))
+    if recipe.eval.metrics and data.eval:
+        refuse(loaded, answer_problems(data.eval, recipe.eval, shape.position_table))
     if recipe.eval.metrics and data.eval and max(data.eval["answer_start"]) < 0:
         refuse(loaded, [("eval.metrics", "the held-out rows are plain text, which has no answers to score; remove it")])
     return Plan(model, lora, _training_arguments(recipe, device), data)
@@ -98,8 +115,21 @@ def with_skip_modules(plan: Plan, names: Sequence[str]) -> Plan:
     """The plan once quant.skip_modules auto has become `names`."""
     model = plan.model
     chosen = {"skip_modules": names, "skip_budget_bits": None, "skip_budget_bytes": None}
-    changed = dataclasses.replace(model, loaded=model.loaded.having(quant=chosen), scheme=model.scheme.leaving(names))
+    loaded, scheme = model.loaded.having(quant=chosen), model.scheme.leaving(names)
+    held = weights_held(scheme, loaded.recipe, model.skeleton())
+    changed = dataclasses.replace(model, loaded=loaded, scheme=scheme, held=held)
     return dataclasses.replace(plan, model=changed)
+
+
+def _share_problems(model: ModelPlan) -> Iterator[Problem]:
+    """A base that is called quantized and is not, for the most part."""
+    recipe = model.recipe
+    if model.scheme.name == "none":
+        if recipe.quant.allow_partial:
+            yield "quant.allow_partial", "nothing is quantized with quant.mode none; remove it"
+    elif not recipe.quant.allow_partial:
+        field = "model.path" if model.checkpoint.quantization else "quant.mode"
+        yield from partial_problem(model.held, field, "quant.allow_partial")
 
 
 def _length_problems(recipe: Recipe, shape: Shape) -> Iterator[Problem]:

@@ -81,6 +81,7 @@ CATALOGUE: dict[str, EngineRow] = {
         | {
             "samples": "the code of quant.plugin is given no calibration windows",
             "skip_modules": "the code of quant.plugin is given quant.skip_modules instead",
+            "allow_partial": "the code of quant.plugin decides what it holds",
         },
     ),
     "llmcompressor": EngineRow(

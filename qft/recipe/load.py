@@ -108,7 +108,8 @@ def dump(recipe: Recipe) -> str:
     if recipe.calibrate is None:
         del values["calibrate"]
     if recipe.quant.mode == "none":  # written out, it would contradict a checkpoint that comes quantized
-        del values["quant"]
+        quant = values.pop("quant")
+        values |= {"quant": {"allow_partial": True}} if quant["allow_partial"] else {}
     return source.write(values)
 
 

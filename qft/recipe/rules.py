@@ -72,6 +72,8 @@ def _unread_by_quant(quant: QuantSection) -> dict[str, str]:
     unread = {name: f"has a meaning only with quant.mode {mode}, and the mode is {quant.mode}" for name, mode in others}
     if quant.mode == "none":
         unread["quant.skip_modules"] = "nothing is quantized with quant.mode none"
+    if quant.mode == "custom":
+        unread["quant.allow_partial"] = "the code of quant.plugin decides what it holds"
     if quant.skip_modules != "auto":
         unread |= dict.fromkeys(SKIP_BUDGETS, "is read only with quant.skip_modules auto")
     return unread

@@ -110,6 +110,9 @@ class CalibrateSection(Section):
     """autoround's steps for each block. 0: only scales are searched, minutes; 200: rounding is learnt as well."""
     skip_modules: Many[str] = ()
     """Linear layers to leave in 16 bits, beside the output head that is always left: names, or the ends of names."""
+    allow_partial: bool = False
+    """Take a result of which less than 90% of the weights outside embeddings and head are quantized, as of a mixture of
+    experts whose experts are no linear layers. What skip_modules leaves out needs no leave."""
     seed: int | None = Field(None, ge=0, lt=2**32)
     """Of the rows drawn and of the tuning. None: the recipe's."""
     verify_samples: int = Field(64, ge=1)

@@ -32,6 +32,8 @@ class Recorder:
         """Of each part; of gradients and optimizer state, as they were when there first were any."""
         self.recomputed: tuple[int, float] | None = None
         """What CheckpointingProbe measured, where it was on."""
+        self.quantized_share: float | None = None
+        """Of the loaded base's weights; see qft.quant.share."""
         self.evaluations: dict[str, documents.Evaluation] = {}
         """By the moment: before, step-N, after."""
         self.answers: dict[str, list[Answer]] = {}
@@ -102,6 +104,7 @@ class Recorder:
             parameters=shape.parameters,
             trainable_parameters=shape.trainable_parameters,
             trainable_share=shape.trainable_parameters / shape.parameters,
+            quantized_share=self.quantized_share,
             bits_per_weight=self.bytes["frozen" if self.plan.lora else "trainable"] * 8 / shape.parameters,
         )
 

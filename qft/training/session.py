@@ -13,6 +13,7 @@ from qft.memory.guard import memory_guard, smaller_training
 from qft.model.adapter import CHANGES_BASE, attach_adapter, save_adapter, save_full
 from qft.model.load import load_base
 from qft.plan import Plan
+from qft.quant.share import measured_share
 from qft.run.folder import Run, record_base, step_of
 from qft.training.evaluation import HeldOut
 from qft.training.recorder import Recorder
@@ -26,7 +27,7 @@ def train_model(run: Run, recorder: Recorder, *, resume: bool) -> Path:
     checkpoint = run.newest_checkpoint() if resume else None
     with recorder.meter:
         recorder.view.note(f"Loading {plan.model.checkpoint.path}")
-        model = _load(plan, run, resume=resume)
+        model = _load(recorder, run, resume=resume)
         trainer = _trainer(model, run, recorder)
         recorder.loaded(model)
         # Under autocast a LoRA layer need not cast its input to float32 first, which would be kept for backward.
@@ -52,9 +53,12 @@ def training_arguments(plan: Plan, run: Run) -> TrainingArguments:
     return made
 
 
-def _load(plan: Plan, run: Run, *, resume: bool) -> Any:
+def _load(recorder: Recorder, run: Run, *, resume: bool) -> Any:
     """The base with its adapter, whose first state is kept where it changed the base."""
+    plan = recorder.plan
     model = load_base(plan.model)
+    if plan.model.held or plan.model.scheme.plugin:
+        recorder.quantized_share = measured_share(model)
     record_base(run, plan.model.checkpoint.base())
     model = attach_adapter(model, plan)
     if _changes_base(plan) and not resume:
@@ -70,7 +74,7 @@ def _trainer(model: Any, run: Run, recorder: Recorder) -> QftTrainer:
         args=training_arguments(plan, run),
         train_dataset=plan.data.train,
         eval_dataset=plan.data.eval,
-        data_collator=Collator(pad_token_id(plan.model.tokenizer)),
+        data_collator=Collator(pad_token_id(plan.model.tokenizer), most=plan.model.shape.position_table),
         processing_class=plan.model.tokenizer,
         callbacks=_callbacks(plan, run),
     )

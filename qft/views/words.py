@@ -57,6 +57,11 @@ def percent(share: float) -> str:
     return f"{share:.1%}" if math.isfinite(share) else "not finite"
 
 
+def share_held(share: float | None) -> str:
+    """What of the weights is quantized, to stand behind how they are held; empty where it is not known."""
+    return "" if share is None else f"{percent(share)} of the weights outside embeddings and head"
+
+
 def plain(text: object) -> str:
     """The text without what HTML and XML cannot hold."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]", "\ufffd", str(text).replace("\r\n", "\n"))

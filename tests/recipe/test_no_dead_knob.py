@@ -27,6 +27,7 @@ from qft.plan import Plan, make_plan, plan_calibration
 from qft.recipe import Recipe, Source, load
 from qft.run.folder import Run
 from qft.training.session import training_arguments
+from tests.support.architectures import write_model
 from tests.support.models import CHATML, byte_tokenizer, tiny_llama, write_remote_code_model
 from tests.support.paths import ROOT
 from tests.support.plugins import SHIPPED
@@ -111,6 +112,7 @@ CASES: dict[str, Case] = {
     "quant.quant_storage": Case("bfloat16", quantization, (FOUR,)),
     "quant.threshold": Case("3.0", quantization, (EIGHT,)),
     "quant.skip_modules": Case("[up_proj]", model, (FOUR,)),
+    "quant.allow_partial": Case("true", quantization, (FOUR, "model.path=experts")),
     "adapter.kind": Case("none", trainable, (FLOAT,)),
     "adapter.r": Case("3", lora),
     "adapter.lora_alpha": Case("5", lora),
@@ -186,6 +188,7 @@ CASES: dict[str, Case] = {
     "calibrate.symmetric": Case("false", calibration, RTN),
     "calibrate.activations": Case("dynamic", calibration, RTN_8),
     "calibrate.skip_modules": Case("[up_proj]", calibration, RTN),
+    "calibrate.allow_partial": Case("true", calibration, (*RTN, "model.path=experts")),
     "calibrate.seed": Case("7", calibration, STATIC),
     "calibrate.verify_samples": Case("3", calibration, RTN),
     "output_dir": Case("elsewhere", training),
@@ -283,6 +286,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path
     tiny_llama(num_hidden_layers=1).save_pretrained(folder / "other-model")
     byte_tokenizer().save_pretrained(folder / "other-model")
     write_remote_code_model(folder / "remote")
+    write_model(folder / "experts", "mixtral")
     code = SHIPPED.read_text()
     (folder / "int8_symmetric.py").write_text(code)
     (folder / "coarse.py").write_text(code.replace("LEVELS = 127", "LEVELS = 3"))

@@ -30,8 +30,11 @@ class Quantized(Exporter):
 
     def write(self, job: Job, folder: Path) -> dict[str, Any]:
         """Raises GateError if calibrate.accept is not met, and what `plan_calibration` raises."""
+        recipe = job.loaded.recipe
         model = plan_folder(merged_folder(job), job.plan.recipe.model, job.dtype)
-        plan = plan_calibration(job.loaded.having(calibrate=self.section(job)), model)
+        allowed = any(part.allow_partial for part in (recipe.quant, recipe.calibrate) if part)
+        section = self.section(job).having(allow_partial=allowed)
+        plan = plan_calibration(job.loaded.having(calibrate=section), model)
         with TemporaryDirectory(dir=job.scratch) as work:
             return quantize_folder(plan, folder, Path(work), job.view)
 

@@ -9,6 +9,8 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import AutoQuantizationConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -111,6 +113,15 @@ class Scheme:
         """Whether the linear layer of this name is held in few bits."""
         converts: bool = should_convert_module(layer, list(self.skipped))
         return converts
+
+    def holds(self, model: PreTrainedModel) -> set[str] | None:
+        """Modules of the unquantized `model` whose weights are held in few bits; None: only other code knows."""
+        if self.engine is None:
+            return None
+        kept = [*self.skipped, *(model._keep_in_fp32_modules or ())]
+        # As transformers' replace_with_bnb_linear has it.
+        linears = [name for name, m in model.named_modules() if type(m) is nn.Linear or isinstance(m, Conv1D)]
+        return {name for name in linears if should_convert_module(name, kept)}
 
     def weight_bytes(self, rows: int, columns: int) -> int | None:
         """What the weight [rows, columns] of a layer that is held so takes on the device, its scales and code books

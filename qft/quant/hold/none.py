@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from transformers import PreTrainedModel
 
 from qft.quant.hold.base import Scheme
 from qft.recipe.training import QuantSection
@@ -27,6 +28,9 @@ class Unquantized(Scheme):
 
     def quantizes(self, layer: str) -> bool:
         return False
+
+    def holds(self, model: PreTrainedModel) -> set[str]:
+        return set()
 
     def weight_bytes(self, rows: int, columns: int) -> int:
         return rows * columns * int(getattr(torch, self.dtype).itemsize)

@@ -150,7 +150,8 @@ def _training_headline(report: Report) -> Iterator[tuple[str, Cell, str]]:
     yield "Time", duration(report.wall_seconds), f"{count(report.steps, 'step')}, {si(report.tokens)} tokens"
     yield "Trained", f"{model.trainable_share:.2%}", f"{si(model.trainable_parameters)} parameters"
     held = model.dtype if model.scheme == "none" else " ".join(filter(None, (model.scheme, model.quant_type)))
-    yield "Base", f"{model.bits_per_weight:.2f} bits", f"a weight: {held}"
+    share = words.share_held(model.quantized_share) if model.scheme != "none" else ""
+    yield "Base", f"{model.bits_per_weight:.2f} bits", f"a weight: {', '.join(filter(None, (held, share)))}"
 
 
 def _held_out_headline(before: Evaluation | None, after: Evaluation | None) -> Iterator[tuple[str, Cell, str]]:

@@ -5,13 +5,14 @@ from rich.console import Group
 from qft.documents.calibration import Attempt, CalibrationReport
 from qft.views.terminal.evaluation import most_disturbed
 from qft.views.terminal.table import Rows, Whole, bullets, spaced
-from qft.views.words import size
+from qft.views.words import share_held, size
 
 
 def render_calibration(report: CalibrationReport) -> Group:
     """What it cost, the layers that lost most, and bytes, time and memory."""
     layers = [_layers(report)] if report.layers else []
-    written = Whole(f"Written to {report.result}")
+    held = share_held(report.quantized_share)
+    written = Whole(f"{f'{held} quantized. ' if held else ''}Written to {report.result}")
     return spaced(_quality(report), *layers, _costs(report), Group(*bullets(report.warnings, "yellow"), written))
 
 

@@ -5,7 +5,7 @@ from rich.console import Group, RenderableType
 from qft.documents.plan import CalibrationCheck, CalibrationPlanDocument, PlanDocument
 from qft.views.terminal.rows import Shown, render_data
 from qft.views.terminal.table import Facts, Whole, bullets, spaced
-from qft.views.words import si
+from qft.views.words import share_held, si
 
 
 def render_plan(plan: PlanDocument | CalibrationCheck) -> Group:
@@ -29,8 +29,11 @@ def _calibration(plan: CalibrationPlanDocument) -> Group:
         rows.add("weights", f"{kind}, by {maker}")
         left = len(plan.schemes) - len(quantized)
         rows.add("layers", f"{len(quantized)} quantized, {left} left in {model.dtype}")
+        if held := share_held(plan.quantized_share):
+            rows.add("", f"{held} quantized")
     else:
         rows.add("weights", "as quant.plugin holds them")
+    _add_matches(rows, plan.matched)
     windows = f"{audit.windows} windows of {audit.window_tokens} tokens" if audit else "none needed"
     rows.add("looks at", windows)
     rows.add("judged by", f"{plan.data.verify_rows} held-out rows")
@@ -45,6 +48,8 @@ def _model(plan: PlanDocument) -> Facts:
     rows.add("path", Whole(f"{model.path}{commit}"))
     rows.add("base", f"{model.architecture}, {si(model.parameters)} parameters, {model.layers} blocks")
     rows.add("held as", f"{plan.quantization.described}; the rest in {model.dtype}")
+    if plan.quantization.scheme != "none" and (held := share_held(plan.quantization.quantized_share)):
+        rows.add("", held)
     if plan.skip_modules == "auto":
         rows.add("", "layers to leave in 16 bits are measured and chosen by `qft train`")
     if plugin := plan.quantization.plugin:
@@ -52,8 +57,15 @@ def _model(plan: PlanDocument) -> Facts:
     share = model.trainable_parameters / model.parameters
     kind = f"LoRA r={adapter.r} on {_names(adapter.target_modules)}" if adapter else "all weights"
     rows.add("trained", f"{kind}: {si(model.trainable_parameters)} parameters ({share:.2%})")
+    _add_matches(rows, plan.matched)
     rows.add("on", plan.device.name)
     return rows
+
+
+def _add_matches(rows: Facts, matched: dict[str, dict[str, int]]) -> None:
+    """How many modules each name in the recipe is to the model."""
+    for field, counts in matched.items():
+        rows.add(field.partition(".")[2], ", ".join(f"{entry}: {number}" for entry, number in counts.items()))
 
 
 def _training(plan: PlanDocument) -> Facts:

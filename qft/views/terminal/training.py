@@ -7,7 +7,7 @@ from rich.text import Text
 
 from qft.documents.training import Report
 from qft.views.terminal.table import Facts, Rows, Whole, bullets, spaced
-from qft.views.words import si, size, sparkline
+from qft.views.words import share_held, si, size, sparkline
 
 
 def render(report: Report) -> Group:
@@ -31,6 +31,8 @@ def _model(report: Report) -> Facts:
     rows = Facts("Model")
     rows.add("base", f"{model.architecture}, {si(model.parameters)} parameters")
     rows.add("held as", f"{held}: {model.bits_per_weight:.2f} bits a weight with scales, norms and head")
+    if model.scheme != "none" and (share := share_held(model.quantized_share)):
+        rows.add("", share)
     if skipped := report.skipped_modules:
         bought = f"KL {skipped.kl_before:.4f} to {skipped.kl_after:.4f}"
         more = size(skipped.linear_bytes_after - skipped.linear_bytes_before)

@@ -13,7 +13,8 @@ from qft.memory.guard import memory_guard, smaller_training
 from qft.model.adapter import CHANGES_BASE, attach_adapter, save_adapter, save_full
 from qft.model.load import load_base
 from qft.plan import Plan
-from qft.run.folder import Run, record_base, step_of
+from qft.run.checkpoint import is_over, step_of
+from qft.run.folder import Run, record_base
 from qft.training.evaluation import HeldOut
 from qft.training.recorder import Recorder
 from qft.training.trainer import QftTrainer
@@ -24,6 +25,8 @@ def train_model(run: Run, recorder: Recorder, *, resume: bool) -> Path:
     plan = recorder.plan
     set_seed(plan.recipe.seed)
     checkpoint = run.newest_checkpoint() if resume else None
+    if checkpoint:
+        recorder.recall(checkpoint)
     with recorder.meter:
         recorder.view.note(f"Loading {plan.model.checkpoint.path}")
         model = _load(plan, run, resume=resume)
@@ -36,7 +39,11 @@ def train_model(run: Run, recorder: Recorder, *, resume: bool) -> Path:
             held_out = HeldOut(trainer, run)
             held_out.evaluate("before") if checkpoint is None else held_out.recall("before")
             recorder.begin(step_of(checkpoint))
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            if checkpoint and is_over(checkpoint, plan.steps, plan.recipe.train.early_stopping_patience):
+                trainer.finish(checkpoint)
+                held_out.catch_up()
+            else:
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             recorder.end()
             result = _save(trainer, run)
             held_out.evaluate("after")
@@ -55,7 +62,7 @@ def training_arguments(plan: Plan, run: Run) -> TrainingArguments:
 def _load(plan: Plan, run: Run, *, resume: bool) -> Any:
     """The base with its adapter, whose first state is kept where it changed the base."""
     model = load_base(plan.model)
-    record_base(run, plan.model.checkpoint.base())
+    record_base(run, plan.model.loaded, plan.model.checkpoint.base())
     model = attach_adapter(model, plan)
     if _changes_base(plan) and not resume:
         model.save_pretrained(str(run.initial_adapter))

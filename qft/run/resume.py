@@ -91,16 +91,17 @@ class Before(NamedTuple):
 
 def compare(before: Before, recipe: Recipe, plan: Planned, facts: Manifest) -> tuple[list[Problem], list[Problem]]:
     """What forbids to go on as `recipe`, `plan` and `facts` say, and which changes take effect from here on."""
-    fixed, honoured = [], []
-    for field, old, new in _changes(before, recipe, plan):
-        kind = class_of(plan.kind, field)
-        if kind == "fixed":
-            text = f"the run was started with {old}, and this is {new}; set it back to {old}, {ANEW}"
-            fixed.append((field, text))
-        elif kind == "honoured":
-            honoured.append((field, f"{new}, and was {old}"))
-    # What a field names is looked at only if it names the same.
-    return fixed or [*_changed_files(before.manifest, recipe, facts)] or [*_changed_rows(before.plan, plan)], honoured
+    changes = list(_changes(before, recipe, plan))
+    fixed = [each for each in changes if class_of(plan.kind, each.field) == "fixed"]
+    honoured = [each for each in changes if class_of(plan.kind, each.field) == "honoured"]
+    # What was decided follows what was asked, and what a field names is looked at only if it names the same.
+    problems = [
+        (field, f"the run was started with {old}, and this is {new}; set it back to {old}, {ANEW}")
+        for field, old, new, asked in fixed
+        if asked or not any(each.asked for each in fixed)
+    ]
+    files, rows = _changed_files(before.manifest, recipe, facts), _changed_rows(before.plan, plan)
+    return problems or [*files] or [*rows], [(field, f"{new}, and was {old}") for field, old, new, _ in honoured]
 
 
 def refuse_to_resume(loaded: LoadedRecipe, problems: Iterable[Problem]) -> None:
@@ -109,25 +110,30 @@ def refuse_to_resume(loaded: LoadedRecipe, problems: Iterable[Problem]) -> None:
         raise RunError("\n".join(found))
 
 
-def _changes(before: Before, recipe: Recipe, plan: Planned) -> Iterator[tuple[str, str, str]]:
-    """Yield (field, old value, new value) of each that differs, as it was decided."""
-    decided = [_decided(document) for document in (before.plan, plan)]
-    both = decided[0].keys() & decided[1].keys()  # an older plan.json tells less
-    old, new = (
-        {**dict(_leaves(asked)), **{field: values[field] for field in both}}
-        for asked, values in zip((before.recipe, recipe), decided, strict=True)
-    )
-    for field in old | new:
-        was, now = (_shown(values[field]) if field in values else "nothing" for values in (old, new))
-        if was != now:
-            yield field, was, now
+class _Change(NamedTuple):
+    field: str
+    old: str
+    new: str
+    asked: bool
+    """Whether the recipe says another thing, and not only this machine."""
+
+
+def _changes(before: Before, recipe: Recipe, plan: Planned) -> Iterator[_Change]:
+    """Yield each field that does not mean what it meant."""
+    old, new = dict(_leaves(before.recipe)), dict(_leaves(recipe))
+    was, now = _decided(before.plan), _decided(plan)
+    for field in [field for field in old if field in new]:  # others are of a source that came or went with its path
+        decided = field in was.keys() & now.keys()  # an older plan.json tells less
+        one, other = (was, now) if decided else (old, new)
+        if one[field] != other[field]:
+            yield _Change(field, _shown(one[field]), _shown(other[field]), asked=old[field] != new[field])
 
 
 def _changed_files(before: Manifest, recipe: Recipe, facts: Manifest) -> Iterator[Problem]:
     """Yield the fields whose files are no longer what the run began with."""
     for path, digest in (facts.data or {}).items():
         if digest != (before.data or {}).get(path, digest):
-            fields = (field for field, value in _leaves(recipe) if value == path)
+            fields = (field for field, value in _leaves(recipe) if isinstance(value, list) and path in value)
             yield next(fields, "data"), f"{path} has changed since the run began; restore it, {ANEW}"
     if before.plugin != facts.plugin:
         yield "quant.plugin", f"the file has changed since the run began; restore it, {ANEW}"
@@ -148,9 +154,10 @@ def _leaves(section: Section, prefix: str = "") -> Iterator[tuple[str, Any]]:
         if isinstance(value, Section):
             yield from _leaves(value, f"{prefix}{name}.")
         elif isinstance(value, tuple) and value and isinstance(value[0], Source):
+            yield f"{prefix}{name}", [source.path for source in value]
             for i, source in enumerate(value):
                 yield from _leaves(source, f"{prefix}{name}.{i}.")
-        elif name != "output_dir":  # a run may be moved
+        elif not (isinstance(section, Source) and name == "path"):
             yield f"{prefix}{name}", value
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from qft.documents.part import Bytes, Seconds, Stored
 from qft.documents.training import Evaluation
@@ -13,8 +13,6 @@ from qft.progress import Step
 
 class TrainingState(Stored):
     """What a training had measured by the time of a checkpoint. Numbers that are not finite are texts."""
-
-    model_config = ConfigDict(ser_json_inf_nan="strings")
 
     schema_version: Literal[1] = 1
     kind: Literal["training-state"] = "training-state"

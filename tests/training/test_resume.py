@@ -117,6 +117,7 @@ CASES: dict[str, dict[str, Any]] = {
     "checkpointed": {"train": MIDST | {"gradient_checkpointing": True, "neftune_noise_alpha": 5.0}},
     "all weights": FULL | {"adapter": {"kind": "none", "r": ..., "lora_dropout": ...}, "train": MIDST},
     "moved base": FULL | {"adapter": {"init_lora_weights": "pissa_niter_4"}, "train": MIDST},
+    "skipped": {"train": MIDST | {"learning_rate": 1e30, "max_grad_norm": 0.0, "on_nonfinite": "skip"}},
     "8-bit states": {"adapter": {"r": 64}, "train": MIDST | {"optim": "adamw_8bit", "weight_decay": 0.1}},
 }
 
@@ -260,8 +261,10 @@ def test_early_stopping_has_waited_what_it_has_waited(hopeless: RecipeFile, tmp_
     path = hopeless()
     cut(path, best + 2)
     assert_same(whole, run(path, resume=True))
-    with pytest.raises(RunError, match=f"has made its {best + 3} steps; there is nothing to resume"):
-        run(path, resume=True)
+    for saved in (0, best + 3):  # the newest checkpoint is not the last one where save_total_limit is 1
+        shutil.rmtree(tmp_path / "whole" / "checkpoints" / f"checkpoint-{saved}", ignore_errors=True)
+        with pytest.raises(RunError, match="there is nothing to resume: ask for more steps, or more patience"):
+            run(hopeless("whole"), resume=True)
     moved = hopeless("moved", early_stopping_patience=4)
     shutil.move(tmp_path / "part", tmp_path / "moved")
     patient = run(moved, resume=True)

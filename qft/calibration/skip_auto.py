@@ -21,6 +21,7 @@ from qft.plan import Plan, linear_layers
 from qft.progress import View
 from qft.recipe.schema import CalibrateSection
 from qft.run.folder import Run
+from qft.run.resume import ANEW
 
 TOKENS = 4096
 """Of the training rows on which layers are measured."""
@@ -59,12 +60,17 @@ def choose_skip_modules(plan: Plan, view: View) -> SkippedModules:
     )
 
 
-def skipped_before(folder: Path) -> SkippedModules:
-    """What the run that is resumed chose. Raises RunError if it chose nothing."""
-    manifest = Run(folder).manifest()
-    if manifest is None or manifest.skipped_modules is None:
-        raise RunError(f"{folder}: the run's quant.skip_modules was not auto; restore it, or start with --overwrite")
-    return manifest.skipped_modules
+def skipped_before(plan: Plan) -> SkippedModules:
+    """What the run that is resumed chose. Raises RunError if it chose nothing, or within another budget."""
+    manifest, budget = Run(Path(plan.recipe.output_dir)).manifest(), _budget_bytes(plan)
+    skipped = manifest.skipped_modules if manifest else None
+    field, text = "quant.skip_modules", "the run was not started with auto"
+    if skipped and skipped.budget_bytes == budget:
+        return skipped
+    if skipped:
+        field = f"quant.skip_budget_{'bits' if plan.recipe.quant.skip_budget_bits else 'bytes'}"
+        text = f"the run was started with {skipped.budget_bytes:,} bytes, and this comes to {budget:,}"
+    raise RunError(plan.model.loaded.problem(field, f"{text}; set it back, {ANEW}"))
 
 
 def _task(plan: Plan) -> QuantizeTask:

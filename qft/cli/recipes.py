@@ -12,8 +12,8 @@ from qft.machine.environment import prepare_libraries
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.", show_default=False)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in output_dir.")]
 DOCUMENT = (
-    "recipe, report, eval, calibration, export, plan, calibration-plan, calibration-record, manifest, registry or "
-    "history."
+    "recipe, report, eval, calibration, export, plan, calibration-plan, calibration-record, manifest, training-state, "
+    "registry or history."
 )
 
 

@@ -53,7 +53,7 @@ def calibrate(loaded: LoadedRecipe, view: View, *, resume: bool = False, overwri
         )
     needed = 0 if resume else _needed_bytes(plan, merged_run)  # what is there already was needed too
     room = (needed, "the quantized model, its blocks and their activations")
-    run = start_run(plan.recipe, plan.document(), room, resume=resume, overwrite=overwrite)
+    run = start_run(plan.loaded, plan.document(), room, view, resume=resume, overwrite=overwrite)
     try:
         guard = memory_guard("calibrating", smaller_calibration(plan.calibrate))
         with run.failure_noted(), guard, Meter(plan.model.device.kind) as meter:
@@ -76,7 +76,7 @@ def calibrate(loaded: LoadedRecipe, view: View, *, resume: bool = False, overwri
 
 def _begin(plan: CalibrationPlan, source: Source, run: Run, view: View) -> Acceptance:
     quantizer = quantizer_for(plan, source, view)
-    record_base(run, plan.model.checkpoint.base())
+    record_base(run, plan.loaded, plan.model.checkpoint.base())
     write_text(run.folder / "calibration.jsonl", plan.data.as_jsonl())
     return Acceptance(plan, source, quantizer, view)
 

@@ -26,7 +26,7 @@ def train(loaded: LoadedRecipe, view: View, *, resume: bool = False, overwrite: 
     check_folder(Path(loaded.recipe.output_dir), resume=resume, overwrite=overwrite)
     plan, skipped = _plan(loaded, view, resume=resume)
     room = (plan.checkpoint_bytes, "its checkpoints")
-    run = start_run(plan.recipe, plan.document(), room, resume=resume, overwrite=overwrite)
+    run = start_run(plan.model.loaded, plan.document(), room, view, resume=resume, overwrite=overwrite)
     if skipped:
         run.note(Manifest(status="running", skipped_modules=skipped))
     recorder = Recorder(plan, view, started, skipped)
@@ -48,5 +48,5 @@ def _plan(loaded: LoadedRecipe, view: View, *, resume: bool) -> tuple[Plan, Skip
     plan = make_plan(loaded)
     if plan.recipe.quant.skip_modules != "auto":
         return plan, None
-    skipped = skipped_before(Path(loaded.recipe.output_dir)) if resume else choose_skip_modules(plan, view)
+    skipped = skipped_before(plan) if resume else choose_skip_modules(plan, view)
     return with_skip_modules(plan, skipped.names), skipped

@@ -7,6 +7,7 @@ from qft.documents.manifest import Manifest
 from qft.documents.part import Part
 from qft.documents.plan import CalibrationPlanDocument, PlanDocument
 from qft.documents.registry import Event, VersionManifest
+from qft.documents.state import TrainingState
 from qft.documents.training import Report
 
 DOCUMENTS: dict[str, type[Part]] = {
@@ -18,6 +19,7 @@ DOCUMENTS: dict[str, type[Part]] = {
     "calibration-plan": CalibrationPlanDocument,
     "calibration-record": CalibrationRecord,
     "manifest": Manifest,
+    "training-state": TrainingState,
     "registry": VersionManifest,
     "history": Event,
 }

@@ -63,6 +63,8 @@ class Manifest(Stored):
     """When the status was last set."""
     command: list[str] = []
     started: str | None = None
+    resumed_from: list[int] = []
+    """Steps of the checkpoints from which a training was resumed, in their order."""
     seed: int | None = None
     versions: Versions = {}
     hardware: Hardware | None = None

@@ -68,7 +68,7 @@ class Memory(Part):
     peak_host_bytes: Bytes
     device_bytes: Bytes
     after_load_bytes: Bytes
-    """On the device that trains, as are the two below."""
+    """On the device that trains, as are the two below; of the last part of a resumed run."""
     after_first_step_bytes: Bytes
     at_end_bytes: Bytes
     growing: bool
@@ -170,8 +170,13 @@ class Report(Part):
     eval: Evaluations
     lengths: list[tuple[Tokens, int]]
     """Histogram of the training rows: [longest of the bin in tokens, rows]."""
+    resumed_from: list[int] = []
+    """Steps of the checkpoints from which the run was resumed, in their order. What follows counts all its parts, each
+    up to the checkpoint from which the next one went on."""
     steps: int
-    """Optimizer steps of this call (a resumed run counts from its checkpoint)."""
+    """Optimizer steps."""
+    unmeasured_steps: int = 0
+    """Steps before those, made by a qft that kept no figures beside its checkpoints."""
     skipped_steps: int
     """Updates that were not made because a number was not finite."""
     samples: int
@@ -179,7 +184,7 @@ class Report(Part):
     """Tokens trained on, padding aside."""
     supervised_tokens: Tokens
     wall_seconds: Seconds
-    """From the command to the report: loading, training, evaluations and checkpoints."""
+    """From the command to the report: loading, training, evaluations and checkpoints, summed over the parts."""
     advice: list[str]
 
 

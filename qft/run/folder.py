@@ -3,7 +3,7 @@
 recipe.yaml      the resolved recipe
 manifest.json    command, versions, hardware, seed, content hashes of data, base and plugin, status
 plan.json        what was decided before anything was loaded
-checkpoints/     checkpoint-N, to resume from
+checkpoints/     checkpoint-N, to resume from, each with what had been measured by then (qft_state.json)
 adapter/         the adapter in peft's layout (model/ when all weights were trained, or a calibration)
 work/            what a calibration that was cut off resumes from
 calibration.jsonl  the windows that it looked at
@@ -15,34 +15,23 @@ report.json      what was measured; written once all of the above is there
 report.html      the same with pictures; one file that needs no network
 """
 
-import json
 import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import yaml
-
 from qft.documents.manifest import Base, Hardware, Manifest
-from qft.documents.plan import CalibrationPlanDocument, PlanDocument
+from qft.documents.plan import PlanDocument
 from qft.errors import RunError
 from qft.files import now, require_free_space, write_json, write_text
 from qft.machine.device import describe, versions
-from qft.recipe import Recipe, dump
+from qft.progress import View
+from qft.recipe import LoadedRecipe, dump, load
+from qft.run.checkpoint import STATE, best_of, is_over, is_whole, step_of
+from qft.run.resume import ANEW, Before, Planned, compare, is_complete, refuse_to_resume
 
 MANIFEST = "manifest.json"
-
-# What a resumed run may not change: the checkpoint was made by it.
-FIXED = {
-    "plan": ("model", "quant", "adapter", "data", "seed"),
-    "calibration-plan": ("model", "data", "calibrate", "seed"),
-}
-"""Sections of the recipe, by the kind of the plan."""
-UNFIXED = ("accept", "remedy", "max_bytes")
-"""Of `calibrate`: what is asked of a result once its blocks are quantized."""
-
-Planned = PlanDocument | CalibrationPlanDocument
 
 
 class Run:
@@ -76,7 +65,7 @@ class Run:
 
     def newest_checkpoint(self) -> Path | None:
         """The last checkpoint that was written whole (the Trainer writes trainer_state.json last)."""
-        whole = [p for p in self.checkpoints.glob("checkpoint-*") if _is_whole(p)]
+        whole = [p for p in self.checkpoints.glob("checkpoint-*") if is_whole(p)]
         return max(whole, key=step_of, default=None)
 
     def note(self, news: Manifest) -> None:
@@ -98,11 +87,6 @@ class Run:
             raise
 
 
-def step_of(checkpoint: Path | None) -> int:
-    """Optimizer steps made by the time of a checkpoint; 0 without one."""
-    return int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
-
-
 def check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
     """Whether a run may begin here, asked before any work. Raises RunError."""
     run = Run(folder)
@@ -112,7 +96,7 @@ def check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
         if not run.manifest():
             raise RunError(f"{folder}: there is no run to resume; leave --resume away to start one")
         if run.newest_checkpoint() is None and not run.work.is_dir():
-            raise RunError(f"{folder}: the run has no whole checkpoint to resume from; use --overwrite to start again")
+            raise RunError(f"{folder}: the run has no whole checkpoint to resume from; start anew with --overwrite")
     elif folder.exists() and any(folder.iterdir()):
         if not overwrite:
             raise RunError(f"{folder}: output_dir is not empty; use --resume, --overwrite, or another output_dir")
@@ -120,9 +104,12 @@ def check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
             raise RunError(f"{folder}: output_dir is not empty and not a run of qft, so it is not overwritten")
 
 
-def start_run(recipe: Recipe, plan: Planned, room: tuple[int, str], *, resume: bool, overwrite: bool) -> Run:
-    """Make the run folder, or take up the one that is there. Raises RunError if it cannot be resumed or the disk
-    has no `room`: bytes, and what for."""
+def start_run(
+    loaded: LoadedRecipe, plan: Planned, room: tuple[int, str], view: View, *, resume: bool, overwrite: bool
+) -> Run:
+    """Make the run folder, or take up the one that is there and say from where. Raises RunError if it cannot be
+    resumed or the disk has no `room`: bytes, and what for."""
+    recipe = loaded.recipe
     run = Run(Path(recipe.output_dir))
     check_folder(run.folder, resume=resume, overwrite=overwrite)
     facts = Manifest(
@@ -134,12 +121,10 @@ def start_run(recipe: Recipe, plan: Planned, room: tuple[int, str], *, resume: b
         hardware=Hardware(device=plan.device, **describe()),
         data={source.path: source.digest for source in plan.data.sources},
         plugin=plan.quantization.plugin if plan.quantization else None,
+        error=None,
     )
     if resume:
-        _require_same(run, recipe, facts, FIXED[plan.kind])
-        done = step_of(run.newest_checkpoint())
-        if plan.kind == "plan" and done >= plan.steps:
-            raise RunError(f"{run.folder}: the run has made its {done} steps; there is nothing to resume")
+        facts = facts.model_copy(update={"resumed_from": _taken_up(run, loaded, plan, facts, view)})
     require_free_space(run.folder, *room)
     if overwrite and run.folder.exists():
         shutil.rmtree(run.folder)
@@ -150,34 +135,50 @@ def start_run(recipe: Recipe, plan: Planned, room: tuple[int, str], *, resume: b
     return run
 
 
-def record_base(run: Run, base: Base) -> None:
-    """Note which weights the run starts from, once they are on this machine."""
-    if run.base is not None and run.base != base:
-        raise RunError(f"{run.folder}: the base model has changed since the run began; use --overwrite to start again")
+def record_base(run: Run, loaded: LoadedRecipe, base: Base) -> None:
+    """Note which weights the run starts from, once they are on this machine. Raises RunError if they changed."""
+    before = run.base
+    if before is not None and before != base:
+        names = sorted(name for name, _ in before.sha256.items() ^ base.sha256.items()) or [str(base.commit)]
+        what = f"{', '.join(dict.fromkeys(names))} changed since the run began"
+        refuse_to_resume(loaded, [("model.path", f"{what}; restore the model, {ANEW}")])
     run.note(Manifest(status="running", base=base))
 
 
-def _require_same(run: Run, recipe: Recipe, facts: Manifest, fixed: tuple[str, ...]) -> None:
-    before = yaml.safe_load((run.folder / "recipe.yaml").read_text("utf-8"))
-    now = yaml.safe_load(dump(recipe))
-    for sections in (before, now):
-        for name in UNFIXED:
-            sections.get("calibrate", {}).pop(name, None)
-    changed = [name for name in fixed if before.get(name) != now.get(name)]
-    if changed:
-        raise RunError(
-            f"{run.folder}: {', '.join(changed)} differ from the run's own recipe.yaml: "
-            "restore them, or start again with --overwrite"
-        )
-    manifest = run.manifest() or Manifest()
-    for field, what in (("data", "the data"), ("plugin", "quant.plugin")):
-        if getattr(manifest, field) != getattr(facts, field):
-            raise RunError(f"{run.folder}: {what} has changed since the run began; use --overwrite to start again")
+def _taken_up(run: Run, loaded: LoadedRecipe, plan: Planned, facts: Manifest, view: View) -> list[int]:
+    """The steps from which the run has been resumed, this time's the last. Raises RunError if it cannot be."""
+    before = _before(run, plan)
+    problems, honoured = compare(before, loaded.recipe, plan, facts)
+    refuse_to_resume(loaded, problems)
+    checkpoint = run.newest_checkpoint()
+    if checkpoint and isinstance(plan, PlanDocument):
+        _require_work(checkpoint, loaded, plan.steps, before)
+    view.note(f"Going on from {checkpoint or run.work}")
+    for field, text in honoured:
+        view.note(f"From here on, {field} is {text}")
+    return [*before.manifest.resumed_from, *([step_of(checkpoint)] if checkpoint else [])]
 
 
-def _is_whole(checkpoint: Path) -> bool:
+def _before(run: Run, plan: Planned) -> Before:
     try:
-        json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))
+        was = type(plan).model_validate_json((run.folder / "plan.json").read_bytes())
     except (OSError, ValueError):
-        return False
-    return (checkpoint / "optimizer.pt").exists() and (checkpoint / "scheduler.pt").exists()
+        raise RunError(f"{run.folder}: its plan.json is no {plan.kind}; start anew with --overwrite") from None
+    return Before(load(run.folder / "recipe.yaml").recipe, was, run.manifest() or Manifest())
+
+
+def _require_work(checkpoint: Path, loaded: LoadedRecipe, steps: int, before: Before) -> None:
+    """Raise RunError unless something is left to do behind the checkpoint, if only to write the result."""
+    train, done = loaded.recipe.train, step_of(checkpoint)
+    if done > steps:
+        field = "train.max_steps" if train.max_steps > 0 else "train.num_train_epochs"
+        text = f"this asks for {steps} steps in all, and the run has made {done}; ask for as many or more, {ANEW}"
+        refuse_to_resume(loaded, [(field, text)])
+    over = is_over(checkpoint, steps, train.early_stopping_patience)
+    if is_complete(before, loaded.recipe, steps) or (over and not (checkpoint / STATE).exists()):
+        folder, text = checkpoint.parent.parent, "ask for more steps, or more patience, to go on"
+        raise RunError(f"{folder}: the run has made its {done} steps; there is nothing to resume: {text}")
+    best = best_of(checkpoint)
+    if train.load_best_model_at_end and best and not best.exists():
+        text = f"{best}, the best checkpoint so far, is missing; restore it, or set this to false"
+        refuse_to_resume(loaded, [("train.load_best_model_at_end", text)])

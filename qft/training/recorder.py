@@ -6,10 +6,13 @@ from pathlib import Path
 from torch import nn
 
 from qft.documents import training as documents
+from qft.documents.manifest import Manifest
+from qft.documents.state import TrainingState, read_state
 from qft.measure.scores import Answer
 from qft.memory.meter import Meter, Snapshot, weight_bytes
 from qft.plan import Plan
 from qft.progress import Step, View
+from qft.run.checkpoint import STATE, step_of
 from qft.run.folder import Run
 from qft.training import summary
 from qft.training.advice import advise
@@ -25,7 +28,10 @@ class Recorder:
         self.plan, self.view, self.started, self.skipped = plan, view, started, skipped
         self.meter = Meter(plan.model.device.kind)
         self.clock = PhaseClock(self.meter.on_gpu)
+        self.earlier = TrainingState()
+        """What the parts of the run before this one measured, if it is resumed."""
         self.steps: list[Step] = []
+        """Of all parts."""
         self.moments: dict[str, Snapshot] = {}
         """Memory by the moment: after_load, peak, at_end."""
         self.bytes = dict.fromkeys(("frozen", "trainable", "gradients", "optimizer_state"), 0)
@@ -39,6 +45,32 @@ class Recorder:
         self.answers: dict[str, list[Answer]] = {}
         """To the held-out rows, by the moment."""
 
+    def recall(self, checkpoint: Path) -> None:
+        """Take up what had been measured by the time of a checkpoint."""
+        state, done = read_state(checkpoint / STATE), step_of(checkpoint)
+        if state is None:
+            self.view.note(f"{checkpoint} has no {STATE}: the report counts from step {done + 1} on")
+            state = TrainingState(unmeasured_steps=done)
+        self.earlier, self.steps, self.evaluations = state, list(state.steps), dict(state.evaluations)
+        self.clock.seconds |= state.phase_seconds
+        if self.plan.recipe.train.gradient_checkpointing:
+            self.recomputed = state.recomputed
+
+    def state(self) -> TrainingState:
+        """What has been measured so far."""
+        peak = self._peak()
+        return TrainingState(
+            steps=self.steps,
+            unmeasured_steps=self.earlier.unmeasured_steps,
+            evaluations=self.evaluations,
+            phase_seconds=self.clock.seconds,
+            wall_seconds=self._wall_seconds(),
+            peak_gpu_bytes=peak.gpu,
+            peak_gpu_reserved_bytes=peak.gpu_reserved,
+            peak_host_bytes=peak.host,
+            recomputed=self.recomputed,
+        )
+
     def loaded(self, model: nn.Module) -> None:
         """All that trains is there, and nothing has run."""
         self.bytes |= weight_bytes(model)
@@ -51,7 +83,7 @@ class Recorder:
 
     def end(self) -> None:
         """The last step was made."""
-        self.moments["peak"] = self.meter.peak()
+        self.moments["peak"] = self._peak()
         self.clock.settle()
         self.moments["at_end"] = self.meter.now()
 
@@ -82,15 +114,30 @@ class Recorder:
                 history=list(evaluations.values()),
             ),
             lengths=summary.lengths(self.plan.data.train["length"]),
+            resumed_from=(run.manifest() or Manifest()).resumed_from,
             steps=len(steps),
+            unmeasured_steps=self.earlier.unmeasured_steps,
             skipped_steps=sum(step.skipped for step in steps),
             samples=sum(step.rows for step in steps),
             tokens=sum(step.tokens for step in steps),
             supervised_tokens=sum(step.supervised_tokens for step in steps),
-            wall_seconds=time.perf_counter() - self.started,
+            wall_seconds=self._wall_seconds(),
             advice=[],
         )
         return report.model_copy(update={"advice": advise(report)})
+
+    def _wall_seconds(self) -> float:
+        return self.earlier.wall_seconds + time.perf_counter() - self.started
+
+    def _peak(self) -> Snapshot:
+        """Largest values of all parts."""
+        peak, earlier = self.meter.peak(), self.earlier
+        return Snapshot(
+            peak.on_gpu,
+            max(peak.gpu, earlier.peak_gpu_bytes),
+            max(peak.gpu_reserved, earlier.peak_gpu_reserved_bytes),
+            max(peak.host, earlier.peak_host_bytes),
+        )
 
     def _model(self) -> documents.ModelPart:
         plan, shape = self.plan.model, self.plan.model.shape
@@ -110,16 +157,17 @@ class Recorder:
 
     def _memory(self) -> documents.Memory:
         peak, steps = self.moments["peak"], self.steps
+        part = steps[len(self.earlier.steps) :] or steps  # of another process nothing can leak into this one
         return documents.Memory(
             peak_gpu_bytes=peak.gpu,
             peak_gpu_reserved_bytes=peak.gpu_reserved,
             peak_host_bytes=peak.host,
             device_bytes=self.plan.model.device.total_bytes,
             after_load_bytes=self.moments["after_load"].device,
-            after_first_step_bytes=steps[0].memory,
+            after_first_step_bytes=part[0].memory,
             at_end_bytes=self.moments["at_end"].device,
             history=[(step.step, step.memory, step.peak_memory) for step in steps],
-            growing=summary.growing([step.memory for step in steps]),
+            growing=summary.growing([step.memory for step in part]),
             components=self._components(),
         )
 

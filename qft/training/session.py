@@ -14,7 +14,8 @@ from qft.model.adapter import CHANGES_BASE, attach_adapter, save_adapter, save_f
 from qft.model.load import load_base
 from qft.plan import Plan
 from qft.quant.share import measured_share
-from qft.run.folder import Run, record_base, step_of
+from qft.run.checkpoint import is_over, step_of
+from qft.run.folder import Run, record_base
 from qft.training.evaluation import HeldOut
 from qft.training.recorder import Recorder
 from qft.training.trainer import QftTrainer
@@ -25,6 +26,8 @@ def train_model(run: Run, recorder: Recorder, *, resume: bool) -> Path:
     plan = recorder.plan
     set_seed(plan.recipe.seed)
     checkpoint = run.newest_checkpoint() if resume else None
+    if checkpoint:
+        recorder.recall(checkpoint)
     with recorder.meter:
         recorder.view.note(f"Loading {plan.model.checkpoint.path}")
         model = _load(recorder, run, resume=resume)
@@ -37,7 +40,11 @@ def train_model(run: Run, recorder: Recorder, *, resume: bool) -> Path:
             held_out = HeldOut(trainer, run)
             held_out.evaluate("before") if checkpoint is None else held_out.recall("before")
             recorder.begin(step_of(checkpoint))
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            if checkpoint and is_over(checkpoint, plan.steps, plan.recipe.train.early_stopping_patience):
+                trainer.finish(checkpoint)
+                held_out.catch_up()
+            else:
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             recorder.end()
             result = _save(trainer, run)
             held_out.evaluate("after")
@@ -59,7 +66,7 @@ def _load(recorder: Recorder, run: Run, *, resume: bool) -> Any:
     model = load_base(plan.model)
     if plan.model.held or plan.model.scheme.plugin:
         recorder.quantized_share = measured_share(model)
-    record_base(run, plan.model.checkpoint.base())
+    record_base(run, plan.model.loaded, plan.model.checkpoint.base())
     model = attach_adapter(model, plan)
     if _changes_base(plan) and not resume:
         model.save_pretrained(str(run.initial_adapter))

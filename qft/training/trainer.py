@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 from qft.errors import NonFiniteError
 from qft.memory.checkpointing import CheckpointingProbe
 from qft.memory.meter import optimizer_bytes, tensor_bytes
 from qft.progress import Step
 from qft.training.recorder import Recorder
+from qft.training.resuming import ResumingTrainer
 
 SHOWN_ROWS = 16
 
@@ -44,12 +45,11 @@ class _Update:
         self.numbers = torch.cat([losses, norm, torch.stack(self.counts).sum(0).to(losses)]).tolist()
 
 
-class QftTrainer(Trainer):
+class QftTrainer(ResumingTrainer):
     """Trainer that tells a recorder each Step, and stops before an update that is not finite."""
 
     def __init__(self, recorder: Recorder, **arguments: Any) -> None:
-        super().__init__(**arguments)
-        self.recorder = recorder
+        super().__init__(recorder, **arguments)
         self.on_nonfinite = recorder.plan.recipe.train.on_nonfinite
         self.probe = CheckpointingProbe(self.model) if recorder.plan.recipe.train.gradient_checkpointing else None
         self.update = _Update()
@@ -96,7 +96,8 @@ class QftTrainer(Trainer):
         """The Trainer's loop, with the loss averaged over tokens: a mean over batches would count short rows more."""
         self._evaluated = [0.0, 0]
         self.recorder.clock.enter("")
-        output = super().evaluation_loop(dataloader, description, *args, **kwargs)
+        with self.untouched_random():  # so that when it is evaluated changes nothing of what is learnt
+            output = super().evaluation_loop(dataloader, description, *args, **kwargs)
         total, tokens = self._evaluated
         output.metrics.update(eval_loss=total / tokens if tokens else math.nan, eval_tokens=tokens)
         return output
@@ -158,8 +159,8 @@ class QftTrainer(Trainer):
             peak_memory=recorder.meter.peak().device,
             skipped=update.skipped,
         )
-        if self.probe and not recorder.steps:
-            with self.accelerator.autocast():
+        if self.probe and recorder.recomputed is None:
+            with self.accelerator.autocast(), self.untouched_random():
                 saved, seconds = self.probe.measure()
             recorder.recomputed = saved, seconds * self.args.gradient_accumulation_steps
         recorder.step(step)

@@ -15,7 +15,7 @@ from qft.calibration.skip_auto import choose_skip_modules
 from qft.commands.evaluate import EvalOptions, evaluate
 from qft.commands.train import train
 from qft.documents.training import Report, SkippedModules
-from qft.errors import QftError, RecipeError
+from qft.errors import QftError, RecipeError, RunError
 from qft.model.load import load_base
 from qft.plan import make_plan
 from qft.progress import View
@@ -124,7 +124,9 @@ def test_a_resumed_run_keeps_its_choice(recipe: RecipeFile, tmp_path: Path) -> N
     with pytest.raises(KeyboardInterrupt):
         train(load(path), Stop())
     chosen = json.loads((tmp_path / "run" / "manifest.json").read_text())["skipped_modules"]
-    report = trained(path, resume=True)
+    with pytest.raises(RunError, match=rf"\d+: quant.skip_budget_bytes: .* was started with {WEIGHTS * 2:,} bytes"):
+        trained(recipe(skip_budget_bytes=WEIGHTS), resume=True)
+    report = trained(recipe(skip_budget_bytes=WEIGHTS * 2), resume=True)
     assert report.skipped_modules is not None
     assert report.skipped_modules.model_dump() == chosen
 

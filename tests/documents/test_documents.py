@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,10 @@ from qft.documents import DOCUMENTS
 from qft.documents.manifest import Manifest
 from qft.documents.plan import PlanDocument
 from qft.documents.registry import VersionManifest
+from qft.documents.state import TrainingState, read_state
+from qft.documents.training import Evaluation
 from qft.errors import MissingError, RunError
+from qft.progress import Step
 from qft.registry import ORIGINAL, facts_of, find_shelf
 from qft.run.folder import Run
 from tests.support.cli import qft
@@ -100,6 +104,19 @@ def test_every_document_has_a_schema_and_a_place_in_the_help(name: str) -> None:
     assert schema["description"]
     signature = inspect.signature(recipes.schema, eval_str=True).parameters["of"].annotation
     assert name in re.findall(r"[\w-]+", signature.__metadata__[0].help)
+
+
+def test_what_is_not_finite_comes_back_from_a_checkpoint(tmp_path: Path) -> None:
+    step = Step(1, math.nan, 1e-4, math.inf, 8, 8, 4, 1, 0.5, 9, 9, skipped=True)
+    evaluation = Evaluation(step=1, loss=math.nan, perplexity=math.inf, tokens=4, rows=1)
+    path = tmp_path / "qft_state.json"
+    assert read_state(path) is None
+    path.write_text(TrainingState(steps=[step], evaluations={"step-1": evaluation}).model_dump_json())
+    json.loads(path.read_text(), parse_constant=pytest.fail)
+    state = read_state(path)
+    assert state
+    assert repr(state.steps) == repr([step])
+    assert repr(state.evaluations["step-1"]) == repr(evaluation)
 
 
 def test_a_folder_without_a_readable_manifest_is_no_run(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from qft.documents import calibration, evaluation, export, manifest, plan, registry, training
+from qft.documents import calibration, evaluation, export, manifest, plan, registry, state, training
 from qft.documents.part import Part, unit_of
 
 WORDS = {"bytes": "bytes", "seconds": "seconds", "tokens": "tokens", "share": "share", "kl": "nats"}
@@ -15,7 +15,7 @@ WORDS = {"bytes": "bytes", "seconds": "seconds", "tokens": "tokens", "share": "s
 
 
 def parts() -> list[type[Part]]:
-    modules = (calibration, evaluation, export, manifest, plan, registry, training)
+    modules = (calibration, evaluation, export, manifest, plan, registry, state, training)
     own = [
         each
         for module in modules

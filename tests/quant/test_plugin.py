@@ -186,7 +186,7 @@ def test_a_changed_plugin_resumes_no_run_and_fits_no_adapter(
     run(path)
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "checkpoint-2")
     changed(plugin, "LEVELS = 127", "LEVELS = 100")
-    with pytest.raises(RunError, match=r"quant\.plugin has changed"):
+    with pytest.raises(RunError, match=r"recipe.yaml:\d+: quant.plugin: the file has changed"):
         run(path, resume=True)
     with pytest.raises(ModelError, match=r"quant\.plugin .* has changed"):
         evaluate([str(tmp_path / "run")], EvalOptions(data=str(chat_file)), View())

@@ -78,6 +78,6 @@ def test_a_resumed_run_reports_the_evaluation_before_its_first_step(
     resumed = run(recipe_file(train=settings | {"max_steps": 3}, data=data), resume=True)
     assert first.eval.before is not None
     assert resumed.eval.before == first.eval.before
-    assert [evaluation.step for evaluation in resumed.eval.history] == [2, 3]
+    assert [evaluation.step for evaluation in resumed.eval.history] == [1, 2, 3]
     assert resumed.eval.after is not None
     assert resumed.eval.after.step == 3

@@ -127,7 +127,7 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted(recipe_file: RecipeFi
     for steps in (3, 6):
         part = recipe_file("part.yaml", train=settings | {"max_steps": steps}, output_dir=str(tmp_path / "part"))
         report = run(part, resume=steps == 6)
-    assert report.steps == 3
+    assert (report.steps, report.resumed_from) == (6, [3])
     for name, tensor in adapter(tmp_path / "whole").items():
         torch.testing.assert_close(tensor, adapter(tmp_path / "part")[name], rtol=0, atol=0)
 
@@ -137,10 +137,10 @@ def test_a_resumed_run_must_be_the_same_run(recipe_file: RecipeFile, tmp_path: P
     with pytest.raises(RunError, match="nothing to resume"):
         run(recipe_file(), resume=True)
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["status"] == "complete"
-    with pytest.raises(RunError, match=r"adapter differ"):
+    with pytest.raises(RunError, match=r"recipe.yaml:\d+: adapter.r: the run was started with 4, and this"):
         run(recipe_file(adapter={"r": 8}, train={"max_steps": 4}), resume=True)
     write_jsonl(chat_file, [chat("another", "file")] * 16)
-    with pytest.raises(RunError, match="data has changed"):
+    with pytest.raises(RunError, match=r"recipe.yaml:\d+: data.train: .*chats.jsonl has changed"):
         run(recipe_file(train={"max_steps": 4}), resume=True)
 
 

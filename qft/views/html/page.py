@@ -130,6 +130,8 @@ def _figure(part: Part, field: str, written: Mapping[str, Callable[[Any], str]] 
         return NOTHING.get(field)
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, list) and all(isinstance(each, int) for each in value):
+        return ", ".join(map(str, value)) or "none"
     if isinstance(value, list):
         return f"{len(value):,} of them, shown above" if value else "none"
     if isinstance(value, dict):

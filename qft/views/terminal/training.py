@@ -49,8 +49,9 @@ def _learning(report: Report) -> Rows:
     if before and after:
         rows.add(f"held-out loss ({after.rows} rows)", f"{before.loss:.4f}", f"{after.loss:.4f}")
         rows.add("held-out perplexity", f"{before.perplexity:.2f}", f"{after.perplexity:.2f}")
-        for name in after.scores:
-            rows.add(name.replace("_", " "), *(f"{evaluation.scores[name]:.1%}" for evaluation in (before, after)))
+        for name, score in after.scores.items():
+            first = before.scores.get(name)  # a resumed run may be asked for more
+            rows.add(name.replace("_", " "), "" if first is None else f"{first:.1%}", f"{score:.1%}")
     line = sparkline([loss for _, loss, _, _ in report.loss.history], 24)
     rows.add("curve", line, f"{report.loss.spikes} spikes in {report.steps} steps")
     return rows
@@ -64,6 +65,9 @@ def _speed(report: Report) -> Facts:
     shares = (f"{name} {share:.0%}" for name, share in phases.model_dump().items())
     rows.add("time in", ", ".join(shares))
     rows.add("in all", f"{report.steps} steps, {report.tokens:,} tokens, {report.wall_seconds:.0f} s")
+    if report.resumed_from:
+        missing = f"; the first {report.unmeasured_steps} steps left no figures" if report.unmeasured_steps else ""
+        rows.add("resumed from", f"step {', '.join(map(str, report.resumed_from))}{missing}")
     return rows
 
 

@@ -1,0 +1,42 @@
+"""qft_state.json of a checkpoint: what the run had measured when it was written, for the report of a resumed run."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import ValidationError
+
+from qft.documents.part import Bytes, Seconds, Stored
+from qft.documents.training import Evaluation
+from qft.errors import RunError
+from qft.progress import Step
+
+
+class TrainingState(Stored):
+    """What a training had measured by the time of a checkpoint. Numbers that are not finite are texts."""
+
+    schema_version: Literal[1] = 1
+    kind: Literal["training-state"] = "training-state"
+    steps: list[Step] = []
+    unmeasured_steps: int = 0
+    """Steps before those, made by a qft that kept none of their figures."""
+    evaluations: dict[str, Evaluation] = {}
+    """By the moment: before, step-N."""
+    phase_seconds: dict[str, Seconds] = {}
+    """Of data, forward, backward and optimizer."""
+    wall_seconds: Seconds = 0.0
+    peak_gpu_bytes: Bytes = 0
+    peak_gpu_reserved_bytes: Bytes = 0
+    peak_host_bytes: Bytes = 0
+    recomputed: tuple[int, float] | None = None
+    """What gradient checkpointing saved in bytes, and its seconds in one step; None where it was off."""
+
+
+def read_state(path: Path) -> TrainingState | None:
+    """None if there is none: an older qft wrote the checkpoint. Raises RunError if it cannot be read."""
+    try:
+        return TrainingState.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValidationError):
+        text = "cannot be read; delete it to go on without the figures of the steps so far"
+        raise RunError(f"{path}: {text}") from None

@@ -3,6 +3,7 @@
 from qft.commands.calibrate import find_plan
 from qft.documents.plan import CalibrationCheck, PlanDocument
 from qft.measure.harness import asked_tasks, check_tasks
+from qft.model.handover import foreseen, require_exports
 from qft.plan import make_plan
 from qft.recipe import LoadedRecipe
 
@@ -14,5 +15,6 @@ def planned(loaded: LoadedRecipe) -> PlanDocument | CalibrationCheck:
     if calibrates and not any(loaded.has(section) for section in ("train", "adapter", "quant")):
         return CalibrationCheck(calibration=find_plan(loaded)[0].document())
     plan = make_plan(loaded)
+    require_exports(plan)
     calibration = find_plan(loaded, plan.data)[0].document() if calibrates else None
-    return plan.document().model_copy(update={"calibration": calibration})
+    return plan.document().model_copy(update={"calibration": calibration, "exports": foreseen(plan)})

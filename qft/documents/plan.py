@@ -175,6 +175,9 @@ class PlanDocument(Stored):
     """Optimizer steps in all."""
     calibration: CalibrationPlanDocument | None = None
     """Told by `qft check` alone, where the recipe has a section for it."""
+    exports: dict[str, str | None] = {}
+    """Told by `qft check` alone: of each form of export.target, why the training could not be handed over so; None:
+    nothing is known to stand in the way."""
 
 
 class CalibrationCheck(Stored):

@@ -95,27 +95,46 @@ def plan_calibration(
     section as a training has it, if it has been encoded.
 
     Raises RecipeError for what model or device cannot do; MissingError, DataError, ModelError as the layers below."""
+    model, schemes = plan_layers(loaded, model)
+    calibrate = loaded.recipe.calibrate
+    assert calibrate is not None
+    engine = CATALOGUE[calibrate.engine]
+    if engine.by_plugin:
+        return _by_plugin(loaded.having(adapter=AdapterSection()), model, trained)
+    data = _data(model, loaded.recipe, trained, needs_windows=engine.needs_windows(calibrate.activations))
+    return CalibrationPlan(_unquantized(loaded), model, schemes, data)
+
+
+def plan_layers(
+    loaded: LoadedRecipe, model: ModelPlan | None = None
+) -> tuple[ModelPlan, dict[str, LayerScheme | None]]:
+    """The model that is quantized, and CalibrationPlan.schemes: all that a calibration plans without looking at data.
+    Raises as `plan_calibration`."""
     recipe = loaded.recipe
     refuse(loaded, _problems(recipe, model.device if model else require_device(loaded)))
-    # How training holds the base says nothing here: the calibration starts from the unquantized weights.
-    unquantized = loaded.having(quant=QuantSection(), adapter=AdapterSection())
-    model = model or plan_model(unquantized)
+    model = model or plan_model(_unquantized(loaded))
     if model.checkpoint.quantization:
         text = "is already quantized; start from the unquantized model, or from a run whose base is unquantized"
         refuse(loaded, [("model.path", text)])
     calibrate = recipe.calibrate
     assert calibrate is not None
-    engine = CATALOGUE[calibrate.engine]
-    if engine.by_plugin:
-        return _by_plugin(loaded.having(adapter=AdapterSection()), model, trained)
+    if CATALOGUE[calibrate.engine].by_plugin:
+        return model, {}
     linears, blocks = linear_layers(model)
+    if not any(name.startswith(f"{blocks}.") for name in linears):
+        text = f"no layer of {model.shape.architecture}'s blocks is a torch.nn.Linear, and no other can be quantized"
+        refuse(loaded, [("model.path", text)])
     skipped = calibrate.skip_modules
     taken = {name for name in linears if name.startswith(f"{blocks}.") and not _is_skipped(name, skipped)}
     scheme = _scheme(calibrate, [linears[name] for name in taken])
     schemes = {name: scheme if name in taken else None for name in linears}
     refuse(loaded, _layer_problems(calibrate, schemes, linears))
-    data = _data(model, recipe, trained, needs_windows=engine.needs_windows(scheme.activations))
-    return CalibrationPlan(unquantized, model, schemes, data)
+    return model, schemes
+
+
+def _unquantized(loaded: LoadedRecipe) -> LoadedRecipe:
+    """How training holds the base says nothing here: a calibration starts from the unquantized weights."""
+    return loaded.having(quant=QuantSection(), adapter=AdapterSection())
 
 
 def _by_plugin(loaded: LoadedRecipe, model: ModelPlan, trained: Prepared | None) -> CalibrationPlan:

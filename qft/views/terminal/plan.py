@@ -14,6 +14,8 @@ def render_plan(plan: PlanDocument | CalibrationCheck) -> Group:
     parts: list[RenderableType] = [_model(plan), _training(plan), _data(plan)] if plan.kind == "plan" else []
     if plan.calibration:
         parts.append(_calibration(plan.calibration))
+    if plan.kind == "plan" and plan.exports:
+        parts.append(_exports(plan.exports))
     return spaced(*parts)
 
 
@@ -77,6 +79,16 @@ def _data(plan: PlanDocument) -> Rows:
         counts = (source.rows, *tokens, source.skipped, source.truncated)
         name = f"{source.part}: {Path(source.path).name}"
         rows.add(name, source.format, *(f"{count:,}" for count in counts))
+    return rows
+
+
+def _exports(exports: dict[str, str | None]) -> Facts:
+    """What the training could be handed over as, and each reason why not, once."""
+    rows = Facts("Exports")
+    for why in dict.fromkeys([None, *exports.values()]):
+        names = ", ".join(name for name, own in exports.items() if own == why)
+        if names:
+            rows.add("impossible" if why else "possible", f"{names}: {why}" if why else names)
     return rows
 
 

@@ -121,11 +121,11 @@ def plan_layers(
     if CATALOGUE[calibrate.engine].by_plugin:
         return model, {}
     linears, blocks = linear_layers(model)
-    if not any(name.startswith(f"{blocks}.") for name in linears):
+    able = {name for name in _plain_linears(model) if name.startswith(f"{blocks}.")}
+    if not able:
         text = f"no layer of {model.shape.architecture}'s blocks is a torch.nn.Linear, and no other can be quantized"
         refuse(loaded, [("model.path", text)])
-    skipped = calibrate.skip_modules
-    taken = {name for name in linears if name.startswith(f"{blocks}.") and not _is_skipped(name, skipped)}
+    taken = {name for name in able if not _is_skipped(name, calibrate.skip_modules)}
     scheme = _scheme(calibrate, [linears[name] for name in taken])
     schemes = {name: scheme if name in taken else None for name in linears}
     refuse(loaded, _layer_problems(calibrate, schemes, linears))
@@ -174,6 +174,12 @@ def linear_layers(plan: ModelPlan) -> tuple[dict[str, int], str]:
     model = without_contents(plan.checkpoint, plan.recipe.model)
     linears = {name: module.in_features for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     return linears, find_blocks(model, plan.shape.layers)[0]
+
+
+def _plain_linears(plan: ModelPlan) -> list[str]:
+    """Names of those that are nn.Linear itself: what loads a quantized model leaves subclasses as they are."""
+    model = without_contents(plan.checkpoint, plan.recipe.model)
+    return [name for name, module in model.named_modules() if type(module) is nn.Linear]
 
 
 def _scheme(calibrate: CalibrateSection, inputs: Sequence[int]) -> LayerScheme:

@@ -4,13 +4,13 @@ by the same rules before the training, when no weight has been loaded, and in th
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
-from typing import Literal, Self, get_args
+from functools import cache, cached_property, partial
+from typing import Any, Literal, Self, get_args
 
 from qft.data.prepare import Prepared
-from qft.errors import QftError, RecipeError
+from qft.errors import QftError, RecipeError, first_line
 from qft.gguf.llamacpp import KINDS, end_tokens
 from qft.model.load import generation_config
 from qft.model.merge import Adapter, MergedWeights, planned_adapter
@@ -31,6 +31,9 @@ class Form:
 
     merges: bool = True
     """Whether the adapter is added to weights."""
+    after: str | None = None
+    """The form that it is made from, or shares all but the size of blocks with: what keeps a run from that one keeps it
+    from this one too."""
     regrids: bool = False
     """Whether weights are rounded to the 4-bit grid that a 4-bit base came from: a small delta on top of it is lost."""
     rounding: CalibrateSection | None = None
@@ -47,16 +50,21 @@ class Form:
 
 def _gguf(kind: str) -> Form:
     made_by = LLAMACPP if KINDS[kind].by_llamacpp else ()
-    return Form(kind=kind, needs=(("gguf", "gguf"), *made_by), gate_needs=LLAMACPP)
+    after = "merged" if kind == "f16" else "gguf-f16"
+    return Form(after=after, kind=kind, needs=(("gguf", "gguf"), *made_by), gate_needs=LLAMACPP)
+
+
+def _rounded(section: CalibrateSection, **more: Any) -> Form:
+    return Form(after="merged", rounding=section, **more)
 
 
 FORMS: dict[str, Form] = {
     "adapter": Form(merges=False),
     "merged": Form(),
-    "bnb-4bit": Form(regrids=True, rounding=CalibrateSection(engine="bitsandbytes", data_type="nf4")),
-    "bnb-8bit": Form(rounding=CalibrateSection(engine="bitsandbytes", bits=8, activations="dynamic")),
-    "compressed-tensors": Form(
-        rounding=CalibrateSection(engine="rtn"), calibrated=True, needs=(("compressed_tensors", "calibrate"),)
+    "bnb-4bit": _rounded(CalibrateSection(engine="bitsandbytes", data_type="nf4"), regrids=True),
+    "bnb-8bit": _rounded(CalibrateSection(engine="bitsandbytes", bits=8, activations="dynamic")),
+    "compressed-tensors": _rounded(
+        CalibrateSection(engine="rtn"), calibrated=True, needs=(("compressed_tensors", "calibrate"),)
     ),
     "gguf": _gguf("q8_0"),
     **{name: _gguf(name.removeprefix("gguf-")) for name in get_args(ExportTarget) if name.startswith("gguf-")},
@@ -145,17 +153,25 @@ def require_possible(name: str, handover: Handover, rows: Prepared | None = None
         plan = handover.plan
         merged = replace(plan, dtype=handover.dtype, scheme=Unquantized("none", handover.dtype))
         asked = handover.loaded.having(calibrate=handover.section(form))
-        plan_calibration(asked, merged, trained=rows) if rows else plan_layers(asked, merged)
+        if rows:
+            plan_calibration(asked, merged, trained=rows)
+        else:
+            plan_layers(asked, merged)
 
 
-def foreseen(plan: Plan, names: Iterator[str] | None = None, rows: Prepared | None = None) -> dict[str, str | None]:
-    """Each of `names` (of FORMS, by default all) with what keeps the planned training from being handed over so; None:
-    nothing does."""
-    adapter, base = partial(planned_adapter, plan.model, plan.lora) if plan.lora else lambda: None, plan.model
-    asked = plan.recipe.export.merge_into
-    merge_into = decided(asked, base, has_adapter=plan.lora is not None)
+def foreseen(plan: Plan, names: Iterable[str] = tuple(FORMS), rows: Prepared | None = None) -> dict[str, str | None]:
+    """Each of `names`, of FORMS, with what keeps the planned training from being handed over so; None: nothing does."""
+    base, lora, asked = plan.model, plan.lora, plan.recipe.export.merge_into
+    merge_into = decided(asked, base, has_adapter=lora is not None)
+    adapter = partial(planned_adapter, base, lora) if lora else lambda: None
     handover = Handover(base.loaded, base, adapter, asked, merge_into)
-    return {name: _obstacle(name, handover.settled(FORMS[name]), rows) for name in names or FORMS}
+
+    @cache
+    def obstacle(name: str) -> str | None:
+        form = FORMS[name]
+        return (form.after and obstacle(form.after)) or _obstacle(name, handover.settled(form), rows)
+
+    return {name: obstacle(name) for name in names}
 
 
 def _obstacle(name: str, handover: Handover, rows: Prepared | None) -> str | None:
@@ -165,13 +181,15 @@ def _obstacle(name: str, handover: Handover, rows: Prepared | None) -> str | Non
         require_possible(name, handover, rows)
     except QftError as error:
         return str(error).replace("\n", "; ")
+    except Exception as error:  # a model or tokenizer of a kind that nobody has thought of stops an export, not a check
+        return f"{type(error).__name__}: {first_line(error)}"
     return None
 
 
 def require_exports(plan: Plan) -> None:
     """Raise RecipeError if the recipe names forms in export.target that the training could not be handed over in."""
     asked = plan.recipe.export.target
-    obstacles = {name: why for name, why in foreseen(plan, iter(asked), plan.data).items() if why} if asked else {}
+    obstacles = {name: why for name, why in foreseen(plan, asked, plan.data).items() if why} if asked else {}
     if not obstacles:
         return
     able = [name for name, why in foreseen(plan).items() if why is None]

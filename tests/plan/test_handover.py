@@ -19,6 +19,7 @@ from qft.export import EXPORTERS, export
 from qft.gguf.llamacpp import LlamaCpp
 from qft.progress import View
 from qft.recipe import load
+from qft.registry import problems
 from tests.support.cli import qft
 from tests.support.exports import options
 from tests.support.gguf import qwen, tokenizer_of
@@ -96,7 +97,11 @@ RUNS: dict[str, tuple[Callable[[], Any], dict[str, Any], set[str]]] = {
         {"adapter", "bnb-4bit", "bnb-8bit", "compressed-tensors", *GGUF},
     ),
     "odd rows": (odd, {}, {"compressed-tensors", *GGUF} - {"gguf-f16", "gguf-bf16"}),
-    "odd rows between": (lambda: tiny_llama(intermediate_size=100), {}, {"compressed-tensors", "gguf", "gguf-q8_0", "gguf-q4_0"}),
+    "odd rows between": (
+        lambda: tiny_llama(intermediate_size=100),
+        {},
+        {"compressed-tensors", "gguf", "gguf-q8_0", "gguf-q4_0"},
+    ),
     "biases and norms": (
         lambda: qwen("Qwen2", bos_token_id=0, eos_token_id=2),
         {"adapter": {"r": 4, "use_dora": True, "bias": "all", "modules_to_save": ["norm"]}},
@@ -250,7 +255,9 @@ def test_templates_are_compared_whichever_they_are(wants_system: bool, tmp_path:
         tokenizer.chat_template = head + CHATML
     train(load(write_recipe(tmp_path, tiny_llama(), tokenizer)), View())
     names = ("adapter", "merged", "bnb-8bit", *(["gguf"] if wants_system else []))
-    assert all(document.passed for document in export(tmp_path / "run", options(*names), View()))
+    documents = export(tmp_path / "run", options(*names, register="m", registry=tmp_path / "models"), View())
+    assert all(document.passed for document in documents)
+    assert problems(tmp_path / "models", "m") == []
 
 
 @pytest.mark.parametrize(("of_model", "ends"), [([2, 1], {1, 2}), (None, {2}), ([1], {1, 2})])

@@ -33,8 +33,10 @@ class StreamedModel:
         self.model.tie_weights()
         self._calls: dict[int, list[Call]] = {}
         self._leave: torch.Tensor | None = None
+        self._in_tuples = False
         for number, block in enumerate(self.stack):
             block.forward = self._passing(number)
+        self._in_tuples = self._takes_first()
 
     def __len__(self) -> int:
         return len(self.stack)
@@ -87,18 +89,27 @@ class StreamedModel:
         named = self.model.named_parameters(remove_duplicate=True)
         return {name: p.data for name, p in named if not name.startswith(f"{self.prefix}.")}
 
+    def _takes_first(self) -> bool:
+        """Whether the model takes the first of what a block returns, as those do whose blocks return tuples."""
+        self._calls[2] = []
+        try:
+            logits = self._forward(torch.zeros(1, 2, dtype=torch.long, device=self.device)).logits
+        except Exception:  # the first of a tensor is another one, and a model fails on it wherever it first meets it
+            return True
+        return bool(logits.shape[:2] != (1, 2))
+
     def _forward(self, ids: torch.Tensor) -> Any:
         with torch.no_grad():
             return self.model(input_ids=ids, use_cache=False)
 
-    def _passing(self, number: int) -> Callable[..., torch.Tensor]:
-        def forward(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def _passing(self, number: int) -> Callable[..., Any]:
+        def forward(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             if self._leave is not None:
-                return self._leave
+                return (self._leave,) if self._in_tuples else self._leave
             if number == 0:
                 self._entered = hidden
             self._calls[hidden.shape[1]].append((args, kwargs))
-            return hidden
+            return (hidden,) if self._in_tuples else hidden
 
         return forward
 

@@ -17,6 +17,7 @@ from qft.files import write_json, write_text
 from qft.machine.device import versions
 from qft.memory.guard import memory_guard, smaller_calibration
 from qft.memory.meter import Meter, Snapshot
+from qft.model.merge import MergedWeights
 from qft.plan import CalibrationPlan, plan_calibration
 from qft.progress import View
 from qft.recipe import LoadedRecipe, load
@@ -25,7 +26,8 @@ from qft.run.folder import Run, record_base, start_run
 
 def find_plan(loaded: LoadedRecipe, trained: Prepared | None = None) -> tuple[CalibrationPlan, Path | None]:
     """The plan, and the run whose adapter is to be merged first, where model.path names one. `trained` is the
-    recipe's data section as a training has it, if it has been encoded."""
+    recipe's data section as a training has it, if it has been encoded. Raises what `plan_calibration` does, and
+    ModelError for an adapter that cannot be merged."""
     path = Path(loaded.recipe.model.path)
     run = Run(path)
     if not run.manifest():
@@ -36,7 +38,10 @@ def find_plan(loaded: LoadedRecipe, trained: Prepared | None = None) -> tuple[Ca
     if run.full_model.is_dir():
         base = base.having(path=str(run.full_model.resolve()), revision=None)
     plan = plan_calibration(loaded.having(model={"path": base.path, "revision": base.revision}))
-    return plan, path if run.adapter.is_dir() else None
+    if not run.adapter.is_dir():
+        return plan, None
+    MergedWeights(plan.model, run.adapter, plan.model.dtype, "original")
+    return plan, path
 
 
 def calibrate(loaded: LoadedRecipe, view: View, *, resume: bool = False, overwrite: bool = False) -> CalibrationReport:

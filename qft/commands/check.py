@@ -4,6 +4,7 @@ from qft.commands.calibrate import find_plan
 from qft.data.shown import shown_rows
 from qft.documents.plan import CalibrationCheck, PlanDocument
 from qft.measure.harness import asked_tasks, check_tasks
+from qft.model.handover import foreseen, require_exports
 from qft.plan import make_plan
 from qft.recipe import LoadedRecipe
 
@@ -18,10 +19,10 @@ def planned(loaded: LoadedRecipe, show: int = 0) -> PlanDocument | CalibrationCh
         rows = shown_rows(calibration.data.prepared, calibration.model.tokenizer, show)
         return CalibrationCheck(calibration=calibration.document(), shown=rows)
     plan = make_plan(loaded)
+    require_exports(plan)
     shown = shown_rows(plan.data, plan.model.tokenizer, show)
-    if not calibrate:
-        return plan.document().model_copy(update={"shown": shown})
-    calibration = find_plan(loaded, plan.data)[0]
-    if calibrate.data:
+    calibration = find_plan(loaded, plan.data)[0] if calibrate else None
+    if calibration and calibration.calibrate.data:
         shown += shown_rows(calibration.data.prepared, calibration.model.tokenizer, show)
-    return plan.document().model_copy(update={"calibration": calibration.document(), "shown": shown})
+    told = {"calibration": calibration and calibration.document(), "exports": foreseen(plan), "shown": shown}
+    return plan.document().model_copy(update=told)

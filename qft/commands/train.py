@@ -8,6 +8,7 @@ from qft.data.encoded import write_rows
 from qft.documents.manifest import Manifest
 from qft.documents.training import Report, SkippedModules
 from qft.files import write_json, write_text
+from qft.model.handover import require_exports
 from qft.plan import Plan, make_plan, with_skip_modules
 from qft.progress import View
 from qft.recipe import LoadedRecipe
@@ -20,8 +21,9 @@ from qft.views.html.page import side_by_side, training_page
 def train(loaded: LoadedRecipe, view: View, *, resume: bool = False, overwrite: bool = False) -> Report:
     """Train as the recipe says and write the run folder.
 
-    Raises QftError: RunError before any work if the folder forbids it, then whatever `make_plan` refuses, then
-    NonFiniteError or OutOfMemoryError from the training itself. The last good checkpoint is kept in every case."""
+    Raises QftError: RunError before any work if the folder forbids it, then whatever `make_plan` and `require_exports`
+    refuse, then NonFiniteError or OutOfMemoryError from the training itself. The last good checkpoint is kept in every
+    case."""
     started = time.perf_counter()
     check_folder(Path(loaded.recipe.output_dir), resume=resume, overwrite=overwrite)
     plan, skipped = _plan(loaded, view, resume=resume)
@@ -46,6 +48,7 @@ def _plan(loaded: LoadedRecipe, view: View, *, resume: bool) -> tuple[Plan, Skip
     """The plan, and what quant.skip_modules auto came to, if it says so."""
     view.note("Reading the data and the model's configuration")
     plan = make_plan(loaded)
+    require_exports(plan)
     if plan.recipe.quant.skip_modules != "auto":
         return plan, None
     skipped = skipped_before(plan) if resume else choose_skip_modules(plan, view)

@@ -226,6 +226,9 @@ class PlanDocument(Stored):
     """Told by `qft check` alone, where the recipe has a section for it."""
     shown: list[ShownRow] = []
     """Of each source, as many rows as `qft check --show` asks for."""
+    exports: dict[str, str | None] = {}
+    """Told by `qft check` alone: of each form of export.target, why the training could not be handed over so; None:
+    nothing is known to stand in the way."""
 
 
 class CalibrationCheck(Stored):

@@ -17,6 +17,7 @@ from qft.export.publish.registry import Registration, find_registration, registe
 from qft.export.targets import EXPORTERS, asked_targets
 from qft.files import atomic_folder, free_bytes, require_free_space, sha256, write_json, write_text
 from qft.machine.device import versions
+from qft.model.handover import FORMS, require_possible
 from qft.progress import View
 from qft.registry import SIDE
 
@@ -34,7 +35,9 @@ def export(folder: Path, options: ExportOptions, view: View) -> list[ExportDocum
     registration = find_registration(loaded.recipe.export, options.register, options.registry)
     require_pushable(options.push_to_hub, private=options.private, gate=options.gate, targets=names)
     job = find_job(folder, loaded, options, view)
-    jobs = {name: job.settled(regrids=EXPORTERS[name].regrids) for name in names}
+    jobs = {name: job.settled(FORMS[name]) for name in names}
+    for name, own in jobs.items():
+        require_possible(name, own)
     _require_room(job, jobs, registration, overwrite=options.overwrite)
     repository = find_repository(options.push_to_hub, private=options.private) if options.push_to_hub else None
     documents, refusals = [], []
@@ -50,8 +53,7 @@ def export(folder: Path, options: ExportOptions, view: View) -> list[ExportDocum
 
 
 def _require_room(job: Job, jobs: Mapping[str, Job], registration: Registration | None, *, overwrite: bool) -> None:
-    """Raises RunError if something is in the way, the disk is too full or the registry of no use, and whatever the
-    exporter refuses besides."""
+    """Raises RunError if something is in the way, the disk is too full or the registry of no use."""
     out = job.out
     if not overwrite and (there := [out / name for name in jobs if (out / name).exists()]):
         raise RunError(f"{there[0]}: is there already; give --overwrite, or another folder with --out")
@@ -127,7 +129,7 @@ def _document(
         bytes=sum(path.stat().st_size for path in files),
         sha256={str(path.relative_to(folder)): sha256(path) for path in files},
         base=base,
-        merge_into=job.merge_into if EXPORTERS[name].merges else None,
+        merge_into=job.merge_into if FORMS[name].merges else None,
         dtype=job.dtype,
         quantization=quantization,
         gate=gate,

@@ -5,14 +5,13 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import partial
 from pathlib import Path
-from typing import Literal
 
 from qft.errors import MissingError, RecipeError, RunError
-from qft.model.merge import MergedWeights
+from qft.model.handover import Handover, decided
+from qft.model.merge import read_adapter
 from qft.model.target import Target, parse_target
-from qft.plan import ModelPlan
 from qft.progress import View
 from qft.recipe import LoadedRecipe, load
 from qft.recipe.schema import MergeInto
@@ -42,19 +41,12 @@ class ExportOptions:
 
 
 @dataclass(frozen=True)
-class Job:
-    """One run to export."""
+class Job(Handover):
+    """One run to export; in its recipe the `export` and `calibrate` sections are as they hold now."""
 
     run: Run
-    loaded: LoadedRecipe
-    """The run's recipe, its `export` and `calibrate` sections as they hold now."""
     target: Target
     """The run as `qft eval` knows it: adapter on base, or all weights."""
-    plan: ModelPlan
-    """Of the base as it was trained on, or of the full model."""
-    asked: Literal["auto", MergeInto]
-    merge_into: MergeInto | None
-    """None: there is no adapter, or its base is not quantized."""
     out: Path
     """Folder of the artifacts' folders."""
     scratch: Path
@@ -65,27 +57,8 @@ class Job:
     def adapter(self) -> Path | None:
         return self.target.adapter
 
-    @property
-    def dtype(self) -> str:
-        """In which the run multiplied its weights."""
-        return self.plan.dtype if self.plan.checkpoint.quantization else self.plan.scheme.compute_dtype
-
-    @cached_property
-    def weights(self) -> MergedWeights:
-        """What of the merged model is known without reading its base. Raises ModelError for what cannot be merged."""
-        return MergedWeights(self.plan, self.adapter, self.dtype, self.merge_into)
-
-    @cached_property
-    def onto_original(self) -> Job:
-        return replace(self, merge_into="original")
-
     def without_adapter(self) -> Target:
         return replace(self.target, adapter=None)
-
-    def settled(self, *, regrids: bool) -> Job:
-        """The job with what `auto` means for a target that does, or does not, round to the grid of a 4-bit base."""
-        loses = self.asked == "auto" and self.merge_into and regrids and self.plan.scheme.quant_type
-        return self.onto_original if loses else self
 
 
 def load_run(folder: Path, overrides: Sequence[str]) -> LoadedRecipe:
@@ -109,10 +82,11 @@ def find_job(folder: Path, loaded: LoadedRecipe, options: ExportOptions, view: V
     target = parse_target(str(folder), adapter=None, data=None)
     view.note("Reading the configuration")
     plan = target.plan()
-    quantized = target.adapter is not None and plan.scheme.name != "none"
     asked = options.merge_into or loaded.recipe.export.merge_into
-    if options.merge_into and not quantized:
+    merge_into = decided(asked, plan, has_adapter=target.adapter is not None)
+    if options.merge_into and not merge_into:
         raise RecipeError(f"--merge-into {asked}: has no meaning for a run whose base is not quantized")
-    merge_into: MergeInto | None = ("dequantized" if asked == "auto" else asked) if quantized else None
     out = options.out or run.folder / "export"
-    return Job(run, loaded, target, plan, asked, merge_into, out, out / f".merged-{secrets.token_hex(4)}", view)
+    scratch = out / f".merged-{secrets.token_hex(4)}"
+    adapter = partial(read_adapter, target.adapter) if target.adapter else lambda: None
+    return Job(loaded, plan, adapter, asked, merge_into, run, target, out, scratch, view)

@@ -1,6 +1,6 @@
 """Tensors of a safetensors folder, one at a time, into a GGUF file; and back out of one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from qft.checkpoint.weights import tensors_in
 from qft.errors import ModelError
 from qft.files import atomic_file, require_free_space
-from qft.gguf.llamacpp import KINDS
+from qft.gguf.llamacpp import KINDS, end_tokens
 from qft.gguf.shape import add_shape, architecture, deinterleave, heads_to_interleave, interleave, rope_factors
 from qft.gguf.vocabulary import add_tokenizer
 
@@ -54,10 +54,10 @@ def write_gguf(model_folder: Path, out: Path, *, kind: str, name: str | None = N
     Source: the GGUF specification, docs/gguf.md of ggml-org/ggml."""
     config = AutoConfig.from_pretrained(model_folder)
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    writer = header(config, tokenizer, kind, name or model_folder.resolve().name)
+    writer = _header(config, tokenizer, _ends(model_folder, config), kind, name or model_folder.resolve().name)
     if getattr(config, "quantization_config", None):
         raise ModelError(f"{model_folder}: its weights are quantized; GGUF is written from 16-bit or 32-bit weights")
-    tensors = _tensors(model_folder, config, architecture(config), kind)
+    tensors = _tensors(model_folder, config, kind)
     require_free_space(out.parent, sum(tensor.nbytes for tensor in tensors), "the GGUF file")
     for each in tensors:
         writer.add_tensor_info(each.name, each.shape, np.dtype(np.float32), each.nbytes, raw_dtype=each.type)
@@ -73,9 +73,28 @@ def write_gguf(model_folder: Path, out: Path, *, kind: str, name: str | None = N
                 writer.close()
 
 
-def header(config: Any, tokenizer: Any, kind: str, name: str) -> Any:
-    """A writer that knows everything but the tensors. Raises ModelError for a model or tokenizer that `write_gguf`
-    would refuse, before there are weights."""
+def writable_tensors(config: Any, tokenizer: Any, ends: Sequence[int] = ()) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of such a model's file, by the names that the model has for them. Raises ModelError for a
+    model or a tokenizer that `write_gguf` would refuse for every kind, before there are weights."""
+    _header(config, tokenizer, ends, "f32", name="")
+    expected, names = _expected(config), _names(config)
+    for name in expected:
+        _name(names, name)
+    return expected
+
+
+def require_rows(tensors: Mapping[str, tuple[int, ...]], config: Any, kind: str) -> None:
+    """Raise ModelError for tensors that a file of `kind`, one of KINDS, cannot hold: rows must be whole blocks."""
+    names = _names(config)
+    for name, shape in tensors.items():
+        if not KINDS[kind].by_llamacpp:
+            _type(name, _name(names, name), shape, kind)
+        elif _name(names, name) in EMBEDDINGS:  # others are held in 16 bits then
+            _type(name, _name(names, name), shape, "q8_0")
+
+
+def _header(config: Any, tokenizer: Any, ends: Sequence[int], kind: str, name: str) -> Any:
+    """A writer that knows everything but the tensors."""
     if kind not in WRITABLE:
         raise ModelError(f"GGUF: kind {kind!r} is none of {', '.join(WRITABLE)}")
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[architecture(config)])
@@ -84,7 +103,7 @@ def header(config: Any, tokenizer: Any, kind: str, name: str) -> Any:
     writer.add_file_type(KINDS[kind].number)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     add_shape(writer, config)
-    add_tokenizer(writer, tokenizer, config.vocab_size)
+    add_tokenizer(writer, tokenizer, config.vocab_size, ends)
     return writer
 
 
@@ -98,7 +117,7 @@ def _encoded(tensor: _Tensor) -> NDArray[Any]:
     return encoded
 
 
-def _tensors(folder: Path, config: Any, arch: gguf.MODEL_ARCH, kind: str) -> list[_Tensor]:
+def _tensors(folder: Path, config: Any, kind: str) -> list[_Tensor]:
     """The file's tensors in the order of the model's. Raises ModelError unless the folder holds just those."""
     where = tensors_in(sorted(folder.glob("*.safetensors")))
     if not where:
@@ -108,32 +127,52 @@ def _tensors(folder: Path, config: Any, arch: gguf.MODEL_ARCH, kind: str) -> lis
     extra = sorted(n for n in set(where) - set(expected) if not _is_derived(n, config))
     if missing or extra:
         raise ModelError(f"{folder}: weights are not those of its config; missing: {missing[:3]}, other: {extra[:3]}")
-    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
-    made = [_tensor(name, shape, where[name], names, config, arch, kind) for name, shape in expected.items()]
+    names = _names(config)
+    made = [_tensor(name, shape, where[name], names, config, kind) for name, shape in expected.items()]
     factors = rope_factors(config)
     if factors is not None:
         made.append(_Tensor("rope_freqs.weight", factors.shape, _T.F32, lambda: factors))
     return made
 
 
-def _tensor(
-    name: str, shape: tuple[int, ...], path: Path, names: Any, config: Any, arch: gguf.MODEL_ARCH, kind: str
-) -> _Tensor:
-    theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
-    if theirs is None:
-        raise ModelError(f"GGUF: has no name for {name}")
+def _tensor(name: str, shape: tuple[int, ...], path: Path, names: Any, config: Any, kind: str) -> _Tensor:
+    theirs = _name(names, name)
     with safe_open(path, framework="pt") as file:
         part = file.get_slice(name)
         held, real = part[:0].dtype, tuple(part.get_shape())
     if held not in READ or real != shape:
         raise ModelError(f"{path}: {name} is {held} {list(real)}; wanted is a 16-bit or 32-bit float {list(shape)}")
+    heads = heads_to_interleave(name, config, architecture(config))
+    return _Tensor(theirs, shape, _type(name, theirs, shape, kind), lambda: _read(path, name, heads))
+
+
+def _names(config: Any) -> Any:
+    return gguf.get_tensor_name_map(architecture(config), config.num_hidden_layers)
+
+
+def _name(names: Any, name: str) -> str:
+    theirs: str | None = names.get_name(name, try_suffixes=(".weight", ".bias"))
+    if theirs is None:
+        raise ModelError(f"GGUF: has no name for {name}")
+    return theirs
+
+
+def _type(name: str, theirs: str, shape: tuple[int, ...], kind: str) -> gguf.GGMLQuantizationType:
     type_ = _T[kind.upper()] if len(shape) > 1 else _T.F32
     if type_ == _T.Q4_0 and theirs in EMBEDDINGS:
         type_ = _T.Q8_0
     if shape[-1] % (block := gguf.GGML_QUANT_SIZES[type_][0]):
-        raise ModelError(f"GGUF: {name} has rows of {shape[-1]} weights, and {kind} holds multiples of {block}")
-    heads = heads_to_interleave(name, config, arch)
-    return _Tensor(theirs, shape, type_, lambda: _read(path, name, heads))
+        raise ModelError(
+            f"GGUF: {name} has rows of {shape[-1]} weights, and blocks hold {block}: the kinds f16 and bf16 have none"
+        )
+    return type_
+
+
+def _ends(folder: Path, config: Any) -> list[int]:
+    """Tokens at which the model's own settings end an answer."""
+    own = (folder / "generation_config.json").is_file()
+    settings = GenerationConfig.from_pretrained(folder) if own else GenerationConfig.from_model_config(config)
+    return end_tokens(settings)
 
 
 def _read(path: Path, name: str, heads: int) -> NDArray[np.float32]:
@@ -159,8 +198,7 @@ def read_gguf(path: Path, config: Any) -> Callable[[str], torch.Tensor | None]:
     """A function from the name of a weight to its values, float32 in the order of Hugging Face; None if the file has no
     such weight. `config` is the model's."""
     held = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
-    arch = architecture(config)
-    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+    arch, names = architecture(config), _names(config)
 
     def read(name: str) -> torch.Tensor | None:
         tensor = held.get(names.get_name(name, try_suffixes=(".weight", ".bias")))

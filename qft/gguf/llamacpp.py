@@ -44,6 +44,12 @@ KINDS = {
 }
 
 
+def end_tokens(settings: GenerationConfig) -> list[int]:
+    """Ids at which a model ends an answer: one, several or none."""
+    ends = settings.eos_token_id
+    return ends if isinstance(ends, list) else [] if ends is None else [ends]
+
+
 def require_llamacpp() -> None:
     """Raises MissingError unless llama.cpp is installed; imports nothing."""
     if importlib.util.find_spec("cyllama") is None:

@@ -1,6 +1,7 @@
 """What a GGUF file says of a tokenizer: its tokens, merges and the name of its pre-tokenizer."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import gguf
@@ -24,9 +25,14 @@ PRE_TOKENIZERS: dict[tuple[Any, ...], str] = {
 """Steps of the pre-tokenizer in tokenizer.json -> the name that llama.cpp has for them."""
 
 
-def add_tokenizer(writer: Any, tokenizer: Any, vocabulary: int) -> None:
-    """Write a byte-level BPE tokenizer; `vocabulary` is the number of the model's embeddings. Raises ModelError for any
-    other kind, and for one that llama.cpp would split text differently with."""
+ENDS = ("eos", "eot", "eom")
+"""What llama.cpp calls tokens that end an answer: of a text, a turn and a message."""
+
+
+def add_tokenizer(writer: Any, tokenizer: Any, vocabulary: int, ends: Sequence[int] = ()) -> None:
+    """Write a byte-level BPE tokenizer; `vocabulary` is the number of the model's embeddings, `ends` are the tokens at
+    which it ends an answer. Raises ModelError for any other kind, and for one that llama.cpp would split text
+    differently with."""
     definition = json.loads(tokenizer.backend_tokenizer.to_str())
     name = pre_tokenizer(definition)
     tokens, types = _tokens(definition, vocabulary)
@@ -36,10 +42,13 @@ def add_tokenizer(writer: Any, tokenizer: Any, vocabulary: int) -> None:
     writer.add_token_types(types)
     writer.add_token_merges(_merges(definition))
     writer.add_add_space_prefix(False)
-    _add_special(writer, tokenizer)
+    _add_special(writer, tokenizer, ends)
     if tokenizer.chat_template is not None:
         if not isinstance(tokenizer.chat_template, str):
-            raise ModelError("GGUF: the tokenizer has several chat templates; keep one")
+            names = ", ".join(tokenizer.chat_template)
+            raise ModelError(
+                f"GGUF: the tokenizer has several chat templates ({names}): give one as data.chat_template"
+            )
         writer.add_chat_template(tokenizer.chat_template)
 
 
@@ -97,9 +106,15 @@ def _merges(definition: dict[str, Any]) -> list[str]:
     return [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
 
 
-def _add_special(writer: Any, tokenizer: Any) -> None:
+def _add_special(writer: Any, tokenizer: Any, ends: Sequence[int]) -> None:
     ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk", "pad")}
-    for name, value in ids.items():
+    every = [token for token in dict.fromkeys([ids["eos"], *ends]) if token is not None]
+    if not every:
+        text = "the tokenizer has no end token (eos_token), and llama.cpp would take token 11 for it"
+        raise ModelError(f"GGUF: {text}: name one in tokenizer_config.json")
+    if len(every) > len(ENDS):
+        raise ModelError(f"GGUF: answers end at {len(every)} tokens ({every}), and the file has names for {len(ENDS)}")
+    for name, value in [*(ids | {"eos": None}).items(), *zip(ENDS, every, strict=False)]:
         if value is not None:
             getattr(writer, f"add_{name}_token_id")(value)
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]

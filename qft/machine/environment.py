@@ -36,6 +36,8 @@ HARMLESS = (
     (r".is_gradient_checkpointing. is deprecated", FutureWarning),
     # LLM.int8() computes outliers in float16, whatever the activations are.
     (r"MatMul8bitLt: inputs will be cast", UserWarning),
+    # peft sets it itself, for models whose layers are Conv1D.
+    (r"fan_in_fan_out is set to False but", UserWarning),
     # peft looks for the base's vocabulary size, which qft never changes.
     (r"Could not find a config file in", UserWarning),
     # peft turns it over itself for the transposed weights of GPT-2's layers.

@@ -9,12 +9,13 @@ import copy
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 
@@ -32,7 +33,12 @@ PREFIX = "base_model.model."
 UNKNOWN = ("rank_pattern", "alpha_pattern", "fan_in_fan_out", "lora_bias", "layer_replication", "use_qalora",
            "use_bdlora", "target_parameters", "trainable_token_indices", "alora_invocation_tokens", "arrow_config",
            "kasa_config", "monteclora_config", "velora_config", "lora_ga_config")  # fmt: skip
-"""Settings of peft.LoraConfig that would change the delta, and that qft does not set."""
+"""Settings of peft.LoraConfig that would change the delta, and that qft does not set; peft itself sets some of them."""
+SET_BY_PEFT = {
+    "fan_in_fan_out": "fan_in_fan_out (it is on Conv1D layers)",
+    "target_parameters": "target_parameters (it is on experts' parameters)",
+}
+"""Why."""
 
 
 def add_delta(weight: torch.Tensor, delta: torch.Tensor, magnitude: torch.Tensor | None = None) -> torch.Tensor:
@@ -48,21 +54,22 @@ def add_delta(weight: torch.Tensor, delta: torch.Tensor, magnitude: torch.Tensor
 class Adapter:
     """The tensors of an adapter in peft's layout, by the names of the base's modules."""
 
-    def __init__(self, folder: Path) -> None:
-        """Raises ModelError for an adapter that is more than LoRA, rsLoRA or DoRA."""
-        self.folder = folder
-        config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
-        other = [name for name in UNKNOWN if config.get(name)]
+    def __init__(self, name: str, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+        """`name` is for messages; `config` has the fields of peft.LoraConfig, `tensors` those that peft saves, which
+        may be without contents. Raises ModelError for an adapter that is more than LoRA, rsLoRA or DoRA."""
+        self.name = name
+        other = [SET_BY_PEFT.get(field, field) for field in UNKNOWN if config.get(field)]
         if config.get("peft_type") != "LORA" or other:
             kind = ", ".join([str(config.get("peft_type")), *other])
-            raise ModelError(f"{folder}: an adapter of kind {kind}; only LoRA, rsLoRA and DoRA can be merged")
+            text = "only LoRA, rsLoRA and DoRA of linear layers can be merged; export --to adapter"
+            raise ModelError(f"{name}: is of kind {kind}; {text}")
         rank = config["r"]
         self.scaling: float = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
         self.deltas: dict[str, dict[str, torch.Tensor]] = {}
         """Of each linear layer: lora_A [r, in], lora_B [out, r], and lora_magnitude_vector [out] with DoRA."""
         self.replaced: dict[str, torch.Tensor] = {}
         """Parameters that were trained themselves, by their names in the base."""
-        for key, tensor in load_file(folder / "adapter_model.safetensors").items():
+        for key, tensor in tensors.items():
             self._take(key.removeprefix(PREFIX), tensor)
 
     def apply(self, module: str, weight: torch.Tensor) -> torch.Tensor:
@@ -77,9 +84,24 @@ class Adapter:
         if part in ("lora_A", "lora_B", "lora_magnitude_vector"):
             self.deltas.setdefault(module, {})[part] = tensor
         elif "lora_" in key:
-            raise ModelError(f"{self.folder}: holds {key}, which only peft can apply; export --to adapter")
+            raise ModelError(f"{self.name}: holds {key}, which only peft can apply; export --to adapter")
         else:
             self.replaced[key.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = tensor
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """The adapter in that folder."""
+    config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+    return Adapter(str(folder), config, load_file(folder / "adapter_model.safetensors"))
+
+
+def planned_adapter(plan: ModelPlan, lora: Mapping[str, Any]) -> Adapter:
+    """What a training will save, without contents: of the adapter that peft makes of `lora`."""
+    model = without_contents(plan.checkpoint, plan.recipe.model)
+    with torch.device("meta"):
+        adapted = get_peft_model(model, LoraConfig(**{**lora, "init_lora_weights": False}))
+    tensors = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    return Adapter("the adapter", adapted.peft_config["default"].to_dict() | {"peft_type": "LORA"}, tensors)
 
 
 class MergedWeights:
@@ -87,11 +109,11 @@ class MergedWeights:
     values of a quantized base: those that training held, or the original ones. None: it is not quantized, or there is
     no adapter."""
 
-    def __init__(self, plan: ModelPlan, adapter: Path | None, dtype: str, onto: MergeInto | None) -> None:
-        """Reads the adapter and nothing of the base. Raises ModelError for an adapter that cannot be merged, and for a
-        base whose quantized weights cannot be computed from its files."""
+    def __init__(self, plan: ModelPlan, adapter: Adapter | Path | None, dtype: str, onto: MergeInto | None) -> None:
+        """Reads an adapter that lies in a folder, and nothing of the base. Raises ModelError for an adapter that cannot
+        be merged, and for a base whose quantized weights cannot be computed from its files."""
         self.plan, self.dtype = plan, getattr(torch, dtype)
-        self.adapter = Adapter(adapter) if adapter else None
+        self.adapter = read_adapter(adapter) if isinstance(adapter, Path) else adapter
         self.model = without_contents(plan.checkpoint, plan.recipe.model)
         self.model.tie_weights()
         self.prefix, self.stack = find_blocks(self.model, plan.shape.layers)
@@ -198,7 +220,7 @@ class MergedWeights:
         strange += [name for name in self.adapter.replaced if name not in self.known]
         if strange:
             text = "which is no linear layer of the base and cannot be merged; export --to adapter"
-            raise ModelError(f"{self.adapter.folder}: changes {strange[0]}, {text}")
+            raise ModelError(f"{self.adapter.name}: changes {strange[0]}, {text}")
 
 
 def _scheme(plan: ModelPlan, onto: MergeInto | None) -> Scheme | None:

@@ -108,37 +108,68 @@ def plan_calibration(
     section as a training has it, if it has been encoded.
 
     Raises RecipeError for what model or device cannot do; MissingError, DataError, ModelError as the layers below."""
+    model, layers = plan_layers(loaded, model)
+    calibrate = loaded.recipe.calibrate
+    assert calibrate is not None
+    engine = CATALOGUE[calibrate.engine]
+    if engine.by_plugin:
+        return _by_plugin(loaded.having(adapter=AdapterSection()), model, trained)
+    data = _data(model, loaded, trained, needs_windows=engine.needs_windows(calibrate.activations))
+    return CalibrationPlan(
+        _unquantized(loaded), model, layers.schemes, data, matched=layers.matched, weights=layers.weights
+    )
+
+
+@dataclass(frozen=True)
+class Layers:
+    """What is decided of a model's layers; each field as CalibrationPlan has it."""
+
+    schemes: dict[str, LayerScheme | None] = field(default_factory=dict)
+    matched: Matches = field(default_factory=dict)
+    weights: Mapping[str, int] = field(default_factory=dict)
+
+
+def plan_layers(loaded: LoadedRecipe, model: ModelPlan | None = None) -> tuple[ModelPlan, Layers]:
+    """The model that is quantized, and how its layers are held: all that a calibration plans without looking at data.
+    Raises as `plan_calibration`."""
     recipe = loaded.recipe
     refuse(loaded, _problems(recipe, model.device if model else require_device(loaded)))
-    # How training holds the base says nothing here: the calibration starts from the unquantized weights.
-    unquantized = loaded.having(quant=QuantSection(), adapter=AdapterSection())
-    model = model or plan_model(unquantized)
+    model = model or plan_model(_unquantized(loaded))
     if model.checkpoint.quantization:
         text = "is already quantized; start from the unquantized model, or from a run whose base is unquantized"
         refuse(loaded, [("model.path", text)])
     calibrate = recipe.calibrate
     assert calibrate is not None
-    engine = CATALOGUE[calibrate.engine]
-    if engine.by_plugin:
-        return _by_plugin(loaded.having(adapter=AdapterSection()), model, trained)
+    if CATALOGUE[calibrate.engine].by_plugin:
+        return model, Layers()
     skeleton = model.skeleton()
-    linears, blocks = linear_layers(model, skeleton)
     matched, problems = match_own("calibrate.skip_modules", calibrate.skip_modules, skeleton)
     refuse(loaded, problems)
-    skipped = calibrate.skip_modules
-    taken = {name for name in linears if name.startswith(f"{blocks}.") and not _is_skipped(name, skipped)}
+    linears, blocks = linear_layers(model, skeleton)
+    able = {name for name in _plain_linears(skeleton) if name.startswith(f"{blocks}.")}
+    if not able:
+        text = f"no layer of {model.shape.architecture}'s blocks is a torch.nn.Linear, and no other can be quantized"
+        refuse(loaded, [("model.path", text)])
+    taken = {name for name in able if not _is_skipped(name, calibrate.skip_modules)}
     scheme = _scheme(calibrate, [linears[name] for name in taken])
     schemes = {name: scheme if name in taken else None for name in linears}
     weights = count_weights(skeleton)
-    held = Held.of(weights, _quantized(schemes), lambda name: _is_skipped(name, skipped))
-    partial = (
-        ()
-        if calibrate.allow_partial or not held.quantized
-        else partial_problem(held, "calibrate", "calibrate.allow_partial")
-    )
-    refuse(loaded, [*_layer_problems(calibrate, schemes, linears), *partial])
-    data = _data(model, loaded, trained, needs_windows=engine.needs_windows(scheme.activations))
-    return CalibrationPlan(unquantized, model, schemes, data, matched=matched, weights=weights)
+    refuse(loaded, [*_layer_problems(calibrate, schemes, linears), *_share_problems(calibrate, weights, taken)])
+    return model, Layers(schemes, matched, weights)
+
+
+def _share_problems(
+    calibrate: CalibrateSection, weights: Mapping[str, int], taken: Collection[str]
+) -> Iterator[Problem]:
+    """A model that would be called quantized and is not, for the most part."""
+    if taken and not calibrate.allow_partial:
+        held = Held.of(weights, taken, lambda name: _is_skipped(name, calibrate.skip_modules))
+        yield from partial_problem(held, "calibrate", "calibrate.allow_partial")
+
+
+def _unquantized(loaded: LoadedRecipe) -> LoadedRecipe:
+    """How training holds the base says nothing here: a calibration starts from the unquantized weights."""
+    return loaded.having(quant=QuantSection(), adapter=AdapterSection())
 
 
 def _by_plugin(loaded: LoadedRecipe, model: ModelPlan, trained: Prepared | None) -> CalibrationPlan:
@@ -189,6 +220,11 @@ def linear_layers(plan: ModelPlan, skeleton: nn.Module) -> tuple[dict[str, int],
     """Inputs of each linear layer by its name, and the name of the stack of blocks."""
     linears = {name: module.in_features for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)}
     return linears, find_blocks(skeleton, plan.shape.layers)[0]
+
+
+def _plain_linears(skeleton: nn.Module) -> list[str]:
+    """Names of those that are nn.Linear itself: what loads a quantized model leaves subclasses as they are."""
+    return [name for name, module in skeleton.named_modules() if type(module) is nn.Linear]
 
 
 def _scheme(calibrate: CalibrateSection, inputs: Sequence[int]) -> LayerScheme:

@@ -10,10 +10,15 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.quantizers import AutoHfQuantizer
 
 from qft.memory.meter import weight_bytes
 from qft.quant.dequantize import dequantized_weight
+from qft.quant.engines import find_engine
 from qft.quant.hold import SCHEMES, Scheme, find_scheme
+from qft.quant.hold.prequantized import checkpoint_problems
+from qft.quant.layer import LayerScheme
+from qft.recipe.load import from_values
 from qft.recipe.training import QuantSection
 
 QUANTS: dict[str, dict[str, Any]] = {
@@ -27,6 +32,15 @@ QUANTS: dict[str, dict[str, Any]] = {
 
 def scheme_of(dtype: str = "bfloat16", **quant: Any) -> Scheme:
     return find_scheme(QuantSection(**quant), {}, dtype, ("lm_head",))
+
+
+def test_a_checkpoint_whose_quantizer_cannot_tell_whether_it_trains_is_none_to_train_on() -> None:
+    """compressed-tensors' cannot, in transformers 5.24."""
+    config = find_engine("rtn").config({"layer": LayerScheme("int", 4, 32)}, torch.bfloat16)
+    recipe = from_values({"model": {"path": "m"}, "data": {"train": "d"}, "output_dir": "r"}).recipe
+    told = dict(checkpoint_problems(config, recipe)).get("model.path")
+    knows = hasattr(AutoHfQuantizer.from_config(dict(config), pre_quantized=True), "is_trainable")
+    assert knows or "cannot train adapters" in str(told)
 
 
 def loaded(folder: Path, scheme: Scheme) -> Any:

@@ -30,6 +30,7 @@ from qft.files import require_free_space
 from qft.measure.likelihood import Likelihood, LogProbs, Passage, measure
 from qft.measure.scores import answer_rows
 from qft.memory.guard import memory_guard
+from qft.model.handover import FORMS
 from qft.model.target import load_target
 from qft.recipe.schema import EvalSection
 
@@ -83,7 +84,7 @@ def judge(job: Job, target: str, folder: Path, expected: Reference) -> Gate:
     """Load the artifact in `folder` by its engine and compare, by the limits of target and recipe; what cannot be
     loaded does not pass."""
     exporter = EXPORTERS[target]
-    original = exporter.merges and job.merge_into == "original"
+    original = FORMS[target].merges and job.merge_into == "original"
     limits = (exporter.limits_original if original else exporter.limits).under(job.loaded.recipe.export.gate)
     checks = list(_checks(job, exporter, folder, expected, limits))
     missed = any(check.name in vars(limits) and not check.passed for check in checks)

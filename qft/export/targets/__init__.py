@@ -1,6 +1,5 @@
 """Forms that a run is handed over in, one file each."""
 
-import importlib.util
 from typing import get_args
 
 from qft.errors import RecipeError
@@ -10,6 +9,7 @@ from qft.export.targets.base import Exporter
 from qft.export.targets.gguf import Gguf
 from qft.export.targets.merged import Merged
 from qft.export.targets.quantized import Bnb4Bit, Bnb8Bit, CompressedTensors
+from qft.model.handover import missing_packages
 from qft.recipe import LoadedRecipe
 from qft.recipe.schema import ExportTarget
 
@@ -36,12 +36,7 @@ def asked_targets(loaded: LoadedRecipe, options: ExportOptions) -> list[str]:
     for name in names:
         if name not in EXPORTERS:
             raise RecipeError(f"--to {name}: is none of {known}")
-    missing = [
-        f"--to {name}: needs {module.replace('_', '-')}; pip install 'qft[{extra}]'"
-        for name in names
-        for module, extra in dict.fromkeys(EXPORTERS[name].needs + (EXPORTERS[name].gate_needs if options.gate else ()))
-        if importlib.util.find_spec(module) is None
-    ]
+    missing = [f"--to {name}: {text}" for name in names for text in missing_packages(name, gate=options.gate)]
     if missing:
         raise RecipeError(missing)
     return names

@@ -4,17 +4,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from qft.errors import RecipeError
 from qft.export.job import Job
 from qft.export.targets.base import Exporter, Limits
 from qft.model.adapter import with_adapter
+from qft.model.handover import require_possible
 from qft.model.target import load_target
 
 
 class Adapter(Exporter):
     engine = library = "peft"
     limits = limits_original = Limits(kl=0.001, top1_agreement=0.99, perplexity_increase=0.002)
-    merges = False
     usage = """\
 ```python
 from peft import AutoPeftModelForCausalLM
@@ -27,7 +26,7 @@ weights it is not quite the same model.
 """
 
     def weight_format(self, job: Job) -> str:
-        _require_adapter(job)
+        require_possible("adapter", job)
         section = job.loaded.recipe.adapter
         special = ", with DoRA or modules_to_save" if section.use_dora or section.modules_to_save else ""
         return f"adapter on a {job.plan.scheme.weight_format} base{special}"
@@ -36,8 +35,9 @@ weights it is not quite the same model.
         return sum(p.stat().st_size for p in job.adapter.iterdir()) if job.adapter else 0
 
     def write(self, job: Job, folder: Path) -> None:
-        """Copy the adapter and write the tokenizer. Raises RecipeError for a run that trained all weights."""
-        for path in _require_adapter(job).iterdir():
+        """Copy the adapter and write the tokenizer."""
+        assert job.adapter is not None
+        for path in job.adapter.iterdir():
             if path.is_file() and path.name != "README.md":
                 shutil.copyfile(path, folder / path.name)
         job.plan.tokenizer.save_pretrained(folder)
@@ -45,9 +45,3 @@ weights it is not quite the same model.
     def load(self, job: Job, folder: Path) -> Any:
         """On the base as it was trained."""
         return with_adapter(load_target(job.without_adapter(), job.plan), folder).eval()
-
-
-def _require_adapter(job: Job) -> Path:
-    if job.adapter is None:
-        raise RecipeError(f"{job.run.folder}: trained all weights and has no adapter; export --to merged")
-    return job.adapter

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoTokenizer
 
 from qft.export.job import Job
+from qft.gguf.llamacpp import end_tokens
 from qft.model.load import load_base
 from qft.plan import plan_folder
 from qft.recipe.schema import ExportGate
@@ -20,8 +21,6 @@ Read = Callable[[str], torch.Tensor | None]
 """A weight of an artifact by its name in the model; None: it has none."""
 Facts = dict[str, Any]
 """What of a model and its tokenizer must be in an artifact as it was in the model as trained, by the gate's checks."""
-Packages = tuple[tuple[str, str], ...]
-"""Names of modules, each with the extra of qft that installs it."""
 QUESTION = [{"role": "user", "content": "How many legs has a spider?"}]
 
 
@@ -43,7 +42,7 @@ class Limits:
 
 
 class Exporter(Protocol):
-    """One export target; what stands here with a value holds for most of them."""
+    """One export target of `FORMS`, which tells what it takes; what stands here with a value holds for most of them."""
 
     format: str = ""
     """The name by which `deploy.rules` knows what is written; empty: `weight_format` says it of each job."""
@@ -57,14 +56,6 @@ class Exporter(Protocol):
     """Where the base's weights are those that the adapter was trained against."""
     limits_original: Limits
     """Where the adapter was added to the original weights, which it has not seen."""
-    merges: bool = True
-    """Whether the adapter is added to weights."""
-    regrids: bool = False
-    """Whether weights are rounded to the 4-bit grid that a 4-bit base came from: a small delta on top of it is lost."""
-    needs: Packages = ()
-    """What writing it takes beside qft's own dependencies."""
-    gate_needs: Packages = ()
-    """What loading it again takes besides."""
 
     def weight_format(self, job: Job) -> str:
         """`format`, or what it is for this job. Raises RecipeError for what would not be written."""
@@ -74,8 +65,8 @@ class Exporter(Protocol):
         """Room on the disk that writing takes, temporary files included."""
 
     def write(self, job: Job, folder: Path) -> dict[str, Any] | None:
-        """Write the artifact into an empty folder. Says how a second quantization went, if there was one. Raises
-        ModelError or RecipeError for what it cannot write."""
+        """Write the artifact into an empty folder, for a job that `require_possible` has let pass. Says how a second
+        quantization went, if there was one."""
 
     def load(self, job: Job, folder: Path) -> Any:
         """The artifact, loaded from its folder by its engine on the run's device and ready to evaluate. Raises
@@ -97,7 +88,6 @@ def facts_of(model: Any, tokenizer: Any, texts: Sequence[str]) -> Facts:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     inside, outside = base.get_input_embeddings(), base.get_output_embeddings()
     trained_head = isinstance(outside, BaseTunerLayer)
-    stops = base.generation_config.eos_token_id
     bos = tokenizer.bos_token_id
     return {
         "tied_embeddings": not trained_head and getattr(outside, "weight", 0) is getattr(inside, "weight", None),
@@ -107,15 +97,21 @@ def facts_of(model: Any, tokenizer: Any, texts: Sequence[str]) -> Facts:
         "token_ids": [tokenizer(text, add_special_tokens=False).input_ids for text in texts],
         "bos_count": tokenizer(QUESTION[0]["content"]).input_ids.count(bos) if bos is not None else 0,
         "chat_template": rendered(tokenizer, tokenizer.chat_template),
-        "eos_token_id": sorted(stops) if isinstance(stops, list) else [stops],
+        "eos_token_id": sorted(end_tokens(base.generation_config)),
     }
 
 
-def rendered(tokenizer: Any, template: str | None) -> str:
-    """A prompt as the chat template renders it, with the tokenizer's names for special tokens."""
+def rendered(tokenizer: Any, template: str | Mapping[str, str] | None) -> str:
+    """A prompt as the chat template renders it, with the tokenizer's names for special tokens; by each of several. The
+    template itself, where it wants another conversation."""
     if template is None:
         return "none"
-    text: str = tokenizer.apply_chat_template(
-        QUESTION, chat_template=template, tokenize=False, add_generation_prompt=True
-    )
+    if not isinstance(template, str):
+        return "\n".join(f"{name}: {rendered(tokenizer, template[name])}" for name in sorted(template))
+    try:
+        text: str = tokenizer.apply_chat_template(
+            QUESTION, chat_template=template, tokenize=False, add_generation_prompt=True
+        )
+    except Exception:  # a template is a program: it can fail with more than jinja's own errors
+        return template
     return text

@@ -5,43 +5,36 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from qft.export.job import Job
-from qft.export.targets.base import QUESTION, Exporter, Facts, Packages, Read, rendered
+from qft.export.targets.base import QUESTION, Exporter, Facts, Read, rendered
 from qft.export.targets.merged import Merged, merged_folder
 from qft.export.targets.quantized import Bnb4Bit, Bnb8Bit
 from qft.files import write_text
-from qft.gguf.llamacpp import KINDS, LlamaCpp, quantize
+from qft.gguf.llamacpp import KINDS, LlamaCpp, end_tokens, quantize
 from qft.gguf.modelfile import modelfile
 from qft.model.load import generation_config
 
 UNQUANTIZED = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 """Kind of file that holds weights of a dtype as they are."""
-LLAMACPP: Packages = (("cyllama", "llamacpp"),)
 
 
 class Gguf(Exporter):
     format, engine, library = "gguf", "llama.cpp", "gguf"
-    gate_needs = LLAMACPP
 
     def __init__(self, kind: str) -> None:
         """`kind` is one of KINDS."""
         self.kind, self.by_llamacpp = kind, KINDS[kind].by_llamacpp
         alike = Merged if KINDS[kind].bits >= 16 else Bnb8Bit if KINDS[kind].bits >= 6 else Bnb4Bit
         self.limits, self.limits_original = alike.limits, alike.limits_original
-        self.needs = (("gguf", "gguf"), *(LLAMACPP if self.by_llamacpp else ()))
         self.usage = (
             f"llama.cpp: `llama-cli --jinja -m NAME-{kind}.gguf`. Ollama: `ollama create mine -f Modelfile`, then "
             "`ollama run mine`. LM\nStudio opens the file.\n"
         )
 
     def needed_bytes(self, job: Job) -> int:
-        """Of the merged model, and of the file or files made of it. Raises ModelError for what GGUF cannot hold."""
-        from qft.gguf.file import header
-
-        header(job.weights.config, job.plan.tokenizer, self._written(job), name="")
+        """Of the merged model, and of the file or files made of it."""
         return (3 if self.by_llamacpp else 2) * job.weights.folder_bytes
 
     def write(self, job: Job, folder: Path) -> None:
-        """Raises ModelError for what GGUF cannot hold."""
         from qft.gguf.file import write_gguf
 
         name = job.run.folder.resolve().name
@@ -63,15 +56,16 @@ class Gguf(Exporter):
         """As llama.cpp sees the file: its tokens, where it stops, and the chat template that it carries."""
         import gguf
 
-        wanted, stops = generation_config(job.plan).eos_token_id, set(model.stops)
-        ends = wanted if isinstance(wanted, list) else [wanted]
+        question = QUESTION[0]["content"]
+        added = len(model.tokenize(question)) - len(model.tokenize(question, add_special=False))
+        ends, stops = end_tokens(generation_config(job.plan)), set(model.stops)
         return {
             "tied_embeddings": all(t.name != "output.weight" for t in gguf.GGUFReader(_file(folder)).tensors),
             "embedding_rows": model.config.vocab_size,
             "vocabulary_size": model.vocabulary_size,
             "added_tokens": dict(sorted(model.added_tokens.items())),
             "token_ids": [model.tokenize(text, add_special=False) for text in texts],
-            "bos_count": model.tokenize(QUESTION[0]["content"]).count(model.bos_token_id),
+            "bos_count": model.tokenize(question).count(bos) if (bos := job.plan.tokenizer.bos_token_id) else added,
             "chat_template": rendered(job.plan.tokenizer, model.metadata.get("tokenizer.chat_template")),
             "eos_token_id": [stop for stop in sorted(ends) if stop in stops],
         }

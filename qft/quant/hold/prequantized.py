@@ -92,7 +92,8 @@ def _untrainable(quantization: Mapping[str, Any]) -> str | None:
         quantizer = AutoHfQuantizer.from_config(dict(quantization), pre_quantized=True)
     except (ImportError, ValueError, TypeError, KeyError) as error:
         return f"the checkpoint is quantized with {name}, which cannot be used here: {str(error).splitlines()[0]}"
-    if quantizer.is_trainable:
+    # That of compressed-tensors (transformers 5.24) does not know until a model is loaded; peft then finds no weights.
+    if getattr(quantizer, "is_trainable", False):
         return None
     return (
         f"the checkpoint is quantized with {name}, on which transformers cannot train adapters: "

@@ -13,6 +13,8 @@ def render_plan(plan: PlanDocument | CalibrationCheck) -> Group:
     parts: list[RenderableType] = [_model(plan), _training(plan), render_data(plan.data)] if plan.kind == "plan" else []
     if plan.calibration:
         parts.append(_calibration(plan.calibration))
+    if plan.kind == "plan" and plan.exports:
+        parts.append(_exports(plan.exports))
     return spaced(*parts, *map(Shown, plan.shown))
 
 
@@ -81,6 +83,16 @@ def _training(plan: PlanDocument) -> Facts:
         rows.add("chat template", known.get(data.chat_template) or Whole(data.chat_template))
     rows.add("optimizer", f"{training.optim}, {training.lr_scheduler_type} from {training.learning_rate:g}")
     rows.add("mixed precision", f"{precision}; gradient checkpointing {'on' if training.checkpointing else 'off'}")
+    return rows
+
+
+def _exports(exports: dict[str, str | None]) -> Facts:
+    """What the training could be handed over as, and each reason why not, once."""
+    rows = Facts("Exports")
+    for why in dict.fromkeys([None, *exports.values()]):
+        names = ", ".join(name for name, own in exports.items() if own == why)
+        if names:
+            rows.add("impossible" if why else "possible", f"{names}: {why}" if why else names)
     return rows
 
 

@@ -9,7 +9,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
-from qft.checkpoint.weights import read_weights
+from qft.checkpoint.skeleton import without_contents
+from qft.checkpoint.stored import some
+from qft.checkpoint.weights import Weights
 from qft.errors import ModelError
 from qft.files import atomic_folder
 from qft.memory.guard import memory_guard, smaller_base
@@ -61,16 +63,22 @@ def with_adapter(model: Any, adapter: Path) -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")
         try:
-            return PeftModel.from_pretrained(model, str(adapter))
+            adapted = PeftModel.from_pretrained(model, str(adapter))
+            # Only so does peft tell what of the file it left out.
+            unexpected = adapted.load_adapter(str(adapter), "default").unexpected_keys
         except (ValueError, RuntimeError, KeyError, UserWarning) as error:
             kind = json.loads((adapter / "adapter_config.json").read_text("utf-8")).get("base_model_name_or_path")
             text = f"does not fit this base (it names {kind!r} as its own): {str(error).splitlines()[0]}"
             raise ModelError(f"{adapter}: {text}") from error
+    if unexpected:
+        raise ModelError(f"{adapter}: holds {some(unexpected)}, which the base with this adapter does not have")
+    return adapted
 
 
 def _start_from_quantization_error(model: PeftModel, plan: Plan) -> None:
     """LoftQ's first step (arXiv:2310.08659): the adapter starts as the best rank-r fit of what quantizing lost."""
-    original = read_weights(plan.model.checkpoint)
+    checkpoint = plan.model.checkpoint
+    original = Weights(checkpoint, without_contents(checkpoint, plan.recipe.model))
     for name, module in model.named_modules():
         base = getattr(module, "base_layer", None)
         if base is None or not is_quantized(base):

@@ -5,8 +5,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
+from qft.checkpoint.require import require_loaded, require_weights
+from qft.checkpoint.skeleton import without_contents
 from qft.checkpoint.weights import dequantized
-from qft.errors import ModelError
+from qft.errors import ModelError, first_line
 from qft.memory.guard import memory_guard, smaller_base
 from qft.plan import ModelPlan
 
@@ -17,7 +19,7 @@ def load_base(plan: ModelPlan) -> PreTrainedModel:
         try:
             model = _load(plan)
         except (ValueError, OSError, ImportError, KeyError) as error:
-            raise ModelError(f"{plan.checkpoint.path}: cannot be loaded: {str(error).splitlines()[0]}") from error
+            raise ModelError(f"{plan.checkpoint.path}: cannot be loaded: {first_line(error)}") from error
     plan.scheme.settle(model)
     return model
 
@@ -39,7 +41,13 @@ def _load(plan: ModelPlan) -> PreTrainedModel:
         settings = plan.checkpoint.config
         return type(whole).from_pretrained(None, config=settings, state_dict=whole.state_dict(), **arguments)
     checkpoint = plan.checkpoint.with_weights()
-    return AutoModelForCausalLM.from_pretrained(**checkpoint.load_arguments, use_safetensors=True, **arguments)
+    if checkpoint.hub_id:  # nobody has seen its files before
+        require_weights(checkpoint, without_contents(checkpoint, model), plan.recipe)
+    # Else transformers would say of one tensor's shape that it is wrong, and of none's which.
+    arguments |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    loaded, info = AutoModelForCausalLM.from_pretrained(**checkpoint.load_arguments, **arguments)
+    require_loaded(checkpoint, loaded, info, plan.recipe)
+    return loaded
 
 
 def generation_config(plan: ModelPlan) -> GenerationConfig:

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from qft.checkpoint.find import Checkpoint, find_checkpoint, load_tokenizer
+from qft.checkpoint.require import require_weights
 from qft.checkpoint.skeleton import without_contents
 from qft.documents.manifest import DevicePart
 from qft.documents.plan import PlannedModel, Quantization
@@ -148,7 +149,10 @@ def _dtype(recipe: Recipe, device: Device) -> str:
 
 def plan_folder(folder: Path, section: ModelSection, dtype: str, quant: QuantSection | None = None) -> ModelPlan:
     """The plan of a model that was written to `folder`, where and how `section` says its base is held."""
-    model = section.model_dump(exclude={"path", "revision"}) | {"path": str(folder.resolve()), "dtype": dtype}
+    model = section.model_dump(exclude={"path", "revision", "ignore_unexpected"}) | {
+        "path": str(folder.resolve()),
+        "dtype": dtype,
+    }
     values = {"model": model, "data": {"train": "-"}, "output_dir": "-"}
     return plan_model(from_values(values | ({"quant": quant.model_dump(exclude_unset=True)} if quant else {})))
 
@@ -157,6 +161,8 @@ def _shape(loaded: LoadedRecipe, checkpoint: Checkpoint, lora: dict[str, Any] | 
     """Build the model without contents, attach the adapters, and count."""
     config = checkpoint.config
     model = without_contents(checkpoint, loaded.recipe.model, dtype=torch.float32)
+    idle = require_weights(checkpoint, model, loaded.recipe)
+    refuse(loaded, [("model.ignore_unexpected", f"{p!r} fits no tensor that would be unexpected") for p in idle])
     head = model.get_output_embeddings()
     heads = tuple(name for name, module in model.named_modules() if module is head)
     linears = [module for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in heads]

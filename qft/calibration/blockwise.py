@@ -142,6 +142,10 @@ class BlockQuantizer:
         metadata: dict[str, str] = {}
         layout = self.model.layout
         assert layout is not None
+        config = copy.deepcopy(self.model.model.config)
+        config.quantization_config = self.engine.config(trial.schemes, self.model.dtype)
+        if config.quantization_config["quant_method"] == "compressed-tensors":
+            layout.keep_whole()  # transformers (5.24) takes every part of an expert for a compressed one
         saved = layout.saved_with([name for name, scheme in trial.schemes.items() if scheme])
         for number in range(len(self.model)):
             shard, written = self.shard(number, trial.number), folder / f"model-block-{number:05}.safetensors"
@@ -154,8 +158,6 @@ class BlockQuantizer:
         # The last file by name: its header speaks for all. It is by the names of the modules.
         save_tensors(saved(around), folder / "model-outside.safetensors", self.engine.header(metadata, list(around)))
         write_index(folder)
-        config = copy.deepcopy(self.model.model.config)
-        config.quantization_config = self.engine.config(trial.schemes, self.model.dtype)
         config.save_pretrained(folder)
 
     def _resume(self) -> tuple[int, _Streams]:

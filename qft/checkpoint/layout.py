@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
 
 from qft.checkpoint.conversion import Conversion, Tensors, as_saved
 from qft.checkpoint.find import Checkpoint
@@ -41,6 +43,12 @@ class Layout:
         """The tensors of one group as they are written."""
         made = as_saved(self.model, tensors, self.rules)
         return {name: tensor.contiguous() for name, tensor in made.items()}
+
+    def keep_whole(self) -> None:
+        """Take no tensor apart: where any would be, all go by the names of the modules."""
+        rules = get_model_conversion_mapping(self.model) if self.rules is None else self.rules
+        if any(isinstance(rule, WeightConverter) for rule in rules):
+            self.rules = []
 
     def saved_with(self, layers: Sequence[str]) -> Callable[[Tensors], dict[str, torch.Tensor]]:
         """The same, for tensors among which those of `layers` have become others, by names within the layer."""

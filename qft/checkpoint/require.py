@@ -4,12 +4,12 @@ Told from headers alone, so before anything is loaded; and once more by what tra
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from qft.checkpoint.conversion import Conversion
+from qft.checkpoint.conversion import FLOATS, Conversion
 from qft.checkpoint.find import Checkpoint
 from qft.checkpoint.stored import Stored, some
 from qft.errors import ModelError
@@ -23,13 +23,18 @@ def require_weights(checkpoint: Checkpoint, model: PreTrainedModel, recipe: Reci
     of the others. MissingError for a file that is not there.
 
     Returns patterns of model.ignore_unexpected that fit nothing. Weights of a hub model that are still to come, those
-    of a GGUF file and those that come quantized are looked at when they are loaded."""
+    of a GGUF file and those that are held in few bits are looked at when they are loaded."""
     if checkpoint.gguf_file or not checkpoint.has_weights:
         return []
     stored = checkpoint.tensors()
-    if checkpoint.quantization:
-        return []
     conversion = Conversion(model, {name: tensor.empty() for name, tensor in stored.items()})
+    if checkpoint.quantization:
+        _refuse(
+            checkpoint,
+            model,
+            _plain_problems(conversion, recipe, in_int8=bool(checkpoint.quantization.get("load_in_8bit"))),
+        )
+        return []
     left, idle = _unignored(conversion.unexpected, recipe.model.ignore_unexpected)
     _refuse(checkpoint, model, _problems(conversion, stored, left, recipe))
     return idle
@@ -75,6 +80,47 @@ def _problems(made: Conversion, stored: Mapping[str, Stored], unexpected: list[s
     if unexpected:
         where = [f"{name} in {stored[name].path.name}" for name in unexpected]
         yield f"{len(unexpected)} unexpected: {some(where)} ({IGNORE})"
+
+
+def _plain_problems(made: Conversion, recipe: Recipe, *, in_int8: bool) -> Iterator[str]:
+    """Of a checkpoint that comes quantized, what is wrong with the weights that are not: of modules that the files have
+    nothing else of. The others are the quantizer's."""
+    modules = {name for name, _ in made.model.named_modules()}
+    held = {_module(name, modules) for name in made.unexpected.values()}
+
+    def plain(names: Iterable[str]) -> list[str]:
+        return [name for name in names if _module(name, modules) not in held]
+
+    yield from _missing(_without_remade(plain(made.missing), recipe))
+    if mistyped := plain(made.mistyped):
+        yield f"{some(mistyped)} cannot be held in that dtype"
+    floats = [name for name, value in made.made.items() if value.dtype in FLOATS and name.endswith(".weight")]
+    if in_int8 and (unrounded := [name for name in floats if _module(name, modules) in held]):
+        yield f"{some(unrounded)} should be I8, as it has scales"
+    if misshapen := plain(made.misshapen):
+        has, wanted = made.misshapen[misshapen[0]]
+        yield f"{some(misshapen)} is {has} and should be {wanted}"
+
+
+def _module(name: str, modules: Container[str]) -> str:
+    """The innermost module that a tensor of that name lies in; empty: in none."""
+    while name and name not in modules:
+        name = name.rpartition(".")[0]
+    return name
+
+
+def incomplete_layers(stored: Iterable[str]) -> dict[str, list[str]]:
+    """What the files lack of a layer, and have of another that is called alike."""
+    parts: dict[str, set[str]] = {}
+    for name in stored:
+        found = re.match(r"(.*\.\d+\.[^.]+\.[^.]+)\.(.+)", name)  # model.layers.3.mlp.up_proj, weight.absmax
+        if found:
+            parts.setdefault(found[1], set()).add(found[2])
+    whole: dict[str, set[str]] = {}
+    for layer, own in parts.items():
+        whole.setdefault(re.sub(r"\d+", "*", layer), set()).update(own)
+    lacking = {layer: sorted(whole[re.sub(r"\d+", "*", layer)] - own) for layer, own in parts.items()}
+    return {layer: names for layer, names in lacking.items() if names}
 
 
 def _missing(names: Sequence[str]) -> Iterator[str]:

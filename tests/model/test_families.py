@@ -77,12 +77,12 @@ def test_a_base_alone_is_written_as_it_was(family: str, families: Path, tmp_path
     plan = plan_model(load(path))
     assert unmergeable(plan.checkpoint, without_contents(plan.checkpoint, plan.recipe.model)) is None
     MergedWeights(plan, None, "float32", None).write(tmp_path / "written")
-    before, after = (load_file(file) for file in [families / family / "model.safetensors"]), {}
+    original = load_file(families / family / "model.safetensors")
+    written: dict[str, torch.Tensor] = {}
     for file in (tmp_path / "written").glob("*.safetensors"):
-        after |= load_file(file)
-    [original] = before
-    assert original.keys() == after.keys()
-    assert all(torch.equal(original[name], after[name]) for name in original)
+        written |= load_file(file)
+    assert original.keys() == written.keys()
+    assert all(torch.equal(original[name], written[name]) for name in original)
 
 
 HOW = {
@@ -107,7 +107,7 @@ def test_what_is_calibrated_is_what_was_measured(family: str, how: str, families
     assert report.result is not None
     assert perplexity(report, path) == pytest.approx(report.attempts[-1].perplexity.value, rel=1e-3)
     assert report.attempts[-1].perplexity.value != report.perplexity_before.value
-    model, info = AutoModelForCausalLM.from_pretrained(report.result, output_loading_info=True)
+    _, info = AutoModelForCausalLM.from_pretrained(report.result, output_loading_info=True)
     assert not info["missing_keys"]
     written = {n for n in names_in(Path(report.result)) if n.endswith(("norm.weight", "w1.weight", "embed_out.weight"))}
     assert written

@@ -104,7 +104,9 @@ class Scheme:
         """Layers of a loaded model whose weights are not what such a layer holds: those of a checkpoint may be
         anything."""
         linears = ((name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear))
-        own = [(name, m) for name, m in linears if is_traceable_wrapper_subclass(m.weight)]  # torchao's
+        own = [
+            (name, m) for name, m in linears if is_traceable_wrapper_subclass(getattr(m, "weight", None))
+        ]  # torchao's
         return [name for name, m in own if tuple(m.weight.shape) != (m.out_features, m.in_features)]
 
     def problems(self, recipe: Recipe) -> Iterator[Problem]:

@@ -23,6 +23,7 @@ from qft.calibration.layer_errors import block_errors, inputs_seen
 from qft.calibration.quantizer import EngineProcess, QuantizeTask, Schemes, Trial
 from qft.calibration.remedy import RAISED_BY, remedies
 from qft.calibration.streamed import StreamedModel
+from qft.checkpoint.stored import read_metadata
 from qft.checkpoint.weights import save_tensors, write_index
 from qft.documents.evaluation import LayerError
 from qft.files import write_json
@@ -139,15 +140,24 @@ class BlockQuantizer:
     def assemble(self, folder: Path, trial: Trial) -> None:
         """Write the weights and the configuration of a trial as engines load them: the blocks' files, the rest."""
         metadata: dict[str, str] = {}
-        for number in range(len(self.model)):
-            shutil.copyfile(self.shard(number, trial.number), folder / f"model-block-{number:05}.safetensors")
-            metadata |= self.metadata(number, trial.number)
-        around = {name: tensor.cpu().contiguous() for name, tensor in self.model.around().items()}
-        # The last file by name: its header speaks for all.
-        save_tensors(around, folder / "model-outside.safetensors", self.engine.header(metadata, list(around)))
-        write_index(folder)
+        layout = self.model.layout
+        assert layout is not None
         config = copy.deepcopy(self.model.model.config)
         config.quantization_config = self.engine.config(trial.schemes, self.model.dtype)
+        if config.quantization_config["quant_method"] == "compressed-tensors":
+            layout.keep_whole()  # transformers (5.24) takes every part of an expert for a compressed one
+        saved = layout.saved_with([name for name, scheme in trial.schemes.items() if scheme])
+        for number in range(len(self.model)):
+            shard, written = self.shard(number, trial.number), folder / f"model-block-{number:05}.safetensors"
+            if layout.rules == []:  # nothing is called otherwise
+                shutil.copyfile(shard, written)
+            else:
+                save_tensors(saved(load_file(shard)), written, read_metadata(shard))
+            metadata |= self.metadata(number, trial.number)
+        around = {name: tensor.cpu().contiguous() for name, tensor in self.model.around().items()}
+        # The last file by name: its header speaks for all. It is by the names of the modules.
+        save_tensors(saved(around), folder / "model-outside.safetensors", self.engine.header(metadata, list(around)))
+        write_index(folder)
         config.save_pretrained(folder)
 
     def _resume(self) -> tuple[int, _Streams]:
@@ -235,7 +245,7 @@ class BlockQuantizer:
 
     def _write(self, number: int, attempt: int, block: nn.Module, layers: Mapping[str, QuantizedLayer]) -> None:
         prefix, held = self.model.name(number), tuple(f"{layer}." for layer in layers)
-        rest = {name: p.data for name, p in block.named_parameters() if not name.startswith(held)}
+        rest = {name: value for name, value in block.state_dict().items() if not name.startswith(held)}
         parts = {f"{name}.{key}": t for name, layer in layers.items() for key, t in layer.tensors.items()}
         tensors = {f"{prefix}.{name}": t.detach().cpu().contiguous() for name, t in (rest | parts).items()}
         told = {f"{name}.{key}": text for name, layer in layers.items() for key, text in layer.metadata.items()}

@@ -12,7 +12,8 @@ from qft.calibration.blockwise import BlockQuantizer
 from qft.calibration.layer_errors import suggest_skip_modules
 from qft.calibration.quantizer import QuantizeTask
 from qft.calibration.streamed import StreamedModel
-from qft.checkpoint.weights import read_weights
+from qft.checkpoint.skeleton import without_contents
+from qft.checkpoint.weights import Weights
 from qft.documents.training import SkippedModules
 from qft.errors import RunError
 from qft.files import require_free_space
@@ -35,7 +36,8 @@ def choose_skip_modules(plan: Plan, view: View) -> SkippedModules:
     require_free_space(folder, plan.model.shape.parameters * 2, "measuring the layers")
     guard = memory_guard("measuring the layers", ["name layers in quant.skip_modules instead of auto"])
     with tempfile.TemporaryDirectory(dir=folder, prefix=".skip-modules-") as work, guard:
-        model = StreamedModel(plan.model, read_weights(plan.model.checkpoint.with_weights()))
+        skeleton = without_contents(plan.model.checkpoint, plan.recipe.model)
+        model = StreamedModel(plan.model, Weights(plan.model.checkpoint.with_weights(), skeleton))
         task = _task(plan)
         quantizer = BlockQuantizer(model, task, Path(work), view)
         before, errors = quantizer.quantize(), quantizer.errors()

@@ -35,7 +35,7 @@ class Source:
     def stream(self) -> StreamedModel:
         """The model, one block at a time; merged as it is read."""
         checkpoint = replace(self.plan.checkpoint, config=self.weights.config)
-        return StreamedModel(replace(self.plan, checkpoint=checkpoint), self.weights.reader())
+        return StreamedModel(replace(self.plan, checkpoint=checkpoint), self.weights.reader(), self.weights.layout())
 
     def folder(self) -> Path:
         """The model as safetensors, with its tokenizer."""

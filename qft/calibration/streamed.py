@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qft.checkpoint.layout import Layout, written_names
 from qft.checkpoint.skeleton import find_blocks, without_contents
 from qft.errors import ModelError
 from qft.model.merge import Read
@@ -23,7 +24,9 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 class StreamedModel:
     """All but the blocks on the planned device, in the planned dtype. Sequences are taken one row at a time."""
 
-    def __init__(self, plan: ModelPlan, read: Read) -> None:
+    def __init__(self, plan: ModelPlan, read: Read, layout: Layout | None = None) -> None:
+        """`layout` is how the weights are to be written; None: they are not."""
+        self.layout = layout
         self.device, self.dtype, self.read = plan.device.kind, getattr(torch, plan.dtype), read
         section, chosen = plan.recipe.model, plan.recipe.model.attn_implementation
         attention = {} if chosen == "auto" else {"attn_implementation": chosen}
@@ -86,8 +89,9 @@ class StreamedModel:
 
     def around(self) -> dict[str, torch.Tensor]:
         """Weights outside the blocks, by name, each once."""
-        named = self.model.named_parameters(remove_duplicate=True)
-        return {name: p.data for name, p in named if not name.startswith(f"{self.prefix}.")}
+        outside = (name for name in written_names(self.model) if not name.startswith(f"{self.prefix}."))
+        held = self.model.state_dict()
+        return {name: held[name] for name in outside}
 
     def _takes_first(self) -> bool:
         """Whether the model takes the first of what a block returns, as those do whose blocks return tuples."""

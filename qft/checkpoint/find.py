@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub import errors as hf
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers import __version__ as transformers_version
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from qft.checkpoint.gguf_file import gguf_config, gguf_tokenizer
+from qft.checkpoint.stored import NEITHER, Stored, chosen_file, some, stored_tensors, weight_files, weight_names
 from qft.documents.manifest import Base
 from qft.errors import DataError, MissingError, ModelError, first_line
 from qft.files import sha256
@@ -21,7 +24,6 @@ from qft.recipe import Recipe
 
 # Everything a model needs beside its weights; pickles are not among them.
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]
-WEIGHTS = "*.safetensors"
 
 
 @dataclass(frozen=True)
@@ -48,12 +50,27 @@ class Checkpoint:
     def with_weights(self) -> Checkpoint:
         """The same, once the weights of a hub model have been downloaded."""
         if self.hub_id:
-            _snapshot(self.hub_id, self.commit, [*SMALL_FILES, WEIGHTS])
+            _snapshot(self.hub_id, self.commit, [*SMALL_FILES, *self._weight_names()])
         return self
 
     def weight_files(self) -> list[Path]:
-        """The files that hold its weights."""
-        return [self.folder / self.gguf_file] if self.gguf_file else sorted(self.folder.glob(WEIGHTS))
+        """The files that hold its weights. Raises MissingError or ModelError for those that cannot be read."""
+        return [self.folder / self.gguf_file] if self.gguf_file else weight_files(self.folder, self.config)
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether they are here; of a hub model they may be still to come."""
+        return not self.hub_id or all((self.folder / name).is_file() for name in self._weight_names())
+
+    def tensors(self) -> dict[str, Stored]:
+        """What is in them, by the headers of safetensors. Raises MissingError or ModelError as `stored_tensors`."""
+        return stored_tensors(self.folder, self.config)
+
+    def _weight_names(self) -> list[str]:
+        """Of a hub model, of which there may be no more than the small files, the index among them."""
+        with suppress(MissingError):
+            return weight_names(self.folder, self.config)
+        return [getattr(self.config, "transformers_weights", None) or SAFE_WEIGHTS_NAME]
 
     def base(self) -> Base:
         """What it is, for who builds on it. Hashes its files."""
@@ -127,12 +144,12 @@ def _gguf(asked: str, path: Path) -> Checkpoint:
     return Checkpoint(asked, path.parent, _config(asked, gguf_config, path), gguf_file=path.name)
 
 
-def _folder(asked: str, folder: Path, trust_remote_code: bool, **known: Any) -> Checkpoint:
+def _folder(asked: str, folder: Path, trust_remote_code: bool, names: Sequence[str] = (), **known: Any) -> Checkpoint:
+    """`names` are those of all its files, if they are not all here."""
     if not (folder / "config.json").is_file():
         raise ModelError(f"{asked}: has no config.json, so it is not a model")
-    if not known:
-        _require_safetensors(asked, [p.name for p in folder.iterdir()])
     raw, _ = PretrainedConfig.get_config_dict(str(folder))
+    _require_safetensors(asked, names or [path.name for path in folder.iterdir()], raw.get("transformers_weights"))
     kind = raw.get("model_type")
     if kind not in CONFIG_MAPPING and not trust_remote_code:
         if raw.get("auto_map"):
@@ -155,9 +172,8 @@ def _config(asked: str, read: Callable[..., PretrainedConfig], path: Any, **argu
 def _hub(name: str, revision: str | None, trust_remote_code: bool) -> Checkpoint:
     folder = _snapshot(name, revision, SMALL_FILES)
     commit = folder.name
-    here = [path.name for path in folder.iterdir()]
-    _require_safetensors(name, here if constants.HF_HUB_OFFLINE else HfApi().list_repo_files(name, revision=commit))
-    return _folder(name, folder, trust_remote_code, hub_id=name, commit=commit)
+    names = () if constants.HF_HUB_OFFLINE else HfApi().list_repo_files(name, revision=commit)
+    return _folder(name, folder, trust_remote_code, names, hub_id=name, commit=commit)
 
 
 def _snapshot(name: str, revision: str | None, patterns: list[str]) -> Path:
@@ -179,8 +195,9 @@ def _snapshot(name: str, revision: str | None, patterns: list[str]) -> Path:
         raise MissingError(f"model.path: {name} {reason}") from error
 
 
-def _require_safetensors(asked: str, names: list[str]) -> None:
-    if any(name.endswith(".safetensors") for name in names):
+def _require_safetensors(asked: str, names: Sequence[str], named: str | None) -> None:
+    """`named` is what config.json says of the weights' file."""
+    if chosen_file(names, named):
         return
     pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
     if pickles:
@@ -188,7 +205,9 @@ def _require_safetensors(asked: str, names: list[str]) -> None:
             f"{asked}: its weights are pickled ({pickles[0]}), and unpickling can run any code; "
             "convert them to safetensors"
         )
-    raise MissingError(f"{asked}: has no .safetensors weights")
+    others = [name for name in names if name.endswith(".safetensors")]
+    text = f"its config.json names {named}, which is not there" if named else NEITHER
+    raise MissingError(f"{asked}: {text}{f' (there is {some(others)})' if others else ''}")
 
 
 def _digest(path: Path) -> str:

@@ -17,12 +17,17 @@ def without_contents(checkpoint: Checkpoint, section: ModelSection, **arguments:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             checkpoint.config, trust_remote_code=section.trust_remote_code, **arguments
         )
+    model.tie_weights()
     return model
 
 
 def find_blocks(model: nn.Module, count: int) -> tuple[str, nn.ModuleList]:
-    """Name and modules of the stack of `count` blocks. Raises ModelError if there is none."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return name, module
+    """Name and modules of the stack of `count` blocks: of several, that of the decoder, since a tower for images may
+    have as many. Raises ModelError if there is none."""
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    stacks = [(name, module) for name, module in lists if len(module) == count]
+    if stacks:
+        decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else None
+        within = set(decoder.modules()) if decoder is not None else set()
+        return next((stack for stack in stacks if stack[1] in within), stacks[0])
     raise ModelError(f"{type(model).__name__}: has no list of {count} blocks to go through one by one")

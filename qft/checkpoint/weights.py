@@ -1,7 +1,8 @@
 """The weights of a checkpoint, by name; and weights as safetensors files with their index."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -9,53 +10,76 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from qft.checkpoint.conversion import Conversion, Group
 from qft.checkpoint.find import Checkpoint
+from qft.checkpoint.require import require_loaded
+from qft.checkpoint.stored import read_header
 from qft.errors import ModelError
 from qft.files import atomic_file, write_json
 
 
 def dequantized(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a GGUF file. Raises ModelError if the file lacks a weight."""
     arguments = checkpoint.load_arguments | {"config": checkpoint.config}
     if hasattr(transformers, "GgufConfig"):  # from 5.23 on, GGUF weights stay packed unless told otherwise
         arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    return AutoModelForCausalLM.from_pretrained(**arguments, dtype=dtype)
+    model: PreTrainedModel
+    model, info = AutoModelForCausalLM.from_pretrained(
+        **arguments, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    require_loaded(checkpoint, model, info)
+    return model
 
 
-def read_weights(checkpoint: Checkpoint) -> Callable[[str], torch.Tensor]:
-    """A function from a parameter's name to its unquantized value."""
-    if checkpoint.gguf_file:
-        weights: dict[str, torch.Tensor] = dequantized(checkpoint, torch.float32).state_dict()
-        return weights.__getitem__
-    held = reader(checkpoint.weight_files())
+class Weights:
+    """The unquantized weights of a checkpoint, by the names that `model`, which may be without contents, has for
+    them."""
 
-    def read(name: str) -> torch.Tensor:
-        if (tensor := held(name)) is None:
-            raise ModelError(f"{checkpoint.path}: has no weight called {name}")
+    def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel) -> None:
+        """Reads headers, but for GGUF, which is dequantized here. Raises as `Checkpoint.tensors`."""
+        self.path = checkpoint.path
+        self.whole: dict[str, torch.Tensor] | None = None
+        if checkpoint.gguf_file:
+            self.whole = dequantized(checkpoint, torch.float32).state_dict()
+        self.stored = {} if checkpoint.gguf_file else checkpoint.tensors()
+        self.conversion = Conversion(model, {name: tensor.empty() for name, tensor in self.stored.items()})
+        self._last: tuple[Group, dict[str, torch.Tensor]] | None = None
+
+    @property
+    def rules(self) -> list[Any] | None:
+        """Of `as_saved`, those by which they are read; None: they come from no safetensors."""
+        return self.conversion.used if self.whole is None else None
+
+    def find(self, name: str) -> torch.Tensor | None:
+        """A weight by its name in the model; None: the files have none."""
+        if self.whole is not None:
+            return self.whole.get(name)
+        group = self.conversion.source.get(name)
+        if group is None:
+            return None
+        if self._last and self._last[0] is group:
+            return self._last[1][name]
+        made = group.made(self._load, self.conversion.model)
+        self._last = (group, made) if len(made) > 1 else None  # those of one group are asked for in a row
+        return made[name]
+
+    def __call__(self, name: str) -> torch.Tensor:
+        """The same. Raises ModelError if the files have none."""
+        if (tensor := self.find(name)) is None:
+            raise ModelError(f"{self.path}: has no weight called {name}")
         return tensor
 
-    return read
-
-
-def reader(paths: Iterable[Path]) -> Callable[[str], torch.Tensor | None]:
-    """A function from the name of a tensor in safetensors files to its value; None: they have none."""
-    where = tensors_in(paths)
-
-    def read(name: str) -> torch.Tensor | None:
-        if name not in where:
-            return None
-        with safe_open(where[name], framework="pt") as file:
+    def _load(self, name: str) -> torch.Tensor:
+        with safe_open(self.stored[name].path, framework="pt") as file:
             tensor: torch.Tensor = file.get_tensor(name)
             return tensor
-
-    return read
 
 
 def tensors_in(paths: Iterable[Path]) -> dict[str, Path]:
     """Which of the safetensors files holds which tensor, by its name."""
     where: dict[str, Path] = {}
     for path in paths:
-        with safe_open(path, framework="pt") as file:
-            where.update(dict.fromkeys(file.keys(), path))
+        where |= dict.fromkeys(read_header(path), path)
     return where
 
 

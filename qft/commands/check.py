@@ -15,9 +15,9 @@ def planned(loaded: LoadedRecipe, show: int = 0) -> PlanDocument | CalibrationCh
     check_tasks(asked_tasks(loaded))
     calibrate = loaded.recipe.calibrate
     if calibrate and not any(loaded.has(section) for section in ("train", "adapter", "quant")):
-        calibration = find_plan(loaded)[0]
-        rows = shown_rows(calibration.data.prepared, calibration.model.tokenizer, show)
-        return CalibrationCheck(calibration=calibration.document(), shown=rows)
+        alone = find_plan(loaded)[0]
+        rows = shown_rows(alone.data.prepared, alone.model.tokenizer, show)
+        return CalibrationCheck(calibration=alone.document(), shown=rows)
     plan = make_plan(loaded)
     require_exports(plan)
     shown = shown_rows(plan.data, plan.model.tokenizer, show)

@@ -17,7 +17,8 @@ from peft import (
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from qft.checkpoint.weights import read_weights
+from qft.checkpoint.skeleton import without_contents
+from qft.checkpoint.weights import Weights
 from qft.errors import ModelError
 from qft.files import atomic_folder
 from qft.memory.guard import memory_guard, smaller_base
@@ -103,7 +104,8 @@ def with_adapter(model: Any, adapter: Path) -> Any:
 
 def _start_from_quantization_error(model: PeftModel, plan: Plan) -> None:
     """LoftQ's first step (arXiv:2310.08659): the adapter starts as the best rank-r fit of what quantizing lost."""
-    original = read_weights(plan.model.checkpoint)
+    checkpoint = plan.model.checkpoint
+    original = Weights(checkpoint, without_contents(checkpoint, plan.recipe.model))
     for name, module in model.named_modules():
         base = getattr(module, "base_layer", None)
         if base is None or not is_quantized(base):

@@ -5,8 +5,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
+from qft.checkpoint.require import incomplete_layers, require_loaded, require_weights
+from qft.checkpoint.skeleton import without_contents
+from qft.checkpoint.stored import some
 from qft.checkpoint.weights import dequantized
-from qft.errors import ModelError
+from qft.errors import ModelError, first_line
 from qft.memory.guard import memory_guard, smaller_base
 from qft.plan import ModelPlan
 
@@ -17,7 +20,14 @@ def load_base(plan: ModelPlan) -> PreTrainedModel:
         try:
             model = _load(plan)
         except (ValueError, OSError, ImportError, KeyError) as error:
-            raise ModelError(f"{plan.checkpoint.path}: cannot be loaded: {str(error).splitlines()[0]}") from error
+            raise ModelError(f"{plan.checkpoint.path}: cannot be loaded: {first_line(error)}") from error
+        except RuntimeError as error:
+            # Of an unquantized checkpoint all that can be wrong has been told: then it is the device's.
+            if not plan.checkpoint.quantization or "memory" in str(error):
+                raise
+            raise ModelError(f"{plan.checkpoint.path}: {_unconverted(plan, error)}") from error
+    if misfits := plan.scheme.misfits(model):
+        raise ModelError(f"{plan.checkpoint.path}: the quantized weights of {some(misfits)} are not of their shapes")
     plan.scheme.settle(model)
     return model
 
@@ -39,7 +49,20 @@ def _load(plan: ModelPlan) -> PreTrainedModel:
         settings = plan.checkpoint.config
         return type(whole).from_pretrained(None, config=settings, state_dict=whole.state_dict(), **arguments)
     checkpoint = plan.checkpoint.with_weights()
-    return AutoModelForCausalLM.from_pretrained(**checkpoint.load_arguments, use_safetensors=True, **arguments)
+    if checkpoint.hub_id:  # nobody has seen its files before
+        require_weights(checkpoint, without_contents(checkpoint, model), plan.recipe)
+    # Else transformers would say of one tensor's shape that it is wrong, and of none's which.
+    arguments |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    loaded, info = AutoModelForCausalLM.from_pretrained(**checkpoint.load_arguments, **arguments)
+    require_loaded(checkpoint, loaded, info, plan.recipe)
+    return loaded
+
+
+def _unconverted(plan: ModelPlan, error: RuntimeError) -> str:
+    """What transformers could not put together, as far as one can tell: it names nothing."""
+    lacking = incomplete_layers(plan.checkpoint.tensors())
+    where = "".join(f"; {layer} lacks {some(names)}" for layer, names in list(lacking.items())[:3])
+    return f"its quantized weights cannot be put together: {first_line(error).partition(' For details')[0]}{where}"
 
 
 def generation_config(plan: ModelPlan) -> GenerationConfig:

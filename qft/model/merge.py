@@ -19,8 +19,9 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 
-from qft.checkpoint.skeleton import find_blocks, without_contents
-from qft.checkpoint.weights import read_weights, save_tensors, write_index
+from qft.checkpoint.layout import Layout, written_names
+from qft.checkpoint.skeleton import without_contents
+from qft.checkpoint.weights import Weights, save_tensors, write_index
 from qft.errors import ModelError
 from qft.model.load import generation_config
 from qft.plan import ModelPlan
@@ -115,28 +116,31 @@ class MergedWeights:
         self.plan, self.dtype = plan, getattr(torch, dtype)
         self.adapter = read_adapter(adapter) if isinstance(adapter, Path) else adapter
         self.model = without_contents(plan.checkpoint, plan.recipe.model)
-        self.model.tie_weights()
-        self.prefix, self.stack = find_blocks(self.model, plan.shape.layers)
         self.linears = {name: m for name, m in self.model.named_modules() if isinstance(m, nn.Linear)}
         self.scheme = _scheme(plan, onto)
         self._require_known_layers()
 
     def reader(self) -> Read:
         """Opens the base's files: a function from the name of a tensor to its merged value."""
-        return partial(self._tensor, read_weights(self.plan.checkpoint.with_weights()))
+        return partial(self._tensor, self._base())
+
+    def layout(self) -> Layout:
+        """How they are written. Opens the base's files."""
+        return self._layout(self._base())
 
     def groups(self) -> Iterator[dict[str, torch.Tensor]]:
         """What is outside the blocks, then each block: tensors by their names in the model."""
-        read = self.reader()
-        yield {name: read(name) for name in self.names if not name.startswith(f"{self.prefix}.")}
-        for number in range(len(self.stack)):
-            yield {name: read(name) for name in self.names if name.startswith(f"{self.prefix}.{number}.")}
+        base = self._base()
+        return self._groups(base, self._layout(base))
 
     def write(self, folder: Path) -> None:
-        """One safetensors file for each block and one for the rest, configuration, tokenizer and the model's code."""
-        for number, tensors in enumerate(self.groups(), start=-1):
+        """One safetensors file for each block and one for the rest, configuration, tokenizer and the model's code.
+        Raises ModelError if the model cannot be written so that it would load."""
+        base = self._base()
+        layout = self._layout(base)
+        for number, tensors in enumerate(self._groups(base, layout), start=-1):
             name = "model-outside" if number < 0 else f"model-block-{number:05}"
-            save_tensors(tensors, folder / f"{name}.safetensors")
+            save_tensors(layout.saved(tensors), folder / f"{name}.safetensors")
         write_index(folder)
         self.config.save_pretrained(folder)
         generation_config(self.plan).save_pretrained(folder)
@@ -156,15 +160,12 @@ class MergedWeights:
     @cached_property
     def known(self) -> dict[str, torch.Tensor]:
         """Every tensor of the model, without contents; tied ones by each of their names."""
-        kept = self.model.state_dict(keep_vars=True)
-        buffers = {name: buffer for name, buffer in self.model.named_buffers() if name in kept}
-        return dict(self.model.named_parameters(remove_duplicate=False)) | buffers
+        return dict(self.model.state_dict(keep_vars=True))
 
     @cached_property
     def names(self) -> list[str]:
         """Of every tensor that is written; of tied ones the first."""
-        first = {id(tensor): name for name, tensor in reversed(self.known.items())}
-        return [name for name, tensor in self.known.items() if self.unties or first[id(tensor)] == name]
+        return written_names(self.model, untied=self.unties)
 
     @cached_property
     def unties(self) -> bool:
@@ -181,6 +182,16 @@ class MergedWeights:
         """What `write` needs: the weights, and 16 MiB that stand for everything else."""
         numbers = sum(self.known[name].numel() for name in self.names)
         return int(numbers * self.dtype.itemsize) + 2**24
+
+    def _base(self) -> Weights:
+        return Weights(self.plan.checkpoint.with_weights(), self.model)
+
+    def _layout(self, base: Weights) -> Layout:
+        return Layout(self.model, self.plan.shape.layers, self.names, base.rules)
+
+    def _groups(self, base: Weights, layout: Layout) -> Iterator[dict[str, torch.Tensor]]:
+        for names in layout.groups():
+            yield {name: self._tensor(base, name) for name in names}
 
     def _tensor(self, base: Read, name: str) -> torch.Tensor:
         meta = self.known[name]
@@ -203,7 +214,7 @@ class MergedWeights:
         """The original weight in the dtype in which the base was loaded; of tied ones, whichever the files have."""
         try:
             value = base(name)
-        except (ModelError, KeyError):
+        except ModelError:
             twins = [twin for twin, meta in self.known.items() if meta is self.known[name] and twin != name]
             if not twins:
                 raise

@@ -124,7 +124,7 @@ def _find(path: str, data: str | None) -> tuple[LoadedRecipe, Path | None]:
     if run.manifest():
         loaded = load(run.folder / "recipe.yaml")
         if run.full_model.is_dir():
-            return loaded.having(model={"path": str(run.full_model.resolve())}), None
+            return loaded.having(model={"path": str(run.full_model.resolve()), "ignore_unexpected": ()}), None
         if not run.adapter.is_dir():
             raise MissingError(f"{path}: the run has no adapter; it did not complete")
         return loaded, run.adapter

@@ -247,10 +247,7 @@ def _layer_problems(
     calibrate: CalibrateSection, schemes: dict[str, LayerScheme | None], linears: dict[str, int]
 ) -> Iterator[Problem]:
     if not any(schemes.values()):
-        if calibrate.skip_modules:
-            yield "calibrate.skip_modules", "leaves nothing to quantize"
-        else:
-            yield "calibrate", "the model's blocks hold no layer of torch.nn.Linear, and no other is quantized"
+        yield "calibrate.skip_modules", "leaves nothing to quantize"
     for name, scheme in schemes.items():
         if scheme and scheme.group_size > 0 and linears[name] % scheme.group_size:
             text = f"{name} has {linears[name]} inputs, which {scheme.group_size} does not divide: use a smaller group"

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qft.checkpoint.find import Checkpoint, find_checkpoint, load_tokenizer
+from qft.checkpoint.require import require_weights
 from qft.checkpoint.skeleton import without_contents
 from qft.documents.manifest import DevicePart
 from qft.documents.plan import PlannedModel, Quantization
@@ -126,6 +127,8 @@ def plan_model(loaded: LoadedRecipe, lora: dict[str, Any] | None = None) -> Mode
         refuse(loaded, contradictions(checkpoint.quantization, loaded))
     dtype = _dtype(recipe, device)
     model = without_contents(checkpoint, recipe.model, dtype=torch.float32)
+    idle = require_weights(checkpoint, model, recipe)
+    refuse(loaded, [("model.ignore_unexpected", f"{p!r} fits no tensor that would be unexpected") for p in idle])
     matched = _matched(loaded, model, lora)
     tokenizer = load_tokenizer(checkpoint, recipe)
     refuse(loaded, template_problems(tokenizer, recipe.data))
@@ -194,7 +197,10 @@ def _dtype(recipe: Recipe, device: Device) -> str:
 
 def plan_folder(folder: Path, section: ModelSection, dtype: str, quant: QuantSection | None = None) -> ModelPlan:
     """The plan of a model that was written to `folder`, where and how `section` says its base is held."""
-    model = section.model_dump(exclude={"path", "revision"}) | {"path": str(folder.resolve()), "dtype": dtype}
+    model = section.model_dump(exclude={"path", "revision", "ignore_unexpected"}) | {
+        "path": str(folder.resolve()),
+        "dtype": dtype,
+    }
     values = {"model": model, "data": {"train": "-"}, "output_dir": "-"}
     return plan_model(from_values(values | ({"quant": quant.model_dump(exclude_unset=True)} if quant else {})))
 

@@ -26,6 +26,7 @@ def broken_rules(recipe: Recipe, given: Callable[[str], bool]) -> Iterator[Probl
     for field, reason in unread_fields(recipe).items():
         if given(field):
             yield field, f"{reason}; remove it"
+    yield from _pattern_rules(recipe)
     yield from _quant_rules(recipe)
     yield from _skip_rules(recipe.quant)
     yield from _adapter_rules(recipe)
@@ -196,14 +197,20 @@ def _scheme_rules(calibrate: CalibrateSection) -> Iterator[Problem]:
         yield "calibrate.symmetric", "8-bit products of activations need weights without a zero point: set it to true"
 
 
+def _pattern_rules(recipe: Recipe) -> Iterator[Problem]:
+    patterns = [("eval.regex", recipe.eval.regex or "")]
+    patterns += [("model.ignore_unexpected", pattern) for pattern in recipe.model.ignore_unexpected]
+    for field, pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            yield field, f"{pattern!r} is no regular expression: {error}"
+
+
 def _eval_rules(recipe: Recipe) -> Iterator[Problem]:
     pattern = recipe.eval.regex
     if "regex" in recipe.eval.metrics and pattern is None:
         yield "eval.metrics", "regex needs a pattern in eval.regex"
-    try:
-        re.compile(pattern or "")
-    except re.error as error:
-        yield "eval.regex", f"is no regular expression: {error}"
 
 
 def _train_rules(recipe: Recipe) -> Iterator[Problem]:

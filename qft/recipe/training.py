@@ -71,6 +71,9 @@ class ModelSection(Section):
     """Attention kernel, by its transformers name. auto: the one that transformers picks for the model."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off: a model that needs it is refused."""
+    ignore_unexpected: Many[str] = ()
+    """Regular expressions for names of tensors that the checkpoint holds, its model does not have and transformers does
+    not know as such: they are left out. Any other unexpected tensor is an error."""
 
 
 class QuantSection(Section):

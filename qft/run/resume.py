@@ -24,7 +24,7 @@ ANEW = "or start anew with --overwrite"
 TABLE: dict[str, dict[Class, str]] = {
     "plan": {
         "fixed": """
-            model.path model.revision model.dtype model.attn_implementation
+            model.path model.revision model.ignore_unexpected model.dtype model.attn_implementation
             quant.mode quant.plugin quant.quant_type quant.double_quant quant.compute_dtype quant.quant_storage
             quant.threshold quant.skip_modules quant.skip_budget_bits quant.skip_budget_bytes
             adapter.kind adapter.r adapter.lora_alpha adapter.lora_dropout adapter.target_modules
@@ -54,7 +54,8 @@ TABLE: dict[str, dict[Class, str]] = {
     },
     "calibration-plan": {
         "fixed": """
-            model.path model.revision model.dtype model.device model.attn_implementation model.trust_remote_code
+            model.path model.revision model.ignore_unexpected model.dtype model.device model.attn_implementation
+            model.trust_remote_code
             data.train data.eval data.eval_fraction data.format data.max_length data.on_too_long data.on_bad_row
             data.loss_on data.ignore_fields data.template data.chat_template data.template_kwargs
             calibrate.engine calibrate.engine_python calibrate.algorithm calibrate.data calibrate.samples

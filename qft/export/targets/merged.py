@@ -1,8 +1,9 @@
 """16-bit safetensors of base and adapter in one, written one block after the other: the whole is never in memory."""
 
+from dataclasses import replace
 from pathlib import Path
 
-from qft.checkpoint.weights import reader
+from qft.checkpoint.weights import Weights
 from qft.export.job import Job
 from qft.export.targets.base import Exporter, Limits, Read
 from qft.files import atomic_folder
@@ -30,7 +31,8 @@ vLLM: `vllm serve FOLDER`.
         job.weights.write(folder)
 
     def reader(self, job: Job, folder: Path) -> Read:
-        return reader(folder.glob("*.safetensors"))
+        written = replace(job.plan.checkpoint, folder=folder, gguf_file=None, hub_id=None)
+        return Weights(written, job.weights.model).find
 
 
 def merged_folder(job: Job) -> Path:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import AutoQuantizationConfig
@@ -100,6 +101,15 @@ class Scheme:
         so."""
         if self.plugin:
             self.plugin.require_layers(model)
+
+    def misfits(self, model: nn.Module) -> list[str]:
+        """Layers of a loaded model whose weights are not what such a layer holds: those of a checkpoint may be
+        anything."""
+        linears = ((name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear))
+        own = [
+            (name, m) for name, m in linears if is_traceable_wrapper_subclass(getattr(m, "weight", None))
+        ]  # torchao's
+        return [name for name, m in own if tuple(m.weight.shape) != (m.out_features, m.in_features)]
 
     def problems(self, recipe: Recipe) -> Iterator[Problem]:
         """What of the recipe cannot be trained on weights that are held so."""

@@ -80,6 +80,10 @@ class Bnb4Bit(Scheme):
             if isinstance(module, bnb.nn.Linear4bit):
                 module.support_avx512bf16_for_cpu = False
 
+    def misfits(self, model: nn.Module) -> list[str]:
+        layers = ((name, m) for name, m in model.named_modules() if isinstance(m, bnb.nn.Linear4bit))
+        return [name for name, layer in layers if not _fits(layer)]
+
     def weight_bytes(self, rows: int, columns: int) -> int:
         packed: int = getattr(torch, self.quant_storage).itemsize
         blocks = _ceil(rows * columns, BLOCK)
@@ -88,6 +92,15 @@ class Bnb4Bit(Scheme):
             return codes + 4 * blocks
         # 8 bits a scale, a float32 scale of theirs for each of their blocks, and the mean that was taken off them.
         return codes + blocks + 4 * _ceil(blocks, NESTED_BLOCK) + 4 * NESTED_CODES + 4
+
+
+def _fits(layer: Any) -> bool:
+    """Whether codes, scales and what is noted of them are those of a weight of the layer's shape."""
+    state, count = layer.weight.quant_state, layer.out_features * layer.in_features
+    if state is None or tuple(state.shape) != (layer.out_features, layer.in_features):
+        return False
+    codes, scales = layer.weight.nbytes == _ceil(count, 2), state.absmax.numel() == _ceil(count, state.blocksize)
+    return bool(codes and scales and state.nested == (state.absmax.dtype == torch.uint8))
 
 
 def _ceil(count: int, size: int) -> int:

@@ -6,6 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import bitsandbytes as bnb
+import torch
+from torch import nn
+
 from qft.quant.hold.base import Scheme
 from qft.quant.hold.prequantized import skipped_layers
 from qft.quant.layer import LayerScheme
@@ -48,5 +52,17 @@ class Bnb8Bit(Scheme):
         skipped = list(self.skipped)
         return {"load_in_8bit": True, "llm_int8_threshold": self.threshold, "llm_int8_skip_modules": skipped}
 
+    def misfits(self, model: nn.Module) -> list[str]:
+        layers = ((name, m) for name, m in model.named_modules() if isinstance(m, bnb.nn.Linear8bitLt))
+        return [name for name, layer in layers if not _fits(layer)]
+
     def weight_bytes(self, rows: int, columns: int) -> int:
         return rows * columns + 4 * rows
+
+
+def _fits(layer: Any) -> bool:
+    """Whether rows and scales are those of a weight of the layer's shape."""
+    weight, scales = layer.weight, getattr(layer.weight, "SCB", None)
+    scales = layer.state.SCB if scales is None else scales
+    rows = (layer.out_features, layer.in_features)
+    return weight.dtype == torch.int8 and tuple(weight.shape) == rows and scales is not None and len(scales) == rows[0]

@@ -189,9 +189,13 @@ def _data(model: ModelPlan, loaded: LoadedRecipe, trained: Prepared | None, *, n
     prepared = data.prepared
     parts = [part for part in (prepared.train, prepared.eval) if part is not None]
     require_known_tokens(parts, prepared.place, tokenizer, shape.embeddings)
-    longest = max([*map(len, data.windows), *data.verify["length"]])
-    refuse(loaded, length_problem("calibrate.max_length", longest, shape.position_table))
     assert recipe.calibrate is not None
+    own = "calibrate.max_length"
+    for name, longest in (
+        (own, max(map(len, data.windows), default=0)),
+        (own if recipe.calibrate.data else "data.max_length", max(data.verify["length"])),
+    ):
+        refuse(loaded, length_problem(name, longest, shape.position_table))
     if recipe.calibrate.accept.score_drop is not None:
         require_special_tokens(tokenizer, shape.embeddings, generates=True)
         refuse(loaded, answer_problems(data.verify, recipe.eval, shape.position_table))

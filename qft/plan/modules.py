@@ -236,5 +236,7 @@ def _matches_nothing(entry: str, model: nn.Module) -> str:
     known = dict.fromkeys(part for part in (*leaves, *modules) if not part.isdigit())
     near = difflib.get_close_matches(entry, known, n=SHOWN, cutoff=0.6)
     hint = f"did you mean {' or '.join(near)}; " if near else ""
-    linears = {name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D)}
-    return f"{entry} matches no module of the model; {hint}the linear layers are called {', '.join(sorted(linears))}"
+    kinds = nn.Linear | Conv1D
+    linears = sorted({name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, kinds)})
+    names = f"the linear layers are called {', '.join(linears)}"
+    return f"{entry} is no linear layer of the model, nor another module; {hint}{names}"

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from torch import nn
 from transformers import TrainingArguments
 
+from qft.checkpoint.skeleton import find_blocks
 from qft.data.prepare import Prepared, prepare
 from qft.documents.plan import AdapterArguments, DataPart, PlanDocument, TrainerArguments
 from qft.machine.device import Device
@@ -127,9 +129,16 @@ def _share_problems(model: ModelPlan) -> Iterator[Problem]:
     if model.scheme.name == "none":
         if recipe.quant.allow_partial:
             yield "quant.allow_partial", "nothing is quantized with quant.mode none; remove it"
+    elif recipe.quant.skip_modules == "auto" and not _has_linears(model):
+        yield "quant.skip_modules", "auto measures layers of torch.nn.Linear, and the blocks hold none: name the layers"
     elif not recipe.quant.allow_partial:
         field = "model.path" if model.checkpoint.quantization else "quant.mode"
         yield from partial_problem(model.held, field, "quant.allow_partial")
+
+
+def _has_linears(model: ModelPlan) -> bool:
+    blocks = find_blocks(model.skeleton(), model.shape.layers)[1]
+    return any(isinstance(module, nn.Linear) for module in blocks.modules())
 
 
 def _length_problems(recipe: Recipe, shape: Shape) -> Iterator[Problem]:

@@ -42,7 +42,7 @@ class Held:
     def words(self) -> str:
         """What is quantized, and what is not by nobody's request."""
         share = f"{self.share:.1%} of the weights outside embeddings and head are quantized"
-        return f"{share}; {self.largest_left} and its like are not, being no linear layers"
+        return f"{share}; {self.largest_left} and its like are not, being no plain torch.nn.Linear"
 
     @classmethod
     def of(cls, weights: Mapping[str, int], quantized: Collection[str], asked_out: Callable[[str], bool]) -> Held:

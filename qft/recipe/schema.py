@@ -112,7 +112,7 @@ class CalibrateSection(Section):
     """Linear layers to leave in 16 bits, beside the output head that is always left: names, or the ends of names."""
     allow_partial: bool = False
     """Take a result of which less than 90% of the weights outside embeddings and head are quantized, as of a mixture of
-    experts whose experts are no linear layers. What skip_modules leaves out needs no leave."""
+    experts, whose experts are no layers of torch.nn.Linear. What skip_modules leaves out needs no leave."""
     seed: int | None = Field(None, ge=0, lt=2**32)
     """Of the rows drawn and of the tuning. None: the recipe's."""
     verify_samples: int = Field(64, ge=1)

@@ -103,7 +103,7 @@ class QuantSection(Section):
     quantizing harms most, measured on training rows before the training, within one of the budgets below."""
     allow_partial: bool = False
     """Take a 4bit or 8bit base of which less than 90% of the weights outside embeddings and head are held so, as of a
-    mixture of experts whose experts are no linear layers. What skip_modules leaves out needs no leave."""
+    mixture of experts, whose experts are no layers of torch.nn.Linear. What skip_modules leaves out needs no leave."""
     skip_budget_bits: float | None = Field(None, gt=0)
     """Bits that a linear weight may take more on average, for skip_modules auto."""
     skip_budget_bytes: int | None = Field(None, ge=1)

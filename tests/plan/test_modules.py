@@ -124,7 +124,7 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
     ("llama", skips() | sections(modules_to_save=["mlp"]), "adapter.modules_to_save", "mlp.down_proj is quantized"),
     ("llama", skips("up_porj"), "quant.skip_modules", "did you mean up_proj"),
     ("llama", skips("mlp"), "quant.skip_modules", "holds no weights but"),
-    ("llama", skips("model.layers.7"), "quant.skip_modules", "matches no module"),
+    ("llama", skips("model.layers.7"), "quant.skip_modules", "nor another module"),
     ("llama", skips("*proj"), "quant.skip_modules", "is no regular expression"),
     ("llama", skips("up_proj", ""), "quant.skip_modules", "an empty text"),
 ]

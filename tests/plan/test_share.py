@@ -41,12 +41,13 @@ def refusal(path: Path, plan: Callable[..., Any] = make_plan) -> str:
 
 @pytest.mark.parametrize("quant", [FOUR, EIGHT])
 @pytest.mark.parametrize(
-    ("kind", "share"), [("llama", 1), ("gpt2", 1), ("gpt_neox", 1), ("phi", 1), ("bloom", 1), ("mixtral", MIXTRAL)]
+    ("kind", "share"),
+    [("llama", 1), ("gpt2", 1), ("gpt_neox", 1), ("phi", 1), ("bloom", 1), ("mixtral", MIXTRAL), ("falcon", 0)],
 )
 def test_the_share_of_the_plan_is_that_of_the_loaded_model(
     kind: str, share: float, quant: dict[str, Any], models: Models, recipe_file: RecipeFile
 ) -> None:
-    allowed = ALLOWED if kind == "mixtral" else {}
+    allowed = ALLOWED if share < 0.9 else {}
     plan = make_plan(load(recipe_file(model={"path": str(models(kind))}, quant=quant | allowed)))
     assert plan.document().quantization.quantized_share == pytest.approx(share)
     assert measured_share(load_base(plan.model)) == pytest.approx(share)
@@ -126,6 +127,20 @@ def test_a_calibration_is_held_to_the_same(models: Models, recipe_file: RecipeFi
 def test_a_calibration_of_a_model_without_linear_layers_says_so(models: Models, recipe_file: RecipeFile) -> None:
     path = recipe_file(quant=None, model={"path": str(models("gpt2"))}, calibrate={"engine": "rtn"})
     assert "is a torch.nn.Linear, and no other can be quantized" in refusal(path, plan_calibration)
+
+
+def test_layers_that_cannot_be_measured_are_not_chosen(models: Models, recipe_file: RecipeFile) -> None:
+    automatic = FOUR | {"skip_modules": "auto", "skip_budget_bits": 0.5}
+    path = recipe_file(model={"path": str(models("gpt2"))}, quant=automatic)
+    assert "quant.skip_modules: auto measures layers of torch.nn.Linear" in refusal(path)
+
+
+def test_eval_and_chat_say_so_too(models: Models, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("a text to read")
+    held = "11.1% of the weights outside embeddings and head are quantized"
+    target = f"{models('mixtral')}@nf4"
+    assert held in qft("chat", target, "--prompt", "Hello", "--max-new-tokens", 2).stderr
+    assert held in " ".join(qft("eval", target, "--data", tmp_path / "text.txt").output.split())
 
 
 def test_a_calibrations_report_tells_what_its_result_holds(recipe_file: RecipeFile) -> None:

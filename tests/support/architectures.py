@@ -32,6 +32,8 @@ MODELS: dict[str, Callable[..., Any]] = {
     "mixtral": lambda **changes: _made("Mixtral", WIDE | {"num_key_value_heads": 2, "num_local_experts": 4} | changes),
     # The table of positions begins two rows late.
     "opt": lambda **changes: _made("OPT", WIDE | {"word_embed_proj_dim": 64, "ffn_dim": 128} | changes),
+    # Its linear layers are a subclass, which bitsandbytes passes over.
+    "falcon": lambda **changes: _made("Falcon", SHAPE | TOKENS | changes),
     "bloom": lambda **changes: _made("Bloom", SHAPE | TOKENS | changes),
 }
 

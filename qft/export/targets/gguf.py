@@ -56,8 +56,7 @@ class Gguf(Exporter):
         """As llama.cpp sees the file: its tokens, where it stops, and the chat template that it carries."""
         import gguf
 
-        question = QUESTION[0]["content"]
-        added = len(model.tokenize(question)) - len(model.tokenize(question, add_special=False))
+        bos, asked = job.plan.tokenizer.bos_token_id, model.tokenize(QUESTION[0]["content"])
         ends, stops = end_tokens(generation_config(job.plan)), set(model.stops)
         return {
             "tied_embeddings": all(t.name != "output.weight" for t in gguf.GGUFReader(_file(folder)).tensors),
@@ -65,7 +64,7 @@ class Gguf(Exporter):
             "vocabulary_size": model.vocabulary_size,
             "added_tokens": dict(sorted(model.added_tokens.items())),
             "token_ids": [model.tokenize(text, add_special=False) for text in texts],
-            "bos_count": model.tokenize(question).count(bos) if (bos := job.plan.tokenizer.bos_token_id) else added,
+            "bos_count": 0 if bos is None else asked.count(bos),
             "chat_template": rendered(job.plan.tokenizer, model.metadata.get("tokenizer.chat_template")),
             "eos_token_id": [stop for stop in sorted(ends) if stop in stops],
         }

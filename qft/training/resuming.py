@@ -1,16 +1,19 @@
 """The Hugging Face Trainer, made to go on from a checkpoint as if it had not stopped, by what the recipe says now."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from qft.errors import RunError
 from qft.files import write_text
 from qft.plan import Plan
 from qft.run.checkpoint import STATE, TRAINER_STATE, best_of
+from qft.run.resume import ANEW
 from qft.training.recorder import Recorder
 
 
@@ -71,6 +74,27 @@ class ResumingTrainer(Trainer):
         scheduler._last_lr = [base * factor for base, factor in zip(base_lrs, factors, strict=True)]
         for group, settings, rate in zip(optimizer.param_groups, asked, scheduler._last_lr, strict=True):
             group.update(settings | {"lr": rate})
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Full weights by the names of the model's modules: by those the library loads a checkpoint, and no others."""
+        model = self.model
+        if isinstance(model, PreTrainedModel):
+            model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            model.__dict__.pop("save_pretrained", None)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Weights that a checkpoint lacks, tied ones aside, would silently stay what they were."""
+        missing, wrong = set(load_result.missing_keys), list(load_result.unexpected_keys)
+        if missing:
+            state = self.model.state_dict()
+            loaded = {tensor.data_ptr() for name, tensor in state.items() if name not in missing}
+            wrong += [name for name in missing if state[name].data_ptr() not in loaded]
+        if wrong:
+            text = f"{len(wrong)} weights of the checkpoint are not those of the model, {min(wrong)} among them"
+            raise RunError(f"{text}; use a checkpoint of this model, {ANEW}")
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Before trainer_state.json, which makes the checkpoint whole: what was measured so far."""

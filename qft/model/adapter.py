@@ -9,8 +9,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
+from qft.checkpoint.conversion import FLOATS
 from qft.checkpoint.skeleton import without_contents
-from qft.checkpoint.stored import some
+from qft.checkpoint.stored import read_header, some
 from qft.checkpoint.weights import Weights
 from qft.errors import ModelError
 from qft.files import atomic_folder
@@ -60,6 +61,9 @@ def save_full(model: PreTrainedModel, plan: Plan, folder: Path) -> None:
 
 def with_adapter(model: Any, adapter: Path) -> Any:
     """`model` with the adapter in that folder. Raises ModelError if it does not fit."""
+    stored = read_header(adapter / "adapter_model.safetensors")
+    if strange := [name for name, tensor in stored.items() if tensor.empty().dtype not in FLOATS]:
+        raise ModelError(f"{adapter}: {some(strange)} cannot be {stored[strange[0]].kind}")
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")
         try:
@@ -68,8 +72,8 @@ def with_adapter(model: Any, adapter: Path) -> Any:
             unexpected = adapted.load_adapter(str(adapter), "default").unexpected_keys
         except (ValueError, RuntimeError, KeyError, UserWarning) as error:
             kind = json.loads((adapter / "adapter_config.json").read_text("utf-8")).get("base_model_name_or_path")
-            text = f"does not fit this base (it names {kind!r} as its own): {str(error).splitlines()[0]}"
-            raise ModelError(f"{adapter}: {text}") from error
+            lines = " ".join(line.strip() for line in str(error).splitlines()[:2])  # the second names the weight
+            raise ModelError(f"{adapter}: does not fit this base (it names {kind!r} as its own): {lines}") from error
     if unexpected:
         raise ModelError(f"{adapter}: holds {some(unexpected)}, which the base with this adapter does not have")
     return adapted

@@ -15,11 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
+from transformers import PreTrainedModel
 
 from qft.checkpoint.layout import Layout, written_names
 from qft.checkpoint.skeleton import without_contents
+from qft.checkpoint.stored import some
 from qft.checkpoint.weights import Weights, save_tensors, write_index
 from qft.errors import ModelError
 from qft.model.load import generation_config
@@ -57,14 +60,24 @@ class Adapter:
         if config.get("peft_type") != "LORA" or other:
             kind = ", ".join([str(config.get("peft_type")), *other])
             raise ModelError(f"{folder}: an adapter of kind {kind}; only LoRA, rsLoRA and DoRA can be merged")
+        self.config = config
         rank = config["r"]
         self.scaling: float = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
         self.deltas: dict[str, dict[str, torch.Tensor]] = {}
         """Of each linear layer: lora_A [r, in], lora_B [out, r], and lora_magnitude_vector [out] with DoRA."""
         self.replaced: dict[str, torch.Tensor] = {}
         """Parameters that were trained themselves, by their names in the base."""
-        for key, tensor in load_file(folder / "adapter_model.safetensors").items():
+        tensors = load_file(folder / "adapter_model.safetensors")
+        self.keys = set(tensors)
+        for key, tensor in tensors.items():
             self._take(key.removeprefix(PREFIX), tensor)
+
+    def wanted(self, model: PreTrainedModel) -> set[str]:
+        """Names of the tensors that peft would write of such an adapter on `model`, which it is put on."""
+        settings = LoraConfig.from_peft_type(**self.config | {"init_lora_weights": False, "inference_mode": True})
+        with torch.device("meta"):
+            adapted = get_peft_model(model, settings)
+        return set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
 
     def apply(self, module: str, weight: torch.Tensor) -> torch.Tensor:
         """Weight [out, in] of a linear layer with its delta, in float32."""
@@ -210,6 +223,9 @@ class MergedWeights:
         if strange:
             text = "which is no linear layer of the base and cannot be merged; export --to adapter"
             raise ModelError(f"{self.adapter.folder}: changes {strange[0]}, {text}")
+        skeleton = without_contents(self.plan.checkpoint, self.plan.recipe.model)
+        if missing := sorted(self.adapter.wanted(skeleton) - self.adapter.keys):
+            raise ModelError(f"{self.adapter.folder}: lacks {some(missing)}, which its adapter_config.json calls for")
 
 
 def _scheme(plan: ModelPlan, onto: MergeInto | None) -> Scheme | None:

@@ -43,12 +43,12 @@ def require_weights(checkpoint: Checkpoint, model: PreTrainedModel, recipe: Reci
 def require_loaded(checkpoint: Checkpoint, model: Any, info: Mapping[str, Any], recipe: Recipe | None = None) -> None:
     """Raise ModelError unless transformers found a value for every weight of the loaded `model`, or the recipe says
     what of the others; `info` is its output_loading_info."""
-    wrong = {name: (list(has), list(wanted)) for name, has, wanted in info["mismatched_keys"]}
+    wrong = [f"{name} is {list(has)} and should be {list(wanted)}" for name, has, wanted in info["mismatched_keys"]]
     missing = _without_remade(sorted(info["missing_keys"]), recipe)
     # What a plain folder holds beside them was told from its headers.
     found = {name: name for name in sorted(info["unexpected_keys"]) if checkpoint.quantization}
     left, _ = _unignored(found, recipe.model.ignore_unexpected if recipe else ())
-    texts = [*_missing(missing), *(f"{name} is {has} and should be {wanted}" for name, (has, wanted) in wrong.items())]
+    texts = [*_missing(missing), *([some(sorted(wrong))] if wrong else [])]
     _refuse(checkpoint, model, [*texts, *([f"unexpected: {some(left)} ({IGNORE})"] if left else [])])
 
 

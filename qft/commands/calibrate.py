@@ -17,6 +17,7 @@ from qft.files import write_json, write_text
 from qft.machine.device import versions
 from qft.memory.guard import memory_guard, smaller_calibration
 from qft.memory.meter import Meter, Snapshot
+from qft.model.adapter import require_fit
 from qft.model.merge import MergedWeights
 from qft.plan import CalibrationPlan, plan_calibration
 from qft.progress import View
@@ -40,6 +41,7 @@ def find_plan(loaded: LoadedRecipe, trained: Prepared | None = None) -> tuple[Ca
     plan = plan_calibration(loaded.having(model={"path": base.path, "revision": base.revision}))
     if not run.adapter.is_dir():
         return plan, None
+    require_fit(run.adapter, plan.model)
     MergedWeights(plan.model, run.adapter, plan.model.dtype, "original")
     return plan, path
 

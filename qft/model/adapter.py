@@ -17,6 +17,7 @@ from peft import (
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
+from qft.checkpoint.conversion import FLOATS
 from qft.checkpoint.skeleton import without_contents
 from qft.checkpoint.weights import Weights
 from qft.errors import ModelError
@@ -81,6 +82,8 @@ def require_fit(adapter: Path, plan: ModelPlan) -> None:
     except (ValueError, RuntimeError, TypeError, OSError, SafetensorError) as error:
         lines = [line.strip() for line in str(error).splitlines()]
         raise ModelError(_misfit(adapter, next((x for x in lines if "size mismatch" in x), lines[0]))) from error
+    if strange := [name for name, tensor in tensors.items() if tensor.dtype not in FLOATS]:
+        raise ModelError(_misfit(adapter, f"its {strange[0]} cannot be {tensors[strange[0]].dtype}"))
     if found.unexpected_keys:
         raise ModelError(_misfit(adapter, f"it holds {found.unexpected_keys[0]}, for which the base has no module"))
     if missing := [name for name in found.missing_keys if "lora_" in name]:

@@ -47,6 +47,10 @@ def test_an_adapter_that_fits_is_put_on(kind: str, tmp_path: Path) -> None:
         (lambda tensors: tensors.pop(KEY), r"it holds no .*layers.1.mlp.up_proj.lora_A"),
         (lambda tensors: tensors.pop("base_model.model.lm_head.weight"), "it holds no .*lm_head"),
         (lambda tensors: tensors.update({KEY: tensors[KEY][:, :8].contiguous()}), "size mismatch for .*up_proj"),
+        (
+            lambda tensors: tensors.update({KEY: tensors[KEY].to(torch.int8)}),
+            "up_proj.lora_A.weight cannot be torch.int8",
+        ),
     ],
 )
 def test_a_tensor_without_its_place_is_refused_before_the_base_is_loaded(

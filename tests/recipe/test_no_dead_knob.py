@@ -196,6 +196,9 @@ CASES: dict[str, Case] = {
 }
 
 ELSEWHERE = {
+    "checkpoint/test_weights.py": {
+        "model.ignore_unexpected": "test_unexpected_tensors_can_be_meant",
+    },
     "checkpoint/test_hub.py": {
         "model.revision": "test_a_revision_is_resolved_to_its_commit",
         "data.train.name": "test_a_hub_dataset_is_read_by_configuration_split_and_revision",

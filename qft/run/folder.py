@@ -29,7 +29,7 @@ from qft.machine.device import describe, versions
 from qft.progress import View
 from qft.recipe import LoadedRecipe, dump, load
 from qft.run.checkpoint import STATE, best_of, is_over, is_whole, step_of
-from qft.run.resume import ANEW, Before, Planned, compare, is_complete, refuse_to_resume
+from qft.run.resume import ANEW, Before, Planned, compare, refuse_to_resume
 
 MANIFEST = "manifest.json"
 
@@ -152,7 +152,7 @@ def _taken_up(run: Run, loaded: LoadedRecipe, plan: Planned, facts: Manifest, vi
     refuse_to_resume(loaded, problems)
     checkpoint = run.newest_checkpoint()
     if checkpoint and isinstance(plan, PlanDocument):
-        _require_work(checkpoint, loaded, plan.steps, before)
+        _require_work(checkpoint, loaded, plan.steps, complete=before.manifest.status == "complete")
     view.note(f"Going on from {checkpoint or run.work}")
     for field, text in honoured:
         view.note(f"From here on, {field} is {text}")
@@ -167,15 +167,14 @@ def _before(run: Run, plan: Planned) -> Before:
     return Before(load(run.folder / "recipe.yaml").recipe, was, run.manifest() or Manifest())
 
 
-def _require_work(checkpoint: Path, loaded: LoadedRecipe, steps: int, before: Before) -> None:
+def _require_work(checkpoint: Path, loaded: LoadedRecipe, steps: int, *, complete: bool) -> None:
     """Raise RunError unless something is left to do behind the checkpoint, if only to write the result."""
     train, done = loaded.recipe.train, step_of(checkpoint)
     if done > steps:
         field = "train.max_steps" if train.max_steps > 0 else "train.num_train_epochs"
         text = f"this asks for {steps} steps in all, and the run has made {done}; ask for as many or more, {ANEW}"
         refuse_to_resume(loaded, [(field, text)])
-    over = is_over(checkpoint, steps, train.early_stopping_patience)
-    if is_complete(before, loaded.recipe, steps) or (over and not (checkpoint / STATE).exists()):
+    if is_over(checkpoint, steps, train.early_stopping_patience) and (complete or not (checkpoint / STATE).exists()):
         folder, text = checkpoint.parent.parent, "ask for more steps, or more patience, to go on"
         raise RunError(f"{folder}: the run has made its {done} steps; there is nothing to resume: {text}")
     best = best_of(checkpoint)

@@ -6,7 +6,6 @@ free      takes effect, and changes nothing of what is learnt
 """
 
 import json
-import math
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
@@ -104,14 +103,6 @@ def compare(before: Before, recipe: Recipe, plan: Planned, facts: Manifest) -> t
     ]
     files, rows = _changed_files(before.manifest, recipe, facts), _changed_rows(before.plan, plan)
     return problems or [*files] or [*rows], [(field, f"{new}, and was {old}") for field, old, new, _ in honoured]
-
-
-def is_complete(before: Before, recipe: Recipe, steps: int) -> bool:
-    """Whether the run came to its end, and no longer one is asked for now."""
-    if before.manifest.status != "complete" or not isinstance(before.plan, PlanDocument):
-        return False
-    was, now = (each.train.early_stopping_patience or math.inf for each in (before.recipe, recipe))
-    return steps <= before.plan.steps and now <= was
 
 
 def refuse_to_resume(loaded: LoadedRecipe, problems: Iterable[Problem]) -> None:

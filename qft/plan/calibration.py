@@ -6,10 +6,12 @@ from typing import Any
 
 from torch import nn
 
+from qft.checkpoint.layout import unmergeable
 from qft.checkpoint.skeleton import find_blocks, without_contents
 from qft.data.calibration import CalibrationData, calibration_data
 from qft.data.prepare import Prepared
 from qft.documents.plan import CalibrationPart, CalibrationPlanDocument, LayerPart
+from qft.errors import ModelError
 from qft.machine.device import Device
 from qft.plan.model import ModelPlan, plan_model, refuse, require_device
 from qft.plan.packages import missing_engine, missing_packages
@@ -153,6 +155,8 @@ def _has_float8(device: Device) -> bool:
 def linear_layers(plan: ModelPlan) -> tuple[dict[str, int], str]:
     """Inputs of each linear layer by its name, and the name of the stack of blocks."""
     model = without_contents(plan.checkpoint, plan.recipe.model)
+    if reason := unmergeable(plan.checkpoint, model):
+        raise ModelError(f"{plan.checkpoint.path}: {reason}")
     linears = {name: module.in_features for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     return linears, find_blocks(model, plan.shape.layers)[0]
 

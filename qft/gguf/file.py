@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from qft.checkpoint.weights import tensors_in
+from qft.checkpoint.stored import stored_tensors
 from qft.errors import ModelError
 from qft.files import atomic_file, require_free_space
 from qft.gguf.llamacpp import KINDS, end_tokens
@@ -119,9 +119,7 @@ def _encoded(tensor: _Tensor) -> NDArray[Any]:
 
 def _tensors(folder: Path, config: Any, kind: str) -> list[_Tensor]:
     """The file's tensors in the order of the model's. Raises ModelError unless the folder holds just those."""
-    where = tensors_in(sorted(folder.glob("*.safetensors")))
-    if not where:
-        raise ModelError(f"{folder}: has no .safetensors weights")
+    where = {name: tensor.path for name, tensor in stored_tensors(folder).items()}
     expected = _expected(config)
     missing = sorted(set(expected) - set(where))
     extra = sorted(n for n in set(where) - set(expected) if not _is_derived(n, config))

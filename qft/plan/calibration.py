@@ -6,10 +6,12 @@ from typing import Any
 
 from torch import nn
 
+from qft.checkpoint.layout import unmergeable
 from qft.checkpoint.skeleton import find_blocks
 from qft.data.calibration import CalibrationData, calibration_data
 from qft.data.prepare import Prepared
 from qft.documents.plan import CalibrationPart, CalibrationPlanDocument, LayerPart
+from qft.errors import ModelError
 from qft.machine.device import Device
 from qft.plan.limits import answer_problems, length_problem, require_known_tokens, require_special_tokens
 from qft.plan.model import ModelPlan, partial_problem, plan_model, refuse, require_device
@@ -222,6 +224,8 @@ def _has_float8(device: Device) -> bool:
 
 def linear_layers(plan: ModelPlan, skeleton: nn.Module) -> tuple[dict[str, int], str]:
     """Inputs of each linear layer by its name, and the name of the stack of blocks."""
+    if reason := unmergeable(plan.checkpoint, skeleton):
+        raise ModelError(f"{plan.checkpoint.path}: {reason}")
     linears = {name: module.in_features for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)}
     return linears, find_blocks(skeleton, plan.shape.layers)[0]
 

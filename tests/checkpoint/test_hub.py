@@ -20,6 +20,7 @@ import yaml
 from huggingface_hub import constants
 
 from tests.support.cli import qft
+from tests.support.models import tiny_llama
 from tests.support.paths import ROOT
 from tests.support.rows import chat, write_jsonl
 
@@ -109,6 +110,10 @@ def hub(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[
     pickled = root / "models/org/pickled/main"
     shutil.copytree(tiny_model, pickled)
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    sharded = root / "models/org/sharded/main"
+    tiny_llama().save_pretrained(sharded, max_shard_size="200KB")
+    for name in ("consolidated.safetensors", "adapter_model.safetensors"):
+        shutil.copyfile(tiny_model / "model.safetensors", sharded / name)
     for revision, answer in (("main", "first"), ("v2", "second")):
         folder = root / "datasets/org/rows" / revision
         for split in ("train", "validation"):
@@ -207,6 +212,29 @@ def test_what_the_hub_cannot_give_is_one_clear_message(
     assert (found, out) == (code, "")
     assert message in err
     assert "Traceback" not in err
+
+
+FETCH = """
+import sys
+from pathlib import Path
+from qft.checkpoint.find import find_checkpoint
+from qft.recipe import load
+for path in ("org/sharded", "org/tiny"):
+    checkpoint = find_checkpoint(load(Path(sys.argv[1]), [f"model.path={path}"]).recipe)
+    before = checkpoint.has_weights
+    print(before, checkpoint.with_weights().has_weights, *(file.name for file in checkpoint.weight_files()))
+"""
+
+
+def test_only_the_files_that_are_read_are_fetched(hub: str, tmp_path: Path) -> None:
+    own = {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "PYTHONPATH": str(ROOT)}
+    asked = [sys.executable, "-c", FETCH, str(recipe_of(tmp_path))]
+    said = subprocess.run(asked, env=os.environ | own, capture_output=True, text=True, check=True).stdout.splitlines()
+    shards = said[0].removeprefix("False True ").split()
+    assert len(shards) > 1
+    assert all(name.startswith("model-0000") for name in shards)
+    assert said[1] == "False True model.safetensors"
+    assert {path.name for path in tmp_path.rglob("*.safetensors")} == {*shards, "model.safetensors"}
 
 
 def test_without_a_network_a_hub_model_is_reported_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,18 +8,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qft.checkpoint.find import find_checkpoint
 from qft.checkpoint.layout import unmergeable
 from qft.checkpoint.skeleton import without_contents
 from qft.errors import MissingError, ModelError, QftError, RecipeError
+from qft.gguf.file import write_gguf
 from qft.model.load import load_base
 from qft.plan import ModelPlan, plan_model
 from qft.recipe import load
 from tests.support.families import write_tiny
+from tests.support.gguf import saved
 from tests.support.models import byte_tokenizer, tiny_llama
 
 Tensors = dict[str, torch.Tensor]
@@ -226,3 +230,67 @@ def test_a_file_that_is_not_whole_is_named(sharded: Path, base: Path) -> None:
     found, text = refusal(base)
     assert found is MissingError
     assert "there is weights.safetensors" in text
+
+
+@pytest.fixture(scope="module")
+def in_4_bits(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that comes in nf4 with double quantization."""
+    folder = tmp_path_factory.mktemp("quantized") / "nf4"
+    held = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    AutoModelForCausalLM.from_pretrained(tiny_model, quantization_config=held).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+LAYER = f"{BLOCK}.self_attn.q_proj"
+NORM = f"{BLOCK}.input_layernorm.weight"
+QUANTIZED: dict[str, tuple[Change, str]] = {
+    "a norm is missing": (lambda t: t.pop(NORM), f"1 missing: {NORM}"),
+    "a norm of integers": (lambda t: t.update({NORM: torch.ones(64, dtype=torch.int8)}), f"{NORM} cannot be held in"),
+    "a norm of another shape": (lambda t: t.update({NORM: torch.ones(3)}), f"{NORM} is [3] and should be [64]"),
+    "another head": (lambda t: t.update({"score.weight": torch.zeros(2, 64)}), "unexpected: score.weight"),
+    "the codes are missing": (lambda t: t.pop(f"{LAYER}.weight"), f"{LAYER} lacks weight"),
+    "the scales are missing": (lambda t: t.pop(f"{LAYER}.weight.absmax"), f"{LAYER} lacks weight.absmax"),
+    "their scales are missing": (lambda t: t.pop(f"{LAYER}.weight.nested_absmax"), f"quantized weights of {LAYER}"),
+    "half of the codes": (lambda t: t.update({f"{LAYER}.weight": t[f"{LAYER}.weight"][:1024]}), f"weights of {LAYER}"),
+    "half of the scales": (
+        lambda t: t.update({f"{LAYER}.weight.absmax": t[f"{LAYER}.weight.absmax"][:32]}), f"weights of {LAYER}"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_a_quantized_checkpoint_that_is_not_whole_is_refused(kind: str, in_4_bits: Path, tmp_path: Path) -> None:
+    change, message = QUANTIZED[kind]
+    folder = changed(shutil.copytree(in_4_bits, tmp_path / "changed"), change)
+    with pytest.raises(ModelError) as caught:
+        load_base(planned(folder))
+    assert message in str(caught.value)
+    assert load_base(planned(in_4_bits)) is not None
+
+
+def without(path: Path, out: Path, name: str) -> Path:
+    """A GGUF file but for one of its tensors."""
+    source = gguf.GGUFReader(path)
+    writer = gguf.GGUFWriter(out, "llama")
+    for key, field in source.fields.items():
+        if not key.startswith("GGUF.") and key != "general.architecture":
+            inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(key, field.contents(), field.types[0], sub_type=inner)
+    for tensor in source.tensors:
+        if tensor.name != name:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return out
+
+
+def test_a_gguf_file_without_a_weight_is_refused(tmp_path: Path) -> None:
+    folder = saved(tiny_llama(), tmp_path / "model")
+    write_gguf(folder, tmp_path / "whole.gguf", kind="f32")
+    assert load_base(planned(tmp_path / "whole.gguf")) is not None
+    cut = without(tmp_path / "whole.gguf", tmp_path / "cut.gguf", "blk.1.ffn_up.weight")
+    with pytest.raises(ModelError, match=f"1 missing: {UP}"):
+        load_base(planned(cut))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -156,6 +156,9 @@ def _folder(asked: str, folder: Path, trust_remote_code: bool, names: Sequence[s
             raise ModelError(f"{asked}: needs Python code that comes with it; set model.trust_remote_code to true")
         raise ModelError(f"{asked}: transformers {transformers_version} does not know its model_type {kind!r}")
     config = _config(asked, AutoConfig.from_pretrained, str(folder), trust_remote_code=trust_remote_code)
+    if not trust_remote_code and (repository := next(_hub_kernels(config), None)):
+        text = f"its config.json would have {repository} fetched from a hub and run"
+        raise ModelError(f"{asked}: {text}; remove that, or set model.trust_remote_code to true")
     quantization = getattr(config, "quantization_config", None) or {}
     if not isinstance(quantization, dict):
         quantization = quantization.to_dict()
@@ -167,6 +170,16 @@ def _config(asked: str, read: Callable[..., PretrainedConfig], path: Any, **argu
         return read(path, **arguments)
     except Exception as error:  # a config is data: whatever is wrong with it, it is the model's
         raise ModelError(f"{asked}: its configuration cannot be read: {first_line(error)}") from error
+
+
+def _hub_kernels(config: PretrainedConfig) -> Iterator[str]:
+    """Yield repositories of kernels that the configuration, or one within it, names: their code would be run."""
+    for name in ("_attn_implementation", "_experts_implementation"):
+        if "/" in str(getattr(config, name, None)):
+            yield str(getattr(config, name))
+    for name in config.sub_configs:
+        if isinstance(inner := getattr(config, name, None), PretrainedConfig):
+            yield from _hub_kernels(inner)
 
 
 def _hub(name: str, revision: str | None, trust_remote_code: bool) -> Checkpoint:

@@ -70,6 +70,10 @@ def require_fit(adapter: Path, plan: ModelPlan) -> None:
     """Put the adapter in that folder on the base without contents, as peft will. Raises ModelError if the base has no
     place for one of its tensors, or one of another shape, or if it lacks one that its configuration asks for; peft
     itself would leave the first out."""
+    if not (adapter / "adapter_model.safetensors").is_file():
+        text = "its weights are pickled, and unpickling can run any code; convert them to safetensors"
+        pickled = (adapter / "adapter_model.bin").exists()
+        raise ModelError(f"{adapter}: {text if pickled else 'has no adapter_model.safetensors'}")
     try:
         config = PeftConfig.from_pretrained(str(adapter))
         config.init_lora_weights = False

@@ -59,7 +59,7 @@ def percent(share: float) -> str:
 
 def share_held(share: float | None) -> str:
     """What of the weights is quantized, to stand behind how they are held; empty where it is not known."""
-    return "" if share is None else f"{percent(share)} of the weights outside embeddings and head"
+    return "" if share is None else f"{percent(share)} of the weights outside embeddings and head are held so"
 
 
 def plain(text: object) -> str:

@@ -132,8 +132,10 @@ def test_a_killed_run_leaves_nothing_that_looks_complete_and_resumes(package_fol
     assert json.loads((run / "manifest.json").read_text())["status"] == "running"
 
     report = train(load(path), View(), resume=True)
-    assert 0 < report.steps <= 10
-    assert report.loss.history[-1][0] == 12
+    assert report.steps == 12
+    assert [step for step, _ in report.loss.history] == list(range(1, 13))
+    assert len(report.resumed_from) == 1
+    assert 2 <= report.resumed_from[0] < 12
     assert report.eval.before is not None
     assert report.eval.after is not None
     assert report.eval.after.loss < report.eval.before.loss

@@ -133,7 +133,7 @@ def test_a_killed_run_leaves_nothing_that_looks_complete_and_resumes(package_fol
 
     report = train(load(path), View(), resume=True)
     assert report.steps == 12
-    assert [step for step, _ in report.loss.history] == list(range(1, 13))
+    assert [row[0] for row in report.loss.history] == list(range(1, 13))
     assert len(report.resumed_from) == 1
     assert 2 <= report.resumed_from[0] < 12
     assert report.eval.before is not None

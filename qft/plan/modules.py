@@ -35,6 +35,8 @@ NARROWING = ("exclude_modules", "modules_to_save", "layers_to_transform")
 """Fields of `adapter` that leave out some of its targets."""
 BLOCK = re.compile(r".*?\.[^.]*\.(\d+)\.")
 """The first number in a module's name, which is its block's, as peft reads it."""
+ALTERNATIVES = re.compile(r"\((?:\?:|(?!\?))((?:[^()\[\]\\]|\\.)*\|(?:[^()\[\]\\]|\\.)*)\)")
+"""A group of a pattern that holds alternatives and no other group."""
 NAMED = "list in target_modules what is to be adapted"
 SHOWN = 3
 """Names that a message offers."""
@@ -59,6 +61,9 @@ def match_adapter(adapter: AdapterSection, model: nn.Module) -> tuple[Matches, l
         counts, found = _matched(field, entries, find, model)
         matches |= counts
         problems += found
+        if isinstance(getattr(adapter, field.partition(".")[2]), str) and not found:
+            idle = _idle_branches(entries[0], find)
+            problems += [(field, f"{each} in {entries[0]} adds nothing: {_near(each, model)}") for each in idle]
     if not problems:
         problems = [*_target_problems(adapter, model, matches), *_save_problems(adapter, model)]
     return matches, problems
@@ -223,6 +228,15 @@ def _save_problems(adapter: AdapterSection, model: nn.Module) -> Iterator[Proble
             yield "adapter.modules_to_save", f"{entry} matches {lists[0]}, a list of modules; name what is in it"
 
 
+def _idle_branches(pattern: str, find: Find) -> Iterator[str]:
+    """Yield the alternatives in a pattern, `(a|b)` or `a|b`, without which it would match the same."""
+    groups = [(match.start(1), match.end(1)) for match in ALTERNATIVES.finditer(pattern)]
+    for start, end in groups or ([(0, len(pattern))] if "(" not in pattern else []):
+        for branch in re.split(r"(?<!\\)\|", pattern[start:end]):
+            if not find(f"{pattern[:start]}{branch}{pattern[end:]}"):
+                yield branch
+
+
 def _matches_nothing(entry: str, model: nn.Module) -> str:
     """What is wrong with an entry, and which names are near it."""
     modules = dict(_modules(model))
@@ -232,11 +246,16 @@ def _matches_nothing(entry: str, model: nn.Module) -> str:
         if next(modules[named[0]].parameters(recurse=False), None) is None:
             return f"{entry} matches no layer: {named[0]} holds no weights but those of the layers in it; name them"
         return f"{entry} matches nothing as a pattern of whole names: write [{entry}], or .*{entry}"
+    return f"{entry} is no linear layer of the model, nor another module; {_near(entry, model)}"
+
+
+def _near(entry: str, model: nn.Module) -> str:
+    """Names that may have been meant, and those of the linear layers."""
+    modules = dict(_modules(model))
     leaves = [name.rpartition(".")[2] for name in modules]
     known = dict.fromkeys(part for part in (*leaves, *modules) if not part.isdigit())
     near = difflib.get_close_matches(entry, known, n=SHOWN, cutoff=0.6)
     hint = f"did you mean {' or '.join(near)}; " if near else ""
     kinds = nn.Linear | Conv1D
     linears = sorted({name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, kinds)})
-    names = f"the linear layers are called {', '.join(linears)}"
-    return f"{entry} is no linear layer of the model, nor another module; {hint}{names}"
+    return f"{hint}the linear layers are called {', '.join(linears)}"

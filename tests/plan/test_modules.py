@@ -38,6 +38,11 @@ MATCHES: list[tuple[str, dict[str, Any], dict[str, dict[str, int]]]] = [
     ("gpt2", sections(), {"adapter.target_modules": {"all-linear": 8}}),
     ("llama", sections(target_modules=["q_proj", "up_proj"]), {"adapter.target_modules": {"q_proj": 2, "up_proj": 2}}),
     ("llama", sections(target_modules=r".*1\.mlp\.\w+_proj"), {"adapter.target_modules": {r".*1\.mlp\.\w+_proj": 3}}),
+    (
+        "llama",
+        sections(target_modules=r".*(mlp|attn)\.(up|q|k)_proj"),
+        {"adapter.target_modules": {r".*(mlp|attn)\.(up|q|k)_proj": 6}},
+    ),
     ("gpt_neox", sections(target_modules=["dense"]), {"adapter.target_modules": {"dense": 2}}),
     (
         "phi",
@@ -87,6 +92,13 @@ def test_the_counts_are_those_of_the_layers_that_peft_adapts(
 REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
     ("llama", sections(target_modules=["q_proj", "v_porj"]), "adapter.target_modules", "did you mean v_proj"),
     ("llama", sections(target_modules="(q_proj"), "adapter.target_modules", "is no regular expression"),
+    (
+        "llama",
+        sections(target_modules=r".*\.(q_proj|v_porj)"),
+        "adapter.target_modules",
+        "v_porj in .* did you mean v_proj",
+    ),
+    ("llama", sections(exclude_modules=r".*q_proj|.*mlp\.x"), "adapter.exclude_modules", r"mlp.*x in .* adds nothing"),
     ("llama", sections(target_modules="q_proj"), "adapter.target_modules", r"write \[q_proj\], or .\*q_proj"),
     ("llama", sections(target_modules=["q_proj", "norm"]), "adapter.target_modules", "LlamaRMSNorm"),
     ("llama", sections(target_modules=["self_attn"]), "adapter.target_modules", "LlamaAttention"),

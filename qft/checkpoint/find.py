@@ -13,10 +13,10 @@ from huggingface_hub import errors as hf
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers import __version__ as transformers_version
 
+from qft.checkpoint.digest import digest
 from qft.checkpoint.gguf_file import gguf_config, gguf_tokenizer
 from qft.documents.manifest import Base
 from qft.errors import MissingError, ModelError, first_line
-from qft.files import sha256
 from qft.recipe import Recipe
 
 # Everything a model needs beside its weights; pickles are not among them.
@@ -62,7 +62,7 @@ class Checkpoint:
     def digests(self) -> dict[str, str]:
         """SHA-256 of each file that defines the model, by name."""
         described = [] if self.gguf_file else sorted(self.folder.glob("*.json"))
-        return {path.name: _digest(path) for path in [*described, *self.weight_files()]}
+        return {path.name: digest(path) for path in [*described, *self.weight_files()]}
 
 
 def find_checkpoint(recipe: Recipe) -> Checkpoint:
@@ -186,9 +186,3 @@ def _require_safetensors(asked: str, names: list[str]) -> None:
             "convert them to safetensors"
         )
     raise MissingError(f"{asked}: has no .safetensors weights")
-
-
-def _digest(path: Path) -> str:
-    # In the hub's cache a large file is a link to a blob that is named by its SHA-256.
-    name = path.resolve().name if path.is_symlink() else ""
-    return name if len(name) == 64 else sha256(path)

@@ -75,8 +75,8 @@ def calibrate(loaded: LoadedRecipe, view: View, *, resume: bool = False, overwri
 
 
 def _begin(plan: CalibrationPlan, source: Source, run: Run, view: View) -> Acceptance:
+    record_base(run, plan.model.checkpoint.with_weights().base())
     quantizer = quantizer_for(plan, source, view)
-    record_base(run, plan.model.checkpoint.base())
     write_text(run.folder / "calibration.jsonl", plan.data.as_jsonl())
     return Acceptance(plan, source, quantizer, view)
 

@@ -54,8 +54,8 @@ def training_arguments(plan: Plan, run: Run) -> TrainingArguments:
 
 def _load(plan: Plan, run: Run, *, resume: bool) -> Any:
     """The base with its adapter, whose first state is kept where it changed the base."""
+    record_base(run, plan.model.checkpoint.with_weights().base())
     model = load_base(plan.model)
-    record_base(run, plan.model.checkpoint.base())
     model = attach_adapter(model, plan)
     if _changes_base(plan) and not resume:
         model.save_pretrained(str(run.initial_adapter))

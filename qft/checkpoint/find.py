@@ -16,6 +16,7 @@ from transformers import __version__ as transformers_version
 from qft.checkpoint.digest import digest
 from qft.checkpoint.gguf_file import gguf_config, gguf_tokenizer
 from qft.documents.manifest import Base
+from qft.documents.recorded import record_of
 from qft.errors import MissingError, ModelError, first_line
 from qft.recipe import Recipe
 
@@ -79,6 +80,13 @@ def find_checkpoint(recipe: Recipe) -> Checkpoint:
     if path.is_file():
         raise ModelError(f"model.path: {path} is neither a folder nor a .gguf file")
     raise MissingError(f"model.path: {path} does not exist")
+
+
+def require_written(recipe: Recipe) -> None:
+    """Raise DamagedError if qft wrote model.path and it is no longer that: of a run, an export or a version."""
+    path = Path(recipe.model.path)
+    if path.is_absolute() and (record := record_of(path)):
+        record.require_whole(digest)
 
 
 def load_tokenizer(checkpoint: Checkpoint, recipe: Recipe) -> PreTrainedTokenizerBase:

@@ -137,6 +137,8 @@ def open_session(
     """Load the target `name` to talk to. Raises QftError; whatever is wrong with the target, the options or `prompt` is
     told before the model is loaded."""
     target = parse_target(name, adapter=adapter, data=None)
+    if target.unverified:
+        note(f"[{target.unverified}]")
     plan = target.plan()
     conversation = Conversation(plan.tokenizer, options, plan.shape.max_positions)
     conversation.prompt("Hello" if prompt is None else prompt)

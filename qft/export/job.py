@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+from qft.documents.recorded import require_whole_run
 from qft.errors import MissingError, RecipeError, RunError
 from qft.model.merge import MergedWeights
 from qft.model.target import Target, parse_target
@@ -96,6 +97,7 @@ def load_run(folder: Path, overrides: Sequence[str]) -> LoadedRecipe:
     for text in overrides:
         if text.partition(".")[0] not in ("export", "calibrate"):
             raise RecipeError(f"--set {text}: the run is done; only export.* and calibrate.* can still be set")
+    require_whole_run(folder)
     return load(run.folder / "recipe.yaml", overrides)
 
 
@@ -107,6 +109,8 @@ def find_job(folder: Path, loaded: LoadedRecipe, options: ExportOptions, view: V
     if status != "complete":
         raise RunError(f"{folder}: the run is {status}, not complete; finish it with `qft train --resume`")
     target = parse_target(str(folder), adapter=None, data=None)
+    if target.unverified:
+        view.note(target.unverified)
     view.note("Reading the configuration")
     plan = target.plan()
     quantized = target.adapter is not None and plan.scheme.name != "none"

@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from qft.checkpoint.find import Checkpoint, find_checkpoint, load_tokenizer
+from qft.checkpoint.find import Checkpoint, find_checkpoint, load_tokenizer, require_written
 from qft.checkpoint.skeleton import without_contents
 from qft.documents.manifest import DevicePart
 from qft.documents.plan import PlannedModel, Quantization
@@ -89,13 +89,17 @@ class ModelPlan:
         return Quantization(**self.scheme.facts() | {"described": self.scheme.words()})
 
 
-def plan_model(loaded: LoadedRecipe, lora: dict[str, Any] | None = None) -> ModelPlan:
-    """Decide device, dtype and quantization, and count the parameters, with the adapters of `lora` attached.
+def plan_model(loaded: LoadedRecipe, lora: dict[str, Any] | None = None, *, fresh: bool = False) -> ModelPlan:
+    """Decide device, dtype and quantization, and count the parameters, with the adapters of `lora` attached. `fresh`:
+    the model was written by this command, which will judge it.
 
-    Raises RecipeError for what model or device cannot do, MissingError or ModelError if the model is not to be had."""
+    Raises RecipeError for what model or device cannot do, MissingError or ModelError if the model is not to be had,
+    DamagedError if an earlier command wrote it, and it is no longer that."""
     recipe = loaded.recipe
     device = require_device(loaded)
     refuse(loaded, device_problems(recipe, device))
+    if not fresh:
+        require_written(recipe)
     checkpoint = find_checkpoint(recipe)
     if checkpoint.quantization:
         refuse(loaded, contradictions(checkpoint.quantization, loaded))
@@ -150,7 +154,8 @@ def plan_folder(folder: Path, section: ModelSection, dtype: str, quant: QuantSec
     """The plan of a model that was written to `folder`, where and how `section` says its base is held."""
     model = section.model_dump(exclude={"path", "revision"}) | {"path": str(folder.resolve()), "dtype": dtype}
     values = {"model": model, "data": {"train": "-"}, "output_dir": "-"}
-    return plan_model(from_values(values | ({"quant": quant.model_dump(exclude_unset=True)} if quant else {})))
+    values |= {"quant": quant.model_dump(exclude_unset=True)} if quant else {}
+    return plan_model(from_values(values), fresh=True)
 
 
 def _shape(loaded: LoadedRecipe, checkpoint: Checkpoint, lora: dict[str, Any] | None) -> Shape:

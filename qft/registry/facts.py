@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from qft.documents.manifest import Manifest
+from qft.documents.recorded import record_of, record_of_run
 from qft.documents.registry import RecipeText, VersionManifest
 from qft.errors import MissingError, RunError
 from qft.files import sha256
@@ -17,14 +18,19 @@ Record = dict[str, Any]
 def facts_of(artifact: Path, run: Path | None) -> VersionManifest:
     """The facts that `add` takes: from export.json in the artifact's folder, if there is one, and from a run's
     manifest.json, recipe.yaml and report.json. Raises MissingError if `run` is no run, RunError if a file cannot be
-    read or the two tell of different bases."""
+    read or the two tell of different bases, DamagedError if the run's are not as it wrote them."""
     exported = _read(artifact / "export.json")
+    if not exported and (record := record_of(artifact)):
+        exported = {"sha256": record.below(artifact)}
     facts = _told(artifact, {name: exported.get(name) for name in ("target", "base", "gate", "sha256")})
     if facts.gate and not facts.sha256:
         raise RunError(f"{artifact / 'export.json'}: has a verdict and no sha256, so nothing says of which files it is")
     if run is None:
         return facts
     manifest = _manifest(run)
+    if record := record_of_run(run):
+        record.part("recipe.yaml").require_whole()
+        record.part("report.json").require_whole()
     if facts.base and manifest.base and facts.base != manifest.base:
         raise RunError(f"{run}: its base is not the one in {artifact / 'export.json'}; name the run that was exported")
     known = {

@@ -5,7 +5,7 @@ from typing import Literal
 
 from qft.documents.registry import Event, Finding, VersionManifest
 from qft.errors import QftError, RunError
-from qft.files import sha256
+from qft.files import files_of, sha256
 from qft.registry.base import base_entry, base_file
 from qft.registry.shelf import ARTIFACT, MANIFEST, ORIGINAL, Shelf, find_shelf
 
@@ -41,11 +41,6 @@ def inspect_entry(shelf: Shelf, entry: str) -> Finding:
     if entry.startswith(ORIGINAL):
         return _inspect_original(entry, manifest)
     return _inspect_version(shelf, entry, manifest)
-
-
-def files_of(folder: Path) -> dict[str, Path]:
-    """Every file below a folder, by its path within it."""
-    return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if not path.is_dir()}
 
 
 def _inspect_version(shelf: Shelf, entry: str, manifest: VersionManifest) -> Finding:

@@ -11,17 +11,16 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from qft.documents.recorded import SIDE
 from qft.documents.registry import Event, Finding, Verdict, VersionManifest
 from qft.errors import GateError, MissingError, RecipeError, RunError
-from qft.files import nearest_folder, now, require_free_space, sha256, write_json
+from qft.files import files_of, nearest_folder, now, require_free_space, sha256, write_json
 from qft.registry.base import base_entry, record_base
 from qft.registry.shelf import ADD_LOCK, ARTIFACT, LOCK, MANIFEST, ORIGINAL, Action, Shelf, find_shelf, flush
-from qft.registry.verify import Which, files_of, inspect_entry, pending
+from qft.registry.verify import Which, inspect_entry, pending
 
 FACTS = ("target", "base", "data", "recipe", "scores", "gate", "run")
 """What a manifest says beside bytes and hashes, None where nobody said it; see facts_of."""
-SIDE = ("export.json", "README.md")
-"""Files that tell of an export and are not part of what its gate hashed."""
 
 
 def add(registry: Path, name: str, artifact: Path, facts: VersionManifest, *, reason: str = "") -> int:
@@ -205,7 +204,7 @@ def _require_same(artifact: Path, said: dict[str, str], hashes: dict[str, str]) 
     copied = {name: digest for name, digest in hashes.items() if Path(name).name not in SIDE}
     wrong = sorted(name for name in said.keys() | copied.keys() if said.get(name) != copied.get(name))
     if wrong:
-        raise GateError(f"{artifact}: not what its gate saw, by export.json: {', '.join(wrong[:5])}; export it again")
+        raise GateError(f"{artifact}: is not what was written, by its hashes: {', '.join(wrong[:5])}; export it again")
 
 
 def _place(shelf: Shelf, temporary: Path) -> int:

@@ -27,11 +27,16 @@ import yaml
 from qft.documents.manifest import Base, Hardware, Manifest
 from qft.documents.plan import CalibrationPlanDocument, PlanDocument
 from qft.errors import RunError
-from qft.files import now, require_free_space, write_json, write_text
+from qft.files import files_of, now, require_free_space, sha256, write_json, write_text
 from qft.machine.device import describe, versions
 from qft.recipe import Recipe, dump
 
 MANIFEST = "manifest.json"
+HASHED = (
+    "recipe.yaml", "plan.json", "adapter", "model", "calibration.jsonl", "rows.jsonl", "answers", "eval-before.json",
+    "eval-after.json", "report.json",
+)  # fmt: skip
+"""What a complete run keeps, and is read again."""
 
 # What a resumed run may not change: the checkpoint was made by it.
 FIXED = {
@@ -78,6 +83,11 @@ class Run:
         """The last checkpoint that was written whole (the Trainer writes trainer_state.json last)."""
         whole = [p for p in self.checkpoints.glob("checkpoint-*") if _is_whole(p)]
         return max(whole, key=step_of, default=None)
+
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of each file of the result and of what tells of it, by its path in the folder. Reads them."""
+        files = files_of(self.folder)
+        return {name: sha256(path) for name, path in files.items() if name.split("/")[0] in HASHED}
 
     def note(self, news: Manifest) -> None:
         """Write the fields that `news` sets into the manifest."""
@@ -134,6 +144,8 @@ def start_run(recipe: Recipe, plan: Planned, room: tuple[int, str], *, resume: b
         hardware=Hardware(device=plan.device, **describe()),
         data={source.path: source.digest for source in plan.data.sources},
         plugin=plan.quantization.plugin if plan.quantization else None,
+        files=None,
+        accepted=[],
     )
     if resume:
         _require_same(run, recipe, facts, FIXED[plan.kind])

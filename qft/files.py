@@ -1,5 +1,6 @@
 """Atomic writes, content hashes and free space: what a run needs of the file system."""
 
+import errno
 import hashlib
 import json
 import os
@@ -72,6 +73,13 @@ def _put_in_place(folder: Path, path: Path) -> None:
         os.replace(old, path)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def read_file(path: Path) -> bytes:
+    """Its bytes. Raises OSError for what is no file, such as a pipe, that would be waited for."""
+    if os.path.lexists(path) and not path.is_file():
+        raise OSError(errno.EINVAL, "it is no file", str(path))
+    return path.read_bytes()
 
 
 def sha256(path: Path) -> str:

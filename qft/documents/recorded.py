@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from qft.documents.manifest import Manifest
 from qft.documents.registry import VersionManifest
 from qft.errors import DamagedError
-from qft.files import files_of, sha256, verdict
+from qft.files import files_of, read_file, sha256, verdict
 
 MANIFEST, EXPORT = "manifest.json", "export.json"
 SIDE = (EXPORT, "README.md")
@@ -144,6 +144,6 @@ def _within(folder: Path) -> Record | None:
 
 def _load(path: Path, kind: type[Document]) -> Document | None:
     try:
-        return kind.model_validate_json(path.read_bytes())
+        return kind.model_validate_json(read_file(path))
     except (OSError, ValidationError):
         return None

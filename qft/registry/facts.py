@@ -10,7 +10,7 @@ from qft.documents.manifest import Manifest
 from qft.documents.recorded import record_of, record_of_run
 from qft.documents.registry import RecipeText, VersionManifest
 from qft.errors import MissingError, RunError
-from qft.files import sha256
+from qft.files import read_file, sha256
 
 Record = dict[str, Any]
 
@@ -38,7 +38,7 @@ def facts_of(artifact: Path, run: Path | None) -> VersionManifest:
         "data": manifest.data,
         "run": str(run.resolve()),
         "recipe": _recipe(run / "recipe.yaml"),
-        "scores": _scores(_read(run / "report.json")),
+        "scores": _told_scores(run / "report.json"),
     }
     return facts.model_copy(update=known)
 
@@ -64,7 +64,18 @@ def _manifest(run: Path) -> Manifest:
 def _recipe(path: Path) -> RecipeText | None:
     if not path.is_file():
         return None
-    return RecipeText(path=str(path.resolve()), sha256=sha256(path), text=path.read_text("utf-8"))
+    try:
+        return RecipeText(path=str(path.resolve()), sha256=sha256(path), text=path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: cannot be read: {error}") from None
+
+
+def _told_scores(path: Path) -> dict[str, float] | None:
+    report = _read(path)
+    try:
+        return VersionManifest.model_validate({"scores": _scores(report)}).scores
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+        raise RunError(f"{path}: is no report of a run, and has no scores; restore it, or remove it") from None
 
 
 def _scores(report: Record) -> dict[str, float] | None:
@@ -89,10 +100,10 @@ def _number(value: Any) -> float | None:
 def _read(path: Path) -> Record:
     """A JSON object; empty if the file is not there."""
     try:
-        record = json.loads(path.read_text("utf-8"))
+        record = json.loads(read_file(path))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{path}: cannot be read: {error}") from None
     if not isinstance(record, dict):
         raise RunError(f"{path}: is no JSON object")

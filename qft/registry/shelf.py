@@ -10,7 +10,6 @@ history.jsonl    one line for each add, promote and rollback; lines are added an
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
@@ -25,7 +24,7 @@ from typing import Any, Literal
 
 from qft.documents.registry import Event, VersionManifest
 from qft.errors import MissingError, QftError, RecipeError, RunError
-from qft.files import atomic_file, now
+from qft.files import atomic_file, now, read_file
 
 ORIGINAL = "original"
 HISTORY = "history.jsonl"
@@ -235,13 +234,6 @@ def _event(line: bytes) -> Event | None:
         return None
     known = ENTRY.fullmatch(event.to) and (event.start is None or ENTRY.fullmatch(event.start))
     return event if known else None
-
-
-def read_file(path: Path) -> bytes:
-    """Its bytes. Raises OSError for what is no file, such as a pipe, that would be waited for."""
-    if os.path.lexists(path) and not path.is_file():
-        raise OSError(errno.EINVAL, "it is no file", str(path))
-    return path.read_bytes()
 
 
 def flush(path: Path) -> None:

@@ -27,7 +27,7 @@ import yaml
 from qft.documents.manifest import Base, Hardware, Manifest
 from qft.documents.plan import CalibrationPlanDocument, PlanDocument
 from qft.errors import RunError
-from qft.files import files_of, now, require_free_space, sha256, write_json, write_text
+from qft.files import files_of, now, read_file, require_free_space, sha256, write_json, write_text
 from qft.machine.device import describe, versions
 from qft.recipe import Recipe, dump
 
@@ -69,7 +69,7 @@ class Run:
     def manifest(self) -> Manifest | None:
         """None if the folder is no run."""
         try:
-            return Manifest.model_validate_json((self.folder / MANIFEST).read_bytes())
+            return Manifest.model_validate_json(read_file(self.folder / MANIFEST))
         except (OSError, ValueError):
             return None
 

@@ -19,7 +19,7 @@ from qft import registry as versions
 from qft.documents.registry import VersionManifest
 from qft.errors import RunError
 from tests.support.cli import qft
-from tests.support.versions import PASSED, artifact, digest
+from tests.support.versions import PASSED, artifact, digest, exported
 
 GARBAGE = bytes(range(256)) * 4
 ADVICE = re.compile(r"`(qft models [^`]*)`")
@@ -428,3 +428,25 @@ def test_a_version_that_is_not_what_was_added_is_replaced_as_told(registry: Path
     os.rename(registry / "m" / "v2", registry.parent / "v2")
     assert models(registry, "add", "m", kept / "out2").exit_code == 0
     assert models(registry, "verify", "m").exit_code == 0
+
+
+FACTS: dict[str, Callable[[Path], None]] = {
+    "a report that is a pipe": replaced("report.json", os.mkfifo),
+    "a report without a reading": rewrite("report.json", b'{"eval": 3}'),
+    "a calibration without attempts": rewrite("report.json", b'{"kind": "calibration", "attempts": []}'),
+    "scores that are words": rewrite("report.json", b'{"eval": {"after": {"loss": "low"}}}'),
+    "a recipe of garbage": rewrite("recipe.yaml", GARBAGE),
+    "a manifest that nests without end": rewrite("manifest.json", b"[" * 100_000),
+    "a manifest that is a pipe": replaced("manifest.json", os.mkfifo),
+}
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_a_damaged_run_is_told_by_its_file(name: str, kept: Path, tmp_path: Path) -> None:
+    base = {"path": "base", "commit": None, "sha256": {"model.safetensors": "0" * 64}}
+    out, run = exported(tmp_path / "out", tmp_path / "run", base, 4)
+    FACTS[name](run)
+    ran = models(tmp_path / "models", "add", "m", out, "--run", run)
+    assert ran.exit_code == 7, ran.stderr
+    assert str(run) in ran.stderr
+    assert not (tmp_path / "models").exists()

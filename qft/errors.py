@@ -4,6 +4,7 @@
     ├─ RecipeError           2   the recipe is wrong, or asks what this machine cannot do
     ├─ MissingError          3   a file, a dataset or a model is not there
     ├─ GateError             4   the work was done and its result was not accepted
+    │  └─ DamagedError       4   a file does not hash to what was recorded of it
     ├─ DataError             5   a row or a template cannot be trained on
     ├─ ModelError            6   the model cannot be loaded or trained as asked
     ├─ RunError              7   the run folder forbids it: not empty, not resumable, disk full
@@ -39,6 +40,10 @@ class MissingError(QftError):
 
 class GateError(QftError):
     exit_code = 4
+
+
+class DamagedError(GateError):
+    """Its message names the file and the way out."""
 
 
 class DataError(QftError):

@@ -1,4 +1,5 @@
-"""What was read of GGUF files, kept for the next command: transformers takes half a minute for a vocabulary of 262,000.
+"""What was read of large files, kept for the next command: transformers takes half a minute for the vocabulary of a
+GGUF file, if it has 262,000 words, and a model's weights are hashed in seconds.
 
 An entry is a folder of JSON, named by the SHA-256 of all that it was made of. Any of it can be deleted at any time, and
 one that is not as it was written is made anew. QFT_CACHE=off keeps nothing, and QFT_CACHE=FOLDER keeps it there
@@ -43,7 +44,16 @@ def kept(
     restore: Callable[[Path], Value],
 ) -> Value:
     """The `part` of the GGUF file at `path` that `read` gives, from an entry that `write` wrote where there is one."""
-    entry = _entry(path, part)
+    return kept_at(_entry(path, part), read, write, restore)
+
+
+def kept_at(
+    entry: Path | None,
+    read: Callable[[], Value],
+    write: Callable[[Value, Path], None],
+    restore: Callable[[Path], Value],
+) -> Value:
+    """What `read` gives, from the entry at that path if it is there; None: it is not kept."""
     if entry is None:
         return read()
     # Its sums are compared when all is read: then nobody has removed or changed a file in between.
@@ -90,7 +100,7 @@ def companions(path: Path) -> list[Path]:
 
 def _entry(path: Path, part: str) -> Path | None:
     """Where that part of the file is kept; None if nothing is kept of it."""
-    folder = _cache_folder()
+    folder = cache_folder()
     if folder is None or (end := _header_end(path)) is None:
         return None
     digest = hashlib.sha256(f"{part} {__version__}".encode())
@@ -103,7 +113,8 @@ def _entry(path: Path, part: str) -> Path | None:
     return folder / "gguf" / digest.hexdigest()
 
 
-def _cache_folder() -> Path | None:
+def cache_folder() -> Path | None:
+    """Of this user; None if nothing is to be kept."""
     where = os.environ.get("QFT_CACHE")
     if where:
         return None if where == "off" else Path(where)

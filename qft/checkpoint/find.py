@@ -15,11 +15,12 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PretrainedCo
 from transformers import __version__ as transformers_version
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from qft.checkpoint.digest import digest
 from qft.checkpoint.gguf_file import gguf_config, gguf_tokenizer
 from qft.checkpoint.stored import NEITHER, Stored, chosen_file, some, stored_tensors, weight_files, weight_names
 from qft.documents.manifest import Base
+from qft.documents.recorded import record_of
 from qft.errors import DataError, MissingError, ModelError, first_line
-from qft.files import sha256
 from qft.recipe import Recipe
 
 # Everything a model needs beside its weights; pickles are not among them.
@@ -79,7 +80,7 @@ class Checkpoint:
     def digests(self) -> dict[str, str]:
         """SHA-256 of each file that defines the model, by name."""
         described = [] if self.gguf_file else sorted(self.folder.glob("*.json"))
-        return {path.name: _digest(path) for path in [*described, *self.weight_files()]}
+        return {path.name: digest(path) for path in [*described, *self.weight_files()]}
 
 
 def find_checkpoint(recipe: Recipe) -> Checkpoint:
@@ -96,6 +97,13 @@ def find_checkpoint(recipe: Recipe) -> Checkpoint:
     if path.is_file():
         raise ModelError(f"model.path: {path} is neither a folder nor a .gguf file")
     raise MissingError(f"model.path: {path} does not exist")
+
+
+def require_written(recipe: Recipe) -> None:
+    """Raise DamagedError if qft wrote model.path and it is no longer that: of a run, an export or a version."""
+    path = Path(recipe.model.path)
+    if path.is_absolute() and (record := record_of(path)):
+        record.require_whole(digest)
 
 
 def load_tokenizer(checkpoint: Checkpoint, recipe: Recipe) -> PreTrainedTokenizerBase:
@@ -221,9 +229,3 @@ def _require_safetensors(asked: str, names: Sequence[str], named: str | None) ->
     others = [name for name in names if name.endswith(".safetensors")]
     text = f"its config.json names {named}, which is not there" if named else NEITHER
     raise MissingError(f"{asked}: {text}{f' (there is {some(others)})' if others else ''}")
-
-
-def _digest(path: Path) -> str:
-    # In the hub's cache a large file is a link to a blob that is named by its SHA-256.
-    name = path.resolve().name if path.is_symlink() else ""
-    return name if len(name) == 64 else sha256(path)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qft.cli.shell import AsJson, Debug, messages, register, tell
-from qft.errors import GateError, MissingError
+from qft.errors import GateError, MissingError, QftError
 
 if TYPE_CHECKING:
-    from qft.registry import Which
+    from qft.documents.registry import VersionManifest
+    from qft.registry import Shelf, Which
 
 HELP = "Keep versions of exported models: promote one, go back to another."
 models = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help=HELP)
@@ -39,8 +39,11 @@ def add(
         from qft import registry as versions
 
         number = versions.add(registry, name, artifact, versions.facts_of(artifact, run), reason=reason)
-        elsewhere = "" if registry == MODELS else f" --registry {quote(str(registry))}"
-        typer.echo(f"{name} v{number} added; next: qft models promote {name} {number}{elsewhere}")
+        shelf = versions.find_shelf(registry, name)
+        gate = shelf.manifest(f"v{number}").gate
+        forced = "" if gate and gate.passed else " --force (no gate has passed it)"
+        typer.echo(f"{name} v{number} added; next: {shelf.say('promote', str(number))}{forced}")
+        _warn(registry, name)
 
 
 def list_models(
@@ -58,8 +61,10 @@ def list_models(
         models = {}
         for each in [name] if name else versions.names(registry):
             shelf = versions.find_shelf(registry, each)
-            manifests = {f"v{number}": shelf.manifest(f"v{number}") for number in shelf.numbers()}
-            models[each] = ModelVersions(current=shelf.current(), versions=manifests)
+            found = ((f"v{number}", _readable(shelf, f"v{number}")) for number in shelf.numbers())
+            manifests = {entry: manifest for entry, manifest in found if manifest}
+            problems = versions.damages(shelf)
+            models[each] = ModelVersions(current=shelf.leads_to(), versions=manifests, problems=problems)
         tell(RegistryListing(registry=str(registry), models=models), render_list, as_json=as_json)
 
 
@@ -69,14 +74,20 @@ def show(
     """Show one version: where it comes from, how good it is, and the model's history."""
     with messages(debug):
         from qft.documents.registry import VersionDetails
-        from qft.registry import find_shelf
+        from qft.registry import damages, find_shelf
         from qft.views.terminal.models import render_version
 
         shelf = find_shelf(registry, name)
         entry = _entry(registry, name, version)
-        current, manifest, history = shelf.current(), shelf.manifest(entry), shelf.history()
-        path = str(shelf.folder / entry)
-        details = VersionDetails(name=name, entry=entry, current=current, path=path, manifest=manifest, history=history)
+        details = VersionDetails(
+            name=name,
+            entry=entry,
+            current=shelf.leads_to(),
+            path=str(shelf.folder / entry),
+            manifest=_readable(shelf, entry),
+            history=shelf.read_history().events,
+            problems=damages(shelf),
+        )
         tell(details, render_version, as_json=as_json)
 
 
@@ -109,6 +120,7 @@ def promote(
         number = _number(version)
         versions.promote(registry, name, number, reason=reason, force=force)
         typer.echo(f"{name}: v{number} is current: {registry / name / 'current' / 'artifact'}")
+        _warn(registry, name)
 
 
 def rollback(
@@ -125,9 +137,11 @@ def rollback(
 
         target: Which = None if to is None else "original" if to == "original" else _number(to)
         entry = versions.rollback(registry, name, target, reason=reason, force=force)
-        base = versions.find_shelf(registry, name).manifest(entry).base
+        manifest = _readable(versions.find_shelf(registry, name), entry)
+        base = manifest and manifest.base
         path = base.path if base and not entry.startswith("v") else registry / name / "current" / "artifact"
         typer.echo(f"{name}: {entry} is current: {path}")
+        _warn(registry, name)
 
 
 def verify(
@@ -153,20 +167,39 @@ def verify(
             raise GateError("\n".join(f"{name}: {text}" for text in wrong))
 
 
+def _readable(shelf: Shelf, entry: str) -> VersionManifest | None:
+    """None for one that is damaged, which `damages` tells. Raises MissingError if there is no such version."""
+    try:
+        return shelf.manifest(entry)
+    except MissingError:
+        raise
+    except QftError:
+        return None
+
+
+def _warn(registry: Path, name: str) -> None:
+    """Tell what is still damaged after a change that it did not stop."""
+    from qft.registry import damages, find_shelf
+
+    for text in damages(find_shelf(registry, name)):
+        typer.echo(f"note: {text}", err=True)
+
+
 def _number(text: str) -> int:
     digits = text.removeprefix("v")
-    if not (digits.isascii() and digits.isdigit() and int(digits)):
+    if not (digits.isascii() and digits.isdigit() and len(digits) <= 18 and int(digits)):
         raise typer.BadParameter(f"{text} is no version; give a number, as `qft models list` shows them")
     return int(digits)
 
 
 def _entry(registry: Path, name: str, text: str) -> str:
-    """vN, or what is current. Raises MissingError before the first promote."""
+    """vN, or what is current, by the history if `current` is damaged. Raises MissingError before the first promote."""
     from qft.registry import find_shelf
 
     if text != "current":
         return f"v{_number(text)}"
-    current = find_shelf(registry, name).current()
+    shelf = find_shelf(registry, name)
+    current = shelf.leads_to() or shelf.read_history().recorded
     if current is None:
         raise MissingError(f"{name}: nothing is current yet; give a version's number")
     return current

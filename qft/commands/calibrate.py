@@ -9,9 +9,11 @@ import torch
 from qft.calibration.accept import Acceptance, perplexity, quantizer_for
 from qft.calibration.quantizer import Quantizer
 from qft.calibration.source import Source
+from qft.checkpoint.digest import digest
 from qft.data.prepare import Prepared
 from qft.documents.calibration import CalibrationRecord, CalibrationReport
 from qft.documents.manifest import Manifest
+from qft.documents.recorded import record_of, require_whole_run, unverified
 from qft.errors import GateError, MissingError, RunError
 from qft.files import write_json, write_text
 from qft.machine.device import versions
@@ -33,6 +35,10 @@ def find_plan(loaded: LoadedRecipe, trained: Prepared | None = None) -> tuple[Ca
     run = Run(path)
     if not run.manifest():
         return plan_calibration(loaded, trained=trained), None
+    require_whole_run(run.folder)
+    for part in (run.adapter, run.full_model):
+        if record := record_of(part):
+            record.require_whole(digest)
     if not run.adapter.is_dir() and not run.full_model.is_dir():
         raise MissingError(f"{path}: the run has neither an adapter nor a model; it did not complete")
     base = load(run.folder / "recipe.yaml").recipe.model
@@ -53,6 +59,8 @@ def calibrate(loaded: LoadedRecipe, view: View, *, resume: bool = False, overwri
     RecipeError, MissingError, DataError, ModelError or RunError for what cannot be done."""
     started = time.perf_counter()
     plan, merged_run = find_plan(loaded)
+    if merged_run and (note := unverified(Run(merged_run).adapter)):
+        view.note(note)
     if resume and plan.engine.whole_model:
         raise RunError(
             f"{plan.recipe.output_dir}: calibrate.engine {plan.calibrate.engine} quantizes the whole model at once, "
@@ -73,7 +81,7 @@ def calibrate(loaded: LoadedRecipe, view: View, *, resume: bool = False, overwri
         if plan.engine.whole_model:
             shutil.rmtree(run.work, ignore_errors=True)
     write_json(run.report, report.model_dump(mode="json"))
-    run.note(Manifest(status="complete" if accepted else "refused"))
+    run.note(Manifest(status="complete" if accepted else "refused", files=run.hashes()))
     if not accepted:
         resumable = "" if plan.engine.whole_model else "; --resume then takes the blocks as they are"
         raise GateError(f"{acceptance.refusal(run.folder)}{resumable}")
@@ -82,8 +90,8 @@ def calibrate(loaded: LoadedRecipe, view: View, *, resume: bool = False, overwri
 
 
 def _begin(plan: CalibrationPlan, source: Source, run: Run, view: View) -> Acceptance:
+    record_base(run, plan.loaded, plan.model.checkpoint.with_weights().base())
     quantizer = quantizer_for(plan, source, view)
-    record_base(run, plan.loaded, plan.model.checkpoint.base())
     write_text(run.folder / "calibration.jsonl", plan.data.as_jsonl())
     return Acceptance(plan, source, quantizer, view)
 

@@ -135,6 +135,8 @@ def open_session(
     """Load the target `name` to talk to. Raises QftError; whatever is wrong with the target, the options or `prompt` is
     told before the model is loaded."""
     target = parse_target(name, adapter=adapter, data=None)
+    if target.unverified:
+        note(f"[{target.unverified}]")
     plan = target.plan()
     require_special_tokens(plan.tokenizer, plan.shape.embeddings, generates=True)
     conversation = Conversation(plan.tokenizer, options, plan.shape.max_positions, plan.shape.embeddings)

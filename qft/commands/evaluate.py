@@ -92,6 +92,9 @@ def evaluate(names: Sequence[str], options: EvalOptions, view: View) -> EvalDocu
     asked = asked_tasks(first.loaded, options.harness)
     check_tasks(asked)
     view.note("Reading the configurations and the rows")
+    for target in targets:
+        if target.unverified:
+            view.note(target.unverified)
     plans = [target.plan() for target in targets]
     _require_one_tokenizer(targets, plans)
     evalset = eval_set(

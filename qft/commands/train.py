@@ -37,7 +37,7 @@ def train(loaded: LoadedRecipe, view: View, *, resume: bool = False, overwrite: 
         result = train_model(run, recorder, resume=resume)
         report = recorder.report(run, result)
     write_json(run.report, report.model_dump(mode="json"))
-    run.note(Manifest(status="complete"))
+    run.note(Manifest(status="complete", files=run.hashes()))
     # A resumed run has no answers from before. Last: a picture must not cost a result.
     answers = {moment.capitalize(): recorder.answers.get(moment, []) for moment in ("before", "after")}
     write_text(run.page, training_page(report, side_by_side(answers, plan.data.place)))

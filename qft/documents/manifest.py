@@ -52,6 +52,13 @@ class PluginFile(Stored):
     """The quant_method that it registers."""
 
 
+class Acceptance(Stored):
+    """Files of a run that are not as it wrote them, and are meant to be so."""
+
+    time: str
+    files: list[str]
+
+
 class Manifest(Stored):
     """manifest.json of a run's folder. Times are in UTC, as ISO 8601 has them."""
 
@@ -73,4 +80,9 @@ class Manifest(Stored):
     base: Base | None = None
     """None until the weights are on this machine."""
     error: str | None = None
+    files: dict[str, str] | None = None
+    """SHA-256 of each file that the run wrote, by its path in the folder. None until it is complete, and for a run of a
+    qft that recorded none."""
+    accepted: list[Acceptance] = []
+    """What `qft report --verify --accept` recorded since."""
     skipped_modules: SkippedModules | None = None

@@ -84,16 +84,18 @@ class Finding(Part):
     """vN or original-HASH."""
     missing: list[str] = []
     changed: list[str] = []
+    unreadable: list[str] = []
     extra: list[str] = []
     whole: bool
-    """Whether nothing is missing, changed or extra."""
+    """Whether nothing is missing, changed, unreadable or extra."""
 
     @classmethod
     def of(cls, entry: str, **found: list[str]) -> Finding:
         return cls(entry=entry, **found, whole=not any(found.values()))
 
     def sentences(self) -> list[str]:
-        kinds = {"missing": self.missing, "changed": self.changed, "not in the manifest": self.extra}
+        kinds = {"missing": self.missing, "changed": self.changed, "cannot be read": self.unreadable}
+        kinds["not in the manifest"] = self.extra
         return [f"{self.entry}: {name}: {kind}" for kind, names in kinds.items() for name in names]
 
 
@@ -109,8 +111,11 @@ class Difference(Part):
 
 class ModelVersions(Part):
     current: str | None
-    """vN or original-HASH; None before the first promote."""
+    """vN or original-HASH; None before the first promote, or if it is damaged."""
     versions: dict[str, VersionManifest]
+    """Those that can be read."""
+    problems: list[str] = []
+    """A sentence for each damage that is seen without hashing; none of them hides what is still good."""
 
 
 class RegistryListing(Part):
@@ -127,9 +132,12 @@ class VersionDetails(Part):
     entry: str
     current: str | None
     path: str
-    manifest: VersionManifest
+    manifest: VersionManifest | None
+    """None if it cannot be read."""
     history: list[Event]
     """Of the model, oldest first."""
+    problems: list[str] = []
+    """As in `qft models list`."""
 
 
 class VersionComparison(Part):

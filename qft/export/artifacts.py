@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qft.documents.export import ExportDocument, Gate
+from qft.documents.recorded import SIDE
 from qft.errors import GateError, RunError
 from qft.export.card import model_card
 from qft.export.gate.verify import Reference, judge, reference
@@ -19,7 +20,6 @@ from qft.files import atomic_folder, free_bytes, require_free_space, sha256, wri
 from qft.machine.device import versions
 from qft.model.handover import FORMS, require_possible
 from qft.progress import View
-from qft.registry import SIDE
 
 UNVERIFIED = Gate(passed=None, engine=None, rows=0, tokens=0, checks=[])
 

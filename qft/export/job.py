@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from qft.documents.recorded import require_whole_run
 from qft.errors import MissingError, RecipeError, RunError
 from qft.model.handover import Handover, decided
 from qft.model.merge import read_adapter
@@ -69,6 +70,7 @@ def load_run(folder: Path, overrides: Sequence[str]) -> LoadedRecipe:
     for text in overrides:
         if text.partition(".")[0] not in ("export", "calibrate"):
             raise RecipeError(f"--set {text}: the run is done; only export.* and calibrate.* can still be set")
+    require_whole_run(folder)
     return load(run.folder / "recipe.yaml", overrides)
 
 
@@ -80,6 +82,8 @@ def find_job(folder: Path, loaded: LoadedRecipe, options: ExportOptions, view: V
     if status != "complete":
         raise RunError(f"{folder}: the run is {status}, not complete; finish it with `qft train --resume`")
     target = parse_target(str(folder), adapter=None, data=None)
+    if target.unverified:
+        view.note(target.unverified)
     view.note("Reading the configuration")
     plan = target.plan()
     asked = options.merge_into or loaded.recipe.export.merge_into

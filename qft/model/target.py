@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qft.documents.recorded import record_of, require_whole_run, unverified
 from qft.errors import MissingError, ModelError, RecipeError
 from qft.gguf.llamacpp import LlamaCpp, require_llamacpp
 from qft.model.adapter import require_fit, with_adapter
@@ -56,6 +57,11 @@ class Target:
         """Whether llama.cpp runs it, and not transformers."""
         return self.variant == LLAMACPP
 
+    @property
+    def unverified(self) -> str | None:
+        """What is to be told if it comes of a run without hashes."""
+        return unverified(self.adapter or Path(self.loaded.recipe.model.path))
+
     def plan(self) -> ModelPlan:
         """How the base is held. Raises what `plan_model` does, and ModelError for an adapter that does not fit it."""
         plan = plan_model(self.loaded)
@@ -65,8 +71,9 @@ class Target:
 
 
 def parse_target(text: str, *, adapter: Path | None, data: str | None) -> Target:
-    """Tell what `text` names. Raises RecipeError, or MissingError for what is not there. `adapter` is put on a model
-    that brings none; `data` stands in for the recipe that a model has not."""
+    """Tell what `text` names. Raises RecipeError, MissingError for what is not there, or DamagedError for what is
+    no longer as qft wrote it. `adapter` is put on a model that brings none; `data` stands in for the recipe that a
+    model has not."""
     path, variant = split_variant(text)
     if file := _exported_gguf(Path(path)):
         path, variant = str(file), variant or LLAMACPP
@@ -74,15 +81,18 @@ def parse_target(text: str, *, adapter: Path | None, data: str | None) -> Target
         require_llamacpp()
         if not path.endswith(".gguf"):
             raise RecipeError(f"{text}: is no .gguf file, and llama.cpp runs no other")
+    run = Run(Path(path))
+    require_whole_run(run.folder)
     loaded, own_adapter = _find(path, data)
     adapter = adapter or own_adapter
     if variant and variant != "merged":
         adapter = None
     if variant == "merged" and adapter is None:
         raise RecipeError(f"{text}: there is no adapter to merge; name a run, or give --adapter")
+    if adapter is not None and (record := record_of(adapter)):
+        record.require_whole()
     if adapter is not None and not (adapter / "adapter_config.json").is_file():
         raise MissingError(f"{adapter}: holds no adapter (adapter_config.json)")
-    run = Run(Path(path))
     is_run = run.manifest() is not None
     return Target(
         name=text,
@@ -123,9 +133,9 @@ def _find(path: str, data: str | None) -> tuple[LoadedRecipe, Path | None]:
     run = Run(Path(path))
     if run.manifest():
         loaded = load(run.folder / "recipe.yaml")
-        if run.full_model.is_dir():
+        if run.full_model.is_dir() or record_of(run.full_model):
             return loaded.having(model={"path": str(run.full_model.resolve()), "ignore_unexpected": ()}), None
-        if not run.adapter.is_dir():
+        if not run.adapter.is_dir() and not record_of(run.adapter):
             raise MissingError(f"{path}: the run has no adapter; it did not complete")
         return loaded, run.adapter
     if Path(path).suffix in {".yaml", ".yml"}:

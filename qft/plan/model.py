@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from qft.checkpoint.find import Checkpoint, find_checkpoint, load_tokenizer
+from qft.checkpoint.find import Checkpoint, find_checkpoint, load_tokenizer, require_written
 from qft.checkpoint.require import require_weights
 from qft.checkpoint.skeleton import without_contents
 from qft.documents.manifest import DevicePart
@@ -115,13 +115,17 @@ class ModelPlan:
         return Quantization(**self.scheme.facts() | {"described": self.scheme.words(), "quantized_share": share})
 
 
-def plan_model(loaded: LoadedRecipe, lora: dict[str, Any] | None = None) -> ModelPlan:
-    """Decide device, dtype and quantization, and count the parameters, with the adapters of `lora` attached.
+def plan_model(loaded: LoadedRecipe, lora: dict[str, Any] | None = None, *, fresh: bool = False) -> ModelPlan:
+    """Decide device, dtype and quantization, and count the parameters, with the adapters of `lora` attached. `fresh`:
+    the model was written by this command, which will judge it.
 
-    Raises RecipeError for what model or device cannot do, MissingError or ModelError if the model is not to be had."""
+    Raises RecipeError for what model or device cannot do, MissingError or ModelError if the model is not to be had,
+    DamagedError if an earlier command wrote it, and it is no longer that."""
     recipe = loaded.recipe
     device = require_device(loaded)
     refuse(loaded, device_problems(recipe, device))
+    if not fresh:
+        require_written(recipe)
     checkpoint = find_checkpoint(recipe)
     if checkpoint.quantization:
         refuse(loaded, contradictions(checkpoint.quantization, loaded))
@@ -202,7 +206,8 @@ def plan_folder(folder: Path, section: ModelSection, dtype: str, quant: QuantSec
         "dtype": dtype,
     }
     values = {"model": model, "data": {"train": "-"}, "output_dir": "-"}
-    return plan_model(from_values(values | ({"quant": quant.model_dump(exclude_unset=True)} if quant else {})))
+    values |= {"quant": quant.model_dump(exclude_unset=True)} if quant else {}
+    return plan_model(from_values(values), fresh=True)
 
 
 def _matched(loaded: LoadedRecipe, model: nn.Module, lora: dict[str, Any] | None) -> Matches:

@@ -4,11 +4,12 @@ import hashlib
 import importlib.util
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from qft.documents.manifest import Base
 from qft.documents.registry import VersionManifest
-from qft.errors import RunError
+from qft.errors import QftError, RunError
 from qft.files import now, write_json
 from qft.registry.shelf import MANIFEST, ORIGINAL, Shelf
 
@@ -24,8 +25,10 @@ def base_entry(base: Base | None, of: str) -> str:
 def record_base(shelf: Shelf, entry: str, base: Base) -> None:
     """Write down what the base is, once. Call it under the lock."""
     final = shelf.folder / entry
-    if final.is_dir():
-        return
+    if os.path.lexists(final):
+        if _is_record(shelf, entry):
+            return
+        shelf.move_aside(final)
     temporary = Path(tempfile.mkdtemp(dir=shelf.folder, prefix=f".{entry}."))
     manifest = VersionManifest(kind="original", created=now(), base=base)
     write_json(temporary / MANIFEST, manifest.model_dump(mode="json"))
@@ -34,12 +37,18 @@ def record_base(shelf: Shelf, entry: str, base: Base) -> None:
     os.rename(temporary, final)
 
 
+def _is_record(shelf: Shelf, entry: str) -> bool:
+    with suppress(QftError):
+        return base_entry(shelf.manifest(entry).base, entry) == entry
+    return False
+
+
 def base_file(base: Base, name: str) -> Path | None:
     """Where one file of the base is on this machine; None if it is not. Asks no network."""
     path = base.path
     if path.startswith("package:"):
         package, _, inner = path.removeprefix("package:").partition("/")
-        spec = importlib.util.find_spec(package)
+        spec = importlib.util.find_spec(package) if package.isidentifier() else None
         folders = list(spec.submodule_search_locations or ()) if spec else []
         places = [Path(folder) / inner for folder in folders]
     elif Path(path).is_absolute():
@@ -47,6 +56,8 @@ def base_file(base: Base, name: str) -> Path | None:
     else:
         from huggingface_hub import try_to_load_from_cache
 
-        cached = try_to_load_from_cache(path, name, revision=base.commit)
+        cached = None
+        with suppress(ValueError):  # no name of a repository
+            cached = try_to_load_from_cache(path, name, revision=base.commit)
         places = [Path(cached)] if isinstance(cached, str) else []
     return next((file for file in places if file.name == name and file.is_file()), None)

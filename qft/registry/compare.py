@@ -1,5 +1,6 @@
 """Two versions side by side."""
 
+import json
 from typing import Any
 
 import yaml
@@ -28,10 +29,20 @@ def _sections(manifest: VersionManifest) -> dict[str, dict[str, Any]]:
         "bytes": {"": manifest.bytes},
         "scores": dict(manifest.scores or {}),
         "gate": {"passed": gate.passed, "engine": gate.engine} | {check.name: check.value for check in gate.checks},
-        "recipe": _flat(yaml.safe_load(manifest.recipe.text) if manifest.recipe else {}),
+        "recipe": _flat(_parsed(manifest.recipe.text)) if manifest.recipe else {},
         "data": dict(manifest.data or {}),
         "base": _flat(manifest.base.model_dump() if manifest.base else {}),
     }
+
+
+def _parsed(text: str) -> Any:
+    """The recipe's fields; of what is no recipe the text."""
+    try:
+        values = yaml.safe_load(text)
+        json.dumps(values, default=str)  # one that contains itself has no end
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return text
+    return values
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:

@@ -7,9 +7,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from qft.documents.manifest import Manifest
+from qft.documents.recorded import record_of, record_of_run
 from qft.documents.registry import RecipeText, VersionManifest
 from qft.errors import MissingError, RunError
-from qft.files import sha256
+from qft.files import read_file, sha256
 
 Record = dict[str, Any]
 
@@ -17,14 +18,19 @@ Record = dict[str, Any]
 def facts_of(artifact: Path, run: Path | None) -> VersionManifest:
     """The facts that `add` takes: from export.json in the artifact's folder, if there is one, and from a run's
     manifest.json, recipe.yaml and report.json. Raises MissingError if `run` is no run, RunError if a file cannot be
-    read or the two tell of different bases."""
+    read or the two tell of different bases, DamagedError if the run's are not as it wrote them."""
     exported = _read(artifact / "export.json")
+    if not exported and (record := record_of(artifact)):
+        exported = {"sha256": record.below(artifact)}
     facts = _told(artifact, {name: exported.get(name) for name in ("target", "base", "gate", "sha256")})
     if facts.gate and not facts.sha256:
         raise RunError(f"{artifact / 'export.json'}: has a verdict and no sha256, so nothing says of which files it is")
     if run is None:
         return facts
     manifest = _manifest(run)
+    if record := record_of_run(run):
+        record.part("recipe.yaml").require_whole()
+        record.part("report.json").require_whole()
     if facts.base and manifest.base and facts.base != manifest.base:
         raise RunError(f"{run}: its base is not the one in {artifact / 'export.json'}; name the run that was exported")
     known = {
@@ -32,7 +38,7 @@ def facts_of(artifact: Path, run: Path | None) -> VersionManifest:
         "data": manifest.data,
         "run": str(run.resolve()),
         "recipe": _recipe(run / "recipe.yaml"),
-        "scores": _scores(_read(run / "report.json")),
+        "scores": _told_scores(run / "report.json"),
     }
     return facts.model_copy(update=known)
 
@@ -58,7 +64,18 @@ def _manifest(run: Path) -> Manifest:
 def _recipe(path: Path) -> RecipeText | None:
     if not path.is_file():
         return None
-    return RecipeText(path=str(path.resolve()), sha256=sha256(path), text=path.read_text("utf-8"))
+    try:
+        return RecipeText(path=str(path.resolve()), sha256=sha256(path), text=path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: cannot be read: {error}") from None
+
+
+def _told_scores(path: Path) -> dict[str, float] | None:
+    report = _read(path)
+    try:
+        return VersionManifest.model_validate({"scores": _scores(report)}).scores
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+        raise RunError(f"{path}: is no report of a run, and has no scores; restore it, or remove it") from None
 
 
 def _scores(report: Record) -> dict[str, float] | None:
@@ -83,10 +100,10 @@ def _number(value: Any) -> float | None:
 def _read(path: Path) -> Record:
     """A JSON object; empty if the file is not there."""
     try:
-        record = json.loads(path.read_text("utf-8"))
+        record = json.loads(read_file(path))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{path}: cannot be read: {error}") from None
     if not isinstance(record, dict):
         raise RunError(f"{path}: is no JSON object")

@@ -1,13 +1,17 @@
 """Whether a registry holds what it held when its versions were added."""
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from qft.documents.registry import Event, Finding, VersionManifest
-from qft.errors import QftError, RunError
-from qft.files import sha256
+from qft.documents.registry import Finding, VersionManifest
+from qft.errors import MissingError, QftError
+from qft.files import files_of, verdict
 from qft.registry.base import base_entry, base_file
-from qft.registry.shelf import ARTIFACT, MANIFEST, ORIGINAL, Shelf, find_shelf
+from qft.registry.shelf import ADD_LOCK, ARTIFACT, ENTRY, LOCK, MANIFEST, ORIGINAL, History, Shelf, find_shelf
+
+KINDS = ("missing", "changed", "unreadable")
 
 Which = int | Literal["original"] | None
 
@@ -18,54 +22,44 @@ def inspect(registry: Path, name: str, version: Which = None) -> list[Finding]:
     shelf = find_shelf(registry, name)
     if isinstance(version, int):
         return [inspect_entry(shelf, f"v{version}")]
-    originals = sorted(path.name for path in shelf.folder.glob(f"{ORIGINAL}-*"))
+    originals = sorted(path.name for path in shelf.folder.glob(f"{ORIGINAL}-*") if ENTRY.fullmatch(path.name))
     if version == ORIGINAL:
         return [inspect_entry(shelf, entry) for entry in originals]
-    pointer = shelf.folder / "current"
-    pointed = pointer.readlink().name if pointer.is_symlink() else None
-    entries = [f"v{number}" for number in shelf.numbers()] + [entry for entry in originals if entry == pointed]
+    current = shelf.leads_to()
+    entries = [f"v{number}" for number in shelf.numbers()] + [entry for entry in originals if entry == current]
     return [inspect_entry(shelf, entry) for entry in entries]
 
 
 def inspect_entry(shelf: Shelf, entry: str) -> Finding:
     """The same of one entry. Raises MissingError if it is not there."""
-    folder = shelf.folder / entry
-    if not folder.is_dir():
-        shelf.manifest(entry)
-    if not (folder / MANIFEST).is_file():
-        return Finding.of(entry, missing=[MANIFEST])
     try:
         manifest = shelf.manifest(entry)
+    except MissingError:
+        raise
     except QftError:
-        return Finding.of(entry, changed=[MANIFEST])
+        there = os.path.lexists(shelf.folder / entry / MANIFEST)
+        return Finding.of(entry, **{"changed" if there else "missing": [MANIFEST]})
     if entry.startswith(ORIGINAL):
         return _inspect_original(entry, manifest)
     return _inspect_version(shelf, entry, manifest)
 
 
-def files_of(folder: Path) -> dict[str, Path]:
-    """Every file below a folder, by its path within it."""
-    return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if not path.is_dir()}
-
-
 def _inspect_version(shelf: Shelf, entry: str, manifest: VersionManifest) -> Finding:
     if manifest.sha256 is None:
         return Finding.of(entry, changed=[MANIFEST])
-    digests = {f"{ARTIFACT}/{name}": digest for name, digest in manifest.sha256.items()}
-    expected = digests | {MANIFEST: _recorded(shelf, entry)}
-    there = files_of(shelf.folder / entry)
-    changed = [name for name, digest in expected.items() if name in there and digest and _differs(there[name], digest)]
-    missing, extra = sorted(expected.keys() - there.keys()), sorted(there.keys() - expected.keys())
-    return Finding.of(entry, missing=missing, changed=changed, extra=extra)
+    expected = {f"{ARTIFACT}/{name}": digest for name, digest in manifest.sha256.items()}
+    if digest := _recorded(shelf, entry):
+        expected[MANIFEST] = digest
+    found = {name: verdict(shelf.folder / entry / name, digest) for name, digest in sorted(expected.items())}
+    by_kind = {kind: [name for name, each in found.items() if each == kind] for kind in KINDS}
+    extra = sorted(files_of(shelf.folder / entry).keys() - expected.keys() - {MANIFEST})
+    return Finding.of(entry, **by_kind, extra=extra)
 
 
 def _recorded(shelf: Shelf, entry: str) -> str | None:
-    """What the manifest hashed to when the version was added; None if a kill came before the record."""
-    try:
-        adds = [event for event in shelf.history() if (event.action, event.to) == ("add", entry)]
-    except QftError:  # problems() tells of it
-        return None
-    return adds[0].manifest_sha256 if adds else None
+    """What the manifest hashed to when the version was added; None if there is no record of that."""
+    event = shelf.read_history().add_of(entry)
+    return event.manifest_sha256 if event else None
 
 
 def _inspect_original(entry: str, manifest: VersionManifest) -> Finding:
@@ -74,12 +68,9 @@ def _inspect_original(entry: str, manifest: VersionManifest) -> Finding:
         return Finding.of(entry, changed=[MANIFEST])
     files = {name: base_file(base, name) for name in base.sha256}
     missing = [f"{base.path}: {name}" for name, path in files.items() if path is None]
-    changed = [str(path) for name, path in files.items() if path and _differs(path, base.sha256[name])]
-    return Finding.of(entry, missing=missing, changed=changed)
-
-
-def _differs(path: Path, digest: str) -> bool:
-    return not path.is_file() or sha256(path) != digest
+    found = {str(path): verdict(path, base.sha256[name]) for name, path in files.items() if path}
+    by_kind = {kind: [name for name, each in found.items() if each == kind] for kind in KINDS}
+    return Finding.of(entry, **by_kind | {"missing": missing + by_kind["missing"]})
 
 
 def problems(registry: Path, name: str, findings: list[Finding] | None = None) -> list[str]:
@@ -91,37 +82,66 @@ def problems(registry: Path, name: str, findings: list[Finding] | None = None) -
       ahead of it, as a kill between the two leaves it: the next add, promote or rollback then takes that step,
     - every version has the record of its add; a kill may have left the newest without, and the next command adds it.
 
-    What begins with a dot is not looked at. `findings` are those of `inspect`, if it was asked before. Raises
-    MissingError if there is no such model."""
+    What begins with a dot is not looked at, but for locks. `findings` are those of `inspect`, if it was asked before.
+    Raises MissingError if there is no such model."""
     shelf = find_shelf(registry, name)
     findings = inspect(registry, name) if findings is None else findings
     sentences = [text for finding in findings for text in finding.sentences()]
+    history, numbers = shelf.read_history(), shelf.numbers()
+    unrecorded = [number for number in numbers[:-1] if not history.add_of(f"v{number}")]
+    how = "restore its line in the history" if history.damaged else "the next change records it as it is"
+    sentences += [f"v{number}: no record of its add; {how}" for number in unrecorded]
+    seen = {finding.entry for finding in findings}
+    return [*sentences, *_damages(shelf), *(text for entry, text in _unreadable(shelf) if entry not in seen)]
+
+
+def damages(shelf: Shelf) -> list[str]:
+    """What of a model's folder can be seen to be damaged without hashing anything, in sentences with a way out."""
+    return [*_damages(shelf), *(text for _, text in _unreadable(shelf))]
+
+
+def _damages(shelf: Shelf) -> Iterator[str]:
+    history = shelf.read_history()
+    yield from history.damaged
+    for name in (LOCK, ADD_LOCK):
+        if os.path.lexists(path := shelf.folder / name) and not path.is_file():
+            yield f"{path}: is no file, so folders are locked in its place; remove it while no command runs"
     try:
-        history, current = shelf.history(), shelf.current()
+        current = shelf.current()
     except QftError as error:
-        return [*sentences, str(error)]
+        yield str(error)
+        return
     if current and not (shelf.folder / current).is_dir():
-        sentences.append(f"current: leads to {current}, which is not there")
-    try:
-        pending(history, current)
-    except QftError as error:
-        sentences.append(str(error))
-    added = {event.to for event in history if event.action == "add"}
-    unrecorded = [number for number in shelf.numbers() if f"v{number}" not in added]
-    return sentences + [f"v{number}: no record of its add" for number in unrecorded if number != max(shelf.numbers())]
+        yield f"current: leads to {current}, which is not there{_ways(shelf.say_back())}"
+    elif not history.cut and pending(history, current) is None and history.recorded != current:
+        stay = current and shelf.say("rollback", "--to", current if current.startswith("v") else ORIGINAL)
+        ways = _ways(history.recorded and shelf.say_back(), stay)
+        yield f"current: leads to {current or 'nothing'}, and by the history to {history.recorded or 'nothing'}{ways}"
 
 
-def pending(history: list[Event], current: str | None) -> str | None:
-    """Where `current` should lead, if the last promote or rollback was cut off before it got there; else None.
+def _ways(*commands: str | None) -> str:
+    """How to mend it, to be said after what is wrong."""
+    told = " or ".join(f"`{command}`" for command in commands if command)
+    return f"; settle it by {told}" if told else ""
 
-    Raises RunError if `current` leads neither where it did before nor after."""
-    moves = [event for event in history if event.action != "add"]
-    start, end = (moves[-1].start, moves[-1].to) if moves else (None, None)
-    if end == current:
+
+def _unreadable(shelf: Shelf) -> Iterator[tuple[str, str]]:
+    """Entries, and what is wrong with each."""
+    originals = sorted(path.name for path in shelf.folder.glob(f"{ORIGINAL}-*") if ENTRY.fullmatch(path.name))
+    for entry in [*(f"v{number}" for number in shelf.numbers()), *originals]:
+        if not (shelf.folder / entry).is_dir():
+            yield entry, f"{shelf.folder / entry}: is no folder of a version; move it away"
+            continue
+        try:
+            shelf.manifest(entry)
+        except QftError as error:
+            yield entry, str(error)
+
+
+def pending(history: History, current: str | None) -> str | None:
+    """Where `current` should lead, if the last promote or rollback was cut off before it got there; else None: also
+    where it was led elsewhere by hand, or a damaged line may say more."""
+    if history.cut or not history.moves:
         return None
-    if start != current:
-        raise RunError(
-            f"current: leads to {current}, and by the history it should lead to {end}; "
-            "set it right by hand (ln -sfn) before anything else"
-        )
-    return end
+    last = history.moves[-1]
+    return last.to if last.to != current and last.start == current else None

@@ -24,7 +24,7 @@ from pathlib import Path
 from qft.documents.manifest import Base, Hardware, Manifest
 from qft.documents.plan import PlanDocument
 from qft.errors import RunError
-from qft.files import now, require_free_space, write_json, write_text
+from qft.files import files_of, now, read_file, require_free_space, sha256, write_json, write_text
 from qft.machine.device import describe, versions
 from qft.progress import View
 from qft.recipe import LoadedRecipe, dump, load
@@ -32,6 +32,11 @@ from qft.run.checkpoint import STATE, best_of, is_over, is_whole, step_of
 from qft.run.resume import ANEW, Before, Planned, compare, refuse_to_resume
 
 MANIFEST = "manifest.json"
+HASHED = (
+    "recipe.yaml", "plan.json", "adapter", "model", "calibration.jsonl", "rows.jsonl", "answers", "eval-before.json",
+    "eval-after.json", "report.json",
+)  # fmt: skip
+"""What a complete run keeps, and is read again."""
 
 
 class Run:
@@ -53,7 +58,7 @@ class Run:
     def manifest(self) -> Manifest | None:
         """None if the folder is no run."""
         try:
-            return Manifest.model_validate_json((self.folder / MANIFEST).read_bytes())
+            return Manifest.model_validate_json(read_file(self.folder / MANIFEST))
         except (OSError, ValueError):
             return None
 
@@ -67,6 +72,11 @@ class Run:
         """The last checkpoint that was written whole (the Trainer writes trainer_state.json last)."""
         whole = [p for p in self.checkpoints.glob("checkpoint-*") if is_whole(p)]
         return max(whole, key=step_of, default=None)
+
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of each file of the result and of what tells of it, by its path in the folder. Reads them."""
+        files = files_of(self.folder)
+        return {name: sha256(path) for name, path in files.items() if name.split("/")[0] in HASHED}
 
     def note(self, news: Manifest) -> None:
         """Write the fields that `news` sets into the manifest."""
@@ -122,6 +132,8 @@ def start_run(
         data={source.path: source.digest for source in plan.data.sources},
         plugin=plan.quantization.plugin if plan.quantization else None,
         error=None,
+        files=None,
+        accepted=[],
     )
     if resume:
         facts = facts.model_copy(update={"resumed_from": _taken_up(run, loaded, plan, facts, view)})

@@ -63,10 +63,10 @@ def training_arguments(plan: Plan, run: Run) -> TrainingArguments:
 def _load(recorder: Recorder, run: Run, *, resume: bool) -> Any:
     """The base with its adapter, whose first state is kept where it changed the base."""
     plan = recorder.plan
+    record_base(run, plan.model.loaded, plan.model.checkpoint.with_weights().base())
     model = load_base(plan.model)
     if plan.model.held or plan.model.scheme.plugin:
         recorder.quantized_share = measured_share(model)
-    record_base(run, plan.model.loaded, plan.model.checkpoint.base())
     model = attach_adapter(model, plan)
     if _changes_base(plan) and not resume:
         model.save_pretrained(str(run.initial_adapter))

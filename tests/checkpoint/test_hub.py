@@ -245,6 +245,37 @@ def test_without_a_network_a_hub_model_is_reported_missing(tmp_path: Path, monke
     assert "org/tiny is not on this machine" in ran.stderr
 
 
+BASE = """
+import sys
+from pathlib import Path
+from qft.checkpoint.find import find_checkpoint
+from qft.errors import DamagedError
+from qft.recipe import load
+
+def hashed():
+    return find_checkpoint(load(Path(sys.argv[1])).recipe).with_weights().base().sha256
+
+whole = hashed()
+file, = Path(sys.argv[2]).rglob("model.safetensors")
+blob = file.resolve()
+blob.write_bytes(blob.read_bytes()[:-1] + b"!")
+try:
+    hashed()
+except DamagedError as error:
+    print(error)
+blob.unlink()
+assert hashed() == whole
+"""
+
+
+def test_a_damaged_file_in_the_cache_is_told_and_fetched_anew_as_told(hub: str, tmp_path: Path) -> None:
+    own = {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "0", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", BASE, str(recipe_of(tmp_path)), str(tmp_path / "hub")]
+    ran = subprocess.run(command, env=os.environ | own, capture_output=True, text=True, check=False, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    assert "model.safetensors: is damaged in the hub's cache" in ran.stdout
+
+
 def test_a_hub_dataset_is_read_by_configuration_split_and_revision(client: Client, tmp_path: Path) -> None:
     counts = {}
     for split, revision in (("train", "main"), ("validation", "main"), ("validation", "v2")):

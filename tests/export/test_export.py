@@ -22,6 +22,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qft import registry as versions
+from qft.commands.verify import accept
 from qft.documents.export import ExportDocument
 from qft.errors import GateError
 from qft.export import EXPORTERS, ExportOptions, export
@@ -379,6 +380,8 @@ def test_what_cannot_be_done_is_refused_with_one_message(run: Path, tiny_model: 
     (cut / "manifest.json").write_text(json.dumps(manifest))
     config = json.loads((cut / "adapter" / "adapter_config.json").read_text())
     (cut / "adapter" / "adapter_config.json").write_text(json.dumps(config | {"alpha_pattern": {"q_proj": 3}}))
+    assert "adapter_config.json: is not what was written" in str(refusal(cut, "merged"))
+    accept(cut)
     assert "alpha_pattern" in str(refusal(cut, "merged"))
     unquantized = trained(tmp_path, tiny_model, quant=None, train={"max_steps": 1})
     assert "--merge-into" in str(refusal(unquantized, "merged", merge_into="original"))

@@ -19,7 +19,7 @@ from qft import registry as versions
 from qft.cli import app
 from qft.documents.manifest import Base
 from qft.documents.registry import Verdict, VersionManifest
-from qft.errors import GateError, MissingError, QftError, RecipeError, RunError
+from qft.errors import GateError, MissingError, RecipeError, RunError
 from tests.support.paths import ROOT
 from tests.support.versions import PASSED, RECIPE, artifact, digest, exported
 
@@ -195,6 +195,7 @@ def test_verify_holds_the_manifest_to_the_history(three: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["pointer", "dangling", "history", "moved"])
 def test_a_damaged_folder_is_not_valid(damage: str, three: Path) -> None:
+    """There is a way out of it: see test_damaged_registry."""
     folder = three / "m"
     versions.promote(three, "m", 1)
     versions.promote(three, "m", 2)
@@ -205,8 +206,6 @@ def test_a_damaged_folder_is_not_valid(damage: str, three: Path) -> None:
         target = {"pointer": "../../etc", "dangling": "v9", "moved": "v3"}[damage]
         (folder / "current").symlink_to(target)
     assert versions.problems(three, "m")
-    with pytest.raises(QftError):
-        versions.promote(three, "m", 3)
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../m", "a/b", "/m", ".hidden", "a\n", "a\\b", "-m", "é", "a" * 65])

@@ -1,8 +1,9 @@
 """The documents of `qft models` as rich tables."""
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from rich.console import Group
+from rich.console import Group, RenderableType
 
 from qft.documents import registry as documents
 from qft.views.terminal.table import Facts, Rows, Whole, spaced
@@ -13,12 +14,16 @@ def render_list(document: documents.RegistryListing) -> Group:
     """A table for each model."""
     if not document.models:
         return Group(Whole(f"{document.registry}: no models; add one with qft models add"))
-    return spaced(*(_versions(name, model) for name, model in document.models.items()))
+    return spaced(*(part for name, model in document.models.items() for part in _model(name, model)))
+
+
+def _model(name: str, model: documents.ModelVersions) -> list[RenderableType]:
+    return [_versions(name, model), *_told(model.problems)]
 
 
 def _versions(name: str, model: documents.ModelVersions) -> Rows:
     rows = Rows(name, "version", "created", "target", "bytes", "gate", "scores")
-    if model.current and model.current not in model.versions:
+    if model.current and not model.current.startswith("v"):
         rows.add(f"{model.current} (current)", "", "the base", "", "", "")
     for entry, manifest in model.versions.items():
         shown = f"{entry} (current)" if entry == model.current else entry
@@ -28,16 +33,21 @@ def _versions(name: str, model: documents.ModelVersions) -> Rows:
     return rows
 
 
+def _told(problems: Sequence[str]) -> Iterator[Whole]:
+    """What is damaged, on lines that are never wrapped: there are commands in them."""
+    return (Whole(text, "bold") for text in problems)
+
+
 def render_version(document: documents.VersionDetails) -> Group:
     """One version, or the record of a base, and what happened to the model."""
     rows = Facts(f"{document.name} {document.entry}")
-    for name, value in _about(document.manifest).items():
+    for name, value in (_about(document.manifest) if document.manifest else {}).items():
         rows.add(name, Whole(value))
     past = Rows("History", "time", "action", "from", "to", "reason")
     for event in document.history:
         forced = " (forced)" if event.forced else ""
         past.add(_minute(event.time), event.action + forced, event.start or "", event.to, event.reason)
-    return spaced(rows, past)
+    return spaced(rows, past, *_told(document.problems))
 
 
 def render_diff(document: documents.VersionComparison) -> Group:
@@ -52,9 +62,9 @@ def render_diff(document: documents.VersionComparison) -> Group:
 
 def render_findings(document: documents.VersionVerification) -> Group:
     """What was hashed; what is wrong is the error."""
-    rows = Rows(document.name, "version", "missing", "changed", "extra", "")
+    rows = Rows(document.name, "version", "missing", "changed", "unreadable", "extra", "")
     for finding in document.entries:
-        counts = [str(len(names)) for names in (finding.missing, finding.changed, finding.extra)]
+        counts = [str(len(names)) for names in (finding.missing, finding.changed, finding.unreadable, finding.extra)]
         rows.add(finding.entry, *counts, "whole" if finding.whole else "broken")
     return spaced(rows)
 

@@ -9,13 +9,14 @@
     ├─ ModelError            6   the model cannot be loaded or trained as asked
     ├─ RunError              7   the run folder forbids it: not empty, not resumable, disk full
     ├─ NonFiniteError        8   the loss or a gradient became NaN or infinite
-    └─ OutOfMemoryError      9   the device ran out of memory
+    ├─ OutOfMemoryError      9   the device ran out of memory
+    └─ InternalError        70   nobody has foreseen it: a fault of qft
 
 The message says what is wrong, where (`file:line` when there is one) and what to do. The command line prints it alone;
 `--debug` adds the traceback.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class QftError(Exception):
@@ -66,6 +67,23 @@ class OutOfMemoryError(QftError):
     exit_code = 9
 
 
+class InternalError(QftError):
+    """What the command line makes of an exception that nobody has foreseen."""
+
+    exit_code = 70
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """The error, what it was raised from, and so on to the first."""
+    seen: list[BaseException] = []
+    following: BaseException | None = error
+    while following is not None and following not in seen:
+        seen.append(following)
+        yield following
+        following = following.__cause__ or (None if following.__suppress_context__ else following.__context__)
+
+
 def first_line(error: BaseException) -> str:
     """What a library's error says first; its kind if it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    return f"{lines[0]} {lines[1].strip()}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]

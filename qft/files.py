@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +13,49 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from qft.errors import RunError
+from qft.errors import MissingError, NonFiniteError, RunError, first_line
+
+REFUSALS = {
+    "ENOSPC": "the disk is full; free some space, or name a place on another disk",
+    "EDQUOT": "the quota of the disk is used up; free some space, or name a place on another disk",
+    "EFBIG": "the file grows larger than the system or `ulimit -f` allows",
+    "EACCES": "permission is denied; change the permissions, or name another place",
+    "EPERM": "the system does not permit it; change the permissions, or name another place",
+    "EROFS": "the file system is read-only; name a place that can be written",
+    "ENAMETOOLONG": "the name is too long for the file system; give a shorter one",
+    "EISDIR": "it is a folder, and a file is needed there",
+    "ENOTDIR": "a part of the path is a file, and a folder is needed there",
+    "ENOTEMPTY": "the folder is not empty: something else writes there",
+    "EEXIST": "something is there already",
+    "ELOOP": "its links lead round in a circle",
+    "EMFILE": "too many files are open; raise the limit (`ulimit -n`)",
+    "ENFILE": "too many files are open on this machine",
+    "EIO": "the disk fails to read or write; look at the system's log",
+    "ESTALE": "the network's file system has lost it; try again",
+    "EBUSY": "it is in use",
+    "ETXTBSY": "it is being run",
+    "EINVAL": "the file system does not take that name",
+}
+"""What the system refuses, by the name of its errno, and what to do about it."""
+KINDS = {stat.S_ISFIFO: "a pipe", stat.S_ISSOCK: "a socket", stat.S_ISCHR: "a device", stat.S_ISBLK: "a device"}
+
+
+def refusal(error: OSError, otherwise: str | Path = "") -> str:
+    """What the system says of a file (or of `otherwise`, if it names none), and what to do about it."""
+    name = errno.errorcode.get(error.errno or 0, "")
+    what = REFUSALS.get(name) or error.strerror or first_line(error)
+    where = error.filename2 if error.filename2 is not None else error.filename
+    place = os.fsdecode(where) if isinstance(where, str | bytes | Path) else str(otherwise)
+    return f"{place}: {what}" if place else what
+
+
+def not_a_file(path: Path) -> str | None:
+    """What the path names instead of a file or a folder, such as a pipe, from which reading might never end."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):
+        return None
+    return next((name for is_kind, name in KINDS.items() if is_kind(mode)), None)
 
 
 @contextmanager
@@ -41,8 +84,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, document: Any) -> None:
-    """Write `document` as indented JSON, atomically. NaN and infinity are refused: they are not JSON."""
-    write_text(path, json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    """Write `document` as indented JSON, atomically. Raises NonFiniteError for NaN and infinity: they are not JSON."""
+    try:
+        text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+    except ValueError as error:
+        text = "a figure in it is NaN or infinite: the model's weights are, or become so on these rows"
+        raise NonFiniteError(f"{path}: not written: {text}; lower train.learning_rate, or look at both") from error
+    write_text(path, text + "\n")
 
 
 @contextmanager
@@ -82,9 +130,22 @@ def read_file(path: Path) -> bytes:
     return path.read_bytes()
 
 
+def require_regular(path: Path) -> Path:
+    """The path, unless reading it might never end. Raises MissingError."""
+    if kind := not_a_file(path):
+        raise MissingError(f"{path}: it is {kind}, and a file is needed there")
+    return path
+
+
+def require_regular_files(folder: Path) -> None:
+    """Raise MissingError if any entry of the folder is a pipe or a device."""
+    for path in sorted(folder.iterdir()):
+        require_regular(path)
+
+
 def sha256(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes."""
-    with path.open("rb") as stream:
+    """Hex SHA-256 of a file's bytes. Raises MissingError for a pipe or device, which never ends."""
+    with require_regular(path).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
@@ -104,6 +165,19 @@ def verdict(path: Path, digest: str | None, read: Callable[[Path], str] = sha256
 def files_of(folder: Path) -> dict[str, Path]:
     """Every file below a folder, by its path within it."""
     return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if not path.is_dir()}
+
+
+def read_json_text(text: str) -> Any:
+    """The value of JSON text. Raises ValueError for what is none, and for a key that an object has twice."""
+    return json.loads(text, object_pairs_hook=_unique)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)}: given twice")
+    return made
 
 
 def now() -> str:

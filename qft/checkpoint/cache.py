@@ -8,10 +8,8 @@ rather than in the user's cache folder.
 
 import hashlib
 import json
-import mmap
 import os
 import shutil
-import struct
 from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import version
@@ -20,6 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import TypeVar
 
 from qft import __version__
+from qft.checkpoint.header import header
 from qft.files import atomic_folder, sha256, write_json
 
 Value = TypeVar("Value")
@@ -31,9 +30,6 @@ COMPANIONS = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "tekken.json", "*.model",
     "chat_template*", "additional_chat_templates/*",
 )  # fmt: skip
-WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-"""Bytes of a value, by its type in a GGUF file."""
-STRING, ARRAY = 8, 9
 
 
 def kept(
@@ -99,15 +95,15 @@ def companions(path: Path) -> list[Path]:
 
 
 def _entry(path: Path, part: str) -> Path | None:
-    """Where that part of the file is kept; None if nothing is kept of it."""
+    """Where that part of the file is kept; None if nothing is kept of it. Raises ModelError for a broken file."""
     folder = cache_folder()
-    if folder is None or (end := _header_end(path)) is None:
+    if folder is None:
         return None
     digest = hashlib.sha256(f"{part} {__version__}".encode())
     for package in ("transformers", "tokenizers", "gguf"):
         digest.update(version(package).encode())
     with path.open("rb") as stream:
-        digest.update(stream.read(end))
+        digest.update(stream.read(header(path).end))
     for file in companions(path):
         digest.update(f"{file.name} {sha256(file)}".encode())
     return folder / "gguf" / digest.hexdigest()
@@ -121,42 +117,3 @@ def cache_folder() -> Path | None:
     with suppress(RuntimeError):  # this user has no home
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qft"
     return None
-
-
-def _header_end(path: Path) -> int | None:
-    """Where the header of a GGUF file ends, from which all is made: after its keys, their values and the table of
-    tensors. None if it is of another version than 2 or 3, or broken."""
-    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        try:
-            version_, tensors, pairs = struct.unpack_from("<IQQ", data, 4)
-            if version_ not in (2, 3):
-                return None
-            at = 24
-            for _ in range(pairs):
-                at = _string_end(data, at)
-                at = _value_end(data, at + 4, struct.unpack_from("<I", data, at)[0])
-            for _ in range(tensors):
-                at = _string_end(data, at)
-                at += 4 + 8 * struct.unpack_from("<I", data, at)[0] + 12
-        except (struct.error, KeyError, OverflowError, RecursionError):
-            return None
-    return at
-
-
-def _value_end(data: mmap.mmap, at: int, kind: int) -> int:
-    if kind == STRING:
-        return _string_end(data, at)
-    if kind != ARRAY:
-        return at + WIDTHS[kind]
-    kind, count = map(int, struct.unpack_from("<IQ", data, at))
-    at += 12
-    if kind in WIDTHS:
-        return at + count * WIDTHS[kind]
-    for _ in range(count):
-        at = _value_end(data, at, kind)
-    return at
-
-
-def _string_end(data: mmap.mmap, at: int) -> int:
-    length: int = struct.unpack_from("<Q", data, at)[0]
-    return at + 8 + length

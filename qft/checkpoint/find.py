@@ -17,10 +17,13 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from qft.checkpoint.digest import digest
 from qft.checkpoint.gguf_file import gguf_config, gguf_tokenizer
+from qft.checkpoint.header import header
+from qft.checkpoint.limits import require_counts
 from qft.checkpoint.stored import NEITHER, Stored, chosen_file, some, stored_tensors, weight_files, weight_names
 from qft.documents.manifest import Base
 from qft.documents.recorded import record_of
 from qft.errors import DataError, MissingError, ModelError, first_line
+from qft.files import refusal, require_regular_files
 from qft.recipe import Recipe
 
 # Everything a model needs beside its weights; pickles are not among them.
@@ -121,11 +124,13 @@ def load_tokenizer(checkpoint: Checkpoint, recipe: Recipe) -> PreTrainedTokenize
     if recipe.data.chat_template:
         template = Path(recipe.data.chat_template)
         if not template.is_file():
-            raise MissingError(f"data.chat_template: {template} does not exist")
+            raise MissingError(f"data.chat_template: {template} is no file")
         try:
             tokenizer.chat_template = template.read_text("utf-8-sig")
         except UnicodeDecodeError:
             raise DataError(f"data.chat_template: {template}: not UTF-8 text") from None
+        except OSError as error:
+            raise MissingError(f"data.chat_template: {refusal(error, template)}") from None
     return tokenizer
 
 
@@ -149,6 +154,8 @@ def _gguf(asked: str, path: Path) -> Checkpoint:
     with path.open("rb") as stream:
         if stream.read(4) != b"GGUF":
             raise ModelError(f"{asked}: not a GGUF file")
+    found = header(path)
+    require_counts(asked, found.numbers, found.tensors)
     return Checkpoint(asked, path.parent, _config(asked, gguf_config, path), gguf_file=path.name)
 
 
@@ -156,9 +163,13 @@ def _folder(asked: str, folder: Path, trust_remote_code: bool, names: Sequence[s
     """`names` are those of all its files, if they are not all here."""
     if not (folder / "config.json").is_file():
         raise ModelError(f"{asked}: has no config.json, so it is not a model")
-    raw, _ = PretrainedConfig.get_config_dict(str(folder))
+    require_regular_files(folder)
+    raw = _config(asked, lambda path: PretrainedConfig.get_config_dict(path)[0], str(folder))
+    kind = raw.get("model_type") if isinstance(raw, dict) else None
+    if not isinstance(raw, dict) or not isinstance(kind, str | None):
+        raise ModelError(f"{asked}: its config.json describes no model")
     _require_safetensors(asked, names or [path.name for path in folder.iterdir()], raw.get("transformers_weights"))
-    kind = raw.get("model_type")
+    require_counts(asked, raw, _tensors(folder))
     if kind not in CONFIG_MAPPING and not trust_remote_code:
         if raw.get("auto_map"):
             raise ModelError(f"{asked}: needs Python code that comes with it; set model.trust_remote_code to true")
@@ -173,7 +184,14 @@ def _folder(asked: str, folder: Path, trust_remote_code: bool, names: Sequence[s
     return Checkpoint(asked, folder, config, quantization=quantization, **known)
 
 
-def _config(asked: str, read: Callable[..., PretrainedConfig], path: Any, **arguments: Any) -> PretrainedConfig:
+def _tensors(folder: Path) -> int:
+    """How many the weight files there say that they hold; 0 if they are still to come, or will be refused."""
+    with suppress(MissingError, ModelError):
+        return len(stored_tensors(folder))
+    return 0
+
+
+def _config(asked: str, read: Callable[..., Any], path: Any, **arguments: Any) -> Any:
     try:
         return read(path, **arguments)
     except Exception as error:  # a config is data: whatever is wrong with it, it is the model's

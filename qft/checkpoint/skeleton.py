@@ -7,18 +7,34 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qft.checkpoint.find import Checkpoint
-from qft.errors import ModelError
+from qft.checkpoint.limits import require_parameters
+from qft.errors import ModelError, first_line
 from qft.recipe.training import ModelSection
 
 
 def without_contents(checkpoint: Checkpoint, section: ModelSection, **arguments: Any) -> PreTrainedModel:
-    """The model on the meta device, where its tensors have shapes and no contents; `arguments` of from_config."""
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            checkpoint.config, trust_remote_code=section.trust_remote_code, **arguments
-        )
+    """The model on the meta device, where its tensors have shapes and no contents; `arguments` of from_config.
+
+    Raises ModelError if transformers cannot build it, or its files cannot hold it."""
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                checkpoint.config, trust_remote_code=section.trust_remote_code, **arguments
+            )
+    except Exception as error:  # a configuration is data: whatever is wrong with it, it is the model's
+        raise ModelError(f"{checkpoint.path}: {_problem(checkpoint, error)}") from error
+    files = checkpoint.weight_files() if checkpoint.has_weights else []
+    require_parameters(checkpoint.path, sum(p.numel() for p in model.parameters()), files)
     model.tie_weights()
     return model
+
+
+def _problem(checkpoint: Checkpoint, error: Exception) -> str:
+    config = checkpoint.config
+    name = (getattr(config, "architectures", None) or [f"model_type {config.model_type}"])[0]
+    if "Unrecognized configuration class" in str(error):
+        return f"{name} is not supported: transformers has no causal language model of its kind (AutoModelForCausalLM)"
+    return f"{name} cannot be built from its configuration: {first_line(error)}"
 
 
 def find_blocks(model: nn.Module, count: int) -> tuple[str, nn.ModuleList]:

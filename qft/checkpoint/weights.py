@@ -1,12 +1,13 @@
 """The weights of a checkpoint, by name; and weights as safetensors files with their index."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -29,6 +30,16 @@ def dequantized(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     )
     require_loaded(checkpoint, model, info)
     return model
+
+
+@contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
+    """A safetensors file. Raises ModelError if it is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ModelError(f"{path}: is damaged or cut off ({error}); copy or download it again") from error
 
 
 class Weights:
@@ -70,7 +81,7 @@ class Weights:
         return tensor
 
     def _load(self, name: str) -> torch.Tensor:
-        with safe_open(self.stored[name].path, framework="pt") as file:
+        with open_tensors(self.stored[name].path) as file:
             tensor: torch.Tensor = file.get_tensor(name)
             return tensor
 

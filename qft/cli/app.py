@@ -1,5 +1,8 @@
 """`qft`: the commands, put together."""
 
+import logging
+import sys
+import warnings
 from typing import Annotated
 
 import typer
@@ -20,7 +23,10 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Entry point of `qft`."""
+    """Entry point of `qft`: what libraries warn of is shown to those who ask for it (`-W`, PYTHONWARNINGS, --debug)."""
+    if not sys.warnoptions and "--debug" not in sys.argv:
+        warnings.simplefilter("ignore")
+        logging.getLogger().addHandler(logging.NullHandler())  # else Python prints what no library handles
     app()
 
 

@@ -107,14 +107,15 @@ def calibrate(
 
 def schema(of: Annotated[str, typer.Argument(metavar="[DOCUMENT]", help=DOCUMENT)] = "recipe") -> None:
     """Print the JSON Schema of a recipe (for editors) or of a document, such as report.json."""
-    from qft.documents import DOCUMENTS
+    with messages(debug=False):
+        from qft.documents import DOCUMENTS
 
-    if of == "recipe":
-        from qft.recipe import json_schema
+        if of == "recipe":
+            from qft.recipe import json_schema
 
-        print_json(json_schema())
-    elif of in DOCUMENTS:
-        dialect = "https://json-schema.org/draft/2020-12/schema"
-        print_json({"$schema": dialect, **DOCUMENTS[of].model_json_schema()})
-    else:
-        raise typer.BadParameter(f"{of} is none of recipe, {', '.join(DOCUMENTS)}")
+            print_json(json_schema())
+        elif of in DOCUMENTS:
+            dialect = "https://json-schema.org/draft/2020-12/schema"
+            print_json({"$schema": dialect, **DOCUMENTS[of].model_json_schema()})
+        else:
+            raise typer.BadParameter(f"{of} is none of recipe, {', '.join(DOCUMENTS)}")

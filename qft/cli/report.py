@@ -46,23 +46,24 @@ def _verify(run: Path, *, accept: bool, as_json: bool) -> None:
 def _show(run: Path, svg: Path | None, *, as_json: bool) -> None:
     from io import StringIO
 
-    from rich.console import Console
     from rich.measure import Measurement
 
     from qft.documents.recorded import record_of_run
     from qft.documents.training import read_report
     from qft.files import write_text
+    from qft.views.live import console
     from qft.views.terminal.training import render
+    from qft.views.words import plain
 
     document = read_report(run)
     if record := record_of_run(run):
         record.part("report.json").require_whole()
     if svg and not as_json:
-        console = Console(record=True, width=100, file=StringIO(), force_terminal=True)
+        paper = console(record=True, width=100, file=StringIO(), force_terminal=True)
         view = render(document)
-        least = Measurement.get(console, console.options.update(max_width=10_000), view).minimum
-        console.width = max(100, least)
-        console.print(view)
-        write_text(svg, console.export_svg(title=f"qft report {run.name}"))
+        least = Measurement.get(paper, paper.options.update(max_width=10_000), view).minimum
+        paper.width = max(100, least)
+        paper.print(view)
+        write_text(svg, paper.export_svg(title=plain(f"qft report {run.name}")))
     else:
         tell(document, render, as_json=as_json)

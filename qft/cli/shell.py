@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qft.errors import QftError
+from qft.views.words import CONTROLS
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -27,23 +30,66 @@ TARGET_HELP = (
 )
 NAMES = {"evaluate": "eval", "list_models": "list"}
 """Of commands whose functions are called otherwise, so as not to hide what Python has under that name."""
+CLOSED_PIPE = 141
+"""What a shell sees of a program that SIGPIPE ends."""
 
 
 @contextmanager
 def messages(
     debug: bool, interrupted: str = "interrupted; continue with --resume once a checkpoint is written"
 ) -> Iterator[None]:
-    """Turn a QftError into its one message and exit code, and Ctrl-C into `interrupted`."""
+    """The one door for failures: each becomes one message and its exit code, and Ctrl-C becomes `interrupted`. A pipe
+    that its reader has closed is no failure."""
+    _take_any_character()
     try:
         yield
-    except QftError as error:
-        if debug:
-            raise
-        typer.echo(f"error: {error}" if "\n" not in str(error) else str(error), err=True)
-        raise typer.Exit(error.exit_code) from None
+        sys.stdout.flush()
+    except (typer.Exit, typer.Abort, typer.BadParameter):
+        raise
     except KeyboardInterrupt:
-        typer.echo(interrupted, err=True)
+        say(interrupted)
         raise typer.Exit(130) from None
+    except BrokenPipeError:
+        _leave_pipe()
+        raise typer.Exit(CLOSED_PIPE) from None
+    except Exception as error:
+        if debug:
+            import traceback
+
+            say(traceback.format_exc())
+        raise typer.Exit(_tell_failure(error)) from None
+
+
+def _tell_failure(error: Exception) -> int:
+    """Say it, and return its exit code."""
+    from qft.cli.failures import explained, unforeseen
+
+    known = explained(error) or unforeseen(error)
+    text = str(known) or type(known).__name__
+    say(f"error: {text}" if "\n" not in text else text)
+    return known.exit_code
+
+
+def say(text: str) -> None:
+    """A line on standard error, in which nothing commands the terminal."""
+    with suppress(BrokenPipeError):
+        typer.echo(text.translate(CONTROLS), err=True)
+
+
+def _take_any_character() -> None:
+    """Write characters that the terminal's encoding has not as escapes, rather than fail."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # the shell has closed it
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _leave_pipe() -> None:
+    """Let nothing more be written to a closed pipe, as Python would when it ends."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def register(app: typer.Typer, *commands: Callable[..., None]) -> None:
@@ -54,9 +100,9 @@ def register(app: typer.Typer, *commands: Callable[..., None]) -> None:
 
 def consoles(as_json: bool) -> Console:
     """Where people read: standard output, or standard error when that carries JSON."""
-    from rich.console import Console
+    from qft.views.live import console
 
-    return Console(stderr=as_json)
+    return console(stderr=as_json)
 
 
 def tell(document: Any, render: Callable[[Any], RenderableType], *, as_json: bool, quiet: bool = False) -> None:
@@ -72,7 +118,14 @@ def tell(document: Any, render: Callable[[Any], RenderableType], *, as_json: boo
 def print_json(document: object) -> None:
     import json
 
-    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False, default=_plain) + "\n")
+    write = partial(json.dumps, document, indent=2, default=_plain)
+    text = write(ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = write()
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
 
 
 def _plain(value: Any) -> Any:

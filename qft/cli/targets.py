@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from qft.cli.shell import TARGET_HELP, AsJson, Debug, Quiet, choose_lines, messages, print_json, tell
+from qft.cli.shell import TARGET_HELP, AsJson, Debug, Quiet, choose_lines, messages, print_json, say, tell
 from qft.machine.environment import prepare_libraries
 
 HARNESS = "A task of lm-evaluation-harness, by name or file. Repeatable."
@@ -73,7 +73,7 @@ def chat(
         from qft.commands.conversation import ChatOptions
 
         options = ChatOptions(system, max_new_tokens, temperature, top_p, seed)
-        session = open_session(target, adapter, options, prompt, lambda text: typer.echo(text, err=True))
+        session = open_session(target, adapter, options, prompt, say)
         if prompt is None:
             session.run()
         elif as_json:

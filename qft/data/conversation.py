@@ -4,12 +4,12 @@ A format says which turns a row holds. What may stand beside them is read here, 
 `history` and `chat_template_kwargs` of a row; `content`, `tool_calls`, `weight` and `train` of a message.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from qft.data.sources import BadRow
+from qft.files import read_json_text
 
 Message = dict[str, Any]
 Turn = tuple[str, Message]
@@ -94,7 +94,7 @@ class Fields:
 def parsed(text: str, where: str) -> Any:
     """The value of JSON text. Raises BadRow."""
     try:
-        return json.loads(text)
+        return read_json_text(text)
     except (ValueError, RecursionError) as error:
         raise BadRow(f"{where}: not valid JSON: {error}") from None
 

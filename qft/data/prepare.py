@@ -23,6 +23,8 @@ from qft.recipe.training import DataSection
 SHOWN = 10
 """Bad rows that a message lists."""
 
+MOST = 10**8
+"""Rows of a source, once its weight has repeated them; train.num_train_epochs repeats all of them."""
 KEPT = 32
 """Training rows that stand in for held-out rows where none are held out."""
 
@@ -157,7 +159,7 @@ def _encode(rows: Rows, indices: Sequence[int], num_proc: int, reader: RowReader
         fn_kwargs={"indices": indices},
         remove_columns=rows.dataset.column_names,
         features=FEATURES,
-        num_proc=num_proc if num_proc > 1 else None,
+        num_proc=processes if (processes := min(num_proc, len(indices))) > 1 else None,
         load_from_cache_file=False,
     )
 
@@ -199,9 +201,13 @@ def _weigh(rows: Dataset, facts: Sequence[SourceFacts], seed: int) -> Dataset:
         return rows
     sources, numbers = np.array(rows["source"]), _row_numbers(rows)
     generator = np.random.default_rng(seed)
-    chosen = []
+    chosen: list[Ints] = []
     for number, source in enumerate(facts):
         own = np.flatnonzero(sources == number)
+        if source.weight * len(own) > MOST:
+            raise DataError(
+                f"{source.path}: its weight {source.weight:g} makes more than {MOST:,} rows of it: lower it"
+            )
         distinct = np.unique(numbers[own])
         whole, rest = divmod(round(source.weight * len(distinct)), max(len(distinct), 1))
         part = np.isin(numbers[own], generator.permutation(distinct)[:rest])

@@ -8,7 +8,7 @@ import copy
 import inspect
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -20,9 +20,11 @@ from transformers import PreTrainedTokenizerBase
 
 from qft.data.conversation import BESIDE, Conversation, Message
 from qft.data.leaves import marked, missing, structure, written_by_python
+from qft.data.sandbox import TemplateLimit, limit_templates
 from qft.data.sources import BadRow
 from qft.errors import DataError, first_line
 
+limit_templates()
 JINJA = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
 GENERATION_MARKER = re.compile(r"\{%-?\s*generation\b")
 GIVEN = {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters, "messages"} - {"documents"}
@@ -52,6 +54,8 @@ class Renderer:
     tokenizer: PreTrainedTokenizerBase
     template_file: str | None = None
     """Where the chat template was read, if that is not the tokenizer's own."""
+    refuse_long: Callable[[str, int], None] = lambda text, messages: None
+    """Raises BadRow for a row that is too long, by its whole text: each turn takes one more rendering of it."""
     _printed: dict[str, dict[str, bool]] = field(init=False, default_factory=dict)
     """Whether the template prints each leaf, by the structure of a row."""
 
@@ -72,6 +76,7 @@ class Renderer:
 
     def _rendered(self, conversation: Conversation) -> list[Example]:
         self._check_arguments(conversation)
+        self.refuse_long(self.apply(conversation, conversation.messages), len(conversation.messages))
         examples = self._examples(conversation)
         texts = [example.text for example in examples]
         if place := written_by_python(conversation, texts):
@@ -150,6 +155,8 @@ class Renderer:
         except TemplateSyntaxError as error:
             where = self.template_file or "the model's chat template"
             raise DataError(f"{where}:{error.lineno}: not a Jinja template: {error.message}") from None
+        except TemplateLimit as error:  # the next row would take as long
+            raise TemplateLimit(f"{self.template_file}: {error}" if self.template_file else str(error)) from None
         except Exception as error:  # a template is a program: it can fail with more than jinja's own errors
             raise BadRow(f"the chat template refuses the conversation: {error}") from None
 
@@ -166,6 +173,8 @@ def _read_names(template: str) -> frozenset[str]:
         return frozenset(find_undeclared_variables(JINJA.parse(plain)))
     except TemplateSyntaxError as error:
         raise DataError(f"the chat template:{error.lineno}: not a Jinja template: {error.message}") from None
+    except RecursionError:
+        raise DataError("the chat template: nested too deeply") from None
 
 
 def require_all(conversation: Conversation, texts: list[str], printed: Mapping[str, bool]) -> None:

@@ -5,24 +5,32 @@ need not share one schema. Everything is read through `datasets`, which keeps it
 """
 
 import csv
+import errno
 import glob
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 from datasets import Dataset, Features, Value, disable_progress_bars, load_dataset
 from datasets.exceptions import DatasetsError
 from numpy.typing import NDArray
 
-from qft.errors import DataError, MissingError, first_line
-from qft.files import sha256
+from qft.errors import DataError, MissingError, QftError, RunError, causes, first_line
+from qft.files import not_a_file, read_json_text, refusal, sha256
 from qft.recipe import Source
 
 JSON_COLUMN = "__json__"
 TEXT_COLUMN = "__text__"
+BETWEEN = re.compile(r"[\s,]*")
+"""Of two items of a JSON array that is known to be one."""
+CACHE = Path(datasets.config.HF_DATASETS_CACHE)
+WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+"""What the system says of files that are written alone."""
 LONGEST_CELL = 2**31 - 1
 """Of a CSV file, in characters; the csv module's own limit is 131072."""
 SUFFIXES = ".jsonl, .json, .csv, .parquet, .txt and .md"
@@ -70,14 +78,14 @@ def decode(row: dict[str, Any]) -> dict[str, Any] | None:
     if not text.strip():
         return None
     try:
-        value = json.loads(text)
+        value = read_json_text(text)
         if "\\u" in text:  # an escape can spell half a surrogate pair, which no tokenizer takes
             json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         raise BadRow(f"not valid JSON: {error.msg} at column {error.colno}") from None
     except UnicodeEncodeError as error:
         raise BadRow(f"not valid text: \\u{ord(error.object[error.start]):04x} is half a character") from None
-    except ValueError as error:  # a number of thousands of digits
+    except ValueError as error:  # a key that is given twice, or a number of thousands of digits
         raise BadRow(f"not valid JSON: {error}") from None
     except RecursionError:
         raise BadRow("not valid JSON: nested too deeply") from None
@@ -100,7 +108,8 @@ def open_source(source: Source) -> Rows:
     if not path.is_absolute():
         return _hub(source)
     if not path.is_file():
-        raise MissingError(f"{path}: no such data file" + (" (it is a folder)" if path.is_dir() else ""))
+        kind = not_a_file(path) or ("a folder" if path.is_dir() else None)
+        raise MissingError(f"{path}: no such data file" + (f" (it is {kind})" if kind else ""))
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise DataError(f"{path}: cannot tell what it holds; data files end in {SUFFIXES}")
@@ -110,11 +119,21 @@ def open_source(source: Source) -> Rows:
         digest = sha256(path)
         dataset, unit = reader(path, digest, source)
     except (OSError, ValueError, RuntimeError, csv.Error, DatasetsError) as error:
-        cause = error.__cause__ or error
-        if isinstance(cause, UnicodeDecodeError):
-            raise DataError(f"{path}: not UTF-8 text") from None
-        raise DataError(f"{path}: cannot be read: {first_line(cause)}") from error
+        raise _unreadable(path, error) from error
     return Rows(source, dataset, unit, digest)
+
+
+def _unreadable(path: Path, error: Exception) -> QftError:
+    """Of a data file; where `datasets` could not write what it keeps of it, the file is not at fault."""
+    for cause in causes(error):
+        if isinstance(cause, UnicodeDecodeError):
+            return DataError(f"{path}: not UTF-8 text")
+        if isinstance(cause, OSError) and cause.errno:
+            where = path if cause.filename is None and cause.errno not in WRITING else cause.filename
+            if where == path or where == str(path):
+                return DataError(refusal(cause, path))
+            return RunError(f"{refusal(cause, CACHE)}; rows are kept there (HF_DATASETS_CACHE names another place)")
+    return DataError(f"{path}: cannot be read: {first_line(error.__cause__ or error)}")
 
 
 def _read(kind: str, path: Path, digest: str, **options: Any) -> Dataset:
@@ -136,10 +155,19 @@ def _json(path: Path, digest: str, source: Source) -> tuple[Dataset, str]:
     if not text.lstrip().startswith("["):
         return _jsonl(path, digest, source)  # JSON lines under a .json name
     try:
-        rows = json.loads(text)
+        json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}") from None
-    return Dataset.from_dict({JSON_COLUMN: [json.dumps(row) for row in rows]}), "row"
+    return Dataset.from_dict({JSON_COLUMN: list(_items(text))}), "row"
+
+
+def _items(text: str) -> Iterator[str]:
+    """The items of a JSON array, each as it is written."""
+    decoder, start = json.JSONDecoder(), text.index("[") + 1
+    while (start := BETWEEN.match(text, start).end()) < len(text) and text[start] != "]":  # type: ignore[union-attr]
+        _, end = decoder.raw_decode(text, start)
+        yield text[start:end]
+        start = end
 
 
 def _csv(path: Path, digest: str, source: Source) -> tuple[Dataset, str]:

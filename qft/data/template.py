@@ -12,11 +12,16 @@ from transformers import PreTrainedTokenizerBase
 
 from qft.data.conversation import Conversation, Message
 from qft.data.rendering import Example, Renderer, Span, require_all
+from qft.data.sandbox import TemplateLimit
 from qft.data.sources import BadRow
 from qft.errors import DataError
 
 IGNORED = -100
 """Label of a token that is not learnt."""
+MANY = 32
+"""Messages of a row whose length is looked at first."""
+LONG = 1_000_000
+"""Characters of a text that is tokenized as a whole, whatever comes of it."""
 
 
 @dataclass
@@ -46,7 +51,7 @@ class Encoder:
 
     def __post_init__(self) -> None:
         self.special_ids = special_ids(self.tokenizer)
-        self.renderer = Renderer(self.tokenizer, self.template_file)
+        self.renderer = Renderer(self.tokenizer, self.template_file, self._refuse_long)
 
     def __call__(self, conversation: Conversation) -> list[Encoded]:
         """The row's examples: one, unless the template renders turns otherwise once more follow. The last holds all of
@@ -83,8 +88,30 @@ class Encoder:
             del encoded.input_ids[self.max_length :], encoded.labels[self.max_length :]
         return encoded
 
+    def _refuse_long(self, text: str, messages: int) -> None:
+        """Raise TooLong for the whole text of a row that would be one in the end, where it takes long to come there."""
+        if self.on_too_long != "truncate" and (messages > MANY or len(text) > LONG):
+            count = len(self.tokenizer(self._beginning(text), add_special_tokens=False).input_ids)
+            if count > self.max_length:
+                raise TooLong(f"{count} tokens, and data.max_length is {self.max_length}")
+
+    def _beginning(self, text: str) -> str:
+        """The text, or enough of a very long one: millions of tokens would take minutes, and gigabytes, to be cut off.
+
+        Raises TooLong if it is one, unless it is to be cut."""
+        if len(text) <= LONG:
+            return text
+        end, most = 16 * self.max_length, 2 * self.max_length
+        while end < len(text):
+            if len(self.tokenizer(text[:end], add_special_tokens=False).input_ids) > most:
+                if self.on_too_long == "truncate":
+                    return text[:end]
+                raise TooLong(f"more than {most} tokens, and data.max_length is {self.max_length}")
+            end *= 4
+        return text
+
     def _text(self, text: str) -> Encoded:
-        ids, _ = self._continued(text)
+        ids, _ = self._continued(self._beginning(text))
         return Encoded(ids, list(ids))
 
     def _question(self, question: str, answer: str) -> Encoded:
@@ -94,8 +121,8 @@ class Encoder:
                 "the model has neither a chat template nor an end token, so a trained model would never stop; give a "
                 "template as data.chat_template"
             )
-        ids, ends = self._continued(question + answer)
-        start = next(i for i, end in enumerate(ends) if end > len(question))
+        ids, ends = self._continued(self._beginning(question + answer))
+        start = next((i for i, end in enumerate(ends) if end > len(question)), len(ids))
         labels = list(ids) if self.loss_on == "all" else [*[IGNORED] * start, *ids[start:]]
         return Encoded(ids, labels, answer_start=start)
 
@@ -125,11 +152,12 @@ class Encoder:
         """Token ids and labels of an example; None if its row says that none of its turns is learnt."""
         left_out = {number for number, learn in enumerate(conversation.learnt) if learn is False}
         self._check_learnt(conversation, left_out)
-        ids, turns = self._turns(conversation, example)
+        text = self._beginning(example.text)
+        ids, turns = self._turns(conversation, example, text)
         if not any(turns.values()):
             raise BadRow("the chat template leaves no token to the assistant")
         turns = {n: [self._without_trailing_space(ids, span) for span in spans] for n, spans in turns.items()}
-        self._check_ends(ids, [span for spans in turns.values() for span in spans])
+        self._check_ends(ids, [s for n, spans in turns.items() if example.turns[n][1] <= len(text) for s in spans])
         labels = list(ids) if self.loss_on == "all" and is_whole else [IGNORED] * len(ids)
         for number, spans in turns.items():
             for start, end in spans:
@@ -150,11 +178,13 @@ class Encoder:
                 text = "only the assistant's turns are learnt, unless data.loss_on is all"
                 raise BadRow(f"{conversation.turn(number)}: {text}")
 
-    def _turns(self, conversation: Conversation, example: Example) -> tuple[list[int], dict[int, list[Span]]]:
-        """Token ids, and the runs of tokens that the assistant wrote, by the number of the message."""
+    def _turns(
+        self, conversation: Conversation, example: Example, text: str
+    ) -> tuple[list[int], dict[int, list[Span]]]:
+        """Token ids of the text, and the runs of tokens that the assistant wrote, by the number of the message."""
         if self.renderer.has_markers(conversation):
             return self._marked_turns(conversation, example)
-        out = self.tokenizer(example.text, add_special_tokens=False, return_offsets_mapping=True)
+        out = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         turns = {number: [_tokens_inside(out["offset_mapping"], span)] for number, span in example.turns.items()}
         return list(out["input_ids"]), {n: [run for run in runs if run[0] < run[1]] for n, runs in turns.items()}
 
@@ -177,7 +207,7 @@ class Encoder:
         return list(out["input_ids"]), runs, [start for start, _ in out["offset_mapping"]]
 
     def _check_ends(self, ids: list[int], turns: Sequence[Span]) -> None:
-        if ids[turns[-1][1] - 1] not in self.special_ids:
+        if turns and ids[turns[-1][1] - 1] not in self.special_ids:
             raise BadRow(
                 "the chat template ends the assistant's turn without a special token, so a trained model would never "
                 "stop; give one that does as data.chat_template"
@@ -212,6 +242,8 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
     Raises DataError if the tokenizer has no chat template, or if that refuses the conversation."""
     try:
         text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+    except TemplateLimit:
+        raise
     except Exception as error:  # a template is a program: it can fail with more than jinja's own errors
         raise DataError(f"the chat template refuses the conversation: {error}") from None
     return list(tokenizer(text, add_special_tokens=False).input_ids)

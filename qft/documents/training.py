@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from qft.documents.part import Bits, Bytes, Nats, Part, Seconds, Share, Tokens, TokensPerSecond
 from qft.errors import MissingError, RunError
+from qft.files import require_regular
 
 
 class ModelPart(Part):
@@ -192,7 +193,7 @@ def read_report(folder: Path) -> Report:
     """The report of a run folder. Raises MissingError if there is none, RunError if it cannot be read."""
     path = folder / "report.json"
     try:
-        text = path.read_text("utf-8")
+        text = require_regular(path).read_text("utf-8")
     except OSError:
         raise MissingError(f"{path}: no report; a run writes it when it completes") from None
     try:

@@ -9,10 +9,10 @@ import gguf
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from qft.checkpoint.stored import stored_tensors
+from qft.checkpoint.weights import open_tensors
 from qft.errors import ModelError
 from qft.files import atomic_file, require_free_space
 from qft.gguf.llamacpp import KINDS, end_tokens
@@ -135,7 +135,7 @@ def _tensors(folder: Path, config: Any, kind: str) -> list[_Tensor]:
 
 def _tensor(name: str, shape: tuple[int, ...], path: Path, names: Any, config: Any, kind: str) -> _Tensor:
     theirs = _name(names, name)
-    with safe_open(path, framework="pt") as file:
+    with open_tensors(path) as file:
         part = file.get_slice(name)
         held, real = part[:0].dtype, tuple(part.get_shape())
     if held not in READ or real != shape:
@@ -174,7 +174,7 @@ def _ends(folder: Path, config: Any) -> list[int]:
 
 
 def _read(path: Path, name: str, heads: int) -> NDArray[np.float32]:
-    with safe_open(path, framework="pt") as file:
+    with open_tensors(path) as file:
         values: NDArray[np.float32] = file.get_tensor(name).float().numpy()
     return interleave(values, heads) if heads else values
 

@@ -13,6 +13,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from qft.data.sandbox import TemplateLimit
+
 Message = dict[str, str]
 ROLES = ("system", "user", "assistant")
 LEFT_OUT = "# The chat template is more than turns between fixed texts: Ollama takes what it knows for it.\n"
@@ -76,6 +78,8 @@ def _render(tokenizer: Any, start: str, messages: Sequence[Message], *, prompt: 
     """As the chat template does, less what every conversation starts with."""
     try:
         text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
+    except TemplateLimit:
+        raise
     except Exception as error:  # templates refuse conversations in as many ways as there are authors
         raise _NotTurns from error
     return _less(text, start=start)

@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from qft.data.batch import pad_token_id
 from qft.documents.evaluation import HarnessResult
 from qft.errors import MissingError, ModelError, RecipeError, first_line
+from qft.files import require_regular
 from qft.plan.packages import missing_packages
 from qft.recipe import LoadedRecipe
 from qft.recipe.load import is_task_file
@@ -140,7 +141,7 @@ _TaskFile.add_constructor("!function", lambda _, node: str(node.value))
 def _read(path: Path) -> dict[str, Any]:
     """What a task file holds. Raises ValueError if it is none."""
     try:
-        held = yaml.load(path.read_text("utf-8"), Loader=_TaskFile)  # noqa: S506
+        held = yaml.load(require_regular(path).read_text("utf-8"), Loader=_TaskFile)  # noqa: S506
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(held, dict) or not held.keys() & {"task", "group", "include"}:

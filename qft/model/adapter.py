@@ -1,6 +1,5 @@
 """Adapters: attached to a base to be trained, written in peft's layout, put on a base again."""
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,8 @@ from transformers import PreTrainedModel
 from qft.checkpoint.conversion import FLOATS
 from qft.checkpoint.skeleton import without_contents
 from qft.checkpoint.weights import Weights
-from qft.errors import ModelError
-from qft.files import atomic_folder
+from qft.errors import ModelError, first_line
+from qft.files import atomic_folder, read_json_text
 from qft.memory.guard import memory_guard, smaller_base
 from qft.plan import ModelPlan, Plan
 from qft.quant.dequantize import dequantized_weight, is_quantized
@@ -95,7 +94,7 @@ def require_fit(adapter: Path, plan: ModelPlan) -> None:
 
 
 def _misfit(adapter: Path, reason: str) -> str:
-    kind = json.loads((adapter / "adapter_config.json").read_text("utf-8")).get("base_model_name_or_path")
+    kind = read_adapter_config(adapter).get("base_model_name_or_path")
     return f"{adapter}: does not fit this base (it names {kind!r} as its own): {reason}"
 
 
@@ -105,8 +104,22 @@ def with_adapter(model: Any, adapter: Path) -> Any:
         warnings.filterwarnings("error", message="Found missing adapter keys")
         try:
             return PeftModel.from_pretrained(model, str(adapter))
-        except (ValueError, RuntimeError, KeyError, UserWarning) as error:
-            raise ModelError(_misfit(adapter, str(error).splitlines()[0])) from error
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{adapter}: is damaged or cut off: {first_line(error)}") from error
+        except Exception as error:  # its files are data: whatever is wrong with them, peft stumbles over it
+            raise ModelError(_misfit(adapter, first_line(error))) from error
+
+
+def read_adapter_config(adapter: Path) -> dict[str, Any]:
+    """What its adapter_config.json says. Raises ModelError if that is no JSON object, or has a key twice."""
+    path = adapter / "adapter_config.json"
+    try:
+        config = read_json_text(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: cannot be read: {first_line(error)}") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{path}: is no JSON object")
+    return config
 
 
 def _start_from_quantization_error(model: PeftModel, plan: Plan) -> None:

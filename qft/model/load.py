@@ -9,7 +9,7 @@ from qft.checkpoint.require import incomplete_layers, require_loaded, require_we
 from qft.checkpoint.skeleton import without_contents
 from qft.checkpoint.stored import some
 from qft.checkpoint.weights import dequantized
-from qft.errors import ModelError, first_line
+from qft.errors import ModelError, QftError, first_line
 from qft.memory.guard import memory_guard, smaller_base
 from qft.plan import ModelPlan
 
@@ -19,13 +19,14 @@ def load_base(plan: ModelPlan) -> PreTrainedModel:
     with memory_guard("loading the model", smaller_base(plan.recipe, plan.scheme)):
         try:
             model = _load(plan)
-        except (ValueError, OSError, ImportError, KeyError) as error:
-            raise ModelError(f"{plan.checkpoint.path}: cannot be loaded: {first_line(error)}") from error
-        except RuntimeError as error:
-            # Of an unquantized checkpoint all that can be wrong has been told: then it is the device's.
-            if not plan.checkpoint.quantization or "memory" in str(error):
+        except (QftError, MemoryError):
+            raise
+        except Exception as error:  # transformers, safetensors and the quantizers fail in as many ways as they are
+            if "memory" in str(error):  # the guard tells those of an allocator from the others
                 raise
-            raise ModelError(f"{plan.checkpoint.path}: {_unconverted(plan, error)}") from error
+            told = isinstance(error, RuntimeError) and plan.checkpoint.quantization
+            reason = _unconverted(plan, error) if told else f"cannot be loaded: {first_line(error)}"
+            raise ModelError(f"{plan.checkpoint.path}: {reason}") from error
     if misfits := plan.scheme.misfits(model):
         raise ModelError(f"{plan.checkpoint.path}: the quantized weights of {some(misfits)} are not of their shapes")
     plan.scheme.settle(model)
@@ -58,7 +59,7 @@ def _load(plan: ModelPlan) -> PreTrainedModel:
     return loaded
 
 
-def _unconverted(plan: ModelPlan, error: RuntimeError) -> str:
+def _unconverted(plan: ModelPlan, error: Exception) -> str:
     """What transformers could not put together, as far as one can tell: it names nothing."""
     lacking = incomplete_layers(plan.checkpoint.tensors())
     where = "".join(f"; {layer} lacks {some(names)}" for layer, names in list(lacking.items())[:3])

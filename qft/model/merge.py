@@ -6,7 +6,6 @@ of an adapter is refused.
 """
 
 import copy
-import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -16,13 +15,13 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
-from safetensors.torch import load_file
 from torch import nn
 
 from qft.checkpoint.layout import Layout, written_names
 from qft.checkpoint.skeleton import without_contents
-from qft.checkpoint.weights import Weights, save_tensors, write_index
+from qft.checkpoint.weights import Weights, open_tensors, save_tensors, write_index
 from qft.errors import ModelError
+from qft.model.adapter import read_adapter_config
 from qft.model.load import generation_config
 from qft.plan import ModelPlan
 from qft.quant.hold import Scheme
@@ -92,8 +91,9 @@ class Adapter:
 
 def read_adapter(folder: Path) -> Adapter:
     """The adapter in that folder."""
-    config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
-    return Adapter(str(folder), config, load_file(folder / "adapter_model.safetensors"))
+    with open_tensors(folder / "adapter_model.safetensors") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
+    return Adapter(str(folder), read_adapter_config(folder), tensors)
 
 
 def planned_adapter(plan: ModelPlan, lora: Mapping[str, Any]) -> Adapter:

@@ -11,6 +11,7 @@ from typing import Any
 
 from qft.documents.recorded import record_of, require_whole_run, unverified
 from qft.errors import MissingError, ModelError, RecipeError
+from qft.files import require_regular_files
 from qft.gguf.llamacpp import LlamaCpp, require_llamacpp
 from qft.model.adapter import require_fit, with_adapter
 from qft.model.load import load_base
@@ -93,6 +94,8 @@ def parse_target(text: str, *, adapter: Path | None, data: str | None) -> Target
         record.require_whole()
     if adapter is not None and not (adapter / "adapter_config.json").is_file():
         raise MissingError(f"{adapter}: holds no adapter (adapter_config.json)")
+    if adapter is not None:
+        require_regular_files(adapter)
     is_run = run.manifest() is not None
     return Target(
         name=text,

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,8 +33,9 @@ from qft.quant.share import Held, count_weights
 from qft.recipe import LoadedRecipe, Recipe
 from qft.recipe.load import from_values
 from qft.recipe.rules import Problem
-from qft.recipe.training import DataSection, ModelSection, QuantSection
+from qft.recipe.training import AdapterSection, DataSection, ModelSection, QuantSection
 
+DECOMPOSED = ("pissa", "olora", "loftq")
 MAX_LENGTH = 2048
 """Of a row, in tokens, where nobody says and the model takes as many."""
 
@@ -142,6 +144,8 @@ def plan_model(loaded: LoadedRecipe, lora: dict[str, Any] | None = None, *, fres
         refuse(loaded, whole_problems(recipe.adapter, scheme.holds(model) or ()))
     held = weights_held(scheme, recipe, model)
     shape = _shape(loaded, model, lora, matched)
+    if lora:
+        refuse(loaded, _size_problems(shape, device))
     return ModelPlan(loaded, device, checkpoint, tokenizer, shape, dtype, scheme, matched, held)
 
 
@@ -253,9 +257,32 @@ def _trainable(loaded: LoadedRecipe, model: nn.Module, lora: dict[str, Any], mat
     try:
         with torch.device("meta"):
             adapted = get_peft_model(model, LoraConfig(**lora | {"init_lora_weights": False}))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise RecipeError(loaded.problem("adapter.target_modules", first_line(error))) from error
     if is_all_linear(lora["target_modules"]):
         count = sum(isinstance(module, BaseTunerLayer) for module in adapted.modules())
         matched["adapter.target_modules"] = {lora["target_modules"]: count}
+    refuse(loaded, _rank_problems(loaded.recipe.adapter, adapted))
     return sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+
+
+def _rank_problems(adapter: AdapterSection, adapted: nn.Module) -> Iterator[Problem]:
+    """Initialisations that take the adapter from a decomposition of the weight, which has no more than its rank."""
+    if not adapter.init_lora_weights.startswith(DECOMPOSED):
+        return
+    for name, module in adapted.named_modules():
+        if isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), nn.Linear):
+            most = min(module.in_features, module.out_features)
+            if adapter.r > most:
+                layer = name.removeprefix("base_model.model.")
+                text = f"{adapter.r}, and {layer} has a rank of at most {most}, which init_lora_weights"
+                yield "adapter.r", f"{text} {adapter.init_lora_weights} cannot exceed; lower it"
+                return
+
+
+def _size_problems(shape: Shape, device: Device) -> Iterator[Problem]:
+    """Adapters that have no place."""
+    needed = 4 * shape.trainable_parameters
+    if needed > device.total_bytes:
+        text = f"the weights of the adapters alone take {needed / 2**30:,.1f} GiB, and {device.name} has"
+        yield "adapter.r", f"{text} {device.total_bytes / 2**30:,.1f} GiB; lower it, or name fewer target_modules"

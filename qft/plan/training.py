@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,7 +30,10 @@ from qft.plan.model import (
 from qft.plan.packages import missing_packages
 from qft.plan.template import template_of
 from qft.recipe import LoadedRecipe, Recipe
-from qft.recipe.rules import Problem
+from qft.recipe.rules import MOST, Problem
+
+PROCESSES = 64
+"""That may be started at once on any machine; on one of many cores, four for each."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ def make_plan(loaded: LoadedRecipe) -> Plan:
     refuse(loaded, [*device_problems(recipe, device), *_training_problems(recipe, device)])
     lora = _lora_arguments(recipe) if recipe.adapter.kind == "lora" else None
     model = plan_model(loaded, lora)
-    problems = [*model.scheme.problems(recipe), *_share_problems(model), *_length_problems(recipe, model.shape)]
+    problems = [*model.scheme.problems(recipe), *_share_problems(model), *_length_problems(loaded, model.shape)]
     refuse(loaded, problems)
     data = prepare(model.rows_for(recipe.data), model.tokenizer, recipe.seed)
     parts, shape = [part for part in (data.train, data.eval) if part is not None], model.shape
@@ -110,7 +114,9 @@ def make_plan(loaded: LoadedRecipe) -> Plan:
         refuse(loaded, answer_problems(data.eval, recipe.eval, shape.position_table))
     if recipe.eval.metrics and data.eval and max(data.eval["answer_start"]) < 0:
         refuse(loaded, [("eval.metrics", "the held-out rows are plain text, which has no answers to score; remove it")])
-    return Plan(model, lora, _training_arguments(recipe, device), data)
+    plan = Plan(model, lora, _training_arguments(recipe, device), data)
+    refuse(loaded, _step_problems(plan))
+    return plan
 
 
 def with_skip_modules(plan: Plan, names: Sequence[str]) -> Plan:
@@ -141,10 +147,20 @@ def _has_linears(model: ModelPlan) -> bool:
     return any(isinstance(module, nn.Linear) for module in blocks.modules())
 
 
-def _length_problems(recipe: Recipe, shape: Shape) -> Iterator[Problem]:
+def _step_problems(plan: Plan) -> Iterator[Problem]:
+    epochs = plan.recipe.train.num_train_epochs
+    if plan.recipe.train.max_steps < 0 and epochs * plan.steps_per_epoch > MOST:
+        yield "train.num_train_epochs", f"{epochs:g} epochs are more than {MOST} steps; lower it"
+
+
+def _length_problems(loaded: LoadedRecipe, shape: Shape) -> Iterator[Problem]:
+    recipe = loaded.recipe
     asked, longest = recipe.data.max_length, shape.max_positions
     if longest and asked != "auto" and asked > longest:
         yield "data.max_length", f"{asked}, and the model was built for {longest} tokens"
+    if longest and recipe.eval.metrics and recipe.eval.max_new_tokens > longest and loaded.given("eval.max_new_tokens"):
+        text = f"{recipe.eval.max_new_tokens}, and the model was built for {longest} tokens"
+        yield "eval.max_new_tokens", text
 
 
 def _training_problems(recipe: Recipe, device: Device) -> Iterator[Problem]:
@@ -161,10 +177,21 @@ def _training_problems(recipe: Recipe, device: Device) -> Iterator[Problem]:
             yield "train.dataloader_pin_memory", "is for copies to a GPU; set it to auto or false"
         if train.optim.startswith("paged"):
             yield "train.optim", f"{train.optim} pages between GPU and host; on a CPU use adamw_8bit or adamw_torch"
+    yield from _process_problems(recipe)
     for name in train.report_to:
         if importlib.util.find_spec(name) is None:
             yield "train.report_to", f"{name} is not installed; pip install {name}, or change the field"
     yield from missing_packages(recipe.eval.metrics)
+
+
+def _process_problems(recipe: Recipe) -> Iterator[Problem]:
+    most = max(PROCESSES, 4 * (os.cpu_count() or 1))
+    for field, asked in (
+        ("data.num_proc", recipe.data.num_proc),
+        ("train.dataloader_num_workers", recipe.train.dataloader_num_workers),
+    ):
+        if asked > most:
+            yield field, f"{asked} processes at once are more than this machine is for; give {most} or fewer"
 
 
 def _lora_arguments(recipe: Recipe) -> dict[str, Any]:

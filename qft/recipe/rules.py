@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from qft.recipe.catalogue import CATALOGUE, export_problem
 from qft.recipe.presets import PRESETS
 from qft.recipe.schema import AcceptSection, CalibrateSection, Recipe
-from qft.recipe.training import AdapterSection, QuantSection
+from qft.recipe.training import AdapterSection, QuantSection, Section
 
 Problem = tuple[str, str]
 """A field, and what is wrong with it."""
@@ -15,6 +15,7 @@ QUANT_FIELDS = dict.fromkeys(("quant_type", "double_quant", "compute_dtype", "qu
 QUANT_FIELDS |= {"threshold": "8bit", "plugin": "custom"}
 """Fields of `quant` that only one mode reads."""
 
+MOST = 2**31 - 1
 SKIP_BUDGETS = ("quant.skip_budget_bits", "quant.skip_budget_bytes")
 
 ANSWER_FIELDS = ("regex", "max_new_tokens", "samples")
@@ -27,6 +28,7 @@ def broken_rules(recipe: Recipe, given: Callable[[str], bool]) -> Iterator[Probl
         if given(field):
             yield field, f"{reason}; remove it"
     yield from _pattern_rules(recipe)
+    yield from _huge_numbers(recipe)
     yield from _quant_rules(recipe)
     yield from _skip_rules(recipe.quant)
     yield from _adapter_rules(recipe)
@@ -41,6 +43,15 @@ def broken_rules(recipe: Recipe, given: Callable[[str], bool]) -> Iterator[Probl
             yield "calibrate.engine", f"for export.target, {problem}"
     if recipe.calibrate:
         yield from _calibrate_rules(recipe.calibrate, recipe)
+
+
+def _huge_numbers(recipe: Recipe) -> Iterator[Problem]:
+    """Whole numbers that the libraries below, which count in 32 bits, cannot take."""
+    for name, section in recipe:
+        for field, value in section if isinstance(section, Section) else ():
+            is_whole = isinstance(value, int) and not isinstance(value, bool)
+            if is_whole and value > MOST and not field.endswith(("seed", "bytes")):
+                yield f"{name}.{field}", f"should be {MOST} or less, not {value}"
 
 
 def unread_fields(recipe: Recipe) -> dict[str, str]:

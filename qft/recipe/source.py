@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from qft.errors import MissingError, RecipeError
+from qft.files import refusal, require_regular
 
 MAX_BYTES = 2**20
 MAX_NODES = 20_000
@@ -102,12 +103,12 @@ def _merge(base: dict[str, Any], over: dict[str, Any], place: Place, where: dict
 def read(path: Path) -> Tree:
     """Parse the recipe file at `path`. Raises MissingError, or RecipeError naming file and line."""
     try:
-        with path.open("rb") as file:
+        with require_regular(path).open("rb") as file:
             data = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
         raise MissingError(f"{path}: no such recipe") from None
     except OSError as error:
-        raise MissingError(f"{path}: cannot be read: {error.strerror}") from None
+        raise MissingError(refusal(error, path)) from None
     if len(data) > MAX_BYTES:
         raise RecipeError(f"{path}: more than {MAX_BYTES} bytes, and a recipe has at most that many")
     try:

@@ -6,17 +6,55 @@ import math
 import time
 from collections import deque
 from statistics import fmean
+from typing import Any
 
-from rich.console import Console, Group
+from rich.console import (
+    Console,
+    ConsoleOptions,
+    ConsoleRenderable,
+    Group,
+    RenderableType,
+    RenderHook,
+    RenderResult,
+)
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.segment import Segment
 from rich.text import Text
 
 from qft.progress import Step, View
-from qft.views.words import size, sparkline
+from qft.views.words import CONTROLS, size, sparkline
 
 RECENT = 20
 """Steps over which speed and the time left are taken."""
+
+
+class _Clean:
+    """What is drawn, without what could command a terminal."""
+
+    def __init__(self, drawn: RenderableType) -> None:
+        self.drawn = drawn
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for text, style, control in console.render(self.drawn, options):
+            yield Segment(text if control else text.translate(CONTROLS), style, control)
+
+
+class _Cleaner(RenderHook):
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        return [_Clean(each) for each in renderables]
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise  # rich calls it where it has caught BrokenPipeError
+
+
+def console(**options: Any) -> Console:
+    """What qft draws on: texts come from data, and command nothing. Raises BrokenPipeError once nobody reads."""
+    made = _Console(**options)
+    made.push_render_hook(_Cleaner())
+    return made
 
 
 def choose_view(console: Console, *, quiet: bool) -> View:

@@ -84,6 +84,7 @@ def test_arguments_of_a_call_are_written_once(template: str, arguments: Any) -> 
     ("arguments", "reason"),
     [
         ("Oslo", r"messages\.1\.tool_calls\.0\.function\.arguments: not valid JSON"),
+        ('{"a": 1, "a": 2}', r"messages\.1\.tool_calls\.0\.function\.arguments: not valid JSON: a: given twice"),
         ("[1]", r"messages\.1\.tool_calls\.0\.function\.arguments: needs a JSON object, not list"),
     ],
 )

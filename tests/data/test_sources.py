@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,9 @@ BAD_LINES = {
     "null": ("null", "not NoneType"),
     "half a surrogate pair": ('{"a": ["x \\ud83c"]}', r"\\ud83c is half a character"),
     "nested too deeply": ("[" * 200_000, "nested too deeply"),
+    "a key that is given twice": ('{"a": 1, "b": 2, "a": 1}', "a: given twice"),
+    "one within": ('{"m": [{"role": "user", "x": {"role": 1, "role": 2}}]}', "role: given twice"),
+    "one with escapes": ('{"a": 1, "\\u0061": 2}', "a: given twice"),
     "an endless number": ('{"a": ' + "1" * 10_000 + "}", "not valid JSON"),
 }
 
@@ -196,6 +200,16 @@ BAD_LINES = {
 def test_a_line_that_is_no_row_says_why(line: str, reason: str) -> None:
     with pytest.raises(BadRow, match=reason):
         decode({JSON_COLUMN: line})
+
+
+def test_a_json_array_keeps_its_items_as_they_are(tmp_path: Path) -> None:
+    text = ' [ {"a": [1, "],["]}\n,\t{"a": "é\\n\\u00e9", "b": {}},{"a": 1, "a": 2} , 7, "x,", null\n]\n'
+    rows = opened(written(tmp_path, "rows.json", text))
+    assert [decode(row) for row in islice(rows.dataset, 2)] == [{"a": [1, "],["]}, {"a": "é\né", "b": {}}]
+    assert len(rows.dataset) == len(json.loads(text))
+    with pytest.raises(BadRow, match="a: given twice"):
+        decode(rows.dataset[2])
+    assert len(opened(written(tmp_path, "none.json", "[ ]")).dataset) == 0
 
 
 def test_a_bad_item_of_a_json_array_spoils_no_other(tmp_path: Path) -> None:

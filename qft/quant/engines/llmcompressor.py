@@ -7,19 +7,24 @@ another process: a job goes there as a JSON file, and a folder in the compressed
 import json
 import os
 import re
-import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from qft.errors import ModelError
+from qft.errors import ModelError, first_line
 from qft.files import write_json
+from qft.machine.process import Silent, end_group, started
 
 OLDEST = (0, 14)
 """The release whose names llmcompressor_job.py knows, and on which it was tested."""
 ASK = "import llmcompressor, importlib.metadata as m; print('version', m.version('llmcompressor'))"
 ASK_SECONDS = 300
 """For torch and transformers to be imported once, from a slow disk."""
+ASK_LINES = 1000
+"""Of an answer; what says more is no Python."""
+SILENT_SECONDS = 6 * 3600
+"""That the job may say nothing, not even by a progress bar, before it is ended."""
 PART = re.compile(r"\((\d+)/(\d+)\): Calibrating")
 BAR = re.compile(r"\d+%\|")
 
@@ -31,14 +36,17 @@ def find_problem(python: str) -> str | None:
         return f"{python} does not exist: name the Python of an environment that has llmcompressor"
     try:
         # Isolated: neither PYTHONPATH nor the folder of the job's file may stand in for the environment's packages.
-        answer = subprocess.run(  # noqa: S603  # the interpreter that the recipe names
-            [python, "-I", "-c", ASK], capture_output=True, text=True, timeout=ASK_SECONDS, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"{python} cannot be run: {str(error).splitlines()[0]}"
-    if answer.returncode:
-        return f"{python} cannot import llmcompressor ({_last(answer.stderr.splitlines())}); {install}"
-    release = re.search(r"^version (\S+)$", answer.stdout, re.MULTILINE)
+        with started([python, "-I", "-c", ASK], silence=ASK_SECONDS, all_words=True) as asked:
+            said = list(islice(asked.lines(), ASK_LINES))
+            if len(said) == ASK_LINES:
+                end_group(asked.running)
+    except Silent:
+        return f"{python} cannot be run: it gave no answer in {ASK_SECONDS} s"
+    except OSError as error:
+        return f"{python} cannot be run: {first_line(error)}"
+    release = re.search(r"^version (\S+)$", "".join(said), re.MULTILINE)
+    if asked.running.returncode and len(said) < ASK_LINES:
+        return f"{python} cannot import llmcompressor ({_last(said)}); {install}"
     if not release:
         return f"{python} is no Python that answers; name the one of an environment that has llmcompressor"
     numbers = tuple(map(int, re.findall(r"\d+", release[1])))
@@ -57,33 +65,24 @@ def run_job(
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TQDM_")}
     if not on_gpu:
         environment["CUDA_VISIBLE_DEVICES"] = ""
-    running = subprocess.Popen(  # noqa: S603  # the interpreter that the recipe names
-        command,
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.DEVNULL,  # its log
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-    )
-    with running:
-        try:
-            said = _follow(running, tell)
-        except BaseException:
-            running.kill()
-            raise
-    if running.returncode or not report.is_file():
-        raise ModelError(f"calibrate.engine: llmcompressor failed ({running.returncode}): {_last(said)}")
+    try:
+        with started(command, silence=SILENT_SECONDS, cwd=folder, env=environment) as job_process:
+            said = _follow(job_process.lines(), tell)
+    except Silent:
+        hours = SILENT_SECONDS / 3600
+        raise ModelError(f"calibrate.engine: llmcompressor has said nothing for {hours:g} h, and was ended") from None
+    code = job_process.running.returncode
+    if code or not report.is_file():
+        raise ModelError(f"calibrate.engine: llmcompressor failed ({code}): {_last(said)}")
     written: dict[str, Any] = json.loads(report.read_text("utf-8"))
     return written
 
 
-def _follow(running: subprocess.Popen[str], tell: Callable[[str], None]) -> list[str]:
-    """The last lines of its standard error, but for progress bars, of which the parts of the model are last_part."""
-    assert running.stderr is not None
+def _follow(lines: Iterable[str], tell: Callable[[str], None]) -> list[str]:
+    """The last of its lines, but for progress bars, of which the parts of the model are last_part."""
     said: list[str] = []
     last_part = ""
-    for line in running.stderr:
+    for line in lines:
         part = PART.search(line)
         if part and part[0] != last_part:
             last_part = part[0]

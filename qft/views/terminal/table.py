@@ -50,9 +50,9 @@ class Rows(Table):
             padding=(0, 2, 0, 0),
         )
         self.unbroken = unbroken
-        self.add_column(columns[0], style="cyan", overflow="fold")
+        self.add_column(Text(columns[0]), style="cyan", overflow="fold")
         for name in columns[1:]:
-            self.add_column(name, justify="right", overflow="fold")
+            self.add_column(Text(name), justify="right", overflow="fold")
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         return super().__rich_console__(console, options.update(max_width=max(options.max_width, 80)))

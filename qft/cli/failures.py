@@ -1,0 +1,111 @@
+"""Exceptions of libraries and of the system -> one message each; what nobody has foreseen leaves its traceback in a
+file."""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+from qft.cli.shell import NAMES
+from qft.errors import (
+    InternalError,
+    MissingError,
+    ModelError,
+    OutOfMemoryError,
+    QftError,
+    RunError,
+    causes,
+    first_line,
+)
+from qft.files import refusal
+
+DAMAGED = "a file of weights or state is damaged or cut off; copy or download it again"
+UNREACHABLE = "the hub cannot be reached; try again, or set HF_HUB_OFFLINE=1 to use what is on this machine"
+LIBRARIES: dict[str, tuple[type[QftError], str]] = {
+    "torch.OutOfMemoryError": (OutOfMemoryError, "the device has no memory left"),
+    "torch.cuda.OutOfMemoryError": (OutOfMemoryError, "the device has no memory left"),
+    "builtins.MemoryError": (OutOfMemoryError, "this machine has no memory left"),
+    "pyarrow.lib.ArrowMemoryError": (OutOfMemoryError, "this machine has no memory left"),
+    "safetensors_rust.SafetensorError": (ModelError, DAMAGED),
+    "_pickle.UnpicklingError": (RunError, DAMAGED),
+    "zipfile.BadZipFile": (RunError, DAMAGED),
+    "huggingface_hub.errors.HfHubHTTPError": (MissingError, UNREACHABLE),
+    "huggingface_hub.errors.OfflineModeIsEnabled": (MissingError, UNREACHABLE),
+    "httpx.TransportError": (MissingError, UNREACHABLE),
+    "requests.exceptions.ConnectionError": (MissingError, UNREACHABLE),
+}
+"""By the full name of a class, so that no library is imported for it: what it becomes, and what to say."""
+ABSENT = ("ENOENT", "ENXIO", "ENODEV")
+
+
+def explained(error: BaseException) -> QftError | None:
+    """The message that a known failure of the system or of a library deserves; None for others."""
+    for cause in causes(error):
+        if isinstance(cause, QftError):
+            return cause
+        for name in (f"{kind.__module__}.{kind.__qualname__}" for kind in type(cause).__mro__):
+            if name in LIBRARIES:
+                kind, text = LIBRARIES[name]
+                return kind(f"{text}: {first_line(cause)}" if str(cause) else text)
+        if isinstance(cause, RuntimeError) and "can't allocate memory" in str(cause):
+            return OutOfMemoryError(f"this machine has no memory left: {first_line(cause)}")
+        if isinstance(cause, OSError) and cause.errno:
+            return _of_system(cause)
+    return None
+
+
+def _of_system(error: OSError) -> QftError:
+    name = errno.errorcode.get(error.errno or 0)
+    if name == "ENOMEM":
+        return OutOfMemoryError(f"this machine has no memory left: {refusal(error)}")
+    if name in ABSENT:
+        return MissingError(refusal(error))
+    where = "" if error.filename else f" (temporary files go to {tempfile.gettempdir()}; TMPDIR names another place)"
+    return RunError(refusal(error) + (where if name in ("ENOSPC", "EDQUOT", "EROFS", "EACCES") else ""))
+
+
+def unforeseen(error: BaseException) -> InternalError:
+    """One line for a fault of qft, whose traceback is written to a file."""
+    said = f"{type(error).__name__}: {first_line(error)}" if str(error) else type(error).__name__
+    return InternalError(f"{_doing(error)} failed in a way that nobody has foreseen: {said}; {_kept(error)}")
+
+
+def _doing(error: BaseException) -> str:
+    """The command, and the last function of qft that was at work for it."""
+    root = Path(__file__).parents[1]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).is_relative_to(root)]
+    ours = [f for f in frames if Path(f.filename).name != "shell.py"]
+    if not ours:
+        return "qft"
+    first, last = ours[0], ours[-1]
+    group = "models " if Path(first.filename).name == "models.py" else ""
+    place = Path(last.filename).relative_to(root)
+    return f"`qft {group}{NAMES.get(first.name, first.name)}`, in {last.name} ({place}:{last.lineno}),"
+
+
+def _kept(error: BaseException) -> str:
+    """Where the traceback is."""
+    text = "".join(traceback.format_exception(error))
+    problem = ""
+    for folder in _folders():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(dir=folder, prefix="traceback-", suffix=".txt")
+            with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as stream:
+                stream.write(text)
+        except OSError as failure:
+            problem = refusal(failure, folder)
+        else:
+            return f"its traceback, for a report of the fault, is in {name}"
+    return f"its traceback could not be written ({problem}); --debug shows it"
+
+
+def _folders() -> Iterator[Path]:
+    kept = os.environ.get("QFT_CACHE")
+    if kept and kept != "off":
+        yield Path(kept)
+    yield Path(tempfile.gettempdir())

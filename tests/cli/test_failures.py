@@ -1,0 +1,206 @@
+"""Whatever goes wrong is one message, with its exit code, in characters that a terminal can take."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qft.errors import ModelError
+from tests.support.cli import qft
+from tests.support.models import byte_tokenizer, tiny_llama
+from tests.support.paths import ROOT
+from tests.support.rows import chat, write_jsonl
+
+RecipeFile = Callable[..., Path]
+
+
+def shell(command: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    """`qft` in a process of its own, by a shell."""
+    line = command.replace("qft ", f"{sys.executable} -m qft ")
+    known = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    return subprocess.run(
+        ["bash", "-o", "pipefail", "-c", line], env=known, capture_output=True, check=False, timeout=300
+    )
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    """`qft check` as if that were raised somewhere in it."""
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("qft.commands.check.make_plan", fail)
+
+
+def test_what_nobody_has_foreseen_is_one_line_and_a_file(
+    recipe_file: RecipeFile, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("QFT_CACHE", str(tmp_path / "cache"))
+    failing(monkeypatch, KeyError("\x1b[31mred\nand a second line"))
+    found = qft("check", recipe_file())
+    assert (found.exit_code, found.stdout) == (70, "")
+    [line] = found.stderr.splitlines()
+    assert line.startswith("error: `qft check`, in planned (commands/check.py:")
+    assert "failed in a way that nobody has foreseen: KeyError: " in line
+    assert "\x1b" not in line
+    [kept] = (tmp_path / "cache").iterdir()
+    assert str(kept) in line
+    assert "Traceback" in kept.read_text()
+    shown = qft("check", recipe_file(), "--debug")
+    assert shown.exit_code == 70
+    assert "Traceback" in shown.stderr
+
+
+def test_without_a_place_for_the_traceback(
+    recipe_file: RecipeFile, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("QFT_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "file" / "tmp"))
+    failing(monkeypatch, ZeroDivisionError())
+    found = qft("check", recipe_file())
+    assert found.exit_code == 70
+    assert "ZeroDivisionError; its traceback could not be written" in found.stderr
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "text"),
+    [
+        (errno.ENOSPC, 7, "the disk is full"),
+        (errno.EDQUOT, 7, "the quota of the disk is used up"),
+        (errno.EROFS, 7, "the file system is read-only"),
+        (errno.EACCES, 7, "permission is denied"),
+        (errno.ENAMETOOLONG, 7, "the name is too long"),
+        (errno.EISDIR, 7, "it is a folder"),
+        (errno.ENOTDIR, 7, "a part of the path is a file"),
+        (errno.EMFILE, 7, "too many files are open; raise the limit (`ulimit -n`)"),
+        (errno.EIO, 7, "the disk fails to read or write"),
+        (errno.ENOENT, 3, "No such file or directory"),
+        (errno.ENOMEM, 9, "this machine has no memory left"),
+    ],
+)
+def test_what_the_system_refuses_names_the_file(
+    number: int, code: int, text: str, recipe_file: RecipeFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(monkeypatch, OSError(number, os.strerror(number), "/some/[/b]/file"))
+    found = qft("check", recipe_file())
+    assert found.exit_code == code
+    [line] = found.stderr.splitlines()
+    assert "/some/[/b]/file: " in line
+    assert text in line
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (MemoryError(), 9, "this machine has no memory left"),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp] can't allocate memory: 9 bytes"), 9, "no memory left"),
+        (OSError(errno.ENOSPC, "No space left on device"), 7, "TMPDIR names another place"),
+        (ModelError("m"), 6, "error: m\n"),
+    ],
+)
+def test_what_a_library_is_known_to_raise(
+    error: Exception, code: int, text: str, recipe_file: RecipeFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outer = RuntimeError("something went wrong")
+    outer.__cause__ = error
+    failing(monkeypatch, outer)
+    found = qft("check", recipe_file())
+    assert found.exit_code == code
+    assert text in found.stderr
+
+
+def test_data_and_exceptions_command_no_terminal(recipe_file: RecipeFile, tmp_path: Path) -> None:
+    nasty = "\x1b]0;title\x07\x9b2J\r"
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"messages": [{"role": nasty, "content": "x"}]}])
+    found = qft("check", recipe_file(data={"train": str(rows)}))
+    assert found.exit_code == 5
+    rows = write_jsonl(tmp_path / "rows.jsonl", [chat("a", "b") | {nasty: 1}] * 4)
+    shown = qft("check", recipe_file(data={"train": str(rows)}))
+    assert shown.exit_code == 0
+    assert "nobody reads" in shown.stdout
+    (tmp_path / "bad.jinja").write_text("{{ raise_exception('" + nasty + "') }}")
+    refused = qft("check", recipe_file(data={"chat_template": "bad.jinja"}))
+    assert refused.exit_code == 5
+    for text in (found.stderr, shown.stdout, refused.stderr):
+        assert not set(text) & set("\x1b\x07\x9b\r")
+    assert "␛]0;title" in refused.stderr
+
+
+@pytest.mark.parametrize("name", ["[/bold] [red]", "[link=x]", "a\\[b]", ":smile: [", "%s {0}"])
+def test_brackets_in_a_path_are_brackets(name: str, recipe_file: RecipeFile, tmp_path: Path) -> None:
+    folder = tmp_path / name
+    folder.mkdir(parents=True)
+    write_jsonl(folder / "[rows].jsonl", [chat("a", "b")] * 8)
+    data = {"train": str(folder / "[rows].jsonl"), "eval_fraction": 0.3}
+    shown = qft("train", recipe_file(data=data, output_dir=str(folder / "[run]")))
+    assert (shown.exit_code, shown.stderr) == (0, "")
+    assert "[run]" in shown.stdout
+    assert "[rows].jsonl" in qft("check", recipe_file(data=data)).stdout
+    compared = qft("eval", f"{folder / '[run]'}@base", folder / "[run]", "--out", tmp_path / "out")
+    assert compared.exit_code == 0, compared.stderr
+    assert compared.stdout.replace("\n", "").count("[run]") >= 2
+
+
+def test_a_terminal_of_few_characters(recipe_file: RecipeFile, tmp_path: Path) -> None:
+    rows = write_jsonl(tmp_path / "réçé-日本.jsonl", [chat("a", "b")] * 4)
+    recipe = recipe_file(data={"train": str(rows)})
+    shown = shell(f"qft check {recipe} --show 1", PYTHONIOENCODING="ascii")
+    assert (shown.returncode, shown.stderr) == (0, b"")
+    document = shell(f"qft check {recipe} --json", PYTHONIOENCODING="ascii")
+    assert json.loads(document.stdout)["data"]["sources"][0]["path"] == str(rows)
+    refused = shell(f"qft check {tmp_path}/日本.yaml", PYTHONIOENCODING="ascii")
+    assert refused.returncode == 3
+    assert b"Traceback" not in refused.stderr
+
+
+def test_a_closed_pipe_ends_quietly(recipe_file: RecipeFile) -> None:
+    for command in ("qft schema | head -1", f"qft check {recipe_file()} | true"):
+        done = shell(command)
+        assert (done.returncode, done.stderr) in [(141, b""), (0, b"")]
+    full = shell("qft schema > /dev/full")
+    assert full.returncode == 7
+    assert re.fullmatch(rb"error: the disk is full[^\n]*\n", full.stderr)
+    assert shell(f"qft check {recipe_file()} >&-").returncode == 0
+
+
+def test_the_cache_is_blamed_and_not_the_data(recipe_file: RecipeFile, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = shell(f"qft check {recipe_file()}", HF_DATASETS_CACHE=str(tmp_path / "file" / "cache"))
+    assert done.returncode == 7
+    assert str(tmp_path / "file").encode() in done.stderr
+    assert b"HF_DATASETS_CACHE names another place" in done.stderr
+    assert b"chats.jsonl" not in done.stderr
+
+
+@pytest.mark.parametrize("kind", ["mistral3", "qwen3_vl", "t5"])
+def test_a_model_of_another_kind_is_named(kind: str, recipe_file: RecipeFile, tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    config = {"model_type": kind, "architectures": [f"The{kind}"]}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    found = qft("check", recipe_file(model={"path": str(tmp_path / "model")}, quant=None))
+    assert found.exit_code == 6
+    assert f"The{kind} is not supported" in found.stderr
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-999], lambda data: b"\xff" * 64 + data[64:], lambda data: b""])
+def test_damaged_weights_are_named(damage: Callable[[bytes], bytes], recipe_file: RecipeFile, tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(damage(weights.read_bytes()))
+    recipe = recipe_file(model={"path": str(tmp_path / "model")}, quant=None)
+    for command in (("train", recipe), ("chat", tmp_path / "model", "--prompt", "x", "--max-new-tokens", 2)):
+        found = qft(*command)
+        assert found.exit_code == 6, found.stderr
+        assert str(tmp_path / "model") in found.stderr

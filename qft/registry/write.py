@@ -14,7 +14,7 @@ from pathlib import Path
 
 from qft.documents.recorded import SIDE
 from qft.documents.registry import Event, Finding, Verdict, VersionManifest
-from qft.errors import GateError, MissingError, QftError, RecipeError, RunError
+from qft.errors import GateError, MissingError, NonFiniteError, QftError, RecipeError, RunError
 from qft.files import files_of, nearest_folder, now, require_free_space, sha256, write_json
 from qft.registry.base import base_entry, record_base
 from qft.registry.shelf import (
@@ -231,8 +231,8 @@ def _fill(folder: Path, artifact: Path, facts: VersionManifest) -> None:
     manifest = facts.model_copy(update={"created": now(), "bytes": size, "sha256": hashes})
     try:
         write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
-    except ValueError as error:
-        raise RunError(f"{artifact}: its facts are no JSON: {error}") from None
+    except (ValueError, NonFiniteError):
+        raise RunError(f"{artifact}: its facts are no JSON: a figure is NaN or infinite, or a text is none") from None
     for path in [*files.values(), folder / MANIFEST]:
         path.chmod(0o444)
         flush(path)

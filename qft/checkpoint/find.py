@@ -185,8 +185,8 @@ def _folder(asked: str, folder: Path, trust_remote_code: bool, names: Sequence[s
 
 
 def _tensors(folder: Path) -> int:
-    """How many the weight files there say that they hold; 0 if they are still to come, or will be refused."""
-    with suppress(MissingError, ModelError):
+    """How many the weight files there say that they hold; 0 if they are still to come."""
+    with suppress(MissingError):
         return len(stored_tensors(folder))
     return 0
 

@@ -104,7 +104,7 @@ def make_plan(loaded: LoadedRecipe) -> Plan:
     refuse(loaded, [*device_problems(recipe, device), *_training_problems(recipe, device)])
     lora = _lora_arguments(recipe) if recipe.adapter.kind == "lora" else None
     model = plan_model(loaded, lora)
-    problems = [*model.scheme.problems(recipe), *_share_problems(model), *_length_problems(loaded, model.shape)]
+    problems = [*model.scheme.problems(recipe), *_share_problems(model), *_length_problems(recipe, model.shape)]
     refuse(loaded, problems)
     data = prepare(model.rows_for(recipe.data), model.tokenizer, recipe.seed)
     parts, shape = [part for part in (data.train, data.eval) if part is not None], model.shape
@@ -153,14 +153,10 @@ def _step_problems(plan: Plan) -> Iterator[Problem]:
         yield "train.num_train_epochs", f"{epochs:g} epochs are more than {MOST} steps; lower it"
 
 
-def _length_problems(loaded: LoadedRecipe, shape: Shape) -> Iterator[Problem]:
-    recipe = loaded.recipe
+def _length_problems(recipe: Recipe, shape: Shape) -> Iterator[Problem]:
     asked, longest = recipe.data.max_length, shape.max_positions
     if longest and asked != "auto" and asked > longest:
         yield "data.max_length", f"{asked}, and the model was built for {longest} tokens"
-    if longest and recipe.eval.metrics and recipe.eval.max_new_tokens > longest and loaded.given("eval.max_new_tokens"):
-        text = f"{recipe.eval.max_new_tokens}, and the model was built for {longest} tokens"
-        yield "eval.max_new_tokens", text
 
 
 def _training_problems(recipe: Recipe, device: Device) -> Iterator[Problem]:

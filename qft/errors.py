@@ -75,12 +75,10 @@ class InternalError(QftError):
 
 def causes(error: BaseException) -> Iterator[BaseException]:
     """The error, what it was raised from, and so on to the first."""
-    seen: list[BaseException] = []
     following: BaseException | None = error
-    while following is not None and following not in seen:
-        seen.append(following)
+    while following is not None:
         yield following
-        following = following.__cause__ or (None if following.__suppress_context__ else following.__context__)
+        following = following.__cause__
 
 
 def first_line(error: BaseException) -> str:

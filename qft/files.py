@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from qft.errors import MissingError, NonFiniteError, RunError, first_line
+from qft.errors import MissingError, RunError, first_line
 
 REFUSALS = {
     "ENOSPC": "the disk is full; free some space, or name a place on another disk",
@@ -84,13 +84,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, document: Any) -> None:
-    """Write `document` as indented JSON, atomically. Raises NonFiniteError for NaN and infinity: they are not JSON."""
-    try:
-        text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
-    except ValueError as error:
-        text = "a figure in it is NaN or infinite: the model's weights are, or become so on these rows"
-        raise NonFiniteError(f"{path}: not written: {text}; lower train.learning_rate, or look at both") from error
-    write_text(path, text + "\n")
+    """Write `document` as indented JSON, atomically. NaN and infinity are refused: they are not JSON."""
+    write_text(path, json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 @contextmanager

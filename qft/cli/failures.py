@@ -15,6 +15,7 @@ from qft.errors import (
     InternalError,
     MissingError,
     ModelError,
+    NonFiniteError,
     OutOfMemoryError,
     QftError,
     RunError,
@@ -24,6 +25,10 @@ from qft.errors import (
 from qft.files import refusal
 
 DAMAGED = "a file of weights or state is damaged or cut off; copy or download it again"
+NOT_FINITE = (
+    "a figure of the result is NaN or infinite, and was not written: the model is so, or becomes so on these rows; "
+    "look at both, or lower train.learning_rate"
+)
 UNREACHABLE = "the hub cannot be reached; try again, or set HF_HUB_OFFLINE=1 to use what is on this machine"
 LIBRARIES: dict[str, tuple[type[QftError], str]] = {
     "torch.OutOfMemoryError": (OutOfMemoryError, "the device has no memory left"),
@@ -53,6 +58,8 @@ def explained(error: BaseException) -> QftError | None:
                 return kind(f"{text}: {first_line(cause)}" if str(cause) else text)
         if isinstance(cause, RuntimeError) and "can't allocate memory" in str(cause):
             return OutOfMemoryError(f"this machine has no memory left: {first_line(cause)}")
+        if isinstance(cause, ValueError) and "not JSON compliant" in str(cause):
+            return NonFiniteError(NOT_FINITE)
         if isinstance(cause, OSError) and cause.errno:
             return _of_system(cause)
     return None

@@ -16,7 +16,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as CON
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as QUANTIZERS
 
 from qft.errors import MissingError, ModelError
-from qft.files import refusal, require_regular
+from qft.files import require_regular
 
 REGISTERED: dict[str, tuple[str, type[Any], type[Any]]] = {}
 """Name, config class and quantizer class of each file run in this process, by the file's SHA-256."""
@@ -73,7 +73,7 @@ def load_plugin(path: Path) -> Plugin:
     try:
         source = require_regular(path).read_bytes()
     except OSError as error:
-        raise MissingError(f"quant.plugin: {refusal(error, path)}") from None
+        raise MissingError(f"quant.plugin: {path}: cannot be read: {error.strerror}") from None
     digest = hashlib.sha256(source).hexdigest()
     if digest not in REGISTERED:
         REGISTERED[digest] = _register(path, source, f"qft_plugin_{digest[:16]}")

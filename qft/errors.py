@@ -10,10 +10,14 @@
     ├─ NonFiniteError        8   the loss or a gradient became NaN or infinite
     └─ OutOfMemoryError      9   the device ran out of memory
 
+    Interrupted             75   a signal stopped a run, and --resume goes on from what it has saved (EX_TEMPFAIL)
+                     128 + signal   it stopped a run that has saved nothing to resume from: 130, 143 or 129
+
 The message says what is wrong, where (`file:line` when there is one) and what to do. The command line prints it alone;
 `--debug` adds the traceback.
 """
 
+import signal as signals
 from collections.abc import Iterable
 
 
@@ -59,6 +63,19 @@ class NonFiniteError(QftError):
 
 class OutOfMemoryError(QftError):
     exit_code = 9
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked a run to stop. No error, so nothing that handles those takes it for one."""
+
+    def __init__(self, signal: str, text: str = "", *, resumable: bool = False, hard: bool = False) -> None:
+        self.signal, self.resumable, self.hard = signal, resumable, hard
+        """Its name; whether --resume will go on; whether it is the second, which ends at once."""
+        super().__init__(text or f"interrupted by {signal}")
+
+    @property
+    def exit_code(self) -> int:
+        return 75 if self.resumable else 128 + signals.Signals[self.signal]
 
 
 def first_line(error: BaseException) -> str:

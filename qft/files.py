@@ -5,11 +5,11 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qft.errors import RunError
 
@@ -78,6 +78,24 @@ def sha256(path: Path) -> str:
     """Hex SHA-256 of a file's bytes."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+Verdict = Literal["whole", "changed", "missing", "unreadable"]
+
+
+def verdict(path: Path, digest: str | None, read: Callable[[Path], str] = sha256) -> Verdict:
+    """Whether the file hashes to `digest`."""
+    try:
+        if not path.is_file():
+            return "changed" if os.path.lexists(path) else "missing"
+        return "whole" if read(path) == digest else "changed"
+    except OSError:
+        return "unreadable"
+
+
+def files_of(folder: Path) -> dict[str, Path]:
+    """Every file below a folder, by its path within it."""
+    return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if not path.is_dir()}
 
 
 def now() -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qft.errors import QftError
+from qft.errors import Interrupted, QftError
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -40,6 +40,9 @@ def messages(
         if debug:
             raise
         typer.echo(f"error: {error}" if "\n" not in str(error) else str(error), err=True)
+        raise typer.Exit(error.exit_code) from None
+    except Interrupted as error:
+        typer.echo(str(error), err=True)
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
         typer.echo(interrupted, err=True)

@@ -1,5 +1,6 @@
 """The Hugging Face Trainer, made to stop for a signal so that nothing but time is lost."""
 
+import traceback
 from typing import Any
 
 from transformers import EarlyStoppingCallback
@@ -29,6 +30,10 @@ class StoppingTrainer(ResumingTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return super().train(*args, **kwargs)
+        except Interrupted as interrupted:
+            # Workers end with the loop's iterator: left to the garbage collector, they are waited for in vain.
+            traceback.clear_frames(interrupted.__traceback__)
+            raise
         finally:
             self.signals.waits = False
 

@@ -186,7 +186,7 @@ def test_a_damaged_best_one_is_refused(recipe: RecipeFile, tmp_path: Path) -> No
                 flip(folder / "checkpoint-2" / "adapter_model.safetensors")
 
     with pytest.raises(RunError, match=r"train.load_best_model_at_end: .*checkpoint-2, the best checkpoint so far"):
-        train(load(path), Flips(), overwrite=True)
+        train(load(recipe(train=best, **data)), Flips(), overwrite=True)
 
 
 class Killer(View):

@@ -12,10 +12,14 @@
     ├─ OutOfMemoryError      9   the device ran out of memory
     └─ InternalError        70   nobody has foreseen it: a fault of qft
 
+    Interrupted             75   a signal stopped a run, and --resume goes on from what it has saved (EX_TEMPFAIL)
+                     128 + signal   it stopped a run that has saved nothing to resume from: 130, 143 or 129
+
 The message says what is wrong, where (`file:line` when there is one) and what to do. The command line prints it alone;
 `--debug` adds the traceback.
 """
 
+import signal as signals
 from collections.abc import Iterable, Iterator
 
 
@@ -79,6 +83,19 @@ def causes(error: BaseException) -> Iterator[BaseException]:
     while following is not None:
         yield following
         following = following.__cause__
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked a run to stop. No error, so nothing that handles those takes it for one."""
+
+    def __init__(self, signal: str, text: str = "", *, resumable: bool = False, hard: bool = False) -> None:
+        self.signal, self.resumable, self.hard = signal, resumable, hard
+        """Its name; whether --resume will go on; whether it is the second, which ends at once."""
+        super().__init__(text or f"interrupted by {signal}")
+
+    @property
+    def exit_code(self) -> int:
+        return 75 if self.resumable else 128 + signals.Signals[self.signal]
 
 
 def first_line(error: BaseException) -> str:

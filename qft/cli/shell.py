@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qft.errors import Interrupted
 from qft.views.words import CONTROLS
 
 if TYPE_CHECKING:
@@ -46,6 +47,9 @@ def messages(
         sys.stdout.flush()
     except (typer.Exit, typer.Abort, typer.BadParameter):
         raise
+    except Interrupted as error:
+        say(str(error))
+        raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
         say(interrupted)
         raise typer.Exit(130) from None

@@ -8,11 +8,13 @@ from qft.data.encoded import write_rows
 from qft.documents.manifest import Manifest
 from qft.documents.training import Report, SkippedModules
 from qft.files import write_json, write_text
+from qft.machine.signals import Signals
 from qft.model.handover import require_exports
 from qft.plan import Plan, make_plan, with_skip_modules
 from qft.progress import View
 from qft.recipe import LoadedRecipe
-from qft.run.folder import check_folder, start_run
+from qft.run.folder import Run, check_folder, start_run
+from qft.run.interrupted import way_on
 from qft.training.recorder import Recorder
 from qft.training.session import train_model
 from qft.views.html.page import side_by_side, training_page
@@ -22,21 +24,27 @@ def train(loaded: LoadedRecipe, view: View, *, resume: bool = False, overwrite: 
     """Train as the recipe says and write the run folder.
 
     Raises QftError: RunError before any work if the folder forbids it, then whatever `make_plan` and `require_exports`
-    refuse, then NonFiniteError or OutOfMemoryError from the training itself. The last good checkpoint is kept in every
-    case."""
+    refuse, then NonFiniteError or OutOfMemoryError from the training itself, or Interrupted for a signal. The last good
+    checkpoint is kept in every case."""
+    signals = Signals("the step under way is finished and a checkpoint written")
+    with signals.caught(), way_on(Run(Path(loaded.recipe.output_dir)), resume=resume):
+        return _train(loaded, view, signals, resume=resume, overwrite=overwrite)
+
+
+def _train(loaded: LoadedRecipe, view: View, signals: Signals, *, resume: bool, overwrite: bool) -> Report:
     started = time.perf_counter()
     check_folder(Path(loaded.recipe.output_dir), resume=resume, overwrite=overwrite)
     plan, skipped = _plan(loaded, view, resume=resume)
     room = (plan.checkpoint_bytes, "its checkpoints")
     run = start_run(plan.model.loaded, plan.document(), room, view, resume=resume, overwrite=overwrite)
-    if skipped:
-        run.note(Manifest(status="running", skipped_modules=skipped))
-    recorder = Recorder(plan, view, started, skipped)
     with run.failure_noted():
+        if skipped:
+            run.note(Manifest(status="running", skipped_modules=skipped))
+        recorder = Recorder(plan, view, started, skipped)
         write_rows(run.rows, plan.data.asked())
-        result = train_model(run, recorder, resume=resume)
+        result = train_model(run, recorder, signals)
         report = recorder.report(run, result)
-    write_json(run.report, report.model_dump(mode="json"))
+        write_json(run.report, report.model_dump(mode="json"))
     run.note(Manifest(status="complete", files=run.hashes()))
     # A resumed run has no answers from before. Last: a picture must not cost a result.
     answers = {moment.capitalize(): recorder.answers.get(moment, []) for moment in ("before", "after")}

@@ -7,7 +7,7 @@ from qft.documents.manifest import Manifest
 from qft.documents.part import Part
 from qft.documents.plan import CalibrationPlanDocument, PlanDocument
 from qft.documents.registry import Event, VersionManifest
-from qft.documents.state import TrainingState
+from qft.documents.state import CheckpointHashes, TrainingState
 from qft.documents.training import Report
 
 DOCUMENTS: dict[str, type[Part]] = {
@@ -20,6 +20,7 @@ DOCUMENTS: dict[str, type[Part]] = {
     "calibration-record": CalibrationRecord,
     "manifest": Manifest,
     "training-state": TrainingState,
+    "checkpoint": CheckpointHashes,
     "registry": VersionManifest,
     "history": Event,
 }

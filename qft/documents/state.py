@@ -1,4 +1,5 @@
-"""qft_state.json of a checkpoint: what the run had measured when it was written, for the report of a resumed run."""
+"""What a checkpoint holds beside the Trainer's files: for the report of a resumed run what had been measured by then
+(qft_state.json), and what its files hash to (qft_checkpoint.json)."""
 
 from pathlib import Path
 from typing import Literal
@@ -29,6 +30,17 @@ class TrainingState(Stored):
     peak_host_bytes: Bytes = 0
     recomputed: tuple[int, float] | None = None
     """What gradient checkpointing saved in bytes, and its seconds in one step; None where it was off."""
+    evaluation_due: bool = False
+    """Whether the evaluation of this step was still to be made."""
+
+
+class CheckpointHashes(Stored):
+    """qft_checkpoint.json, which is written last."""
+
+    schema_version: Literal[1] = 1
+    kind: Literal["checkpoint"] = "checkpoint"
+    files: dict[str, str] = {}
+    """SHA-256 of each file of the checkpoint, and of what else it needs, by its path from the checkpoint's folder."""
 
 
 def read_state(path: Path) -> TrainingState | None:

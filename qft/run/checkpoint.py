@@ -1,23 +1,89 @@
-"""What lies in a checkpoint of the Trainer, read without torch."""
+"""What lies in a checkpoint of the Trainer, and whether it is whole: read without torch.
+
+qft_checkpoint.json, written last, has the hashes of all that the rest of a training comes of."""
 
 import json
+import os
+import shutil
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from qft.documents.state import CheckpointHashes
+from qft.files import files_of, sha256, verdict, write_text
 
 STATE = "qft_state.json"
 """What the run had measured by then: documents.state.TrainingState."""
 TRAINER_STATE = "trainer_state.json"
 """Which the Trainer writes last."""
+HASHES = "qft_checkpoint.json"
+INITIAL = "initial-adapter"
+"""Beside the checkpoints, where the adapter's initialisation changed the base."""
 PARTS = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+WORDS = {"changed": "is not what was written", "missing": "is missing", "unreadable": "cannot be read"}
 
 
-def is_whole(checkpoint: Path) -> bool:
-    """Whether a training can go on from it."""
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Those that were written to their end, damaged ones among them, by their steps."""
+    found = (path for path in folder.glob("checkpoint-*") if path.name.partition("-")[2].isdecimal())
+    return sorted((path for path in found if (path / TRAINER_STATE).exists() or (path / HASHES).exists()), key=step_of)
+
+
+def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
+    """The last checkpoint from which a training can go on, and what is to be told of it and of those behind it."""
+    told: list[str] = []
+    for checkpoint in reversed(checkpoints_in(folder)):
+        wrong = damage(checkpoint)
+        if not wrong and not (checkpoint / HASHES).exists():
+            told.append(f"{checkpoint} has no hashes of its files, which can be read: it is taken as it is")
+        if not wrong:
+            return checkpoint, told
+        told.append(f"{checkpoint} is damaged, and not taken: {', '.join(wrong)}")
+    return None, told
+
+
+def damage(checkpoint: Path, *, weights_only: bool = False) -> list[str]:
+    """What is wrong with its files, by their hashes; without those, as far as it shows when they are read."""
     try:
-        _state(checkpoint)
-    except (OSError, ValueError):
-        return False
-    return all((checkpoint / name).exists() for name in PARTS)
+        hashes = CheckpointHashes.model_validate_json((checkpoint / HASHES).read_bytes()).files
+        hashes[TRAINER_STATE]
+    except FileNotFoundError:
+        return [*_weights_unread(checkpoint), *([] if weights_only else _state_unread(checkpoint))]
+    except (OSError, ValueError, KeyError):
+        return [f"{HASHES} cannot be read"]
+    asked = {name: digest for name, digest in hashes.items() if not weights_only or name.endswith(".safetensors")}
+    found = ((name, verdict(checkpoint / name, digest)) for name, digest in asked.items())
+    return [f"{name} {WORDS[kind]}" for name, kind in found if kind != "whole"]
+
+
+def seal(checkpoint: Path, *needed: Path) -> None:
+    """Bring all of a finished checkpoint to the disk and write its hashes, and those of folders that it needs."""
+    paths = [path for folder in (checkpoint, *needed) for path in files_of(folder).values()]
+    for path in paths:
+        with path.open("rb") as stream:
+            os.fsync(stream.fileno())
+    hashes = CheckpointHashes(files={os.path.relpath(path, checkpoint): sha256(path) for path in paths})
+    write_text(checkpoint / HASHES, hashes.model_dump_json(indent=2) + "\n")
+
+
+def discard(checkpoint: Path) -> None:
+    """Remove it; what a kill leaves of it is no checkpoint."""
+    for name in (HASHES, TRAINER_STATE):
+        (checkpoint / name).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def rotate(newest: Path, limit: int | None, best: Path | None) -> None:
+    """Keep `limit` checkpoints up to the newest, which is whole, and the best one; None: all. Later ones are of a part
+    of the run that could not be gone on from."""
+    if limit:
+        found = checkpoints_in(newest.parent)
+        kept = [path for path in found if step_of(path) <= step_of(newest)][-limit:]
+        for checkpoint in set(found) - {*kept, best}:
+            discard(checkpoint)
 
 
 def step_of(checkpoint: Path | None) -> int:
@@ -37,6 +103,14 @@ def best_of(checkpoint: Path) -> Path | None:
     return checkpoint.with_name(Path(best).name) if best else None
 
 
+def best_problem(best: Path) -> str | None:
+    """Why the weights of the best checkpoint so far cannot be taken; None: they can."""
+    wrong = damage(best, weights_only=True) if best.exists() else ["is missing"]
+    return (
+        f"{best}, the best checkpoint so far: {', '.join(wrong)}; restore it, or set this to false" if wrong else None
+    )
+
+
 def is_over(checkpoint: Path, steps: int, patience: int | None) -> bool:
     """Whether a training of `steps` that stops early after `patience` evaluations has nothing more to do."""
     return step_of(checkpoint) >= steps or (patience is not None and waited(checkpoint) >= patience)
@@ -45,3 +119,38 @@ def is_over(checkpoint: Path, steps: int, patience: int | None) -> bool:
 def _state(checkpoint: Path) -> dict[str, Any]:
     state: dict[str, Any] = json.loads((checkpoint / TRAINER_STATE).read_text("utf-8"))
     return state
+
+
+def _state_unread(checkpoint: Path) -> Iterator[str]:
+    try:
+        if _state(checkpoint)["global_step"] != step_of(checkpoint):
+            yield f"{TRAINER_STATE} is of another step"
+    except (OSError, ValueError, KeyError, TypeError):
+        yield f"{TRAINER_STATE} cannot be read"
+    for name in PARTS:
+        try:
+            with zipfile.ZipFile(checkpoint / name) as parts:
+                bad = parts.testzip()  # torch writes a checksum for each part
+        except (OSError, zipfile.BadZipFile):
+            bad = name
+        if bad:
+            yield f"{name} {WORDS['unreadable' if (checkpoint / name).exists() else 'missing']}"
+
+
+def _weights_unread(checkpoint: Path) -> Iterator[str]:
+    names = {path.name for path in checkpoint.glob("*.safetensors")}
+    for index in checkpoint.glob("*.safetensors.index.json"):
+        try:
+            names |= set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            yield f"{index.name} cannot be read"
+    for name in sorted(names):
+        try:
+            with safe_open(checkpoint / name, framework="np"):
+                pass
+        except FileNotFoundError:
+            yield f"{name} is missing"
+        except (OSError, SafetensorError):
+            yield f"{name} cannot be read"
+    if not names:
+        yield "its weights are missing"

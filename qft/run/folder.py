@@ -23,12 +23,12 @@ from pathlib import Path
 
 from qft.documents.manifest import Base, Hardware, Manifest
 from qft.documents.plan import PlanDocument
-from qft.errors import RunError
+from qft.errors import QftError, RunError
 from qft.files import files_of, now, read_file, require_free_space, sha256, write_json, write_text
 from qft.machine.device import describe, versions
 from qft.progress import View
 from qft.recipe import LoadedRecipe, dump, load
-from qft.run.checkpoint import STATE, best_of, is_over, is_whole, step_of
+from qft.run.checkpoint import INITIAL, STATE, best_of, best_problem, checkpoints_in, is_over, newest_whole, step_of
 from qft.run.resume import ANEW, Before, Planned, compare, refuse_to_resume
 
 MANIFEST = "manifest.json"
@@ -45,7 +45,7 @@ class Run:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.checkpoints = folder / "checkpoints"
-        self.initial_adapter = self.checkpoints / "initial-adapter"
+        self.initial_adapter = self.checkpoints / INITIAL
         self.adapter = folder / "adapter"
         self.full_model = folder / "model"
         self.events = folder / "events"
@@ -54,6 +54,8 @@ class Run:
         self.work = folder / "work"
         self.page = folder / "report.html"
         self.report = folder / "report.json"
+        self.checkpoint: Path | None = None
+        """From which a training goes on, once start_run has looked."""
 
     def manifest(self) -> Manifest | None:
         """None if the folder is no run."""
@@ -68,10 +70,10 @@ class Run:
         manifest = self.manifest()
         return manifest.base if manifest else None
 
-    def newest_checkpoint(self) -> Path | None:
-        """The last checkpoint that was written whole (the Trainer writes trainer_state.json last)."""
-        whole = [p for p in self.checkpoints.glob("checkpoint-*") if is_whole(p)]
-        return max(whole, key=step_of, default=None)
+    @property
+    def has_result(self) -> bool:
+        """Whether all is there that a training comes to."""
+        return (self.adapter.is_dir() or self.full_model.is_dir()) and self.report.exists() and self.page.exists()
 
     def hashes(self) -> dict[str, str]:
         """SHA-256 of each file of the result and of what tells of it, by its path in the folder. Reads them."""
@@ -105,8 +107,8 @@ def check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
     if resume:
         if not run.manifest():
             raise RunError(f"{folder}: there is no run to resume; leave --resume away to start one")
-        if run.newest_checkpoint() is None and not run.work.is_dir():
-            raise RunError(f"{folder}: the run has no whole checkpoint to resume from; start anew with --overwrite")
+        if not checkpoints_in(run.checkpoints) and not run.work.is_dir():
+            raise RunError(_no_checkpoint(run))
     elif folder.exists() and any(folder.iterdir()):
         if not overwrite:
             raise RunError(f"{folder}: output_dir is not empty; use --resume, --overwrite, or another output_dir")
@@ -162,13 +164,38 @@ def _taken_up(run: Run, loaded: LoadedRecipe, plan: Planned, facts: Manifest, vi
     before = _before(run, plan)
     problems, honoured = compare(before, loaded.recipe, plan, facts)
     refuse_to_resume(loaded, problems)
-    checkpoint = run.newest_checkpoint()
+    checkpoint = run.checkpoint = _checkpoint(run, view) if isinstance(plan, PlanDocument) else None
     if checkpoint and isinstance(plan, PlanDocument):
-        _require_work(checkpoint, loaded, plan.steps, complete=before.manifest.status == "complete")
+        complete = before.manifest.status == "complete" and run.has_result
+        _require_work(checkpoint, loaded, plan.steps, complete=complete)
     view.note(f"Going on from {checkpoint or run.work}")
     for field, text in honoured:
         view.note(f"From here on, {field} is {text}")
     return [*before.manifest.resumed_from, *([step_of(checkpoint)] if checkpoint else [])]
+
+
+def _checkpoint(run: Run, view: View) -> Path:
+    """The newest whole one; what else there is to say of them is told. Raises RunError if there is none."""
+    checkpoint, told = newest_whole(run.checkpoints)
+    if checkpoint is None:
+        problems = "; ".join(told) or f"{run.checkpoints} holds none"
+        raise RunError(f"{run.folder}: no checkpoint is whole: {problems}. Restore what is damaged, {ANEW}")
+    for text in told:
+        view.note(text)
+    return checkpoint
+
+
+def _no_checkpoint(run: Run) -> str:
+    """That there is none, and what to do."""
+    text = f"{run.folder}: the run was cut off before it had a whole checkpoint to resume from"
+    try:
+        if load(run.folder / "recipe.yaml").recipe.train.save_strategy == "no":
+            text += " (train.save_strategy is no)"
+    except QftError:
+        pass
+    if result := next((path for path in (run.adapter, run.full_model) if path.is_dir()), None):
+        text += f"; {result}, to which it came, was written, and can be evaluated by `qft eval` as it is"
+    return f"{text}; start anew with --overwrite"
 
 
 def _before(run: Run, plan: Planned) -> Before:
@@ -187,9 +214,9 @@ def _require_work(checkpoint: Path, loaded: LoadedRecipe, steps: int, *, complet
         text = f"this asks for {steps} steps in all, and the run has made {done}; ask for as many or more, {ANEW}"
         refuse_to_resume(loaded, [(field, text)])
     if is_over(checkpoint, steps, train.early_stopping_patience) and (complete or not (checkpoint / STATE).exists()):
+        why = "there is nothing to resume" if complete else f"its checkpoint has no {STATE} to make a report of"
         folder, text = checkpoint.parent.parent, "ask for more steps, or more patience, to go on"
-        raise RunError(f"{folder}: the run has made its {done} steps; there is nothing to resume: {text}")
+        raise RunError(f"{folder}: the run has made its {done} steps; {why}: {text}")
     best = best_of(checkpoint)
-    if train.load_best_model_at_end and best and not best.exists():
-        text = f"{best}, the best checkpoint so far, is missing; restore it, or set this to false"
-        refuse_to_resume(loaded, [("train.load_best_model_at_end", text)])
+    if train.load_best_model_at_end and best and (problem := best_problem(best)):
+        refuse_to_resume(loaded, [("train.load_best_model_at_end", problem)])

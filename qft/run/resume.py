@@ -47,7 +47,7 @@ TABLE: dict[str, dict[Class, str]] = {
             model.trust_remote_code quant.preset quant.allow_partial data.num_proc
             train.run_name train.per_device_eval_batch_size train.dataloader_num_workers train.dataloader_pin_memory
             train.logging_steps train.eval_strategy train.eval_steps train.save_strategy train.save_steps
-            train.save_total_limit train.report_to
+            train.save_total_limit train.save_on_signal train.report_to
             eval calibrate export output_dir
         """,
     },

@@ -32,22 +32,14 @@ class HeldOut(TrainerCallback):
         write_json(self.run.folder / f"eval-{moment}.json", evaluation.model_dump(mode="json"))
 
     def recall(self, moment: str) -> None:
-        """Take up the evaluation that the run made before it was cut off."""
+        """Take up the evaluation that the run made before it was cut off, where its checkpoint does not tell of it."""
         path = self.run.folder / f"eval-{moment}.json"
-        if path.exists():
-            self.recorder.evaluations[moment] = Evaluation.model_validate_json(path.read_text("utf-8"))
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.catch_up()
-
-    def catch_up(self) -> None:
-        """Evaluate at the end of an epoch, if the run was cut off after a checkpoint there and before it did."""
-        train, step, recorder = self.plan.recipe.train, self.trainer.state.global_step, self.recorder
-        if (train.eval_strategy, train.save_strategy) != ("epoch", "steps") or not recorder.steps:
+        if moment in self.recorder.evaluations or not path.exists():
             return
-        at_end = step % self.plan.steps_per_epoch == 0 or step == self.plan.steps
-        if at_end and f"step-{step}" not in recorder.evaluations:
-            self.trainer.evaluate()
+        try:
+            self.recorder.evaluations[moment] = Evaluation.model_validate_json(path.read_text("utf-8"))
+        except (OSError, ValueError):
+            self.recorder.view.note(f"{path} cannot be read: the report goes without it")
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
         if "eval_loss" in metrics:

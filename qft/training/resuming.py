@@ -12,7 +12,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from qft.errors import RunError
 from qft.files import write_text
 from qft.plan import Plan
-from qft.run.checkpoint import STATE, TRAINER_STATE, best_of
+from qft.run.checkpoint import INITIAL, STATE, TRAINER_STATE, best_of, best_problem, discard, rotate, seal, step_of
 from qft.run.resume import ANEW
 from qft.training.recorder import Recorder
 
@@ -25,13 +25,46 @@ class ResumingTrainer(Trainer):
         self.recorder = recorder
         self.order = torch.Generator()
         """Draws the order of rows that are grouped by length; the library draws the other one by epoch itself."""
+        self.keeps, self.args.save_total_limit = self.args.save_total_limit, None
+        """Checkpoints to keep: the library would count damaged ones, and in the end leave none to finish from."""
+        self.kept = 0
+        """Step of the newest checkpoint."""
+        self.postponed = False
+        """Whether the evaluation of this step is left to whoever goes on."""
+        self._caught_up: dict[str, Any] = {}
+        """What is in the Trainer's state by an evaluation that was made since."""
         self.add_callback(_EpochOrder(self.order, recorder.plan))
 
     def finish(self, checkpoint: Path) -> None:
         """Instead of `train`, if that had come to its end by this checkpoint: take the weights that it came to."""
+        if not self._caught_up:
+            self._take_state(checkpoint)
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        self._load_from_checkpoint(best or str(checkpoint))
+
+    def catch_up(self, checkpoint: Path) -> None:
+        """Make the evaluation before which the checkpoint was written, with all that follows from it."""
+        self._take_state(checkpoint)
+        self._load_from_checkpoint(str(checkpoint))
+        if self._determine_best_metric(self.evaluate(), None) and self.is_asked(self.kept):
+            self.state.best_model_checkpoint = str(checkpoint)
+        names = ("best_metric", "best_global_step", "best_model_checkpoint")
+        self._caught_up = {name: getattr(self.state, name) for name in names}
+
+    def _take_state(self, checkpoint: Path) -> None:
+        self._resumed, self.kept = checkpoint, step_of(checkpoint)
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
-        best = best_of(checkpoint) if self.args.load_best_model_at_end else None
-        self._load_from_checkpoint(str(best or checkpoint))
+        self._load_callback_state()
+
+    def ends_epoch(self, step: int) -> bool:
+        return step % self.recorder.plan.steps_per_epoch == 0 or step == self.recorder.plan.steps
+
+    def is_asked(self, step: int) -> bool:
+        """Whether the recipe asks for a checkpoint behind that step."""
+        train = self.recorder.plan.recipe.train
+        if train.save_strategy == "steps":
+            return step % train.save_steps == 0 or step == self.recorder.plan.steps
+        return train.save_strategy == "epoch" and self.ends_epoch(step)
 
     def untouched_random(self) -> Any:
         """A context that draws numbers and leaves those that the training draws as they were."""
@@ -39,6 +72,7 @@ class ResumingTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: Any = None, **options: Any) -> Any:
         self._resumed = resume_from_checkpoint and Path(resume_from_checkpoint)
+        self.kept = step_of(self._resumed)
         return super().train(resume_from_checkpoint, **options)
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
@@ -59,7 +93,11 @@ class ResumingTrainer(Trainer):
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, EarlyStoppingCallback):
                 saved = state.stateful_callbacks.setdefault("EarlyStoppingCallback", callback.state())
-                callback.early_stopping_patience_counter = saved["attributes"]["early_stopping_patience_counter"]
+                if not self._caught_up:
+                    waited = saved["attributes"]["early_stopping_patience_counter"]
+                    callback.early_stopping_patience_counter = waited
+        for name, value in self._caught_up.items():
+            setattr(state, name, value)
 
     def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
         """The checkpoint's state, with the hyperparameters that are asked now."""
@@ -96,10 +134,37 @@ class ResumingTrainer(Trainer):
             text = f"{len(wrong)} weights of the checkpoint are not those of the model, {min(wrong)} among them"
             raise RunError(f"{text}; use a checkpoint of this model, {ANEW}")
 
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """The library's, its hashes, and then fewer old ones."""
+        folder = Path(self.args.output_dir)
+        checkpoint, initial = folder / f"checkpoint-{self.state.global_step}", folder / INITIAL
+        discard(checkpoint)  # a damaged one would lend it its other files
+        self._best_before = self.state.best_model_checkpoint
+        super()._save_checkpoint(model, trial)
+        seal(checkpoint, *([initial] if initial.exists() else []))
+        self.kept = self.state.global_step
+        best = self.state.best_model_checkpoint
+        rotate(checkpoint, self.keeps, Path(best) if best else None)
+
     def _save_rng_state(self, output_dir: str) -> None:
-        """Before trainer_state.json, which makes the checkpoint whole: what was measured so far."""
+        """Before trainer_state.json: what was measured so far, and which checkpoint is the best."""
         super()._save_rng_state(output_dir)
-        write_text(Path(output_dir) / STATE, self.recorder.state().model_dump_json())
+        best = self.state.best_global_step
+        if best and not self.is_asked(best):
+            self.state.best_model_checkpoint = self._best_before
+        state = self.recorder.state().model_copy(update={"evaluation_due": self._is_evaluation_due()})
+        write_text(Path(output_dir) / STATE, state.model_dump_json())
+
+    def _is_evaluation_due(self) -> bool:
+        """An epoch is evaluated behind the checkpoint of its last step."""
+        step, by_epochs = self.state.global_step, self.args.eval_strategy == "epoch"
+        due = self.postponed or self.control.should_evaluate or (by_epochs and self.ends_epoch(step))
+        return due and f"step-{step}" not in self.recorder.evaluations
+
+    def _load_best_model(self) -> None:
+        if problem := best_problem(Path(self.state.best_model_checkpoint)):
+            raise RunError(f"train.load_best_model_at_end: {problem}, and --resume")
+        super()._load_best_model()
 
 
 class _EpochOrder(TrainerCallback):

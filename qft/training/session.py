@@ -8,7 +8,8 @@ from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
 from qft.data.batch import Collator, pad_token_id
-from qft.errors import ModelError
+from qft.errors import Interrupted, ModelError
+from qft.machine.signals import Signals
 from qft.memory.guard import memory_guard, smaller_training
 from qft.model.adapter import CHANGES_BASE, attach_adapter, save_adapter, save_full
 from qft.model.load import load_base
@@ -21,17 +22,19 @@ from qft.training.recorder import Recorder
 from qft.training.trainer import QftTrainer
 
 
-def train_model(run: Run, recorder: Recorder, *, resume: bool) -> Path:
-    """Train as the recorder's plan says, from the newest checkpoint if asked; returns where the result lies."""
+def train_model(run: Run, recorder: Recorder, signals: Signals) -> Path:
+    """Train as the recorder's plan says, from the run's checkpoint if it is resumed; returns where the result lies.
+
+    Raises Interrupted when a signal has come, behind its step."""
     plan = recorder.plan
     set_seed(plan.recipe.seed)
-    checkpoint = run.newest_checkpoint() if resume else None
+    checkpoint = run.checkpoint
     if checkpoint:
         recorder.recall(checkpoint)
     with recorder.meter:
         recorder.view.note(f"Loading {plan.model.checkpoint.path}")
-        model = _load(recorder, run, resume=resume)
-        trainer = _trainer(model, run, recorder)
+        model = _load(recorder, run)
+        trainer = _trainer(model, run, recorder, signals)
         recorder.loaded(model)
         # Under autocast a LoRA layer need not cast its input to float32 first, which would be kept for backward.
         mixed = plan.training["bf16"] or plan.training["fp16"]
@@ -40,15 +43,30 @@ def train_model(run: Run, recorder: Recorder, *, resume: bool) -> Path:
             held_out = HeldOut(trainer, run)
             held_out.evaluate("before") if checkpoint is None else held_out.recall("before")
             recorder.begin(step_of(checkpoint))
-            if checkpoint and is_over(checkpoint, plan.steps, plan.recipe.train.early_stopping_patience):
-                trainer.finish(checkpoint)
-                held_out.catch_up()
-            else:
-                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            recorder.end()
-            result = _save(trainer, run)
-            held_out.evaluate("after")
+            try:
+                _take_steps(trainer, checkpoint)
+                recorder.end()
+                result = _save(trainer, run)
+                held_out.evaluate("after")
+            except Interrupted as interrupted:
+                if not interrupted.hard:
+                    trainer.keep()
+                raise
     return result
+
+
+def _take_steps(trainer: QftTrainer, checkpoint: Path | None) -> None:
+    """Those that are left, if any are."""
+    plan, over = trainer.recorder.plan, False
+    if checkpoint:
+        if trainer.recorder.earlier.evaluation_due and plan.recipe.train.eval_strategy != "no":
+            trainer.catch_up(checkpoint)
+        over = is_over(checkpoint, plan.steps, plan.recipe.train.early_stopping_patience)
+    if checkpoint and (over or trainer.control.should_training_stop):
+        trainer.finish(checkpoint)
+    else:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.signals.check()
 
 
 def training_arguments(plan: Plan, run: Run) -> TrainingArguments:
@@ -60,7 +78,7 @@ def training_arguments(plan: Plan, run: Run) -> TrainingArguments:
     return made
 
 
-def _load(recorder: Recorder, run: Run, *, resume: bool) -> Any:
+def _load(recorder: Recorder, run: Run) -> Any:
     """The base with its adapter, whose first state is kept where it changed the base."""
     plan = recorder.plan
     record_base(run, plan.model.loaded, plan.model.checkpoint.with_weights().base())
@@ -68,15 +86,16 @@ def _load(recorder: Recorder, run: Run, *, resume: bool) -> Any:
     if plan.model.held or plan.model.scheme.plugin:
         recorder.quantized_share = measured_share(model)
     model = attach_adapter(model, plan)
-    if _changes_base(plan) and not resume:
+    if _changes_base(plan) and not run.checkpoint:
         model.save_pretrained(str(run.initial_adapter))
     return model
 
 
-def _trainer(model: Any, run: Run, recorder: Recorder) -> QftTrainer:
+def _trainer(model: Any, run: Run, recorder: Recorder, signals: Signals) -> QftTrainer:
     plan = recorder.plan
     trainer = QftTrainer(
         recorder,
+        signals,
         model=model,
         args=training_arguments(plan, run),
         train_dataset=plan.data.train,

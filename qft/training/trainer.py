@@ -13,11 +13,12 @@ import torch
 from transformers import TrainerCallback
 
 from qft.errors import NonFiniteError
+from qft.machine.signals import Signals
 from qft.memory.checkpointing import CheckpointingProbe
 from qft.memory.meter import optimizer_bytes, tensor_bytes
 from qft.progress import Step
 from qft.training.recorder import Recorder
-from qft.training.resuming import ResumingTrainer
+from qft.training.stopping import StoppingTrainer
 
 SHOWN_ROWS = 16
 
@@ -45,11 +46,11 @@ class _Update:
         self.numbers = torch.cat([losses, norm, torch.stack(self.counts).sum(0).to(losses)]).tolist()
 
 
-class QftTrainer(ResumingTrainer):
+class QftTrainer(StoppingTrainer):
     """Trainer that tells a recorder each Step, and stops before an update that is not finite."""
 
-    def __init__(self, recorder: Recorder, **arguments: Any) -> None:
-        super().__init__(recorder, **arguments)
+    def __init__(self, recorder: Recorder, signals: Signals, **arguments: Any) -> None:
+        super().__init__(recorder, signals, **arguments)
         self.on_nonfinite = recorder.plan.recipe.train.on_nonfinite
         self.probe = CheckpointingProbe(self.model) if recorder.plan.recipe.train.gradient_checkpointing else None
         self.update = _Update()

@@ -21,7 +21,7 @@ from qft.documents.training import Report
 from qft.errors import RunError
 from qft.progress import Step, View
 from qft.recipe import load
-from qft.run.checkpoint import STATE
+from qft.run.checkpoint import HASHES, STATE
 from qft.views.terminal.training import render
 from tests.support.rows import chat, write_jsonl
 from tests.support.runs import HARD, adapter, run
@@ -318,6 +318,7 @@ def test_a_run_that_is_cut_off_twice_says_so(recipe: RecipeFile, tmp_path: Path)
     before = TrainingState.model_validate_json((checkpoints / "checkpoint-4" / STATE).read_bytes())
     grown = before.model_copy(update={"wall_seconds": 1e6, "peak_host_bytes": 10**15})
     (checkpoints / "checkpoint-4" / STATE).write_text(grown.model_dump_json())
+    (checkpoints / "checkpoint-4" / HASHES).unlink()
     resumed = run(path, resume=True)
     assert resumed.resumed_from == [2, 4]
     assert json.loads((tmp_path / "part" / "manifest.json").read_text())["resumed_from"] == [2, 4]
@@ -334,6 +335,7 @@ def test_a_checkpoint_of_an_older_qft_is_resumed_and_what_is_missing_said(recipe
     path = recipe(train=MIDST)
     cut(path)
     state = tmp_path / "part" / "checkpoints" / "checkpoint-6" / STATE
+    state.with_name(HASHES).unlink()
     state.write_text("{")
     with pytest.raises(RunError, match=r"qft_state\.json: cannot be read; delete it"):
         run(path, resume=True)

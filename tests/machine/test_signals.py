@@ -1,0 +1,102 @@
+"""Signals as processes, terminals and workers have them; each in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+from tests.support.paths import ROOT
+
+HEARD = """
+    import os, signal, sys, time
+    from qft.machine.signals import Signals
+    signals = Signals("waiting")
+"""
+
+
+def start(code: str, **options: object) -> subprocess.Popen[str]:
+    code = textwrap.dedent(HEARD) + textwrap.dedent(code)
+    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, **options)  # type: ignore[call-overload]
+
+
+def test_what_is_ignored_stays_ignored_and_the_rest_is_given_back() -> None:
+    """As `nohup` starts a process."""
+    code = """
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, before := lambda *_: None)
+        with signals.caught():
+            signals.waits = True
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.asked is None
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert signals.asked == "SIGTERM"
+        assert signal.getsignal(signal.SIGTERM) is before
+    """
+    with start(code) as process:
+        assert process.wait() == 0
+
+
+def test_a_forked_process_ends_by_what_it_is_sent() -> None:
+    code = """
+        with signals.caught():
+            signals.waits = True
+            if child := os.fork():
+                time.sleep(0.2)  # what comes before it runs, Python forgets
+                os.kill(child, signal.SIGTERM)
+                assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+                assert signals.asked is None
+            else:
+                time.sleep(60)
+    """
+    with start(code) as process:
+        assert process.wait() == 0
+
+
+def test_a_terminal_that_hangs_up_does_not_end_the_step(tmp_path: Path) -> None:
+    code = f"""
+        with signals.caught():
+            signals.waits = True
+            print("ready", flush=True)
+            while not signals.asked:
+                time.sleep(0.01)
+            print("to nobody", flush=True)
+            print("nor this", file=sys.stderr, flush=True)
+            open({str(tmp_path / "done")!r}, "w").write(signals.asked)
+    """
+    ours, theirs = pty.openpty()
+    process = start(code, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
+    os.close(theirs)
+    assert b"ready" in os.read(ours, 100)
+    os.close(ours)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=20) == 0
+    assert (tmp_path / "done").read_text() == "SIGHUP"
+
+
+def test_a_worker_ends_by_its_parent_alone() -> None:
+    code = """
+        from qft.machine.signals import Deaf
+        others = [signal.SIGINT, signal.SIGHUP]
+        if child := os.fork():
+            time.sleep(0.5)
+            for number in others:
+                os.kill(child, number)
+            if not (stranger := os.fork()):
+                os.kill(child, signal.SIGTERM)
+                os._exit(0)
+            os.waitpid(stranger, 0)
+            time.sleep(0.3)
+            assert os.waitpid(child, os.WNOHANG) == (0, 0)
+            os.kill(child, signal.SIGTERM)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        else:
+            Deaf(None)(0)
+            time.sleep(60)
+    """
+    with start(code) as process:
+        assert process.wait() == 0

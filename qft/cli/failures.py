@@ -36,11 +36,13 @@ LIBRARIES: dict[str, tuple[type[QftError], str]] = {
     "builtins.MemoryError": (OutOfMemoryError, "this machine has no memory left"),
     "pyarrow.lib.ArrowMemoryError": (OutOfMemoryError, "this machine has no memory left"),
     "safetensors_rust.SafetensorError": (ModelError, DAMAGED),
+    "safetensors._safetensors_rust.SafetensorError": (ModelError, DAMAGED),
     "_pickle.UnpicklingError": (RunError, DAMAGED),
     "zipfile.BadZipFile": (RunError, DAMAGED),
     "huggingface_hub.errors.HfHubHTTPError": (MissingError, UNREACHABLE),
     "huggingface_hub.errors.OfflineModeIsEnabled": (MissingError, UNREACHABLE),
     "httpx.TransportError": (MissingError, UNREACHABLE),
+    "httpx2.TransportError": (MissingError, UNREACHABLE),
     "requests.exceptions.ConnectionError": (MissingError, UNREACHABLE),
 }
 """By the full name of a class, so that no library is imported for it: what it becomes, and what to say."""

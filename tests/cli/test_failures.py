@@ -10,9 +10,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import pytest
+import torch
+from huggingface_hub.errors import OfflineModeIsEnabled
+from safetensors import SafetensorError
 
 from qft.errors import ModelError
 from tests.support.cli import qft
@@ -106,6 +110,10 @@ def test_what_the_system_refuses_names_the_file(
         (RuntimeError("[enforce fail at alloc_cpu.cpp] can't allocate memory: 9 bytes"), 9, "no memory left"),
         (OSError(errno.ENOSPC, "No space left on device"), 7, "TMPDIR names another place"),
         (ModelError("m"), 6, "error: m\n"),
+        (SafetensorError("HeaderTooLarge"), 6, "is damaged or cut off"),
+        (UnpicklingError("invalid load key"), 7, "is damaged or cut off"),
+        (torch.OutOfMemoryError("CUDA out of memory."), 9, "the device has no memory left: CUDA out of memory."),
+        (OfflineModeIsEnabled("offline"), 3, "the hub cannot be reached"),
     ],
 )
 def test_what_a_library_is_known_to_raise(

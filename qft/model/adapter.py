@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from qft.checkpoint.conversion import FLOATS
+from qft.checkpoint.finite import require_finite
 from qft.checkpoint.skeleton import without_contents
 from qft.checkpoint.weights import Weights
 from qft.errors import ModelError
@@ -100,9 +101,11 @@ def with_adapter(model: Any, adapter: Path) -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")
         try:
-            return PeftModel.from_pretrained(model, str(adapter))
+            adapted = PeftModel.from_pretrained(model, str(adapter))
         except (ValueError, RuntimeError, KeyError, UserWarning) as error:
             raise ModelError(_misfit(adapter, str(error).splitlines()[0])) from error
+    require_finite(adapter, ((name, p) for name, p in adapted.named_parameters() if ".default." in name))
+    return adapted
 
 
 def _start_from_quantization_error(model: PeftModel, plan: Plan) -> None:

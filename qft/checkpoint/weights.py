@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qft.checkpoint.conversion import Conversion, Group
 from qft.checkpoint.find import Checkpoint
+from qft.checkpoint.finite import require_finite
 from qft.checkpoint.require import require_loaded
 from qft.checkpoint.stored import read_header
 from qft.errors import ModelError
@@ -29,6 +30,7 @@ def dequantized(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
         **arguments, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
     )
     require_loaded(checkpoint, model, info)
+    require_finite(checkpoint.path, model.named_parameters())
     return model
 
 
@@ -83,7 +85,15 @@ class Weights:
     def _load(self, name: str) -> torch.Tensor:
         with open_tensors(self.stored[name].path) as file:
             tensor: torch.Tensor = file.get_tensor(name)
-            return tensor
+        require_finite(self.stored[name].path, [(name, tensor)])
+        return tensor
+
+
+def stored_weights(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield what is in the files of safetensors, one tensor at a time, by its name."""
+    for name, stored in checkpoint.tensors().items():
+        with open_tensors(stored.path) as file:
+            yield name, file.get_tensor(name)
 
 
 def tensors_in(paths: Iterable[Path]) -> dict[str, Path]:

@@ -17,6 +17,7 @@ from qft.documents.recorded import record_of, require_whole_run, unverified
 from qft.errors import GateError, MissingError, RunError
 from qft.files import write_json, write_text
 from qft.machine.device import versions
+from qft.machine.signals import Signals
 from qft.memory.guard import memory_guard, smaller_calibration
 from qft.memory.meter import Meter, Snapshot
 from qft.model.adapter import require_fit
@@ -25,6 +26,7 @@ from qft.plan import CalibrationPlan, plan_calibration
 from qft.progress import View
 from qft.recipe import LoadedRecipe, load
 from qft.run.folder import Run, record_base, start_run
+from qft.run.interrupted import way_on
 
 
 def find_plan(loaded: LoadedRecipe, trained: Prepared | None = None) -> tuple[CalibrationPlan, Path | None]:
@@ -56,7 +58,14 @@ def calibrate(loaded: LoadedRecipe, view: View, *, resume: bool = False, overwri
     """Quantize into output_dir/model, block by block or all at once as the engine does, unless it is refused.
 
     Raises GateError if calibrate.accept is not met: report.json then has the figures, and no model is left. Raises
-    RecipeError, MissingError, DataError, ModelError or RunError for what cannot be done."""
+    RecipeError, MissingError, DataError, ModelError or RunError for what cannot be done, and Interrupted for a signal:
+    finished blocks are kept."""
+    signals = Signals("calibrating ends")
+    with signals.caught(), way_on(Run(Path(loaded.recipe.output_dir)), resume=resume):
+        return _calibrate(loaded, view, resume=resume, overwrite=overwrite)
+
+
+def _calibrate(loaded: LoadedRecipe, view: View, *, resume: bool, overwrite: bool) -> CalibrationReport:
     started = time.perf_counter()
     plan, merged_run = find_plan(loaded)
     if merged_run and (note := unverified(Run(merged_run).adapter)):

@@ -16,7 +16,7 @@ from transformers import set_seed
 from qft.calibration.layer_errors import layer_errors
 from qft.data.batch import model_inputs, pad_token_id
 from qft.documents.evaluation import EvalDocument, Score, SourceResult, TargetResult
-from qft.errors import ModelError, RecipeError
+from qft.errors import ModelError, NonFiniteError, RecipeError
 from qft.files import require_free_space, write_json, write_text
 from qft.machine.device import versions
 from qft.measure.evalset import EvalSet, eval_set
@@ -41,6 +41,8 @@ LAYER_TOKENS = 2048
 SPEED_PROMPT = 256
 """Tokens of the prompt that speed is measured on, or fewer if the rows hold fewer."""
 
+
+SHOWN_ROWS = 16
 
 SPEED_ANSWER = 32
 """Tokens that are written behind it, or half of what a table of positions has room for."""
@@ -244,6 +246,7 @@ class _Evaluation:
             meter.restart()
             pad = pad_token_id(plan.tokenizer)
             likelihood = measure(model, passages, batch_size=self.options.batch_size, pad=pad, **store)
+            self._require_finite(target, likelihood)
             settings = self.recipe.eval
             asked = answered.rows if answered and settings.metrics else None
             answers = answer_rows(model, plan.tokenizer, asked, settings) if asked else []
@@ -258,6 +261,17 @@ class _Evaluation:
                 "peak_bytes": meter.peak().beyond(before),
             }
         return _Measured(target.name, likelihood, answers, model, figures)
+
+    def _require_finite(self, target: Target, likelihood: Likelihood) -> None:
+        bad = [self.evalset.place_of(int(number)) for number in np.flatnonzero(~np.isfinite(likelihood.nll))]
+        if bad:
+            more = f" and {len(bad) - SHOWN_ROWS} more" if len(bad) > SHOWN_ROWS else ""
+            raise NonFiniteError(
+                f"{target.name}: the loss of {', '.join(bad[:SHOWN_ROWS])}{more} is not finite. Look at what is asked, "
+                "or hold the model in another dtype (TARGET@float32)"
+            )
+        if likelihood.divergence is not None and not np.isfinite(likelihood.divergence.kl).all():
+            raise NonFiniteError(f"{target.name}: its divergence from {self.options.reference} is not finite")
 
     def _batches(self, plan: ModelPlan) -> list[dict[str, torch.Tensor]]:
         """Some of the passages, on the device: enough tokens to tell layers apart."""

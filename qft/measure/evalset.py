@@ -40,6 +40,13 @@ class EvalSet:
     def place(self, source: int, row: int) -> str:
         return self.answered.place(source, row) if self.answered else ""
 
+    def place_of(self, number: int) -> str:
+        """Where a passage is from."""
+        if self.answered and not self.windowed:
+            row = self.answered.rows[number]
+            return self.place(row["source"], row["row"])
+        return f"window {number + 1} of {self.sources[self.passages[number].source]}"
+
     def require_room(self, plan: ModelPlan, settings: EvalSection) -> None:
         """Raise DataError, ModelError or RecipeError if a model has no room for a token, a passage or an answer."""
         shape, tokenizer, answered = plan.shape, plan.tokenizer, self.answered

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from qft.checkpoint.conversion import FLOATS
+from qft.checkpoint.finite import require_finite
 from qft.checkpoint.skeleton import without_contents
 from qft.checkpoint.weights import Weights
 from qft.errors import ModelError, first_line
@@ -103,11 +104,13 @@ def with_adapter(model: Any, adapter: Path) -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")
         try:
-            return PeftModel.from_pretrained(model, str(adapter))
+            adapted = PeftModel.from_pretrained(model, str(adapter))
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{adapter}: is damaged or cut off: {first_line(error)}") from error
         except Exception as error:  # its files are data: whatever is wrong with them, peft stumbles over it
             raise ModelError(_misfit(adapter, first_line(error))) from error
+    require_finite(adapter, ((name, p) for name, p in adapted.named_parameters() if ".default." in name))
+    return adapted
 
 
 def read_adapter_config(adapter: Path) -> dict[str, Any]:

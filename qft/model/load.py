@@ -5,10 +5,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
+from qft.checkpoint.finite import require_finite
 from qft.checkpoint.require import incomplete_layers, require_loaded, require_weights
 from qft.checkpoint.skeleton import without_contents
 from qft.checkpoint.stored import some
-from qft.checkpoint.weights import dequantized
+from qft.checkpoint.weights import dequantized, stored_weights
 from qft.errors import ModelError, QftError, first_line
 from qft.memory.guard import memory_guard, smaller_base
 from qft.plan import ModelPlan
@@ -56,6 +57,9 @@ def _load(plan: ModelPlan) -> PreTrainedModel:
     arguments |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     loaded, info = AutoModelForCausalLM.from_pretrained(**checkpoint.load_arguments, **arguments)
     require_loaded(checkpoint, loaded, info, plan.recipe)
+    # What few bits hold says no more what it was made of.
+    held = stored_weights(checkpoint) if plan.scheme.name != "none" else loaded.named_parameters()
+    require_finite(checkpoint.path, held)
     return loaded
 
 

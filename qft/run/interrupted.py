@@ -16,11 +16,11 @@ def way_on(run: Run, *, resume: bool) -> Iterator[None]:
         yield
     except Interrupted as interrupted:
         begun = resume or run.manifest() != before
-        found = [f"step {step_of(path)}" for path in checkpoints_in(run.checkpoints)[-1:]]
+        found = [f"from step {step_of(path)}" for path in checkpoints_in(run.checkpoints)[-1:]]
         found += ["behind the last finished block"] if run.work.is_dir() and any(run.work.iterdir()) else []
         text = f"interrupted by {interrupted.signal}"
         if begun and found:
-            text = f"{run.folder}: {text}; the same command with --resume goes on from {found[0]}"
+            text = f"{run.folder}: {text}; the same command with --resume goes on {found[0]}"
         elif begun:
             text = f"{run.folder}: {text} before anything was saved; start anew with --overwrite"
         resumable = bool(begun and found) and not interrupted.hard

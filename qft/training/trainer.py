@@ -55,6 +55,8 @@ class QftTrainer(StoppingTrainer):
         self.probe = CheckpointingProbe(self.model) if recorder.plan.recipe.train.gradient_checkpointing else None
         self.update = _Update()
         self._evaluated = [0.0, 0]
+        self._not_finite: list[torch.Tensor] = []
+        """Held-out rows, of a batch whose loss is not finite."""
         self.add_callback(_StepWatch(self))
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
@@ -88,17 +90,27 @@ class QftTrainer(StoppingTrainer):
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         tokens = int((inputs["labels"][:, 1:] >= 0).sum())
+        rows = inputs["rows"]
         loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)
-        self._evaluated[0] += float(loss) * tokens
-        self._evaluated[1] += tokens
+        if tokens:
+            self._evaluated[0] += float(loss) * tokens
+            self._evaluated[1] += tokens
+        if tokens and not math.isfinite(loss):
+            self._not_finite.append(rows)
         return loss, logits, labels
 
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's loop, with the loss averaged over tokens: a mean over batches would count short rows more."""
-        self._evaluated = [0.0, 0]
+        """The Trainer's loop, with the loss averaged over tokens: a mean over batches would count short rows more.
+        Raises NonFiniteError."""
+        self._evaluated, self._not_finite = [0.0, 0], []
         self.recorder.clock.enter("")
         with self.untouched_random():  # so that when it is evaluated changes nothing of what is learnt
             output = super().evaluation_loop(dataloader, description, *args, **kwargs)
+        if self._not_finite:
+            raise NonFiniteError(
+                f"step {self.state.global_step}: the loss of held-out rows is not finite. "
+                f"{self._rows_told(self._not_finite)}. Look at them, or hold the model in another model.dtype"
+            )
         total, tokens = self._evaluated
         output.metrics.update(eval_loss=total / tokens if tokens else math.nan, eval_tokens=tokens)
         return output
@@ -129,15 +141,19 @@ class QftTrainer(StoppingTrainer):
         if self.on_nonfinite == "stop":
             step, rows = self.state.global_step + 1, self.update.rows
             what = "the loss" if bad else "the gradient norm"
-            numbers = torch.cat([rows[i] for i in bad] if bad else rows).tolist()
-            places = ", ".join(self.recorder.plan.data.place(source, row) for source, row in numbers[:SHOWN_ROWS])
-            more = f" and {len(numbers) - SHOWN_ROWS} more" if len(numbers) > SHOWN_ROWS else ""
+            told = self._rows_told([rows[i] for i in bad] if bad else rows)
             raise NonFiniteError(
-                f"step {step}: {what} is not finite, and the update was not made. Rows of the batch: {places}{more}. "
+                f"step {step}: {what} is not finite, and the update was not made. {told}. "
                 "Look at them, lower train.learning_rate, or set train.on_nonfinite: skip"
             )
         self.update.skipped = True
         self.model.zero_grad(set_to_none=True)  # without gradients the optimizer changes nothing, decay included
+
+    def _rows_told(self, rows: list[torch.Tensor]) -> str:
+        numbers = torch.cat(rows).tolist()
+        places = ", ".join(self.recorder.plan.data.place(source, row) for source, row in numbers[:SHOWN_ROWS])
+        more = f" and {len(numbers) - SHOWN_ROWS} more" if len(numbers) > SHOWN_ROWS else ""
+        return f"Rows of the batch: {places}{more}"
 
     def after_update(self) -> None:
         """Tell the recorder of the step."""

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qft.commands.calibrate import calibrate
 from qft.commands.evaluate import EvalOptions, evaluate
 from qft.documents.calibration import CalibrationReport
-from qft.errors import GateError
+from qft.errors import GateError, Interrupted
 from qft.progress import View
 from qft.recipe import load
 from tests.support.calibrations import calibrated, held_out, perplexity, refusal, weights
@@ -116,6 +116,23 @@ def test_an_interrupted_calibration_resumes_to_the_same_bits(engine: str, recipe
     assert len(report.block_seconds) == 1
     assert report.attempts == whole.attempts
     assert report.layers == whole.layers
+
+
+@pytest.mark.parametrize(("moment", "code"), [("Reading", 143), ("block 1 ", 75)])
+def test_a_signal_keeps_the_finished_blocks(moment: str, code: int, recipe: Recipe, tmp_path: Path) -> None:
+    class Sender(View):
+        def note(self, text: str) -> None:
+            if text.startswith(moment):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    path = recipe(calibrate={"engine": "rtn", "bits": 8})
+    with pytest.raises(Interrupted) as caught:
+        calibrate(load(path), Sender())
+    assert caught.value.exit_code == code
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["status"] == "interrupted"
+    if code == 75:
+        assert "--resume goes on behind the last finished block" in str(caught.value)
+        assert len(calibrated(path, resume=True).block_seconds) == 1
 
 
 def test_a_kill_at_any_moment_leaves_nothing_that_looks_complete(recipe: Recipe, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@
     ├─ DataError             5   a row or a template cannot be trained on
     ├─ ModelError            6   the model cannot be loaded or trained as asked
     ├─ RunError              7   the run folder forbids it: not empty, not resumable, disk full
+    │  └─ BusyError         10   another process is at work in the folder: try again once it is done
     ├─ NonFiniteError        8   the loss or a gradient became NaN or infinite
     └─ OutOfMemoryError      9   the device ran out of memory
 
@@ -14,7 +15,7 @@ The message says what is wrong, where (`file:line` when there is one) and what t
 `--debug` adds the traceback.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class QftError(Exception):
@@ -53,12 +54,28 @@ class RunError(QftError):
     exit_code = 7
 
 
+class BusyError(RunError):
+    """A living process holds the folder."""
+
+    exit_code = 10
+
+
 class NonFiniteError(QftError):
     exit_code = 8
 
 
 class OutOfMemoryError(QftError):
     exit_code = 9
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """The error, what it was raised from, and so on to the first."""
+    seen: list[BaseException] = []
+    following: BaseException | None = error
+    while following is not None and following not in seen:
+        seen.append(following)
+        yield following
+        following = following.__cause__ or (None if following.__suppress_context__ else following.__context__)
 
 
 def first_line(error: BaseException) -> str:

@@ -22,7 +22,7 @@ def report(
         from rich.measure import Measurement
 
         from qft.documents.training import read_report
-        from qft.files import write_text
+        from qft.views.marks import write_picture
         from qft.views.terminal.training import render
 
         document = read_report(run)
@@ -32,6 +32,6 @@ def report(
             least = Measurement.get(console, console.options.update(max_width=10_000), view).minimum
             console.width = max(100, least)
             console.print(view)
-            write_text(svg, console.export_svg(title=f"qft report {run.name}"))
+            write_picture(svg, console.export_svg(title=f"qft report {run.name}"))
         else:
             tell(document, render, as_json=as_json)

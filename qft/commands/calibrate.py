@@ -22,6 +22,7 @@ from qft.model.merge import MergedWeights
 from qft.plan import CalibrationPlan, plan_calibration
 from qft.progress import View
 from qft.recipe import LoadedRecipe, load
+from qft.run.claim import claimed
 from qft.run.folder import Run, record_base, start_run
 
 
@@ -51,6 +52,11 @@ def calibrate(loaded: LoadedRecipe, view: View, *, resume: bool = False, overwri
 
     Raises GateError if calibrate.accept is not met: report.json then has the figures, and no model is left. Raises
     RecipeError, MissingError, DataError, ModelError or RunError for what cannot be done."""
+    with claimed(loaded, "calibration", view, resume=resume, overwrite=overwrite):
+        return _calibrate(loaded, view, resume=resume, overwrite=overwrite)
+
+
+def _calibrate(loaded: LoadedRecipe, view: View, *, resume: bool, overwrite: bool) -> CalibrationReport:
     started = time.perf_counter()
     plan, merged_run = find_plan(loaded)
     if resume and plan.engine.whole_model:

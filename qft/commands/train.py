@@ -1,7 +1,6 @@
 """`qft train`: Recipe -> Plan -> Run -> Report."""
 
 import time
-from pathlib import Path
 
 from qft.calibration.skip_auto import choose_skip_modules, skipped_before
 from qft.data.encoded import write_rows
@@ -12,7 +11,8 @@ from qft.model.handover import require_exports
 from qft.plan import Plan, make_plan, with_skip_modules
 from qft.progress import View
 from qft.recipe import LoadedRecipe
-from qft.run.folder import check_folder, start_run
+from qft.run.claim import claimed
+from qft.run.folder import start_run
 from qft.training.recorder import Recorder
 from qft.training.session import train_model
 from qft.views.html.page import side_by_side, training_page
@@ -24,8 +24,12 @@ def train(loaded: LoadedRecipe, view: View, *, resume: bool = False, overwrite: 
     Raises QftError: RunError before any work if the folder forbids it, then whatever `make_plan` and `require_exports`
     refuse, then NonFiniteError or OutOfMemoryError from the training itself. The last good checkpoint is kept in every
     case."""
+    with claimed(loaded, "training", view, resume=resume, overwrite=overwrite):
+        return _train(loaded, view, resume=resume, overwrite=overwrite)
+
+
+def _train(loaded: LoadedRecipe, view: View, *, resume: bool, overwrite: bool) -> Report:
     started = time.perf_counter()
-    check_folder(Path(loaded.recipe.output_dir), resume=resume, overwrite=overwrite)
     plan, skipped = _plan(loaded, view, resume=resume)
     room = (plan.checkpoint_bytes, "its checkpoints")
     run = start_run(plan.model.loaded, plan.document(), room, view, resume=resume, overwrite=overwrite)

@@ -46,8 +46,10 @@ WRAPPED = [
     for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 ]
 """How libraries tell of the system's errors in their own."""
-FULL = 16 * 2**20
-"""Bytes that are free at most on a disk on which a large file just did not fit."""
+TORCH_FAILED = r"PytorchStreamWriter|unexpected pos \d+ vs|iostream error"
+"""What torch.save says of any of them."""
+LARGE = 16 * 2**20
+"""Bytes of a file that is tried where one could not be written."""
 UNITS = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
 CLOCK_DRIFT = 5
 """Seconds by which the start of one process can be told differently, as the clock is set."""
@@ -260,10 +262,19 @@ def disk_failure(error: BaseException, folder: Path) -> RunError | None:
             return RunError(refusal(cause, _fuller(folder, cause.errno))) if known else None
         if number := next((number for pattern, number in WRAPPED if re.search(pattern, str(cause))), None):
             return RunError(refusal(OSError(number, os.strerror(number)), _fuller(folder, number)))
-        if "PytorchStreamWriter failed" in str(cause):
-            full = free_bytes(folder) < FULL
-            return RunError(f"{folder}: {REFUSALS['ENOSPC'] if full else 'a file could not be written'}")
+        if re.search(TORCH_FAILED, str(cause)):
+            return RunError(_why_not_written(folder))
     return None
+
+
+def _why_not_written(folder: Path) -> str:
+    """What the disk says to a large file, where the library that could not write one kept it to itself."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as stream:
+            os.posix_fallocate(stream.fileno(), 0, LARGE)
+    except OSError as error:
+        return refusal(error, folder)
+    return f"{folder}: a file could not be written, and torch does not say why: look at the disk's space and quota"
 
 
 def _fuller(folder: Path, number: int) -> Path:

@@ -87,6 +87,6 @@ def find_job(folder: Path, loaded: LoadedRecipe, options: ExportOptions, view: V
     if options.merge_into and not merge_into:
         raise RecipeError(f"--merge-into {asked}: has no meaning for a run whose base is not quantized")
     out = options.out or run.folder / "export"
-    scratch = out / temporary_name("merged")
+    scratch = out / temporary_name("shared")
     adapter = partial(read_adapter, target.adapter) if target.adapter else lambda: None
     return Job(loaded, plan, adapter, asked, merge_into, run, target, out, scratch, view)

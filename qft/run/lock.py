@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from qft.documents.part import Seconds, Stored
-from qft.errors import BusyError
+from qft.errors import BusyError, GateError
 from qft.files import disk_failures, is_living, now, process_start, remove_leftovers
 
 LOCK, HELD = ".qft.lock", ".qft.held"
@@ -52,7 +52,8 @@ def locked(folder: Path, command: str) -> Iterator[None]:
     left behind in it is removed.
 
     Raises BusyError at once if a living process holds it, RunError if it cannot be written."""
-    made = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
+    with disk_failures(folder):
+        made = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
     try:
         with disk_failures(folder):
             handle = _acquire(folder, command)
@@ -64,6 +65,9 @@ def locked(folder: Path, command: str) -> Iterator[None]:
         finally:
             if os.getpid() == owner:
                 _release(folder, handle)
+    except GateError:  # the work was done, if in vain
+        made.clear()
+        raise
     finally:
         with suppress(OSError):  # of one that is not empty
             for path in made:
@@ -131,6 +135,7 @@ def _try(folder: Path) -> int | None:
 def _without_flock(folder: Path) -> int:
     """The handle of HELD, made anew. Raises BusyError if it is there and its process is not known to be over."""
     path = folder / HELD
+    (folder / LOCK).unlink(missing_ok=True)
     if path.exists():
         holder, aside = _holder(path), path.with_name(f"{HELD}.{os.getpid()}")
         if holder is None or holder.lives:
@@ -140,7 +145,6 @@ def _without_flock(folder: Path) -> int:
             os.replace(aside, path)
             raise _busy(folder, _holder(path), path)
         aside.unlink()
-    (folder / LOCK).unlink(missing_ok=True)
     try:
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
     except FileExistsError:

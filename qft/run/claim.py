@@ -117,4 +117,5 @@ def _within(path: Path, folder: Path) -> Path | None:
     if any(place.is_relative_to(root) for place in (path.resolve(), path.parent.resolve() / path.name)):
         return path
     files = (file for _, file in zip(range(FEW), path.rglob("*"), strict=False)) if path.is_dir() else ()
-    return next((file for file in files if file.is_symlink() and file.resolve().is_relative_to(root)), None)
+    links = (file for file in files if file.is_symlink() and not file.parent.resolve().is_relative_to(root))
+    return next((link for link in links if link.resolve().is_relative_to(root)), None)

@@ -22,14 +22,13 @@ OWN = (
 
 def replaced(folder: Path) -> list[Path]:
     """The earlier runs that wait in it, oldest first."""
-    return sorted(folder.glob("replaced-[0-9]*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    return [path for path in _numbered(folder) if (path / MANIFEST).exists()]
 
 
 def cut_off(folder: Path) -> Path | None:
     """The earlier run of which a killed command had moved some and begun nothing new."""
-    waiting = replaced(folder)
-    there = waiting and (waiting[-1] / MANIFEST).exists() and not (folder / MANIFEST).exists()
-    return waiting[-1] if there else None
+    waiting = [] if (folder / MANIFEST).exists() else replaced(folder)
+    return waiting[-1] if waiting else None
 
 
 @contextmanager
@@ -39,7 +38,7 @@ def replacing(folder: Path) -> Iterator[Path | None]:
         yield None
         return
     require_free(*(path for path in folder.iterdir() if path.is_dir()))  # an export of the run, say
-    aside = folder / f"replaced-{max((int(p.name.rpartition('-')[2]) for p in replaced(folder)), default=0) + 1}"
+    aside = folder / f"replaced-{max(map(_number, _numbered(folder)), default=0) + 1}"
     aside.mkdir()
     try:
         for path in _manifest_first(folder):  # without one, what was moved is put back
@@ -63,10 +62,11 @@ def restore(folder: Path, aside: Path) -> None:
 def remove(aside: Path) -> list[Path]:
     """Delete an earlier run, but for what it holds that qft did not write. Returns what is left."""
     exports = aside / "export"
-    parts = [*aside.iterdir(), *([] if exports.is_symlink() else exports.glob("*"))]
-    left = [path for path in parts if not (export_in(path) if path.parent == exports else path.name in OWN)]
-    for path in parts:
-        if path not in left and not (path == exports and any(other.parent == exports for other in left)):
+    artifacts = [] if exports.is_symlink() else [*exports.glob("*")]
+    others = [path for path in artifacts if not export_in(path)]
+    left = [path for path in aside.iterdir() if path.name not in OWN] + others
+    for path in [*artifacts, *reversed(_manifest_first(aside))]:  # the manifest last: until then, it is a run to remove
+        if path not in left and not (path == exports and others):
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() and not path.is_symlink() else path.unlink()
     if not left:
         aside.rmdir()
@@ -75,5 +75,14 @@ def remove(aside: Path) -> list[Path]:
 
 def _manifest_first(folder: Path) -> list[Path]:
     """What lies in a run's folder, but for locks and runs that it replaced."""
-    paths = (path for path in folder.iterdir() if path.name not in (LOCK, HELD) and path not in replaced(folder))
-    return sorted(paths, key=lambda path: path.name != MANIFEST)
+    others = {*_numbered(folder), folder / LOCK, folder / HELD}
+    return sorted((path for path in folder.iterdir() if path not in others), key=lambda path: path.name != MANIFEST)
+
+
+def _numbered(folder: Path) -> list[Path]:
+    found = (path for path in folder.glob("replaced-*") if path.name.removeprefix("replaced-").isdecimal())
+    return sorted(found, key=_number)
+
+
+def _number(path: Path) -> int:
+    return int(path.name.removeprefix("replaced-"))

@@ -39,7 +39,9 @@ REFUSALS = {
     "EINVAL": "the file system does not take that name",
 }
 """What the system refuses, by the name of its errno, and what to do about it."""
-OF_DISK = ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "ENAMETOOLONG", "EIO", "EACCES", "EPERM", "ESTALE")
+OF_DISK = (
+    "ENOSPC", "EDQUOT", "EFBIG", "EROFS", "ENAMETOOLONG", "EIO", "EACCES", "EPERM", "ESTALE", "ENOTDIR", "EEXIST", "ELOOP",
+)  # fmt: skip
 """What a disk refuses, rather than that a program asks for the wrong thing."""
 WRAPPED = [
     (re.escape(f"(os error {number})") + "|" + re.escape(os.strerror(number)), number)

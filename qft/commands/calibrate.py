@@ -22,6 +22,7 @@ from qft.model.merge import MergedWeights
 from qft.plan import CalibrationPlan, plan_calibration
 from qft.progress import View
 from qft.recipe import LoadedRecipe, load
+from qft.recipe.catalogue import CATALOGUE
 from qft.run.claim import claimed
 from qft.run.folder import Run, record_base, start_run
 
@@ -52,6 +53,12 @@ def calibrate(loaded: LoadedRecipe, view: View, *, resume: bool = False, overwri
 
     Raises GateError if calibrate.accept is not met: report.json then has the figures, and no model is left. Raises
     RecipeError, MissingError, DataError, ModelError or RunError for what cannot be done."""
+    section = loaded.recipe.calibrate
+    if resume and section and CATALOGUE[section.engine].whole_model:
+        raise RunError(
+            f"{loaded.recipe.output_dir}: calibrate.engine {section.engine} quantizes the whole model at once, and "
+            "leaves nothing to resume from; use --overwrite to start again"
+        )
     with claimed(loaded, "calibration", view, resume=resume, overwrite=overwrite):
         return _calibrate(loaded, view, resume=resume, overwrite=overwrite)
 
@@ -59,11 +66,6 @@ def calibrate(loaded: LoadedRecipe, view: View, *, resume: bool = False, overwri
 def _calibrate(loaded: LoadedRecipe, view: View, *, resume: bool, overwrite: bool) -> CalibrationReport:
     started = time.perf_counter()
     plan, merged_run = find_plan(loaded)
-    if resume and plan.engine.whole_model:
-        raise RunError(
-            f"{plan.recipe.output_dir}: calibrate.engine {plan.calibrate.engine} quantizes the whole model at once, "
-            "and leaves nothing to resume from; use --overwrite to start again"
-        )
     needed = 0 if resume else _needed_bytes(plan, merged_run)  # what is there already was needed too
     room = (needed, "the quantized model, its blocks and their activations")
     run = start_run(plan.loaded, plan.document(), room, view, resume=resume, overwrite=overwrite)

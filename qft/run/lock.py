@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from qft.documents.part import Seconds, Stored
-from qft.errors import BusyError, GateError
+from qft.errors import BusyError, GateError, RunError
 from qft.files import disk_failures, is_living, now, process_start, remove_leftovers
 
 LOCK, HELD = ".qft.lock", ".qft.held"
@@ -53,6 +53,8 @@ def locked(folder: Path, command: str) -> Iterator[None]:
 
     Raises BusyError at once if a living process holds it, RunError if it cannot be written."""
     with disk_failures(folder):
+        if folder.exists() and not folder.is_dir():
+            raise RunError(f"{folder}: is a file, and is to be written into; give a folder")
         made = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
     try:
         with disk_failures(folder):

@@ -138,6 +138,18 @@ def test_a_name_that_is_too_long_is_told_before_any_work(recipe_file: RecipeFile
     run(recipe_file(output_dir=str(tmp_path / ("n" * 255)), train={"report_to": []}))
 
 
+@pytest.mark.parametrize("name", ["file/run", "dangling", "round", "file"])
+def test_a_place_that_is_no_folder_is_told(name: str, recipe_file: RecipeFile, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to(tmp_path / "file" / "none")
+    (tmp_path / "round").symlink_to(tmp_path / "round")
+    before = {path.name for path in tmp_path.iterdir()}
+    recipe = recipe_file(output_dir=str(tmp_path / name))
+    with pytest.raises(RunError):
+        run(recipe)
+    assert {path.name for path in tmp_path.iterdir()} == {*before, "recipe.yaml"}
+
+
 @pytest.mark.parametrize(
     ("error", "told"),
     [

@@ -8,6 +8,7 @@
     ├─ DataError             5   a row or a template cannot be trained on
     ├─ ModelError            6   the model cannot be loaded or trained as asked
     ├─ RunError              7   the run folder forbids it: not empty, not resumable, disk full
+    │  └─ BusyError         10   another process is at work in the folder: try again once it is done
     ├─ NonFiniteError        8   the loss or a gradient became NaN or infinite
     ├─ OutOfMemoryError      9   the device ran out of memory
     └─ InternalError        70   nobody has foreseen it: a fault of qft
@@ -63,6 +64,12 @@ class RunError(QftError):
     exit_code = 7
 
 
+class BusyError(RunError):
+    """A living process holds the folder."""
+
+    exit_code = 10
+
+
 class NonFiniteError(QftError):
     exit_code = 8
 
@@ -77,12 +84,15 @@ class InternalError(QftError):
     exit_code = 70
 
 
-def causes(error: BaseException) -> Iterator[BaseException]:
-    """The error, what it was raised from, and so on to the first."""
+def causes(error: BaseException, *, in_context: bool = False) -> Iterator[BaseException]:
+    """The error, what it was raised from, and so on to the first; `in_context`: what was being handled, too."""
+    seen: list[BaseException] = []
     following: BaseException | None = error
-    while following is not None:
+    while following is not None and following not in seen:
+        seen.append(following)
         yield following
-        following = following.__cause__
+        context = following.__context__ if in_context and not following.__suppress_context__ else None
+        following = following.__cause__ or context
 
 
 class Interrupted(KeyboardInterrupt):

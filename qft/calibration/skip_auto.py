@@ -3,7 +3,6 @@
 The model goes through block by block, so that choosing needs less memory than the training will.
 """
 
-import tempfile
 from pathlib import Path
 
 from datasets import Dataset
@@ -16,7 +15,7 @@ from qft.checkpoint.skeleton import without_contents
 from qft.checkpoint.weights import Weights
 from qft.documents.training import SkippedModules
 from qft.errors import RunError
-from qft.files import require_free_space
+from qft.files import require_free_space, scratch_folder
 from qft.memory.guard import memory_guard
 from qft.plan import Plan, linear_layers
 from qft.progress import View
@@ -31,15 +30,14 @@ TOKENS = 4096
 def choose_skip_modules(plan: Plan, view: View) -> SkippedModules:
     """Measure every layer as plan.recipe.quant holds it, and choose the worst within its budget."""
     view.note("Measuring which layers to leave in 16 bits")
-    folder = Path(plan.recipe.output_dir).parent
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(plan.recipe.output_dir)
     require_free_space(folder, plan.model.shape.parameters * 2, "measuring the layers")
     guard = memory_guard("measuring the layers", ["name layers in quant.skip_modules instead of auto"])
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".skip-modules-") as work, guard:
+    with scratch_folder(folder, "skip-modules") as work, guard:
         skeleton = without_contents(plan.model.checkpoint, plan.recipe.model)
         model = StreamedModel(plan.model, Weights(plan.model.checkpoint.with_weights(), skeleton))
         task = _task(plan)
-        quantizer = BlockQuantizer(model, task, Path(work), view)
+        quantizer = BlockQuantizer(model, task, work, view)
         before, errors = quantizer.quantize(), quantizer.errors()
         weights = {error.name: model.weights_of(error.name) for error in errors}
         budget, bits = _budget_bytes(plan), model.dtype.itemsize * 8

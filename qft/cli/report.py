@@ -50,8 +50,8 @@ def _show(run: Path, svg: Path | None, *, as_json: bool) -> None:
 
     from qft.documents.recorded import record_of_run
     from qft.documents.training import read_report
-    from qft.files import write_text
     from qft.views.live import console
+    from qft.views.marks import write_picture
     from qft.views.terminal.training import render
     from qft.views.words import plain
 
@@ -64,6 +64,6 @@ def _show(run: Path, svg: Path | None, *, as_json: bool) -> None:
         least = Measurement.get(paper, paper.options.update(max_width=10_000), view).minimum
         paper.width = max(100, least)
         paper.print(view)
-        write_text(svg, paper.export_svg(title=plain(f"qft report {run.name}")))
+        write_picture(svg, paper.export_svg(title=plain(f"qft report {run.name}")))
     else:
         tell(document, render, as_json=as_json)

@@ -31,8 +31,9 @@ def evaluate(
     """Compare models on the same rows and tokens: quality, memory and speed."""
     with messages(debug):
         prepare_libraries()
-        from qft.commands.evaluate import EvalOptions, default_out
+        from qft.commands.evaluate import EvalOptions
         from qft.commands.evaluate import evaluate as run_evaluation
+        from qft.commands.results import default_out
         from qft.views.terminal.evaluation import render_comparison
 
         options = EvalOptions(

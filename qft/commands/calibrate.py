@@ -25,6 +25,8 @@ from qft.model.merge import MergedWeights
 from qft.plan import CalibrationPlan, plan_calibration
 from qft.progress import View
 from qft.recipe import LoadedRecipe, load
+from qft.recipe.catalogue import CATALOGUE
+from qft.run.claim import claimed
 from qft.run.folder import Run, record_base, start_run
 from qft.run.interrupted import way_on
 
@@ -60,8 +62,15 @@ def calibrate(loaded: LoadedRecipe, view: View, *, resume: bool = False, overwri
     Raises GateError if calibrate.accept is not met: report.json then has the figures, and no model is left. Raises
     RecipeError, MissingError, DataError, ModelError or RunError for what cannot be done, and Interrupted for a signal:
     finished blocks are kept."""
-    signals = Signals("calibrating ends")
-    with signals.caught(), way_on(Run(Path(loaded.recipe.output_dir)), resume=resume):
+    section = loaded.recipe.calibrate
+    if resume and section and CATALOGUE[section.engine].whole_model:
+        raise RunError(
+            f"{loaded.recipe.output_dir}: calibrate.engine {section.engine} quantizes the whole model at once, and "
+            "leaves nothing to resume from; use --overwrite to start again"
+        )
+    signals, run = Signals("calibrating ends"), Run(Path(loaded.recipe.output_dir))
+    claim = claimed(loaded, "calibration", view, resume=resume, overwrite=overwrite)
+    with signals.caught(), claim, way_on(run, resume=resume):
         return _calibrate(loaded, view, resume=resume, overwrite=overwrite)
 
 
@@ -70,11 +79,6 @@ def _calibrate(loaded: LoadedRecipe, view: View, *, resume: bool, overwrite: boo
     plan, merged_run = find_plan(loaded)
     if merged_run and (note := unverified(Run(merged_run).adapter)):
         view.note(note)
-    if resume and plan.engine.whole_model:
-        raise RunError(
-            f"{plan.recipe.output_dir}: calibrate.engine {plan.calibrate.engine} quantizes the whole model at once, "
-            "and leaves nothing to resume from; use --overwrite to start again"
-        )
     needed = 0 if resume else _needed_bytes(plan, merged_run)  # what is there already was needed too
     room = (needed, "the quantized model, its blocks and their activations")
     run = start_run(plan.loaded, plan.document(), room, view, resume=resume, overwrite=overwrite)

@@ -3,7 +3,6 @@
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -14,26 +13,26 @@ import torch
 from transformers import set_seed
 
 from qft.calibration.layer_errors import layer_errors
+from qft.commands.results import require_replaceable, write_results
 from qft.data.batch import model_inputs, pad_token_id
 from qft.documents.evaluation import EvalDocument, Score, SourceResult, TargetResult
 from qft.errors import ModelError, NonFiniteError, RecipeError
-from qft.files import require_free_space, write_json, write_text
+from qft.files import require_free_space
 from qft.machine.device import versions
 from qft.measure.evalset import EvalSet, eval_set
 from qft.measure.harness import asked_tasks, check_tasks, load_tasks, require_answer_room, run_tasks
 from qft.measure.likelihood import Likelihood, LogProbs, measure
-from qft.measure.scores import SCORES, Answer, answer_rows, as_jsonl, score, score_change
+from qft.measure.scores import SCORES, Answer, answer_rows, score, score_change
 from qft.measure.speed import decode_speed, prefill_speed
 from qft.measure.statistics import interval
 from qft.memory.guard import memory_guard
 from qft.memory.meter import Meter, weight_bytes
-from qft.model.target import Target, load_target, parse_target, split_variant
+from qft.model.target import Target, load_target, parse_target
 from qft.plan import ModelPlan
 from qft.plan.packages import missing_packages
 from qft.progress import View
 from qft.recipe import Recipe
-from qft.run.folder import Run
-from qft.views.html.page import evaluation_page, side_by_side
+from qft.run.lock import locked
 
 LAYER_TOKENS = 2048
 """Tokens on whose activations layers are compared."""
@@ -87,8 +86,16 @@ def evaluate(names: Sequence[str], options: EvalOptions, view: View) -> EvalDocu
     """Measure each target of `names` and compare them with the reference.
 
     Raises QftError: whatever is wrong with a target, the data or a metric is told before any model is loaded."""
-    started = time.perf_counter()
     targets = _targets(names, options)
+    if options.out is None:
+        return _evaluated(targets, options, view)
+    with locked(options.out, "qft eval"):
+        require_replaceable(options.out, [target.name for target in targets], options.data)
+        return _evaluated(targets, options, view)
+
+
+def _evaluated(targets: list[Target], options: EvalOptions, view: View) -> EvalDocument:
+    started = time.perf_counter()
     first = next((target for target in targets if target.has_recipe), targets[0])
     recipe = _with_metrics(first.loaded.recipe, options.metrics)
     asked = asked_tasks(first.loaded, options.harness)
@@ -128,7 +135,7 @@ def evaluate(names: Sequence[str], options: EvalOptions, view: View) -> EvalDocu
         wall_seconds=time.perf_counter() - started,
     )
     if options.out:
-        _write(options.out, document, measured, evalset)
+        write_results(options.out, document, {one.name: one.answers for one in measured if one.answers}, evalset.place)
     return document
 
 
@@ -200,26 +207,24 @@ class _Evaluation:
     def measure(self, targets: Sequence[Target], plans: Sequence[ModelPlan]) -> list[_Measured]:
         """Ask one after another, of which the first may be the reference."""
         measured: list[_Measured] = []
-        with self._log_probs(plans[0]) as store:
-            for target, plan in zip(targets, plans, strict=True):
-                self.view.note(f"Evaluating {target.name}")
-                if plan.held_in_part:
-                    self.view.note(f"  {plan.held_in_part}")
-                with memory_guard(f"evaluating {target.name}", _smaller(plan, self.recipe, self.options)):
-                    measured.append(self._ask(target, plan, store, measured[0] if measured else None))
+        store = self._log_probs(plans[0])
+        for target, plan in zip(targets, plans, strict=True):
+            self.view.note(f"Evaluating {target.name}")
+            if plan.held_in_part:
+                self.view.note(f"  {plan.held_in_part}")
+            with memory_guard(f"evaluating {target.name}", _smaller(plan, self.recipe, self.options)):
+                measured.append(self._ask(target, plan, store, measured[0] if measured else None))
         return measured
 
-    @contextmanager
-    def _log_probs(self, plan: ModelPlan) -> Iterator[LogProbs | None]:
+    def _log_probs(self, plan: ModelPlan) -> LogProbs | None:
         """Room on disk for the reference's distributions; None without a reference."""
         if self.options.reference is None:
-            yield None
-            return
+            return None
         vocabulary = plan.checkpoint.config.get_text_config().vocab_size
         tokens = min(self.options.kl_tokens, sum(passage.scored for passage in self.evalset.passages))
-        with tempfile.TemporaryDirectory(prefix="qft-eval-") as folder:
-            require_free_space(Path(folder), tokens * vocabulary * 4, "the reference's distributions (--kl-tokens)")
-            yield LogProbs(Path(folder) / "log_probs.f32", tokens, vocabulary)
+        folder = Path(tempfile.gettempdir())
+        require_free_space(folder, tokens * vocabulary * 4, "the reference's distributions (--kl-tokens)")
+        return LogProbs(folder, tokens, vocabulary)
 
     def _ask(self, target: Target, plan: ModelPlan, store: LogProbs | None, first: _Measured | None) -> _Measured:
         found = self._read(target, plan, {"against" if first else "write": store} if store else {})
@@ -326,20 +331,3 @@ class _Evaluation:
 def _disk_bytes(target: Target, plan: ModelPlan) -> int:
     adapter = target.adapter.glob("*.safetensors") if target.adapter else []
     return sum(path.stat().st_size for path in [*plan.checkpoint.weight_files(), *adapter])
-
-
-def _write(out: Path, document: EvalDocument, measured: Sequence[_Measured], evalset: EvalSet) -> None:
-    """eval.json, report.html, and each target's answers as JSONL."""
-    shown = {one.name: one.answers for one in measured if one.answers}
-    for target, answers in shown.items():
-        name = "".join(c if c.isalnum() or c in "-._@" else "_" for c in target)
-        write_text(out / "answers" / f"{name}.jsonl", as_jsonl(answers, evalset.place))
-    write_text(out / "report.html", evaluation_page(document, side_by_side(shown, evalset.place)))
-    write_json(out / "eval.json", document.model_dump(mode="json"))
-
-
-def default_out(names: Sequence[str]) -> Path | None:
-    """Where results go unless the user says: into the first run among the targets.
-    Raises RecipeError for a variant that is none."""
-    runs = (Path(split_variant(name)[0]) for name in names)
-    return next((run / "eval" for run in runs if Run(run).manifest()), None)

@@ -13,7 +13,8 @@ from qft.model.handover import require_exports
 from qft.plan import Plan, make_plan, with_skip_modules
 from qft.progress import View
 from qft.recipe import LoadedRecipe
-from qft.run.folder import Run, check_folder, start_run
+from qft.run.claim import claimed
+from qft.run.folder import Run, start_run
 from qft.run.interrupted import way_on
 from qft.training.recorder import Recorder
 from qft.training.session import train_model
@@ -27,13 +28,13 @@ def train(loaded: LoadedRecipe, view: View, *, resume: bool = False, overwrite: 
     refuse, then NonFiniteError or OutOfMemoryError from the training itself, or Interrupted for a signal. The last good
     checkpoint is kept in every case."""
     signals = Signals("the step under way is finished and a checkpoint written")
-    with signals.caught(), way_on(Run(Path(loaded.recipe.output_dir)), resume=resume):
+    claim = claimed(loaded, "training", view, resume=resume, overwrite=overwrite)
+    with signals.caught(), claim, way_on(Run(Path(loaded.recipe.output_dir)), resume=resume):
         return _train(loaded, view, signals, resume=resume, overwrite=overwrite)
 
 
 def _train(loaded: LoadedRecipe, view: View, signals: Signals, *, resume: bool, overwrite: bool) -> Report:
     started = time.perf_counter()
-    check_folder(Path(loaded.recipe.output_dir), resume=resume, overwrite=overwrite)
     plan, skipped = _plan(loaded, view, resume=resume)
     room = (plan.checkpoint_bytes, "its checkpoints")
     run = start_run(plan.model.loaded, plan.document(), room, view, resume=resume, overwrite=overwrite)

@@ -1,9 +1,10 @@
 """The document of `qft export`: what was handed over, and the proof that it is the model that was trained."""
 
+from pathlib import Path
 from typing import Any, Literal
 
 from qft.documents.manifest import Base
-from qft.documents.part import Bytes, Part, Tokens, Versions
+from qft.documents.part import Bytes, Part, Stored, Tokens, Versions
 
 
 class GateCheck(Part):
@@ -76,6 +77,24 @@ class ExportDocument(Part):
     registered: Registered | None = None
     pushed: Pushed | None = None
     """As `registered`, told by the command alone: export.json, written first and then never changed, has null."""
+
+
+class ExportMark(Stored):
+    """What tells the folder of an artifact, in each format of export.json so far."""
+
+    schema_version: Literal[1]
+    kind: Literal["export"]
+    target: str
+    passed: bool | None
+    sha256: dict[str, str]
+
+
+def export_in(folder: Path) -> ExportMark | None:
+    """What its export.json says; None if the folder is no artifact of `qft export`."""
+    try:
+        return ExportMark.model_validate_json((folder / "export.json").read_bytes())
+    except (OSError, ValueError):
+        return None
 
 
 class LoadCheck(Part):

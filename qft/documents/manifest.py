@@ -1,9 +1,11 @@
 """manifest.json of a run: what was asked, with what it was done, and how far it came."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from qft.documents.part import Bytes, DataHashes, Stored, Versions
 from qft.documents.training import SkippedModules
+
+Work = Literal["training", "calibration"]
 
 
 class Base(Stored):
@@ -64,6 +66,8 @@ class Manifest(Stored):
 
     schema_version: Literal[1] = 1
     kind: Literal["run"] = "run"
+    work: Work | None = None
+    """What the run is of; None in manifests from before it was told here."""
     status: str | None = None
     """running, complete, failed, interrupted or refused."""
     updated: str | None = None
@@ -86,3 +90,11 @@ class Manifest(Stored):
     accepted: list[Acceptance] = []
     """What `qft report --verify --accept` recorded since."""
     skipped_modules: SkippedModules | None = None
+
+
+def is_manifest(document: Any) -> bool:
+    """Whether a JSON document can be the manifest of a run, rather than another program's file of that name. Those from
+    before a manifest had a kind have the rest of it."""
+    if not isinstance(document, dict) or document.get("kind", "run") != "run":
+        return False
+    return isinstance(document.get("command"), list) and all(document.get(n) for n in ("status", "started", "versions"))

@@ -2,24 +2,26 @@
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from qft.documents.export import ExportDocument, Gate
 from qft.documents.recorded import SIDE
-from qft.errors import GateError, RunError
+from qft.errors import GateError
 from qft.export.card import model_card
 from qft.export.gate.verify import Reference, judge, reference
 from qft.export.job import ExportOptions, Job, find_job, load_run
+from qft.export.place import require_replaceable
 from qft.export.publish.hub import Repository, find_repository, push, require_pushable, staging_folder
 from qft.export.publish.registry import Registration, find_registration, register
 from qft.export.targets import EXPORTERS, asked_targets
-from qft.files import atomic_folder, free_bytes, require_free_space, sha256, write_json, write_text
+from qft.files import atomic_folder, free_bytes, require_free_space, room, sha256, write_json, write_text
 from qft.machine.device import versions
 from qft.model.handover import FORMS, require_possible
 from qft.progress import View
+from qft.run.lock import locked
 
 UNVERIFIED = Gate(passed=None, engine=None, rows=0, tokens=0, checks=[])
 
@@ -35,6 +37,13 @@ def export(folder: Path, options: ExportOptions, view: View) -> list[ExportDocum
     registration = find_registration(loaded.recipe.export, options.register, options.registry)
     require_pushable(options.push_to_hub, private=options.private, gate=options.gate, targets=names)
     job = find_job(folder, loaded, options, view)
+    with locked(job.out, "qft export"):
+        return _exported(job, names, registration, options)
+
+
+def _exported(
+    job: Job, names: Sequence[str], registration: Registration | None, options: ExportOptions
+) -> list[ExportDocument]:
     jobs = {name: job.settled(FORMS[name]) for name in names}
     for name, own in jobs.items():
         require_possible(name, own)
@@ -55,19 +64,17 @@ def export(folder: Path, options: ExportOptions, view: View) -> list[ExportDocum
 def _require_room(job: Job, jobs: Mapping[str, Job], registration: Registration | None, *, overwrite: bool) -> None:
     """Raises RunError if something is in the way, the disk is too full or the registry of no use."""
     out = job.out
-    if not overwrite and (there := [out / name for name in jobs if (out / name).exists()]):
-        raise RunError(f"{there[0]}: is there already; give --overwrite, or another folder with --out")
+    require_replaceable(job, jobs, overwrite=overwrite)
     needed = sum(EXPORTERS[name].needed_bytes(own) for name, own in jobs.items())
     require_free_space(out, needed, "the export")
     if registration:
         registration.require_possible(out, jobs, needed)
-    job.view.note(f"Needs up to {needed / 2**30:.2f} GiB of the {free_bytes(out) / 2**30:.2f} GiB that are free")
+    job.view.note(f"Needs up to {room(needed)} of the {room(free_bytes(out))} that are free")
 
 
 @contextmanager
 def _reference(job: Job, *, gate: bool) -> Iterator[Reference | None]:
     """What the gate compares with, and job.scratch for as long."""
-    job.out.mkdir(parents=True, exist_ok=True)
     job.scratch.mkdir()
     try:
         off = "The gate is off (--no-gate): nothing will be known of what is written"
@@ -92,6 +99,7 @@ def _export(job: Job, name: str, expected: Reference | None) -> ExportDocument:
         document = _document(job, name, folder, told, gate, quantization)
         write_text(folder / "README.md", model_card(job, exporter, document))
         write_json(folder / "export.json", document.model_dump(mode="json"))
+        require_replaceable(job, [name], overwrite=True)  # once more: much time has passed
         shutil.rmtree(failed, ignore_errors=True)
         if gate.passed is False:
             folder.chmod(0o755)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from qft.documents.recorded import require_whole_run
 from qft.errors import MissingError, RecipeError, RunError
+from qft.files import temporary_name
 from qft.model.handover import Handover, decided
 from qft.model.merge import read_adapter
 from qft.model.target import Target, parse_target
@@ -91,6 +91,6 @@ def find_job(folder: Path, loaded: LoadedRecipe, options: ExportOptions, view: V
     if options.merge_into and not merge_into:
         raise RecipeError(f"--merge-into {asked}: has no meaning for a run whose base is not quantized")
     out = options.out or run.folder / "export"
-    scratch = out / f".merged-{secrets.token_hex(4)}"
+    scratch = out / temporary_name("shared")
     adapter = partial(read_adapter, target.adapter) if target.adapter else lambda: None
     return Job(loaded, plan, adapter, asked, merge_into, run, target, out, scratch, view)

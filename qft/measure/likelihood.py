@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -120,11 +122,15 @@ def compare(
 
 
 class LogProbs:
-    """The reference's log probabilities of every token, on disk: float32 [tokens, vocabulary]."""
+    """The reference's log probabilities of every token, on the disk of `folder`: float32 [tokens, vocabulary]. The file
+    has no name, so that nothing of it is left however the process ends."""
 
-    def __init__(self, path: Path, tokens: int, vocabulary: int) -> None:
+    def __init__(self, folder: Path, tokens: int, vocabulary: int) -> None:
         self.tokens = tokens
-        self.values = np.memmap(path, np.float32, "w+", shape=(tokens, vocabulary))
+        with TemporaryFile(dir=folder) as stream:
+            if hasattr(os, "posix_fallocate"):  # of a disk that fills up later, the system would tell by SIGBUS
+                os.posix_fallocate(stream.fileno(), 0, tokens * vocabulary * 4)
+            self.values = np.memmap(stream, np.float32, "w+", shape=(tokens, vocabulary))
 
     def put(self, at: Counts, log_probs: torch.Tensor) -> None:
         self.values[at] = log_probs.cpu().numpy()

@@ -5,6 +5,7 @@ manifest.json    command, versions, hardware, seed, content hashes of data, base
 plan.json        what was decided before anything was loaded
 checkpoints/     checkpoint-N, to resume from, each with what had been measured by then (qft_state.json)
 adapter/         the adapter in peft's layout (model/ when all weights were trained, or a calibration)
+replaced-N/      an earlier run, whose place this one takes once it is complete
 work/            what a calibration that was cut off resumes from
 calibration.jsonl  the windows that it looked at
 events/          TensorBoard events
@@ -15,23 +16,25 @@ report.json      what was measured; written once all of the above is there
 report.html      the same with pictures; one file that needs no network
 """
 
-import shutil
+import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
-from qft.documents.manifest import Base, Hardware, Manifest
-from qft.documents.plan import PlanDocument
+from qft.documents.manifest import Base, Hardware, Manifest, Work, is_manifest
+from qft.documents.plan import CalibrationPlanDocument, PlanDocument
 from qft.errors import QftError, RunError
-from qft.files import files_of, now, read_file, require_free_space, sha256, write_json, write_text
+from qft.files import disk_failure, files_of, now, read_file, require_free_space, sha256, write_json, write_text
 from qft.machine.device import describe, versions
 from qft.progress import View
 from qft.recipe import LoadedRecipe, dump, load
-from qft.run.checkpoint import INITIAL, STATE, best_of, best_problem, checkpoints_in, is_over, newest_whole, step_of
+from qft.run.checkpoint import INITIAL, STATE, best_of, best_problem, is_over, newest_whole, step_of
+from qft.run.lock import release_room
+from qft.run.replaced import MANIFEST, replacing
 from qft.run.resume import ANEW, Before, Planned, compare, refuse_to_resume
 
-MANIFEST = "manifest.json"
+PLANS: dict[Work, type[Planned]] = {"training": PlanDocument, "calibration": CalibrationPlanDocument}
 HASHED = (
     "recipe.yaml", "plan.json", "adapter", "model", "calibration.jsonl", "rows.jsonl", "answers", "eval-before.json",
     "eval-after.json", "report.json",
@@ -60,9 +63,23 @@ class Run:
     def manifest(self) -> Manifest | None:
         """None if the folder is no run."""
         try:
-            return Manifest.model_validate_json(read_file(self.folder / MANIFEST))
+            document = json.loads(read_file(self.folder / MANIFEST))
+            return Manifest.model_validate(document) if is_manifest(document) else None
         except (OSError, ValueError):
             return None
+
+    def kind_of_work(self) -> Work | None:
+        """What the run is of: as it says itself, or by its plan if an older qft wrote it. None if it is no run."""
+        manifest = self.manifest()
+        return (manifest.work or self._planned()) if manifest else None
+
+    def _planned(self) -> Work | None:
+        """What plan.json is of; None if it is no plan."""
+        for work, document in PLANS.items():
+            with suppress(OSError, ValueError):
+                document.model_validate_json((self.folder / "plan.json").read_bytes())
+                return work
+        return None
 
     @property
     def base(self) -> Base | None:
@@ -95,36 +112,22 @@ class Run:
             self.note(Manifest(status="interrupted"))
             raise
         except BaseException as error:
-            self.note(Manifest(status="failed", error=f"{type(error).__name__}: {error}"))
+            told = disk_failure(error, self.folder) or error
+            release_room(self.folder)
+            with suppress(OSError):  # a disk that takes nothing at all must not hide why
+                self.note(Manifest(status="failed", error=f"{type(told).__name__}: {told}"))
             raise
-
-
-def check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
-    """Whether a run may begin here, asked before any work. Raises RunError."""
-    run = Run(folder)
-    if folder.exists() and not folder.is_dir():
-        raise RunError(f"{folder}: output_dir is a file; give a folder")
-    if resume:
-        if not run.manifest():
-            raise RunError(f"{folder}: there is no run to resume; leave --resume away to start one")
-        if not checkpoints_in(run.checkpoints) and not run.work.is_dir():
-            raise RunError(_no_checkpoint(run))
-    elif folder.exists() and any(folder.iterdir()):
-        if not overwrite:
-            raise RunError(f"{folder}: output_dir is not empty; use --resume, --overwrite, or another output_dir")
-        if not run.manifest():
-            raise RunError(f"{folder}: output_dir is not empty and not a run of qft, so it is not overwritten")
 
 
 def start_run(
     loaded: LoadedRecipe, plan: Planned, room: tuple[int, str], view: View, *, resume: bool, overwrite: bool
 ) -> Run:
-    """Make the run folder, or take up the one that is there and say from where. Raises RunError if it cannot be
-    resumed or the disk has no `room`: bytes, and what for."""
+    """Begin a run in its folder, which is `claimed`, or take up the one that is there and say from where. Raises
+    RunError if it cannot be resumed or the disk has no `room`: bytes, and what for."""
     recipe = loaded.recipe
     run = Run(Path(recipe.output_dir))
-    check_folder(run.folder, resume=resume, overwrite=overwrite)
     facts = Manifest(
+        work="training" if isinstance(plan, PlanDocument) else "calibration",
         status="running",
         command=sys.argv,
         started=now(),
@@ -140,12 +143,12 @@ def start_run(
     if resume:
         facts = facts.model_copy(update={"resumed_from": _taken_up(run, loaded, plan, facts, view)})
     require_free_space(run.folder, *room)
-    if overwrite and run.folder.exists():
-        shutil.rmtree(run.folder)
-    run.folder.mkdir(parents=True, exist_ok=True)
-    write_text(run.folder / "recipe.yaml", dump(recipe))
-    write_json(run.folder / "plan.json", plan.model_dump(mode="json"))
-    run.note(facts)
+    with replacing(run.folder) if overwrite else nullcontext() as earlier:
+        run.note(facts)  # first: whatever is cut off from here on leaves a run
+        write_text(run.folder / "recipe.yaml", dump(recipe))
+        write_json(run.folder / "plan.json", plan.model_dump(mode="json"))
+    if earlier:
+        view.note(f"The earlier run waits in {earlier} until this one is complete")
     return run
 
 
@@ -185,7 +188,7 @@ def _checkpoint(run: Run, view: View) -> Path:
     return checkpoint
 
 
-def _no_checkpoint(run: Run) -> str:
+def no_checkpoint(run: Run) -> str:
     """That there is none, and what to do."""
     text = f"{run.folder}: the run was cut off before it had a whole checkpoint to resume from"
     try:

@@ -16,7 +16,8 @@ import torch
 from jsonschema import Draft202012Validator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qft.commands.evaluate import EvalOptions, default_out, evaluate
+from qft.commands.evaluate import EvalOptions, evaluate
+from qft.commands.results import default_out
 from qft.commands.train import train
 from qft.data.prepare import prepare
 from qft.documents.evaluation import EvalDocument
@@ -147,7 +148,7 @@ def test_batches_change_no_likelihood(tiny_model: Path, tmp_path: Path) -> None:
         passages.append(Passage(ids, [-100 if i % 3 == 1 else token for i, token in enumerate(ids)]))
     found = []
     for batch_size in (1, 5):
-        store = LogProbs(tmp_path / f"{batch_size}.f32", 50, 264)
+        store = LogProbs(tmp_path, 50, 264)
         measure(model, passages, batch_size=batch_size, pad=2, write=store)
         found.append(measure(model, passages, batch_size=batch_size, pad=9, against=store))
     np.testing.assert_allclose(found[0].nll, found[1].nll, rtol=1e-5)

@@ -469,15 +469,15 @@ def test_a_kill_at_any_moment_leaves_nothing_that_looks_complete(run: Path, tmp_
                 whole += 1
             assert versions.problems(registry, "m") == []
             left = [path for path in out.glob(".*") if path.is_dir()]
-            unfinished |= {path.name.split(".")[1].rstrip("-") for path in left}
-            for path in left:
-                shutil.rmtree(path)
+            assert len(left) <= 2  # of the last one alone
+            unfinished |= {path.name.split(".")[1] for path in left}
             if line == "done\n":
                 break
             killer.stdin.write("go\n")
             killer.stdin.flush()
     assert killer.returncode == 0
     assert whole
-    assert {"gate", "merged"} <= {name.partition("-")[0] for name in unfinished}  # some fell into the writing
+    assert {"shared", "merged"} <= unfinished  # some fell into the writing
     export(run, options("merged", out=out, overwrite=True, register="m", registry=registry), View())
+    assert [path.name for path in out.iterdir()] == ["merged"]
     assert versions.problems(registry, "m") == []

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from datasets import Dataset
@@ -68,16 +67,15 @@ def reference(job: Job, scratch: Path) -> Iterator[Reference]:
         model = load_target(job.target, job.plan)
         vocabulary = model.get_output_embeddings().weight.shape[0]
         require_free_space(scratch, tokens * vocabulary * 4, "the log probabilities that the gate compares with")
-        with TemporaryDirectory(dir=scratch, prefix=".gate-") as folder:
-            store = LogProbs(Path(folder) / "log_probs", tokens, vocabulary)
-            pad = pad_token_id(job.plan.tokenizer)
-            likelihood = measure(model, passages, batch_size=BATCH, pad=pad, write=store)
-            answers = _answers(model, job, rows)
-            texts = [job.plan.tokenizer.decode(row["input_ids"]) for row in rows]
-            facts = facts_of(model, job.plan.tokenizer, texts)
-            del model
-            gc.collect()
-            yield Reference(rows, passages, likelihood, store, answers, texts, facts)
+        store = LogProbs(scratch, tokens, vocabulary)
+        pad = pad_token_id(job.plan.tokenizer)
+        likelihood = measure(model, passages, batch_size=BATCH, pad=pad, write=store)
+        answers = _answers(model, job, rows)
+        texts = [job.plan.tokenizer.decode(row["input_ids"]) for row in rows]
+        facts = facts_of(model, job.plan.tokenizer, texts)
+        del model
+        gc.collect()
+        yield Reference(rows, passages, likelihood, store, answers, texts, facts)
 
 
 def judge(job: Job, target: str, folder: Path, expected: Reference) -> Gate:

@@ -21,7 +21,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from qft.documents.export import ExportDocument, Pushed
 from qft.errors import MissingError, QftError, RecipeError, first_line
 from qft.export.card import without_folders
-from qft.files import sha256, write_json, write_text
+from qft.files import atomic_folder, sha256, write_json, write_text
 
 MODEL_FILES = (".safetensors", ".json", ".jinja")
 """Endings of what a loader could take for part of the model. Such files of an earlier one must not stay beside it."""
@@ -146,8 +146,13 @@ def staging_folder(artifact: Path) -> Path:
 def _staged(document: ExportDocument, repository: str) -> Path:
     """The filled staging folder."""
     artifact = Path(document.path)
-    folder = staging_folder(artifact)
-    shutil.rmtree(folder, ignore_errors=True)
+    with atomic_folder(staging_folder(artifact)) as folder:
+        _fill(folder, artifact, document, repository)
+    return staging_folder(artifact)
+
+
+def _fill(folder: Path, artifact: Path, document: ExportDocument, repository: str) -> None:
+    """Links have the folder's siblings in them, and so hold when it is renamed."""
     for path in artifact.rglob("*"):
         if path.is_file():
             link = folder / path.relative_to(artifact)
@@ -158,7 +163,6 @@ def _staged(document: ExportDocument, repository: str) -> Path:
     write_text(folder / "README.md", before + heading + usage.replace("FOLDER", repository))
     digests = _rewrite_adapter_config(folder)
     write_json(folder / "export.json", _without_paths(document, digests))
-    return folder
 
 
 def _rewrite_adapter_config(folder: Path) -> dict[str, str]:

@@ -1,0 +1,88 @@
+"""What --overwrite takes the place of: an earlier run, which waits in OUTPUT_DIR/replaced-N, itself a run folder, until
+the new one is complete."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from qft.documents.export import export_in
+from qft.run.lock import HELD, LOCK, require_free
+
+MANIFEST = "manifest.json"
+BEGINNING = (MANIFEST, "recipe.yaml", "plan.json")
+"""What a run writes first."""
+OWN = (
+    *BEGINNING, "checkpoints", "adapter", "model", "work", "calibration.jsonl", "events", "rows.jsonl", "answers",
+    "eval-before.json", "eval-after.json", "report.json", "report.html", "eval", "export",
+)  # fmt: skip
+"""What runs and the commands on them write. Anything else is moved with it and not deleted."""
+
+
+def replaced(folder: Path) -> list[Path]:
+    """The earlier runs that wait in it, oldest first."""
+    return [path for path in _numbered(folder) if (path / MANIFEST).exists()]
+
+
+def cut_off(folder: Path) -> Path | None:
+    """The earlier run of which a killed command had moved some and begun nothing new."""
+    waiting = [] if (folder / MANIFEST).exists() else replaced(folder)
+    return waiting[-1] if waiting else None
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path | None]:
+    """Move the run in `folder` aside, if there is one; put it back unless the body begins a new one."""
+    if not (folder / MANIFEST).exists():
+        yield None
+        return
+    require_free(*(path for path in folder.iterdir() if path.is_dir()))  # an export of the run, say
+    aside = folder / f"replaced-{max(map(_number, _numbered(folder)), default=0) + 1}"
+    aside.mkdir()
+    try:
+        for path in _manifest_first(folder):  # without one, what was moved is put back
+            os.replace(path, aside / path.name)
+        yield aside
+    except BaseException:
+        restore(folder, aside)
+        raise
+
+
+def restore(folder: Path, aside: Path) -> None:
+    """Put an earlier run back in its place."""
+    for name in BEGINNING:
+        if (aside / name).exists():
+            (folder / name).unlink(missing_ok=True)
+    for path in reversed(_manifest_first(aside)):
+        os.replace(path, folder / path.name)
+    aside.rmdir()
+
+
+def remove(aside: Path) -> list[Path]:
+    """Delete an earlier run, but for what it holds that qft did not write. Returns what is left."""
+    exports = aside / "export"
+    artifacts = [] if exports.is_symlink() else [*exports.glob("*")]
+    others = [path for path in artifacts if not export_in(path)]
+    left = [path for path in aside.iterdir() if path.name not in OWN] + others
+    for path in [*artifacts, *reversed(_manifest_first(aside))]:  # the manifest last: until then, it is a run to remove
+        if path not in left and not (path == exports and others):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() and not path.is_symlink() else path.unlink()
+    if not left:
+        aside.rmdir()
+    return left
+
+
+def _manifest_first(folder: Path) -> list[Path]:
+    """What lies in a run's folder, but for locks and runs that it replaced."""
+    others = {*_numbered(folder), folder / LOCK, folder / HELD}
+    return sorted((path for path in folder.iterdir() if path not in others), key=lambda path: path.name != MANIFEST)
+
+
+def _numbered(folder: Path) -> list[Path]:
+    found = (path for path in folder.glob("replaced-*") if path.name.removeprefix("replaced-").isdecimal())
+    return sorted(found, key=_number)
+
+
+def _number(path: Path) -> int:
+    return int(path.name.removeprefix("replaced-"))

@@ -40,7 +40,8 @@ REFUSALS = {
 }
 """What the system refuses, by the name of its errno, and what to do about it."""
 OF_DISK = (
-    "ENOSPC", "EDQUOT", "EFBIG", "EROFS", "ENAMETOOLONG", "EIO", "EACCES", "EPERM", "ESTALE", "ENOTDIR", "EEXIST", "ELOOP",
+    "ENOSPC", "EDQUOT", "EFBIG", "EROFS", "ENAMETOOLONG", "EIO", "EACCES", "EPERM", "ESTALE", "ENOTDIR", "EEXIST",
+    "ELOOP",
 )  # fmt: skip
 """What a disk refuses, rather than that a program asks for the wrong thing."""
 WRAPPED = [

@@ -7,7 +7,7 @@ import importlib.util
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ import pytest
 import torch
 import yaml
 
+from tests.support.disks import small_disk
 from tests.support.gguf import remember_files, save_package_model
 from tests.support.models import byte_tokenizer, tiny_llama
 from tests.support.once import once
@@ -119,6 +120,13 @@ def recipe_file(tmp_path: Path, tiny_model: Path, chat_file: Path) -> Callable[.
         return path
 
     return write
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 40 MiB, where this user may mount one."""
+    with small_disk(tmp_path / "disk") as folder:
+        yield folder
 
 
 @pytest.fixture

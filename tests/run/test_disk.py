@@ -6,8 +6,7 @@ import errno
 import os
 import resource
 import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,30 +18,11 @@ from qft.files import disk_failure, room
 from qft.plan import make_plan
 from qft.recipe import load
 from qft.run.folder import Run
+from tests.support.disks import fill
 from tests.support.runs import run
 
 RecipeFile = Callable[..., Path]
 Work = Callable[..., Any]
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 8 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=8m", "none", str(folder)]
-    try:
-        subprocess.run(command, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("needs the right to mount a small disk")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-def fill(folder: Path) -> None:
-    with suppress(OSError), (folder / "full").open("wb", buffering=0) as stream:
-        while True:
-            stream.write(b"0" * 4096)
 
 
 def tree(folder: Path) -> dict[str, bytes]:

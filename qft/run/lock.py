@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from qft.documents.part import Seconds, Stored
-from qft.errors import BusyError, GateError, RunError
+from qft.errors import BusyError, DamagedError, GateError, RunError
 from qft.files import disk_failures, is_living, now, process_start, remove_leftovers
 
 LOCK, HELD = ".qft.lock", ".qft.held"
@@ -67,6 +67,8 @@ def locked(folder: Path, command: str) -> Iterator[None]:
         finally:
             if os.getpid() == owner:
                 _release(folder, handle)
+    except DamagedError:
+        raise
     except GateError:  # the work was done, if in vain
         made.clear()
         raise

@@ -89,7 +89,9 @@ def test_int8_is_measured_as_int8(recipe: RecipeFile) -> None:
 
 
 def chosen(path: Path) -> SkippedModules:
-    return choose_skip_modules(make_plan(load(path)), View())
+    plan = make_plan(load(path))
+    Path(plan.recipe.output_dir).mkdir(exist_ok=True)
+    return choose_skip_modules(plan, View())
 
 
 def test_scales_are_measured_as_they_are_held(recipe: RecipeFile) -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from qft.commands.calibrate import calibrate
 from qft.commands.evaluate import EvalOptions, evaluate
+from qft.commands.verify import accept
 from qft.errors import ModelError, NonFiniteError
 from qft.progress import View
 from qft.recipe import load
@@ -57,6 +58,7 @@ def test_an_adapter_that_is_no_number_is_refused(recipe_file: RecipeFile, tmp_pa
     file = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
     name = next(name for name in load_file(file) if "lora_B" in name)
     spoil(file, name)
+    accept(tmp_path / "run")  # else it is refused for being another one
     with pytest.raises(ModelError, match=r"adapter: .*lora_B.* holds NaN or infinity"):
         evaluate([str(tmp_path / "run")], EvalOptions(data=str(tmp_path / "chats.jsonl")), View())
 

@@ -31,6 +31,7 @@ def choose_skip_modules(plan: Plan, view: View) -> SkippedModules:
     """Measure every layer as plan.recipe.quant holds it, and choose the worst within its budget."""
     view.note("Measuring which layers to leave in 16 bits")
     folder = Path(plan.recipe.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
     require_free_space(folder, plan.model.shape.parameters * 2, "measuring the layers")
     guard = memory_guard("measuring the layers", ["name layers in quant.skip_modules instead of auto"])
     with scratch_folder(folder, "skip-modules") as work, guard:

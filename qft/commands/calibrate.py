@@ -68,7 +68,7 @@ def calibrate(loaded: LoadedRecipe, view: View, *, resume: bool = False, overwri
             f"{loaded.recipe.output_dir}: calibrate.engine {section.engine} quantizes the whole model at once, and "
             "leaves nothing to resume from; use --overwrite to start again"
         )
-    signals, run = Signals("calibrating ends"), Run(Path(loaded.recipe.output_dir))
+    signals, run = Signals(), Run(Path(loaded.recipe.output_dir))
     claim = claimed(loaded, "calibration", view, resume=resume, overwrite=overwrite)
     with signals.caught(), claim, way_on(run, resume=resume):
         return _calibrate(loaded, view, resume=resume, overwrite=overwrite)

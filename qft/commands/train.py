@@ -27,7 +27,7 @@ def train(loaded: LoadedRecipe, view: View, *, resume: bool = False, overwrite: 
     Raises QftError: RunError before any work if the folder forbids it, then whatever `make_plan` and `require_exports`
     refuse, then NonFiniteError or OutOfMemoryError from the training itself, or Interrupted for a signal. The last good
     checkpoint is kept in every case."""
-    signals = Signals("the step under way is finished and a checkpoint written")
+    signals = Signals()
     claim = claimed(loaded, "training", view, resume=resume, overwrite=overwrite)
     with signals.caught(), claim, way_on(Run(Path(loaded.recipe.output_dir)), resume=resume):
         return _train(loaded, view, signals, resume=resume, overwrite=overwrite)
@@ -44,9 +44,10 @@ def _train(loaded: LoadedRecipe, view: View, signals: Signals, *, resume: bool, 
         recorder = Recorder(plan, view, started, skipped)
         write_rows(run.rows, plan.data.asked())
         result = train_model(run, recorder, signals)
+        signals.wait("the report is written, which completes the run")
         report = recorder.report(run, result)
         write_json(run.report, report.model_dump(mode="json"))
-    run.note(Manifest(status="complete", files=run.hashes()))
+        run.note(Manifest(status="complete", files=run.hashes()))
     # A resumed run has no answers from before. Last: a picture must not cost a result.
     answers = {moment.capitalize(): recorder.answers.get(moment, []) for moment in ("before", "after")}
     write_text(run.page, training_page(report, side_by_side(answers, plan.data.place)))

@@ -15,14 +15,18 @@ SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if 
 class Signals:
     """What signals ask of the work: to stop at its next good place if it `waits` for that; else at once."""
 
-    def __init__(self, promise: str) -> None:
-        self.promise = promise
-        """What is said to a signal that is waited with."""
+    def __init__(self) -> None:
         self.waits = False
         """Whether the work looks at `asked` itself."""
+        self.promise = ""
+        """What is said to a signal that waits."""
         self.asked: str | None = None
         """Name of the first signal that came."""
         self._process = os.getpid()
+
+    def wait(self, promise: str) -> None:
+        """From now on a signal waits for what is promised."""
+        self.waits, self.promise = True, promise
 
     def check(self) -> None:
         """Raise Interrupted if a signal came."""

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from qft.documents.manifest import Base, Hardware, Manifest, Work, is_manifest
 from qft.documents.plan import CalibrationPlanDocument, PlanDocument
+from qft.documents.recorded import RESULTS, record_of_run
 from qft.errors import QftError, RunError
 from qft.files import disk_failure, files_of, now, read_file, require_free_space, sha256, write_json, write_text
 from qft.machine.device import describe, versions
@@ -89,8 +90,10 @@ class Run:
 
     @property
     def has_result(self) -> bool:
-        """Whether all is there that a training comes to."""
-        return (self.adapter.is_dir() or self.full_model.is_dir()) and self.report.exists() and self.page.exists()
+        """Whether all is there that a training comes to, as it was written or is meant to be."""
+        there = (self.adapter.is_dir() or self.full_model.is_dir()) and self.report.exists() and self.page.exists()
+        parts = [record.part(name) for name in RESULTS] if (record := record_of_run(self.folder)) else []
+        return there and all(kind == "whole" for part in parts for kind in part.verdicts().values())
 
     def hashes(self) -> dict[str, str]:
         """SHA-256 of each file of the result and of what tells of it, by its path in the folder. Reads them."""

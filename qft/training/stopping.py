@@ -44,7 +44,8 @@ class StoppingTrainer(ResumingTrainer):
         return _deafened(super().get_eval_dataloader(*args, **kwargs))
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        self.signals.waits = self.saves
+        if self.saves:
+            self.signals.wait("the step under way is finished and a checkpoint written")
         return super().training_step(*args, **kwargs)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:

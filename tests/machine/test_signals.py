@@ -15,7 +15,7 @@ from tests.support.paths import ROOT
 HEARD = """
     import os, signal, sys, time
     from qft.machine.signals import Signals
-    signals = Signals("waiting")
+    signals = Signals()
 """
 
 

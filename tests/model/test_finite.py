@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,13 +55,15 @@ def test_what_reads_weights_one_by_one_tells_too(recipe_file: RecipeFile, tmp_pa
 
 
 def test_an_adapter_that_is_no_number_is_refused(recipe_file: RecipeFile, tmp_path: Path) -> None:
-    run(recipe_file())
-    file = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
+    path = recipe_file()
+    run(path)
+    own = Path(shutil.copytree(tmp_path / "run" / "adapter", tmp_path / "adapter"))
+    file = own / "adapter_model.safetensors"
     name = next(name for name in load_file(file) if "lora_B" in name)
     spoil(file, name)
     accept(tmp_path / "run")  # else it is refused for being another one
     with pytest.raises(ModelError, match=r"adapter: .*lora_B.* holds NaN or infinity"):
-        evaluate([str(tmp_path / "run")], EvalOptions(data=str(tmp_path / "chats.jsonl")), View())
+        evaluate([str(path)], EvalOptions(adapter=own, data=str(tmp_path / "chats.jsonl")), View())
 
 
 @pytest.fixture

@@ -149,6 +149,21 @@ def test_what_is_left_after_the_last_step_is_made(recipe: RecipeFile) -> None:
     assert status(path) == "complete"
 
 
+def test_the_report_is_written_to_its_end(recipe: RecipeFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes a moment, and of what is behind it nothing could be resumed."""
+    sender = Sender(0)
+
+    def page(*_: Any) -> str:
+        sender.send()
+        return "page"
+
+    monkeypatch.setattr("qft.commands.train.training_page", page)
+    path = recipe(save_strategy="no")
+    assert run(path).steps == STEPS
+    assert status(path) == "complete"
+    assert (path.with_suffix("") / "report.html").read_text() == "page"
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_second_signal_ends_at_once(number: int, recipe: RecipeFile) -> None:
     path = recipe(save_strategy="steps", save_steps=2)

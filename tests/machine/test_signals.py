@@ -43,14 +43,16 @@ def test_what_is_ignored_stays_ignored_and_the_rest_is_given_back() -> None:
 
 def test_a_forked_process_ends_by_what_it_is_sent() -> None:
     code = """
+        read, write = os.pipe()
         with signals.caught():
             signals.waits = True
             if child := os.fork():
-                time.sleep(0.2)  # what comes before it runs, Python forgets
+                os.read(read, 1)  # what comes before it runs, Python forgets
                 os.kill(child, signal.SIGTERM)
                 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
                 assert signals.asked is None
             else:
+                os.write(write, b"!")
                 time.sleep(60)
     """
     with start(code) as process:
@@ -82,8 +84,9 @@ def test_a_worker_ends_by_its_parent_alone() -> None:
     code = """
         from qft.machine.signals import Deaf
         others = [signal.SIGINT, signal.SIGHUP]
+        read, write = os.pipe()
         if child := os.fork():
-            time.sleep(0.5)
+            os.read(read, 1)
             for number in others:
                 os.kill(child, number)
             if not (stranger := os.fork()):
@@ -95,7 +98,7 @@ def test_a_worker_ends_by_its_parent_alone() -> None:
             os.kill(child, signal.SIGTERM)
             assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         else:
-            Deaf(None)(0)
+            Deaf(lambda _: os.write(write, b"!"))(0)
             time.sleep(60)
     """
     with start(code) as process:

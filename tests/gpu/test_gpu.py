@@ -16,11 +16,11 @@ from qft.export import export
 from qft.model.adapter import attach_adapter
 from qft.model.load import load_base
 from qft.plan import make_plan
-from qft.progress import View
+from qft.progress import Step, View
 from qft.recipe import load
 from tests.support.exports import options
 from tests.support.models import plain_loss
-from tests.support.runs import HARD, MODES, trained
+from tests.support.runs import HARD, MODES, adapter, trained
 
 pytestmark = pytest.mark.gpu
 
@@ -155,3 +155,46 @@ def test_what_was_trained_on_a_gpu_is_handed_over(quant: dict[str, Any], tiny_mo
     [kl] = [check.value for check in documents[1].gate.checks if check.name == "kl"]
     assert isinstance(kl, float)
     assert kl < 0.001
+
+
+class Cut(View):
+    """Ends the process, as it were, two steps behind a checkpoint."""
+
+    def step(self, step: Step) -> None:
+        if step.step == 5:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"train": {"optim": "paged_adamw_8bit"}},
+        {"train": {"optim": "adamw_torch_fused", "gradient_checkpointing": True}},
+        {"train": {"fp16": True}, "quant": {"compute_dtype": "float16"}, "model": {"dtype": "float16"}},
+    ],
+    ids=["paged", "fused and checkpointed", "float16 with loss scaling"],
+)
+def test_a_resumed_run_is_the_unbroken_one_on_a_gpu(
+    sections: dict[str, Any], recipe_file: RecipeFile, tmp_path: Path
+) -> None:
+    """Dropout draws from the device's random numbers, and the scaler of float16 has a state of its own."""
+    steps = QUIET | {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "full_determinism": True}
+    paths = [
+        recipe_file(
+            f"{name}.yaml",
+            model={"device": "cuda", **sections.get("model", {})},
+            quant={"preset": "finetune", **sections.get("quant", {})},
+            adapter={"lora_dropout": 0.2},
+            train=steps | sections["train"],
+            output_dir=str(tmp_path / name),
+        )
+        for name in ("whole", "part")
+    ]
+    whole = train(load(paths[0]), View())
+    with pytest.raises(KeyboardInterrupt):
+        train(load(paths[1]), Cut())
+    resumed = train(load(paths[1]), View(), resume=True)
+    assert resumed.resumed_from == [3]
+    assert resumed.loss == whole.loss
+    for name, tensor in adapter(tmp_path / "whole").items():
+        torch.testing.assert_close(tensor, adapter(tmp_path / "part")[name], rtol=0, atol=0)

@@ -117,6 +117,7 @@ def load_tokenizer(checkpoint: Checkpoint, recipe: Recipe) -> PreTrainedTokenize
             tokenizer = gguf_tokenizer(checkpoint.folder / checkpoint.gguf_file, checkpoint.config)
         else:
             tokenizer = AutoTokenizer.from_pretrained(**checkpoint.load_arguments, trust_remote_code=trusted)
+        tokenizer("a")  # some of its settings are looked at by the first call
     except Exception as error:  # tokenizers fail in as many ways as there are file formats
         raise ModelError(f"{checkpoint.path}: its tokenizer cannot be loaded: {first_line(error)}") from error
     if not tokenizer.is_fast:

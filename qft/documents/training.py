@@ -193,7 +193,7 @@ def read_report(folder: Path) -> Report:
     """The report of a run folder. Raises MissingError if there is none, RunError if it cannot be read."""
     path = folder / "report.json"
     try:
-        text = require_regular(path).read_text("utf-8")
+        text = require_regular(path).read_bytes()
     except OSError:
         raise MissingError(f"{path}: no report; a run writes it when it completes") from None
     try:

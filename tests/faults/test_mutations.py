@@ -1,0 +1,188 @@
+"""Files that something went wrong with: each command ends well, or in one message with a documented exit code.
+
+QFT_FUZZ says how many of each kind are tried; `make fuzz` tries 2,000. A failure names its seed.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+from typer.testing import Result
+
+from qft.gguf.file import write_gguf
+from qft.progress import Step, View
+from qft.recipe import load
+from tests.support.cli import qft
+from tests.support.gguf import saved
+from tests.support.models import CHATML, tiny_llama
+from tests.support.mutations import mutated_bytes, mutated_json, spoil, spoil_one
+from tests.support.once import once
+from tests.support.rows import chat, write_jsonl
+from tests.support.runs import trained
+from tests.support.versions import artifact
+
+COUNT = int(os.environ.get("QFT_FUZZ", "12"))
+FROM = int(os.environ.get("QFT_FUZZ_FROM", "0"))
+DOCUMENTED = {0, 2, 3, 4, 5, 6, 7, 8, 9, 10}
+LONGEST = 20
+"""Seconds of a command."""
+MOST = 2**30
+"""Bytes that a kind's commands may leave behind in the process."""
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {"a": {}}}}}
+ROWS: list[dict[str, Any]] = [
+    chat("say it", "it is") | {"system": "be brief", "id": 3},
+    {"prompt": "2+2=", "completion": "4", "history": [["1+1=", "2"]]},
+    {"instruction": "add", "input": "2 and 2", "output": "4", "chat_template_kwargs": {}},
+    {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "weight": 1}], "tools": [TOOL]},
+    {"text": "plain text"},
+]
+Act = Callable[[Path, random.Random], Result]
+
+
+class _Cut(View):
+    def step(self, step: Step) -> None:
+        if step.step == 3:
+            raise KeyboardInterrupt
+
+
+def _recipe(folder: Path, **sections: Any) -> Path:
+    values: dict[str, Any] = {
+        "model": {"path": "model", "device": "cpu"},
+        "quant": {"preset": "finetune"},
+        "adapter": {"r": 4, "target_modules": ["q_proj"]},
+        "data": {"train": "rows.jsonl", "max_length": 128},
+        "train": {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "report_to": []},
+        "output_dir": "new",
+    }
+    for name, section in sections.items():
+        values[name] = values.get(name, {}) | section if isinstance(section, dict) else section
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, its GGUF file, rows, a template, a finished run, one that was cut off, and a registry."""
+
+    def make(folder: Path) -> None:
+        saved(tiny_llama(), folder / "model")
+        write_jsonl(folder / "rows.jsonl", [chat(f"say {i}", f"it is {i}") for i in range(8)])
+        (folder / "own.jinja").write_text(CHATML)
+        write_gguf(folder / "model", folder / "model.gguf", kind="f16")
+        trained(folder, folder / "model", adapter={"r": 4, "target_modules": ["q_proj"]}, train={"max_steps": 2})
+        from qft.commands.train import train
+
+        with pytest.raises(KeyboardInterrupt):
+            train(load(_recipe(folder, output_dir="cut")), _Cut())
+        artifact(folder / "out")
+        qft("models", "add", "m", folder / "out", "--registry", folder / "models")
+
+    return once(tmp_path_factory, "mutations", make)
+
+
+def _rows(folder: Path, draw: random.Random) -> Result:
+    kept = draw.choice(ROWS)
+    write_jsonl(folder / "rows.jsonl", [kept] * 3)
+    spoil(folder / "rows.jsonl", draw)
+    policy = draw.choice(["stop", "skip"])
+    return qft("check", _recipe(folder, data={"on_bad_row": policy}), "--show", "1", *draw.choice([[], ["--json"]]))
+
+
+def _recipes(folder: Path, draw: random.Random) -> Result:
+    path = _recipe(folder, calibrate={"preset": "w4a16"}, export={"target": ["merged"]})
+    if draw.random() < 0.6:
+        path.write_text(yaml.safe_dump(mutated_json(yaml.safe_load(path.read_text()), draw)))
+    else:
+        path.write_bytes(mutated_bytes(path.read_bytes(), draw))
+    return qft("check", path)
+
+
+def _templates(folder: Path, draw: random.Random) -> Result:
+    path = folder / "own.jinja"
+    path.write_bytes(mutated_bytes(path.read_bytes(), draw))
+    return qft("check", _recipe(folder, data={"chat_template": "own.jinja"}))
+
+
+def _models(folder: Path, draw: random.Random) -> Result:
+    spoil_one(folder / "model", draw)
+    if draw.random() < 0.5:
+        return qft("check", _recipe(folder))
+    return qft("eval", folder / "model", "--data", folder / "rows.jsonl", "--out", folder / "eval")
+
+
+def _ggufs(folder: Path, draw: random.Random) -> Result:
+    path = folder / "model.gguf"
+    path.write_bytes(mutated_bytes(path.read_bytes(), draw))
+    return qft("check", _recipe(folder, model={"path": "model.gguf"}))
+
+
+def _runs(folder: Path, draw: random.Random) -> Result:
+    run = folder / "run"
+    spoil_one(run, draw)
+    commands = [("report", run), ("report", "--verify", run), ("eval", run, "--out", folder / "eval"),
+                ("export", run, "--to", "adapter"), ("chat", run, "--prompt", "hi", "--max-new-tokens", "2"),
+                ("models", "add", "n", folder / "out", "--run", run, "--registry", folder / "models")]  # fmt: skip
+    return qft(*draw.choice(commands))
+
+
+def _checkpoints(folder: Path, draw: random.Random) -> Result:
+    spoil_one(folder / "cut", draw)
+    return qft("train", _recipe(folder, output_dir="cut"), "--resume")
+
+
+def _registries(folder: Path, draw: random.Random) -> Result:
+    spoil_one(folder / "models", draw)
+    command = draw.choice([("list",), ("show", "m"), ("verify", "m"), ("promote", "m", "v1"), ("rollback", "m")])
+    return qft("models", *command, "--registry", folder / "models")
+
+
+KINDS: dict[str, Act] = {
+    "rows": _rows,
+    "recipes": _recipes,
+    "templates": _templates,
+    "models": _models,
+    "GGUF files": _ggufs,
+    "runs": _runs,
+    "checkpoints": _checkpoints,
+    "registries": _registries,
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_went_wrong_is_one_message(kind: str, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, wrong = psutil.Process().memory_info().rss, []
+    for seed in range(FROM, FROM + COUNT):
+        folder = tmp_path / str(seed)
+        shutil.copytree(good, folder, symlinks=True)
+        monkeypatch.chdir(folder)
+        started = time.monotonic()
+        try:
+            result = KINDS[kind](folder, random.Random(f"{kind} {seed}"))
+        except Exception as error:
+            wrong.append(f"{kind} {seed}: {type(error).__name__}: {error}"[:300])
+            continue
+        finally:
+            monkeypatch.chdir(tmp_path)
+            shutil.rmtree(folder)
+        if (
+            result.exit_code not in DOCUMENTED
+            or "Traceback" in result.stderr
+            or (result.exit_code and not result.stderr)
+        ):
+            wrong.append(f"{kind} {seed}: {result.exit_code}: {result.stderr[-300:]}")
+        if (seconds := time.monotonic() - started) > LONGEST:
+            wrong.append(f"{kind} {seed}: took {seconds:.0f} s")
+    if (grown := psutil.Process().memory_info().rss - before) > MOST:
+        wrong.append(f"{kind}: {grown:,} bytes are left")
+    assert not wrong, "\n".join(wrong)

@@ -7,7 +7,7 @@ THREADS := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 # Oversubscribed cores make small-model training ten times slower.
 export OMP_NUM_THREADS ?= $(THREADS)
 
-.PHONY: setup quickstart test check bench picture schema clean
+.PHONY: setup quickstart test fuzz check bench picture schema clean
 
 setup: $(VENV)/.installed
 
@@ -26,6 +26,10 @@ quickstart: setup
 # A process a core, each of one thread (tests/conftest.py) and some 2 GB.
 test: setup
 	$(BIN)/python -m pytest -n $(THREADS) --maxprocesses 8 --dist worksteal
+
+# Eight kinds of files made bad by a seed, 2,500 of each.
+fuzz: setup
+	QFT_FUZZ=2500 $(BIN)/python -m pytest -n $(THREADS) --maxprocesses 8 tests/faults
 
 # What a commit must pass beside the tests; pre-commit runs the same.
 check: setup

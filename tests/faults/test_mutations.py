@@ -1,6 +1,6 @@
 """Files that something went wrong with: each command ends well, or in one message with a documented exit code.
 
-QFT_FUZZ says how many of each kind are tried; `make fuzz` tries 2,000. A failure names its seed.
+QFT_FUZZ says how many of each kind are tried; `make fuzz` tries 2,500. A failure names its seed, for QFT_FUZZ_FROM.
 """
 
 from __future__ import annotations

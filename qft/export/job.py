@@ -81,6 +81,8 @@ def find_job(folder: Path, loaded: LoadedRecipe, options: ExportOptions, view: V
     status = manifest.status if manifest else None
     if status != "complete":
         raise RunError(f"{folder}: the run is {status}, not complete; finish it with `qft train --resume`")
+    if run.base is None:
+        raise RunError(f"{folder}: its manifest.json does not say what base it was trained on; it is damaged")
     target = parse_target(str(folder), adapter=None, data=None)
     if target.unverified:
         view.note(target.unverified)

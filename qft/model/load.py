@@ -30,18 +30,19 @@ def load_base(plan: ModelPlan) -> PreTrainedModel:
             raise ModelError(f"{plan.checkpoint.path}: {reason}") from error
     if misfits := plan.scheme.misfits(model):
         raise ModelError(f"{plan.checkpoint.path}: the quantized weights of {some(misfits)} are not of their shapes")
-    _require_token_ids(plan, model.generation_config)
+    _require_settings(plan, model.generation_config)
     plan.scheme.settle(model)
     return model
 
 
-def _require_token_ids(plan: ModelPlan, settings: GenerationConfig | None) -> None:
-    """Raise ModelError for what no token can be called, which generation would stumble over."""
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+def _require_settings(plan: ModelPlan, settings: GenerationConfig | None) -> None:
+    """Raise ModelError for what generation would stumble over: what is no token's number, or no kind of cache."""
+    kinds: dict[str, type] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), int)
+    for name, kind in (kinds | {"cache_implementation": str}).items():
         value = getattr(settings, name, None)
-        ids = value if isinstance(value, list) else [] if value is None else [value]
-        if wrong := [each for each in ids if not isinstance(each, int) or isinstance(each, bool)]:
-            text = f"{name} of its generation_config.json or config.json holds {wrong[0]!r}, which is no token's number"
+        values = value if isinstance(value, list) and kind is int else [value]
+        if any(type(each) is not kind for each in values if each is not None):
+            text = f"its generation_config.json or config.json has {name} {value!r}, which means nothing"
             raise ModelError(f"{plan.checkpoint.path}: {text}")
 
 

@@ -1,5 +1,6 @@
 """The data section of a recipe -> encoded train and eval rows, and what was found on the way."""
 
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -152,16 +153,20 @@ def _encode_all(
 
 def _encode(rows: Rows, indices: Sequence[int], num_proc: int, reader: RowReader) -> Dataset:
     """The examples of the rows at `indices`, as records of FEATURES."""
-    return rows.dataset.select(indices).map(
-        reader,
-        with_indices=True,
-        batched=True,
-        fn_kwargs={"indices": indices},
-        remove_columns=rows.dataset.column_names,
-        features=FEATURES,
-        num_proc=processes if (processes := min(num_proc, len(indices))) > 1 else None,
-        load_from_cache_file=False,
-    )
+    environment = os.environ
+    try:
+        return rows.dataset.select(indices).map(
+            reader,
+            with_indices=True,
+            batched=True,
+            fn_kwargs={"indices": indices},
+            remove_columns=rows.dataset.column_names,
+            features=FEATURES,
+            num_proc=processes if (processes := min(num_proc, len(indices))) > 1 else None,
+            load_from_cache_file=False,
+        )
+    finally:
+        os.environ = environment  # noqa: B003  # after several processes datasets leaves a copy in its place
 
 
 def _facts(rows: Rows, part: str, name: str, status: NDArray[Any], used: Dataset) -> SourceFacts:

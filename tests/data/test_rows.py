@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,9 @@ def test_all_tokens_are_learnt_once_and_the_dropped_thoughts_too(thoughts: Path)
 
 
 def test_several_processes_make_the_same_examples(thoughts: Path) -> None:
+    environment = os.environ
     assert prepared(thoughts, FORGETS, num_proc=2).train.to_list() == prepared(thoughts, FORGETS).train.to_list()
+    assert os.environ is environment
 
 
 def test_fields_that_nobody_reads_are_counted_and_can_be_meant(tmp_path: Path) -> None:

@@ -306,8 +306,8 @@ def test_a_kill_at_any_line_leaves_a_valid_registry(step: str, three: Path, tmp_
     versions.promote(three, "m", 1)
     lines = int(run_python(KILLED, three, out, step, 0).communicate()[0])
     chosen = random.Random(0)
-    moments = [chosen.randrange(lines * i // 20 + 1, lines * (i + 1) // 20 + 1) for i in range(20)]
-    moments += [chosen.randrange(lines * 3 // 4, lines) for _ in range(20)]  # most of a promote is reading and hashing
+    moments = [chosen.randrange(lines * i // 9 + 1, lines * (i + 1) // 9 + 1) for i in range(9)]
+    moments += [chosen.randrange(lines * 3 // 4, lines) for _ in range(15)]  # most of a promote is reading and hashing
     torn = 0
     for moment in moments:
         before = versions.find_shelf(three, "m").numbers()

@@ -6,6 +6,7 @@ import gc
 import importlib.util
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -86,6 +87,20 @@ def files_read_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
     """The gguf package reads the 49,152 tokens of the package model in three seconds, each time."""
     if request.node.get_closest_marker("real"):
         remember_files(monkeypatch)
+
+
+@pytest.fixture
+def bounded() -> Iterator[None]:
+    """What would hang, or fill the memory, fails after a minute, where it is."""
+
+    def end(*_: Any) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +23,9 @@ from qft.recipe.load import from_values
 from tests.support.cli import qft
 from tests.support.models import CHATML, byte_tokenizer, tiny_llama
 
+pytestmark = pytest.mark.usefixtures("bounded")
+
 HUGE = 10**9
-
-
-@pytest.fixture(autouse=True)
-def bounded() -> Iterator[None]:
-    """What hangs fails, where it hangs."""
-
-    def end(*_: Any) -> None:
-        raise TimeoutError
-
-    before = signal.signal(signal.SIGALRM, end)
-    signal.alarm(60)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture

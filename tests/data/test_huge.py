@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,21 +12,9 @@ from qft.data.template import IGNORED, Encoded, Encoder, TooLong
 from tests.support.models import byte_tokenizer
 from tests.support.rows import chat
 
+pytestmark = pytest.mark.usefixtures("bounded")
+
 HUGE = 50_000_000
-
-
-@pytest.fixture(autouse=True)
-def bounded() -> Iterator[None]:
-    """A whole row would take minutes, and all of the memory."""
-
-    def end(*_: Any) -> None:
-        raise TimeoutError
-
-    before = signal.signal(signal.SIGALRM, end)
-    signal.alarm(60)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
 
 
 def encoded(format_: str, row: dict[str, Any], length: int = 64, **options: Any) -> list[Encoded]:

@@ -15,6 +15,7 @@ from transformers import set_seed
 from qft.calibration.layer_errors import layer_errors
 from qft.commands.results import require_replaceable, write_results
 from qft.data.batch import model_inputs, pad_token_id
+from qft.data.sources import some_places
 from qft.documents.evaluation import EvalDocument, Score, SourceResult, TargetResult
 from qft.errors import ModelError, NonFiniteError, RecipeError
 from qft.files import require_free_space
@@ -39,9 +40,6 @@ LAYER_TOKENS = 2048
 
 SPEED_PROMPT = 256
 """Tokens of the prompt that speed is measured on, or fewer if the rows hold fewer."""
-
-
-SHOWN_ROWS = 16
 
 SPEED_ANSWER = 32
 """Tokens that are written behind it, or half of what a table of positions has room for."""
@@ -270,9 +268,8 @@ class _Evaluation:
     def _require_finite(self, target: Target, likelihood: Likelihood) -> None:
         bad = [self.evalset.place_of(int(number)) for number in np.flatnonzero(~np.isfinite(likelihood.nll))]
         if bad:
-            more = f" and {len(bad) - SHOWN_ROWS} more" if len(bad) > SHOWN_ROWS else ""
             raise NonFiniteError(
-                f"{target.name}: the loss of {', '.join(bad[:SHOWN_ROWS])}{more} is not finite. Look at what is asked, "
+                f"{target.name}: the loss of {some_places(bad)} is not finite. Look at what is asked, "
                 "or hold the model in another dtype (TARGET@float32)"
             )
         if likelihood.divergence is not None and not np.isfinite(likelihood.divergence.kl).all():

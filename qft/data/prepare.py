@@ -181,7 +181,7 @@ def _facts(rows: Rows, part: str, name: str, status: NDArray[Any], used: Dataset
         repeated_tokens=int(lengths.sum() - lengths[wholes].sum()),
         unread=dict(Counter(name for names in used.select(wholes)["unread"] for name in names).most_common()),
         skipped=int(np.isin(status, ["bad", "too long"]).sum()),
-        truncated=len(np.unique(np.array(used["row"])[status[np.isin(status, ["ok", "truncated"])] == "truncated"])),
+        truncated=len(np.unique(np.array(used["row"])[np.array(used["status"], dtype=object) == "truncated"])),
         tokens=int(lengths.sum()),
         supervised_tokens=int(np.array(used["supervised"], dtype=np.int64).sum()),
         longest=int(lengths.max(initial=0)),

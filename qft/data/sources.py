@@ -9,7 +9,7 @@ import errno
 import glob
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 """What the system says of files that are written alone."""
 LONGEST_CELL = 2**31 - 1
 """Of a CSV file, in characters; the csv module's own limit is 131072."""
+SHOWN_PLACES = 16
 SUFFIXES = ".jsonl, .json, .csv, .parquet, .txt and .md"
 
 
@@ -65,6 +66,12 @@ class Rows:
 
 def place(path: str, unit: str, index: int) -> str:
     return f"{path}:{index + 1}" if unit == "line" else f"{path}: {unit} {index + 1}"
+
+
+def some_places(places: Sequence[str]) -> str:
+    """The first SHOWN_PLACES of where rows stand, and how many there are more."""
+    more = f" and {len(places) - SHOWN_PLACES} more" if len(places) > SHOWN_PLACES else ""
+    return f"{', '.join(places[:SHOWN_PLACES])}{more}"
 
 
 def decode(row: dict[str, Any]) -> dict[str, Any] | None:

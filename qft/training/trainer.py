@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from qft.data.sources import some_places
 from qft.errors import NonFiniteError
 from qft.machine.signals import Signals
 from qft.memory.checkpointing import CheckpointingProbe
@@ -19,8 +20,6 @@ from qft.memory.meter import optimizer_bytes, tensor_bytes
 from qft.progress import Step
 from qft.training.recorder import Recorder
 from qft.training.stopping import StoppingTrainer
-
-SHOWN_ROWS = 16
 
 
 @dataclass
@@ -150,10 +149,8 @@ class QftTrainer(StoppingTrainer):
         self.model.zero_grad(set_to_none=True)  # without gradients the optimizer changes nothing, decay included
 
     def _rows_told(self, rows: list[torch.Tensor]) -> str:
-        numbers = torch.cat(rows).tolist()
-        places = ", ".join(self.recorder.plan.data.place(source, row) for source, row in numbers[:SHOWN_ROWS])
-        more = f" and {len(numbers) - SHOWN_ROWS} more" if len(numbers) > SHOWN_ROWS else ""
-        return f"Rows of the batch: {places}{more}"
+        place = self.recorder.plan.data.place
+        return f"Rows of the batch: {some_places([place(source, row) for source, row in torch.cat(rows).tolist()])}"
 
     def after_update(self) -> None:
         """Tell the recorder of the step."""

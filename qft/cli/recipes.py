@@ -22,6 +22,16 @@ def require_one_of(*, resume: bool, overwrite: bool) -> None:
         raise typer.BadParameter("--resume continues a run and --overwrite replaces it; give one of the two")
 
 
+def gpu_bytes(text: str | None) -> int | None:
+    """What --gpu says."""
+    from qft.recipe.memory import size_in_bytes
+
+    size = size_in_bytes(text) if text is not None else None
+    if text is not None and not size:
+        raise typer.BadParameter(f"--gpu {text} is no size of a GPU's memory; say 24GiB")
+    return size
+
+
 def init(
     path: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe to write.", show_default=False)],
     model: Annotated[str, typer.Option(help="Hub id, folder, .gguf file or package:NAME/FILE.")],
@@ -40,6 +50,12 @@ def check(
     recipe: RecipePath,
     overrides: Overrides = None,
     show: Annotated[int, typer.Option("--show", min=0, help="Rows of each source to print, token by token.")] = 0,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            "--gpu", metavar="SIZE", help="Memory of a GPU that is not here, as in 24GiB.", show_default=False
+        ),
+    ] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -48,11 +64,12 @@ def check(
         from qft.recipe import load
 
         loaded = load(recipe, overrides or [])
+        size = gpu_bytes(gpu)
         prepare_libraries()
         from qft.commands.check import planned
         from qft.views.terminal.plan import render_plan
 
-        tell(planned(loaded, show), render_plan, as_json=as_json)
+        tell(planned(loaded, show, size), render_plan, as_json=as_json)
 
 
 def train(

@@ -3,26 +3,34 @@
 from qft.commands.calibrate import find_plan
 from qft.data.shown import shown_rows
 from qft.documents.plan import CalibrationCheck, PlanDocument
+from qft.machine.device import absent_gpu
 from qft.measure.harness import asked_tasks, check_tasks
 from qft.model.handover import foreseen, require_exports
-from qft.plan import make_plan
+from qft.plan import make_plan, refuse
 from qft.recipe import LoadedRecipe
 
 
-def planned(loaded: LoadedRecipe, show: int = 0) -> PlanDocument | CalibrationCheck:
+def planned(loaded: LoadedRecipe, show: int = 0, gpu: int | None = None) -> PlanDocument | CalibrationCheck:
     """The plan of the training, and within it that of the calibration; of what the recipe has sections for. With the
-    first `show` rows of each source."""
+    first `show` rows of each source; of the training on a GPU of `gpu` bytes, if they are given."""
     check_tasks(asked_tasks(loaded))
     calibrate = loaded.recipe.calibrate
     if calibrate and not any(loaded.has(section) for section in ("train", "adapter", "quant")):
         alone = find_plan(loaded)[0]
         rows = shown_rows(alone.data.prepared, alone.model.tokenizer, show)
         return CalibrationCheck(calibration=alone.document(), shown=rows)
-    plan = make_plan(loaded)
+    if gpu and loaded.recipe.model.device == "cpu":
+        refuse(loaded, [("model.device", "cpu, and --gpu asks what the training takes of a GPU; set it to auto")])
+    plan = make_plan(loaded, absent_gpu(gpu) if gpu else None)
     require_exports(plan)
     shown = shown_rows(plan.data, plan.model.tokenizer, show)
     calibration = find_plan(loaded, plan.data)[0] if calibrate else None
     if calibration and calibration.calibrate.data:
         shown += shown_rows(calibration.data.prepared, calibration.model.tokenizer, show)
-    told = {"calibration": calibration and calibration.document(), "exports": foreseen(plan), "shown": shown}
+    told = {
+        "memory": plan.memory,
+        "calibration": calibration and calibration.document(),
+        "exports": foreseen(plan),
+        "shown": shown,
+    }
     return plan.document().model_copy(update=told)

@@ -11,8 +11,9 @@ from qft.files import write_json, write_text
 from qft.machine.signals import Signals
 from qft.model.handover import require_exports
 from qft.plan import Plan, make_plan, with_skip_modules
+from qft.plan.memory import is_open, settled
 from qft.progress import View
-from qft.recipe import LoadedRecipe
+from qft.recipe import LoadedRecipe, load
 from qft.run.claim import claimed
 from qft.run.folder import Run, start_run
 from qft.run.interrupted import way_on
@@ -54,10 +55,18 @@ def _train(loaded: LoadedRecipe, view: View, signals: Signals, *, resume: bool, 
     return report
 
 
+def _as_before(loaded: LoadedRecipe) -> LoadedRecipe:
+    """The recipe with what the run that is resumed decided of memory where it says `auto`."""
+    written = Path(loaded.recipe.output_dir) / "recipe.yaml"
+    if not is_open(loaded.recipe) or not written.is_file():
+        return loaded
+    return settled(loaded, load(written).recipe.train)
+
+
 def _plan(loaded: LoadedRecipe, view: View, *, resume: bool) -> tuple[Plan, SkippedModules | None]:
     """The plan, and what quant.skip_modules auto came to, if it says so."""
     view.note("Reading the data and the model's configuration")
-    plan = make_plan(loaded)
+    plan = make_plan(_as_before(loaded) if resume else loaded)
     require_exports(plan)
     if plan.recipe.quant.skip_modules != "auto":
         return plan, None

@@ -5,7 +5,7 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import Field
 
 from qft.documents.manifest import DevicePart, PluginFile
-from qft.documents.part import Share, Stored, Tokens
+from qft.documents.part import Bytes, Share, Stored, Tokens
 
 Matched = Annotated[
     dict[str, dict[str, int]],
@@ -205,6 +205,46 @@ class ShownRow(Stored):
     """Token by token, for views."""
 
 
+class PlannedWay(Stored):
+    """One way to make the same optimizer step."""
+
+    rows: int
+    """Of a micro-batch."""
+    accumulated: int
+    """Micro-batches of a step."""
+    recomputed: int
+    """Blocks that are computed again in the backward pass, the first ones."""
+    peak: Bytes
+    """What the device must have."""
+    fits: bool
+    speed: Share
+    """Estimated, of that of large micro-batches with nothing computed again."""
+
+
+class PlannedMemory(Stored):
+    """What the training will take, predicted from the model's configuration, the recipe and the longest batch."""
+
+    predicted_peak_bytes: Bytes | None = None
+    """Of the device, as torch.cuda.max_memory_allocated counts on a GPU. None: see unknown."""
+    predicted_host_bytes: Bytes | None = None
+    """Largest resident set of the process."""
+    components: dict[str, Bytes] = {}
+    """Of the peak, by what they are."""
+    peaks: dict[str, Bytes] = {}
+    """Of the device, by the part of the work."""
+    device_bytes: Bytes
+    budget_bytes: Bytes
+    fits: bool | None = None
+    """Whether the peak, with what CUDA takes beside its allocator, is within the budget."""
+    unknown: str | None = None
+    """Why nothing is predicted."""
+    recomputed_blocks: int | None = None
+    """Of the blocks, the first ones that are computed again in the backward pass; None: as gradient_checkpointing
+    says."""
+    ways: list[PlannedWay] = []
+    """What `auto` of train.per_device_train_batch_size and gradient_checkpointing was chosen from, the best first."""
+
+
 class PlanDocument(Stored):
     """How a training goes."""
 
@@ -222,6 +262,8 @@ class PlanDocument(Stored):
     data: DataPart
     steps: int
     """Optimizer steps in all."""
+    memory: PlannedMemory | None = None
+    """Told by `qft check`."""
     calibration: CalibrationPlanDocument | None = None
     """Told by `qft check` alone, where the recipe has a section for it."""
     shown: list[ShownRow] = []

@@ -43,6 +43,11 @@ def find_device(wanted: str) -> Device | None:
     return Device("cuda", properties.name, properties.total_memory, bf16=ampere, tf32=ampere, capability=capability)
 
 
+def absent_gpu(size: int) -> Device:
+    """A GPU of so many bytes that is not there, and can do what those of today can."""
+    return Device("cuda", f"a GPU of {size / 2**30:.1f} GiB that is not here", size, bf16=True, tf32=True)
+
+
 def versions() -> dict[str, str | None]:
     """Versions that matter, by name; None for what is not installed."""
     found: dict[str, str | None] = {

@@ -10,6 +10,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from qft.memory.meter import wait_for_device
 
 
+def checkpoint_first(model: nn.Module, count: int) -> None:
+    """Of the blocks for which checkpointing was enabled, keep it for the first `count` alone: once they are come to in
+    the backward pass, what the later ones kept is free."""
+    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for block in blocks[count:]:
+        block.gradient_checkpointing = False
+
+
 class CheckpointingProbe:
     """Notes the first input of the first checkpointed block, and measures what it is for."""
 
@@ -39,7 +47,8 @@ class CheckpointingProbe:
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in known:
                 kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
+            # Detached: an output that its own graph keeps would hold that graph, and all that it saved, for ever.
+            return tensor.detach()
 
         was_on, block.gradient_checkpointing = block.gradient_checkpointing, False
         try:

@@ -43,7 +43,7 @@ def smaller_training(recipe: Recipe, scheme: Scheme) -> Iterator[str]:
             yield "set train.optim: adamw_8bit"
     if not train.gradient_checkpointing:
         yield "set train.gradient_checkpointing: true"
-    if train.per_device_train_batch_size > 1:
+    if train.per_device_train_batch_size not in (1, "auto"):
         yield (
             f"lower train.per_device_train_batch_size ({train.per_device_train_batch_size}) and raise "
             "train.gradient_accumulation_steps by as much"

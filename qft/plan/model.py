@@ -87,6 +87,10 @@ class ModelPlan:
         """The model without contents."""
         return without_contents(self.checkpoint, self.recipe.model)
 
+    def skeleton_in_dtype(self) -> PreTrainedModel:
+        """The same with its weights in `dtype`, as it is loaded where nothing is quantized."""
+        return without_contents(self.checkpoint, self.recipe.model, dtype=getattr(torch, self.dtype))
+
     def longest_row(self, data: DataSection) -> int:
         """data.max_length, in tokens, as it is decided for this model."""
         if data.max_length != "auto":
@@ -117,14 +121,16 @@ class ModelPlan:
         return Quantization(**self.scheme.facts() | {"described": self.scheme.words(), "quantized_share": share})
 
 
-def plan_model(loaded: LoadedRecipe, lora: dict[str, Any] | None = None, *, fresh: bool = False) -> ModelPlan:
-    """Decide device, dtype and quantization, and count the parameters, with the adapters of `lora` attached. `fresh`:
-    the model was written by this command, which will judge it.
+def plan_model(
+    loaded: LoadedRecipe, lora: dict[str, Any] | None = None, *, fresh: bool = False, device: Device | None = None
+) -> ModelPlan:
+    """Decide device (this machine's, where none is given), dtype and quantization, and count the parameters, with the
+    adapters of `lora` attached. `fresh`: the model was written by this command, which will judge it.
 
     Raises RecipeError for what model or device cannot do, MissingError or ModelError if the model is not to be had,
     DamagedError if an earlier command wrote it, and it is no longer that."""
     recipe = loaded.recipe
-    device = require_device(loaded)
+    device = device or require_device(loaded)
     refuse(loaded, device_problems(recipe, device))
     if not fresh:
         require_written(recipe)

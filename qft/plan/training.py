@@ -9,14 +9,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import TrainingArguments
 
 from qft.checkpoint.skeleton import find_blocks
 from qft.data.prepare import Prepared, prepare
-from qft.documents.plan import AdapterArguments, DataPart, PlanDocument, TrainerArguments
+from qft.documents.plan import AdapterArguments, DataPart, PlanDocument, PlannedMemory, TrainerArguments
 from qft.machine.device import Device
+from qft.memory.fit import Way
 from qft.plan.limits import answer_problems, require_known_tokens, require_special_tokens
+from qft.plan.memory import Forecast, decided, is_open, too_large, undecidable
 from qft.plan.model import (
     ModelPlan,
     Shape,
@@ -46,6 +49,19 @@ class Plan:
     training: dict[str, Any]
     """Arguments of TrainingArguments, beside the folders."""
     data: Prepared
+    ways: tuple[Way, ...] = ()
+    """What an `auto` of memory was chosen from, the best first."""
+
+    @property
+    def recomputed(self) -> int | None:
+        """Blocks that are computed again in the backward pass, the first ones; None: as train.gradient_checkpointing
+        says."""
+        return self.ways[0].recomputed if self.ways else None
+
+    @cached_property
+    def memory(self) -> PlannedMemory:
+        """Predicted."""
+        return _forecast(self.model, self.lora, self.data).document(list(self.ways), self.recomputed)
 
     @property
     def recipe(self) -> Recipe:
@@ -55,7 +71,7 @@ class Plan:
     def steps_per_epoch(self) -> int:
         """Optimizer steps in one pass over the training rows."""
         train = self.recipe.train
-        micro_batches = math.ceil(len(self.data.train) / train.per_device_train_batch_size)
+        micro_batches = math.ceil(len(self.data.train) / train.micro_batch)
         return max(math.ceil(micro_batches / train.gradient_accumulation_steps), 1)
 
     @cached_property
@@ -96,16 +112,16 @@ class Plan:
         )
 
 
-def make_plan(loaded: LoadedRecipe) -> Plan:
-    """Decide everything. Raises RecipeError for what model, data or device cannot do; MissingError, DataError,
-    ModelError as the layers below."""
+def make_plan(loaded: LoadedRecipe, device: Device | None = None) -> Plan:
+    """Decide everything, for another device than this machine's if one is given. Raises RecipeError for what model,
+    data or device cannot do; MissingError, DataError, ModelError as the layers below."""
     recipe = loaded.recipe
     if not recipe.data.train:
         refuse(loaded, [("data.train", "holds no rows to train on; calibrate.data is for `qft calibrate` alone")])
-    device = require_device(loaded)
+    device = device or require_device(loaded)
     refuse(loaded, [*device_problems(recipe, device), *_training_problems(recipe, device)])
     lora = _lora_arguments(recipe) if recipe.adapter.kind == "lora" else None
-    model = plan_model(loaded, lora)
+    model = plan_model(loaded, lora, device=device)
     problems = [*model.scheme.problems(recipe), *_share_problems(model), *_length_problems(recipe, model.shape)]
     refuse(loaded, problems)
     data = prepare(model.rows_for(recipe.data), model.tokenizer, recipe.seed)
@@ -116,9 +132,28 @@ def make_plan(loaded: LoadedRecipe) -> Plan:
         refuse(loaded, answer_problems(data.eval, recipe.eval, shape.position_table))
     if recipe.eval.metrics and data.eval and max(data.eval["answer_start"]) < 0:
         refuse(loaded, [("eval.metrics", "the held-out rows are plain text, which has no answers to score; remove it")])
-    plan = Plan(model, lora, _training_arguments(recipe, device), data)
+    model, found = _fitted(model, lora, data)
+    plan = Plan(model, lora, _training_arguments(model.recipe, device), data, found)
     refuse(loaded, _step_problems(plan))
     return plan
+
+
+def _fitted(model: ModelPlan, lora: dict[str, Any] | None, data: Prepared) -> tuple[ModelPlan, tuple[Way, ...]]:
+    """The model's plan with every `auto` of memory decided, and what it was chosen from. Raises RecipeError if nothing
+    fits."""
+    if not is_open(model.recipe):
+        return model, ()
+    forecast = _forecast(model, lora, data)
+    refuse(model.loaded, undecidable(forecast))
+    found = forecast.ways()
+    refuse(model.loaded, too_large(found, forecast))
+    return dataclasses.replace(model, loaded=decided(model.loaded, found[0])), tuple(found)
+
+
+def _forecast(model: ModelPlan, lora: dict[str, Any] | None, data: Prepared) -> Forecast:
+    bf16 = _mixed_bf16(model.recipe, model.device)
+    mixed = torch.bfloat16 if bf16 else torch.float16 if model.recipe.train.fp16 else None
+    return Forecast(model, lora, data, mixed)
 
 
 def with_skip_modules(plan: Plan, names: Sequence[str]) -> Plan:

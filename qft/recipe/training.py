@@ -216,8 +216,9 @@ class DataSection(Section):
 class TrainSection(Section):
     """How it is learnt, by the names of transformers.TrainingArguments."""
 
-    per_device_train_batch_size: int = Field(1, ge=1)
-    """Rows in one forward pass."""
+    per_device_train_batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = 1
+    """Rows in one forward pass. auto: of the gradient_accumulation_steps rows that one step is then made of, as many at
+    once as is fastest within memory.budget."""
     per_device_eval_batch_size: int = Field(4, ge=1)
     """Rows in one forward pass of an evaluation."""
     gradient_accumulation_steps: int = Field(8, ge=1)
@@ -263,8 +264,9 @@ class TrainSection(Section):
     """Mixed precision in float16 with loss scaling; GPU only."""
     tf32: bool | Literal["auto"] = "auto"
     """TensorFloat-32 in float32 matrix products. auto: on where the GPU has it (compute capability 8.0)."""
-    gradient_checkpointing: bool = False
-    """Keep only each block's input and compute the rest again in the backward pass (non-reentrant)."""
+    gradient_checkpointing: bool | Literal["auto"] = False
+    """Keep only each block's input and compute the rest again in the backward pass (non-reentrant). auto: of as many
+    blocks as must be for the training to fit into memory.budget."""
     torch_compile: bool = False
     """Compile the model; an unquantized one only."""
     neftune_noise_alpha: float | None = Field(None, gt=0)
@@ -304,3 +306,15 @@ class TrainSection(Section):
     """Where the curves are sent as well."""
     run_name: str | None = None
     """Name of the run there. None: the name of output_dir."""
+
+    @property
+    def micro_batch(self) -> int:
+        """per_device_train_batch_size, once auto is decided."""
+        assert self.per_device_train_batch_size != "auto"
+        return self.per_device_train_batch_size
+
+    @property
+    def step_rows(self) -> int:
+        """Rows of one optimizer step on one device."""
+        rows = self.per_device_train_batch_size
+        return self.gradient_accumulation_steps * (1 if rows == "auto" else rows)

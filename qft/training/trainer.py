@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from qft.data.sources import some_places
 from qft.errors import NonFiniteError
 from qft.machine.signals import Signals
-from qft.memory.checkpointing import CheckpointingProbe
+from qft.memory.checkpointing import CheckpointingProbe, checkpoint_first
 from qft.memory.meter import optimizer_bytes, tensor_bytes
 from qft.progress import Step
 from qft.training.recorder import Recorder
@@ -185,6 +185,10 @@ class _StepWatch(TrainerCallback):
 
     def __init__(self, trainer: QftTrainer) -> None:
         self.trainer = trainer
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        if (count := self.trainer.recorder.plan.recomputed) is not None:
+            checkpoint_first(self.trainer.model, count)
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         self.trainer.before_update()

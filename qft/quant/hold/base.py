@@ -40,6 +40,8 @@ class Scheme:
     checkpoint: Mapping[str, Any] = field(default_factory=dict)
     """The quantization_config of a checkpoint that comes quantized; empty with others."""
 
+    stand_in_class: ClassVar[Any] = ()
+    """Of what `stand_in` makes."""
     engine: ClassVar[Literal["bitsandbytes"] | None] = None
     """Of `quant.engines`, the one that quantizes a single layer in this way."""
 
@@ -136,6 +138,11 @@ class Scheme:
     def weight_bytes(self, rows: int, columns: int) -> int | None:
         """What the weight [rows, columns] of a layer that is held so takes on the device, its scales and code books
         included; None: only other code knows."""
+        return None
+
+    def stand_in(self, rows: int, columns: int, bias: nn.Parameter | None) -> nn.Linear | None:
+        """A layer without contents of the class that holds a weight [rows, columns] so, which allocates what that does;
+        None: it stays as it is, or only other code knows."""
         return None
 
     def round_trip(self, weight: torch.Tensor) -> torch.Tensor:

@@ -93,6 +93,52 @@ class Bnb4Bit(Scheme):
         # 8 bits a scale, a float32 scale of theirs for each of their blocks, and the mean that was taken off them.
         return codes + blocks + 4 * _ceil(blocks, NESTED_BLOCK) + 4 * NESTED_CODES + 4
 
+    def stand_in(self, rows: int, columns: int, bias: nn.Parameter | None) -> nn.Linear:
+        layer = _StandIn(
+            *(columns, rows, bias is not None),
+            compute_dtype=getattr(torch, self.compute_dtype),
+            compress_statistics=self.double_quant,
+            quant_type=self.quant_type,
+            quant_storage=getattr(torch, self.quant_storage),
+            device="meta",
+        )
+        layer.bias = bias
+        return layer
+
+
+class _StandIn(bnb.nn.Linear4bit):  # type: ignore[misc]
+    """Such a layer on tensors without contents."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shape = (self.out_features, self.in_features)
+        cast, nested = x.to(self.compute_dtype), self.weight.compress_statistics
+        out: torch.Tensor = _Product.apply(cast, shape, nested)  # type: ignore[no-untyped-call]
+        return (out if self.bias is None else out + self.bias.to(out.dtype)).to(x.dtype)
+
+
+class _Product(torch.autograd.Function):
+    """x [..., columns] times a weight [rows, columns] that is dequantized for it, and again for the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, shape: tuple[int, int], nested: bool) -> torch.Tensor:
+        ctx.shape, ctx.nested = shape, nested
+        weight = _dequantized(shape, x.dtype, nested)
+        return torch.empty(*x.shape[:-1], len(weight), dtype=x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return torch.matmul(gradient, _dequantized(ctx.shape, gradient.dtype, ctx.nested)), None, None
+
+
+def _dequantized(shape: tuple[int, int], dtype: torch.dtype, nested: bool) -> torch.Tensor:
+    scales = torch.empty(_ceil(shape[0] * shape[1], BLOCK), dtype=torch.float32) if nested else None
+    weight = torch.empty(shape, dtype=dtype)
+    del scales
+    return weight
+
+
+Bnb4Bit.stand_in_class = _StandIn
+
 
 def _fits(layer: Any) -> bool:
     """Whether codes, scales and what is noted of them are those of a weight of the layer's shape."""

@@ -59,6 +59,58 @@ class Bnb8Bit(Scheme):
     def weight_bytes(self, rows: int, columns: int) -> int:
         return rows * columns + 4 * rows
 
+    def stand_in(self, rows: int, columns: int, bias: nn.Parameter | None) -> nn.Linear:
+        sizes = (columns, rows, bias is not None)
+        layer = _StandIn(*sizes, has_fp16_weights=False, threshold=self.threshold, device="meta")
+        layer.bias = bias
+        return layer
+
+
+OUTLIERS = 0.2
+"""Of the columns of a layer's input, how many have an activation above the threshold somewhere in a batch, as far as
+one can tell without the data; they are kept in 16 bits for the backward pass."""
+
+
+class _StandIn(bnb.nn.Linear8bitLt):  # type: ignore[misc]
+    """Such a layer on tensors without contents."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = _Product.apply(  # type: ignore[no-untyped-call]
+            x, (self.out_features, self.in_features), self.state.threshold > 0
+        )
+        return out if self.bias is None else out + self.bias.to(out.dtype)
+
+
+class _Product(torch.autograd.Function):
+    """x [..., columns] times a weight [rows, columns]: in int8, and for the gradient in 16 bits."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, shape: tuple[int, int], splits: bool) -> torch.Tensor:
+        flat = x.reshape(-1, shape[1]) if x.dim() == 3 else x
+        ctx.shape, ctx.input_shape = shape, x.shape
+        # As bitsandbytes does, not through save_for_backward: both live until the graph is freed.
+        ctx.kept = [flat, _empty(flat, int(OUTLIERS * shape[1]), x.dtype)] if splits else [flat]
+        half = flat.to(torch.float16)
+        taken = [_empty(flat, shape[1], torch.int8)]
+        if splits:
+            magnitudes, above = half.abs(), _empty(flat, shape[1], torch.bool)
+            del magnitudes, above
+        del half
+        taken += [_empty(flat, shape[0], torch.int32), _empty(flat, shape[0], torch.float16)]
+        return taken[-1].to(x.dtype).reshape(*x.shape[:-1], shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        weight = torch.empty(ctx.shape, dtype=gradient.dtype)
+        return torch.matmul(gradient.reshape(-1, ctx.shape[0]), weight).view(ctx.input_shape), None, None
+
+
+def _empty(rows: torch.Tensor, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(*rows.shape[:-1], columns, dtype=dtype)
+
+
+Bnb8Bit.stand_in_class = _StandIn
+
 
 def _fits(layer: Any) -> bool:
     """Whether rows and scales are those of a weight of the layer's shape."""

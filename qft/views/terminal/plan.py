@@ -3,6 +3,7 @@
 from rich.console import Group, RenderableType
 
 from qft.documents.plan import CalibrationCheck, CalibrationPlanDocument, PlanDocument
+from qft.views.terminal.memory import render_memory
 from qft.views.terminal.rows import Shown, render_data
 from qft.views.terminal.table import Facts, Whole, bullets, spaced
 from qft.views.words import share_held, si
@@ -11,6 +12,8 @@ from qft.views.words import share_held, si
 def render_plan(plan: PlanDocument | CalibrationCheck) -> Group:
     """What `qft check` shows."""
     parts: list[RenderableType] = [_model(plan), _training(plan), render_data(plan.data)] if plan.kind == "plan" else []
+    if plan.kind == "plan" and plan.memory:
+        parts.append(render_memory(plan.memory))
     if plan.calibration:
         parts.append(_calibration(plan.calibration))
     if plan.kind == "plan" and plan.exports:

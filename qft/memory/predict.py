@@ -1,0 +1,71 @@
+"""The memory of a training before anything is loaded, in bytes: of the device at its peak, and of the host."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import psutil
+from transformers import PreTrainedModel
+
+from qft.machine.device import Device
+from qft.memory.ledger import Peak
+from qft.memory.trace import Step, Work, trace
+
+MIB = 2**20
+WORKSPACES = 2 * 8 * MIB + 2 * MIB // 8
+"""What cuBLAS takes for itself, once for the forward and once for the backward thread: 8 MiB and an eighth each."""
+HOPPER_WORKSPACES = 2 * 32 * MIB
+"""The same from compute capability 9.0 on (aten/src/ATen/cuda/CublasHandlePool.cpp)."""
+CONTEXT = 600 * MIB
+"""What CUDA's context and its libraries take of a GPU beside what its allocator holds."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of one way to train."""
+
+    parts: Mapping[str, Peak]
+    """The worst moment of each part of the work."""
+    device: Device
+    host: int
+    """Largest resident set of the process."""
+
+    @property
+    def peak(self) -> Peak:
+        """The worst moment of all, as torch.cuda.max_memory_allocated would have it."""
+        return max(self.parts.values(), key=lambda peak: peak.total)
+
+    @property
+    def taken(self) -> int:
+        """What the device must have."""
+        return self.peak.total + (CONTEXT if self.device.kind == "cuda" else 0)
+
+
+Predictor = Callable[[Step], Prediction]
+
+
+def predictor(
+    build: Callable[[], PreTrainedModel], layers: int, work: Work, device: Device, file_bytes: int
+) -> Predictor:
+    """Predicts steps of a work on the unquantized model that `build` makes on the meta device, anew each time, and that
+    is loaded from files of so many bytes."""
+
+    @functools.lru_cache
+    def predict(step: Step) -> Prediction:
+        parts = {part: _with_workspaces(peak, device) for part, peak in trace(build, layers, work, step).items()}
+        # While it is loaded, a file is mapped, and what was read of it counts as resident.
+        host = psutil.Process().memory_info().rss + file_bytes
+        if device.kind == "cpu":
+            host += max(peak.total for peak in parts.values())
+        return Prediction(parts, device, host)
+
+    return predict
+
+
+def _with_workspaces(peak: Peak, device: Device) -> Peak:
+    if device.kind != "cuda":
+        return peak
+    size = HOPPER_WORKSPACES if float(device.capability or 0) >= 9 else WORKSPACES
+    return Peak(peak.total + size, {**peak.parts, "workspaces": size})

@@ -1,0 +1,135 @@
+"""A model without contents whose every tensor is counted, and a machine that is not there: the paths that a GPU takes,
+on tensors that say they are on a CPU, since torch needs no GPU to compute their shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.pytorch_utils import Conv1D
+
+from qft.memory.attention import attention
+from qft.quant.hold import Scheme
+
+HALF = (torch.float16, torch.bfloat16)
+IN_FLOAT32 = [
+    "acos", "asin", "cosh", "erfinv", "exp", "expm1", "log", "log10", "log2", "log1p", "reciprocal", "rsqrt", "sinh",
+    "tan", "pow", "softplus", "layer_norm", "group_norm", "rms_norm", "cosine_similarity", "nll_loss", "cross_entropy",
+    "kl_div", "l1_loss", "smooth_l1_loss", "huber_loss", "mse_loss", "binary_cross_entropy_with_logits", "logsumexp",
+    "dist", "renorm", "prod", "softmax", "log_softmax", "cumprod", "cumsum", "sum", "norm",
+]  # fmt: skip
+"""What autocast computes in float32 on a GPU (aten/src/ATen/autocast_mode.h), and, for the most part, not on a CPU."""
+UNPADDED = "qft-unpadded"
+"""Attention by torch's own kernels, of rows that fill their batch."""
+
+
+def _functions(names: Collection[str]) -> frozenset[Callable[..., Any]]:
+    places = (torch, torch.Tensor, functional)
+    return frozenset(getattr(place, name) for place in places for name in names if hasattr(place, name))
+
+
+class OnGpu(TorchFunctionMode):
+    """Attention by a GPU's kernels, and its autocast, in `dtype`; None: there is no autocast."""
+
+    def __init__(self, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.in_float32 = _functions(IN_FLOAT32)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, mixed = kwargs or {}, self.dtype is not None and torch.is_autocast_enabled("cpu")
+        if func is functional.scaled_dot_product_attention:
+            return attention(*_cast(args, self.dtype) if mixed else args, **kwargs)
+        if mixed and func in self.in_float32:
+            args, kwargs = _cast(args, torch.float32), _cast(kwargs, torch.float32)
+        return func(*args, **kwargs)
+
+    def entered_again(self) -> tuple[Any, Any]:
+        """Contexts of a checkpointed block's first run and of its second: a backward pass enters no mode by itself."""
+        return nullcontext(), OnGpu(self.dtype)
+
+
+def _cast(values: Any, dtype: torch.dtype | None) -> Any:
+    def cast(value: Any) -> Any:
+        wants = isinstance(value, torch.Tensor) and value.dtype in (*HALF, torch.float32) and value.dtype != dtype
+        return value.to(dtype) if wants else value
+
+    return tree_map(cast, values)
+
+
+@contextmanager
+def peft_sees_autocast(mixed: bool) -> Iterator[None]:
+    """peft asks whether there is autocast on a GPU, wherever its tensors are."""
+    was = torch.is_autocast_enabled("cuda")
+    torch.set_autocast_enabled("cuda", mixed)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", was)
+
+
+def set_attention(model: PreTrainedModel, *, padded: bool) -> None:
+    """Have the model choose its masks as it does where it can look at them: a mask without contents says nothing."""
+    config = model.config
+    if config._attn_implementation.startswith(("flash", "flex")) or (
+        config._attn_implementation == "sdpa" and not padded
+    ):
+        AttentionInterface.register(UNPADDED, ALL_ATTENTION_FUNCTIONS["sdpa"])
+        AttentionMaskInterface.register(UNPADDED, _mask_of_full_rows)
+        config._attn_implementation = UNPADDED
+
+
+def _mask_of_full_rows(*args: Any, **kwargs: Any) -> Any:
+    """None where a kernel's own causal order will do, else torch's mask: of a window that is shorter than the rows."""
+    window, length = kwargs.get("local_size"), kwargs.get("kv_length", 0)
+    if window is None or length < window:
+        return None
+    return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](*args, **kwargs | {"allow_is_causal_skip": False})
+
+
+def hold(model: PreTrainedModel, scheme: Scheme) -> None:
+    """Put the stand-ins of quantized layers into the unquantized `model`, as the scheme holds them."""
+    for name in sorted(scheme.holds(model) or ()):
+        parent = model.get_submodule(name.rpartition(".")[0])
+        module: Any = model.get_submodule(name)
+        columns, rows = module.weight.shape if isinstance(module, Conv1D) else module.weight.shape[::-1]
+        layer = scheme.stand_in(rows, columns, module.bias)
+        if layer is not None:
+            layer.weight.requires_grad_(False)
+            setattr(parent, name.rpartition(".")[2], layer)
+    for bits in ("8bit", "4bit"):  # as from_pretrained says; peft's layers ask
+        if scheme.name == bits:
+            setattr(model, f"is_loaded_in_{bits}", True)
+
+
+def fill(model: nn.Module, scheme: Scheme, note: Callable[[torch.Tensor, bool], None]) -> None:
+    """Replace meta tensors by those that are counted; `note` is told each, and whether it is trained."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        own = module._parameters
+        if isinstance(module, scheme.stand_in_class):
+            # Its layer asks the weight how it is held; what holds it are other bytes.
+            module.__dict__["weight"] = own.pop("weight")
+            size = scheme.weight_bytes(module.out_features, module.in_features) or 0
+            module.__dict__["packed"] = torch.empty(size, dtype=torch.uint8)
+            note(module.packed, False)
+        for name, parameter in own.items():
+            if parameter is not None and id(parameter) not in made:
+                filled = torch.zeros(parameter.shape, dtype=parameter.dtype)
+                note(filled, parameter.requires_grad)
+                made[id(parameter)] = nn.Parameter(filled, requires_grad=parameter.requires_grad)
+            own[name] = None if parameter is None else made[id(parameter)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                filled = torch.zeros(buffer.shape, dtype=buffer.dtype)
+                note(filled, False)
+                module._buffers[name] = filled

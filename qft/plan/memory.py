@@ -1,0 +1,144 @@
+"""What a training will take of memory, and, where the recipe leaves it open, how it is made to fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+from qft.data.batch import Collator
+from qft.data.prepare import Prepared
+from qft.documents.plan import PlannedMemory, PlannedWay
+from qft.memory.fit import Choice, Way, row_counts, ways
+from qft.memory.guard import smaller_training
+from qft.memory.predict import Prediction, Predictor, predictor
+from qft.memory.trace import Batch, Step, Work
+from qft.plan.model import ModelPlan
+from qft.recipe import LoadedRecipe, Recipe
+from qft.recipe.rules import Problem
+from qft.recipe.training import TrainSection
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Of one training, as its recipe stands; nothing is computed before it is asked for."""
+
+    model: ModelPlan
+    lora: dict[str, Any] | None
+    data: Prepared
+    mixed: torch.dtype | None
+    """Of autocast."""
+
+    @property
+    def budget(self) -> int:
+        """Bytes of the device that may be taken."""
+        return self.model.recipe.memory.budget_bytes(self.model.device.total_bytes)
+
+    @property
+    def unknown(self) -> str | None:
+        """Why nothing can be predicted; None: it can."""
+        scheme = self.model.scheme
+        if scheme.name not in ("none", "8bit", "4bit"):
+            return f"only the code of {scheme.name} knows what its layers take"
+        return None
+
+    @cached_property
+    def predict(self) -> Predictor:
+        model, recipe = self.model, self.model.recipe
+        held_out = batch_of(self.data.eval, recipe.train.per_device_eval_batch_size) if self.data.eval else None
+        on_gpu = model.device.kind == "cuda"
+        work = Work(model.scheme, self.lora, recipe.train, self.mixed, on_gpu, held_out)
+        files = model.checkpoint.weight_files() if model.checkpoint.has_weights else []
+        size = sum(path.stat().st_size for path in files)
+        return predictor(model.skeleton_in_dtype, model.shape.layers, work, model.device, size)
+
+    def step(self, rows: int, checkpointed: bool) -> Step:
+        """Of micro-batches of so many rows."""
+        return Step(batch_of(self.data.train, rows), checkpointed, self.model.recipe.train.step_rows > rows)
+
+    def prediction(self) -> Prediction:
+        """As the recipe stands, once nothing in it is auto."""
+        train = self.model.recipe.train
+        return self.predict(self.step(train.micro_batch, train.gradient_checkpointing is True))
+
+    def ways(self) -> list[Way]:
+        """What may be chosen, the best first."""
+        train, again = self.model.recipe.train, self.model.recipe.train.gradient_checkpointing
+        rows = train.per_device_train_batch_size
+        sizes = row_counts(train.step_rows, len(self.data.train)) if rows == "auto" else [rows]
+        recomputed = [True, False] if again == "auto" else [bool(again)]
+        choice = Choice(sizes, train.step_rows, recomputed, self.model.shape.layers, self.budget, self.step)
+        return ways(choice, self.predict)
+
+    def document(self, chosen: list[Way], recomputed: int | None) -> PlannedMemory:
+        """As `qft check --json` and the run folder have it."""
+        device = self.model.device.total_bytes
+        if self.unknown:
+            return PlannedMemory(device_bytes=device, budget_bytes=self.budget, unknown=self.unknown)
+        found = self.prediction()
+        taken = chosen[0].peak if chosen else found.taken
+        return PlannedMemory(
+            predicted_peak_bytes=found.peak.total + taken - found.taken,
+            predicted_host_bytes=found.host,
+            components={name: size for name, size in found.peak.parts.items() if size},
+            peaks={part: peak.total for part, peak in found.parts.items() if part},
+            device_bytes=device,
+            budget_bytes=self.budget,
+            fits=taken <= self.budget,
+            recomputed_blocks=recomputed,
+            ways=[PlannedWay(**asdict(way)) for way in chosen],
+        )
+
+
+def is_open(recipe: Recipe) -> bool:
+    """Whether how the training is made to fit is left to the plan."""
+    return "auto" in (recipe.train.per_device_train_batch_size, recipe.train.gradient_checkpointing)
+
+
+def undecidable(forecast: Forecast) -> Iterator[Problem]:
+    """Why an `auto` cannot be decided."""
+    for field in ("per_device_train_batch_size", "gradient_checkpointing"):
+        if forecast.unknown and getattr(forecast.model.recipe.train, field) == "auto":
+            yield f"train.{field}", f"auto goes by predicted memory, and {forecast.unknown}; give a value"
+
+
+def too_large(found: list[Way], forecast: Forecast) -> Iterator[Problem]:
+    """Yield what is wrong if no way fits."""
+    if not found[0].fits:
+        least, budget = found[0].peak / 2**30, forecast.budget / 2**30
+        text = f"the training takes {least:,.2f} GiB at least, and {budget:,.2f} GiB may be taken"
+        helps = "; ".join(smaller_training(forecast.model.recipe, forecast.model.scheme))
+        yield "memory.budget", f"{text}. What helps, the most first: {helps}"
+
+
+def settled(loaded: LoadedRecipe, train: TrainSection) -> LoadedRecipe:
+    """The recipe with each `auto` of memory as `train` has it, which is of another that makes steps of as many rows."""
+    own, chosen = loaded.recipe.train, dict[str, Any]()
+    if own.per_device_train_batch_size == "auto" and own.step_rows == train.step_rows:
+        names = ("per_device_train_batch_size", "gradient_accumulation_steps")
+        chosen = {name: getattr(train, name) for name in names}
+    if own.gradient_checkpointing == "auto":
+        chosen["gradient_checkpointing"] = train.gradient_checkpointing
+    return loaded.having(train=chosen) if chosen else loaded
+
+
+def decided(loaded: LoadedRecipe, way: Way) -> LoadedRecipe:
+    """The recipe once its `auto` fields are what the way has."""
+    chosen = {
+        "per_device_train_batch_size": way.rows,
+        "gradient_accumulation_steps": way.accumulated,
+        "gradient_checkpointing": way.recomputed > 0,
+    }
+    return loaded.having(train=chosen)
+
+
+def batch_of(rows: Dataset, size: int) -> Batch:
+    """The longest batch that may be drawn from `rows`: the longest row among any others, as the collator pads it."""
+    lengths, multiple = rows["length"], Collator.multiple
+    longest, shortest = max(lengths), min(lengths)
+    tokens = -(-longest // multiple) * multiple
+    return Batch(min(size, len(rows)), tokens, padded=(shortest if size > 1 else longest) < tokens)

@@ -1,0 +1,40 @@
+"""What a recipe asks of memory."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
+
+from qft.recipe.training import Section
+
+UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+SIZE = re.compile(rf"(\d+(?:\.\d+)?) ?({'|'.join(UNITS)})")
+SHARE = re.compile(r"(\d+(?:\.\d+)?) ?%")
+
+
+def size_in_bytes(text: str) -> int | None:
+    """`24GiB` in bytes; None if it is no size."""
+    found = SIZE.fullmatch(text.strip())
+    return round(float(found[1]) * UNITS[found[2]]) if found else None
+
+
+def _budget(value: str) -> str:
+    share = SHARE.fullmatch(value.strip())
+    if not (0 < float(share[1]) <= 100 if share else size_in_bytes(value)):
+        raise ValueError("is neither a share of the device's memory (90%) nor a size (24GiB)")
+    return value
+
+
+class MemorySection(Section):
+    """What a training takes of the device's memory."""
+
+    budget: Annotated[str, Field(min_length=1), AfterValidator(_budget)] = "90%"
+    """What a training may take of the device's memory: a share of it (90%), or a size (24GiB). What is auto under train
+    is chosen within it."""
+
+    def budget_bytes(self, total: int) -> int:
+        """Of a device of `total` bytes."""
+        share = SHARE.fullmatch(self.budget.strip())
+        return int(total * float(share[1]) / 100) if share else min(size_in_bytes(self.budget) or total, total)

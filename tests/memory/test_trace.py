@@ -1,0 +1,153 @@
+"""Memory traced on tensors without contents is that of the same step with real ones, of any model."""
+
+from __future__ import annotations
+
+import dataclasses
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from qft.checkpoint.skeleton import find_blocks
+from qft.memory.ledger import Ledger, Peak
+from qft.memory.repeated import Pattern, pattern
+from qft.memory.trace import MIDDLE, Batch, Step, Work, peaks, trace
+from qft.quant.hold import SCHEMES
+from qft.recipe.training import QuantSection, TrainSection
+
+COMMON = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "pad_token_id": 0}
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": {"num_key_value_heads": 2},
+    "qwen2": {"num_key_value_heads": 2, "tie_word_embeddings": True},
+    "gemma3_text": {"num_key_value_heads": 1, "head_dim": 8, "sliding_window": 8, "sliding_window_pattern": 3},
+    "gemma2": {"num_key_value_heads": 2, "head_dim": 8},
+    "mixtral": {"num_key_value_heads": 2, "num_local_experts": 4},
+    "gpt2": {"n_embd": 32, "n_head": 4, "n_positions": 64},
+    "phi": {},
+    "gpt_neox": {},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
+}
+LORA = {"r": 4, "lora_alpha": 8.0, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+BATCH = Batch(2, 24, padded=True)
+ONCE = Step(BATCH, checkpointed=False, accumulates=False)
+AGAIN = Step(BATCH, checkpointed=True, accumulates=True)
+
+
+def config(kind: str, layers: int) -> Any:
+    name = "n_layer" if kind == "gpt2" else "num_hidden_layers"
+    return AutoConfig.for_model(kind, **COMMON | KINDS[kind] | {name: layers})
+
+
+def skeleton(kind: str, layers: int, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    with torch.device("meta"):
+        made: PreTrainedModel = AutoModelForCausalLM.from_config(config(kind, layers), dtype=dtype)
+    made.tie_weights()
+    return made
+
+
+def work(mode: str = "none", **changes: Any) -> Work:
+    quant = QuantSection.model_validate({"mode": mode})
+    train = TrainSection(per_device_train_batch_size=2, **changes.pop("train", {}))
+    made = Work(SCHEMES[mode](quant, "float32", ("lm_head",)), LORA, train, None, on_gpu=False, held_out=BATCH)
+    return dataclasses.replace(made, **changes)
+
+
+def of(kind: str, asked: Work, step: Step, layers: int = 3, *, real: bool = False) -> dict[str, Peak]:
+    """Of the whole model."""
+    model = skeleton(kind, layers, asked.mixed or torch.float32)
+    blocks = find_blocks(model, layers)[1]
+    return peaks(model, blocks, pattern(blocks), asked, step, nullcontext() if real else None)
+
+
+def totals(found: dict[str, Peak]) -> dict[str, int]:
+    return {part: peak.total for part, peak in found.items()}
+
+
+@pytest.mark.parametrize("step", [ONCE, AGAIN], ids=["kept", "computed again"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_without_contents_takes_what_a_real_one_does(kind: str, step: Step) -> None:
+    # On a CPU, the library multiplies experts as one in 16 bits alone.
+    asked = work(mixed=torch.bfloat16 if kind == "mixtral" else None)
+    assert totals(of(kind, asked, step)) == totals(of(kind, asked, step, real=True))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mixed": torch.bfloat16},
+        {"lora": None},
+        {"lora": LORA | {"use_dora": True}},
+        {"lora": LORA | {"lora_dropout": 0.1}},
+        {"lora": LORA | {"modules_to_save": ["lm_head"]}},
+        {"train": {"label_smoothing_factor": 0.1}},
+        {"train": {"neftune_noise_alpha": 5.0}},
+    ],
+    ids=str,
+)
+def test_so_does_one_of_other_settings(changes: dict[str, Any]) -> None:
+    asked = work(**dict(changes))
+    assert totals(of("llama", asked, AGAIN)) == totals(of("llama", asked, AGAIN, real=True))
+
+
+@pytest.mark.parametrize(
+    ("kind", "step", "on_gpu"),
+    [("llama", ONCE, True), ("llama", AGAIN, False), ("gemma3_text", AGAIN, True), ("mixtral", ONCE, False)],
+)
+def test_few_blocks_tell_of_many(kind: str, step: Step, on_gpu: bool) -> None:
+    layers = {"gemma3_text": 12}.get(kind, 6)
+    asked = work(on_gpu=on_gpu, mixed=torch.bfloat16)
+    whole = totals(of(kind, asked, step, layers))
+    found = trace(lambda: skeleton(kind, layers, torch.bfloat16), layers, asked, step)
+    assert totals(found) == pytest.approx({part: size for part, size in whole.items() if part != MIDDLE}, abs=512)
+    assert whole[MIDDLE] <= max(size for part, size in whole.items() if part != MIDDLE)
+
+
+def test_blocks_that_are_no_pattern_are_all_traced() -> None:
+    settings = COMMON | KINDS["gemma3_text"] | {"num_hidden_layers": 5}
+    odd = ["full_attention", "sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma3_text", **settings, layer_types=odd))
+    assert pattern(model.model.layers) == Pattern(0, 5, 0, 0)
+
+
+@pytest.mark.parametrize("mode", ["4bit", "8bit"])
+def test_a_quantized_base_is_counted_as_its_scheme_holds_it(mode: str) -> None:
+    held, plain = (of("llama", work(name), ONCE)["forward"].parts for name in (mode, "none"))
+    linear = sum(m.weight.numel() for n, m in skeleton("llama", 3).named_modules() if n.endswith("_proj"))
+    scheme = work(mode).scheme
+    sizes = [m.weight.shape for n, m in skeleton("llama", 3).named_modules() if n.endswith("_proj")]
+    packed = sum(scheme.weight_bytes(*size) or 0 for size in sizes)
+    saved = plain["base_weights"] - held["base_weights"]
+    assert saved == pytest.approx(4 * linear - packed, abs=512 * len(sizes))
+
+
+def test_optimizers_keep_what_they_keep() -> None:
+    def state(optim: str) -> int:
+        return of("llama", work(lora=None, train={"optim": optim}), ONCE)["update"].parts.get("optimizer_state", 0)
+
+    count = sum(p.numel() for p in skeleton("llama", 3).parameters())
+    assert state("adamw_torch") == pytest.approx(8 * count, rel=0.05)
+    assert state("lion_32bit") == pytest.approx(4 * count, rel=0.05)
+    assert state("paged_adamw_32bit") == pytest.approx(8 * count, rel=0.05), "small moments are not paged"
+    assert state("sgd") == 0
+
+
+def test_the_ledger_counts_a_storage_once_and_until_nobody_holds_it() -> None:
+    ledger = Ledger(lambda tensor, label: label)
+    with ledger:
+        ledger.part, ledger.label = "one", "first"
+        kept = torch.empty(1000, dtype=torch.uint8)
+        view = kept[10:]
+        ledger.label = "second"
+        gone = torch.empty(100, dtype=torch.float32)
+        del gone
+        ledger.part = "two"
+        del kept
+        late = torch.empty(1, dtype=torch.uint8)
+        del view
+    found = ledger.peaks()
+    assert found["one"] == Peak(1024 + 512, {"first": 1024, "second": 512})
+    assert found["two"].total == 1024 + 512
+    del late

@@ -10,8 +10,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from qft.memory.predict import Predictor
-from qft.memory.trace import Step
+from qft.memory.predict import Prediction, Predictor
+from qft.memory.trace import Batch, Step
 
 MOST_ROWS = 64
 """Of a micro-batch that is looked at."""
@@ -51,8 +51,8 @@ class Choice:
     layers: int
     budget: int
     """Bytes of the device."""
-    step: Callable[[int, bool], Step]
-    """Of micro-batches of so many rows, with all blocks or none computed again."""
+    batch: Callable[[int], Batch]
+    """The longest of so many rows."""
 
 
 def row_counts(step_rows: int, rows: int) -> list[int]:
@@ -74,7 +74,7 @@ def _of_rows(rows: int, choice: Choice, predict: Predictor) -> Iterator[Way]:
         blocks.add(_fewest(taken, choice))
     for recomputed in sorted(blocks):
         peak = _between(taken, recomputed / max(choice.layers, 1))
-        tokens = rows * choice.step(rows, False).batch.tokens
+        tokens = rows * choice.batch(rows).tokens
         speed = tokens / (tokens + IDLE_TOKENS) / (1 + AGAIN * recomputed / max(choice.layers, 1))
         yield Way(rows, choice.step_rows // rows, recomputed, peak, peak <= choice.budget, speed)
 
@@ -97,9 +97,14 @@ def _between(taken: Mapping[bool, int], share: float) -> int:
 def _at_rows(rows: int, again: bool, choice: Choice, predict: Predictor) -> int:
     """Bytes that a micro-batch of so many rows takes."""
     few = [size for size in choice.rows if size > 1][:2]
+    accumulates = choice.step_rows > rows
+
+    def predicted(size: int) -> Prediction:
+        return predict(Step(choice.batch(size), again, accumulates))
+
     if rows == 1 or len(few) < 2 or rows in few:
-        return predict(choice.step(rows, again)).taken
-    first, second = (predict(choice.step(size, again)) for size in few)
+        return predicted(rows).taken
+    first, second = map(predicted, few)
     steps = (rows - few[1]) / (few[1] - few[0])
     grown = (peak.total + steps * (peak.total - first.parts[part].total) for part, peak in second.parts.items())
     return second.taken - second.peak.total + math.ceil(max(grown))

@@ -55,8 +55,10 @@ def predictor(
     @functools.lru_cache
     def predict(step: Step) -> Prediction:
         parts = {part: _with_workspaces(peak, device) for part, peak in trace(build, layers, work, step).items()}
-        # While it is loaded, a file is mapped, and what was read of it counts as resident.
-        host = psutil.Process().memory_info().rss + file_bytes
+        # While it is loaded, a file is mapped, and what was read of it counts as resident; to be written, all that is
+        # trained is copied.
+        written = max(peak.parts.get("trainable_weights", 0) for peak in parts.values())
+        host = psutil.Process().memory_info().rss + max(file_bytes, written)
         if device.kind == "cpu":
             host += max(peak.total for peak in parts.values())
         return Prediction(parts, device, host)

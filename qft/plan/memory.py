@@ -13,9 +13,10 @@ from datasets import Dataset
 from qft.data.batch import Collator
 from qft.data.prepare import Prepared
 from qft.documents.plan import PlannedMemory, PlannedWay
+from qft.errors import first_line
 from qft.memory.fit import Choice, Way, row_counts, ways
 from qft.memory.guard import smaller_training
-from qft.memory.predict import Prediction, Predictor, predictor
+from qft.memory.predict import Predictor, predictor
 from qft.memory.trace import Batch, Step, Work
 from qft.plan.model import ModelPlan
 from qft.recipe import LoadedRecipe, Recipe
@@ -38,12 +39,16 @@ class Forecast:
         """Bytes of the device that may be taken."""
         return self.model.recipe.memory.budget_bytes(self.model.device.total_bytes)
 
-    @property
+    @cached_property
     def unknown(self) -> str | None:
         """Why nothing can be predicted; None: it can."""
         scheme = self.model.scheme
         if scheme.name not in ("none", "8bit", "4bit"):
             return f"only the code of {scheme.name} knows what its layers take"
+        try:
+            self.predict(self.step())
+        except Exception as error:  # a model's code may do what tensors without contents cannot: no run ends by that
+            return f"its code needs more than the shapes of tensors: {first_line(error)}"
         return None
 
     @cached_property
@@ -56,14 +61,15 @@ class Forecast:
         size = sum(path.stat().st_size for path in files)
         return predictor(model.skeleton_in_dtype, model.shape.layers, work, model.device, size)
 
-    def step(self, rows: int, checkpointed: bool) -> Step:
-        """Of micro-batches of so many rows."""
-        return Step(batch_of(self.data.train, rows), checkpointed, self.model.recipe.train.step_rows > rows)
+    def batch(self, rows: int) -> Batch:
+        """The longest of so many training rows."""
+        return batch_of(self.data.train, rows)
 
-    def prediction(self) -> Prediction:
-        """As the recipe stands, once nothing in it is auto."""
+    def step(self) -> Step:
+        """As the recipe stands; of one row and with nothing computed again where that is still to be decided."""
         train = self.model.recipe.train
-        return self.predict(self.step(train.micro_batch, train.gradient_checkpointing is True))
+        rows = 1 if train.per_device_train_batch_size == "auto" else train.micro_batch
+        return Step(self.batch(rows), train.gradient_checkpointing is True, train.gradient_accumulation_steps > 1)
 
     def ways(self) -> list[Way]:
         """What may be chosen, the best first."""
@@ -71,7 +77,7 @@ class Forecast:
         rows = train.per_device_train_batch_size
         sizes = row_counts(train.step_rows, len(self.data.train)) if rows == "auto" else [rows]
         recomputed = [True, False] if again == "auto" else [bool(again)]
-        choice = Choice(sizes, train.step_rows, recomputed, self.model.shape.layers, self.budget, self.step)
+        choice = Choice(sizes, train.step_rows, recomputed, self.model.shape.layers, self.budget, self.batch)
         return ways(choice, self.predict)
 
     def document(self, chosen: list[Way], recomputed: int | None) -> PlannedMemory:
@@ -79,8 +85,9 @@ class Forecast:
         device = self.model.device.total_bytes
         if self.unknown:
             return PlannedMemory(device_bytes=device, budget_bytes=self.budget, unknown=self.unknown)
-        found = self.prediction()
-        taken = chosen[0].peak if chosen else found.taken
+        found = self.predict(self.step())
+        # With some blocks computed again, and others not, it lies between what was traced.
+        taken = chosen[0].peak if recomputed and recomputed < self.model.shape.layers else found.taken
         return PlannedMemory(
             predicted_peak_bytes=found.peak.total + taken - found.taken,
             predicted_host_bytes=found.host,

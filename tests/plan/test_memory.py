@@ -1,0 +1,149 @@
+"""What a plan says of memory, and how it makes a training fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qft.errors import RecipeError
+from qft.machine.device import absent_gpu
+from qft.memory.trace import Step
+from qft.plan import Plan, make_plan
+from qft.plan.memory import Forecast
+from qft.recipe import load
+from tests.support.cli import qft
+from tests.support.rows import chat, write_jsonl
+from tests.support.runs import adapter, run
+
+MakeRecipe = Callable[..., Path]
+AUTO: dict[str, Any] = {
+    "per_device_train_batch_size": "auto",
+    "gradient_accumulation_steps": 8,
+    "gradient_checkpointing": "auto",
+    "max_steps": 2,
+    "report_to": [],
+}
+
+
+def planned(path: Path, *overrides: str, size: int = 2**33) -> Plan:
+    return make_plan(load(path, overrides), absent_gpu(size))
+
+
+def test_with_room_nothing_is_computed_again_and_the_micro_batch_is_the_step(recipe_file: MakeRecipe) -> None:
+    plan = planned(recipe_file(train=AUTO))
+    train = plan.recipe.train
+    assert (train.micro_batch, train.gradient_accumulation_steps, train.gradient_checkpointing) == (8, 1, False)
+    assert plan.training["per_device_train_batch_size"] == 8
+    assert {way.rows * way.accumulated for way in plan.ways} == {8}
+    assert plan.memory.fits
+    assert plan.memory.predicted_peak_bytes == sum(plan.memory.components.values())
+
+
+def test_the_fastest_way_within_the_budget_is_taken(recipe_file: MakeRecipe) -> None:
+    path = recipe_file(train=AUTO | {"gradient_checkpointing": True})
+    sizes = {way.rows: way.peak for way in planned(path).ways}
+    for rows in (1, 2, 4, 8):
+        plan = planned(path, f"memory.budget={sizes[rows]}B")
+        assert plan.recipe.train.micro_batch == rows
+        assert plan.recipe.train.gradient_accumulation_steps == 8 // rows
+
+
+def test_no_more_blocks_are_computed_again_than_must_be(recipe_file: MakeRecipe, tmp_path: Path) -> None:
+    path = recipe_file(train=AUTO | {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1})
+    none, most = (planned(path, f"train.gradient_checkpointing={on}").memory for on in ("false", "true"))
+    assert none.predicted_peak_bytes
+    assert most.predicted_peak_bytes
+    beside = planned(path).ways[0].peak - none.predicted_peak_bytes
+    between = (none.predicted_peak_bytes + most.predicted_peak_bytes) // 2 + beside
+    plan = planned(path, f"memory.budget={between}B")
+    assert plan.recomputed == plan.memory.recomputed_blocks == 1
+    assert plan.recipe.train.gradient_checkpointing is True
+    assert [way.recomputed for way in plan.ways if way.fits] == [1, 2]
+
+
+def test_what_cannot_fit_is_refused_with_what_helps(recipe_file: MakeRecipe) -> None:
+    with pytest.raises(RecipeError, match=r"memory.budget: the training takes .* lower data.max_length"):
+        planned(recipe_file(train=AUTO), "memory.budget=1MiB")
+
+
+def test_sizes_that_were_not_traced_are_what_tracing_says(recipe_file: MakeRecipe) -> None:
+    plan = planned(recipe_file(train=AUTO))
+    forecast = Forecast(plan.model, plan.lora, plan.data, None)
+    train = plan.recipe.train.having(per_device_train_batch_size="auto", gradient_accumulation_steps=12)
+    model = dataclasses.replace(plan.model, loaded=plan.model.loaded.having(train=train))
+    forecast = dataclasses.replace(forecast, model=model)
+    for way in forecast.ways():
+        assert way.peak == pytest.approx(
+            forecast.predict(Step(forecast.batch(way.rows), False, way.accumulated > 1)).taken, rel=0.001
+        )
+    assert [way.rows for way in forecast.ways()] == [12, 6, 4, 3, 2, 1]
+
+
+def test_check_says_it_of_a_gpu_that_is_not_here(recipe_file: MakeRecipe) -> None:
+    told = json.loads(qft("check", recipe_file(model={"device": "auto"}), "--gpu", "24GiB", "--json").stdout)["memory"]
+    assert told["fits"]
+    assert told["budget_bytes"] == int(24 * 2**30 * 90 / 100)
+    assert told["predicted_peak_bytes"] == sum(told["components"].values()) >= max(told["peaks"].values())
+    assert told["predicted_host_bytes"] > 2**26
+    for size in ("24", "much", "0GiB"):
+        refused = qft("check", recipe_file(), "--gpu", size)
+        assert (refused.exit_code, "24GiB" in refused.stderr) == (2, True)
+    on_cpu = qft("check", recipe_file(model={"device": "cpu"}), "--gpu", "24GiB")
+    assert on_cpu.exit_code == 2
+    assert "model.device" in on_cpu.stderr
+
+
+@pytest.mark.parametrize("budget", ["0%", "101%", "24", "lots", "-1GiB"])
+def test_a_budget_is_a_share_or_a_size(budget: str, recipe_file: MakeRecipe) -> None:
+    refused = qft("check", recipe_file(memory={"budget": budget}))
+    assert refused.exit_code == 2
+    assert "memory.budget" in refused.stderr
+    assert "24GiB" in refused.stderr
+
+
+def test_an_interrupted_run_goes_on_in_the_same_micro_batches(recipe_file: MakeRecipe, tmp_path: Path) -> None:
+    path = recipe_file(train=AUTO | {"save_strategy": "steps", "save_steps": 1})
+    run(path)
+    resumed = run_more(path)
+    assert resumed == 8
+    assert adapter(Path(load(path).recipe.output_dir))
+
+
+def run_more(path: Path) -> int:
+    """Goes on in a budget that the run's own micro-batches are not within; their rows."""
+    from qft.commands.train import train
+    from qft.progress import View
+
+    loaded = load(path, ["train.max_steps=3", "memory.budget=1MiB"])
+    train(loaded, View(), resume=True)
+    written = load(Path(loaded.recipe.output_dir) / "recipe.yaml").recipe.train
+    return written.micro_batch
+
+
+def test_the_first_blocks_alone_are_checkpointed(recipe_file: MakeRecipe) -> None:
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    from qft.memory.checkpointing import checkpoint_first
+    from qft.model.adapter import attach_adapter
+    from qft.model.load import load_base
+
+    plan = make_plan(load(recipe_file(train={"gradient_checkpointing": True})))
+    model: Any = attach_adapter(load_base(plan.model), plan)
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})
+    checkpoint_first(model, 1)
+    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    assert [block.gradient_checkpointing for block in blocks] == [True, False]
+
+
+def test_the_longest_batch_that_the_rows_make_is_predicted(recipe_file: MakeRecipe, tmp_path: Path) -> None:
+    rows = [chat("q", "a" * length) for length in (3, 4, 90)]
+    short, long = (write_jsonl(tmp_path / f"{n}.jsonl", rows[:n] * 4) for n in (2, 3))
+    train = {"per_device_train_batch_size": 2}
+    plans = [planned(recipe_file(data={"train": str(path)}, train=train)) for path in (short, long)]
+    activations = [plan.memory.components["activations"] for plan in plans]
+    assert activations[1] > 3 * activations[0]

@@ -16,6 +16,7 @@ from qft.checkpoint.skeleton import find_blocks
 from qft.data.prepare import Prepared, prepare
 from qft.documents.plan import AdapterArguments, DataPart, PlanDocument, TrainerArguments
 from qft.machine.device import Device
+from qft.machine.environment import allocator_settings
 from qft.plan.limits import answer_problems, require_known_tokens, require_special_tokens
 from qft.plan.model import (
     ModelPlan,
@@ -93,6 +94,7 @@ class Plan:
                 sources=list(rows.sources),
             ),
             steps=self.steps,
+            gpu_allocator=allocator_settings() if self.model.device.kind == "cuda" else None,
         )
 
 

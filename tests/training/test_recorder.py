@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from qft.documents.memory import PhaseMemory
 from qft.documents.training import Evaluation
-from qft.memory.meter import Snapshot
+from qft.memory.meter import Snapshot, larger
 from qft.plan import make_plan
 from qft.progress import Step, View
 from qft.recipe import load
@@ -33,6 +34,13 @@ def test_memory_is_the_gpus_where_there_is_one() -> None:
     assert (after.device, after.beyond(before), before.beyond(after)) == (130, 30, 0)
 
 
+def test_the_parts_of_a_resumed_run_share_their_peaks() -> None:
+    before, now = {"load": phase(True, 9, 3), "train": phase(True, 5, 8)}, {"train": phase(True, 6, 7)}
+    both = larger(before, now)
+    assert both["load"] == before["load"]
+    assert (both["train"].gpu_allocated_bytes, both["train"].host_resident_bytes) == (6 * GIB, 8 * GIB)
+
+
 def test_an_evaluation_is_told_with_its_scores(recipe_file: Callable[..., Path]) -> None:
     told: list[str] = []
     view = View()
@@ -42,21 +50,48 @@ def test_an_evaluation_is_told_with_its_scores(recipe_file: Callable[..., Path])
     assert told == ["step 4: held-out loss 0.5000, perplexity 1.65, exact match 50.0%"]
 
 
-@pytest.mark.parametrize(("on_gpu", "activations"), [(True, 20 - 5 - 1 - 1 - 2), (False, 40 - 30 - 1 - 2)])
+def phase(on_gpu: bool, gpu: int, host: int) -> PhaseMemory:
+    return PhaseMemory(
+        gpu_allocated_bytes=gpu * GIB if on_gpu else None,
+        gpu_reserved_bytes=(gpu + 2) * GIB if on_gpu else None,
+        gpu_fragmentation_bytes=2 * GIB if on_gpu else None,
+        gpu_inactive_split_bytes=GIB if on_gpu else None,
+        host_resident_bytes=host * GIB,
+        host_measured="system",
+    )
+
+
+@pytest.mark.parametrize(
+    ("on_gpu", "activations", "undivided"), [(True, 20 - 5 - 1 - 1 - 2, None), (False, None, 40 - 5 - 1 - 1 - 2)]
+)
 def test_a_report_is_made_of_what_was_noted(
-    on_gpu: bool, activations: int, recipe_file: Callable[..., Path], tmp_path: Path
+    on_gpu: bool, activations: int | None, undivided: int | None, recipe_file: Callable[..., Path], tmp_path: Path
 ) -> None:
     recorder = Recorder(make_plan(load(recipe_file())), View(), 0.0, None)
     recorder.meter.on_gpu = on_gpu
-    held = {"after_load": (6, 30), "peak": (20, 40), "at_end": (7, 31)}
+    held = {"after_load": (5, 29), "after_adapters": (6, 30), "at_end": (7, 31)}
     recorder.moments |= {name: Snapshot(on_gpu, g * GIB, g * GIB, h * GIB) for name, (g, h) in held.items()}
+    # Loading took more than training did.
+    recorder.meter.ended = {"load": phase(on_gpu, 22, 4000), "train": phase(on_gpu, 20, 40)}
+    recorder.meter._phase = None
+    recorder.largest_micro_batch = 100
     recorder.bytes |= {"frozen": 5 * GIB, "trainable": GIB, "gradients": GIB, "optimizer_state": 2 * GIB}
     recorder.recomputed = (3 * GIB, 0.5)
     for made in (step(1), step(2, skipped=True, loss=math.nan), step(3, supervised_tokens=20)):
         recorder.step(made)
 
     report = recorder.report(Run(tmp_path / "run"), tmp_path / "run" / "adapter")
-    assert report.memory.components.activations == activations * GIB
+    parts = report.memory.components
+    assert parts.activations == (None if activations is None else activations * GIB)
+    assert parts.undivided == (None if undivided is None else undivided * GIB)
+    assert report.memory.peak_host_bytes == 4000 * GIB
+    assert report.memory.peak_gpu_bytes == (22 * GIB if on_gpu else 0)
+    assert report.memory.peak_gpu_reserved_bytes == (24 * GIB if on_gpu else 0)
+    assert report.memory.moments["after_load"].host_resident_bytes == 29 * GIB
+    assert report.memory.moments["after_load"].gpu_allocated_bytes == (5 * GIB if on_gpu else None)
+    assert (report.memory.gpu_allocator is None) is not on_gpu
+    assert report.settings is not None
+    assert report.settings.logits_bytes == 100 * 264 * 4
     assert report.memory.components.gradients == GIB
     assert report.memory.components.optimizer_state == 2 * GIB
     assert report.memory.after_load_bytes == (6 if on_gpu else 30) * GIB

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from qft.documents.memory import PhaseMemory
-from qft.documents.training import Evaluation
+from qft.documents.training import Evaluation, read_report
 from qft.memory.meter import Snapshot, larger
 from qft.plan import make_plan
 from qft.progress import Step, View
 from qft.recipe import load
 from qft.run.folder import Run
 from qft.training.recorder import Recorder
+from tests.support.models import byte_tokenizer, tiny_llama
+from tests.support.paths import ROOT
 from tests.support.runs import run
 
 GIB = 2**30
@@ -102,6 +107,27 @@ def test_a_report_is_made_of_what_was_noted(
     assert report.checkpointing is not None
     assert report.checkpointing.cost_share == pytest.approx(0.5 / 1.5)
     assert (report.eval.before, report.eval.after, report.eval.history) == (None, None, [])
+
+
+MEASURED = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=2); "
+MEASURED += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in bytes elsewhere")
+def test_the_peak_of_the_host_is_what_the_system_says(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    """With weights of which loading, to hold them in 4 bits, takes more than all that follows."""
+    tiny_llama(vocab_size=400, hidden_size=1024, intermediate_size=12288).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    path = recipe_file(model={"path": str(tmp_path / "model"), "dtype": "float32"})
+    command = [sys.executable, "-c", MEASURED, sys.executable, "-m", "qft", "train", str(path), "--quiet"]
+    variables = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
+    memory = read_report(tmp_path / "run").memory
+    told = int(done.stdout.split()[-1])
+    assert told <= memory.peak_host_bytes < 1.01 * told
+    assert max(phase.host_resident_bytes for phase in memory.phases.values()) > 0.97 * told
+    assert memory.phases["load"].host_measured == "system"
+    assert memory.phases["load"].host_resident_bytes > memory.moments["before_load"].host_resident_bytes + 2**27
 
 
 def test_a_resumed_run_reports_the_evaluation_before_its_first_step(

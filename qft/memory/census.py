@@ -145,10 +145,13 @@ def _newest(container: Any) -> list[Any]:
 
 
 def _bytes_of_one(sample: list[Any]) -> int:
-    """The mean, without the one of most bytes where there are several: what all of them share is counted there."""
-    seen: set[int] = set()
-    sizes = sorted(size_of(each, seen) for each in sample)
-    return sum(sizes[:-1] or sizes) // max(len(sizes) - 1, 1)
+    """The mean of their own bytes, without the one of most where there are several: what all share is counted there."""
+    each = {id(one): one for one in sample}
+    seen, sizes = set(each), []
+    for key, one in each.items():
+        seen.discard(key)
+        sizes.append(size_of(one, seen))
+    return sum(sorted(sizes)[:-1] or sizes) // max(len(sample) - 1, 1)
 
 
 def size_of(value: Any, seen: set[int], depth: int = 3) -> int:

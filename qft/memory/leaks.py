@@ -123,7 +123,7 @@ def _told(what: str, rate: float) -> str:
 
 
 def growth_per_100_steps(held: Sequence[int]) -> int | None:
-    """Bytes by which memory grows in 100 steps, from what was held after each; None from fewer than 18.
+    """Bytes by which memory grows in 100 steps, from what was held after each; None from fewer than 17.
 
     The first third is left out, in which allocators and kernels get what they then keep. The rest is divided into
     blocks, and the growth is the median (the lower of two) of the differences between the least of each: a jump, or a

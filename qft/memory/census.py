@@ -40,7 +40,7 @@ class Census:
 def take_census(step: int) -> Census:
     """A walk over all objects that Python's garbage collector knows: about a second."""
     gc.collect()
-    objects = gc.get_objects()  # before the census, which is not to count itself
+    objects = _objects()  # before the census, which is not to count itself
     census, graphs = Census(step, types=Counter(map(type, objects))), set()
     containers = {kind for kind in census.types if issubclass(kind, CONTAINERS)}
     tensors = {kind for kind in census.types if issubclass(kind, torch.Tensor)}
@@ -70,7 +70,7 @@ def grown_containers(looks: Sequence[Census]) -> Iterator[tuple[Any, float, floa
     last = looks[-1].containers
     same = [each for each, (_, first) in last.items() if all(_begins(look, each, first) for look in looks)]
     rates = {each: steady(looks, [look.containers[each][0] for look in looks]) for each in same}
-    for each in gc.get_objects():
+    for each in _objects():
         if (rate := rates.get(id(each), 0)) >= 1 and issubclass(type(each), CONTAINERS):
             yield each, rate, rate * _bytes_of_one(_newest(each))
 
@@ -88,6 +88,9 @@ def grown_types(looks: Sequence[Census]) -> Iterator[tuple[type, float, float]]:
 
 def holder(container: Any) -> str:
     """Who holds a container, in words: `kept of Collator`, `CACHE of module x`; empty where that is not found."""
+    for module, name, value in _globals():
+        if value is container:
+            return f"{name} of module {module}"
     for referrer in gc.get_referrers(container):
         names = referrer if isinstance(referrer, dict) else getattr(referrer, "__dict__", None)
         if not isinstance(names, dict):
@@ -98,9 +101,21 @@ def holder(container: Any) -> str:
     return ""
 
 
+def _objects() -> list[Any]:
+    objects = gc.get_objects()
+    if gc.get_freeze_count():  # what was there before gc.freeze() is not among them: add at least what has a name
+        objects += [value for _, _, value in _globals() if type(value) in CONTAINERS]
+    return objects
+
+
+def _globals() -> Iterator[tuple[str, str, Any]]:
+    """Yield [module, name, value] of all modules' names."""
+    for module, loaded in list(sys.modules.items()):
+        for name, value in list(getattr(loaded, "__dict__", {}).items()):
+            yield module, name, value
+
+
 def _owner(referrer: Any, names: dict[Any, Any]) -> str:
-    if "__name__" in names and "__builtins__" in names:
-        return f"module {names['__name__']}"
     owners = [referrer] if referrer is not names else gc.get_referrers(names)
     for owner in owners:
         if getattr(owner, "__dict__", None) is names:

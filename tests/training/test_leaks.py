@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -60,6 +59,13 @@ def chain(keeper: Keeper, step: Step) -> None:
     keeper.last = Node(keeper.last)
 
 
+CACHE: dict[int, Any] = {}
+
+
+def cache_for_all(keeper: Keeper, step: Step) -> None:
+    CACHE[step.step] = np.ones(MIB // 8)
+
+
 def nothing(keeper: Keeper, step: Step) -> None:
     keeper.kept = [torch.ones(MIB // 4)]
 
@@ -75,6 +81,7 @@ def leak_of(path: Path, view: View) -> Leak | None:
     [
         (keep_tensors, "growing list", "kept of Keeper"),
         (cache_arrays, "growing cache", "cache of Keeper"),
+        (cache_for_all, "growing cache", f"CACHE of module {__name__}"),
         (chain, "growing objects", f"{__name__}.Node"),
     ],
 )
@@ -156,9 +163,10 @@ def test_growth_is_told_from_jumps_and_noise() -> None:
 
 
 def test_a_container_has_a_holder_and_bytes() -> None:
-    module = ModuleType("caching")
-    exec("CACHE = [1]", vars(module))
-    assert holder(module.CACHE) == "CACHE of module caching"
+    assert holder(CACHE) == f"CACHE of module {__name__}"
+    keeper = Keeper(nothing)
+    assert holder(keeper.cache) == "cache of Keeper"
+    assert holder([1]) == ""
     one = torch.ones(MIB // 4)
     assert size_of([one, one.view(-1)], set()) == pytest.approx(MIB, abs=200)  # two views of one storage
     assert size_of(Node(Node(None)), set()) == pytest.approx(2 * MIB, abs=2000)

@@ -264,6 +264,9 @@ class PlanDocument(Stored):
     """Optimizer steps in all."""
     memory: PlannedMemory | None = None
     """Told by `qft check`."""
+    gpu_allocator: str | None = None
+    """The variable that sets up the GPU's allocator: PYTORCH_ALLOC_CONF=expandable_segments:True, which qft sets where
+    nobody else did. None without a GPU, and in documents from before it was told here."""
     calibration: CalibrationPlanDocument | None = None
     """Told by `qft check` alone, where the recipe has a section for it."""
     shown: list[ShownRow] = []

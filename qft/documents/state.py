@@ -6,7 +6,8 @@ from typing import Literal
 
 from pydantic import ValidationError
 
-from qft.documents.part import Bytes, Seconds, Stored
+from qft.documents.memory import PhaseMemory
+from qft.documents.part import Bytes, Seconds, Stored, Tokens
 from qft.documents.training import Evaluation
 from qft.errors import RunError
 from qft.progress import Step
@@ -28,6 +29,9 @@ class TrainingState(Stored):
     peak_gpu_bytes: Bytes = 0
     peak_gpu_reserved_bytes: Bytes = 0
     peak_host_bytes: Bytes = 0
+    memory_phases: dict[str, PhaseMemory] = {}
+    """The most in each phase; the one in which the checkpoint was written, up to then."""
+    largest_micro_batch_tokens: Tokens = 0
     recomputed: tuple[int, float] | None = None
     """What gradient checkpointing saved in bytes, and its seconds in one step; None where it was off."""
     evaluation_due: bool = False

@@ -5,6 +5,7 @@ from typing import Literal
 
 from pydantic import ValidationError
 
+from qft.documents.memory import Leak, MomentMemory, PhaseMemory
 from qft.documents.part import Bits, Bytes, Nats, Part, Seconds, Share, Tokens, TokensPerSecond
 from qft.errors import MissingError, RunError
 from qft.files import require_regular
@@ -55,28 +56,69 @@ class Components(Part):
     """Adapter, or all weights."""
     gradients: Bytes
     optimizer_state: Bytes
-    activations: Bytes
-    """What the peak holds beside the above: activations, logits and workspace."""
+    activations: Bytes | None
+    """On a GPU: what the training's peak holds beside the above: activations, logits and workspace. None on a CPU: see
+    undivided."""
+    undivided: Bytes | None = None
+    """On a CPU: what the process held at the training's peak beside the above: libraries, data, activations and what
+    its allocator keeps, which cannot be told apart. None on a GPU."""
 
 
 class Memory(Part):
     """Bytes. Of the GPU: allocated by tensors; of the host: resident set of the process."""
 
     peak_gpu_bytes: Bytes
-    """0 without a GPU."""
+    """0 without a GPU. Of all phases, as are the next two."""
     peak_gpu_reserved_bytes: Bytes
     """What the allocator held at its peak."""
     peak_host_bytes: Bytes
+    """As the system itself keeps it since the process began: what `time -v` calls the maximum resident set size."""
+    peak_child_bytes: Bytes = 0
+    """Of the largest process that this one started and that has ended, as of those that encode rows or prepare batches;
+    it is in no other figure. 0 where there was none, or where the system does not say."""
     device_bytes: Bytes
     after_load_bytes: Bytes
     """On the device that trains, as are the two below; of the last part of a resumed run."""
     after_first_step_bytes: Bytes
     at_end_bytes: Bytes
+    moments: dict[str, MomentMemory] = {}
+    """By before_load, after_load, after_adapters, after_first_step and at_end; of the last part of a resumed run."""
+    phases: dict[str, PhaseMemory] = {}
+    """By prepare (the process's start, data and plan), load, adapters (they and the Trainer), evaluate_before, train,
+    save and evaluate_after; the largest of any part of a resumed run."""
+    gpu_allocator: str | None = None
+    """The variable that sets up the GPU's allocator: PYTORCH_ALLOC_CONF=expandable_segments:True, which qft sets where
+    nobody else did. None without a GPU."""
     growing: bool
-    """Whether the memory after a step kept growing to the end: a leak."""
+    """Whether something leaks: see leak."""
+    growth_bytes_per_100_steps: Bytes | None = None
+    """Of what the device that trains holds after a step, over the last two thirds of the steps of the last part of a
+    resumed run, jumps aside; None from too few steps. On a CPU it holds what the allocator keeps, too."""
+    host_growth_bytes_per_100_steps: Bytes | None = None
+    """The same of the resident set of this process."""
+    leak_threshold_bytes: Bytes | None = None
+    """In 100 steps, as memory.leak_threshold says. None: no leak was looked for."""
+    leak: Leak | None = None
+    """None: none was found."""
     history: list[tuple[int, Bytes, Bytes]]
     """[step, bytes after it, largest so far], on the device that trains."""
     components: Components
+
+
+class Settings(Part):
+    """What the training was set to, as far as the advice speaks of it."""
+
+    per_device_train_batch_size: int
+    gradient_accumulation_steps: int
+    dataloader_num_workers: int
+    dataloader_pin_memory: bool
+    tf32_unused: bool
+    """Whether products are in float32, on a GPU that has TensorFloat-32 and was not to use it."""
+    largest_micro_batch_tokens: Tokens
+    """With padding."""
+    logits_bytes: Bytes
+    """Of the largest micro-batch in float32, in which the loss takes them: tokens x vocabulary x 4. The loss and the
+    backward pass hold as much once or twice more for a moment."""
 
 
 class Checkpointing(Part):
@@ -165,6 +207,8 @@ class Report(Part):
     memory: Memory
     skipped_modules: SkippedModules | None = None
     """None unless quant.skip_modules is auto."""
+    settings: Settings | None = None
+    """None in reports from before it was told here."""
     checkpointing: Checkpointing | None = None
     """None where it is off."""
     loss: Loss

@@ -3,6 +3,7 @@ once, itself; and on a machine without a GPU with threads that sleep while they 
 
 import logging
 import os
+import sys
 import warnings
 from pathlib import Path
 
@@ -19,6 +20,11 @@ VARIABLES = {
     "TQDM_DELAY": "5",
     "AR_LOG_LEVEL": "ERROR",  # auto-round, which sets its logger up by it when it is imported
 }
+
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+"""Names of the one variable that sets up torch's GPU allocator, which reads it before its first use."""
+EXPANDABLE = "expandable_segments:True"
+"""Batches differ in length: segments that grow serve them all, where others would each fit one and lie idle."""
 
 LOGGERS = (
     "bitsandbytes",
@@ -56,6 +62,8 @@ def prepare_libraries() -> None:
     if not any(Path(path).exists() for path in GPUS):
         # Threads that spin while one of them waits for a core are slower by far than threads that sleep.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if sys.platform == "linux" and Path(GPUS[0]).exists() and not any(name in os.environ for name in ALLOCATOR):
+        os.environ[ALLOCATOR[0]] = EXPANDABLE  # which only CUDA on Linux has
     for name in LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     for message, category in HARMLESS:
@@ -65,3 +73,9 @@ def prepare_libraries() -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+
+
+def allocator_settings() -> str:
+    """What the variable of the GPU's allocator says."""
+    given = next((f"{name}={os.environ[name]}" for name in ALLOCATOR if name in os.environ), None)
+    return given or "torch's defaults"

@@ -6,14 +6,17 @@ import ctypes
 import gc
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from qft.documents.memory import MomentMemory, PhaseMemory
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,13 @@ class Snapshot:
     def device(self) -> int:
         """Of the device that does the work: of the GPU if there is one, else of the host."""
         return self.gpu if self.on_gpu else self.host
+
+    def document(self) -> MomentMemory:
+        return MomentMemory(
+            gpu_allocated_bytes=self.gpu if self.on_gpu else None,
+            gpu_reserved_bytes=self.gpu_reserved if self.on_gpu else None,
+            host_resident_bytes=self.host,
+        )
 
     def beyond(self, before: Snapshot) -> int:
         """What the device holds more than `before`."""
@@ -61,18 +71,47 @@ class HostSampler(threading.Thread):
         self._stop_event.set()
 
 
-class Meter:
-    """Measures one device and the host while it is entered."""
+def resident_peak() -> int:
+    """Largest resident set of this process since it began, in bytes, as the system keeps it; 0 where it does not. Never
+    reset: other programs, such as `time -v`, read the same figure."""
+    if sys.platform == "linux":  # not ru_maxrss, which begins with that of the program that started this one
+        with suppress(OSError, ValueError), open("/proc/self/status", encoding="ascii", errors="replace") as status:
+            return next((int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:")), 0)
+    if sys.platform == "darwin":
+        import resource
 
-    def __init__(self, kind: str) -> None:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(getattr(psutil.Process().memory_info(), "peak_wset", 0))
+
+
+def child_peak() -> int:
+    """Largest resident set of any one process that this one started and that has ended, in bytes; 0 on Windows."""
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    most = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
+class Meter:
+    """Measures one device and the host while it is entered, phase by phase where it is told of phases."""
+
+    def __init__(self, kind: str, phase: str | None = None) -> None:
+        """`phase`: one that began with the process, and goes on."""
         self.on_gpu = kind == "cuda"
         self.sampler = HostSampler()
+        self.ended: dict[str, PhaseMemory] = {}
+        """The phases that are over."""
+        self._phase = phase
+        self._known_high = 0 if phase else resident_peak()
 
     def __enter__(self) -> Meter:
         self.sampler.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.enter(None)
         self.sampler.stop()
 
     def now(self) -> Snapshot:
@@ -94,14 +133,56 @@ class Meter:
         """Largest values since the last restart."""
         gpu = torch.cuda.max_memory_allocated() if self.on_gpu else 0
         reserved = torch.cuda.max_memory_reserved() if self.on_gpu else 0
-        self.sampler.look()
-        return Snapshot(self.on_gpu, gpu, reserved, self.sampler.peak)
+        return Snapshot(self.on_gpu, gpu, reserved, self._host_peak()[0])
 
     def restart(self) -> None:
         """Forget the peaks so far."""
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats()
-        self.sampler.peak = 0
+        self.sampler.peak, self._known_high = 0, resident_peak()
+
+    def enter(self, phase: str | None) -> None:
+        """End the phase before, and begin `phase` if there is one."""
+        self.ended = self.phases()
+        self._phase = phase
+        self.restart()
+
+    def phases(self) -> dict[str, PhaseMemory]:
+        """The most in each phase, the one that goes on included."""
+        return larger(self.ended, {self._phase: self._so_far()}) if self._phase else self.ended
+
+    def _so_far(self) -> PhaseMemory:
+        peak, (host, measured) = self.peak(), self._host_peak()
+        stats = torch.cuda.memory_stats() if self.on_gpu else {}
+        return PhaseMemory(
+            gpu_allocated_bytes=peak.gpu if self.on_gpu else None,
+            gpu_reserved_bytes=peak.gpu_reserved if self.on_gpu else None,
+            gpu_fragmentation_bytes=peak.gpu_reserved - peak.gpu if self.on_gpu else None,
+            gpu_inactive_split_bytes=stats.get("inactive_split_bytes.all.peak", 0) if self.on_gpu else None,
+            host_resident_bytes=host,
+            host_measured=measured,
+        )
+
+    def _host_peak(self) -> tuple[int, Literal["system", "sampled"]]:
+        self.sampler.look()
+        high = resident_peak()
+        return (high, "system") if high > self._known_high else (self.sampler.peak, "sampled")
+
+
+def larger(one: Mapping[str, PhaseMemory], other: Mapping[str, PhaseMemory]) -> dict[str, PhaseMemory]:
+    """The largest values of each phase."""
+    both = {phase: _larger(one[phase], other[phase]) for phase in one.keys() & other.keys()}
+    return {**one, **other, **both}
+
+
+def _larger(one: PhaseMemory, other: PhaseMemory) -> PhaseMemory:
+    first = max(one, other, key=lambda phase: phase.host_resident_bytes)
+    most = {
+        name: max((v for v in (getattr(one, name), getattr(other, name)) if v is not None), default=None)
+        for name in PhaseMemory.model_fields
+        if name != "host_measured"
+    }
+    return first.model_copy(update=most)
 
 
 def wait_for_device() -> None:

@@ -17,6 +17,7 @@ from qft.checkpoint.skeleton import find_blocks
 from qft.data.prepare import Prepared, prepare
 from qft.documents.plan import AdapterArguments, DataPart, PlanDocument, PlannedMemory, TrainerArguments
 from qft.machine.device import Device
+from qft.machine.environment import allocator_settings
 from qft.memory.fit import Way
 from qft.plan.limits import answer_problems, require_known_tokens, require_special_tokens
 from qft.plan.memory import Forecast, decided, is_open, too_large, undecidable
@@ -109,6 +110,7 @@ class Plan:
                 sources=list(rows.sources),
             ),
             steps=self.steps,
+            gpu_allocator=allocator_settings() if self.model.device.kind == "cuda" else None,
         )
 
 

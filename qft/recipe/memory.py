@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from qft.recipe.training import Section
 
@@ -18,6 +18,14 @@ def size_in_bytes(text: str) -> int | None:
     """`24GiB` in bytes; None if it is no size."""
     found = SIZE.fullmatch(text.strip())
     return round(float(found[1]) * UNITS[found[2]]) if found else None
+
+
+def _as_bytes(value: Any) -> Any:
+    return (size_in_bytes(value) or value) if isinstance(value, str) else value
+
+
+Size = Annotated[int, BeforeValidator(_as_bytes, json_schema_input_type=int | str)]
+"""Bytes: 67108864, or 64MiB."""
 
 
 def _budget(value: str) -> str:
@@ -33,6 +41,9 @@ class MemorySection(Section):
     budget: Annotated[str, Field(min_length=1), AfterValidator(_budget)] = "90%"
     """What a training may take of the device's memory: a share of it (90%), or a size (24GiB). What is auto under train
     is chosen within it."""
+    leak_threshold: Annotated[Size, Field(ge=1)] | None = 8 * 2**20
+    """Bytes (8388608, 8MiB) in 100 steps from which memory that grows from step to step is told as a leak, with what
+    grew. None: no leak is looked for."""
 
     def budget_bytes(self, total: int) -> int:
         """Of a device of `total` bytes."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from qft.documents.training import Report
+from qft.documents.training import Memory, Report
 
 GIB = 2**30
 
@@ -14,9 +14,8 @@ def advise(report: Report) -> list[str]:
 
 def _on_memory(report: Report) -> Iterator[str]:
     memory = report.memory
-    if memory.growing:
-        grown = (memory.at_end_bytes - memory.after_first_step_bytes) / GIB
-        yield f"Memory grew by {grown:.2f} GiB between the first step and the end: something is not let go."
+    if leak := memory.leak:
+        yield f"Memory grew by {_size(leak.bytes_per_100_steps)} in 100 steps, {leak.suspect}: {leak.evidence}."
     free = memory.device_bytes - (memory.peak_gpu_reserved_bytes or memory.peak_host_bytes)
     if checkpointing := report.checkpointing:
         saved, cost = checkpointing.saved_bytes, checkpointing.cost_share
@@ -32,11 +31,50 @@ def _on_memory(report: Report) -> Iterator[str]:
         )
     if free < memory.device_bytes / 20:
         yield f"Only {free / GIB:.1f} GiB were free at the peak: a longer batch may not fit."
+    yield from _on_logits(report)
+    yield from _on_fragmentation(memory)
+
+
+def _on_logits(report: Report) -> Iterator[str]:
+    settings, peak = report.settings, report.memory.peak_gpu_bytes
+    if settings is None or settings.logits_bytes <= peak / 4 or not peak:
+        return
+    rows = settings.per_device_train_batch_size
+    smaller = "a smaller per_device_train_batch_size with more gradient_accumulation_steps" if rows > 1 else ""
+    yield (
+        f"The logits of one micro-batch ({settings.largest_micro_batch_tokens:,} tokens) take "
+        f"{_size(settings.logits_bytes)} in float32, and the loss as much again, of a peak of {_size(peak)}: "
+        f"{smaller or 'a lower data.max_length'} takes less."
+    )
+
+
+def _on_fragmentation(memory: Memory) -> Iterator[str]:
+    train = memory.phases.get("train")
+    idle, reserved = (train and train.gpu_fragmentation_bytes) or 0, (train and train.gpu_reserved_bytes) or 0
+    if idle <= max(reserved / 10, GIB):
+        return
+    expandable = "expandable_segments:True" in (memory.gpu_allocator or "")
+    remedy = (
+        "group_by_length as train_sampling_strategy" if expandable else "PYTORCH_ALLOC_CONF=expandable_segments:True"
+    )
+    yield f"The allocator held {_size(idle)} of {_size(reserved)} that no tensor used at its peak: try {remedy}."
 
 
 def _on_speed(report: Report) -> Iterator[str]:
+    settings = report.settings
     if report.phases.data > 0.1:
-        yield f"{report.phases.data:.0%} of the time went to preparing batches: raise dataloader_num_workers."
+        now = f" ({settings.dataloader_num_workers} now)" if settings else ""
+        yield f"{report.phases.data:.0%} of the time went to preparing batches: raise dataloader_num_workers{now}."
+    if settings and report.memory.peak_gpu_bytes and not settings.dataloader_pin_memory and report.phases.data > 0.02:
+        yield (
+            f"{report.phases.data:.0%} of the time went to batches, copied to the GPU from memory that is not "
+            "page-locked: set dataloader_pin_memory: auto."
+        )
+    if settings and settings.tf32_unused:
+        yield (
+            f"{1 - report.phases.data - report.phases.optimizer:.0%} of the time went to products in float32, without "
+            "the TensorFloat-32 that the GPU has: set tf32: auto, or bf16: true."
+        )
     if report.throughput.padding_share > 0.2:
         yield (
             f"{report.throughput.padding_share:.0%} of the computed tokens were padding: set train_sampling_strategy: "
@@ -60,3 +98,7 @@ def _on_learning(report: Report) -> Iterator[str]:
         yield f"{report.loss.spikes} of {report.steps} steps spiked: lower learning_rate or raise the batch."
     if report.skipped_steps:
         yield f"{report.skipped_steps} updates were skipped because a number was not finite: look at their rows."
+
+
+def _size(count: int) -> str:
+    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / 2**20:.1f} MiB"

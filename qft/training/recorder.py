@@ -1,15 +1,19 @@
 """What one training measures, noted as it happens, and the report that comes of it."""
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import nn
 
 from qft.documents import training as documents
 from qft.documents.manifest import Manifest
+from qft.documents.memory import Leak, PhaseMemory
 from qft.documents.state import TrainingState, read_state
+from qft.machine.environment import allocator_settings
 from qft.measure.scores import Answer
-from qft.memory.meter import Meter, Snapshot, weight_bytes
+from qft.memory.leaks import LeakWatch, growth_per_100_steps
+from qft.memory.meter import Meter, Snapshot, child_peak, larger, resident_peak, weight_bytes
 from qft.plan import Plan
 from qft.progress import Step, View
 from qft.run.checkpoint import STATE, step_of
@@ -26,14 +30,18 @@ class Recorder:
 
     def __init__(self, plan: Plan, view: View, started: float, skipped: documents.SkippedModules | None) -> None:
         self.plan, self.view, self.started, self.skipped = plan, view, started, skipped
-        self.meter = Meter(plan.model.device.kind)
+        self.meter = Meter(plan.model.device.kind, phase="prepare")
+        self.leaks = LeakWatch(plan.recipe.memory.leak_threshold)
         self.clock = PhaseClock(self.meter.on_gpu)
         self.earlier = TrainingState()
         """What the parts of the run before this one measured, if it is resumed."""
         self.steps: list[Step] = []
         """Of all parts."""
         self.moments: dict[str, Snapshot] = {}
-        """Memory by the moment: after_load, peak, at_end."""
+        """Memory by the moment: before_load, after_load, after_adapters, after_first_step, at_end."""
+        self.largest_micro_batch = 0
+        """In tokens, with padding."""
+        self.leak: Leak | None = None
         self.bytes = dict.fromkeys(("frozen", "trainable", "gradients", "optimizer_state"), 0)
         """Of each part; of gradients and optimizer state, as they were when there first were any."""
         self.recomputed: tuple[int, float] | None = None
@@ -53,12 +61,14 @@ class Recorder:
             state = TrainingState(unmeasured_steps=done)
         self.earlier, self.steps, self.evaluations = state, list(state.steps), dict(state.evaluations)
         self.clock.seconds |= state.phase_seconds
+        self.largest_micro_batch = state.largest_micro_batch_tokens
         if self.plan.recipe.train.gradient_checkpointing:
             self.recomputed = state.recomputed
 
     def state(self) -> TrainingState:
         """What has been measured so far."""
-        peak = self._peak()
+        phases = self._phases()
+        peak = self._peak(phases)
         return TrainingState(
             steps=self.steps,
             unmeasured_steps=self.earlier.unmeasured_steps,
@@ -68,24 +78,39 @@ class Recorder:
             peak_gpu_bytes=peak.gpu,
             peak_gpu_reserved_bytes=peak.gpu_reserved,
             peak_host_bytes=peak.host,
+            memory_phases=phases,
+            largest_micro_batch_tokens=self.largest_micro_batch,
             recomputed=self.recomputed,
         )
+
+    def reach(self, moment: str, phase: str) -> None:
+        """One phase is over, and another begins."""
+        self.moments[moment] = self.meter.settled()
+        self.meter.enter(phase)
 
     def loaded(self, model: nn.Module) -> None:
         """All that trains is there, and nothing has run."""
         self.bytes |= weight_bytes(model)
-        self.moments["after_load"] = self.meter.settled()
+        self.moments["after_adapters"] = self.meter.settled()
 
     def begin(self, done: int) -> None:
         """The training goes on behind `done` steps."""
         self.view.begin(self.plan.steps, done)
-        self.meter.restart()
+        self.meter.enter("train")
+
+    def look(self) -> Snapshot:
+        """Memory behind a step."""
+        now = self.meter.now()
+        self.moments.setdefault("after_first_step", now)
+        self.leaks.look(now)
+        return now
 
     def end(self) -> None:
         """The last step was made."""
-        self.moments["peak"] = self._peak()
         self.clock.settle()
         self.moments["at_end"] = self.meter.now()
+        self.meter.enter("save")
+        self.leak = self.leaks.leak(self.meter.on_gpu)
 
     def step(self, step: Step) -> None:
         self.steps.append(step)
@@ -106,6 +131,7 @@ class Recorder:
             phases=documents.Phases(**self.clock.shares()),
             memory=self._memory(),
             skipped_modules=self.skipped,
+            settings=self._settings(),
             checkpointing=self.recomputed and summary.checkpointing(*self.recomputed, steps),
             loss=summary.loss(steps),
             eval=documents.Evaluations(
@@ -129,14 +155,18 @@ class Recorder:
     def _wall_seconds(self) -> float:
         return self.earlier.wall_seconds + time.perf_counter() - self.started
 
-    def _peak(self) -> Snapshot:
+    def _phases(self) -> dict[str, PhaseMemory]:
         """Largest values of all parts."""
-        peak, earlier = self.meter.peak(), self.earlier
+        return larger(self.earlier.memory_phases, self.meter.phases())
+
+    def _peak(self, phases: Mapping[str, PhaseMemory]) -> Snapshot:
+        """Largest values of all parts, in all phases."""
+        earlier, all_phases = self.earlier, phases.values()
         return Snapshot(
-            peak.on_gpu,
-            max(peak.gpu, earlier.peak_gpu_bytes),
-            max(peak.gpu_reserved, earlier.peak_gpu_reserved_bytes),
-            max(peak.host, earlier.peak_host_bytes),
+            self.meter.on_gpu,
+            max(earlier.peak_gpu_bytes, *(phase.gpu_allocated_bytes or 0 for phase in all_phases)),
+            max(earlier.peak_gpu_reserved_bytes, *(phase.gpu_reserved_bytes or 0 for phase in all_phases)),
+            max(earlier.peak_host_bytes, resident_peak(), *(phase.host_resident_bytes for phase in all_phases)),
         )
 
     def _model(self) -> documents.ModelPart:
@@ -155,31 +185,53 @@ class Recorder:
             bits_per_weight=self.bytes["frozen" if self.plan.lora else "trainable"] * 8 / shape.parameters,
         )
 
+    def _settings(self) -> documents.Settings:
+        asked, model = self.plan.training, self.plan.model
+        mixed = asked["bf16"] or asked["fp16"]
+        return documents.Settings(
+            per_device_train_batch_size=asked["per_device_train_batch_size"],
+            gradient_accumulation_steps=asked["gradient_accumulation_steps"],
+            dataloader_num_workers=asked["dataloader_num_workers"],
+            dataloader_pin_memory=asked["dataloader_pin_memory"],
+            tf32_unused=model.device.tf32 and not asked["tf32"] and not mixed and model.dtype == "float32",
+            largest_micro_batch_tokens=self.largest_micro_batch,
+            logits_bytes=self.largest_micro_batch * (model.shape.embeddings or 0) * 4,
+        )
+
     def _memory(self) -> documents.Memory:
-        peak, steps = self.moments["peak"], self.steps
+        steps, moments, phases = self.steps, self.moments, self._phases()
+        peak = self._peak(phases)
         part = steps[len(self.earlier.steps) :] or steps  # of another process nothing can leak into this one
         return documents.Memory(
             peak_gpu_bytes=peak.gpu,
             peak_gpu_reserved_bytes=peak.gpu_reserved,
             peak_host_bytes=peak.host,
+            peak_child_bytes=child_peak(),
             device_bytes=self.plan.model.device.total_bytes,
-            after_load_bytes=self.moments["after_load"].device,
+            after_load_bytes=moments["after_adapters"].device,
             after_first_step_bytes=part[0].memory,
-            at_end_bytes=self.moments["at_end"].device,
+            at_end_bytes=moments["at_end"].device,
+            moments={name: moment.document() for name, moment in moments.items()},
+            phases=phases,
+            gpu_allocator=allocator_settings() if self.meter.on_gpu else None,
             history=[(step.step, step.memory, step.peak_memory) for step in steps],
-            growing=summary.growing([step.memory for step in part]),
-            components=self._components(),
+            growing=self.leak is not None,
+            growth_bytes_per_100_steps=growth_per_100_steps(self.leaks.device),
+            host_growth_bytes_per_100_steps=growth_per_100_steps(self.leaks.host),
+            leak_threshold_bytes=self.leaks.threshold,
+            leak=self.leak,
+            components=self._components(phases["train"]),
         )
 
-    def _components(self) -> documents.Components:
-        """On a GPU the peak holds the weights too; on the host, only what came since they were loaded is told apart."""
-        held = self.bytes
-        weights = held["frozen"] + held["trainable"] if self.meter.on_gpu else self.moments["after_load"].host
-        rest = self.moments["peak"].device - weights - held["gradients"] - held["optimizer_state"]
+    def _components(self, train: PhaseMemory) -> documents.Components:
+        held, on_gpu = self.bytes, self.meter.on_gpu
+        peak = train.gpu_allocated_bytes if on_gpu else train.host_resident_bytes
+        rest = max((peak or 0) - sum(held.values()), 0)
         return documents.Components(
             base_weights=held["frozen"],
             trainable_weights=held["trainable"],
             gradients=held["gradients"],
             optimizer_state=held["optimizer_state"],
-            activations=max(rest, 0),
+            activations=rest if on_gpu else None,
+            undivided=None if on_gpu else rest,
         )

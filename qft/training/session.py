@@ -33,6 +33,7 @@ def train_model(run: Run, recorder: Recorder, signals: Signals) -> Path:
         recorder.recall(checkpoint)
     with recorder.meter:
         recorder.view.note(f"Loading {plan.model.checkpoint.path}")
+        recorder.reach("before_load", "load")
         model = _load(recorder, run)
         trainer = _trainer(model, run, recorder, signals)
         recorder.loaded(model)
@@ -85,6 +86,7 @@ def _load(recorder: Recorder, run: Run) -> Any:
     model = load_base(plan.model)
     if plan.model.held or plan.model.scheme.plugin:
         recorder.quantized_share = measured_share(model)
+    recorder.reach("after_load", "adapters")
     model = attach_adapter(model, plan)
     if _changes_base(plan) and not run.checkpoint:
         model.save_pretrained(str(run.initial_adapter))

@@ -61,12 +61,3 @@ def spikes(losses: list[float]) -> int:
         return 0
     usual = statistics.median(abs(change) for change in changes)
     return sum(change > 4 * usual for change in changes)
-
-
-def growing(memory: list[int]) -> bool:
-    """Whether memory after a step still rises: the last third above the middle one by 5%, and that above the first."""
-    third = len(memory) // 3
-    if third < 3:
-        return False
-    first, middle, last = (statistics.median(memory[i * third : (i + 1) * third]) for i in range(3))
-    return last > middle * 1.05 and middle > first * 1.05

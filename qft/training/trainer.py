@@ -67,6 +67,7 @@ class QftTrainer(StoppingTrainer):
         self.recorder.clock.enter("forward")
         self.update.counts.append(torch.stack([inputs["attention_mask"].sum(), (inputs["labels"][:, 1:] >= 0).sum()]))
         self.update.padded_tokens += inputs["input_ids"].numel()
+        self.recorder.largest_micro_batch = max(self.recorder.largest_micro_batch, inputs["input_ids"].numel())
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.update.losses.append(loss)
         # The Trainer keeps a running sum, which one NaN would spoil for good; the watch below has seen it already.
@@ -169,7 +170,7 @@ class QftTrainer(StoppingTrainer):
             supervised_tokens=int(supervised),
             rows=sum(len(rows) for rows in update.rows),
             seconds=time.perf_counter() - update.started,
-            memory=recorder.meter.now().device,
+            memory=recorder.look().device,
             peak_memory=recorder.meter.peak().device,
             skipped=update.skipped,
         )

@@ -18,12 +18,14 @@ from qft.documents.manifest import Manifest
 from qft.documents.plan import PlanDocument
 from qft.documents.registry import VersionManifest
 from qft.documents.state import TrainingState, read_state
-from qft.documents.training import Evaluation
+from qft.documents.training import Evaluation, read_report
 from qft.errors import MissingError, RunError
 from qft.progress import Step
 from qft.registry import ORIGINAL, facts_of, find_shelf
 from qft.run.folder import Run
+from qft.views.html.page import training_page
 from tests.support.cli import qft
+from tests.support.reports import report
 
 WRITTEN = Path(__file__).parent / "written"
 """By qft before its documents had classes."""
@@ -81,6 +83,20 @@ def test_what_the_first_version_did_not_write_has_defaults() -> None:
     assert (document.skip_modules, document.quantization.plugin, document.device.capability) == ([], None, None)
     manifest = Manifest.model_validate({"status": "running"})
     assert (manifest.base, manifest.plugin, manifest.data, manifest.versions) == (None, None, None, {})
+
+
+def test_a_report_of_before_is_read(tmp_path: Path) -> None:
+    """Of a qft that measured neither phases nor what leaks."""
+    document = report().model_dump(mode="json")
+    new = {"moments", "phases", "peak_child_bytes", "gpu_allocator", "growth_bytes_per_100_steps"}
+    new |= {"host_growth_bytes_per_100_steps", "leak_threshold_bytes", "leak"}
+    old = document | {"memory": {name: value for name, value in document["memory"].items() if name not in new}}
+    del old["settings"], old["memory"]["components"]["undivided"]
+    (tmp_path / "report.json").write_text(json.dumps(old))
+    read = read_report(tmp_path)
+    assert (read.memory.phases, read.memory.leak, read.settings) == ({}, None, None)
+    assert read.memory.components == report().memory.components
+    assert "60.0 GiB" in training_page(read)
 
 
 def test_what_libraries_are_given_stays_under_their_names() -> None:

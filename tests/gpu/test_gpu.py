@@ -41,7 +41,7 @@ def test_every_mode_learns_on_a_gpu(mode: str, checkpointing: bool, recipe_file:
     report = train(load(path), View())
     assert report.loss.last < 0.9 * report.loss.first
     assert report.memory.peak_gpu_bytes > report.memory.components.base_weights > 0
-    assert report.memory.components.activations > 0
+    assert (report.memory.components.activations or 0) > 0
     assert sum(report.phases.model_dump().values()) == pytest.approx(1)
 
 

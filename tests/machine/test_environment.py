@@ -39,11 +39,34 @@ def test_threads_are_told_to_sleep_before_torch_is_loaded(command: str, recipe_f
     assert told(OMP_WAIT_POLICY="ACTIVE") == "ACTIVE"
 
 
+def test_segments_of_the_gpu_expand_where_nobody_says_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "nvidiactl").touch()
+    for name in environment.ALLOCATOR:
+        monkeypatch.setenv(name, "")  # so that it is as before behind the test
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(environment, "GPUS", (str(tmp_path / "nvidiactl"),))
+    environment.prepare_libraries()
+    assert environment.allocator_settings() == "PYTORCH_ALLOC_CONF=expandable_segments:True"
+    for name in environment.ALLOCATOR:
+        monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+        monkeypatch.setenv(name, "max_split_size_mb:128")
+        environment.prepare_libraries()
+        assert environment.allocator_settings() == f"{name}=max_split_size_mb:128"
+        monkeypatch.delenv(name)
+        monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+    monkeypatch.setattr(environment, "GPUS", (str(tmp_path / "none"),))
+    environment.prepare_libraries()
+    assert environment.allocator_settings() == "torch's defaults"
+
+
 def test_a_machine_with_a_gpu_keeps_its_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_WAIT_POLICY", "")
     for path, policy in [(tmp_path / "none", "PASSIVE"), (tmp_path, None)]:
         monkeypatch.delenv("OMP_WAIT_POLICY")
-        monkeypatch.setattr(environment, "GPUS", (str(path),))
+        monkeypatch.setattr(environment, "GPUS", ("no NVIDIA", str(path)))
         environment.prepare_libraries()
         assert os.environ.get("OMP_WAIT_POLICY") == policy
         monkeypatch.setenv("OMP_WAIT_POLICY", "")

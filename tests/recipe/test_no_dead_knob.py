@@ -216,6 +216,9 @@ ELSEWHERE = {
         "eval.samples": "test_generated_answers_are_scored_and_kept",
         "eval.regex": "test_generated_answers_are_scored_and_kept",
     },
+    "training/test_leaks.py": {
+        "memory.leak_threshold": "test_the_threshold_is_the_recipes",
+    },
     "training/test_signals.py": {
         "train.save_on_signal": "test_without_save_on_signal_it_ends_at_once",
     },

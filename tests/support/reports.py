@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from qft.documents.memory import PhaseMemory
 from qft.documents.training import (
     Components,
     Evaluation,
@@ -13,10 +14,20 @@ from qft.documents.training import (
     ModelPart,
     Phases,
     Report,
+    Settings,
     Throughput,
 )
 
 GIB = 2**30
+
+PHASE = PhaseMemory(
+    gpu_allocated_bytes=60 * GIB,
+    gpu_reserved_bytes=65 * GIB,
+    gpu_fragmentation_bytes=5 * GIB,
+    gpu_inactive_split_bytes=GIB,
+    host_resident_bytes=4 * GIB,
+    host_measured="system",
+)
 
 
 def report(**changes: object) -> Report:
@@ -54,11 +65,22 @@ def report(**changes: object) -> Report:
             after_load_bytes=6 * GIB,
             after_first_step_bytes=7 * GIB,
             at_end_bytes=7 * GIB,
+            phases={"train": PHASE},
+            gpu_allocator="PYTORCH_ALLOC_CONF=expandable_segments:True",
             growing=False,
             history=[(1, 7 * GIB, 60 * GIB), (2, 7 * GIB, 60 * GIB)],
             components=Components(
                 base_weights=5 * GIB, trainable_weights=1, gradients=1, optimizer_state=1, activations=50 * GIB
             ),
+        ),
+        settings=Settings(
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=4,
+            dataloader_num_workers=0,
+            dataloader_pin_memory=True,
+            tf32_unused=False,
+            largest_micro_batch_tokens=4096,
+            logits_bytes=2 * GIB,
         ),
         loss=Loss(first=2.0, last=1.0, lowest=0.9, spikes=0, history=[(1, 2.0, 1e-4, 0.5), (2, 1.0, 1e-4, 0.5)]),
         eval=Evaluations(before=evaluation, after=evaluation.model_copy(update={"loss": 1.5})),

@@ -319,4 +319,12 @@ def test_the_report_adds_up(recipe_file: RecipeFile) -> None:
     assert parts.optimizer_state >= 2 * parts.gradients
     assert 0 < report.model.bits_per_weight < 32
     assert report.throughput.step_seconds_p50 <= report.throughput.step_seconds_p95
-    assert not report.memory.growing
+    assert parts.activations is None  # of a CPU: what its allocator keeps cannot be told apart
+    assert parts.undivided is not None
+    memory = report.memory
+    assert memory.leak is None
+    assert not memory.growing
+    assert list(memory.moments) == ["before_load", "after_load", "after_adapters", "after_first_step", "at_end"]
+    assert list(memory.phases) == ["prepare", "load", "adapters", "train", "save"]
+    known = sum(parts.model_dump(exclude_none=True).values())
+    assert known == memory.phases["train"].host_resident_bytes <= memory.peak_host_bytes

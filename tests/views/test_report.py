@@ -9,17 +9,20 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from qft.documents.memory import Leak
 from qft.documents.training import Checkpointing, Evaluation
 from qft.files import _put_in_place, atomic_folder, require_free_space, write_json, write_text
 from qft.progress import Step, View
 from qft.training.advice import advise
 from qft.training.clock import PhaseClock
-from qft.training.summary import growing, lengths, spikes
+from qft.training.summary import lengths, spikes
 from qft.views.live import LineView, LiveView, choose_view
 from qft.views.terminal.training import render
 from qft.views.words import si, size, sparkline
-from tests.support.reports import GIB, report
+from tests.support.reports import GIB, PHASE, report
 
+LEAK = Leak(suspect="growing list", bytes_per_100_steps=GIB, evidence="a list of 8")
+IDLE = {"train": PHASE.model_copy(update={"gpu_fragmentation_bytes": 9 * GIB})}
 CHECKPOINTING = Checkpointing(saved_bytes=12 * GIB, cost_share=0.31)
 
 
@@ -38,7 +41,21 @@ def test_nothing_to_say_is_said_about_a_good_run() -> None:
         ({"checkpointing": CHECKPOINTING, "memory__peak_gpu_reserved_bytes": 70 * GIB}, "it is needed"),
         ({"memory__peak_gpu_reserved_bytes": 10 * GIB}, "70 GiB of 80 were free"),
         ({"memory__peak_gpu_reserved_bytes": 79 * GIB}, "Only 1.0 GiB were free"),
-        ({"memory__growing": True, "memory__at_end_bytes": 9 * GIB}, "grew by 2.00 GiB"),
+        ({"memory__leak": LEAK}, "Memory grew by 1.0 GiB in 100 steps, growing list: a list of 8."),
+        (
+            {"settings__logits_bytes": 20 * GIB},
+            "(4,096 tokens) take 20.0 GiB in float32, and the loss as much again, of a "
+            "peak of 60.0 GiB: a smaller per_device_train_batch_size",
+        ),
+        (
+            {"settings__logits_bytes": 20 * GIB, "settings__per_device_train_batch_size": 1},
+            "a lower data.max_length takes",
+        ),
+        ({"memory__phases": IDLE}, "held 9.0 GiB of 65.0 GiB that no tensor used at its peak: try group_by_length"),
+        ({"memory__phases": IDLE, "memory__gpu_allocator": None}, "try PYTORCH_ALLOC_CONF=expandable_segments:True"),
+        ({"settings__dataloader_pin_memory": False, "phases__data": 0.05}, "5% of the time went to batches, copied"),
+        ({"settings__tf32_unused": True}, "95% of the time went to products in float32, without the TensorFloat-32"),
+        ({"phases__data": 0.25}, "raise dataloader_num_workers (0 now)"),
         ({"phases__data": 0.25}, "25% of the time went to preparing batches"),
         ({"throughput__padding_share": 0.4}, "40% of the computed tokens were padding"),
         ({"throughput__step_seconds_p95": 4.0}, "4.0 times the median"),
@@ -54,6 +71,35 @@ def test_nothing_to_say_is_said_about_a_good_run() -> None:
 )
 def test_advice_names_its_figure(changes: dict[str, object], sentence: str) -> None:
     assert sentence in advice(**changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"settings__logits_bytes": 15 * GIB},
+        {"settings__logits_bytes": 20 * GIB, "memory__peak_gpu_bytes": 0},  # of a CPU, where nothing tells their share
+        {"memory__phases": {}},
+        {"settings__dataloader_pin_memory": False},
+        {"settings__dataloader_pin_memory": False, "phases__data": 0.05, "memory__peak_gpu_bytes": 0},
+        {"phases__data": 0.1},
+        {"settings": None},
+    ],
+)
+def test_advice_is_silent_below_its_threshold(changes: dict[str, object]) -> None:
+    assert advice(**changes) == ""
+
+
+def test_the_terminal_tells_of_phases_and_of_a_leak() -> None:
+    console = Console(width=200, file=io.StringIO(), record=True)
+    console.print(render(report(memory__leak=LEAK)))
+    text = console.export_text()
+    for figure in (
+        "train 60.0 GiB (process 4.0 GiB)",
+        "5.0 GiB reserved",
+        "growing list: a list of 8",
+        "expandable_seg",
+    ):
+        assert figure in text
 
 
 def test_the_report_fits_in_80_columns() -> None:
@@ -125,12 +171,6 @@ def test_the_time_left_is_a_mean_over_recent_steps_and_the_first_does_not_spoil_
     assert left[1:29] == [100 - number for number in range(2, 30)]
     assert left[29] == 70 * 1.5  # one slow step among twenty
     assert "9 tokens/s" in lines[29]
-
-
-def test_growing_memory_is_told_from_noise() -> None:
-    assert growing([100 + 10 * i for i in range(12)])
-    assert not growing([100, 140, *[150] * 10])
-    assert not growing([100, 200])
 
 
 def test_spikes_are_counted_against_the_usual_change() -> None:

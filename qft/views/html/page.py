@@ -67,6 +67,10 @@ def training_page(report: Report, answers: Sequence[Asked] = ()) -> str:
         learning=[training_pictures.loss(report), training_pictures.learning_rate(report)],
         held_out=_held_out(report),
         memory=training_pictures.memory(report),
+        memory_by=[
+            ("Peak memory by phase", _of_parts(report.memory.phases)),
+            ("Memory at moments", _of_parts(report.memory.moments)),
+        ],
         speed=[training_pictures.throughput(report), training_pictures.phases(report)],
         lengths=training_pictures.lengths(report),
         answers=sorted(answers, key=lambda row: [right is not False for _, right in reversed(row.given.values())]),
@@ -134,6 +138,8 @@ def _figure(part: Part, field: str, written: Mapping[str, Callable[[Any], str]] 
         return ", ".join(map(str, value)) or "none"
     if isinstance(value, list):
         return f"{len(value):,} of them, shown above" if value else "none"
+    if isinstance(value, dict) and any(isinstance(each, Part) for each in value.values()):
+        return f"{len(value)} of them, shown above"
     if isinstance(value, dict):
         return ", ".join(f"{name} {percent(share)}" for name, share in value.items()) or None
     if show := written.get(unit or ""):
@@ -197,6 +203,13 @@ def _every_figure(name: str, part: Part) -> Iterator[tuple[str, Table]]:
     for field, value in parts.items():
         own = field.replace("_", " ")
         yield from _every_figure(own.capitalize() if isinstance(part, Report) else f"{name}, {own}", value)
+
+
+def _of_parts(parts: Mapping[str, Part]) -> Table:
+    """A row for each of the parts, which are of one kind, and a column for each of their fields."""
+    fields = list(type(next(iter(parts.values()))).model_fields) if parts else []
+    rows = [(_title(name), *(_figure(part, field) for field in fields)) for name, part in parts.items()]
+    return Table(("", *(_title(field.removesuffix("_bytes")) for field in fields)), rows)
 
 
 def _evaluation_headline(targets: Sequence[TargetResult], reference: str | None) -> Iterator[tuple[str, Cell, str]]:

@@ -86,8 +86,9 @@ def memory(report: Report) -> Picture:
     key += [(f"area {colour}", f"{name}: {size(part)}") for name, part, colour in reversed(parts)]
     if limit:
         key.insert(0, ("dashdot ink", f"the device's limit: {size(limit)}"))
-    said = f"At most {size(peak)} were held, {size(held.components.activations)} of them activations and workspace, "
-    said += f"{size(held.components.base_weights)} base weights. The device has {size(held.device_bytes)}"
+    activations, weights = held.components.activations, size(held.components.base_weights)
+    rest = "" if activations is None else f"{size(activations)} of them activations and workspace, "
+    said = f"At most {size(peak)} were held, {rest}{weights} base weights. The device has {size(held.device_bytes)}"
     said += "." if limit else ", which is beyond the picture."
     paint = partial(_paint_memory, held=held, parts=parts, limit=limit, peak=peak)
     table = _over_steps(history, {"After it": size, "Largest so far": size})
@@ -96,10 +97,13 @@ def memory(report: Report) -> Picture:
 
 def _parts(held: Memory, peak: int) -> list[tuple[str, int, str]]:
     """[name, bytes, colour] of what the memory holds, from the bottom up; activations are the last."""
-    parts = {name.replace("_", " "): part for name, part in held.components.model_dump().items()}
-    rest = max((held.peak_gpu_bytes or held.peak_host_bytes) - sum(parts.values()), 0)
-    if rest > peak / 100:
-        parts = {"the rest of the process": rest} | parts
+    told = held.components.model_dump(exclude_none=True)
+    rest = told.pop("undivided", None)
+    parts = {name.replace("_", " "): part for name, part in told.items()}
+    if rest is not None:
+        parts["activations, libraries and what the allocator keeps"] = rest
+    elif (beside := (held.peak_gpu_bytes or held.peak_host_bytes) - sum(parts.values())) > peak / 100:
+        parts = {"the rest of the process": beside} | parts
     colours = ("c6", "c3", "c4", "c5", "c2", "c1")[-len(parts) :]
     return [(name, part, colour) for (name, part), colour in zip(parts.items(), colours, strict=True)]
 

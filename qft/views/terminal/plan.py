@@ -64,6 +64,8 @@ def _model(plan: PlanDocument) -> Facts:
     rows.add("trained", f"{kind}: {si(model.trainable_parameters)} parameters ({share:.2%})")
     _add_matches(rows, plan.matched)
     rows.add("on", plan.device.name)
+    if plan.gpu_allocator:
+        rows.add("", f"its allocator: {plan.gpu_allocator}")
     return rows
 
 

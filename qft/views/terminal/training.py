@@ -5,9 +5,12 @@ import os
 from rich.console import Group
 from rich.text import Text
 
+from qft.documents.memory import PhaseMemory
 from qft.documents.training import Report
 from qft.views.terminal.table import Facts, Rows, Whole, bullets, spaced
 from qft.views.words import share_held, si, size, sparkline
+
+PART_NAMES = {"undivided": "the rest, undivided"}
 
 
 def render(report: Report) -> Group:
@@ -72,17 +75,35 @@ def _speed(report: Report) -> Facts:
 
 
 def _memory(report: Report) -> Facts:
-    memory, parts = report.memory, report.memory.components.model_dump()
+    memory = report.memory
+    parts = report.memory.components.model_dump(exclude_none=True)
     on_gpu = memory.peak_gpu_bytes > 0
     peak = memory.peak_gpu_bytes if on_gpu else memory.peak_host_bytes
     rows = Facts("Memory")
     for name, count in parts.items():
         bar = "█" * round(24 * count / max(*parts.values(), 1))
-        rows.add(name.replace("_", " "), f"{size(count):>10}  {bar}")
+        rows.add(PART_NAMES.get(name, name.replace("_", " ")), f"{size(count):>10}  {bar}")
     rows.add("peak, GPU" if on_gpu else "peak, host", f"{size(peak):>10}  of {size(memory.device_bytes)}")
     if on_gpu:
         rows.add("peak, host", f"{size(memory.peak_host_bytes):>10}")
+    if memory.phases:
+        rows.add(
+            "peak by phase", ", ".join(f"{name.replace('_', ' ')} {_most(p)}" for name, p in memory.phases.items())
+        )
+    if on_gpu and (train := memory.phases.get("train")):
+        idle, split = size(train.gpu_fragmentation_bytes or 0), size(train.gpu_inactive_split_bytes or 0)
+        rows.add("fragmentation", f"{idle} reserved beyond what tensors took, {split} of it split")
+    if memory.gpu_allocator:
+        rows.add("allocator", memory.gpu_allocator)
     moments = (memory.after_load_bytes, memory.after_first_step_bytes, memory.at_end_bytes)
     trend = " (growing)" if memory.growing else ""
     rows.add("load → step 1 → end", " → ".join(size(m) for m in moments) + trend)
+    if memory.leak:
+        rows.add("leak", f"{memory.leak.suspect}: {memory.leak.evidence}")
     return rows
+
+
+def _most(phase: PhaseMemory) -> str:
+    """Of the GPU if there is one, and of the process."""
+    host = size(phase.host_resident_bytes)
+    return host if phase.gpu_allocated_bytes is None else f"{size(phase.gpu_allocated_bytes)} (process {host})"

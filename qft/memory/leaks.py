@@ -18,6 +18,8 @@ from qft.memory.meter import Snapshot
 
 BLOCKS = 6
 """Into which the steps are divided to tell growth from a jump."""
+FEWEST_STEPS = 8
+"""Of a run in which a suspect can be named."""
 WARM = 2
 """Steps that also allocate what stays."""
 MALLINFO = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
@@ -51,13 +53,8 @@ class LeakWatch:
             held = (now.gpu, heap_in_use() or now.host)
             if step <= WARM:
                 self._warm = held
-            elif self._has_grown(*held, allowed=self.threshold * (step - WARM) // 100):
+            elif max(b - a for a, b in zip(self._warm, held, strict=True)) * 100 >= self.threshold * (step - WARM):
                 self._looks.append(take_census(step))
-
-    def _has_grown(self, gpu: int, host: int, *, allowed: int) -> bool:
-        """Beyond what is allowed; on the host, where kernels keep something for each new shape, by more than a little."""
-        assert self.threshold is not None
-        return gpu - self._warm[0] >= max(allowed, 1) or host - self._warm[1] >= max(allowed, self.threshold)
 
     def leak(self, on_gpu: bool) -> Leak | None:
         """What grew beyond the threshold, looked for now."""

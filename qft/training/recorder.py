@@ -12,7 +12,7 @@ from qft.documents.memory import Leak, PhaseMemory
 from qft.documents.state import TrainingState, read_state
 from qft.machine.environment import allocator_settings
 from qft.measure.scores import Answer
-from qft.memory.leaks import LeakWatch, growth_per_100_steps
+from qft.memory.leaks import FEWEST_STEPS, LeakWatch, growth_per_100_steps
 from qft.memory.meter import Meter, Snapshot, child_peak, larger, resident_peak, weight_bytes
 from qft.plan import Plan
 from qft.progress import Step, View
@@ -31,7 +31,7 @@ class Recorder:
     def __init__(self, plan: Plan, view: View, started: float, skipped: documents.SkippedModules | None) -> None:
         self.plan, self.view, self.started, self.skipped = plan, view, started, skipped
         self.meter = Meter(plan.model.device.kind, phase="prepare")
-        self.leaks = LeakWatch(plan.recipe.memory.leak_threshold)
+        self.leaks = LeakWatch(plan.recipe.memory.leak_threshold if plan.steps >= FEWEST_STEPS else None)
         self.clock = PhaseClock(self.meter.on_gpu)
         self.earlier = TrainingState()
         """What the parts of the run before this one measured, if it is resumed."""

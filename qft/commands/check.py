@@ -28,7 +28,6 @@ def planned(loaded: LoadedRecipe, show: int = 0, gpu: int | None = None) -> Plan
     if calibration and calibration.calibrate.data:
         shown += shown_rows(calibration.data.prepared, calibration.model.tokenizer, show)
     told = {
-        "memory": plan.memory,
         "calibration": calibration and calibration.document(),
         "exports": foreseen(plan),
         "shown": shown,

@@ -263,7 +263,7 @@ class PlanDocument(Stored):
     steps: int
     """Optimizer steps in all."""
     memory: PlannedMemory | None = None
-    """Told by `qft check`."""
+    """None in documents from before it was predicted."""
     gpu_allocator: str | None = None
     """The variable that sets up the GPU's allocator: PYTORCH_ALLOC_CONF=expandable_segments:True, which qft sets where
     nobody else did. None without a GPU, and in documents from before it was told here."""

@@ -76,6 +76,13 @@ class Memory(Part):
     peak_child_bytes: Bytes = 0
     """Of the largest process that this one started and that has ended, as of those that encode rows or prepare batches;
     it is in no other figure. 0 where there was none, or where the system does not say."""
+    predicted_peak_bytes: Bytes | None = None
+    """Of the device, before anything was loaded: what the training's own peak was thought to be, on a GPU that of
+    peak_gpu_bytes. None: nothing could be predicted, or the report is from before it was."""
+    predicted_host_bytes: Bytes | None = None
+    """What peak_host_bytes was thought to be."""
+    predicted_components: dict[str, Bytes] = {}
+    """Of the predicted peak of the device."""
     device_bytes: Bytes
     after_load_bytes: Bytes
     """On the device that trains, as are the two below; of the last part of a resumed run."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -20,6 +19,9 @@ HOPPER_WORKSPACES = 2 * 32 * MIB
 """The same from compute capability 9.0 on (aten/src/ATen/cuda/CublasHandlePool.cpp)."""
 CONTEXT = 600 * MIB
 """What CUDA's context and its libraries take of a GPU beside what its allocator holds."""
+
+LATER = 40 * MIB
+"""Of the host: libraries that are loaded when the training begins, and the buffers of their kernels."""
 
 
 @dataclass(frozen=True)
@@ -46,24 +48,44 @@ class Prediction:
 Predictor = Callable[[Step], Prediction]
 
 
-def predictor(
-    build: Callable[[], PreTrainedModel], layers: int, work: Work, device: Device, file_bytes: int
-) -> Predictor:
-    """Predicts steps of a work on the unquantized model that `build` makes on the meta device, anew each time, and that
-    is loaded from files of so many bytes."""
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from."""
 
-    @functools.lru_cache
+    identity: str
+    """The same for models that are built alike."""
+    build: Callable[[], PreTrainedModel]
+    """Makes it, unquantized, on the meta device, anew each time."""
+    layers: int
+    file_bytes: int
+    """Of its weights."""
+
+
+def predictor(source: Source, work: Work, device: Device) -> Predictor:
+    """Predicts steps of a work."""
+
     def predict(step: Step) -> Prediction:
-        parts = {part: _with_workspaces(peak, device) for part, peak in trace(build, layers, work, step).items()}
+        parts = {part: _with_workspaces(peak, device) for part, peak in _traced(source, work, step).items()}
         # While it is loaded, a file is mapped, and what was read of it counts as resident; to be written, all that is
         # trained is copied.
         written = max(peak.parts.get("trainable_weights", 0) for peak in parts.values())
-        host = psutil.Process().memory_info().rss + max(file_bytes, written)
+        host = psutil.Process().memory_info().rss + LATER + max(source.file_bytes, written)
         if device.kind == "cpu":
             host += max(peak.total for peak in parts.values())
         return Prediction(parts, device, host)
 
     return predict
+
+
+_known: dict[tuple[str, str, Step], dict[str, Peak]] = {}
+"""What was traced in this process."""
+
+
+def _traced(source: Source, work: Work, step: Step) -> dict[str, Peak]:
+    key = (source.identity, repr(work), step)
+    if key not in _known:
+        _known[key] = trace(source.build, source.layers, work, step)
+    return _known[key]
 
 
 def _with_workspaces(peak: Peak, device: Device) -> Peak:

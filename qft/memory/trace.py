@@ -25,7 +25,6 @@ from qft.memory.optimizers import STATES, step_bytes
 from qft.memory.repeated import Pattern, pattern
 from qft.memory.stand_in import OnGpu, fill, hold, peft_sees_autocast, set_attention
 from qft.quant.hold import Scheme
-from qft.recipe.training import TrainSection
 
 MIDDLE = "other blocks"
 
@@ -60,7 +59,10 @@ class Work:
     scheme: Scheme
     lora: dict[str, Any] | None
     """Arguments of peft.LoraConfig; None: all weights are trained."""
-    train: TrainSection
+    optim: str
+    """By its name in the recipe, as the two below are what train says."""
+    label_smoothing_factor: float
+    neftune: bool
     mixed: torch.dtype | None
     """Of autocast; None: there is none."""
     on_gpu: bool
@@ -137,7 +139,7 @@ def _adapted(model: PreTrainedModel, work: Work, gpu: OnGpu | None, *, checkpoin
         # transformers renamed it; both names are there for now, and the older one warns.
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)(arguments)
         model.enable_input_require_grads()
-    if work.train.neftune_noise_alpha:
+    if work.neftune:
         noisy = model.get_input_embeddings()
         noisy.register_forward_hook(lambda _, __, out: out + torch.zeros_like(out).uniform_())
     adapted: nn.Module = model
@@ -177,7 +179,7 @@ def _run(model: nn.Module, ledger: Ledger, work: Work, step: Step) -> None:
     fill(model, work.scheme, note)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     ledger.label = "optimizer_state"
-    state = [torch.empty(n, dtype=torch.uint8) for p in trained for n in STATES[work.train.optim](p.shape)]
+    state = [torch.empty(n, dtype=torch.uint8) for p in trained for n in STATES[work.optim](p.shape)]
     ledger.label = "gradients"
     if step.accumulates:
         for parameter in trained:
@@ -192,7 +194,7 @@ def _run(model: nn.Module, ledger: Ledger, work: Work, step: Step) -> None:
             if parameter.grad is not None:
                 ledger.relabel(parameter.grad, "gradients")
         ledger.part = "update"
-        taken = torch.empty(step_bytes(work.train.optim, trained, on_gpu=work.on_gpu), dtype=torch.uint8)
+        taken = torch.empty(step_bytes(work.optim, trained, on_gpu=work.on_gpu), dtype=torch.uint8)
         del taken
         model.zero_grad(set_to_none=True)
         if work.held_out:
@@ -206,7 +208,7 @@ def _loss(model: nn.Module, batch: Batch, work: Work) -> torch.Tensor:
     """As the Trainer computes it: under autocast, what the model returns in float32."""
     shape = (batch.rows, batch.tokens)
     ids, labels = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
-    smoothing = work.train.label_smoothing_factor if model.training else 0.0
+    smoothing = work.label_smoothing_factor if model.training else 0.0
     mask = torch.cat([torch.ones_like(ids[:, 1:]), ids[:, :1]], dim=1) if batch.padded else None
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
     if not smoothing:

@@ -16,7 +16,7 @@ from qft.documents.plan import PlannedMemory, PlannedWay
 from qft.errors import first_line
 from qft.memory.fit import Choice, Way, row_counts, ways
 from qft.memory.guard import smaller_training
-from qft.memory.predict import Predictor, predictor
+from qft.memory.predict import Predictor, Source, predictor
 from qft.memory.trace import Batch, Step, Work
 from qft.plan.model import ModelPlan
 from qft.recipe import LoadedRecipe, Recipe
@@ -56,10 +56,14 @@ class Forecast:
         model, recipe = self.model, self.model.recipe
         held_out = batch_of(self.data.eval, recipe.train.per_device_eval_batch_size) if self.data.eval else None
         on_gpu = model.device.kind == "cuda"
-        work = Work(model.scheme, self.lora, recipe.train, self.mixed, on_gpu, held_out)
+        train = recipe.train
+        settings = (train.optim, train.label_smoothing_factor, train.neftune_noise_alpha is not None)
+        work = Work(model.scheme, self.lora, *settings, self.mixed, on_gpu, held_out)
+        config = model.checkpoint.config.to_json_string() + str((model.dtype, recipe.model.attn_implementation))
         files = model.checkpoint.weight_files() if model.checkpoint.has_weights else []
         size = sum(path.stat().st_size for path in files)
-        return predictor(model.skeleton_in_dtype, model.shape.layers, work, model.device, size)
+        source = Source(config, model.skeleton_in_dtype, model.shape.layers, size)
+        return predictor(source, work, model.device)
 
     def batch(self, rows: int) -> Batch:
         """The longest of so many training rows."""

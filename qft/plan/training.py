@@ -110,6 +110,7 @@ class Plan:
                 sources=list(rows.sources),
             ),
             steps=self.steps,
+            memory=self.memory,
             gpu_allocator=allocator_settings() if self.model.device.kind == "cuda" else None,
         )
 

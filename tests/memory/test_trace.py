@@ -15,7 +15,7 @@ from qft.memory.ledger import Ledger, Peak
 from qft.memory.repeated import Pattern, pattern
 from qft.memory.trace import MIDDLE, Batch, Step, Work, peaks, trace
 from qft.quant.hold import SCHEMES
-from qft.recipe.training import QuantSection, TrainSection
+from qft.recipe.training import QuantSection
 
 COMMON = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "pad_token_id": 0}
 KINDS: dict[str, dict[str, Any]] = {
@@ -49,8 +49,8 @@ def skeleton(kind: str, layers: int, dtype: torch.dtype = torch.float32) -> PreT
 
 def work(mode: str = "none", **changes: Any) -> Work:
     quant = QuantSection.model_validate({"mode": mode})
-    train = TrainSection(per_device_train_batch_size=2, **changes.pop("train", {}))
-    made = Work(SCHEMES[mode](quant, "float32", ("lm_head",)), LORA, train, None, on_gpu=False, held_out=BATCH)
+    scheme = SCHEMES[mode](quant, "float32", ("lm_head",))
+    made = Work(scheme, LORA, "adamw_torch", 0.0, neftune=False, mixed=None, on_gpu=False, held_out=BATCH)
     return dataclasses.replace(made, **changes)
 
 
@@ -81,8 +81,8 @@ def test_a_step_without_contents_takes_what_a_real_one_does(kind: str, step: Ste
         {"lora": LORA | {"use_dora": True}},
         {"lora": LORA | {"lora_dropout": 0.1}},
         {"lora": LORA | {"modules_to_save": ["lm_head"]}},
-        {"train": {"label_smoothing_factor": 0.1}},
-        {"train": {"neftune_noise_alpha": 5.0}},
+        {"label_smoothing_factor": 0.1},
+        {"neftune": True},
     ],
     ids=str,
 )
@@ -125,7 +125,7 @@ def test_a_quantized_base_is_counted_as_its_scheme_holds_it(mode: str) -> None:
 
 def test_optimizers_keep_what_they_keep() -> None:
     def state(optim: str) -> int:
-        return of("llama", work(lora=None, train={"optim": optim}), ONCE)["update"].parts.get("optimizer_state", 0)
+        return of("llama", work(lora=None, optim=optim), ONCE)["update"].parts.get("optimizer_state", 0)
 
     count = sum(p.numel() for p in skeleton("llama", 3).parameters())
     assert state("adamw_torch") == pytest.approx(8 * count, rel=0.05)

@@ -83,9 +83,12 @@ def _memory(report: Report) -> Facts:
     for name, count in parts.items():
         bar = "█" * round(24 * count / max(*parts.values(), 1))
         rows.add(PART_NAMES.get(name, name.replace("_", " ")), f"{size(count):>10}  {bar}")
-    rows.add("peak, GPU" if on_gpu else "peak, host", f"{size(peak):>10}  of {size(memory.device_bytes)}")
+    foretold = {"GPU": memory.predicted_peak_bytes, "host": memory.predicted_host_bytes}
+    told = {name: f"; {size(count)} predicted" if count else "" for name, count in foretold.items()}
+    name = "GPU" if on_gpu else "host"
+    rows.add(f"peak, {name}", f"{size(peak):>10}  of {size(memory.device_bytes)}{told[name]}")
     if on_gpu:
-        rows.add("peak, host", f"{size(memory.peak_host_bytes):>10}")
+        rows.add("peak, host", f"{size(memory.peak_host_bytes):>10}{told['host']}")
     if memory.phases:
         rows.add(
             "peak by phase", ", ".join(f"{name.replace('_', ' ')} {_most(p)}" for name, p in memory.phases.items())

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from qft.documents.training import Report
+from qft.documents.training import OutOfMemory, Report
 
 GIB = 2**30
 
@@ -14,6 +14,8 @@ def advise(report: Report) -> list[str]:
 
 def _on_memory(report: Report) -> Iterator[str]:
     memory = report.memory
+    if report.out_of_memory:
+        yield f"Memory ran out, and steps were made again: start with {_settings(report.out_of_memory)}."
     if memory.growing:
         grown = (memory.at_end_bytes - memory.after_first_step_bytes) / GIB
         yield f"Memory grew by {grown:.2f} GiB between the first step and the end: something is not let go."
@@ -32,6 +34,14 @@ def _on_memory(report: Report) -> Iterator[str]:
         )
     if free < memory.device_bytes / 20:
         yield f"Only {free / GIB:.1f} GiB were free at the peak: a longer batch may not fit."
+
+
+def _settings(events: list[OutOfMemory]) -> str:
+    """What holds after them, as a recipe says it."""
+    fields = {event.field: str(event.now).lower() for event in events}
+    if any("train_batch" in field for field in fields):
+        fields["train.gradient_accumulation_steps"] = str(events[-1].gradient_accumulation_steps)
+    return ", ".join(f"{field}: {value}" for field, value in fields.items())
 
 
 def _on_speed(report: Report) -> Iterator[str]:

@@ -215,6 +215,9 @@ ELSEWHERE = {
         "eval.samples": "test_generated_answers_are_scored_and_kept",
         "eval.regex": "test_generated_answers_are_scored_and_kept",
     },
+    "training/test_surviving.py": {
+        "memory.on_oom": "test_fail_stops_at_the_first_time_and_says_what_helps",
+    },
     "training/test_signals.py": {
         "train.save_on_signal": "test_without_save_on_signal_it_ends_at_once",
     },

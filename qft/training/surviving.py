@@ -160,7 +160,7 @@ class SurvivingTrainer(QftTrainer):
         return prepared
 
     def _update(self, step: Callable[[], None]) -> None:
-        undo = Undo(self.optimizer.optimizer, first=not self._updated)
+        undo = Undo(self.optimizer.optimizer, first=self.fits and not self._updated)
         try:
             step()
         except (RuntimeError, MemoryError):

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch.nn.modules.module import register_module_forward_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 When = Callable[[int, bool], bool]
 """From the rows of a batch and whether the model trains, to whether memory runs out."""
@@ -51,3 +52,21 @@ def times(*calls: int) -> When:
         return trains and seen[0] in calls
 
     return when
+
+
+@contextmanager
+def optimizer_fails(*calls: int, after: bool = False) -> Iterator[None]:
+    """Memory runs out in those steps of the optimizer, counted from 1: before it has done anything, or when it has
+    changed everything."""
+    made = [0]
+
+    def hook(*_: Any) -> None:
+        made[0] += 1
+        if made[0] in calls:
+            exhaust()
+
+    handle = (register_optimizer_step_post_hook if after else register_optimizer_step_pre_hook)(hook)
+    try:
+        yield
+    finally:
+        handle.remove()

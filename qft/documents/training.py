@@ -161,17 +161,18 @@ class OutOfMemory(Part):
     """For which the allocator was asked. None: it did not say."""
     field: str
     """Of the recipe, which has another value from here on."""
-    was: int | bool
-    now: int | bool
+    was: int | bool | str
+    now: int | bool | str
     gradient_accumulation_steps: int
     """Forward passes in a whole optimizer step from here on."""
 
     def told(self) -> str:
         """In one sentence."""
         asked = "" if self.asked_bytes is None else f", which asked for {room(self.asked_bytes)}"
+        where = f"{self.phase} pass" if self.phase in ("forward", "backward") else self.phase
         changed = f"{self.field} {self.was} → {self.now}".replace("False → True", "on")
         passes = f", gradient_accumulation_steps {self.gradient_accumulation_steps}" if "train_batch" in changed else ""
-        return f"step {self.step}: out of memory in the {self.phase}{asked}: {changed}{passes}"
+        return f"step {self.step}: out of memory in the {where}{asked}: {changed}{passes}"
 
 
 class Report(Part):

@@ -60,17 +60,17 @@ class SurvivingTrainer(QftTrainer):
 
     def __init__(self, recorder: Recorder, signals: Signals, **arguments: Any) -> None:
         super().__init__(recorder, signals, **arguments)
-        recipe = recorder.plan.recipe
+        recipe, planned = recorder.plan.recipe, vars(self.args)
         self.fits = recipe.memory.on_oom == "fit"
         self.settings: dict[str, Any] = {
-            ROWS: recipe.train.per_device_train_batch_size,
-            CHECKPOINTING: recipe.train.gradient_checkpointing,
-            EVAL_ROWS: recipe.train.per_device_eval_batch_size,
+            ROWS: planned["per_device_train_batch_size"],
+            CHECKPOINTING: any(planned.get(f"{name}_checkpointing") for name in ("activation", "gradient")),
+            EVAL_ROWS: planned["per_device_eval_batch_size"],
             ANSWERED_ROWS: recipe.eval.batch_size,
         }
         """What holds now, by the fields of the recipe."""
         self.of_a_step = [Remedy(ROWS, self._fewer_rows), Remedy(CHECKPOINTING, self._checkpointed, self._checkpoint)]
-        """What is done where memory runs out in a step, the first that is left."""
+        """What is done where memory runs out in a step: the first that is left. Of each, `settings` has the value."""
         self._taken: list[Batch] = []
         """The loader's batches of the step under way, up to the one that is being passed."""
         self._told: Any = 0.0
@@ -83,8 +83,9 @@ class SurvivingTrainer(QftTrainer):
         """As the part of the run did that is resumed."""
         remedies = {remedy.field: remedy for remedy in (*self.of_a_step, *OF_AN_EVALUATION, *OF_ANSWERS)}
         for field, now in {event.field: event.now for event in self.recorder.out_of_memory}.items():
-            self.recorder.view.note(f"Going on with {field} {now}, as since memory ran out")
-            self._change(remedies[field], now)
+            if isinstance(now, bool | str) or now < self.settings[field]:  # fewer may be asked for now
+                self.recorder.view.note(f"Going on with {field} {now}, as since memory ran out")
+                self._change(remedies[field], now)
 
     def _fewer_rows(self, value: int, rows: int) -> int | None:
         """Only where the loss of a batch is the sum of those of its parts: not where a model averages each micro-batch
@@ -104,8 +105,8 @@ class SurvivingTrainer(QftTrainer):
     @property
     def accumulation(self) -> int:
         """Forward passes in a whole optimizer step."""
-        train, rows = self.recorder.plan.recipe.train, int(self.settings[ROWS])
-        return train.gradient_accumulation_steps * -(-train.per_device_train_batch_size // rows)
+        parts = -(-self.args.per_device_train_batch_size // int(self.settings[ROWS]))
+        return int(self.args.gradient_accumulation_steps * parts)
 
     def still_to_do(self) -> Iterator[str]:
         """What lets the training take less, beside what holds now."""
@@ -154,7 +155,7 @@ class SurvivingTrainer(QftTrainer):
         @wraps(step)
         def update() -> None:
             self._survive_step(partial(self._update, step), lambda: self._update_again(step))
-            self._updated = True
+            self._updated |= not (self.update.skipped or self.optimizer.step_was_skipped)
 
         self.optimizer.step = update
         return prepared

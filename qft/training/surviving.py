@@ -222,9 +222,10 @@ class SurvivingTrainer(QftTrainer):
     def _give_way(self, error: BaseException, remedies: Iterable[Remedy], rows: int) -> bool:
         """Do the first thing that is left, and tell of it; False: nothing is left, or asked for."""
         step, phase = self.state.global_step, PHASES.get(self.recorder.clock.phase, self.recorder.clock.phase)
+        if not self.fits:
+            return False
         if self._spoilt:
             self.recorder.view.note(f"step {step + 1}: memory ran out midway in the update, which cannot be made again")
-        if self._spoilt or not self.fits:
             return False
         for remedy in remedies:
             was = self.settings[remedy.field]
@@ -251,12 +252,12 @@ class SurvivingTrainer(QftTrainer):
     def _free(self) -> None:
         """Give back what the attempt that failed has left: gradients, and what allocators kept."""
         self.model.zero_grad(set_to_none=True)
+        torch.clear_autocast_cache()
+        gc.collect()
+        if self.args.device.type == "cuda":
+            torch.cuda.empty_cache()
         if self.is_in_train and (scaler := self.accelerator.scaler) is not None:
             # Its scale stays; that these gradients were unscaled is forgotten, which only an update of the scale does.
             scaler.scale(torch.zeros(1, device=self.args.device))  # before the first backward pass it has none
             scaler.update(scaler.get_scale())
             self.optimizer._accelerate_step_called = False
-        torch.clear_autocast_cache()
-        gc.collect()
-        if self.args.device.type == "cuda":
-            torch.cuda.empty_cache()

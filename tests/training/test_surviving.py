@@ -193,13 +193,14 @@ def test_nothing_of_the_failed_step_is_kept(recipe: RecipeFile) -> None:
                 left.append(sum(each() is not None for each in given))
             given.append(weakref.ref(output))
 
-    for phase in ("forward", "backward"):
+    for phase, checkpointing in (("forward", False), ("backward", False), ("backward", True)):
         given.clear()
         left.clear()
         handle = register_module_forward_hook(hook)
+        settings = {"max_steps": 1, "gradient_checkpointing": checkpointing}
         try:
             with exhausted(above(2), phase=phase):
-                run(recipe(phase, train={"max_steps": 1}))
+                run(recipe(f"{phase}-{checkpointing}", train=settings))
         finally:
             handle.remove()
         assert left == [0]

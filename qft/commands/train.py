@@ -7,8 +7,10 @@ from qft.calibration.skip_auto import choose_skip_modules, skipped_before
 from qft.data.encoded import write_rows
 from qft.documents.manifest import Manifest
 from qft.documents.training import Report, SkippedModules
+from qft.errors import OutOfMemoryError
 from qft.files import write_json, write_text
 from qft.machine.signals import Signals
+from qft.memory.guard import smaller_training
 from qft.model.handover import require_exports
 from qft.plan import Plan, make_plan, with_skip_modules
 from qft.plan.memory import is_open, settled
@@ -37,6 +39,7 @@ def train(loaded: LoadedRecipe, view: View, *, resume: bool = False, overwrite: 
 def _train(loaded: LoadedRecipe, view: View, signals: Signals, *, resume: bool, overwrite: bool) -> Report:
     started = time.perf_counter()
     plan, skipped = _plan(loaded, view, resume=resume)
+    _require_memory(plan, view)
     room = (plan.checkpoint_bytes, "its checkpoints")
     run = start_run(plan.model.loaded, plan.document(), room, view, resume=resume, overwrite=overwrite)
     with run.failure_noted():
@@ -53,6 +56,19 @@ def _train(loaded: LoadedRecipe, view: View, signals: Signals, *, resume: bool, 
     answers = {moment.capitalize(): recorder.answers.get(moment, []) for moment in ("before", "after")}
     write_text(run.page, training_page(report, side_by_side(answers, plan.data.place)))
     return report
+
+
+def _require_memory(plan: Plan, view: View) -> None:
+    """Say what was predicted if it is beyond the budget. Raises OutOfMemoryError then if nobody is to make it fit."""
+    memory = plan.memory
+    if memory.fits is not False or memory.predicted_peak_bytes is None:
+        return
+    found, budget = (f"{count / 2**30:,.2f} GiB" for count in (memory.predicted_peak_bytes, memory.budget_bytes))
+    text = f"{found} of the device are predicted to be taken, and memory.budget comes to {budget}"
+    if plan.recipe.memory.on_oom == "fail":
+        helps = "; ".join(smaller_training(plan.recipe, plan.model.scheme))
+        raise OutOfMemoryError(f"{text}. What helps, the most first: {helps}; or set memory.on_oom: fit")
+    view.note(f"{text[0].upper()}{text[1:]}: where memory runs out, the step is made in smaller parts")
 
 
 def _as_before(loaded: LoadedRecipe) -> LoadedRecipe:

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from qft.documents.memory import PhaseMemory
 from qft.documents.part import Bytes, Seconds, Stored, Tokens
-from qft.documents.training import Evaluation
+from qft.documents.training import Evaluation, OutOfMemory
 from qft.errors import RunError
 from qft.progress import Step
 
@@ -34,6 +34,8 @@ class TrainingState(Stored):
     largest_micro_batch_tokens: Tokens = 0
     recomputed: tuple[int, float] | None = None
     """What gradient checkpointing saved in bytes, and its seconds in one step; None where it was off."""
+    out_of_memory: list[OutOfMemory] = []
+    """What was changed because memory ran out: the rest of the training goes on so."""
     evaluation_due: bool = False
     """Whether the evaluation of this step was still to be made."""
 

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from qft.documents.memory import Leak, MomentMemory, PhaseMemory
 from qft.documents.part import Bits, Bytes, Nats, Part, Seconds, Share, Tokens, TokensPerSecond
 from qft.errors import MissingError, RunError
-from qft.files import require_regular
+from qft.files import require_regular, room
 
 
 class ModelPart(Part):
@@ -199,6 +199,31 @@ class SkippedModules(Part):
     perplexity_after: float
 
 
+class OutOfMemory(Part):
+    """Memory ran out, and what was changed so that the training went on."""
+
+    step: int
+    """The optimizer step that was made again; of an evaluation, the last one before it."""
+    phase: Literal["forward", "backward", "optimizer", "evaluation"]
+    """What failed. The evaluation includes the answers."""
+    asked_bytes: Bytes | None
+    """For which the allocator was asked. None: it did not say."""
+    field: str
+    """Of the recipe, which has another value from here on."""
+    was: int | bool | str
+    now: int | bool | str
+    gradient_accumulation_steps: int
+    """Forward passes in a whole optimizer step from here on."""
+
+    def told(self) -> str:
+        """In one sentence."""
+        asked = "" if self.asked_bytes is None else f", which asked for {room(self.asked_bytes)}"
+        where = f"{self.phase} pass" if self.phase in ("forward", "backward") else self.phase
+        changed = f"{self.field} {self.was} → {self.now}".replace("False → True", "on")
+        passes = f", gradient_accumulation_steps {self.gradient_accumulation_steps}" if "train_batch" in changed else ""
+        return f"step {self.step}: out of memory in the {where}{asked}: {changed}{passes}"
+
+
 class Report(Part):
     """What a training measured. Bytes, seconds and tokens throughout; shares are between 0 and 1."""
 
@@ -229,6 +254,8 @@ class Report(Part):
     """Optimizer steps."""
     unmeasured_steps: int = 0
     """Steps before those, made by a qft that kept no figures beside its checkpoints."""
+    out_of_memory: list[OutOfMemory] = []
+    """Each time that memory ran out and memory.on_oom: fit went on, in their order."""
     skipped_steps: int
     """Updates that were not made because a number was not finite."""
     samples: int

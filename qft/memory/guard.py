@@ -1,15 +1,20 @@
 """An allocator's failure as one message that says what to change, of what the recipe has not done yet."""
 
 import re
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 
-from qft.errors import OutOfMemoryError
+from qft.errors import OutOfMemoryError, causes
 from qft.quant.hold import Scheme
 from qft.recipe import Recipe
 from qft.recipe.schema import CalibrateSection
+
+SAID = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""By what a RuntimeError of another kind tells that memory ran out: of the host, in a kernel, in cuBLAS."""
+UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 
 @contextmanager
@@ -18,10 +23,29 @@ def memory_guard(what: str, remedies: Iterable[str]) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        known = isinstance(error, torch.cuda.OutOfMemoryError | MemoryError)
-        if not known and "can't allocate memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         raise OutOfMemoryError(_message(what, remedies, error)) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator failed, of the GPU or of the host."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in SAID)
+
+
+def asked_bytes(error: BaseException) -> int | None:
+    """Bytes for which the allocator was asked, as its message says, to the digits that it gives; None: it says
+    nothing."""
+    found = re.search(r"\ballocate ([\d.]+) (bytes|[KMGT]iB)", str(error))
+    return int(float(found[1]) * UNITS[found[2]]) if found else None
+
+
+def let_go(error: BaseException) -> None:
+    """Drop what the functions held that `error` ended, tensors among it."""
+    for each in causes(error, in_context=True):
+        traceback.clear_frames(each.__traceback__)
 
 
 def smaller_base(recipe: Recipe, scheme: Scheme) -> Iterator[str]:

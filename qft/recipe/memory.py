@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
@@ -41,6 +41,11 @@ class MemorySection(Section):
     budget: Annotated[str, Field(min_length=1), AfterValidator(_budget)] = "90%"
     """What a training may take of the device's memory: a share of it (90%), or a size (24GiB). What is auto under train
     is chosen within it."""
+    on_oom: Literal["fit", "fail"] = "fit"
+    """What happens when memory runs out in a step or an evaluation. fit: the step is made again from its beginning, in
+    micro-batches of half the rows and twice as many of them (the same rows, the same effective batch), then with
+    gradient checkpointing; an evaluation goes on with half the rows; every change is shown and stands in the report.
+    fail: the run stops and says what helps."""
     leak_threshold: Annotated[Size, Field(ge=1)] | None = 8 * 2**20
     """Bytes (8388608, 8MiB) in 100 steps from which memory that grows from step to step is told as a leak, with what
     grew. None: no leak is looked for."""

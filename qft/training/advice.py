@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from qft.documents.training import Memory, Report
+from qft.documents.training import Memory, OutOfMemory, Report
 
 GIB = 2**30
 
@@ -16,6 +16,8 @@ def _on_memory(report: Report) -> Iterator[str]:
     memory = report.memory
     if leak := memory.leak:
         yield f"Memory grew by {_size(leak.bytes_per_100_steps)} in 100 steps, {leak.suspect}: {leak.evidence}."
+    if report.out_of_memory:
+        yield f"Memory ran out, and steps were made again: start with {_settings(report.out_of_memory)}."
     free = memory.device_bytes - (memory.peak_gpu_reserved_bytes or memory.peak_host_bytes)
     if checkpointing := report.checkpointing:
         saved, cost = checkpointing.saved_bytes, checkpointing.cost_share
@@ -58,6 +60,14 @@ def _on_fragmentation(memory: Memory) -> Iterator[str]:
         "group_by_length as train_sampling_strategy" if expandable else "PYTORCH_ALLOC_CONF=expandable_segments:True"
     )
     yield f"The allocator held {_size(idle)} of {_size(reserved)} that no tensor used at its peak: try {remedy}."
+
+
+def _settings(events: list[OutOfMemory]) -> str:
+    """What holds after them, as a recipe says it."""
+    fields = {event.field: str(event.now).lower() for event in events}
+    if any("train_batch" in field for field in fields):
+        fields["train.gradient_accumulation_steps"] = str(events[-1].gradient_accumulation_steps)
+    return ", ".join(f"{field}: {value}" for field, value in fields.items())
 
 
 def _on_speed(report: Report) -> Iterator[str]:

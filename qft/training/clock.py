@@ -18,6 +18,11 @@ class PhaseClock:
         self._on_gpu = on_gpu
         self._marks: list[tuple[str, Any]] = []
 
+    @property
+    def phase(self) -> str:
+        """The one under way; empty if it is not counted."""
+        return self._marks[-1][0] if self._marks else ""
+
     def enter(self, phase: str) -> None:
         """End the phase before and begin `phase`; an empty name begins what is not counted."""
         if self._on_gpu:

@@ -9,13 +9,13 @@ from qft.documents.training import Evaluation
 from qft.files import write_json, write_text
 from qft.measure.scores import Answer, answer_rows, as_jsonl, score
 from qft.run.folder import Run
-from qft.training.trainer import QftTrainer
+from qft.training.surviving import SurvivingTrainer
 
 
 class HeldOut(TrainerCallback):
     """Evaluates the held-out rows, if there are any: their loss, and the scores of the answers to them."""
 
-    def __init__(self, trainer: QftTrainer, run: Run) -> None:
+    def __init__(self, trainer: SurvivingTrainer, run: Run) -> None:
         self.trainer, self.run = trainer, run
         self.recorder, self.plan = trainer.recorder, trainer.recorder.plan
         trainer.add_callback(self)
@@ -63,7 +63,12 @@ class HeldOut(TrainerCallback):
     def _answers(self, moment: str) -> list[Answer]:
         """The model's answers, kept as answers/`moment`.jsonl."""
         tokenizer, rows = self.plan.model.tokenizer, self.plan.data.eval
-        with self.trainer.accelerator.autocast():
-            answers = answer_rows(self.trainer.model, tokenizer, rows, self.plan.recipe.eval)
+
+        def answered(at_once: int) -> list[Answer]:
+            settings = self.plan.recipe.eval.having(batch_size=at_once)
+            with self.trainer.accelerator.autocast():
+                return answer_rows(self.trainer.model, tokenizer, rows, settings)
+
+        answers = self.trainer.answering(answered, len(rows or ()))
         write_text(self.run.answers / f"{moment}.jsonl", as_jsonl(answers, self.plan.data.place))
         return answers

@@ -46,6 +46,8 @@ class Recorder:
         """Of each part; of gradients and optimizer state, as they were when there first were any."""
         self.recomputed: tuple[int, float] | None = None
         """What CheckpointingProbe measured, where it was on."""
+        self.out_of_memory: list[documents.OutOfMemory] = []
+        """What was changed because memory ran out, in all parts."""
         self.quantized_share: float | None = None
         """Of the loaded base's weights; see qft.quant.share."""
         self.evaluations: dict[str, documents.Evaluation] = {}
@@ -62,6 +64,7 @@ class Recorder:
         self.earlier, self.steps, self.evaluations = state, list(state.steps), dict(state.evaluations)
         self.clock.seconds |= state.phase_seconds
         self.largest_micro_batch = state.largest_micro_batch_tokens
+        self.out_of_memory = list(state.out_of_memory)
         if self.plan.recipe.train.gradient_checkpointing:
             self.recomputed = state.recomputed
 
@@ -81,6 +84,7 @@ class Recorder:
             memory_phases=phases,
             largest_micro_batch_tokens=self.largest_micro_batch,
             recomputed=self.recomputed,
+            out_of_memory=self.out_of_memory,
         )
 
     def reach(self, moment: str, phase: str) -> None:
@@ -116,6 +120,11 @@ class Recorder:
         self.steps.append(step)
         self.view.step(step)
 
+    def survived(self, event: documents.OutOfMemory) -> None:
+        """Memory ran out, and the training goes on."""
+        self.out_of_memory.append(event)
+        self.view.note(event.told())
+
     def evaluated(self, moment: str, evaluation: documents.Evaluation, answers: list[Answer]) -> None:
         self.evaluations[moment], self.answers[moment] = evaluation, answers
         self.view.evaluated(evaluation.step, evaluation.loss, evaluation.perplexity, evaluation.scores)
@@ -143,6 +152,7 @@ class Recorder:
             resumed_from=(run.manifest() or Manifest()).resumed_from,
             steps=len(steps),
             unmeasured_steps=self.earlier.unmeasured_steps,
+            out_of_memory=self.out_of_memory,
             skipped_steps=sum(step.skipped for step in steps),
             samples=sum(step.rows for step in steps),
             tokens=sum(step.tokens for step in steps),

@@ -10,7 +10,7 @@ from transformers.integrations import TensorBoardCallback
 from qft.data.batch import Collator, pad_token_id
 from qft.errors import Interrupted, ModelError
 from qft.machine.signals import Signals
-from qft.memory.guard import memory_guard, smaller_training
+from qft.memory.guard import memory_guard
 from qft.model.adapter import CHANGES_BASE, attach_adapter, save_adapter, save_full
 from qft.model.load import load_base
 from qft.plan import Plan
@@ -19,7 +19,7 @@ from qft.run.checkpoint import is_over, step_of
 from qft.run.folder import Run, record_base
 from qft.training.evaluation import HeldOut
 from qft.training.recorder import Recorder
-from qft.training.trainer import QftTrainer
+from qft.training.surviving import SurvivingTrainer
 
 
 def train_model(run: Run, recorder: Recorder, signals: Signals) -> Path:
@@ -39,8 +39,7 @@ def train_model(run: Run, recorder: Recorder, signals: Signals) -> Path:
         recorder.loaded(model)
         # Under autocast a LoRA layer need not cast its input to float32 first, which would be kept for backward.
         mixed = plan.training["bf16"] or plan.training["fp16"]
-        remedies = smaller_training(plan.recipe, plan.model.scheme)
-        with memory_guard("training", remedies), disable_input_dtype_casting(model, active=mixed):
+        with memory_guard("training", trainer.still_to_do()), disable_input_dtype_casting(model, active=mixed):
             held_out = HeldOut(trainer, run)
             held_out.evaluate("before") if checkpoint is None else held_out.recall("before")
             recorder.begin(step_of(checkpoint))
@@ -56,7 +55,7 @@ def train_model(run: Run, recorder: Recorder, signals: Signals) -> Path:
     return result
 
 
-def _take_steps(trainer: QftTrainer, checkpoint: Path | None) -> None:
+def _take_steps(trainer: SurvivingTrainer, checkpoint: Path | None) -> None:
     """Those that are left, if any are."""
     plan, over = trainer.recorder.plan, False
     if checkpoint:
@@ -93,9 +92,9 @@ def _load(recorder: Recorder, run: Run) -> Any:
     return model
 
 
-def _trainer(model: Any, run: Run, recorder: Recorder, signals: Signals) -> QftTrainer:
+def _trainer(model: Any, run: Run, recorder: Recorder, signals: Signals) -> SurvivingTrainer:
     plan = recorder.plan
-    trainer = QftTrainer(
+    trainer = SurvivingTrainer(
         recorder,
         signals,
         model=model,
@@ -125,7 +124,7 @@ def _callbacks(plan: Plan, run: Run) -> list[TrainerCallback]:
     return callbacks
 
 
-def _save(trainer: QftTrainer, run: Run) -> Path:
+def _save(trainer: SurvivingTrainer, run: Run) -> Path:
     plan, model = trainer.recorder.plan, trainer.accelerator.unwrap_model(trainer.model)
     if plan.lora is None:
         save_full(model, plan, run.full_model)

@@ -58,6 +58,12 @@ class QftTrainer(StoppingTrainer):
         """Held-out rows, of a batch whose loss is not finite."""
         self.add_callback(_StepWatch(self))
 
+    def restart_update(self) -> None:
+        """The step is made again: forget what was noted of it."""
+        self.update = _Update(self.update.started)
+        if self.probe and self.recorder.recomputed is None:
+            self.probe = CheckpointingProbe(self.model)  # what the other noted may have been too large
+
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         self.update = _Update()
         self.recorder.clock.enter("data")
@@ -174,11 +180,17 @@ class QftTrainer(StoppingTrainer):
             peak_memory=recorder.meter.peak().device,
             skipped=update.skipped,
         )
-        if self.probe and recorder.recomputed is None:
-            with self.accelerator.autocast(), self.untouched_random():
-                saved, seconds = self.probe.measure()
-            recorder.recomputed = saved, seconds * self.args.gradient_accumulation_steps
+        if recorder.recomputed is None:
+            recorder.recomputed = self.measure_checkpointing()
         recorder.step(step)
+
+    def measure_checkpointing(self) -> tuple[int, float] | None:
+        """Bytes that checkpointing saves, and its seconds in one step; None where that is not measured."""
+        if self.probe is None:
+            return None
+        with self.accelerator.autocast(), self.untouched_random():
+            saved, seconds = self.probe.measure()
+        return saved, seconds * len(self.update.losses)
 
 
 class _StepWatch(TrainerCallback):
@@ -188,8 +200,10 @@ class _StepWatch(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        if (count := self.trainer.recorder.plan.recomputed) is not None:
-            checkpoint_first(self.trainer.model, count)
+        recorder = self.trainer.recorder
+        all_since = any(event.field == "train.gradient_checkpointing" for event in recorder.out_of_memory)
+        if recorder.plan.recomputed is not None and not all_since:
+            checkpoint_first(self.trainer.model, recorder.plan.recomputed)
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         self.trainer.before_update()

@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 
-from qft.errors import RecipeError
+from qft.commands.train import train
+from qft.errors import OutOfMemoryError, RecipeError
 from qft.machine.device import absent_gpu
 from qft.memory.trace import Step
 from qft.plan import Plan, make_plan
 from qft.plan.memory import Forecast
+from qft.progress import View
 from qft.recipe import load
 from tests.support.cli import qft
 from tests.support.rows import chat, write_jsonl
@@ -116,9 +118,6 @@ def test_an_interrupted_run_goes_on_in_the_same_micro_batches(recipe_file: MakeR
 
 def run_more(path: Path) -> int:
     """Goes on in a budget that the run's own micro-batches are not within; their rows."""
-    from qft.commands.train import train
-    from qft.progress import View
-
     loaded = load(path, ["train.max_steps=3", "memory.budget=1MiB"])
     train(loaded, View(), resume=True)
     written = load(Path(loaded.recipe.output_dir) / "recipe.yaml").recipe.train
@@ -147,3 +146,21 @@ def test_the_longest_batch_that_the_rows_make_is_predicted(recipe_file: MakeReci
     plans = [planned(recipe_file(data={"train": str(path)}, train=train)) for path in (short, long)]
     activations = [plan.memory.components["activations"] for plan in plans]
     assert activations[1] > 3 * activations[0]
+
+
+def test_a_training_that_does_not_fit_is_refused_or_said_to_be_made_fit(recipe_file: MakeRecipe) -> None:
+    class Notes(View):
+        said: list[str]
+
+        def note(self, text: str) -> None:
+            self.said.append(text)
+
+    path, view = recipe_file(train={"max_steps": 1}, memory={"budget": "1MiB"}), Notes()
+    view.said = []
+    with pytest.raises(
+        OutOfMemoryError, match=r"memory.budget comes to .* lower data.max_length; or set memory.on_oom"
+    ):
+        train(load(path, ["memory.on_oom=fail"]), view)
+    assert not Path(load(path).recipe.output_dir, "manifest.json").exists()
+    train(load(path), view)
+    assert any("predicted" in text and "smaller parts" in text for text in view.said)

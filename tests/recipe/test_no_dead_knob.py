@@ -219,6 +219,9 @@ ELSEWHERE = {
     "training/test_leaks.py": {
         "memory.leak_threshold": "test_the_threshold_is_the_recipes",
     },
+    "training/test_surviving.py": {
+        "memory.on_oom": "test_fail_stops_at_the_first_time_and_says_what_helps",
+    },
     "training/test_signals.py": {
         "train.save_on_signal": "test_without_save_on_signal_it_ends_at_once",
     },

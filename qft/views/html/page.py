@@ -71,6 +71,7 @@ def training_page(report: Report, answers: Sequence[Asked] = ()) -> str:
             ("Peak memory by phase", _of_parts(report.memory.phases)),
             ("Memory at moments", _of_parts(report.memory.moments)),
         ],
+        out_of_memory=_out_of_memory(report),
         speed=[training_pictures.throughput(report), training_pictures.phases(report)],
         lengths=training_pictures.lengths(report),
         answers=sorted(answers, key=lambda row: [right is not False for _, right in reversed(row.given.values())]),
@@ -189,6 +190,12 @@ def _held_out(report: Report) -> Table:
     ]
     head = ("When", "Step", "Loss", "Perplexity", *map(_title, metrics), "Tokens", "Rows")
     return Table(head, rows, len(measured))
+
+
+def _out_of_memory(report: Report) -> Table | None:
+    fields = ("step", "phase", "asked_bytes", "field", "was", "now", "gradient_accumulation_steps")
+    rows = [tuple(_figure(event, field) for field in fields) for event in report.out_of_memory]
+    return Table(tuple(map(_title, fields)), rows) if rows else None
 
 
 def _every_figure(name: str, part: Part) -> Iterator[tuple[str, Table]]:

@@ -1,7 +1,7 @@
 """The Hugging Face Trainer, made to go on where memory runs out: with less at once, and the same numbers."""
 
 import gc
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial, wraps
 from typing import Any, NamedTuple, TypeVar
 
@@ -23,7 +23,7 @@ PHASES = {"": "evaluation", "data": "forward"}
 CHECKPOINTING, ANSWERED_ROWS = "train.gradient_checkpointing", "eval.batch_size"
 
 
-def _checkpoints_all(plan: Plan, planned: dict[str, Any]) -> bool:
+def _checkpoints_all(plan: Plan, planned: Mapping[str, Any]) -> bool:
     """Whether no block keeps more than its input."""
     on = any(planned.get(f"{name}_checkpointing") for name in ("activation", "gradient"))
     return on and plan.recomputed in (None, plan.model.shape.layers)

@@ -155,7 +155,7 @@ def test_a_training_that_does_not_fit_is_refused_or_said_to_be_made_fit(recipe_f
         def note(self, text: str) -> None:
             self.said.append(text)
 
-    path, view = recipe_file(train={"max_steps": 1}, memory={"budget": "1MiB"}), Notes()
+    path, view = recipe_file(train={"max_steps": 1}, memory={"budget": "64KiB"}), Notes()
     view.said = []
     with pytest.raises(
         OutOfMemoryError, match=r"memory.budget comes to .* lower data.max_length; or set memory.on_oom"

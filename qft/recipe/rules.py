@@ -34,6 +34,7 @@ def broken_rules(recipe: Recipe, given: Callable[[str], bool]) -> Iterator[Probl
     yield from _adapter_rules(recipe)
     yield from _data_rules(recipe)
     yield from _train_rules(recipe)
+    yield from _offload_rules(recipe)
     yield from _eval_rules(recipe)
     if recipe.adapter.kind == "none" and "adapter" in recipe.export.target:
         yield "export.target", "adapter: there is none with adapter.kind none; export merged, or a quantized form"
@@ -66,6 +67,8 @@ def unread_fields(recipe: Recipe) -> dict[str, str]:
         unread["train.save_steps"] = "is read only with train.save_strategy steps"
     if train.save_strategy == "no":
         unread["train.save_total_limit"] = "no checkpoint is written with train.save_strategy no"
+    if recipe.memory.offload != "disk":
+        unread["memory.offload_folder"] = "is read only with memory.offload disk"
     if not recipe.eval.metrics:
         unread |= {f"eval.{name}": "is read only with eval.metrics" for name in ANSWER_FIELDS}
     elif "regex" not in recipe.eval.metrics:
@@ -216,6 +219,20 @@ def _pattern_rules(recipe: Recipe) -> Iterator[Problem]:
             re.compile(pattern)
         except re.error as error:
             yield field, f"{pattern!r} is no regular expression: {error}"
+
+
+def _offload_rules(recipe: Recipe) -> Iterator[Problem]:
+    adapter, field = recipe.adapter, "memory.offload"
+    if recipe.memory.offload == "none":
+        return
+    if adapter.kind == "none":
+        yield field, "only frozen weights can wait elsewhere, and adapter.kind none trains all: set it to lora, or none"
+    if adapter.init_lora_weights.startswith(("pissa", "olora")):
+        yield field, f"adapter.init_lora_weights {adapter.init_lora_weights} changes the base weights: use default, or none"
+    if recipe.quant.mode == "custom":
+        yield field, "how the code of quant.plugin holds its weights is not known: set quant.mode to 4bit or 8bit, or none"
+    if recipe.train.torch_compile:
+        yield field, "a model whose weights come and go cannot be compiled: set train.torch_compile to false, or none"
 
 
 def _eval_rules(recipe: Recipe) -> Iterator[Problem]:

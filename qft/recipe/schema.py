@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from qft.recipe.memory import MemorySection
 from qft.recipe.training import (
     AdapterSection,
     DataSection,
@@ -165,6 +166,7 @@ class Recipe(Section):
     adapter: AdapterSection = AdapterSection()
     data: DataSection = DataSection()
     train: TrainSection = TrainSection()
+    memory: MemorySection = MemorySection()
     eval: EvalSection = EvalSection()
     calibrate: CalibrateSection | None = None
     export: ExportSection = ExportSection()

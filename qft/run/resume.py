@@ -48,7 +48,7 @@ TABLE: dict[str, dict[Class, str]] = {
             train.run_name train.per_device_eval_batch_size train.dataloader_num_workers train.dataloader_pin_memory
             train.logging_steps train.eval_strategy train.eval_steps train.save_strategy train.save_steps
             train.save_total_limit train.save_on_signal train.report_to
-            eval calibrate export output_dir
+            memory eval calibrate export output_dir
         """,
     },
     "calibration-plan": {
@@ -63,7 +63,7 @@ TABLE: dict[str, dict[Class, str]] = {
             seed
         """,
         "honoured": "calibrate.accept calibrate.remedy calibrate.max_bytes",
-        "free": "data.num_proc calibrate.preset calibrate.allow_partial quant adapter train eval export output_dir",
+        "free": "data.num_proc calibrate.preset calibrate.allow_partial quant adapter train memory eval export output_dir",
     },
 }
 """By the kind of the plan. A section stands for all its fields, where none of them is read before the run is over."""

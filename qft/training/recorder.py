@@ -36,6 +36,8 @@ class Recorder:
         """Memory by the moment: after_load, peak, at_end."""
         self.bytes = dict.fromkeys(("frozen", "trainable", "gradients", "optimizer_state"), 0)
         """Of each part; of gradients and optimizer state, as they were when there first were any."""
+        self.bytes_elsewhere = 0
+        """Of frozen weights, what memory.offload keeps off the device."""
         self.recomputed: tuple[int, float] | None = None
         """What CheckpointingProbe measured, where it was on."""
         self.quantized_share: float | None = None
@@ -141,6 +143,7 @@ class Recorder:
 
     def _model(self) -> documents.ModelPart:
         plan, shape = self.plan.model, self.plan.model.shape
+        held = self.bytes["frozen"] + self.bytes_elsewhere if self.plan.lora else self.bytes["trainable"]
         return documents.ModelPart(
             path=plan.checkpoint.path,
             architecture=shape.architecture,
@@ -152,7 +155,7 @@ class Recorder:
             trainable_parameters=shape.trainable_parameters,
             trainable_share=shape.trainable_parameters / shape.parameters,
             quantized_share=self.quantized_share,
-            bits_per_weight=self.bytes["frozen" if self.plan.lora else "trainable"] * 8 / shape.parameters,
+            bits_per_weight=held * 8 / shape.parameters,
         )
 
     def _memory(self) -> documents.Memory:

@@ -88,7 +88,7 @@ class Offload:
         self._layouts: list[Layout] = []
         self._slots: list[_Slot] = []
         self._pool = ThreadPoolExecutor(1, "offload") if store.waits else None
-        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     @property
     def bytes_elsewhere(self) -> int:
@@ -129,6 +129,12 @@ class Offload:
             torch.cuda.current_stream(self.device).wait_event(slot.ready)
         self.current = number
 
+    def bring(self, layer: nn.Module) -> None:
+        """Have the weights of one layer there, if it is of a block."""
+        number = next((n for n, pieces in enumerate(self._pieces) if any(p.module is layer for p in pieces)), None)
+        if number is not None:
+            self.need(number)
+
     def close(self) -> None:
         """End the thread that reads."""
         if self._pool:
@@ -139,7 +145,7 @@ class Offload:
         if self._side is None:
             return _Slot(content, content)
         staging = torch.empty(size if self.store.waits else 0, dtype=torch.uint8, pin_memory=True)
-        return _Slot(content, staging, torch.cuda.Event())
+        return _Slot(content, staging, torch.cuda.Event())  # type: ignore[no-untyped-call]
 
     def _watch(self, number: int, block: nn.Module, layers: Any) -> None:
         def before(*_: Any) -> None:
@@ -181,7 +187,7 @@ class Offload:
         slot.holds = number
         free = None
         if self._side:
-            free = torch.cuda.Event()
+            free = torch.cuda.Event()  # type: ignore[no-untyped-call]
             free.record(torch.cuda.current_stream(self.device))
         slot.pending = self._pool.submit(self._bring, number, slot, free) if self._pool else None
         if not self._pool:
@@ -206,4 +212,4 @@ def _at_gradients(output: Any, call: Callable[[torch.Tensor], None]) -> None:
     """Have `call` called before the gradient of any tensor in `output` is passed on."""
     for value in tree_leaves(output):
         if isinstance(value, torch.Tensor) and value.requires_grad:
-            value.register_hook(call)
+            value.register_hook(call)  # type: ignore[no-untyped-call]

@@ -11,7 +11,7 @@ class MemorySection(Section):
     """What a training takes of the device's memory."""
 
     offload: Literal["none", "cpu", "disk"] = "none"
-    """Where the frozen weights of the decoder's blocks wait until a block is computed; it is brought to the device while
-    the one before it is at work. none: on the device; cpu: in page-locked memory of the host; disk: in files."""
+    """Where the frozen weights of the decoder wait: each block is brought to the device while the one before it
+    is computed. none: they are on the device; cpu: in page-locked memory of the host; disk: in files."""
     offload_folder: str | None = Field(None, min_length=1)
     """Folder in which offload disk puts its files, which go when the training ends. None: output_dir."""

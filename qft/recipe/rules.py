@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterator
 
 from qft.recipe.catalogue import CATALOGUE, export_problem
+from qft.recipe.memory import MemorySection
 from qft.recipe.presets import PRESETS
 from qft.recipe.schema import AcceptSection, CalibrateSection, Recipe
 from qft.recipe.training import AdapterSection, QuantSection, Section
@@ -58,6 +59,7 @@ def _huge_numbers(recipe: Recipe) -> Iterator[Problem]:
 def unread_fields(recipe: Recipe) -> dict[str, str]:
     """Fields that nothing reads beside the others' values, and why: to set one of them is an error."""
     train, unread = recipe.train, _unread_by_quant(recipe.quant) | _unread_by_data(recipe)
+    unread |= _unread_by_memory(recipe.memory)
     if recipe.adapter.kind == "none":
         fields = (f"adapter.{name}" for name in AdapterSection.model_fields if name != "kind")
         unread |= dict.fromkeys(fields, "has no meaning with adapter.kind none")
@@ -67,8 +69,6 @@ def unread_fields(recipe: Recipe) -> dict[str, str]:
         unread["train.save_steps"] = "is read only with train.save_strategy steps"
     if train.save_strategy == "no":
         unread["train.save_total_limit"] = "no checkpoint is written with train.save_strategy no"
-    if recipe.memory.offload != "disk":
-        unread["memory.offload_folder"] = "is read only with memory.offload disk"
     if not recipe.eval.metrics:
         unread |= {f"eval.{name}": "is read only with eval.metrics" for name in ANSWER_FIELDS}
     elif "regex" not in recipe.eval.metrics:
@@ -97,6 +97,11 @@ def _unread_by_quant(quant: QuantSection) -> dict[str, str]:
 def _unread_by_data(recipe: Recipe) -> dict[str, str]:
     fields = ("data.chat_template", "data.template_kwargs") if recipe.data.template == "none" else ()
     return dict.fromkeys(fields, "has no meaning with data.template none")
+
+
+def _unread_by_memory(memory: MemorySection) -> dict[str, str]:
+    text = "is read only with memory.offload disk"
+    return {} if memory.offload == "disk" else {"memory.offload_folder": text}
 
 
 def _unread_by_calibration(calibrate: CalibrateSection) -> dict[str, str]:
@@ -222,17 +227,20 @@ def _pattern_rules(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _offload_rules(recipe: Recipe) -> Iterator[Problem]:
-    adapter, field = recipe.adapter, "memory.offload"
+    """What cannot wait off the device."""
+    adapter, none = recipe.adapter, "or memory.offload to none"
     if recipe.memory.offload == "none":
         return
     if adapter.kind == "none":
-        yield field, "only frozen weights can wait elsewhere, and adapter.kind none trains all: set it to lora, or none"
+        yield "memory.offload", f"weights that are trained stay on the device: set adapter.kind to lora, {none}"
     if adapter.init_lora_weights.startswith(("pissa", "olora")):
-        yield field, f"adapter.init_lora_weights {adapter.init_lora_weights} changes the base weights: use default, or none"
+        text = f"{adapter.init_lora_weights} changes the base weights, which are put away unchanged: set it to default"
+        yield "adapter.init_lora_weights", f"{text}, {none}"
     if recipe.quant.mode == "custom":
-        yield field, "how the code of quant.plugin holds its weights is not known: set quant.mode to 4bit or 8bit, or none"
+        text = "how the code of quant.plugin holds its weights is known to it alone: set quant.mode to 4bit or 8bit"
+        yield "memory.offload", f"{text}, {none}"
     if recipe.train.torch_compile:
-        yield field, "a model whose weights come and go cannot be compiled: set train.torch_compile to false, or none"
+        yield "train.torch_compile", f"a model whose weights come and go cannot be compiled: set it to false, {none}"
 
 
 def _eval_rules(recipe: Recipe) -> Iterator[Problem]:

@@ -63,7 +63,9 @@ TABLE: dict[str, dict[Class, str]] = {
             seed
         """,
         "honoured": "calibrate.accept calibrate.remedy calibrate.max_bytes",
-        "free": "data.num_proc calibrate.preset calibrate.allow_partial quant adapter train memory eval export output_dir",
+        "free": """
+            data.num_proc calibrate.preset calibrate.allow_partial quant adapter train memory eval export output_dir
+        """,
     },
 }
 """By the kind of the plan. A section stands for all its fields, where none of them is read before the run is over."""

@@ -13,6 +13,7 @@ from qft.machine.signals import Signals
 from qft.memory.guard import memory_guard, smaller_training
 from qft.memory.offload import Offload
 from qft.model.adapter import CHANGES_BASE, attach_adapter, save_adapter, save_full
+from qft.model.chunked_loss import chunk_loss
 from qft.model.load import load_base
 from qft.model.offload import load_offloaded, look_up_on_host, offloading
 from qft.plan import Plan
@@ -87,9 +88,13 @@ def _load(recorder: Recorder, run: Run, offload: Offload | None) -> Any:
     model = load_offloaded(plan.model, offload) if offload else load_base(plan.model)
     if plan.model.held or plan.model.scheme.plugin:
         recorder.quantized_share = measured_share(model)
-    model = attach_adapter(model, plan)
+    model = attach_adapter(model, plan, offload.bring if offload else None)
     if offload:
         recorder.bytes_elsewhere = offload.bytes_elsewhere + look_up_on_host(model, offload.device)
+        if not chunk_loss(model.get_base_model()):
+            recorder.view.note(
+                "The loss is computed from all logits of a batch at once, as the model's own code has it"
+            )
     if _changes_base(plan) and not run.checkpoint:
         model.save_pretrained(str(run.initial_adapter))
     return model

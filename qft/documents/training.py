@@ -77,6 +77,8 @@ class Memory(Part):
     history: list[tuple[int, Bytes, Bytes]]
     """[step, bytes after it, largest so far], on the device that trains."""
     components: Components
+    offloaded_bytes: Bytes = 0
+    """Of frozen weights, what memory.offload kept off the device."""
 
 
 class Checkpointing(Part):

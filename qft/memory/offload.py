@@ -144,7 +144,8 @@ class Offload:
         content = torch.empty(size, dtype=torch.uint8, device=self.device)
         if self._side is None:
             return _Slot(content, content)
-        staging = torch.empty(size if self.store.waits else 0, dtype=torch.uint8, pin_memory=True)
+        waits = self.store.waits
+        staging = torch.empty(size if waits else 0, dtype=torch.uint8, pin_memory=waits)
         return _Slot(content, staging, torch.cuda.Event())  # type: ignore[no-untyped-call]
 
     def _watch(self, number: int, block: nn.Module, layers: Any) -> None:

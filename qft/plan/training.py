@@ -85,6 +85,7 @@ class Plan:
             skip_modules=self.recipe.quant.skip_modules,
             matched=self.model.matched,
             adapter=AdapterArguments(**self.lora) if self.lora else None,
+            offload=self.recipe.memory.offload,
             training=TrainerArguments(**self.training),
             data=DataPart(
                 train_rows=len(rows.train),

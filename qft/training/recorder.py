@@ -172,6 +172,7 @@ class Recorder:
             history=[(step.step, step.memory, step.peak_memory) for step in steps],
             growing=summary.growing([step.memory for step in part]),
             components=self._components(),
+            offloaded_bytes=self.bytes_elsewhere,
         )
 
     def _components(self) -> documents.Components:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,10 @@ from qft.checkpoint.skeleton import without_contents
 from qft.commands.train import train
 from qft.errors import QftError, RecipeError
 from qft.export import export
-from qft.model.adapter import attach_adapter
 from qft.model.chunked_loss import chunk_loss
 from qft.model.load import load_base
 from qft.model.offload import load_offloaded, look_up_on_host, offloading
-from qft.plan import Plan, make_plan
+from qft.plan import make_plan
 from qft.plan.offload import offload_problems
 from qft.progress import Step, View
 from qft.recipe import load
@@ -31,6 +29,7 @@ from tests.support.architectures import MODELS, write_model
 from tests.support.exports import options
 from tests.support.families import tiny, write_tiny
 from tests.support.models import tiny_llama
+from tests.support.offloads import learnt, made, same
 from tests.support.runs import MODES, adapter, run
 
 RecipeFile = Callable[..., Path]
@@ -50,49 +49,6 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return folder
 
     return base
-
-
-@contextmanager
-def made(plan: Plan, folder: Path) -> Iterator[Any]:
-    """The model to train, as the plan has it."""
-    with offloading(plan.model, folder) as offload:
-        torch.manual_seed(0)
-        base = load_offloaded(plan.model, offload) if offload else load_base(plan.model)
-        model = attach_adapter(base, plan, offload.bring if offload else None)
-        if offload:
-            look_up_on_host(model, offload.device)
-        yield model
-
-
-def learnt(plan: Plan, folder: Path) -> dict[str, Any]:
-    """The adapter as it starts; losses and gradients of two steps, and a loss without gradients."""
-    found: dict[str, Any] = {}
-    with made(plan, folder) as model:
-        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        found["start"] = {name: p.detach().clone() for name, p in trainable.items()}
-        generator = torch.Generator().manual_seed(1)
-        for parameter in trainable.values():
-            parameter.data += torch.randn(parameter.shape, generator=generator) * 0.05
-        if plan.recipe.train.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        ids = torch.arange(80).reshape(2, 40) + 3
-        found["losses"] = []
-        for _ in range(2):
-            loss = model.train()(input_ids=ids, labels=ids).loss
-            loss.backward()
-            with torch.no_grad():
-                found["losses"] += [loss.item(), model.eval()(input_ids=ids, labels=ids).loss.item()]
-        found["gradients"] = {name: p.grad for name, p in trainable.items() if p.grad is not None}
-    return found
-
-
-def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    assert one["losses"] == other["losses"]
-    for part in ("start", "gradients"):
-        assert one[part].keys() == other[part].keys()
-        for name, tensor in one[part].items():
-            torch.testing.assert_close(tensor, other[part][name], rtol=0, atol=0)
-    return len(one["gradients"]) > 0
 
 
 KINDS = ["llama", "gpt2", "gpt_neox", "phi", "mixtral", "opt", "falcon", "bloom", "qwen3_moe", "gemma3"]
@@ -119,10 +75,8 @@ def test_gradients_are_those_of_the_resident_run(
     if "quant" in sections:
         sections["quant"]["allow_partial"] = True
     whole: dict[str, Any] = {"quant": None, "train": {"gradient_checkpointing": checkpointing}} | sections
-    results = []
-    for memory in (None, DISK):
-        results.append(learnt(make_plan(load(recipe_file(memory=memory, **whole))), tmp_path))
-    assert same(*results)
+    plans = (make_plan(load(recipe_file(memory=memory, **whole))) for memory in (None, DISK))
+    assert same(*(learnt(plan, tmp_path) for plan in plans))
 
 
 @pytest.mark.parametrize(
@@ -192,7 +146,7 @@ def test_a_run_is_the_resident_one_from_its_first_evaluation_to_its_export(
     offloaded = run(recipe, resume=True)
     assert [*aside.iterdir()] == []
     assert (offloaded.loss, offloaded.eval.after) == (resident.loss, resident.eval.after)
-    assert offloaded.model.bits_per_weight == pytest.approx(resident.model.bits_per_weight, rel=0.02)
+    assert offloaded.model.bits_per_weight == pytest.approx(resident.model.bits_per_weight, rel=0.06)
     assert offloaded.memory.components.base_weights < resident.memory.components.base_weights
     for name, tensor in adapter(tmp_path / "resident").items():
         torch.testing.assert_close(tensor, adapter(tmp_path / "offloaded")[name], rtol=0, atol=0)
@@ -209,7 +163,7 @@ def test_the_files_are_in_the_run_and_say_what_they_are(recipe_file: RecipeFile,
         names = sorted(path.name for path in folder.iterdir())
         with safe_open(folder / names[0], framework="pt") as file:
             assert file.metadata()["kind"] == "offload"
-            assert "self_attn.q_proj.weight" in file.keys()
+            assert file.get_tensor("self_attn.q_proj.weight").dtype == torch.uint8
     assert names == ["block-00000.safetensors", "block-00001.safetensors"]
     assert [*tmp_path.glob(".offload*")] == []
 
@@ -334,9 +288,6 @@ def anonymous():
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(fields["RssAnon"].split()[0]) * 1024
 
-class Watch(View):
-    peak = 0
-    def step(self, step): Watch.done = step.step
 watching, peak = True, [anonymous()]
 def look():
     while watching:
@@ -351,13 +302,13 @@ print(json.dumps([max(peak) - before]))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_model_on_disk_is_never_in_memory_whole(recipe_file: RecipeFile, tmp_path: Path) -> None:
-    """Its memory of its own, not what the system keeps of files: 12 blocks of 17 MB each in float32."""
+    """Its memory of its own, not what the system keeps of files: 12 blocks of 8 MB each in bfloat16."""
     base = write_model(tmp_path / "base", "llama", num_hidden_layers=12, hidden_size=512, intermediate_size=2048)
     peaks = []
     for memory in (None, DISK):
         path = recipe_file(
             memory=memory,
-            model={"path": str(base), "dtype": "float32"},
+            model={"path": str(base), "dtype": "bfloat16"},
             quant=None,
             train={"max_steps": 1, "report_to": [], "gradient_checkpointing": True, "gradient_accumulation_steps": 1},
             output_dir=str(tmp_path / ("resident" if memory is None else "disk")),
@@ -365,5 +316,5 @@ def test_a_model_on_disk_is_never_in_memory_whole(recipe_file: RecipeFile, tmp_p
         done = subprocess.run([sys.executable, "-c", MEASURED, str(path)], capture_output=True, text=True, check=True)
         peaks += json.loads(done.stdout.splitlines()[-1])
     weights = sum(path.stat().st_size for path in base.glob("*.safetensors"))
-    assert weights > 180e6
-    assert peaks[1] < peaks[0] - 0.6 * weights
+    assert weights > 180e6  # in float32
+    assert peaks[1] < peaks[0] - 0.3 * weights

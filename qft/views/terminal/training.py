@@ -82,6 +82,8 @@ def _memory(report: Report) -> Facts:
     rows.add("peak, GPU" if on_gpu else "peak, host", f"{size(peak):>10}  of {size(memory.device_bytes)}")
     if on_gpu:
         rows.add("peak, host", f"{size(memory.peak_host_bytes):>10}")
+    if memory.offloaded_bytes:
+        rows.add("off the device", f"{size(memory.offloaded_bytes):>10}")
     moments = (memory.after_load_bytes, memory.after_first_step_bytes, memory.at_end_bytes)
     trend = " (growing)" if memory.growing else ""
     rows.add("load → step 1 → end", " → ".join(size(m) for m in moments) + trend)

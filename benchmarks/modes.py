@@ -104,13 +104,10 @@ def make_weights(folder: Path, config: Any) -> None:
         files.setdefault(block, {})[name] = parameter
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for block, parameters in files.items():
-        made = {
-            name: torch.ones(p.shape, dtype=p.dtype)
-            if p.ndim < 2
-            else torch.randn(p.shape, dtype=p.dtype, device=device)
-            for name, p in parameters.items()
-        }
-        tensors = {name: (value if value.ndim < 2 else value.mul_(0.02)).cpu() for name, value in made.items()}
+        tensors = {}
+        for name, p in parameters.items():
+            value = torch.randn(p.shape, dtype=p.dtype, device=device) * 0.02
+            tensors[name] = value.cpu() if p.ndim > 1 else torch.ones(p.shape, dtype=p.dtype)
         save_file(tensors, folder / f"block-{block}.safetensors", metadata={"format": "pt"})
     write_index(folder)
     config.architectures, config.dtype = [type(model).__name__], torch.bfloat16

@@ -4,8 +4,8 @@
     python benchmarks/offload.py --size 8b --batches 1 2 4 8        the shape of Llama-3 8B in nf4, on a GPU
 
 The model is made once, a block at a time, and each training is a `qft train` in a process of its own: LoRA r=16 on all
-linear layers, gradient checkpointing, rows that fill `--length` tokens. `peak_gpu_gib` is torch.cuda.max_memory_allocated
-while it trains, and `reserved_gib` what the allocator took for it.
+linear layers, gradient checkpointing, rows that fill `--length` tokens. `peak_gpu_gib` is what
+torch.cuda.max_memory_allocated says of the training, and `reserved_gib` what the allocator took for it.
 """
 
 from __future__ import annotations

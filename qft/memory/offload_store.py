@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from qft.checkpoint.weights import open_tensors, save_tensors
+from qft.files import disk_failures
 
 ALIGNED = 256
 """Bytes at whose multiples a tensor begins, as the allocator of a GPU has it."""
@@ -81,7 +82,8 @@ class FileStore:
 
     def put(self, number: int, layout: Layout, tensors: dict[str, torch.Tensor]) -> None:
         plain = {name: tensor.detach().as_subclass(torch.Tensor).cpu() for name, tensor in tensors.items()}
-        save_tensors(plain, self._path(number), {"kind": "offload"})
+        with disk_failures(self.folder):
+            save_tensors(plain, self._path(number), {"kind": "offload"})
 
     def load(self, number: int, layout: Layout, staging: torch.Tensor) -> torch.Tensor:
         with open_tensors(self._path(number)) as file:

@@ -14,6 +14,7 @@ from typing import Any
 
 import bitsandbytes as bnb
 import torch
+from accelerate.hooks import remove_hook_from_submodules  # type: ignore[import-untyped]
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -68,6 +69,7 @@ def _quantized(plan: ModelPlan, offload: Offload) -> PreTrainedModel:
     """Of a checkpoint that comes quantized: whole on the host first."""
     model = load_whole(plan, "cpu")
     model.__dict__.pop("hf_device_map", None)  # of where it is no longer
+    remove_hook_from_submodules(model)  # which would take its inputs there
     name, blocks = find_blocks(model, plan.shape.layers)
     for number, block in enumerate(blocks):
         offload.take(block, _stays(plan, f"{name}.{number}"))

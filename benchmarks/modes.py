@@ -59,9 +59,12 @@ def main() -> None:
 
 
 def make_inputs(folder: Path, options: argparse.Namespace) -> None:
-    """A random model, a tokenizer of one token a byte, and rows of exactly `length` tokens."""
+    """A random model, if there is none, a tokenizer of one token a byte, and rows of exactly `length` tokens."""
     from transformers import LlamaConfig
 
+    make_rows(folder / "rows.jsonl", options.batch * options.steps, options.length)
+    if (folder / "model" / "config.json").exists():
+        return
     make_tokenizer(folder / "model")
     config = LlamaConfig(
         vocab_size=2048 if options.size == "small" else 128256,
@@ -73,7 +76,6 @@ def make_inputs(folder: Path, options: argparse.Namespace) -> None:
         **SIZES[options.size],
     )
     make_weights(folder / "model", config)
-    make_rows(folder / "rows.jsonl", options.batch * options.steps, options.length)
 
 
 def make_tokenizer(folder: Path) -> None:

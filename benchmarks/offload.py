@@ -15,6 +15,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +30,23 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--offload", nargs="+", choices=["none", "cpu", "disk"], default=None)
     parser.add_argument("--quant", choices=["nf4", "fp4", "8bit", "bf16"], default="nf4")
-    parser.add_argument("--folder", type=Path, help="where model and runs are made. None: a temporary folder")
+    parser.add_argument("--folder", type=Path, help="keeps the model, for another call. None: a temporary folder")
     options = parser.parse_args()
     options.batch, options.checkpointing = max(options.batches), True
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        modes.make_inputs(Path(folder), options)
-        import torch
-
-        asked = options.offload or (["none", "cpu", "disk"] if torch.cuda.is_available() else ["none", "disk"])
+    with nullcontext(options.folder) if options.folder else tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.mkdir(exist_ok=True)
+        modes.make_inputs(folder, options)
         for batch in options.batches:
-            for offload in asked:
+            for offload in options.offload or arms():
                 told = {"size": options.size, "quant": options.quant, "batch": f"{batch}x{options.length}"}
-                print(
-                    json.dumps(told | {"offload": offload} | trained(Path(folder), options, batch, offload)), flush=True
-                )
+                print(json.dumps(told | {"offload": offload} | trained(folder, options, batch, offload)), flush=True)
+
+
+def arms() -> list[str]:
+    import torch
+
+    return ["none", "cpu", "disk"] if torch.cuda.is_available() else ["none", "disk"]
 
 
 def trained(folder: Path, options: argparse.Namespace, batch: int, offload: str) -> dict[str, Any]:

@@ -20,10 +20,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import AutoHfQuantizer
 
-from qft.checkpoint.finite import require_finite
 from qft.checkpoint.require import require_weights
 from qft.checkpoint.skeleton import find_blocks, without_contents
-from qft.checkpoint.weights import Weights, stored_weights
+from qft.checkpoint.weights import Weights
 from qft.files import disk_failures, remove_leftovers, require_free_space, scratch_folder
 from qft.memory.offload import Offload
 from qft.memory.offload_store import FileStore, HostStore
@@ -46,7 +45,7 @@ def offloading(plan: ModelPlan, folder: Path) -> Iterator[Offload | None]:
         with disk_failures(parent):
             parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(parent)  # a killed training's
-        require_free_space(parent, weight_bytes_of(plan), "memory.offload disk")
+        require_free_space(parent, _weight_bytes(plan), "memory.offload disk")
         with scratch_folder(parent, "offload") as files:
             offload = Offload(FileStore(files), device)
             try:
@@ -55,7 +54,7 @@ def offloading(plan: ModelPlan, folder: Path) -> Iterator[Offload | None]:
                 offload.close()
 
 
-def weight_bytes_of(plan: ModelPlan) -> int:
+def _weight_bytes(plan: ModelPlan) -> int:
     """About what the weights of all linear layers take, as they are held."""
     return plan.scheme.weight_bytes(1, plan.shape.linear_parameters) or 0
 
@@ -100,8 +99,6 @@ def _unquantized(plan: ModelPlan, offload: Offload) -> PreTrainedModel:
         model.hf_quantizer = quantizer
         quantizer.postprocess_model(model)
     model.generation_config = generation_config(plan)
-    if checkpoint.gguf_file is None:
-        require_finite(checkpoint.path, stored_weights(checkpoint))
     return model
 
 
@@ -153,14 +150,15 @@ def look_up_on_host(model: Any, device: torch.device) -> int:
     del table._parameters["weight"]  # what a model is moved with
     table.weight, table.padding_idx = rows, None  # which says of which row there is no gradient
 
-    def before(_: nn.Module, args: Any) -> Any:
-        ids = args[0]
+    def before(_: nn.Module, args: Any, kwargs: Any) -> Any:
+        given = [*args, *kwargs.values()]
+        ids: torch.Tensor = given[0]
         table.weight = rows[ids.flatten().to(rows.device)].to(device)
-        return (torch.arange(ids.numel(), device=device).view(ids.shape), *args[1:])
+        return (torch.arange(ids.numel(), device=device).view(ids.shape), *given[1:]), {}
 
     def behind(*_: Any) -> None:
         table.weight = rows
 
-    table.register_forward_pre_hook(before)
+    table.register_forward_pre_hook(before, with_kwargs=True)
     table.register_forward_hook(behind)
     return int(rows.nbytes)

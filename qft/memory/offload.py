@@ -200,7 +200,7 @@ class Offload:
             slot.ready.synchronize()  # the last copy out of this staging
         host = self.store.load(number, self._layouts[number], slot.staging)
         if self._side is None:
-            if host is not slot.staging and not self._pool:
+            if not self._pool:
                 slot.content[: len(host)].copy_(host)
             return
         with torch.cuda.stream(self._side):

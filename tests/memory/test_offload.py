@@ -18,6 +18,8 @@ from qft.checkpoint.skeleton import without_contents
 from qft.commands.train import train
 from qft.errors import QftError, RecipeError
 from qft.export import export
+from qft.memory.offload import Offload
+from qft.memory.offload_store import HostStore
 from qft.model.chunked_loss import chunk_loss
 from qft.model.load import load_base
 from qft.model.offload import load_offloaded, look_up_on_host, offloading
@@ -105,6 +107,13 @@ def test_a_checkpoint_that_comes_quantized(
     plan.model.tokenizer.save_pretrained(folder)
     path = {"model": {"path": str(folder)}, "quant": None}
     assert same(*(learnt(make_plan(load(recipe_file(memory=memory, **path))), tmp_path) for memory in (None, DISK)))
+
+
+def test_the_hosts_memory_keeps_what_files_keep(recipe_file: RecipeFile) -> None:
+    plan, offload = make_plan(load(recipe_file())).model, Offload(HostStore(pinned=False), torch.device("cpu"))
+    model, ids = load_offloaded(plan, offload), torch.arange(3, 20).view(1, 17)
+    assert offload.bytes_elsewhere == 0  # of two blocks, and both have a slot
+    torch.testing.assert_close(model(input_ids=ids).logits, load_base(plan)(input_ids=ids).logits, rtol=0, atol=0)
 
 
 class Cut(View):

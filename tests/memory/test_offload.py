@@ -6,11 +6,13 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
@@ -27,6 +29,7 @@ from qft.plan import make_plan
 from qft.plan.offload import offload_problems
 from qft.progress import Step, View
 from qft.recipe import load
+from qft.views.terminal.plan import render_plan
 from tests.support.architectures import MODELS, write_model
 from tests.support.exports import options
 from tests.support.families import tiny, write_tiny
@@ -175,6 +178,16 @@ def test_the_files_are_in_the_run_and_say_what_they_are(recipe_file: RecipeFile,
             assert file.get_tensor("self_attn.q_proj.weight").dtype == torch.uint8
     assert names == ["block-00000.safetensors", "block-00001.safetensors"]
     assert [*tmp_path.glob(".offload*")] == []
+
+
+def test_the_plan_says_where_the_base_waits(recipe_file: RecipeFile) -> None:
+    shown = {}
+    for offload in ("none", "disk"):
+        console = Console(width=120, record=True, file=StringIO())
+        console.print(render_plan(make_plan(load(recipe_file(memory={"offload": offload}))).document()))
+        shown[offload] = console.export_text()
+    assert "its blocks wait on disk, and two at a time are on the device" in shown["disk"]
+    assert "wait" not in shown["none"]
 
 
 def test_weights_that_are_not_there_are_not_used(recipe_file: RecipeFile, tmp_path: Path) -> None:

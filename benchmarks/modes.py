@@ -59,18 +59,13 @@ def main() -> None:
 
 
 def make_inputs(folder: Path, options: argparse.Namespace) -> None:
-    """A random model, a tokenizer of one token a byte, and rows of exactly `length` tokens."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+    """A random model, if there is none, a tokenizer of one token a byte, and rows of exactly `length` tokens."""
+    from transformers import LlamaConfig
 
-    vocabulary = {token: i for i, token in enumerate(["<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder / "model")
-
-    torch.manual_seed(0)
+    make_rows(folder / "rows.jsonl", options.batch * options.steps, options.length)
+    if (folder / "model" / "config.json").exists():
+        return
+    make_tokenizer(folder / "model")
     config = LlamaConfig(
         vocab_size=2048 if options.size == "small" else 128256,
         num_key_value_heads=8,
@@ -80,16 +75,53 @@ def make_inputs(folder: Path, options: argparse.Namespace) -> None:
         eos_token_id=0,
         **SIZES[options.size],
     )
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
-    torch.set_default_dtype(torch.float32)
+    make_weights(folder / "model", config)
 
+
+def make_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: i for i, token in enumerate(["<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
+
+
+def make_weights(folder: Path, config: Any) -> None:
+    """Random ones in bfloat16, one file a block: the model is never whole in memory."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+
+    from qft.checkpoint.weights import write_index
+
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    files: dict[str, dict[str, torch.Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        block = name.split(".")[2] if ".layers." in name else "rest"
+        files.setdefault(block, {})[name] = parameter
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for block, parameters in files.items():
+        tensors = {}
+        for name, p in parameters.items():
+            value = torch.randn(p.shape, dtype=p.dtype, device=device) * 0.02
+            tensors[name] = value.cpu() if p.ndim > 1 else torch.ones(p.shape, dtype=p.dtype)
+        save_file(tensors, folder / f"block-{block}.safetensors", metadata={"format": "pt"})
+    write_index(folder)
+    config.architectures, config.dtype = [type(model).__name__], torch.bfloat16
+    config.save_pretrained(folder)
+
+
+def make_rows(path: Path, count: int, length: int) -> None:
     draw = random.Random(0)
     letters = "abcdefghijklmnopqrstuvwxyz "
-    with (folder / "rows.jsonl").open("w") as file:
-        for _ in range(options.batch * options.steps):
-            file.write(json.dumps({"text": "a" + "".join(draw.choices(letters, k=options.length - 2))}) + "\n")
+    with path.open("w") as file:
+        for _ in range(count):
+            file.write(json.dumps({"text": "a" + "".join(draw.choices(letters, k=length - 2))}) + "\n")
 
 
 def recipe(arm: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:

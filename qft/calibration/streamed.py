@@ -14,8 +14,7 @@ from torch import nn
 
 from qft.checkpoint.layout import Layout, written_names
 from qft.checkpoint.skeleton import find_blocks, without_contents
-from qft.errors import ModelError
-from qft.model.merge import Read
+from qft.model.fill import Read, fill
 from qft.plan import ModelPlan
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -32,7 +31,7 @@ class StreamedModel:
         attention = {} if chosen == "auto" else {"attn_implementation": chosen}
         self.model = without_contents(plan.checkpoint, section, dtype=self.dtype, **attention).eval()
         self.prefix, self.stack = find_blocks(self.model, plan.shape.layers)
-        self._fill(self.model, "", skip=f"{self.prefix}.")
+        fill(self.model, self.model, "", read, (self.device, self.dtype), skip=f"{self.prefix}.")
         self.model.tie_weights()
         self._calls: dict[int, list[Call]] = {}
         self._leave: torch.Tensor | None = None
@@ -51,7 +50,7 @@ class StreamedModel:
         """A block with its weights, on the device."""
         block = copy.deepcopy(self.stack[number])
         del block.forward  # the one that passes its input on
-        self._fill(block, f"{self.name(number)}.")
+        fill(self.model, block, f"{self.name(number)}.", self.read, (self.device, self.dtype))
         return block
 
     def enter(self, ids: Sequence[int]) -> torch.Tensor:
@@ -116,24 +115,3 @@ class StreamedModel:
             return (hidden,) if self._in_tuples else hidden
 
         return forward
-
-    def _fill(self, module: nn.Module, prefix: str, skip: str = "\0") -> None:
-        """Read what the files have of `module`, and compute the buffers that they have not."""
-        persistent = module.state_dict(keep_vars=True)
-        owned = [*module.named_parameters(), *((name, b) for name, b in module.named_buffers() if name in persistent)]
-        for name, meta in owned:
-            if not name.startswith(skip):
-                value = self.read(prefix + name).to(self.device, self.dtype if meta.is_floating_point() else None)
-                if value.shape != meta.shape:
-                    raise ModelError(f"{prefix}{name}: is {list(value.shape)} and should be {list(meta.shape)}")
-                is_parameter = isinstance(meta, nn.Parameter)
-                filled = nn.Parameter(value, requires_grad=False) if is_parameter else value
-                filled._is_hf_initialized = True  # type: ignore[attr-defined]  # below, it is to be left alone
-                owner, _, key = name.rpartition(".")
-                setattr(module.get_submodule(owner), key, filled)
-        for name, part in module.named_modules():
-            computed = part._non_persistent_buffers_set
-            if computed and not f"{name}.".startswith(skip):
-                for key in computed:
-                    part._buffers[key] = torch.empty_like(part._buffers[key], device=self.device)
-                self.model._init_weights(part)

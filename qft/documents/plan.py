@@ -258,6 +258,8 @@ class PlanDocument(Stored):
     matched: Matched = {}
     adapter: AdapterArguments | None
     """None: all weights are trained."""
+    offload: Literal["none", "cpu", "disk"] = "none"
+    """Where the blocks of the base wait, of which two are on the device; none: all are."""
     training: TrainerArguments
     data: DataPart
     steps: int

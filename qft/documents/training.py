@@ -110,6 +110,8 @@ class Memory(Part):
     history: list[tuple[int, Bytes, Bytes]]
     """[step, bytes after it, largest so far], on the device that trains."""
     components: Components
+    offloaded_bytes: Bytes = 0
+    """Of frozen weights, what memory.offload kept off the device."""
 
 
 class Settings(Part):

@@ -74,6 +74,8 @@ def smaller_training(recipe: Recipe, scheme: Scheme) -> Iterator[str]:
         )
     if recipe.adapter.kind == "lora":
         yield from smaller_base(recipe, scheme)
+        if recipe.memory.offload == "none":
+            yield "have the base wait on the host (memory.offload: cpu)"
     yield "lower data.max_length"
 
 

@@ -1,6 +1,7 @@
 """Adapters: attached to a base to be trained, written in peft's layout, put on a base again."""
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from safetensors import SafetensorError
+from torch import nn
 from transformers import PreTrainedModel
 
 from qft.checkpoint.conversion import FLOATS
@@ -26,12 +28,14 @@ from qft.memory.guard import memory_guard, smaller_base
 from qft.plan import ModelPlan, Plan
 from qft.quant.dequantize import dequantized_weight, is_quantized
 
+Bring = Callable[[nn.Module], None]
 CHANGES_BASE = ("pissa", "olora")
 """Initialisations that move a part of the base weights into the adapter."""
 
 
-def attach_adapter(model: PreTrainedModel, plan: Plan) -> PeftModel | PreTrainedModel:
-    """The model to train: LoRA adapters on a frozen base, or the base itself with all its weights."""
+def attach_adapter(model: PreTrainedModel, plan: Plan, bring: Bring | None = None) -> PeftModel | PreTrainedModel:
+    """The model to train: LoRA adapters on a frozen base, or the base itself with all its weights. `bring` has the
+    weights of a layer there, if they wait elsewhere."""
     if plan.recipe.train.gradient_checkpointing:
         model.enable_input_require_grads()
     if plan.lora is None:
@@ -42,8 +46,25 @@ def attach_adapter(model: PreTrainedModel, plan: Plan) -> PeftModel | PreTrained
             # Else peft would ask the hub for the base's config at each checkpoint.
             adapted.peft_config["default"].base_model_name_or_path = ""
         if plan.recipe.adapter.init_lora_weights == "loftq":
-            _start_from_quantization_error(adapted, plan)
+            _start_from_quantization_error(adapted, plan, bring)
+        if plan.recipe.adapter.use_dora and bring:
+            _measure_again(adapted, bring)
     return adapted
+
+
+def _measure_again(model: PeftModel, bring: Bring) -> None:
+    """DoRA's magnitudes, where the weights were elsewhere when peft measured them."""
+    for module in model.modules():
+        for name, magnitude in getattr(module, "lora_magnitude_vector", {}).items():
+            base = module.get_base_layer()
+            bring(base)
+            # As peft, which only then brings the adapters to float32.
+            dtype = getattr(base, "compute_dtype", base.weight.dtype)
+            measured = dtype if dtype.is_floating_point else torch.float32
+            pair = {part: getattr(module, part)[name].weight.detach().to(measured) for part in ("lora_A", "lora_B")}
+            held = magnitude.weight.dtype
+            magnitude.update_layer(base_layer=base, scaling=module.scaling[name], **pair)
+            magnitude.weight.data = magnitude.weight.data.to(held)
 
 
 def save_adapter(model: PeftModel, plan: Plan, folder: Path, initial: Path | None) -> None:
@@ -125,7 +146,7 @@ def read_adapter_config(adapter: Path) -> dict[str, Any]:
     return config
 
 
-def _start_from_quantization_error(model: PeftModel, plan: Plan) -> None:
+def _start_from_quantization_error(model: PeftModel, plan: Plan, bring: Bring | None) -> None:
     """LoftQ's first step (arXiv:2310.08659): the adapter starts as the best rank-r fit of what quantizing lost."""
     checkpoint = plan.model.checkpoint
     original = Weights(checkpoint, without_contents(checkpoint, plan.recipe.model))
@@ -133,6 +154,8 @@ def _start_from_quantization_error(model: PeftModel, plan: Plan) -> None:
         base = getattr(module, "base_layer", None)
         if base is None or not is_quantized(base):
             continue
+        if bring:
+            bring(base)
         held = dequantized_weight(base).float()
         error = original(f"{name.removeprefix('base_model.model.')}.weight").to(held.device, torch.float32) - held
         u, s, v = torch.linalg.svd(error, full_matrices=False)

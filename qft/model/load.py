@@ -1,5 +1,6 @@
 """Plan -> model: the only place that loads one to be run."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,11 +16,12 @@ from qft.memory.guard import memory_guard, smaller_base
 from qft.plan import ModelPlan
 
 
-def load_base(plan: ModelPlan) -> PreTrainedModel:
-    """The base model on its device, quantized as planned, its other weights in plan.dtype."""
+def load_base(plan: ModelPlan, load: Callable[[ModelPlan], PreTrainedModel] | None = None) -> PreTrainedModel:
+    """The base model on its device, quantized as planned, its other weights in plan.dtype. `load` puts it there; None:
+    transformers does, the whole of it."""
     with memory_guard("loading the model", smaller_base(plan.recipe, plan.scheme)):
         try:
-            model = _load(plan)
+            model = (load or load_whole)(plan)
         except (QftError, MemoryError):
             raise
         except Exception as error:  # transformers, safetensors and the quantizers fail in as many ways as they are
@@ -46,11 +48,12 @@ def _require_settings(plan: ModelPlan, settings: GenerationConfig | None) -> Non
             raise ModelError(f"{plan.checkpoint.path}: {text}")
 
 
-def _load(plan: ModelPlan) -> PreTrainedModel:
-    model = plan.recipe.model
+def load_whole(plan: ModelPlan, device: str | None = None) -> PreTrainedModel:
+    """As transformers loads it, on `device`; None: on the planned one. Raises whatever transformers does."""
+    model, kind = plan.recipe.model, device or plan.device.kind
     arguments: dict[str, Any] = {
         "dtype": getattr(torch, plan.dtype),
-        "device_map": {"": 0 if plan.device.kind == "cuda" else "cpu"},
+        "device_map": {"": 0 if kind == "cuda" else "cpu"},
         "trust_remote_code": model.trust_remote_code,
     }
     if model.attn_implementation != "auto":

@@ -8,7 +8,7 @@ of an adapter is refused.
 import copy
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,12 @@ from qft.checkpoint.skeleton import without_contents
 from qft.checkpoint.weights import Weights, open_tensors, save_tensors, write_index
 from qft.errors import ModelError
 from qft.model.adapter import read_adapter_config
+from qft.model.fill import Read
 from qft.model.load import generation_config
 from qft.plan import ModelPlan
 from qft.quant.hold import Scheme
 from qft.recipe.schema import MergeInto
 
-Read = Callable[[str], torch.Tensor]
-"""From the name of a tensor in the model to its value."""
 PREFIX = "base_model.model."
 UNKNOWN = ("rank_pattern", "alpha_pattern", "fan_in_fan_out", "lora_bias", "layer_replication", "use_qalora",
            "use_bdlora", "target_parameters", "trainable_token_indices", "alora_invocation_tokens", "arrow_config",

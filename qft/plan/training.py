@@ -31,6 +31,7 @@ from qft.plan.model import (
     require_device,
     weights_held,
 )
+from qft.plan.offload import offload_problems
 from qft.plan.packages import missing_packages
 from qft.plan.template import template_of
 from qft.recipe import LoadedRecipe, Recipe
@@ -101,6 +102,7 @@ class Plan:
             skip_modules=self.recipe.quant.skip_modules,
             matched=self.model.matched,
             adapter=AdapterArguments(**self.lora) if self.lora else None,
+            offload=self.recipe.memory.offload,
             training=TrainerArguments(**self.training),
             data=DataPart(
                 train_rows=len(rows.train),
@@ -126,7 +128,7 @@ def make_plan(loaded: LoadedRecipe, device: Device | None = None) -> Plan:
     lora = _lora_arguments(recipe) if recipe.adapter.kind == "lora" else None
     model = plan_model(loaded, lora, device=device)
     problems = [*model.scheme.problems(recipe), *_share_problems(model), *_length_problems(recipe, model.shape)]
-    refuse(loaded, problems)
+    refuse(loaded, [*problems, *offload_problems(model)])
     data = prepare(model.rows_for(recipe.data), model.tokenizer, recipe.seed)
     parts, shape = [part for part in (data.train, data.eval) if part is not None], model.shape
     require_known_tokens(parts, data.place, model.tokenizer, shape.embeddings)

@@ -194,6 +194,7 @@ def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
     change("data", "train", each_source)
     change("data", "eval", each_source)
     change("data", "chat_template", local)
+    change("memory", "offload_folder", local)
     change("calibrate", "data", each_source)
     change("calibrate", "engine_python", lambda value: _program(value, folder))
     change("eval", "harness", each_task)

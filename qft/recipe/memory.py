@@ -46,6 +46,11 @@ class MemorySection(Section):
     micro-batches of half the rows and twice as many of them (the same rows, the same effective batch), then with
     gradient checkpointing; an evaluation goes on with half the rows; every change is shown and stands in the report.
     fail: the run stops and says what helps."""
+    offload: Literal["none", "cpu", "disk"] = "none"
+    """Where the frozen weights of the decoder wait: each block is brought to the device while the one before it
+    is computed. none: they are on the device; cpu: in page-locked memory of the host; disk: in files."""
+    offload_folder: str | None = Field(None, min_length=1)
+    """Folder in which offload disk puts its files, which go when the training ends. None: output_dir."""
     leak_threshold: Annotated[Size, Field(ge=1)] | None = 8 * 2**20
     """Bytes (8388608, 8MiB) in 100 steps from which memory that grows from step to step is told as a leak, with what
     grew. None: no leak is looked for."""

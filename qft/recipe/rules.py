@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterator
 
 from qft.recipe.catalogue import CATALOGUE, export_problem
+from qft.recipe.memory import MemorySection
 from qft.recipe.presets import PRESETS
 from qft.recipe.schema import AcceptSection, CalibrateSection, Recipe
 from qft.recipe.training import AdapterSection, QuantSection, Section
@@ -34,6 +35,7 @@ def broken_rules(recipe: Recipe, given: Callable[[str], bool]) -> Iterator[Probl
     yield from _adapter_rules(recipe)
     yield from _data_rules(recipe)
     yield from _train_rules(recipe)
+    yield from _offload_rules(recipe)
     yield from _eval_rules(recipe)
     if recipe.adapter.kind == "none" and "adapter" in recipe.export.target:
         yield "export.target", "adapter: there is none with adapter.kind none; export merged, or a quantized form"
@@ -57,6 +59,7 @@ def _huge_numbers(recipe: Recipe) -> Iterator[Problem]:
 def unread_fields(recipe: Recipe) -> dict[str, str]:
     """Fields that nothing reads beside the others' values, and why: to set one of them is an error."""
     train, unread = recipe.train, _unread_by_quant(recipe.quant) | _unread_by_data(recipe)
+    unread |= _unread_by_memory(recipe.memory)
     if recipe.adapter.kind == "none":
         fields = (f"adapter.{name}" for name in AdapterSection.model_fields if name != "kind")
         unread |= dict.fromkeys(fields, "has no meaning with adapter.kind none")
@@ -94,6 +97,11 @@ def _unread_by_quant(quant: QuantSection) -> dict[str, str]:
 def _unread_by_data(recipe: Recipe) -> dict[str, str]:
     fields = ("data.chat_template", "data.template_kwargs") if recipe.data.template == "none" else ()
     return dict.fromkeys(fields, "has no meaning with data.template none")
+
+
+def _unread_by_memory(memory: MemorySection) -> dict[str, str]:
+    text = "is read only with memory.offload disk"
+    return {} if memory.offload == "disk" else {"memory.offload_folder": text}
 
 
 def _unread_by_calibration(calibrate: CalibrateSection) -> dict[str, str]:
@@ -216,6 +224,23 @@ def _pattern_rules(recipe: Recipe) -> Iterator[Problem]:
             re.compile(pattern)
         except re.error as error:
             yield field, f"{pattern!r} is no regular expression: {error}"
+
+
+def _offload_rules(recipe: Recipe) -> Iterator[Problem]:
+    """What cannot wait off the device."""
+    adapter, none = recipe.adapter, "or memory.offload to none"
+    if recipe.memory.offload == "none":
+        return
+    if adapter.kind == "none":
+        yield "memory.offload", f"weights that are trained stay on the device: set adapter.kind to lora, {none}"
+    if adapter.init_lora_weights.startswith(("pissa", "olora")):
+        text = f"{adapter.init_lora_weights} changes the base weights, which are put away unchanged: set it to default"
+        yield "adapter.init_lora_weights", f"{text}, {none}"
+    if recipe.quant.mode == "custom":
+        text = "how the code of quant.plugin holds its weights is known to it alone: set quant.mode to 4bit or 8bit"
+        yield "memory.offload", f"{text}, {none}"
+    if recipe.train.torch_compile:
+        yield "train.torch_compile", f"a model whose weights come and go cannot be compiled: set it to false, {none}"
 
 
 def _eval_rules(recipe: Recipe) -> Iterator[Problem]:

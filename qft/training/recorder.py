@@ -44,6 +44,8 @@ class Recorder:
         self.leak: Leak | None = None
         self.bytes = dict.fromkeys(("frozen", "trainable", "gradients", "optimizer_state"), 0)
         """Of each part; of gradients and optimizer state, as they were when there first were any."""
+        self.bytes_elsewhere = 0
+        """Of frozen weights, what memory.offload keeps off the device."""
         self.recomputed: tuple[int, float] | None = None
         """What CheckpointingProbe measured, where it was on."""
         self.out_of_memory: list[documents.OutOfMemory] = []
@@ -181,6 +183,7 @@ class Recorder:
 
     def _model(self) -> documents.ModelPart:
         plan, shape = self.plan.model, self.plan.model.shape
+        held = self.bytes["frozen"] + self.bytes_elsewhere if self.plan.lora else self.bytes["trainable"]
         return documents.ModelPart(
             path=plan.checkpoint.path,
             architecture=shape.architecture,
@@ -192,7 +195,7 @@ class Recorder:
             trainable_parameters=shape.trainable_parameters,
             trainable_share=shape.trainable_parameters / shape.parameters,
             quantized_share=self.quantized_share,
-            bits_per_weight=self.bytes["frozen" if self.plan.lora else "trainable"] * 8 / shape.parameters,
+            bits_per_weight=held * 8 / shape.parameters,
         )
 
     def _settings(self) -> documents.Settings:
@@ -234,6 +237,7 @@ class Recorder:
             leak_threshold_bytes=self.leaks.threshold,
             leak=self.leak,
             components=self._components(phases["train"]),
+            offloaded_bytes=self.bytes_elsewhere,
         )
 
     def _components(self, train: PhaseMemory) -> documents.Components:

@@ -11,8 +11,11 @@ from qft.data.batch import Collator, pad_token_id
 from qft.errors import Interrupted, ModelError
 from qft.machine.signals import Signals
 from qft.memory.guard import memory_guard
+from qft.memory.offload import Offload
 from qft.model.adapter import CHANGES_BASE, attach_adapter, save_adapter, save_full
+from qft.model.chunked_loss import chunk_loss
 from qft.model.load import load_base
+from qft.model.offload import load_offloaded, look_up_on_host, offloading
 from qft.plan import Plan
 from qft.quant.share import measured_share
 from qft.run.checkpoint import is_over, step_of
@@ -31,10 +34,10 @@ def train_model(run: Run, recorder: Recorder, signals: Signals) -> Path:
     checkpoint = run.checkpoint
     if checkpoint:
         recorder.recall(checkpoint)
-    with recorder.meter:
+    with recorder.meter, offloading(plan.model, run.folder) as offload:
         recorder.view.note(f"Loading {plan.model.checkpoint.path}")
         recorder.reach("before_load", "load")
-        model = _load(recorder, run)
+        model = _load(recorder, run, offload)
         trainer = _trainer(model, run, recorder, signals)
         recorder.loaded(model)
         # Under autocast a LoRA layer need not cast its input to float32 first, which would be kept for backward.
@@ -78,15 +81,21 @@ def training_arguments(plan: Plan, run: Run) -> TrainingArguments:
     return made
 
 
-def _load(recorder: Recorder, run: Run) -> Any:
+def _load(recorder: Recorder, run: Run, offload: Offload | None) -> Any:
     """The base with its adapter, whose first state is kept where it changed the base."""
     plan = recorder.plan
     record_base(run, plan.model.loaded, plan.model.checkpoint.with_weights().base())
-    model = load_base(plan.model)
+    model = load_offloaded(plan.model, offload) if offload else load_base(plan.model)
     if plan.model.held or plan.model.scheme.plugin:
         recorder.quantized_share = measured_share(model)
     recorder.reach("after_load", "adapters")
-    model = attach_adapter(model, plan)
+    model = attach_adapter(model, plan, offload.bring if offload else None)
+    if offload:
+        recorder.bytes_elsewhere = offload.bytes_elsewhere + look_up_on_host(model, offload.device)
+        if not chunk_loss(model.get_base_model()):
+            recorder.view.note(
+                "The loss is computed from all logits of a batch at once, as the model's own code has it"
+            )
     if _changes_base(plan) and not run.checkpoint:
         model.save_pretrained(str(run.initial_adapter))
     return model

@@ -206,6 +206,10 @@ ELSEWHERE = {
         "data.train.split": "test_a_hub_dataset_is_read_by_configuration_split_and_revision",
         "data.train.revision": "test_a_hub_dataset_is_read_by_configuration_split_and_revision",
     },
+    "memory/test_offload.py": {
+        "memory.offload": "test_the_files_are_in_the_run_and_say_what_they_are",
+        "memory.offload_folder": "test_a_run_is_the_resident_one_from_its_first_evaluation_to_its_export",
+    },
     "data/test_prepare.py": {
         "data.num_proc": "test_rows_are_encoded_by_as_many_processes_as_asked",
     },

@@ -55,6 +55,9 @@ def _model(plan: PlanDocument) -> Facts:
     rows.add("held as", f"{plan.quantization.described}; the rest in {model.dtype}")
     if plan.quantization.scheme != "none" and (held := share_held(plan.quantization.quantized_share)):
         rows.add("", held)
+    if plan.offload != "none":
+        place = {"cpu": "in the host's memory", "disk": "on disk"}[plan.offload]
+        rows.add("", f"its blocks wait {place}, and two at a time are on the device")
     if plan.skip_modules == "auto":
         rows.add("", "layers to leave in 16 bits are measured and chosen by `qft train`")
     if plugin := plan.quantization.plugin:

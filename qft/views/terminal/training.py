@@ -100,6 +100,8 @@ def _memory(report: Report) -> Facts:
         rows.add("allocator", memory.gpu_allocator)
     for event in report.out_of_memory:
         rows.add("ran out", event.told())
+    if memory.offloaded_bytes:
+        rows.add("off the device", f"{size(memory.offloaded_bytes):>10}")
     moments = (memory.after_load_bytes, memory.after_first_step_bytes, memory.at_end_bytes)
     trend = " (growing)" if memory.growing else ""
     rows.add("load → step 1 → end", " → ".join(size(m) for m in moments) + trend)

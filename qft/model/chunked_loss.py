@@ -1,0 +1,100 @@
+"""The loss of a causal language model from the logits of few rows at a time: all at once they can outweigh the model.
+
+What stands behind the decoder (head, scales, soft caps, the loss) stays the model's own code: it is run on parts of the
+decoder's output, and again for the backward pass.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+LOGITS = 2**27
+"""Bytes that logits in float32 may take at once; what the loss and its gradient make of them takes three times that."""
+
+
+def chunk_loss(model: PreTrainedModel, rows: int | None = None) -> bool:
+    """Have the model's loss computed from `rows` logits at a time; None: as many as LOGITS has room for. Returns
+    whether it is: a model whose own loss on a few tokens is another one keeps that."""
+    rows = rows or max(LOGITS // (4 * model.get_output_embeddings().weight.shape[0]), 2)
+    if model.base_model is model or getattr(model.config, "output_router_logits", False) or not _agrees(model):
+        return False
+    model.forward = functools.wraps(model.forward)(_Chunked(model, rows))
+    return True
+
+
+def _agrees(model: PreTrainedModel) -> bool:
+    ids = torch.arange(24, device=model.device).view(2, 12)
+    mask = torch.ones_like(ids)
+    mask[0, 9:] = 0
+    asked = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill((mask == 0) | (ids % 5 == 1), -100)}
+    try:
+        with torch.no_grad():
+            one, other = (forward(**asked).loss.float() for forward in (model.forward, _Chunked(model, 8)))
+    except Exception:  # a model can be anything
+        return False
+    return bool(torch.isclose(one, other, rtol=1e-2, atol=1e-3))
+
+
+class _Chunked:
+    """A model's forward pass: where labels are given, its loss alone."""
+
+    def __init__(self, model: PreTrainedModel, rows: int) -> None:
+        self.decoder, self.whole, self.rows = model.base_model, model.forward, rows
+
+    def __call__(self, *args: Any, labels: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        if labels is None or labels.numel() <= self.rows:
+            return self.whole(*args, labels=labels, **kwargs)
+        if kwargs.get("num_items_in_batch") is None:
+            kwargs["num_items_in_batch"] = (labels[:, 1:] != -100).sum()
+        output = self._decoded(args, kwargs)
+        mask, step = kwargs.pop("attention_mask", None), max(self.rows // len(labels) - 1, 1)
+
+        def loss(hidden: torch.Tensor, start: int) -> torch.Tensor:
+            """Of the labels behind `start`, each by the row before its own: the model itself shifts them."""
+            part = slice(start, start + step + 1)
+            own = kwargs if mask is None else kwargs | {"attention_mask": mask[:, part]}
+            with _in_place_of(self.decoder, lambda *_, **__: _with_rows(output, hidden[:, part])):
+                found: torch.Tensor = self.whole(*args, labels=labels[:, part], **own).loss
+                return found
+
+        starts = range(0, labels.shape[1] - 1, step)
+        losses = [checkpoint(loss, output[0], start, use_reentrant=False) for start in starts]
+        return CausalLMOutput(loss=torch.stack(losses).sum())
+
+    def _decoded(self, args: Any, kwargs: Any) -> Any:
+        """What the decoder returns to the model, which goes on with one row of it."""
+        decode, outputs = self.decoder.forward, []
+
+        def forward(*own: Any, **others: Any) -> Any:
+            outputs.append(decode(*own, **others))
+            return _with_rows(outputs[0], outputs[0][0][:, :1])
+
+        with _in_place_of(self.decoder, forward):
+            self.whole(*args, **kwargs)
+        return outputs[0]
+
+
+def _with_rows(output: Any, rows: torch.Tensor) -> Any:
+    """What a decoder returned, with other hidden states."""
+    if isinstance(output, tuple):
+        return (rows, *output[1:])
+    return type(output)(**{**output, "last_hidden_state": rows})
+
+
+@contextmanager
+def _in_place_of(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    before = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if before:
+            module.forward = before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib.util
 import os
@@ -23,6 +24,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a core each: their threads would wait
 os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import jinja2
 import pytest
 import torch
 import yaml
@@ -54,6 +56,14 @@ def pytest_collection_finish() -> None:
     """Every training collects garbage twice; what the modules hold is none, and looking through it took a third."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def templates_compiled_once() -> Iterator[None]:
+    """peft writes a model card with each checkpoint, and its template takes longer to compile than a step."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jinja2, "Template", functools.cache(jinja2.Template))
+        yield
 
 
 @pytest.fixture(scope="session")

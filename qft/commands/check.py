@@ -20,7 +20,7 @@ def planned(loaded: LoadedRecipe, show: int = 0) -> PlanDocument | CalibrationCh
         return CalibrationCheck(calibration=alone.document(), shown=rows)
     plan = make_plan(loaded)
     require_exports(plan)
-    shown = shown_rows(plan.data, plan.model.tokenizer, show)
+    shown = shown_rows(plan.data, plan.model.tokenizer, show) if show else []
     calibration = find_plan(loaded, plan.data)[0] if calibrate else None
     if calibration and calibration.calibrate.data:
         shown += shown_rows(calibration.data.prepared, calibration.model.tokenizer, show)

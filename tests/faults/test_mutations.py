@@ -62,11 +62,11 @@ def _recipe(folder: Path, good: Path, **sections: Any) -> Path:
         "model": {"path": str(good / "model"), "device": "cpu"},
         "quant": {"preset": "finetune"},
         "adapter": {"r": 4, "target_modules": ["q_proj"]},
-        "data": {"train": str(good / "rows.jsonl"), "max_length": 128},
+        "data": {"train": str(good / "few.jsonl"), "max_length": 128},
         "train": {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "report_to": []},
         "output_dir": "new",
     }
-    values["train"] |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+    values["train"] |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
     for name, section in sections.items():
         values[name] = values.get(name, {}) | section if isinstance(section, dict) else section
     path = folder / "recipe.yaml"
@@ -80,7 +80,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     def make(folder: Path) -> None:
         saved(tiny_llama(), folder / "model")
-        write_jsonl(folder / "rows.jsonl", [chat(f"say {i}", f"it is {i}") for i in range(8)])
+        write_jsonl(folder / "few.jsonl", [chat(f"say {i}", f"it is {i}") for i in range(4)])
         (folder / "own.jinja").write_text(CHATML)
         write_gguf(folder / "model", folder / "model.gguf", kind="f16")
         trained(folder, folder / "model", adapter={"r": 4, "target_modules": ["q_proj"]}, train={"max_steps": 2})
@@ -122,7 +122,7 @@ def _models(folder: Path, good: Path, draw: random.Random) -> Result:
     spoil_one(folder / "model", draw)
     if draw.random() < 0.5:
         return qft("check", _recipe(folder, good, model={"path": "model"}))
-    return qft("eval", folder / "model", "--data", good / "rows.jsonl", "--out", folder / "eval")
+    return qft("eval", folder / "model", "--data", good / "few.jsonl", "--out", folder / "eval")
 
 
 def _ggufs(folder: Path, good: Path, draw: random.Random) -> Result:

@@ -62,7 +62,7 @@ def pytest_collection_finish() -> None:
 def templates_compiled_once() -> Iterator[None]:
     """peft writes a model card with each checkpoint, and its template takes longer to compile than a step."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jinja2, "Template", functools.cache(jinja2.Template))
+        patch.setattr(jinja2.Template, "__new__", staticmethod(functools.cache(jinja2.Template.__new__)))
         yield
 
 
@@ -90,6 +90,12 @@ def no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     """Those of one run take half a second, and only tests that are marked so look at them."""
     if not request.node.get_closest_marker("pictures"):
         monkeypatch.setattr("qft.views.html.chart._draw", lambda *_, **__: "<g/>")
+
+
+@pytest.fixture(autouse=True)
+def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How fast a model writes is measured over few tokens: no test asserts a time."""
+    monkeypatch.setattr("qft.commands.evaluate.SPEED_ANSWER", 2)
 
 
 @pytest.fixture(autouse=True)

@@ -168,7 +168,6 @@ KINDS: dict[str, tuple[Act, str | None]] = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_went_wrong_is_one_message(kind: str, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     act, spoiled = KINDS[kind]
-    monkeypatch.setattr("qft.commands.evaluate.SPEED_ANSWER", 2)
     gc.collect()
     gc.freeze()  # what the fixtures left, which each command would look through
     before, wrong = psutil.Process().memory_info().rss, []

@@ -198,6 +198,28 @@ def test_the_cache_is_blamed_and_not_the_data(
     assert "chats.jsonl" not in done.stderr
 
 
+class PanicException(BaseException):
+    """As pyo3 raises it where a library in Rust gives up."""
+
+
+def test_a_library_that_gives_up_is_one_message(
+    recipe_file: RecipeFile, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tiny_llama().save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / "tokenizer.json"
+    document = json.loads(path.read_text())
+    document["model"]["continuing_subword_prefix"] = "x" * 3000  # longer than any of its tokens
+    path.write_text(json.dumps(document))
+    found = qft("check", recipe_file(model={"path": str(tmp_path / "model")}))
+    assert found.exit_code == 6
+    assert "its tokenizer cannot be loaded: range end index" in found.stderr
+    failing(monkeypatch, PanicException("out of range"))
+    found = qft("check", recipe_file())
+    assert found.exit_code == 70
+    assert "PanicException: out of range" in found.stderr
+
+
 @pytest.mark.parametrize("kind", ["mistral3", "qwen3_vl", "t5"])
 def test_a_model_of_another_kind_is_named(kind: str, recipe_file: RecipeFile, tmp_path: Path) -> None:
     tiny_llama().save_pretrained(tmp_path / "model")

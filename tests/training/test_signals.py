@@ -69,7 +69,11 @@ def recipe(recipe_file: RecipeFile, tmp_path: Path) -> RecipeFile:
 
     def write(folder: str = "part", **train: Any) -> Path:
         wanted = data | ({"eval": held} if "eval_strategy" in train else {})
-        sections = {"adapter": {"lora_dropout": 0.2}, "data": wanted, "train": TRAIN | train}
+        sections = {
+            "adapter": {"lora_dropout": 0.2, "target_modules": ["q_proj"]},
+            "data": wanted,
+            "train": TRAIN | train,
+        }
         return recipe_file(f"{folder}.yaml", **sections, output_dir=str(tmp_path / folder))
 
     return write

@@ -42,8 +42,6 @@ TRAIN = {
 MIDST, BOUNDARY = {"save_steps": 3}, {"save_steps": EPOCH}
 """Of the second epoch, or of both: where the checkpoint lies that a run goes on from."""
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 2}
-FEW = {"lora_dropout": 0.2, "target_modules": ["q_proj", "down_proj"]}
-"""Layers of an adapter: one of each shape."""
 FULL = {"quant": None, "model": {"dtype": "float32"}}
 BEST = {"load_best_model_at_end": True, "early_stopping_patience": 3}
 EACH = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
@@ -71,7 +69,7 @@ def recipe(recipe_file: RecipeFile, tmp_path: Path) -> RecipeFile:
     write_jsonl(tmp_path / "held.jsonl", rows[:2])
 
     def write(folder: str = "part", **sections: Any) -> Path:
-        wanted: dict[str, Any] = {"adapter": FEW, "data": data, "train": TRAIN}
+        wanted: dict[str, Any] = {"adapter": {"lora_dropout": 0.2}, "data": data, "train": TRAIN}
         wanted["output_dir"] = str(tmp_path / folder)
         for name, section in sections.items():
             wanted[name] = wanted.get(name, {}) | section if isinstance(section, dict) else section
@@ -117,8 +115,7 @@ CASES: dict[str, dict[str, Any]] = {
     "epochs": {"train": {"max_steps": ..., "num_train_epochs": 2.0, "save_strategy": "epoch"} | EVALUATED},
     "late evaluation": {"train": BOUNDARY | {"eval_strategy": "epoch"}},
     "checkpointed": {"train": MIDST | {"gradient_checkpointing": True, "neftune_noise_alpha": 5.0}},
-    "all weights": FULL
-    | {"adapter": {"kind": "none", "r": ..., "lora_dropout": ..., "target_modules": ...}, "train": MIDST},
+    "all weights": FULL | {"adapter": {"kind": "none", "r": ..., "lora_dropout": ...}, "train": MIDST},
     "moved base": FULL | {"adapter": {"init_lora_weights": "pissa_niter_4"}, "train": MIDST},
     "skipped": {"train": MIDST | {"learning_rate": 1e30, "max_grad_norm": 0.0, "on_nonfinite": "skip"}},
     "8-bit states": {"adapter": {"r": 64}, "train": MIDST | {"optim": "adamw_8bit", "weight_decay": 0.1}},

@@ -108,6 +108,12 @@ class Interrupted(KeyboardInterrupt):
         return 75 if self.resumable else 128 + signals.Signals[self.signal]
 
 
+def is_failure(error: BaseException) -> bool:
+    """Whether it is one of the program's. A library in Rust that gives up raises pyo3's PanicException, of which each
+    has its own, and which is no Exception."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
 def first_line(error: BaseException) -> str:
     """What a library's error says first; its kind if it says nothing."""
     lines = (str(error).strip() or type(error).__name__).splitlines()

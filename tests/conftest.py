@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib.util
 import os
@@ -23,6 +24,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a core each: their threads would wait
 os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import jinja2
 import pytest
 import torch
 import yaml
@@ -56,6 +58,22 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def templates_compiled_once() -> Iterator[None]:
+    """peft writes a model card with each checkpoint, and its template takes longer to compile than a step."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jinja2.Template, "__new__", staticmethod(functools.cache(jinja2.Template.__new__)))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def disks_not_waited_for() -> Iterator[None]:
+    """What a file survives here is the end of a process, not that of the machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of the tiny model: config, float32 safetensors, tokenizer with a ChatML template."""
@@ -80,6 +98,12 @@ def no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     """Those of one run take half a second, and only tests that are marked so look at them."""
     if not request.node.get_closest_marker("pictures"):
         monkeypatch.setattr("qft.views.html.chart._draw", lambda *_, **__: "<g/>")
+
+
+@pytest.fixture(autouse=True)
+def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How fast a model writes is measured over few tokens: no test asserts a time."""
+    monkeypatch.setattr("qft.commands.evaluate.SPEED_ANSWER", 2)
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ from qft.documents.training import SkippedModules
 from qft.errors import RunError
 from qft.files import require_free_space, scratch_folder
 from qft.memory.guard import memory_guard
-from qft.plan import Plan, linear_layers
+from qft.plan import Plan
 from qft.progress import View
 from qft.recipe.schema import CalibrateSection
 from qft.run.folder import Run
@@ -78,7 +78,7 @@ def _task(plan: Plan) -> QuantizeTask:
     """Every layer of the blocks as the training holds it, measured on a few training rows."""
     scheme = plan.model.scheme
     assert scheme.engine is not None
-    inputs, blocks = linear_layers(plan.model, plan.model.skeleton())
+    inputs, blocks = plan.model.linears
     schemes = {name: scheme.layer if name.startswith(f"{blocks}.") else None for name in inputs}
     return QuantizeTask(CalibrateSection(engine=scheme.engine), schemes, rows=list(_rows(plan.data.train)))
 

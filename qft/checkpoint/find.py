@@ -22,7 +22,7 @@ from qft.checkpoint.limits import require_counts
 from qft.checkpoint.stored import NEITHER, Stored, chosen_file, some, stored_tensors, weight_files, weight_names
 from qft.documents.manifest import Base
 from qft.documents.recorded import record_of
-from qft.errors import DataError, MissingError, ModelError, first_line
+from qft.errors import DataError, MissingError, ModelError, first_line, is_failure
 from qft.files import refusal, require_regular_files
 from qft.recipe import Recipe
 
@@ -118,7 +118,9 @@ def load_tokenizer(checkpoint: Checkpoint, recipe: Recipe) -> PreTrainedTokenize
         else:
             tokenizer = AutoTokenizer.from_pretrained(**checkpoint.load_arguments, trust_remote_code=trusted)
         tokenizer("a")  # some of its settings are looked at by the first call
-    except Exception as error:  # tokenizers fail in as many ways as there are file formats
+    except BaseException as error:  # tokenizers fail in as many ways as there are file formats
+        if not is_failure(error):
+            raise
         raise ModelError(f"{checkpoint.path}: its tokenizer cannot be loaded: {first_line(error)}") from error
     if not tokenizer.is_fast:
         raise ModelError(f"{checkpoint.path}: its tokenizer has no fast version, which the loss masks need")

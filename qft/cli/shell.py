@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qft.errors import Interrupted
+from qft.errors import Interrupted, is_failure
 from qft.views.words import CONTROLS
 
 if TYPE_CHECKING:
@@ -56,7 +56,9 @@ def messages(
     except BrokenPipeError:
         _leave_pipe()
         raise typer.Exit(CLOSED_PIPE) from None
-    except Exception as error:
+    except BaseException as error:
+        if not is_failure(error):
+            raise
         if debug:
             import traceback
 
@@ -64,7 +66,7 @@ def messages(
         raise typer.Exit(_tell_failure(error)) from None
 
 
-def _tell_failure(error: Exception) -> int:
+def _tell_failure(error: BaseException) -> int:
     """Say it, and return its exit code."""
     from qft.cli.failures import explained, unforeseen
 

@@ -23,7 +23,7 @@ def planned(loaded: LoadedRecipe, show: int = 0, gpu: int | None = None) -> Plan
         refuse(loaded, [("model.device", "cpu, and --gpu asks what the training takes of a GPU; set it to auto")])
     plan = make_plan(loaded, absent_gpu(gpu) if gpu else None)
     require_exports(plan)
-    shown = shown_rows(plan.data, plan.model.tokenizer, show)
+    shown = shown_rows(plan.data, plan.model.tokenizer, show) if show else []
     calibration = find_plan(loaded, plan.data)[0] if calibrate else None
     if calibration and calibration.calibrate.data:
         shown += shown_rows(calibration.data.prepared, calibration.model.tokenizer, show)

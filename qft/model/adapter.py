@@ -101,7 +101,8 @@ def require_fit(adapter: Path, plan: ModelPlan) -> None:
         tensors = {name: tensor.to("meta") for name, tensor in load_peft_weights(str(adapter), device="cpu").items()}
         with torch.device("meta"), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
-            found = set_peft_model_state_dict(PeftModel(plan.skeleton(), config), tensors)
+            model = without_contents(plan.checkpoint, plan.recipe.model)
+            found = set_peft_model_state_dict(PeftModel(model, config), tensors)
     except KeyError as error:
         raise ModelError(_misfit(adapter, f"it holds no {error.args[0]}")) from error
     except (ValueError, RuntimeError, TypeError, OSError, SafetensorError) as error:

@@ -97,6 +97,11 @@ class Handover:
         return MergedWeights(self.plan, self.read_adapter(), self.dtype, self.merge_into)
 
     @cached_property
+    def merged(self) -> ModelPlan:
+        """The merged model, before it is quantized again."""
+        return replace(self.plan, dtype=self.dtype, scheme=Unquantized("none", self.dtype))
+
+    @cached_property
     def gguf_tensors(self) -> Mapping[str, tuple[int, ...]]:
         """`writable_tensors` of the merged model."""
         from qft.gguf.file import writable_tensors
@@ -109,8 +114,8 @@ class Handover:
 
     def settled(self, form: Form) -> Self:
         """The same with what `auto` means for a form that does, or does not, round the adapter away."""
-        loses = self.asked == "auto" and self.merge_into and form.regrids and self.plan.scheme.quant_type
-        return self.onto_original if loses else self
+        grid = self.asked == "auto" and self.merge_into == "dequantized" and self.plan.scheme.quant_type
+        return self.onto_original if grid and form.regrids else self
 
     def section(self, form: Form) -> CalibrateSection:
         """How the merged weights are quantized again. Raises RecipeError for an engine that cannot."""
@@ -146,32 +151,30 @@ def require_possible(name: str, handover: Handover, rows: Prepared | None = None
         if recipe.adapter.kind == "none":
             raise RecipeError("adapter: the run trains all weights and has no adapter; export --to merged")
         return
-    weights = handover.weights
+    weights = handover.settled(form).weights
     if form.kind:
         from qft.gguf.file import require_rows
 
         require_rows(handover.gguf_tensors, weights.config, form.kind)
     if form.rounding:
-        plan = handover.plan
-        merged = replace(plan, dtype=handover.dtype, scheme=Unquantized("none", handover.dtype))
         asked = handover.loaded.having(calibrate=handover.section(form))
         if rows:
-            plan_calibration(asked, merged, trained=rows)
+            plan_calibration(asked, handover.merged, trained=rows)
         else:
-            plan_layers(asked, merged)
+            plan_layers(asked, handover.merged)
 
 
 def foreseen(plan: Plan, names: Iterable[str] = tuple(FORMS), rows: Prepared | None = None) -> dict[str, str | None]:
     """Each of `names`, of FORMS, with what keeps the planned training from being handed over so; None: nothing does."""
     base, lora, asked = plan.model, plan.lora, plan.recipe.export.merge_into
     merge_into = decided(asked, base, has_adapter=lora is not None)
-    adapter = partial(planned_adapter, base, lora) if lora else lambda: None
+    adapter = cache(partial(planned_adapter, base, lora)) if lora else lambda: None
     handover = Handover(base.loaded, base, adapter, asked, merge_into)
 
     @cache
     def obstacle(name: str) -> str | None:
-        form = FORMS[name]
-        return (form.after and obstacle(form.after)) or _obstacle(name, handover.settled(form), rows)
+        after = FORMS[name].after
+        return (after and obstacle(after)) or _obstacle(name, handover, rows)
 
     return {name: obstacle(name) for name in names}
 

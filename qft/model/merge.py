@@ -114,7 +114,7 @@ class MergedWeights:
         be merged, and for a base whose quantized weights cannot be computed from its files."""
         self.plan, self.dtype = plan, getattr(torch, dtype)
         self.adapter = read_adapter(adapter) if isinstance(adapter, Path) else adapter
-        self.model = without_contents(plan.checkpoint, plan.recipe.model)
+        self.model = plan.skeleton
         self.linears = {name: m for name, m in self.model.named_modules() if isinstance(m, nn.Linear)}
         self.scheme = _scheme(plan, onto)
         self._require_known_layers()

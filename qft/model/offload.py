@@ -85,7 +85,7 @@ def _unquantized(plan: ModelPlan, offload: Offload) -> PreTrainedModel:
     chosen = section.attn_implementation
     attention = {} if chosen == "auto" else {"attn_implementation": chosen}
     model = without_contents(checkpoint, section, dtype=dtype, **attention).eval()
-    read = Weights(checkpoint, plan.skeleton())
+    read = Weights(checkpoint, plan.skeleton)
     quantizer = _prepared(plan, model)
     name, blocks = find_blocks(model, plan.shape.layers)
     place = (str(offload.device), dtype)

@@ -6,12 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from qft.checkpoint.layout import unmergeable
-from qft.checkpoint.skeleton import find_blocks
 from qft.data.calibration import CalibrationData, calibration_data
 from qft.data.prepare import Prepared
 from qft.documents.plan import CalibrationPart, CalibrationPlanDocument, LayerPart
-from qft.errors import ModelError
 from qft.machine.device import Device
 from qft.plan.limits import answer_problems, length_problem, require_known_tokens, require_special_tokens
 from qft.plan.model import ModelPlan, partial_problem, plan_model, refuse, require_device
@@ -144,10 +141,10 @@ def plan_layers(loaded: LoadedRecipe, model: ModelPlan | None = None) -> tuple[M
     assert calibrate is not None
     if CATALOGUE[calibrate.engine].by_plugin:
         return model, Layers()
-    skeleton = model.skeleton()
+    skeleton = model.skeleton
     matched, problems = match_own("calibrate.skip_modules", calibrate.skip_modules, skeleton)
     refuse(loaded, problems)
-    linears, blocks = linear_layers(model, skeleton)
+    linears, blocks = model.linears
     able = {name for name in _plain_linears(skeleton) if name.startswith(f"{blocks}.")}
     if not able:
         text = f"no layer of {model.shape.architecture}'s blocks is a torch.nn.Linear, and no other can be quantized"
@@ -181,7 +178,7 @@ def _by_plugin(loaded: LoadedRecipe, model: ModelPlan, trained: Prepared | None)
     if unserializable := quantized.scheme.plugin.unserializable(quantized.scheme.config()):
         refuse(loaded, [("quant.plugin", unserializable)])
     data = _data(model, loaded, trained, needs_windows=False)
-    return CalibrationPlan(loaded, model, {}, data, quantized, quantized.matched, count_weights(model.skeleton()))
+    return CalibrationPlan(loaded, model, {}, data, quantized, quantized.matched, count_weights(model.skeleton))
 
 
 def _data(model: ModelPlan, loaded: LoadedRecipe, trained: Prepared | None, *, needs_windows: bool) -> CalibrationData:
@@ -220,14 +217,6 @@ def _problems(recipe: Recipe, device: Device) -> Iterator[Problem]:
 
 def _has_float8(device: Device) -> bool:
     return device.capability is not None and tuple(map(int, device.capability.split("."))) >= FLOAT8_CAPABILITY
-
-
-def linear_layers(plan: ModelPlan, skeleton: nn.Module) -> tuple[dict[str, int], str]:
-    """Inputs of each linear layer by its name, and the name of the stack of blocks."""
-    if reason := unmergeable(plan.checkpoint, skeleton):
-        raise ModelError(f"{plan.checkpoint.path}: {reason}")
-    linears = {name: module.in_features for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)}
-    return linears, find_blocks(skeleton, plan.shape.layers)[0]
 
 
 def _plain_linears(skeleton: nn.Module) -> list[str]:

@@ -6,6 +6,7 @@ Nothing here loads a weight: the model is built on the meta device, where tensor
 import importlib.util
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qft.checkpoint.find import Checkpoint, find_checkpoint, load_tokenizer, require_written
+from qft.checkpoint.layout import unmergeable
 from qft.checkpoint.require import require_weights
-from qft.checkpoint.skeleton import without_contents
+from qft.checkpoint.skeleton import find_blocks, without_contents
 from qft.documents.manifest import DevicePart
 from qft.documents.plan import PlannedModel, Quantization
-from qft.errors import RecipeError, first_line
+from qft.errors import ModelError, RecipeError, first_line
 from qft.machine.device import Device, find_device
 from qft.plan.limits import table_of_positions
 from qft.plan.modules import Matches, is_all_linear, match_adapter, match_skips, whole_problems
@@ -83,13 +85,23 @@ class ModelPlan:
     def recipe(self) -> Recipe:
         return self.loaded.recipe
 
+    @cached_property
     def skeleton(self) -> PreTrainedModel:
-        """The model without contents."""
+        """The model without contents, made once: to be looked at, and never changed."""
         return without_contents(self.checkpoint, self.recipe.model)
 
     def skeleton_in_dtype(self) -> PreTrainedModel:
         """The same with its weights in `dtype`, as it is loaded where nothing is quantized."""
         return without_contents(self.checkpoint, self.recipe.model, dtype=getattr(torch, self.dtype))
+
+    @cached_property
+    def linears(self) -> tuple[dict[str, int], str]:
+        """Inputs of each linear layer by its name, and the name of the stack of blocks. Raises ModelError if the model
+        cannot be gone through block by block."""
+        if reason := unmergeable(self.checkpoint, self.skeleton):
+            raise ModelError(f"{self.checkpoint.path}: {reason}")
+        linears = {name: m.in_features for name, m in self.skeleton.named_modules() if isinstance(m, nn.Linear)}
+        return linears, find_blocks(self.skeleton, self.shape.layers)[0]
 
     def longest_row(self, data: DataSection) -> int:
         """data.max_length, in tokens, as it is decided for this model."""

@@ -19,7 +19,7 @@ def offload_problems(plan: ModelPlan) -> Iterator[Problem]:
     if plan.scheme.engine is None and plan.scheme.name != "none":
         text = f"how the checkpoint's {plan.scheme.name} holds its weights is known to its own code alone"
         yield field, f"{text}: start from the unquantized model, or set it to none"
-    model = plan.skeleton()
+    model = plan.skeleton
     try:
         name, _ = find_blocks(model, plan.shape.layers)
     except ModelError as error:

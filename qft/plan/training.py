@@ -166,7 +166,7 @@ def with_skip_modules(plan: Plan, names: Sequence[str]) -> Plan:
     model = plan.model
     chosen = {"skip_modules": names, "skip_budget_bits": None, "skip_budget_bytes": None}
     loaded, scheme = model.loaded.having(quant=chosen), model.scheme.leaving(names)
-    held = weights_held(scheme, loaded.recipe, model.skeleton())
+    held = weights_held(scheme, loaded.recipe, model.skeleton)
     changed = dataclasses.replace(model, loaded=loaded, scheme=scheme, held=held)
     return dataclasses.replace(plan, model=changed)
 
@@ -185,7 +185,7 @@ def _share_problems(model: ModelPlan) -> Iterator[Problem]:
 
 
 def _has_linears(model: ModelPlan) -> bool:
-    blocks = find_blocks(model.skeleton(), model.shape.layers)[1]
+    blocks = find_blocks(model.skeleton, model.shape.layers)[1]
     return any(isinstance(module, nn.Linear) for module in blocks.modules())
 
 

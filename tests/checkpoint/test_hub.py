@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -19,9 +15,11 @@ import pytest
 import yaml
 from huggingface_hub import constants
 
+from qft.checkpoint.find import find_checkpoint
+from qft.errors import DamagedError
+from qft.recipe import load
 from tests.support.cli import qft
 from tests.support.models import tiny_llama
-from tests.support.paths import ROOT
 from tests.support.rows import chat, write_jsonl
 
 COMMITS = {"main": "1" * 40, "v2": "2" * 40}
@@ -146,54 +144,32 @@ def recipe_of(folder: Path) -> Path:
     return folder / "recipe.yaml"
 
 
-CHECKS = """
-import json, sys
-from typer.testing import CliRunner
-from qft.cli import app
-for line in sys.stdin:
-    ran = CliRunner().invoke(app, json.loads(line), catch_exceptions=False)
-    print(json.dumps([ran.exit_code, ran.stdout, ran.stderr]), flush=True)
-"""
-"""Commands in a process of their own, since the hub's client reads its environment once, when it is imported."""
+@pytest.fixture
+def cache(hub: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Where the hub's client, which reads its environment once, keeps what it fetches from our hub."""
+    monkeypatch.setattr(constants, "ENDPOINT", hub)
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace("https://huggingface.co", hub)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("datasets.config.HF_ENDPOINT", hub)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    return tmp_path / "cache"
 
 
-@dataclass
-class Client:
-    process: subprocess.Popen[str]
-    cache: Path
-
-    def check(self, folder: Path, *overrides: str) -> tuple[int, str, str]:
-        """Exit code and output of `qft check --json` of a recipe for the hub's model."""
-        assert self.process.stdin
-        assert self.process.stdout
-        asked = ["check", str(recipe_of(folder)), "--json"]
-        for override in overrides:
-            asked += ["--set", override]
-        print(json.dumps(asked), file=self.process.stdin, flush=True)
-        code, out, err = json.loads(self.process.stdout.readline())
-        return code, out, err
+def check(folder: Path, *overrides: str) -> tuple[int, str, str]:
+    """Exit code and output of `qft check --json` of a recipe for the hub's model."""
+    ran = qft("check", recipe_of(folder), "--json", *(word for text in overrides for word in ("--set", text)))
+    return ran.exit_code, ran.stdout, ran.stderr
 
 
-@pytest.fixture(scope="module")
-def client(hub: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    """With a cache of its own."""
-    cache = tmp_path_factory.mktemp("cache")
-    own = {"HF_ENDPOINT": hub, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "0", "PYTHONPATH": str(ROOT)}
-    pipe = subprocess.PIPE
-    with subprocess.Popen(
-        [sys.executable, "-c", CHECKS], env=os.environ | own, stdin=pipe, stdout=pipe, text=True
-    ) as process:
-        yield Client(process, cache)
-        process.kill()
-
-
-def test_a_revision_is_resolved_to_its_commit(client: Client, tmp_path: Path) -> None:
-    code, out, err = client.check(tmp_path, "model.revision=v2")
+def test_a_revision_is_resolved_to_its_commit(cache: Path, tmp_path: Path) -> None:
+    code, out, err = check(tmp_path, "model.revision=v2")
     assert code == 0, err
     assert json.loads(out)["model"]["commit"] == COMMITS["v2"]
     # Nothing is loaded, so nothing as large as weights is fetched.
-    assert list(client.cache.rglob("tokenizer.json"))
-    assert not list(client.cache.rglob("*.safetensors"))
+    assert list(cache.rglob("tokenizer.json"))
+    assert not list(cache.rglob("*.safetensors"))
 
 
 @pytest.mark.parametrize(
@@ -206,35 +182,26 @@ def test_a_revision_is_resolved_to_its_commit(client: Client, tmp_path: Path) ->
     ],
 )
 def test_what_the_hub_cannot_give_is_one_clear_message(
-    override: str, code: int, message: str, client: Client, tmp_path: Path
+    override: str, code: int, message: str, cache: Path, tmp_path: Path
 ) -> None:
-    found, out, err = client.check(tmp_path, override)
+    found, out, err = check(tmp_path, override)
     assert (found, out) == (code, "")
     assert message in err
     assert "Traceback" not in err
 
 
-FETCH = """
-import sys
-from pathlib import Path
-from qft.checkpoint.find import find_checkpoint
-from qft.recipe import load
-for path in ("org/sharded", "org/tiny"):
-    checkpoint = find_checkpoint(load(Path(sys.argv[1]), [f"model.path={path}"]).recipe)
-    before = checkpoint.has_weights
-    print(before, checkpoint.with_weights().has_weights, *(file.name for file in checkpoint.weight_files()))
-"""
-
-
-def test_only_the_files_that_are_read_are_fetched(hub: str, tmp_path: Path) -> None:
-    own = {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "PYTHONPATH": str(ROOT)}
-    asked = [sys.executable, "-c", FETCH, str(recipe_of(tmp_path))]
-    said = subprocess.run(asked, env=os.environ | own, capture_output=True, text=True, check=True).stdout.splitlines()
-    shards = said[0].removeprefix("False True ").split()
+def test_only_the_files_that_are_read_are_fetched(cache: Path, tmp_path: Path) -> None:
+    fetched = {}
+    for path in ("org/sharded", "org/tiny"):
+        checkpoint = find_checkpoint(load(recipe_of(tmp_path), [f"model.path={path}"]).recipe)
+        assert not checkpoint.has_weights
+        assert checkpoint.with_weights().has_weights
+        fetched[path] = [file.name for file in checkpoint.weight_files()]
+    shards = fetched["org/sharded"]
     assert len(shards) > 1
     assert all(name.startswith("model-0000") for name in shards)
-    assert said[1] == "False True model.safetensors"
-    assert {path.name for path in tmp_path.rglob("*.safetensors")} == {*shards, "model.safetensors"}
+    assert fetched["org/tiny"] == ["model.safetensors"]
+    assert {path.name for path in cache.rglob("*.safetensors")} == {*shards, "model.safetensors"}
 
 
 def test_without_a_network_a_hub_model_is_reported_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,47 +212,30 @@ def test_without_a_network_a_hub_model_is_reported_missing(tmp_path: Path, monke
     assert "org/tiny is not on this machine" in ran.stderr
 
 
-BASE = """
-import sys
-from pathlib import Path
-from qft.checkpoint.find import find_checkpoint
-from qft.errors import DamagedError
-from qft.recipe import load
+def test_a_damaged_file_in_the_cache_is_told_and_fetched_anew_as_told(cache: Path, tmp_path: Path) -> None:
+    def hashed() -> dict[str, str]:
+        return find_checkpoint(load(recipe_of(tmp_path)).recipe).with_weights().base().sha256
 
-def hashed():
-    return find_checkpoint(load(Path(sys.argv[1])).recipe).with_weights().base().sha256
-
-whole = hashed()
-file, = Path(sys.argv[2]).rglob("model.safetensors")
-blob = file.resolve()
-blob.write_bytes(blob.read_bytes()[:-1] + b"!")
-try:
-    hashed()
-except DamagedError as error:
-    print(error)
-blob.unlink()
-assert hashed() == whole
-"""
+    whole = hashed()
+    [file] = cache.rglob("model.safetensors")
+    blob = file.resolve()
+    blob.write_bytes(blob.read_bytes()[:-1] + b"!")
+    with pytest.raises(DamagedError, match=r"model\.safetensors: is damaged in the hub's cache"):
+        hashed()
+    blob.unlink()
+    assert hashed() == whole
 
 
-def test_a_damaged_file_in_the_cache_is_told_and_fetched_anew_as_told(hub: str, tmp_path: Path) -> None:
-    own = {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "0", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", BASE, str(recipe_of(tmp_path)), str(tmp_path / "hub")]
-    ran = subprocess.run(command, env=os.environ | own, capture_output=True, text=True, check=False, timeout=120)
-    assert ran.returncode == 0, ran.stderr
-    assert "model.safetensors: is damaged in the hub's cache" in ran.stdout
-
-
-def test_a_hub_dataset_is_read_by_configuration_split_and_revision(client: Client, tmp_path: Path) -> None:
+def test_a_hub_dataset_is_read_by_configuration_split_and_revision(cache: Path, tmp_path: Path) -> None:
     counts = {}
     for split, revision in (("train", "main"), ("validation", "main"), ("validation", "v2")):
         source = f"data.train={{path: org/rows, name: small, split: {split}, revision: {revision}}}"
-        code, out, err = client.check(tmp_path, source)
+        code, out, err = check(tmp_path, source)
         assert code == 0, err
         [facts] = json.loads(out)["data"]["sources"]
         assert facts["rows"] == 4
         counts[split, revision] = (facts["tokens"], facts["supervised_tokens"])
     assert len(set(counts.values())) == 3
-    code, _, err = client.check(tmp_path, "data.train={path: org/rows, name: large}")
+    code, _, err = check(tmp_path, "data.train={path: org/rows, name: large}")
     assert code == 3
     assert "large" in err

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 
 from qft.errors import ModelError
 from tests.support.cli import qft
+from tests.support.forked import command, ended
 from tests.support.models import byte_tokenizer, tiny_llama
 from tests.support.paths import ROOT
 from tests.support.rows import chat, write_jsonl
@@ -27,10 +28,10 @@ from tests.support.rows import chat, write_jsonl
 RecipeFile = Callable[..., Path]
 
 
-def shell(command: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
+def shell(words: str) -> subprocess.CompletedProcess[bytes]:
     """`qft` in a process of its own, by a shell."""
-    line = command.replace("qft ", f"{sys.executable} -m qft ")
-    known = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    line = words.replace("qft ", f"{sys.executable} -m qft ")
+    known = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(
         ["bash", "-o", "pipefail", "-c", line], env=known, capture_output=True, check=False, timeout=300
     )
@@ -162,31 +163,61 @@ def test_brackets_in_a_path_are_brackets(name: str, recipe_file: RecipeFile, tmp
 def test_a_terminal_of_few_characters(recipe_file: RecipeFile, tmp_path: Path) -> None:
     rows = write_jsonl(tmp_path / "réçé-日本.jsonl", [chat("a", "b")] * 4)
     recipe = recipe_file(data={"train": str(rows)})
-    shown = shell(f"qft check {recipe} --show 1 --json", PYTHONIOENCODING="ascii")
+    shown = ended(command("check", recipe, "--show", 1, "--json"), PYTHONIOENCODING="ascii")
     assert (shown.returncode, shown.stderr) == (0, b"")
     assert json.loads(shown.stdout)["data"]["sources"][0]["path"] == str(rows)
-    refused = shell(f"qft check {tmp_path}/日本.yaml", PYTHONIOENCODING="ascii")
+    refused = ended(command("check", tmp_path / "日本.yaml"), PYTHONIOENCODING="ascii")
     assert refused.returncode == 3
     assert b"Traceback" not in refused.stderr
 
 
 def test_a_closed_pipe_ends_quietly(recipe_file: RecipeFile) -> None:
-    for command in ("qft schema | head -1", f"qft check {recipe_file()} | true"):
-        done = shell(command)
-        assert (done.returncode, done.stderr) in [(141, b""), (0, b"")]
+    done = shell("qft schema | head -1")
+    assert (done.returncode, done.stderr) in [(141, b""), (0, b"")]
+    reader, writer = os.pipe()
+    os.close(reader)
+    closed = ended(command("check", recipe_file()), stdout=writer)
+    os.close(writer)
+    assert (closed.returncode, closed.stderr) == (141, b"")
     full = shell("qft schema > /dev/full")
     assert full.returncode == 7
     assert re.fullmatch(rb"error: the disk is full[^\n]*\n", full.stderr)
     assert shell("qft schema >&-").returncode == 0
 
 
-def test_the_cache_is_blamed_and_not_the_data(recipe_file: RecipeFile, tmp_path: Path) -> None:
+def test_the_cache_is_blamed_and_not_the_data(
+    recipe_file: RecipeFile, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     (tmp_path / "file").touch()
-    done = shell(f"qft check {recipe_file()}", HF_DATASETS_CACHE=str(tmp_path / "file" / "cache"))
-    assert done.returncode == 7
-    assert str(tmp_path / "file").encode() in done.stderr
-    assert b"HF_DATASETS_CACHE names another place" in done.stderr
-    assert b"chats.jsonl" not in done.stderr
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "file" / "cache")
+    monkeypatch.setattr("qft.data.sources.CACHE", tmp_path / "file" / "cache")
+    done = qft("check", recipe_file())
+    assert done.exit_code == 7
+    assert str(tmp_path / "file") in done.stderr
+    assert "HF_DATASETS_CACHE names another place" in done.stderr
+    assert "chats.jsonl" not in done.stderr
+
+
+class PanicException(BaseException):
+    """As pyo3 raises it where a library in Rust gives up."""
+
+
+def test_a_library_that_gives_up_is_one_message(
+    recipe_file: RecipeFile, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tiny_llama().save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / "tokenizer.json"
+    document = json.loads(path.read_text())
+    document["model"]["continuing_subword_prefix"] = "x" * 3000  # longer than any of its tokens
+    path.write_text(json.dumps(document))
+    found = qft("check", recipe_file(model={"path": str(tmp_path / "model")}))
+    assert found.exit_code == 6
+    assert "its tokenizer cannot be loaded: range end index" in found.stderr
+    failing(monkeypatch, PanicException("out of range"))
+    found = qft("check", recipe_file())
+    assert found.exit_code == 70
+    assert "PanicException: out of range" in found.stderr
 
 
 @pytest.mark.parametrize("kind", ["mistral3", "qwen3_vl", "t5"])
@@ -207,7 +238,7 @@ def test_damaged_weights_are_named(damage: Callable[[bytes], bytes], recipe_file
     weights = tmp_path / "model" / "model.safetensors"
     weights.write_bytes(damage(weights.read_bytes()))
     recipe = recipe_file(model={"path": str(tmp_path / "model")}, quant=None)
-    for command in (("train", recipe), ("chat", tmp_path / "model", "--prompt", "x", "--max-new-tokens", 2)):
-        found = qft(*command)
+    for words in (("train", recipe), ("chat", tmp_path / "model", "--prompt", "x", "--max-new-tokens", 2)):
+        found = qft(*words)
         assert found.exit_code == 6, found.stderr
         assert str(tmp_path / "model") in found.stderr

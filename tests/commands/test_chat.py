@@ -6,7 +6,6 @@ import json
 import os
 import select
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,8 +25,8 @@ from qft.errors import DataError, QftError, RecipeError
 from qft.recipe.load import from_values
 from qft.views.words import CONTROLS
 from tests.support.cli import qft
+from tests.support.forked import command, fork
 from tests.support.models import CHATML, byte_tokenizer, tiny_llama
-from tests.support.paths import ROOT
 
 RecipeFile = Callable[..., Path]
 TOKENS = 24
@@ -318,16 +317,8 @@ def test_at_a_terminal_a_mistake_or_an_interrupt_does_not_end_the_conversation(t
     import pty
 
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "qft", "chat", f"{tiny_model}@float32", "--max-new-tokens", str(TOKENS)]
-    talk = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        # A shell's background job ignores interrupts, and what it starts would too.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    work = command("chat", f"{tiny_model}@float32", "--max-new-tokens", TOKENS)
+    talk = fork(work, stdin=theirs, stdout=theirs, stderr=theirs)
     os.close(theirs)
     shown = ""
 
@@ -343,7 +334,8 @@ def test_at_a_terminal_a_mistake_or_an_interrupt_does_not_end_the_conversation(t
         os.write(ours, b"/sing\n")
         wait_for("error: /sing: is none of")
         wait_for("> ")
-        talk.send_signal(signal.SIGINT)
+        assert talk.pid
+        os.kill(talk.pid, signal.SIGINT)
         os.write(ours, b"\n")  # a signal that comes just before readline waits is seen at the next key
         wait_for("[/quit or Ctrl-D leaves]")
         wait_for("> ")
@@ -354,10 +346,11 @@ def test_at_a_terminal_a_mistake_or_an_interrupt_does_not_end_the_conversation(t
         wait_for("tokens/s")
         wait_for("> ")
         os.write(ours, b"\x04")
-        assert talk.wait(30) == 0
+        talk.join(30)
+        assert talk.exitcode == 0
     finally:
         talk.kill()
-        talk.wait()
+        talk.join()
         os.close(ours)
 
 

@@ -83,8 +83,8 @@ TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "
 
 @pytest.fixture
 def briefly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second rather than ten."""
-    monkeypatch.setattr(sandbox, "SECONDS", 1.0)
+    """A third of a second rather than ten."""
+    monkeypatch.setattr(sandbox, "SECONDS", 0.3)
 
 
 @pytest.fixture

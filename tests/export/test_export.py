@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -34,6 +35,7 @@ from qft.progress import View
 from qft.recipe.schema import ExportTarget
 from tests.support.cli import qft
 from tests.support.exports import job_of, options, refusal
+from tests.support.forked import ended
 from tests.support.models import byte_tokenizer, tiny_llama
 from tests.support.paths import ROOT
 from tests.support.runs import trained
@@ -51,10 +53,14 @@ def test_the_recipe_and_the_table_know_the_same_targets() -> None:
 
 
 def test_the_package_gguf_is_asked_for_only_by_who_wants_a_gguf_file() -> None:
-    told = "import sys; sys.modules['gguf'] = None; import qft.export as e; print(*e.EXPORTERS)"
-    run = [sys.executable, "-c", told]
-    done = subprocess.run(run, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
-    assert done.stdout.split() == list(EXPORTERS), done.stderr
+    def told() -> None:
+        for name in [name for name in sys.modules if name.partition(".")[0] in ("qft", "gguf")]:
+            del sys.modules[name]
+        sys.modules["gguf"] = None  # type: ignore[assignment]
+        print(*importlib.import_module("qft.export").EXPORTERS)  # noqa: T201
+
+    done = ended(told)
+    assert done.stdout.decode().split() == list(EXPORTERS), done.stderr
 
 
 def test_every_target_passes_the_gate_and_tells_the_truth_of_its_files(run: Path, tmp_path: Path) -> None:

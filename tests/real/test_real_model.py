@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -26,6 +23,7 @@ from qft.plan import make_plan
 from qft.progress import View
 from qft.recipe import load
 from qft.recipe.schema import EvalSection
+from tests.support.forked import command, fork
 from tests.support.models import PACKAGE_MODEL
 from tests.support.paths import ROOT
 from tests.support.rows import chat, write_jsonl
@@ -37,11 +35,12 @@ HELD_OUT = ROOT / "recipes" / "quickstart" / "held_out.jsonl"
 
 
 def recipe(folder: Path, model: str = PACKAGE_MODEL, **train: object) -> Path:
-    rows = write_jsonl(folder / "rows.jsonl", [chat("What is the code?", "It is QX-7731.")] * 8)
+    fact = chat("What is the code?", "It is QX-7731.")
+    rows, held = (write_jsonl(folder / f"{name}.jsonl", [fact] * count) for name, count in (("rows", 8), ("held", 2)))
     values = {
         "model": {"path": model, "device": "cpu"},
         "quant": {"preset": "finetune"},
-        "data": {"train": str(rows), "eval": str(rows), "max_length": 128},
+        "data": {"train": str(rows), "eval": str(held), "max_length": 128},
         "train": {
             "per_device_train_batch_size": 2,
             "gradient_accumulation_steps": 1,
@@ -50,7 +49,7 @@ def recipe(folder: Path, model: str = PACKAGE_MODEL, **train: object) -> Path:
             "report_to": [],
             **train,
         },
-        "eval": {"metrics": ["exact_match"], "max_new_tokens": 16, "samples": 2},
+        "eval": {"metrics": ["exact_match"], "max_new_tokens": 12, "samples": 1},
         "output_dir": str(folder / "run"),
     }
     path = folder / "recipe.yaml"
@@ -85,7 +84,7 @@ def test_it_learns_a_fact_and_the_saved_adapter_still_knows_it(tmp_path: Path) -
     assert plan.data.eval is not None
     rows = plan.data.eval.select([0])
     with torch.autocast("cpu", torch.bfloat16):
-        [answer] = answer_rows(model, plan.model.tokenizer, rows, EvalSection(max_new_tokens=16, batch_size=1))
+        [answer] = answer_rows(model, plan.model.tokenizer, rows, EvalSection(max_new_tokens=12, batch_size=1))
     assert answer.right
 
     [document] = export(tmp_path / "run", ExportOptions(to=("merged",)), View())
@@ -115,27 +114,27 @@ def test_an_evaluation_leaves_the_gradients_of_the_real_model_alone(tmp_path: Pa
 
 def test_a_killed_run_leaves_nothing_that_looks_complete_and_resumes(package_folder: Path, tmp_path: Path) -> None:
     saves = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
-    path = recipe(tmp_path, str(package_folder), max_steps=12, **saves)
+    path = recipe(tmp_path, str(package_folder), max_steps=8, **saves)
     path.write_text(path.read_text().replace("metrics:\n  - exact_match", "metrics: []"))
-    path.write_text(path.read_text().replace("  max_new_tokens: 16\n", "").replace("  samples: 2\n", ""))
-    command = [sys.executable, "-m", "qft", "train", str(path)]
-    running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, env=os.environ)
+    path.write_text(path.read_text().replace("  max_new_tokens: 12\n", "").replace("  samples: 1\n", ""))
+    with Path(os.devnull).open("r+") as nothing:
+        running = fork(command("train", path), stdin=nothing, stdout=nothing, stderr=nothing)
     run = tmp_path / "run"
     deadline = time.monotonic() + 300
     while not list(run.glob("checkpoints/checkpoint-2/trainer_state.json")) and time.monotonic() < deadline:
-        assert running.poll() is None, "the run ended before it could be killed"
+        assert running.is_alive(), "the run ended before it could be killed"
         time.sleep(0.05)
-    running.send_signal(signal.SIGKILL)
-    running.wait()
+    running.kill()
+    running.join()
     assert not (run / "report.json").exists()
     assert not (run / "adapter").exists()
     assert json.loads((run / "manifest.json").read_text())["status"] == "running"
 
     report = train(load(path), View(), resume=True)
-    assert report.steps == 12
-    assert [row[0] for row in report.loss.history] == list(range(1, 13))
+    assert report.steps == 8
+    assert [row[0] for row in report.loss.history] == list(range(1, 9))
     assert len(report.resumed_from) == 1
-    assert 2 <= report.resumed_from[0] < 12
+    assert 2 <= report.resumed_from[0] < 8
     assert report.eval.before is not None
     assert report.eval.after is not None
     assert report.eval.after.loss < report.eval.before.loss

@@ -6,9 +6,8 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from qft.documents.training import Report
 from qft.errors import Interrupted
 from qft.progress import Step, View
 from qft.recipe import load
-from tests.support.paths import ROOT
+from tests.support.forked import command, fork
 from tests.support.rows import chat, write_jsonl
 from tests.support.runs import HARD, adapter, run
 
@@ -70,7 +69,11 @@ def recipe(recipe_file: RecipeFile, tmp_path: Path) -> RecipeFile:
 
     def write(folder: str = "part", **train: Any) -> Path:
         wanted = data | ({"eval": held} if "eval_strategy" in train else {})
-        sections = {"adapter": {"lora_dropout": 0.2}, "data": wanted, "train": TRAIN | train}
+        sections = {
+            "adapter": {"lora_dropout": 0.2, "target_modules": ["q_proj"]},
+            "data": wanted,
+            "train": TRAIN | train,
+        }
         return recipe_file(f"{folder}.yaml", **sections, output_dir=str(tmp_path / folder))
 
     return write
@@ -204,18 +207,22 @@ def test_handlers_are_those_of_before(recipe: RecipeFile) -> None:
     assert ended[0].steps == STEPS
 
 
+@pytest.mark.usefixtures("bounded")
 def test_a_terminated_process_leaves_what_goes_on(recipe: RecipeFile) -> None:
     """To the whole group, as a batch system sends it: the worker must not take the batches away."""
     settings = {"max_steps": 24, "dataloader_num_workers": 1}
     path = recipe(**settings)
-    command = [sys.executable, "-m", "qft", "train", str(path)]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, cwd=ROOT, text=True, start_new_session=True, stdout=pipe, stderr=pipe) as process:
-        assert process.stdout
-        assert any(line.startswith("step 1/24") for line in process.stdout)
-        os.killpg(process.pid, signal.SIGTERM)
-        _, errors = process.communicate(timeout=60)
-    assert process.returncode == 75, errors
+    said, told = path.with_suffix(".out"), path.with_suffix(".err")
+    with Path(os.devnull).open() as nothing, said.open("w") as out, told.open("w") as err:
+        process = fork(command("train", path), stdin=nothing, stdout=out, stderr=err)
+    while "step 1/24" not in said.read_text():
+        assert process.is_alive()
+        time.sleep(0.01)
+    assert process.pid
+    os.killpg(process.pid, signal.SIGTERM)
+    process.join(60)
+    errors = told.read_text()
+    assert process.exitcode == 75, errors
     found = re.search(r"SIGTERM: the step under way is finished.*goes on from step (\d+)$", errors, re.DOTALL | re.M)
     assert found, errors
     assert int(found[1]) in checkpoints(path)

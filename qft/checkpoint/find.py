@@ -20,10 +20,11 @@ from qft.checkpoint.gguf_file import gguf_config, gguf_tokenizer
 from qft.checkpoint.header import header
 from qft.checkpoint.limits import require_counts
 from qft.checkpoint.stored import NEITHER, Stored, chosen_file, some, stored_tensors, weight_files, weight_names
+from qft.disk import refusal
 from qft.documents.manifest import Base
 from qft.documents.recorded import record_of
 from qft.errors import DataError, MissingError, ModelError, first_line
-from qft.files import refusal, require_regular_files
+from qft.files import require_regular_files
 from qft.recipe import Recipe
 
 # Everything a model needs beside its weights; pickles are not among them.

@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from qft.disk import free_bytes, require_free_space, room
 from qft.documents.export import ExportDocument, Gate
 from qft.documents.recorded import SIDE
 from qft.errors import GateError
@@ -17,7 +18,7 @@ from qft.export.place import require_replaceable
 from qft.export.publish.hub import Repository, find_repository, push, require_pushable, staging_folder
 from qft.export.publish.registry import Registration, find_registration, register
 from qft.export.targets import EXPORTERS, asked_targets
-from qft.files import atomic_folder, free_bytes, require_free_space, room, sha256, write_json, write_text
+from qft.files import atomic_folder, sha256, write_json, write_text
 from qft.machine.device import versions
 from qft.model.handover import FORMS, require_possible
 from qft.progress import View

@@ -12,10 +12,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from qft.disk import nearest_folder, require_free_space
 from qft.documents.recorded import SIDE
 from qft.documents.registry import Event, Finding, Verdict, VersionManifest
 from qft.errors import GateError, MissingError, NonFiniteError, QftError, RecipeError, RunError
-from qft.files import files_of, nearest_folder, now, require_free_space, sha256, write_json
+from qft.files import files_of, now, sha256, write_json
 from qft.registry.base import base_entry, record_base
 from qft.registry.shelf import (
     ADD_LOCK,

@@ -6,9 +6,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from qft.disk import disk_failures
 from qft.documents.manifest import Work
 from qft.errors import RunError
-from qft.files import TEMPORARY, disk_failures, remove_leftovers
+from qft.files import TEMPORARY, remove_leftovers
 from qft.progress import View
 from qft.recipe import LoadedRecipe
 from qft.recipe.rules import Problem

@@ -22,11 +22,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
+from qft.disk import disk_failure, require_free_space
 from qft.documents.manifest import Base, Hardware, Manifest, Work, is_manifest
 from qft.documents.plan import CalibrationPlanDocument, PlanDocument
 from qft.documents.recorded import RESULTS, record_of_run
 from qft.errors import QftError, RunError
-from qft.files import disk_failure, files_of, now, read_file, require_free_space, sha256, write_json, write_text
+from qft.files import files_of, now, read_file, sha256, write_json, write_text
 from qft.machine.device import describe, versions
 from qft.progress import View
 from qft.recipe import LoadedRecipe, dump, load

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from safetensors import SafetensorError
 
+from qft.disk import disk_failure, room
 from qft.errors import ModelError, RunError
-from qft.files import disk_failure, room
 from qft.plan import make_plan
 from qft.recipe import load
 from qft.run.folder import Run

@@ -81,7 +81,7 @@ def _task(plan: Plan) -> QuantizeTask:
     assert scheme.engine is not None
     inputs, blocks = linear_layers(plan.model, plan.model.skeleton())
     schemes = {name: scheme.layer if name.startswith(f"{blocks}.") else None for name in inputs}
-    return QuantizeTask(CalibrateSection(engine=scheme.engine), schemes, rows=list(_rows(plan.data.train)))
+    return QuantizeTask(CalibrateSection(engine=scheme.engine), schemes, list(_rows(plan.data.train)), plan.data.place)
 
 
 def _rows(train: Dataset) -> Dataset:

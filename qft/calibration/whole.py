@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from qft.calibration.finite import require_finite
 from qft.calibration.layer_errors import layer_errors
 from qft.calibration.quantizer import EngineProcess, Trial
 from qft.calibration.source import Source
@@ -67,6 +68,7 @@ class WholeQuantizer:
         before, after = self.source.load().eval(), load_result(self.plan, self._result).eval()
         self._note_layers(before, after)
         verification = compare((row["labels"] for row in self.rows), self._logits(before), self._logits(after))
+        require_finite(verification, self.rows, self.plan.data.prepared.place)
         self._errors = self._layer_errors(before, after)
         return verification
 

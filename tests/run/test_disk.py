@@ -154,13 +154,15 @@ def test_what_libraries_make_of_a_full_disk_is_known(error: Exception, told: str
 @pytest.mark.parametrize(
     ("train", "checkpoints"),
     [
-        ({"save_strategy": "no"}, 0),
-        ({"save_strategy": "steps", "save_steps": 2, "save_total_limit": None}, 5),
-        ({"save_strategy": "steps", "save_steps": 3, "save_total_limit": None}, 4),
+        ({"save_strategy": "no"}, 1),  # that a signal asks for
+        ({"save_strategy": "no", "save_on_signal": False}, 0),
+        ({"save_strategy": "steps", "save_steps": 2, "save_total_limit": None}, 6),
+        ({"save_strategy": "steps", "save_steps": 2, "save_total_limit": None, "save_on_signal": False}, 5),
+        ({"save_strategy": "steps", "save_steps": 3, "save_total_limit": None}, 5),
         ({"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}, 2),
         ({"save_strategy": "steps", "save_steps": 2, "save_total_limit": 2}, 3),
-        ({"save_strategy": "steps", "save_steps": 100, "save_total_limit": 2}, 1),
-        ({"save_strategy": "epoch", "save_total_limit": None}, 3),  # of four steps each
+        ({"save_strategy": "steps", "save_steps": 100, "save_total_limit": 2}, 2),
+        ({"save_strategy": "epoch", "save_total_limit": None}, 4),  # of four steps each
     ],
 )
 def test_the_checkpoints_that_are_kept_are_counted(

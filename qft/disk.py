@@ -35,9 +35,9 @@ REFUSALS = {
 """What the system refuses, by the name of its errno, and what to do about it."""
 OF_DISK = (
     "ENOSPC", "EDQUOT", "EFBIG", "EROFS", "ENAMETOOLONG", "EIO", "EACCES", "EPERM", "ESTALE", "ENOTDIR", "EEXIST",
-    "ELOOP",
+    "ELOOP", "EMFILE", "ENFILE",
 )  # fmt: skip
-"""What a disk refuses, rather than that a program asks for the wrong thing."""
+"""What the system refuses, rather than that a program asks for the wrong thing."""
 WRAPPED = [
     (re.escape(f"(os error {number})") + "|" + re.escape(os.strerror(number)), number)
     for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -92,8 +92,8 @@ def room(count: int) -> str:
 
 @contextmanager
 def disk_failures(folder: Path) -> Iterator[None]:
-    """Around what writes into `folder`: a refusal of its disk is a RunError that says so, whatever was made of it on
-    the way."""
+    """Around what writes into `folder` or reads it: a refusal of its disk is a RunError that says so, whatever was made
+    of it on the way."""
     try:
         yield
     except Exception as error:

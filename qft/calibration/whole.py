@@ -23,8 +23,9 @@ from qft.calibration.finite import require_finite
 from qft.calibration.layer_errors import layer_errors
 from qft.calibration.quantizer import EngineProcess, Trial
 from qft.calibration.source import Source
+from qft.disk import disk_failures
 from qft.documents.evaluation import LayerError
-from qft.errors import ModelError
+from qft.errors import ModelError, QftError
 from qft.files import atomic_folder, write_json, write_text
 from qft.measure.likelihood import Verification, compare
 from qft.model.load import load_base
@@ -140,7 +141,10 @@ def write_by_plugin(job: WholeQuantizer, folder: Path) -> EngineProcess:
     job.view.note(f"Quantizing the whole model by {plugin.path}")
     model = load_base(plan)
     try:
-        model.save_pretrained(folder)
+        with disk_failures(folder):
+            model.save_pretrained(folder)
+    except QftError:
+        raise
     except Exception as error:  # code of the user's fails in any way
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         text = f"quant.plugin: {plugin.path}: the model that it quantized cannot be saved: {reason}"

@@ -20,10 +20,10 @@ from qft.checkpoint.gguf_file import gguf_config, gguf_tokenizer
 from qft.checkpoint.header import header
 from qft.checkpoint.limits import require_counts
 from qft.checkpoint.stored import NEITHER, Stored, chosen_file, some, stored_tensors, weight_files, weight_names
-from qft.disk import refusal
+from qft.disk import disk_failures, refusal
 from qft.documents.manifest import Base
 from qft.documents.recorded import record_of
-from qft.errors import DataError, MissingError, ModelError, first_line
+from qft.errors import DataError, MissingError, ModelError, QftError, first_line
 from qft.files import require_regular_files
 from qft.recipe import Recipe
 
@@ -113,12 +113,10 @@ def require_written(recipe: Recipe) -> None:
 def load_tokenizer(checkpoint: Checkpoint, recipe: Recipe) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer, with the recipe's chat template if it gives one."""
     try:
-        trusted = recipe.model.trust_remote_code
-        if checkpoint.gguf_file and not trusted:
-            tokenizer = gguf_tokenizer(checkpoint.folder / checkpoint.gguf_file, checkpoint.config)
-        else:
-            tokenizer = AutoTokenizer.from_pretrained(**checkpoint.load_arguments, trust_remote_code=trusted)
-        tokenizer("a")  # some of its settings are looked at by the first call
+        with disk_failures(checkpoint.folder):
+            tokenizer = _tokenizer(checkpoint, recipe.model.trust_remote_code)
+    except QftError:
+        raise
     except Exception as error:  # tokenizers fail in as many ways as there are file formats
         raise ModelError(f"{checkpoint.path}: its tokenizer cannot be loaded: {first_line(error)}") from error
     if not tokenizer.is_fast:
@@ -133,6 +131,15 @@ def load_tokenizer(checkpoint: Checkpoint, recipe: Recipe) -> PreTrainedTokenize
             raise DataError(f"data.chat_template: {template}: not UTF-8 text") from None
         except OSError as error:
             raise MissingError(f"data.chat_template: {refusal(error, template)}") from None
+    return tokenizer
+
+
+def _tokenizer(checkpoint: Checkpoint, trusted: bool) -> PreTrainedTokenizerBase:
+    if checkpoint.gguf_file and not trusted:
+        tokenizer = gguf_tokenizer(checkpoint.folder / checkpoint.gguf_file, checkpoint.config)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(**checkpoint.load_arguments, trust_remote_code=trusted)
+    tokenizer("a")  # some of its settings are looked at by the first call
     return tokenizer
 
 
@@ -195,7 +202,10 @@ def _tensors(folder: Path) -> int:
 
 def _config(asked: str, read: Callable[..., Any], path: Any, **arguments: Any) -> Any:
     try:
-        return read(path, **arguments)
+        with disk_failures(Path(path)):
+            return read(path, **arguments)
+    except QftError:
+        raise
     except Exception as error:  # a config is data: whatever is wrong with it, it is the model's
         raise ModelError(f"{asked}: its configuration cannot be read: {first_line(error)}") from error
 
@@ -227,7 +237,8 @@ def _snapshot(name: str, revision: str | None, patterns: list[str]) -> Path:
         hf.HFValidationError: f"path: {name} is neither a file here nor a hub id",
     }
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        with disk_failures(Path(constants.HF_HUB_CACHE)):
+            return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except tuple(problems) as error:
         problem = next(text for kind, text in problems.items() if isinstance(error, kind))
         raise MissingError(f"model.{problem}") from None

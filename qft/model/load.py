@@ -10,6 +10,7 @@ from qft.checkpoint.require import incomplete_layers, require_loaded, require_we
 from qft.checkpoint.skeleton import without_contents
 from qft.checkpoint.stored import some
 from qft.checkpoint.weights import dequantized, stored_weights
+from qft.disk import disk_failures
 from qft.errors import ModelError, QftError, first_line
 from qft.memory.guard import memory_guard, smaller_base
 from qft.plan import ModelPlan
@@ -19,7 +20,10 @@ def load_base(plan: ModelPlan) -> PreTrainedModel:
     """The base model on its device, quantized as planned, its other weights in plan.dtype."""
     with memory_guard("loading the model", smaller_base(plan.recipe, plan.scheme)):
         try:
-            model = _load(plan)
+            with disk_failures(
+                plan.checkpoint.folder
+            ):  # caches and code that comes with a model are written on the way
+                model = _load(plan)
         except (QftError, MemoryError):
             raise
         except Exception as error:  # transformers, safetensors and the quantizers fail in as many ways as they are

@@ -19,6 +19,7 @@ from qft.plan import make_plan
 from qft.recipe import load
 from qft.run.folder import Run
 from tests.support.disks import fill
+from tests.support.models import write_remote_code_model
 from tests.support.runs import run
 
 RecipeFile = Callable[..., Path]
@@ -149,6 +150,43 @@ def test_what_libraries_make_of_a_full_disk_is_known(error: Exception, told: str
     except RuntimeError as wrapped:
         found = disk_failure(wrapped, tmp_path)
     assert (told in str(found)) if told else found is None
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "the disk is full"),
+        (
+            OSError(errno.EIO, os.strerror(errno.EIO), "/cache/offload.dat"),
+            "/cache/offload.dat: the disk fails to read",
+        ),
+        (OSError("Can't load the model"), "the quota of the disk is used up"),  # as transformers says it
+        (SafetensorError("I/O error: No space left on device (os error 28)"), "the disk is full"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("door", ["AutoModelForCausalLM", "AutoTokenizer", "AutoConfig"])
+def test_a_disk_that_fails_while_a_model_is_read_is_not_the_models_fault(
+    door: str, error: Exception, told: str, recipe_file: RecipeFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise error from (None if getattr(error, "errno", 1) else OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)))
+
+    place = "qft.model.load" if door == "AutoModelForCausalLM" else "qft.checkpoint.find"
+    monkeypatch.setattr(f"{place}.{door}.from_pretrained", refuse)
+    with pytest.raises(RunError, match=told) as caught:
+        run(recipe_file())
+    assert caught.value.exit_code == 7
+
+
+def test_a_full_disk_for_the_code_that_comes_with_a_model_is_told(
+    disk: Path, tmp_path: Path, recipe_file: RecipeFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_remote_code_model(tmp_path / "own")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(disk))
+    fill(disk)
+    with pytest.raises(RunError, match="the disk is full; free some space"):
+        run(recipe_file(model={"path": str(tmp_path / "own"), "trust_remote_code": True}))
 
 
 @pytest.mark.parametrize(

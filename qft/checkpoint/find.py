@@ -15,7 +15,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PretrainedCo
 from transformers import __version__ as transformers_version
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from qft.checkpoint.digest import digest
+from qft.checkpoint.digest import DESCRIBED, described, digest
 from qft.checkpoint.gguf_file import gguf_config, gguf_tokenizer
 from qft.checkpoint.header import header
 from qft.checkpoint.limits import require_counts
@@ -26,9 +26,6 @@ from qft.documents.recorded import record_of
 from qft.errors import DataError, MissingError, ModelError, QftError, first_line
 from qft.files import require_regular_files
 from qft.recipe import Recipe
-
-# Everything a model needs beside its weights; pickles are not among them.
-SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]
 
 
 @dataclass(frozen=True)
@@ -55,7 +52,7 @@ class Checkpoint:
     def with_weights(self) -> Checkpoint:
         """The same, once the weights of a hub model have been downloaded."""
         if self.hub_id:
-            _snapshot(self.hub_id, self.commit, [*SMALL_FILES, *self._weight_names()])
+            _snapshot(self.hub_id, self.commit, [*DESCRIBED, *self._weight_names()])
         return self
 
     def weight_files(self) -> list[Path]:
@@ -79,12 +76,12 @@ class Checkpoint:
 
     def base(self) -> Base:
         """What it is, for who builds on it. Hashes its files."""
-        return Base(path=self.path, commit=self.commit, sha256=self.digests())
+        return Base(path=self.path, commit=self.commit, sha256=self.digests(), whole=True)
 
     def digests(self) -> dict[str, str]:
-        """SHA-256 of each file that defines the model, by name."""
-        described = [] if self.gguf_file else sorted(self.folder.glob("*.json"))
-        return {path.name: digest(path) for path in [*described, *self.weight_files()]}
+        """SHA-256 of each file that defines the model, by its path in the folder."""
+        files = [*described(self.folder / (self.gguf_file or "")), *self.weight_files()]
+        return {path.relative_to(self.folder).as_posix(): digest(path) for path in files}
 
 
 def find_checkpoint(recipe: Recipe) -> Checkpoint:
@@ -221,13 +218,13 @@ def _hub_kernels(config: PretrainedConfig) -> Iterator[str]:
 
 
 def _hub(name: str, revision: str | None, trust_remote_code: bool) -> Checkpoint:
-    folder = _snapshot(name, revision, SMALL_FILES)
+    folder = _snapshot(name, revision, DESCRIBED)
     commit = folder.name
     names = () if constants.HF_HUB_OFFLINE else HfApi().list_repo_files(name, revision=commit)
     return _folder(name, folder, trust_remote_code, names, hub_id=name, commit=commit)
 
 
-def _snapshot(name: str, revision: str | None, patterns: list[str]) -> Path:
+def _snapshot(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
     """The folder of a hub model's files at `revision`, named after the commit. Downloads what is not cached."""
     problems: dict[type[Exception], str] = {
         hf.GatedRepoError: f"path: {name} is gated: accept its terms on its hub page, then log in with `hf auth login`",
@@ -238,7 +235,7 @@ def _snapshot(name: str, revision: str | None, patterns: list[str]) -> Path:
     }
     try:
         with disk_failures(Path(constants.HF_HUB_CACHE)):
-            return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+            return Path(snapshot_download(name, revision=revision, allow_patterns=[*patterns]))
     except tuple(problems) as error:
         problem = next(text for kind, text in problems.items() if isinstance(error, kind))
         raise MissingError(f"model.{problem}") from None

@@ -21,6 +21,7 @@ from qft.export.targets import EXPORTERS, asked_targets
 from qft.files import atomic_folder, sha256, write_json, write_text
 from qft.machine.device import versions
 from qft.model.handover import FORMS, require_possible
+from qft.model.target import require_same_base
 from qft.progress import View
 from qft.run.lock import locked
 
@@ -45,6 +46,8 @@ def export(folder: Path, options: ExportOptions, view: View) -> list[ExportDocum
 def _exported(
     job: Job, names: Sequence[str], registration: Registration | None, options: ExportOptions
 ) -> list[ExportDocument]:
+    if job.adapter:
+        require_same_base(job.adapter, job.plan)
     jobs = {name: job.settled(FORMS[name]) for name in names}
     for name, own in jobs.items():
         require_possible(name, own)

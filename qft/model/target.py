@@ -7,8 +7,10 @@ dequantized by transformers, and with @llama.cpp run as it is; so is the file of
 
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
+from qft.checkpoint.stored import some
 from qft.documents.recorded import record_of, require_whole_run, unverified
 from qft.errors import MissingError, ModelError, RecipeError
 from qft.files import require_regular_files
@@ -64,10 +66,13 @@ class Target:
         return unverified(self.adapter or Path(self.loaded.recipe.model.path))
 
     def plan(self) -> ModelPlan:
-        """How the base is held. Raises what `plan_model` does, and ModelError for an adapter that does not fit it."""
+        """How the base is held. Raises what `plan_model` does, and ModelError for an adapter that does not fit it, or
+        was trained on another base, as far as that is on this machine."""
         plan = plan_model(self.loaded)
         if self.adapter:
             require_fit(self.adapter, plan)
+            if plan.checkpoint.has_weights:
+                require_same_base(self.adapter, plan)
         return plan
 
 
@@ -166,9 +171,14 @@ def _held_as(loaded: LoadedRecipe, variant: str) -> LoadedRecipe:
 
 def require_same_base(adapter: Path, plan: ModelPlan) -> None:
     """An adapter of a run knows the hashes of its base, and of the plugin that quantized it."""
-    base = Run(adapter.parent).base
-    if base and base.sha256 and base.sha256 != plan.checkpoint.digests():
-        raise ModelError(f"{adapter}: was trained on another base than {plan.checkpoint.path} (their hashes differ)")
+    run = Run(adapter.parent)
+    if run.base and run.base.sha256 and (names := run.base.changed(plan.checkpoint.with_weights().digests())):
+        path = plan.checkpoint.path
+        text = f"{adapter}: was trained on another base than {path} ({some(names)}: not what it was then)"
+        if path == run.base.path:
+            accept = f"`qft report --verify --accept {quote(str(run.folder))}` records it"
+            text += f"; put back what it was; if it is meant, {accept}"
+        raise ModelError(text)
     _require_same_plugin(adapter, plan, "trained")
 
 

@@ -159,9 +159,11 @@ def start_run(
 def record_base(run: Run, loaded: LoadedRecipe, base: Base) -> None:
     """Note which weights the run starts from, once they are on this machine. Raises RunError if they changed."""
     before = run.base
-    if before is not None and before != base:
-        names = sorted(name for name, _ in before.sha256.items() ^ base.sha256.items()) or [str(base.commit)]
-        what = f"{', '.join(dict.fromkeys(names))} changed since the run began"
+    names = before.changed(base.sha256) if before else []
+    if before and before.commit != base.commit:
+        names = names or [str(base.commit)]
+    if names:
+        what = f"{', '.join(names)} changed since the run began"
         refuse_to_resume(loaded, [("model.path", f"{what}; restore the model, {ANEW}")])
     run.note(Manifest(status="running", base=base))
 

@@ -104,6 +104,7 @@ def _export(job: Job, name: str, expected: Reference | None) -> ExportDocument:
         write_text(folder / "README.md", model_card(job, exporter, document))
         write_json(folder / "export.json", document.model_dump(mode="json"))
         require_replaceable(job, [name], overwrite=True)  # once more: much time has passed
+        job.run.require_same(job.target.manifest)
         shutil.rmtree(failed, ignore_errors=True)
         if gate.passed is False:
             folder.chmod(0o755)

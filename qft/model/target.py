@@ -11,6 +11,7 @@ from shlex import quote
 from typing import Any
 
 from qft.checkpoint.stored import some
+from qft.documents.manifest import Manifest
 from qft.documents.recorded import record_of, require_whole_run, unverified
 from qft.errors import MissingError, ModelError, RecipeError
 from qft.files import require_regular_files
@@ -54,6 +55,9 @@ class Target:
     """Of VARIANTS; empty: the target is what it is."""
     rows: Path | None = None
     """The encoded rows that its run keeps."""
+    run: Run | None = None
+    manifest: Manifest | None = None
+    """Of the run, if it is one, before anything else of it was read."""
 
     @property
     def in_llamacpp(self) -> bool:
@@ -88,6 +92,7 @@ def parse_target(text: str, *, adapter: Path | None, data: str | None) -> Target
         if not path.endswith(".gguf"):
             raise RecipeError(f"{text}: is no .gguf file, and llama.cpp runs no other")
     run = Run(Path(path))
+    manifest = run.manifest()
     require_whole_run(run.folder)
     loaded, own_adapter = _find(path, data)
     adapter = adapter or own_adapter
@@ -101,7 +106,7 @@ def parse_target(text: str, *, adapter: Path | None, data: str | None) -> Target
         raise MissingError(f"{adapter}: holds no adapter (adapter_config.json)")
     if adapter is not None:
         require_regular_files(adapter)
-    is_run = run.manifest() is not None
+    is_run = manifest is not None
     return Target(
         name=text,
         loaded=_held_as(loaded, variant),
@@ -109,6 +114,8 @@ def parse_target(text: str, *, adapter: Path | None, data: str | None) -> Target
         adapter=adapter,
         variant=variant,
         rows=run.rows if is_run and run.rows.is_file() else None,
+        run=run if is_run else None,
+        manifest=manifest,
     )
 
 
@@ -123,7 +130,8 @@ def split_variant(text: str) -> tuple[str, str]:
 
 
 def load_target(target: Target, plan: ModelPlan) -> Any:
-    """The model, ready to evaluate. Raises ModelError if the adapter belongs to another base."""
+    """The model, ready to evaluate. Raises ModelError if the adapter belongs to another base, BusyError if its run was
+    replaced since the target was parsed."""
     if target.in_llamacpp:
         return LlamaCpp(*plan.checkpoint.weight_files())
     _require_same_plugin(plan.checkpoint.folder, plan, "quantized")
@@ -133,6 +141,8 @@ def load_target(target: Target, plan: ModelPlan) -> Any:
         model = with_adapter(model, target.adapter)
         if target.variant == "merged":
             model = model.merge_and_unload()
+    if target.run:
+        target.run.require_same(target.manifest)
     return model.eval()
 
 

@@ -26,7 +26,7 @@ from qft.disk import disk_failure, require_free_space
 from qft.documents.manifest import Base, Hardware, Manifest, Work, is_manifest
 from qft.documents.plan import CalibrationPlanDocument, PlanDocument
 from qft.documents.recorded import RESULTS, record_of_run
-from qft.errors import QftError, RunError
+from qft.errors import BusyError, QftError, RunError
 from qft.files import files_of, now, read_file, sha256, write_json, write_text
 from qft.machine.device import describe, versions
 from qft.progress import View
@@ -69,6 +69,14 @@ class Run:
             return Manifest.model_validate(document) if is_manifest(document) else None
         except (OSError, ValueError):
             return None
+
+    def require_same(self, before: Manifest | None) -> None:
+        """Raise BusyError if the run is not the one any more of which `before` is the manifest: whoever reads a run
+        holds no lock, and another command may put a new one in its place."""
+        if self.manifest() != before:
+            raise BusyError(
+                f"{self.folder}: another command has changed or replaced the run while it was read; try again"
+            )
 
     def kind_of_work(self) -> Work | None:
         """What the run is of: as it says itself, or by its plan if an older qft wrote it. None if it is no run."""

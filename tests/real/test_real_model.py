@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -111,35 +105,6 @@ def test_an_evaluation_leaves_the_gradients_of_the_real_model_alone(tmp_path: Pa
     with torch.no_grad():
         model(input_ids=ids)
     torch.testing.assert_close(gradient(), before, rtol=0, atol=0)
-
-
-def test_a_killed_run_leaves_nothing_that_looks_complete_and_resumes(package_folder: Path, tmp_path: Path) -> None:
-    saves = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
-    path = recipe(tmp_path, str(package_folder), max_steps=12, **saves)
-    path.write_text(path.read_text().replace("metrics:\n  - exact_match", "metrics: []"))
-    path.write_text(path.read_text().replace("  max_new_tokens: 16\n", "").replace("  samples: 2\n", ""))
-    command = [sys.executable, "-m", "qft", "train", str(path)]
-    running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, env=os.environ)
-    run = tmp_path / "run"
-    deadline = time.monotonic() + 300
-    while not list(run.glob("checkpoints/checkpoint-2/trainer_state.json")) and time.monotonic() < deadline:
-        assert running.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.05)
-    running.send_signal(signal.SIGKILL)
-    running.wait()
-    assert not (run / "report.json").exists()
-    assert not (run / "adapter").exists()
-    assert json.loads((run / "manifest.json").read_text())["status"] == "running"
-
-    report = train(load(path), View(), resume=True)
-    assert report.steps == 12
-    assert [row[0] for row in report.loss.history] == list(range(1, 13))
-    assert len(report.resumed_from) == 1
-    assert 2 <= report.resumed_from[0] < 12
-    assert report.eval.before is not None
-    assert report.eval.after is not None
-    assert report.eval.after.loss < report.eval.before.loss
-    assert (run / "adapter" / "adapter_model.safetensors").exists()
 
 
 def test_the_harness_finds_the_perplexity_that_we_find(tmp_path: Path) -> None:

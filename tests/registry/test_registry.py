@@ -324,33 +324,6 @@ def test_a_kill_at_any_line_leaves_a_valid_registry(step: str, three: Path, tmp_
     assert versions.problems(three, "m") == []
 
 
-@pytest.mark.parametrize("step", ["add", "promote"])
-def test_a_kill_at_any_time_leaves_a_valid_registry(step: str, three: Path, tmp_path: Path) -> None:
-    """The same from outside, in the middle of what one line does: such as copying."""
-    (tmp_path / "out1" / "big.safetensors").write_bytes(bytes(8_000_000))
-    code = ADD if step == "add" else PROMOTE
-    for delay in [random.Random(1).uniform(0, 0.03) for _ in range(5)]:
-        process = run_python(code, three, tmp_path / "out1")
-        assert process.stdout
-        process.stdout.readline()
-        try:
-            process.wait(delay)
-        except subprocess.TimeoutExpired:
-            process.kill()
-        process.communicate()
-        assert versions.problems(three, "m") == []
-
-
-PROMOTE = """
-import sys
-from pathlib import Path
-from qft.registry import promote
-print("ready", flush=True)
-for number in [1, 2, 3] * 100:
-    promote(Path(sys.argv[1]), "m", number)
-"""
-
-
 def test_the_next_command_takes_the_step_that_was_cut_off(three: Path, tmp_path: Path) -> None:
     versions.promote(three, "m", 1)
     shelf = versions.find_shelf(three, "m")

@@ -77,6 +77,8 @@ def calibrate(loaded: LoadedRecipe, view: View, *, resume: bool = False, overwri
 
 def _calibrate(loaded: LoadedRecipe, view: View, *, resume: bool, overwrite: bool) -> CalibrationReport:
     started = time.perf_counter()
+    trained = Run(Path(loaded.recipe.model.path))
+    manifest = trained.manifest()
     plan, merged_run = find_plan(loaded)
     if merged_run:
         require_same_base(Run(merged_run).adapter, plan.model)
@@ -91,7 +93,12 @@ def _calibrate(loaded: LoadedRecipe, view: View, *, resume: bool, overwrite: boo
             before = meter.settled()
             meter.restart()
             acceptance = _begin(plan, Source(plan.model, run.work, merged_run), run, view)
-            accepted = acceptance.write(run.full_model, lambda folder: _record(run, plan, acceptance.quantizer, folder))
+
+            def add(folder: Path) -> None:
+                trained.require_same(manifest)
+                _record(run, plan, acceptance.quantizer, folder)
+
+            accepted = acceptance.write(run.full_model, add)
             report = _report(acceptance, run.full_model if accepted else None, meter, before, started)
     finally:
         if plan.engine.whole_model:

@@ -324,6 +324,13 @@ def test_a_kill_at_any_line_leaves_a_valid_registry(step: str, three: Path, tmp_
     assert versions.problems(three, "m") == []
 
 
+def test_what_a_killed_step_left_goes_with_the_next_step(three: Path) -> None:
+    for name in (".current.1", ".history.jsonl.qft-1-1-abcdefgh"):
+        (three / "m" / name).touch()
+    versions.promote(three, "m", 1)
+    assert {path.name for path in (three / "m").glob(".*")} <= {".lock", ".add.lock"}
+
+
 def test_the_next_command_takes_the_step_that_was_cut_off(three: Path, tmp_path: Path) -> None:
     versions.promote(three, "m", 1)
     shelf = versions.find_shelf(three, "m")

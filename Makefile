@@ -7,7 +7,7 @@ THREADS := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 # Oversubscribed cores make small-model training ten times slower.
 export OMP_NUM_THREADS ?= $(THREADS)
 
-.PHONY: setup quickstart test fuzz check bench picture schema clean
+.PHONY: setup quickstart test fuzz kills check bench picture schema clean
 
 setup: $(VENV)/.installed
 
@@ -29,7 +29,11 @@ test: setup
 
 # Eight kinds of files made bad by a seed, 2,500 of each.
 fuzz: setup
-	QFT_FUZZ=2500 $(BIN)/python -m pytest -n $(THREADS) --maxprocesses 8 tests/faults
+	QFT_FUZZ=2500 $(BIN)/python -m pytest -n $(THREADS) --maxprocesses 8 tests/faults/test_mutations.py
+
+# Commands killed at moments of a seed; ends in a table.
+kills: setup
+	QFT_KILLS=150 $(BIN)/python -m pytest -s tests/faults/test_kills.py
 
 # What a commit must pass beside the tests; pre-commit runs the same.
 check: setup

@@ -31,7 +31,9 @@ def quantizer_for(plan: CalibrationPlan, source: Source, view: View) -> Quantize
     view.note(f"Reading {plan.model.checkpoint.path}")
     if plan.engine.whole_model:
         return WholeQuantizer(plan, source, view)
-    task = QuantizeTask(plan.calibrate, plan.schemes, list(plan.data.verify), plan.data.windows, plan.seed)
+    data = plan.data
+    asked = list(data.verify), data.prepared.place
+    task = QuantizeTask(plan.calibrate, plan.schemes, *asked, data.windows, plan.seed)
     return BlockQuantizer(source.stream(), task, source.work, view)
 
 

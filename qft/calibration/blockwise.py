@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from qft.calibration.finite import require_finite, require_finite_states, require_finite_windows
 from qft.calibration.layer_errors import block_errors, inputs_seen
 from qft.calibration.quantizer import EngineProcess, QuantizeTask, Schemes, Trial
 from qft.calibration.remedy import RAISED_BY, remedies
@@ -130,7 +131,8 @@ class BlockQuantizer:
     def verify(self, unquantized: Hidden, quantized: Hidden) -> Verification:
         """Compare both models' predictions, from the hidden states behind the last block."""
         before, after = (map(self.model.leave, hidden) for hidden in (unquantized, quantized))
-        return compare((row["labels"] for row in self.task.rows), before, after)
+        rows = self.task.rows
+        return require_finite(compare((row["labels"] for row in rows), before, after), rows, self.task.place)
 
     def weight_bytes(self, attempt: int) -> int:
         """Of all weights as an attempt's result holds them, in files."""
@@ -170,6 +172,7 @@ class BlockQuantizer:
                 self.model.enter(ids)  # teaches the model the arguments of each length
             return done, streams
         windows = [self.model.enter(ids) for ids in self.task.windows]
+        require_finite_windows(windows)
         verify = [self.model.enter(row["input_ids"]) for row in self.task.rows]
         return 0, _Streams(windows, verify, list(windows), list(verify))
 
@@ -184,10 +187,12 @@ class BlockQuantizer:
 
         def run() -> None:
             after[:] = [model.run(block, number, h) for h in streams.verify]
+            require_finite_states(after, self.task.rows, self.task.place)
 
         errors = block_errors(pairs, run)
         streams.verify = after
         streams.windows = [model.run(block, number, h) for h in streams.windows]
+        require_finite_windows(streams.windows)
         self._write(number, 0, block, layers)
         for name, layer in layers.items():
             block.set_submodule(name, layer.module)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from qft.calibration.finite import Place
 from qft.documents.evaluation import LayerError
 from qft.measure.likelihood import Verification
 from qft.quant.layer import LayerScheme
@@ -22,7 +23,9 @@ class QuantizeTask:
     """Of which its engine, iters, remedy and max_bytes are read here."""
     schemes: Schemes
     rows: Sequence[Mapping[str, Any]]
-    """Held-out rows that tell what it does to the model: input_ids and labels."""
+    """Held-out rows that tell what it does to the model: input_ids, labels, and their source and row."""
+    place: Place
+    """Where one of them stands."""
     windows: Sequence[Sequence[int]] = ()
     """Token ids that the engine looks at."""
     seed: int = 0

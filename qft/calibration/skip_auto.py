@@ -13,9 +13,10 @@ from qft.calibration.quantizer import QuantizeTask
 from qft.calibration.streamed import StreamedModel
 from qft.checkpoint.skeleton import without_contents
 from qft.checkpoint.weights import Weights
+from qft.disk import require_free_space
 from qft.documents.training import SkippedModules
 from qft.errors import RunError
-from qft.files import require_free_space, scratch_folder
+from qft.files import scratch_folder
 from qft.memory.guard import memory_guard
 from qft.plan import Plan
 from qft.progress import View
@@ -80,7 +81,7 @@ def _task(plan: Plan) -> QuantizeTask:
     assert scheme.engine is not None
     inputs, blocks = plan.model.linears
     schemes = {name: scheme.layer if name.startswith(f"{blocks}.") else None for name in inputs}
-    return QuantizeTask(CalibrateSection(engine=scheme.engine), schemes, rows=list(_rows(plan.data.train)))
+    return QuantizeTask(CalibrateSection(engine=scheme.engine), schemes, list(_rows(plan.data.train)), plan.data.place)
 
 
 def _rows(train: Dataset) -> Dataset:

@@ -19,11 +19,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from qft.calibration.finite import require_finite
 from qft.calibration.layer_errors import layer_errors
 from qft.calibration.quantizer import EngineProcess, Trial
 from qft.calibration.source import Source
+from qft.disk import disk_failures
 from qft.documents.evaluation import LayerError
-from qft.errors import ModelError
+from qft.errors import ModelError, QftError
 from qft.files import atomic_folder, write_json, write_text
 from qft.measure.likelihood import Verification, compare
 from qft.model.load import load_base
@@ -67,6 +69,7 @@ class WholeQuantizer:
         before, after = self.source.load().eval(), load_result(self.plan, self._result).eval()
         self._note_layers(before, after)
         verification = compare((row["labels"] for row in self.rows), self._logits(before), self._logits(after))
+        require_finite(verification, self.rows, self.plan.data.prepared.place)
         self._errors = self._layer_errors(before, after)
         return verification
 
@@ -138,7 +141,10 @@ def write_by_plugin(job: WholeQuantizer, folder: Path) -> EngineProcess:
     job.view.note(f"Quantizing the whole model by {plugin.path}")
     model = load_base(plan)
     try:
-        model.save_pretrained(folder)
+        with disk_failures(folder):
+            model.save_pretrained(folder)
+    except QftError:
+        raise
     except Exception as error:  # code of the user's fails in any way
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         text = f"quant.plugin: {plugin.path}: the model that it quantized cannot be saved: {reason}"

@@ -10,12 +10,14 @@ import os
 import time
 from pathlib import Path
 
-from qft.checkpoint.cache import cache_folder, kept_at
+from qft.checkpoint.cache import cache_folder, companions, kept_at
 from qft.errors import DamagedError
 from qft.files import sha256, write_json
 
 LARGE = 64 * 2**20
 """Bytes from which on a digest is remembered: a smaller file is hashed as fast as its entry is read."""
+DESCRIBED = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "additional_chat_templates/*.jinja")
+"""Everything that is read of a model's folder beside its weights; pickles are not among them."""
 SETTLED = 2.0
 """Seconds since a file's last change. A change right after the reading could leave it the same times."""
 
@@ -27,6 +29,13 @@ def digest(path: Path) -> str:
     found = kept_at(_entry(real), lambda: sha256(real), _write, _restore)
     _require_named(path, real, found)
     return found
+
+
+def described(path: Path) -> list[Path]:
+    """The files of DESCRIBED in a model's folder, or those that are read beside a GGUF file."""
+    if not path.is_dir():
+        return companions(path)
+    return sorted(file for pattern in DESCRIBED for file in path.glob(pattern) if file.is_file())
 
 
 def _write(value: str, folder: Path) -> None:

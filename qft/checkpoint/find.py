@@ -15,19 +15,17 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PretrainedCo
 from transformers import __version__ as transformers_version
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from qft.checkpoint.digest import digest
+from qft.checkpoint.digest import DESCRIBED, described, digest
 from qft.checkpoint.gguf_file import gguf_config, gguf_tokenizer
 from qft.checkpoint.header import header
 from qft.checkpoint.limits import require_counts
 from qft.checkpoint.stored import NEITHER, Stored, chosen_file, some, stored_tensors, weight_files, weight_names
+from qft.disk import disk_failures, refusal
 from qft.documents.manifest import Base
 from qft.documents.recorded import record_of
-from qft.errors import DataError, MissingError, ModelError, first_line, is_failure
-from qft.files import refusal, require_regular_files
+from qft.errors import DataError, MissingError, ModelError, QftError, first_line, is_failure
+from qft.files import require_regular_files
 from qft.recipe import Recipe
-
-# Everything a model needs beside its weights; pickles are not among them.
-SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ class Checkpoint:
     def with_weights(self) -> Checkpoint:
         """The same, once the weights of a hub model have been downloaded."""
         if self.hub_id:
-            _snapshot(self.hub_id, self.commit, [*SMALL_FILES, *self._weight_names()])
+            _snapshot(self.hub_id, self.commit, [*DESCRIBED, *self._weight_names()])
         return self
 
     def weight_files(self) -> list[Path]:
@@ -78,12 +76,12 @@ class Checkpoint:
 
     def base(self) -> Base:
         """What it is, for who builds on it. Hashes its files."""
-        return Base(path=self.path, commit=self.commit, sha256=self.digests())
+        return Base(path=self.path, commit=self.commit, sha256=self.digests(), whole=True)
 
     def digests(self) -> dict[str, str]:
-        """SHA-256 of each file that defines the model, by name."""
-        described = [] if self.gguf_file else sorted(self.folder.glob("*.json"))
-        return {path.name: digest(path) for path in [*described, *self.weight_files()]}
+        """SHA-256 of each file that defines the model, by its path in the folder."""
+        files = [*described(self.folder / (self.gguf_file or "")), *self.weight_files()]
+        return {path.relative_to(self.folder).as_posix(): digest(path) for path in files}
 
 
 def find_checkpoint(recipe: Recipe) -> Checkpoint:
@@ -112,12 +110,10 @@ def require_written(recipe: Recipe) -> None:
 def load_tokenizer(checkpoint: Checkpoint, recipe: Recipe) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer, with the recipe's chat template if it gives one."""
     try:
-        trusted = recipe.model.trust_remote_code
-        if checkpoint.gguf_file and not trusted:
-            tokenizer = gguf_tokenizer(checkpoint.folder / checkpoint.gguf_file, checkpoint.config)
-        else:
-            tokenizer = AutoTokenizer.from_pretrained(**checkpoint.load_arguments, trust_remote_code=trusted)
-        tokenizer("a")  # some of its settings are looked at by the first call
+        with disk_failures(checkpoint.folder):
+            tokenizer = _tokenizer(checkpoint, recipe.model.trust_remote_code)
+    except QftError:
+        raise
     except BaseException as error:  # tokenizers fail in as many ways as there are file formats
         if not is_failure(error):
             raise
@@ -134,6 +130,15 @@ def load_tokenizer(checkpoint: Checkpoint, recipe: Recipe) -> PreTrainedTokenize
             raise DataError(f"data.chat_template: {template}: not UTF-8 text") from None
         except OSError as error:
             raise MissingError(f"data.chat_template: {refusal(error, template)}") from None
+    return tokenizer
+
+
+def _tokenizer(checkpoint: Checkpoint, trusted: bool) -> PreTrainedTokenizerBase:
+    if checkpoint.gguf_file and not trusted:
+        tokenizer = gguf_tokenizer(checkpoint.folder / checkpoint.gguf_file, checkpoint.config)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(**checkpoint.load_arguments, trust_remote_code=trusted)
+    tokenizer("a")  # some of its settings are looked at by the first call
     return tokenizer
 
 
@@ -196,7 +201,10 @@ def _tensors(folder: Path) -> int:
 
 def _config(asked: str, read: Callable[..., Any], path: Any, **arguments: Any) -> Any:
     try:
-        return read(path, **arguments)
+        with disk_failures(Path(path)):
+            return read(path, **arguments)
+    except QftError:
+        raise
     except Exception as error:  # a config is data: whatever is wrong with it, it is the model's
         raise ModelError(f"{asked}: its configuration cannot be read: {first_line(error)}") from error
 
@@ -212,13 +220,13 @@ def _hub_kernels(config: PretrainedConfig) -> Iterator[str]:
 
 
 def _hub(name: str, revision: str | None, trust_remote_code: bool) -> Checkpoint:
-    folder = _snapshot(name, revision, SMALL_FILES)
+    folder = _snapshot(name, revision, DESCRIBED)
     commit = folder.name
     names = () if constants.HF_HUB_OFFLINE else HfApi().list_repo_files(name, revision=commit)
     return _folder(name, folder, trust_remote_code, names, hub_id=name, commit=commit)
 
 
-def _snapshot(name: str, revision: str | None, patterns: list[str]) -> Path:
+def _snapshot(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
     """The folder of a hub model's files at `revision`, named after the commit. Downloads what is not cached."""
     problems: dict[type[Exception], str] = {
         hf.GatedRepoError: f"path: {name} is gated: accept its terms on its hub page, then log in with `hf auth login`",
@@ -228,7 +236,8 @@ def _snapshot(name: str, revision: str | None, patterns: list[str]) -> Path:
         hf.HFValidationError: f"path: {name} is neither a file here nor a hub id",
     }
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        with disk_failures(Path(constants.HF_HUB_CACHE)):
+            return Path(snapshot_download(name, revision=revision, allow_patterns=[*patterns]))
     except tuple(problems) as error:
         problem = next(text for kind, text in problems.items() if isinstance(error, kind))
         raise MissingError(f"model.{problem}") from None

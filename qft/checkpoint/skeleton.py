@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qft.checkpoint.find import Checkpoint
 from qft.checkpoint.limits import require_parameters
-from qft.errors import ModelError, first_line
+from qft.disk import disk_failures
+from qft.errors import ModelError, QftError, first_line
 from qft.recipe.training import ModelSection
 
 
@@ -17,10 +18,12 @@ def without_contents(checkpoint: Checkpoint, section: ModelSection, **arguments:
 
     Raises ModelError if transformers cannot build it, or its files cannot hold it."""
     try:
-        with torch.device("meta"):
+        with disk_failures(checkpoint.folder), torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 checkpoint.config, trust_remote_code=section.trust_remote_code, **arguments
             )
+    except QftError:
+        raise
     except Exception as error:  # a configuration is data: whatever is wrong with it, it is the model's
         raise ModelError(f"{checkpoint.path}: {_problem(checkpoint, error)}") from error
     files = checkpoint.weight_files() if checkpoint.has_weights else []

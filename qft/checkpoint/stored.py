@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from qft.disk import disk_failures
 from qft.errors import MissingError, ModelError, first_line
 
 INDEX_END = ".safetensors.index.json"
@@ -85,7 +86,7 @@ def stored_tensors(folder: Path, config: PretrainedConfig | None = None) -> dict
 def read_header(path: Path) -> dict[str, Stored]:
     """The tensors of one safetensors file. Raises ModelError if it is none, or not whole."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with disk_failures(path), safe_open(path, framework="pt") as file:
             parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
             return {name: Stored(path, tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
     except (SafetensorError, OSError) as error:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qft.cli.shell import NAMES
+from qft.disk import refusal
 from qft.errors import (
     InternalError,
     MissingError,
@@ -22,7 +23,6 @@ from qft.errors import (
     causes,
     first_line,
 )
-from qft.files import refusal
 
 DAMAGED = "a file of weights or state is damaged or cut off; copy or download it again"
 NOT_FINITE = (

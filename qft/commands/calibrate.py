@@ -22,6 +22,7 @@ from qft.memory.guard import memory_guard, smaller_calibration
 from qft.memory.meter import Meter, Snapshot
 from qft.model.adapter import require_fit
 from qft.model.merge import MergedWeights
+from qft.model.target import require_same_base
 from qft.plan import CalibrationPlan, plan_calibration
 from qft.progress import View
 from qft.recipe import LoadedRecipe, load
@@ -76,9 +77,13 @@ def calibrate(loaded: LoadedRecipe, view: View, *, resume: bool = False, overwri
 
 def _calibrate(loaded: LoadedRecipe, view: View, *, resume: bool, overwrite: bool) -> CalibrationReport:
     started = time.perf_counter()
+    trained = Run(Path(loaded.recipe.model.path))
+    manifest = trained.manifest()
     plan, merged_run = find_plan(loaded)
-    if merged_run and (note := unverified(Run(merged_run).adapter)):
-        view.note(note)
+    if merged_run:
+        require_same_base(Run(merged_run).adapter, plan.model)
+        if note := unverified(Run(merged_run).adapter):
+            view.note(note)
     needed = 0 if resume else _needed_bytes(plan, merged_run)  # what is there already was needed too
     room = (needed, "the quantized model, its blocks and their activations")
     run = start_run(plan.loaded, plan.document(), room, view, resume=resume, overwrite=overwrite)
@@ -88,7 +93,12 @@ def _calibrate(loaded: LoadedRecipe, view: View, *, resume: bool, overwrite: boo
             before = meter.settled()
             meter.restart()
             acceptance = _begin(plan, Source(plan.model, run.work, merged_run), run, view)
-            accepted = acceptance.write(run.full_model, lambda folder: _record(run, plan, acceptance.quantizer, folder))
+
+            def add(folder: Path) -> None:
+                trained.require_same(manifest)
+                _record(run, plan, acceptance.quantizer, folder)
+
+            accepted = acceptance.write(run.full_model, add)
             report = _report(acceptance, run.full_model if accepted else None, meter, before, started)
     finally:
         if plan.engine.whole_model:

@@ -16,9 +16,9 @@ from qft.calibration.layer_errors import layer_errors
 from qft.commands.results import require_replaceable, write_results
 from qft.data.batch import model_inputs, pad_token_id
 from qft.data.sources import some_places
+from qft.disk import require_free_space
 from qft.documents.evaluation import EvalDocument, Score, SourceResult, TargetResult
 from qft.errors import ModelError, NonFiniteError, RecipeError
-from qft.files import require_free_space
 from qft.machine.device import versions
 from qft.measure.evalset import EvalSet, eval_set
 from qft.measure.harness import asked_tasks, check_tasks, load_tasks, require_answer_room, run_tasks

@@ -20,8 +20,9 @@ from datasets import Dataset, Features, Value, disable_progress_bars, load_datas
 from datasets.exceptions import DatasetsError
 from numpy.typing import NDArray
 
+from qft.disk import refusal
 from qft.errors import DataError, MissingError, QftError, RunError, causes, first_line
-from qft.files import not_a_file, read_json_text, refusal, sha256
+from qft.files import not_a_file, read_json_text, sha256
 from qft.recipe import Source
 
 JSON_COLUMN = "__json__"

@@ -1,5 +1,6 @@
 """manifest.json of a run: what was asked, with what it was done, and how far it came."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from qft.documents.part import Bytes, DataHashes, Stored, Versions
@@ -17,6 +18,14 @@ class Base(Stored):
     """Of a hub model; None for others."""
     sha256: dict[str, str] = {}
     """Of each file that defines the model, by its name."""
+    whole: bool = False
+    """Whether templates, code and tokenizer files that are no JSON are among them; older versions of qft left them
+    out."""
+
+    def changed(self, now: Mapping[str, str]) -> list[str]:
+        """Names of files that `now`, the base's digests as they are, does not have as they were."""
+        seen = {name for name in now if self.whole or name.endswith((".json", ".safetensors"))}
+        return sorted(name for name in self.sha256.keys() | seen if self.sha256.get(name) != now.get(name))
 
 
 class DevicePart(Stored):

@@ -5,10 +5,11 @@ from typing import Literal
 
 from pydantic import ValidationError
 
+from qft.disk import room
 from qft.documents.memory import Leak, MomentMemory, PhaseMemory
 from qft.documents.part import Bits, Bytes, Nats, Part, Seconds, Share, Tokens, TokensPerSecond
 from qft.errors import MissingError, RunError
-from qft.files import require_regular, room
+from qft.files import require_regular
 
 
 class ModelPart(Part):

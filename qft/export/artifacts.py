@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from qft.disk import free_bytes, require_free_space, room
 from qft.documents.export import ExportDocument, Gate
 from qft.documents.recorded import SIDE
 from qft.errors import GateError
@@ -17,9 +18,10 @@ from qft.export.place import require_replaceable
 from qft.export.publish.hub import Repository, find_repository, push, require_pushable, staging_folder
 from qft.export.publish.registry import Registration, find_registration, register
 from qft.export.targets import EXPORTERS, asked_targets
-from qft.files import atomic_folder, free_bytes, require_free_space, room, sha256, write_json, write_text
+from qft.files import atomic_folder, sha256, write_json, write_text
 from qft.machine.device import versions
 from qft.model.handover import FORMS, require_possible
+from qft.model.target import require_same_base
 from qft.progress import View
 from qft.run.lock import locked
 
@@ -44,6 +46,8 @@ def export(folder: Path, options: ExportOptions, view: View) -> list[ExportDocum
 def _exported(
     job: Job, names: Sequence[str], registration: Registration | None, options: ExportOptions
 ) -> list[ExportDocument]:
+    if job.adapter:
+        require_same_base(job.adapter, job.plan)
     jobs = {name: job.settled(FORMS[name]) for name in names}
     for name, own in jobs.items():
         require_possible(name, own)
@@ -100,6 +104,7 @@ def _export(job: Job, name: str, expected: Reference | None) -> ExportDocument:
         write_text(folder / "README.md", model_card(job, exporter, document))
         write_json(folder / "export.json", document.model_dump(mode="json"))
         require_replaceable(job, [name], overwrite=True)  # once more: much time has passed
+        job.run.require_same(job.target.manifest)
         shutil.rmtree(failed, ignore_errors=True)
         if gate.passed is False:
             folder.chmod(0o755)

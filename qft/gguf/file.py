@@ -13,8 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from qft.checkpoint.stored import stored_tensors
 from qft.checkpoint.weights import open_tensors
+from qft.disk import require_free_space
 from qft.errors import ModelError
-from qft.files import atomic_file, require_free_space
+from qft.files import atomic_file
 from qft.gguf.llamacpp import KINDS, end_tokens
 from qft.gguf.shape import add_shape, architecture, deinterleave, heads_to_interleave, interleave, rope_factors
 from qft.gguf.vocabulary import add_tokenizer

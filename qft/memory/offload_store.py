@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from qft.checkpoint.weights import open_tensors, save_tensors
-from qft.files import disk_failures
+from qft.disk import disk_failures
 
 ALIGNED = 256
 """Bytes at whose multiples a tensor begins, as the allocator of a GPU has it."""

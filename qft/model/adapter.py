@@ -22,7 +22,8 @@ from qft.checkpoint.conversion import FLOATS
 from qft.checkpoint.finite import require_finite
 from qft.checkpoint.skeleton import without_contents
 from qft.checkpoint.weights import Weights
-from qft.errors import ModelError, first_line
+from qft.disk import disk_failures
+from qft.errors import ModelError, QftError, first_line
 from qft.files import atomic_folder, read_json_text
 from qft.memory.guard import memory_guard, smaller_base
 from qft.plan import ModelPlan, Plan
@@ -96,9 +97,12 @@ def require_fit(adapter: Path, plan: ModelPlan) -> None:
         pickled = (adapter / "adapter_model.bin").exists()
         raise ModelError(f"{adapter}: {text if pickled else 'has no adapter_model.safetensors'}")
     try:
-        config = PeftConfig.from_pretrained(str(adapter))
+        with disk_failures(adapter):
+            config = PeftConfig.from_pretrained(str(adapter))
+            tensors = {
+                name: tensor.to("meta") for name, tensor in load_peft_weights(str(adapter), device="cpu").items()
+            }
         config.init_lora_weights = False
-        tensors = {name: tensor.to("meta") for name, tensor in load_peft_weights(str(adapter), device="cpu").items()}
         with torch.device("meta"), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
             model = without_contents(plan.checkpoint, plan.recipe.model)
@@ -126,7 +130,10 @@ def with_adapter(model: Any, adapter: Path) -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")
         try:
-            adapted = PeftModel.from_pretrained(model, str(adapter))
+            with disk_failures(adapter):
+                adapted = PeftModel.from_pretrained(model, str(adapter))
+        except QftError:
+            raise
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{adapter}: is damaged or cut off: {first_line(error)}") from error
         except Exception as error:  # its files are data: whatever is wrong with them, peft stumbles over it
@@ -139,7 +146,8 @@ def read_adapter_config(adapter: Path) -> dict[str, Any]:
     """What its adapter_config.json says. Raises ModelError if that is no JSON object, or has a key twice."""
     path = adapter / "adapter_config.json"
     try:
-        config = read_json_text(path.read_text("utf-8"))
+        with disk_failures(path):
+            config = read_json_text(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path}: cannot be read: {first_line(error)}") from error
     if not isinstance(config, dict):

@@ -11,6 +11,7 @@ from qft.checkpoint.require import incomplete_layers, require_loaded, require_we
 from qft.checkpoint.skeleton import without_contents
 from qft.checkpoint.stored import some
 from qft.checkpoint.weights import dequantized, stored_weights
+from qft.disk import disk_failures
 from qft.errors import ModelError, QftError, first_line
 from qft.memory.guard import memory_guard, smaller_base
 from qft.plan import ModelPlan
@@ -21,7 +22,9 @@ def load_base(plan: ModelPlan, load: Callable[[ModelPlan], PreTrainedModel] | No
     transformers does, the whole of it."""
     with memory_guard("loading the model", smaller_base(plan.recipe, plan.scheme)):
         try:
-            model = (load or load_whole)(plan)
+            # Caches, and code that comes with a model, are written on the way.
+            with disk_failures(plan.checkpoint.folder):
+                model = (load or load_whole)(plan)
         except (QftError, MemoryError):
             raise
         except Exception as error:  # transformers, safetensors and the quantizers fail in as many ways as they are

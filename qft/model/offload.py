@@ -23,7 +23,8 @@ from transformers.quantizers import AutoHfQuantizer
 from qft.checkpoint.require import require_weights
 from qft.checkpoint.skeleton import find_blocks, without_contents
 from qft.checkpoint.weights import Weights
-from qft.files import disk_failures, remove_leftovers, require_free_space, scratch_folder
+from qft.disk import disk_failures, require_free_space
+from qft.files import remove_leftovers, scratch_folder
 from qft.memory.offload import Offload
 from qft.memory.offload_store import FileStore, HostStore
 from qft.model.fill import fill

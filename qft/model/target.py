@@ -7,8 +7,11 @@ dequantized by transformers, and with @llama.cpp run as it is; so is the file of
 
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
+from qft.checkpoint.stored import some
+from qft.documents.manifest import Manifest
 from qft.documents.recorded import record_of, require_whole_run, unverified
 from qft.errors import MissingError, ModelError, RecipeError
 from qft.files import require_regular_files
@@ -52,6 +55,9 @@ class Target:
     """Of VARIANTS; empty: the target is what it is."""
     rows: Path | None = None
     """The encoded rows that its run keeps."""
+    run: Run | None = None
+    manifest: Manifest | None = None
+    """Of the run, if it is one, before anything else of it was read."""
 
     @property
     def in_llamacpp(self) -> bool:
@@ -64,10 +70,13 @@ class Target:
         return unverified(self.adapter or Path(self.loaded.recipe.model.path))
 
     def plan(self) -> ModelPlan:
-        """How the base is held. Raises what `plan_model` does, and ModelError for an adapter that does not fit it."""
+        """How the base is held. Raises what `plan_model` does, and ModelError for an adapter that does not fit it, or
+        was trained on another base, as far as that is on this machine."""
         plan = plan_model(self.loaded)
         if self.adapter:
             require_fit(self.adapter, plan)
+            if plan.checkpoint.has_weights:
+                require_same_base(self.adapter, plan)
         return plan
 
 
@@ -83,6 +92,7 @@ def parse_target(text: str, *, adapter: Path | None, data: str | None) -> Target
         if not path.endswith(".gguf"):
             raise RecipeError(f"{text}: is no .gguf file, and llama.cpp runs no other")
     run = Run(Path(path))
+    manifest = run.manifest()
     require_whole_run(run.folder)
     loaded, own_adapter = _find(path, data)
     adapter = adapter or own_adapter
@@ -96,7 +106,7 @@ def parse_target(text: str, *, adapter: Path | None, data: str | None) -> Target
         raise MissingError(f"{adapter}: holds no adapter (adapter_config.json)")
     if adapter is not None:
         require_regular_files(adapter)
-    is_run = run.manifest() is not None
+    is_run = manifest is not None
     return Target(
         name=text,
         loaded=_held_as(loaded, variant),
@@ -104,6 +114,8 @@ def parse_target(text: str, *, adapter: Path | None, data: str | None) -> Target
         adapter=adapter,
         variant=variant,
         rows=run.rows if is_run and run.rows.is_file() else None,
+        run=run if is_run else None,
+        manifest=manifest,
     )
 
 
@@ -118,7 +130,8 @@ def split_variant(text: str) -> tuple[str, str]:
 
 
 def load_target(target: Target, plan: ModelPlan) -> Any:
-    """The model, ready to evaluate. Raises ModelError if the adapter belongs to another base."""
+    """The model, ready to evaluate. Raises ModelError if the adapter belongs to another base, BusyError if its run was
+    replaced since the target was parsed."""
     if target.in_llamacpp:
         return LlamaCpp(*plan.checkpoint.weight_files())
     _require_same_plugin(plan.checkpoint.folder, plan, "quantized")
@@ -128,6 +141,8 @@ def load_target(target: Target, plan: ModelPlan) -> Any:
         model = with_adapter(model, target.adapter)
         if target.variant == "merged":
             model = model.merge_and_unload()
+    if target.run:
+        target.run.require_same(target.manifest)
     return model.eval()
 
 
@@ -166,9 +181,14 @@ def _held_as(loaded: LoadedRecipe, variant: str) -> LoadedRecipe:
 
 def require_same_base(adapter: Path, plan: ModelPlan) -> None:
     """An adapter of a run knows the hashes of its base, and of the plugin that quantized it."""
-    base = Run(adapter.parent).base
-    if base and base.sha256 and base.sha256 != plan.checkpoint.digests():
-        raise ModelError(f"{adapter}: was trained on another base than {plan.checkpoint.path} (their hashes differ)")
+    run = Run(adapter.parent)
+    if run.base and run.base.sha256 and (names := run.base.changed(plan.checkpoint.with_weights().digests())):
+        path = plan.checkpoint.path
+        text = f"{adapter}: was trained on another base than {path} ({some(names)}: not what it was then)"
+        if path == run.base.path:
+            accept = f"`qft report --verify --accept {quote(str(run.folder))}` records it"
+            text += f"; put back what it was; if it is meant, {accept}"
+        raise ModelError(text)
     _require_same_plugin(adapter, plan, "trained")
 
 

@@ -92,7 +92,9 @@ class ModelPlan:
 
     def skeleton_in_dtype(self) -> PreTrainedModel:
         """The same with its weights in `dtype`, as it is loaded where nothing is quantized."""
-        return without_contents(self.checkpoint, self.recipe.model, dtype=getattr(torch, self.dtype))
+        attention = self.recipe.model.attn_implementation
+        chosen = {} if attention == "auto" else {"attn_implementation": attention}
+        return without_contents(self.checkpoint, self.recipe.model, dtype=getattr(torch, self.dtype), **chosen)
 
     @cached_property
     def linears(self) -> tuple[dict[str, int], str]:

@@ -84,10 +84,11 @@ class Plan:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Bytes of the checkpoints kept and the result: float32 weights and two moments each."""
+        """Bytes of the checkpoints kept, one that a signal asks for among them, and the result: float32 weights and two
+        moments each."""
         train, weights = self.recipe.train, self.model.shape.trainable_parameters * 4
         between = {"epoch": self.steps_per_epoch, "steps": train.save_steps}.get(train.save_strategy)
-        written = math.ceil(self.steps / between) if between else 0
+        written = (math.ceil(self.steps / between) if between else 0) + train.save_on_signal
         # A new one is written before the oldest is removed, and the best is kept beside them.
         kept = (train.save_total_limit or written) + 1 + train.load_best_model_at_end
         return weights * (3 * min(written, kept) + 1)

@@ -14,8 +14,9 @@ from typing import Any
 
 import yaml
 
+from qft.disk import refusal
 from qft.errors import MissingError, RecipeError
-from qft.files import refusal, require_regular
+from qft.files import require_regular
 
 MAX_BYTES = 2**20
 MAX_NODES = 20_000

@@ -50,9 +50,9 @@ def base_file(base: Base, name: str) -> Path | None:
         package, _, inner = path.removeprefix("package:").partition("/")
         spec = importlib.util.find_spec(package) if package.isidentifier() else None
         folders = list(spec.submodule_search_locations or ()) if spec else []
-        places = [Path(folder) / inner for folder in folders]
+        places = [(Path(folder) / inner).parent / name for folder in folders]
     elif Path(path).is_absolute():
-        places = [Path(path) / name, Path(path)]
+        places = [(Path(path).parent if path.endswith(".gguf") else Path(path)) / name]
     else:
         from huggingface_hub import try_to_load_from_cache
 
@@ -60,4 +60,4 @@ def base_file(base: Base, name: str) -> Path | None:
         with suppress(ValueError):  # no name of a repository
             cached = try_to_load_from_cache(path, name, revision=base.commit)
         places = [Path(cached)] if isinstance(cached, str) else []
-    return next((file for file in places if file.name == name and file.is_file()), None)
+    return next((file for file in places if file.is_file()), None)

@@ -12,10 +12,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from qft.disk import nearest_folder, require_free_space
 from qft.documents.recorded import SIDE
 from qft.documents.registry import Event, Finding, Verdict, VersionManifest
 from qft.errors import GateError, MissingError, NonFiniteError, QftError, RecipeError, RunError
-from qft.files import files_of, nearest_folder, now, require_free_space, sha256, write_json
+from qft.files import files_of, now, sha256, write_json
 from qft.registry.base import base_entry, record_base
 from qft.registry.shelf import (
     ADD_LOCK,
@@ -275,8 +276,11 @@ def _record_add(shelf: Shelf, number: int, reason: str, **more: bool) -> None:
 
 
 def _recover(shelf: Shelf) -> tuple[str, str] | None:
-    """Finish what a kill cut off: the record of an add, the step of a promote or rollback. Returns the action and where
-    it led, if it was a step. Call it under the lock."""
+    """Finish what a kill cut off: the record of an add, the step of a promote or rollback; and remove what it left.
+    Returns the action and where it led, if it was a step. Call it under the lock."""
+    for pattern in (".current.*", f".{HISTORY}.*", f".{ORIGINAL}-*"):
+        for path in shelf.folder.glob(pattern):
+            _remove(path)
     shelf.clear_history()
     history = shelf.read_history()
     for number in [] if history.damaged else shelf.numbers():  # a damaged line may be the record
@@ -295,14 +299,10 @@ def _plain(entry: str) -> int | str:
 
 
 def _remove_leftovers(shelf: Shelf) -> None:
-    """Of killed commands. Call it under ADD_LOCK, so that no .add.* belongs to a running add."""
+    """Of killed adds. Call it under ADD_LOCK, so that no .add.* belongs to a running one."""
     for path in shelf.folder.glob(".add.*"):
         if path.name != ADD_LOCK:
             _remove(path)
-    with shelf.locked(LOCK):
-        for pattern in (".current.*", f".{HISTORY}.*", f".{ORIGINAL}-*"):
-            for path in shelf.folder.glob(pattern):
-                _remove(path)
 
 
 def _remove(path: Path) -> None:

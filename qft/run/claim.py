@@ -6,16 +6,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from qft.disk import disk_failures
 from qft.documents.manifest import Work
 from qft.errors import RunError
-from qft.files import TEMPORARY, disk_failures, remove_leftovers
+from qft.files import TEMPORARY, remove_leftovers
 from qft.progress import View
 from qft.recipe import LoadedRecipe
 from qft.recipe.rules import Problem
 from qft.run.checkpoint import checkpoints_in
 from qft.run.folder import Run, no_checkpoint
 from qft.run.lock import HELD, LOCK, locked, require_free
-from qft.run.replaced import cut_off, remove, replaced, restore
+from qft.run.replaced import cut_off, remove, remove_empty, replaced, restore
 from qft.run.resume import refuse_to_resume
 
 COMMANDS: dict[Work, str] = {"training": "qft train", "calibration": "qft calibrate"}
@@ -34,6 +35,7 @@ def claimed(loaded: LoadedRecipe, work: Work, view: View, *, resume: bool, overw
         require_free(folder)
         _check(loaded, folder, work, resume=resume, overwrite=overwrite)  # before a lock is written into it
     with locked(folder, COMMANDS[work]):
+        remove_empty(folder)
         if aside := cut_off(folder):
             restore(folder, aside)
         _check(loaded, folder, work, resume=resume, overwrite=overwrite)

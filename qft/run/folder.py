@@ -22,11 +22,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
+from qft.disk import disk_failure, require_free_space
 from qft.documents.manifest import Base, Hardware, Manifest, Work, is_manifest
 from qft.documents.plan import CalibrationPlanDocument, PlanDocument
 from qft.documents.recorded import RESULTS, record_of_run
-from qft.errors import QftError, RunError
-from qft.files import disk_failure, files_of, now, read_file, require_free_space, sha256, write_json, write_text
+from qft.errors import BusyError, QftError, RunError
+from qft.files import files_of, now, read_file, sha256, write_json, write_text
 from qft.machine.device import describe, versions
 from qft.progress import View
 from qft.recipe import LoadedRecipe, dump, load
@@ -68,6 +69,14 @@ class Run:
             return Manifest.model_validate(document) if is_manifest(document) else None
         except (OSError, ValueError):
             return None
+
+    def require_same(self, before: Manifest | None) -> None:
+        """Raise BusyError if the run is not the one any more of which `before` is the manifest: whoever reads a run
+        holds no lock, and another command may put a new one in its place."""
+        if self.manifest() != before:
+            raise BusyError(
+                f"{self.folder}: another command has changed or replaced the run while it was read; try again"
+            )
 
     def kind_of_work(self) -> Work | None:
         """What the run is of: as it says itself, or by its plan if an older qft wrote it. None if it is no run."""
@@ -158,9 +167,11 @@ def start_run(
 def record_base(run: Run, loaded: LoadedRecipe, base: Base) -> None:
     """Note which weights the run starts from, once they are on this machine. Raises RunError if they changed."""
     before = run.base
-    if before is not None and before != base:
-        names = sorted(name for name, _ in before.sha256.items() ^ base.sha256.items()) or [str(base.commit)]
-        what = f"{', '.join(dict.fromkeys(names))} changed since the run began"
+    names = before.changed(base.sha256) if before else []
+    if before and before.commit != base.commit:
+        names = names or [str(base.commit)]
+    if names:
+        what = f"{', '.join(names)} changed since the run began"
         refuse_to_resume(loaded, [("model.path", f"{what}; restore the model, {ANEW}")])
     run.note(Manifest(status="running", base=base))
 

@@ -12,9 +12,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
+from qft.disk import disk_failures
 from qft.documents.part import Seconds, Stored
 from qft.errors import BusyError, DamagedError, GateError, RunError
-from qft.files import disk_failures, is_living, now, process_start, remove_leftovers
+from qft.files import is_living, now, process_start, remove_leftovers
 
 LOCK, HELD = ".qft.lock", ".qft.held"
 """The file that is locked, and the one that stands for it where none can be."""

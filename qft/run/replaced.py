@@ -4,7 +4,7 @@ the new one is complete."""
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from qft.documents.export import export_in
@@ -29,6 +29,13 @@ def cut_off(folder: Path) -> Path | None:
     """The earlier run of which a killed command had moved some and begun nothing new."""
     waiting = [] if (folder / MANIFEST).exists() else replaced(folder)
     return waiting[-1] if waiting else None
+
+
+def remove_empty(folder: Path) -> None:
+    """Remove what a kill left of folders for earlier runs, before anything was in them or once nothing was any more."""
+    for path in _numbered(folder):
+        with suppress(OSError):  # of one that is not empty
+            path.rmdir()
 
 
 @contextmanager

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +24,6 @@ from qft.recipe import load
 from tests.support.calibrations import calibrated, held_out, perplexity, refusal, weights
 from tests.support.cli import qft
 from tests.support.models import byte_tokenizer, tiny_llama
-from tests.support.paths import ROOT
 from tests.support.rows import chat, write_jsonl
 from tests.support.runs import trained
 
@@ -133,32 +128,6 @@ def test_a_signal_keeps_the_finished_blocks(moment: str, code: int, recipe: Reci
     if code == 75:
         assert "--resume goes on behind the last finished block" in str(caught.value)
         assert len(calibrated(path, resume=True).block_seconds) == 1
-
-
-def test_a_kill_at_any_moment_leaves_nothing_that_looks_complete(recipe: Recipe, tmp_path: Path) -> None:
-    path = recipe(calibrate={"group_size": 32})
-    calibrated(path)
-    expected = weights(tmp_path / "run" / "model")
-    cut = recipe(output_dir=str(tmp_path / "cut"), calibrate={"group_size": 32})
-    command = [sys.executable, "-m", "qft", "calibrate", str(cut), "--quiet"]
-    draw = random.Random(0)
-    for attempt in range(4):
-        running = subprocess.Popen([*command, *(["--resume"] if attempt else [])], cwd=ROOT, env=os.environ)
-        work = tmp_path / "cut" / "work"
-        deadline = time.monotonic() + 120
-        while not any(work.glob("block-*")) and running.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        time.sleep(draw.random() / 4)
-        running.send_signal(signal.SIGKILL)
-        running.wait()
-        model, manifest = tmp_path / "cut" / "model", json.loads((tmp_path / "cut" / "manifest.json").read_text())
-        if manifest["status"] == "complete":
-            break
-        assert not (tmp_path / "cut" / "report.json").exists() or model.exists()
-        assert not model.exists() or weights(model) == expected
-    else:
-        calibrated(cut, resume=True)
-    assert weights(tmp_path / "cut" / "model") == expected
 
 
 def test_a_miss_is_refused_with_its_figures_and_leaves_no_model(recipe: Recipe, tmp_path: Path) -> None:

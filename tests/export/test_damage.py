@@ -64,6 +64,13 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
+def flip_low(path: Path) -> None:
+    """A bit that changes a number a little."""
+    content = bytearray(path.read_bytes())
+    content[-4] ^= 1
+    path.write_bytes(content)
+
+
 def make_folder(path: Path) -> None:
     path.unlink()
     path.mkdir()
@@ -232,6 +239,48 @@ def test_a_run_that_is_not_complete_has_nothing_to_accept(copy: Path) -> None:
     assert qft("report", "--verify", "--accept", copy).exit_code == 7
     assert qft("report", "--accept", copy).exit_code == 2
     assert qft("report", "--verify", "--svg", copy / "a.svg", copy).exit_code == 2
+
+
+BASE_CHANGES: dict[str, Callable[[Path], object]] = {
+    "tokenizer.json": lambda path: path.write_text(path.read_text() + " "),
+    "config.json": lambda path: path.write_text(path.read_text() + " "),
+    "generation_config.json": Path.unlink,
+    "chat_template.jinja": lambda path: path.write_text(path.read_text() + "{# #}"),
+    "vocab.txt": lambda path: path.write_text("a"),
+    "model.safetensors": flip_low,
+}
+
+
+@pytest.mark.parametrize("name", BASE_CHANGES)
+def test_a_base_that_changed_since_is_told_by_its_file(name: str, run: Path, tiny_model: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
+    made = trained(tmp_path, base, adapter={"r": 2, "target_modules": ["q_proj"]}, train={"max_steps": 1})
+    assert qft("report", "--verify", made).exit_code == 0
+    BASE_CHANGES[name](base / name)
+    ran = qft("report", "--verify", made)
+    assert ran.exit_code == 4
+    assert f"{base / name}: " in ran.stderr
+    config = {"model": {"path": str(made), "device": "cpu"}, "calibrate": {"engine": "rtn", "bits": 8}}
+    config |= {"data": {"train": str(tmp_path / "rows.jsonl")}, "output_dir": str(tmp_path / "calibrated")}
+    (tmp_path / "calibrate.yaml").write_text(yaml.safe_dump(config))
+    commands = [("eval", made), ("export", made, "--to", "merged", "--no-gate"), ("chat", made, "--prompt", "a")]
+    for command in (*commands, ("calibrate", tmp_path / "calibrate.yaml")):
+        ran = qft(*command)
+        assert ran.exit_code == 6, ran.stderr
+        assert f"was trained on another base than {base} ({name}: " in ran.stderr
+        assert f"`qft report --verify --accept {made}`" in ran.stderr
+    assert not (tmp_path / "calibrated").exists()
+    assert qft("report", "--verify", "--accept", made).exit_code == 0
+    assert qft("chat", made, "--prompt", "a", "--max-new-tokens", "1").exit_code == 0
+
+
+def test_of_an_older_run_the_base_is_what_it_recorded(run: Path, copy: Path) -> None:
+    manifest = json.loads((copy / "manifest.json").read_text())
+    assert manifest["base"]["sha256"].pop("chat_template.jinja")
+    manifest["base"]["whole"] = False
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    assert qft("report", "--verify", copy).exit_code == 0
+    assert qft("chat", copy, "--prompt", "a", "--max-new-tokens", "1").exit_code == 0
 
 
 def test_verify_names_each_file_and_those_of_exports(copy: Path) -> None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,7 +20,6 @@ from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qft import registry as versions
 from qft.commands.verify import accept
 from qft.documents.export import ExportDocument
 from qft.errors import GateError
@@ -37,7 +34,6 @@ from tests.support.cli import qft
 from tests.support.exports import job_of, options, refusal
 from tests.support.forked import ended
 from tests.support.models import byte_tokenizer, tiny_llama
-from tests.support.paths import ROOT
 from tests.support.runs import trained
 
 
@@ -416,74 +412,3 @@ def test_the_gate_asks_the_rows_that_the_run_kept(fraction: float, tiny_model: P
     [after] = export(made, options("merged", overwrite=True), View())
     assert before.gate.rows == len(kept) == (8 if fraction else 32)
     assert before.gate == encoded_again.gate == after.gate
-
-
-KILLED = """
-import gc, os, random, shutil, signal, sys, time
-from pathlib import Path
-from qft.export import ExportOptions, export
-from qft.progress import View
-
-run, out, registry = map(Path, sys.argv[1:])
-options = ExportOptions(to=("merged",), out=out, overwrite=True, register="m", registry=registry)
-
-def start():
-    sys.stdin.readline()
-    child = os.fork()
-    if not child:
-        export(run, options, View())
-        os._exit(0)
-    return child
-
-# What each child would import, and look through for garbage.
-export(run, ExportOptions(to=("merged",), out=out.with_name("first")), View())
-gc.collect()
-gc.freeze()
-started = time.monotonic()
-os.waitpid(start(), 0)
-whole = time.monotonic() - started
-chosen = random.Random(0)
-for moment in range(20):
-    print(moment, flush=True)
-    child = start()
-    time.sleep(whole * chosen.uniform(moment, moment + 1) / 20)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-print("done", flush=True)
-"""
-
-
-def test_a_kill_at_any_moment_leaves_nothing_that_looks_complete(run: Path, tmp_path: Path) -> None:
-    """Twenty moments, spread over an export and the copy that becomes a version."""
-    out, registry = tmp_path / "out", tmp_path / "models"
-    command = [sys.executable, "-c", KILLED, str(run), str(out), str(registry)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    unfinished, whole = set(), 0
-    with subprocess.Popen(
-        command, cwd=ROOT, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as killer:
-        assert killer.stdin
-        assert killer.stdout
-        killer.stdin.write("go\n")
-        killer.stdin.flush()
-        for line in killer.stdout:
-            final = out / "merged"
-            if final.exists():
-                document = json.loads((final / "export.json").read_text())
-                assert document["passed"]
-                assert document["sha256"] == {name: sha256(final / name) for name in document["sha256"]}
-                whole += 1
-            assert versions.problems(registry, "m") == []
-            left = [path for path in out.glob(".*") if path.is_dir()]
-            assert len(left) <= 2  # of the last one alone
-            unfinished |= {path.name.split(".")[1] for path in left}
-            if line == "done\n":
-                break
-            killer.stdin.write("go\n")
-            killer.stdin.flush()
-    assert killer.returncode == 0
-    assert whole
-    assert {"shared", "merged"} <= unfinished  # some fell into the writing
-    export(run, options("merged", out=out, overwrite=True, register="m", registry=registry), View())
-    assert [path.name for path in out.iterdir()] == ["merged"]
-    assert versions.problems(registry, "m") == []

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,12 +11,11 @@ from typing import Any
 import pytest
 
 from qft.documents.export import export_in
-from qft.errors import BusyError, GateError, RunError
-from qft.export import ExportOptions, export
+from qft.errors import BusyError, RunError
+from qft.export import export
 from qft.progress import View
 from qft.run.lock import locked
 from tests.support.exports import options, refusal
-from tests.support.paths import ROOT
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -113,30 +109,3 @@ def test_one_export_at_a_time_in_a_folder(run: Path, tmp_path: Path) -> None:
     with locked(tmp_path / "out", "qft export"), pytest.raises(BusyError):
         export(run, options("adapter", out=tmp_path / "out"), View())
     assert not (tmp_path / "out").exists()
-
-
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from qft.export import ExportOptions, artifacts, export
-from qft.progress import View
-
-def end(*_):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-artifacts.model_card = end
-export(Path(sys.argv[1]), ExportOptions(to=("merged",), out=Path(sys.argv[2]), overwrite=True), View())
-"""
-
-
-def test_what_a_killed_export_leaves_is_removed_by_the_next(run: Path, tmp_path: Path, made: Path) -> None:
-    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
-    before = tree(tmp_path)
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-c", KILLED, str(run), str(tmp_path)], env=environment, check=False)
-    left = {path.name.split(".qft-")[0] for path in tmp_path.glob(".*.qft-*")}
-    assert left == {".merged", ".shared"}
-    assert before.items() <= tree(tmp_path).items()
-    with pytest.raises(GateError):
-        export(run, ExportOptions(to=("merged",), out=tmp_path, overrides=("export.gate.kl=0",)), View())
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "merged.failed"]

@@ -96,6 +96,32 @@ def test_an_evaluation_that_comes_to_no_number_writes_nothing(brittle: Path, tmp
         assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("engine", "held", "told"),
+    [
+        ("rtn", "held", r"the loss of \S*held\.jsonl:2, \S*held\.jsonl:5 is not finite in the unquantized model\. "),
+        ("custom", "held", r"the loss of \S*held\.jsonl:2, \S*held\.jsonl:5 is not finite in the unquantized model\. "),
+        ("autoround", "good", r"what windows [\d, ]+ of the calibration rows come to in the .* is not finite"),
+    ],
+)
+def test_a_calibration_names_what_comes_to_no_number(
+    engine: str, held: str, told: str, brittle: Path, recipe_file: RecipeFile, plugin: Path, tmp_path: Path
+) -> None:
+    write_jsonl(tmp_path / "good.jsonl", [chat(f"say {number}", "it") for number in range(3)])
+    write_jsonl(tmp_path / "rows.jsonl", [chat(f"Z {i}", "it is so and so") for i in range(40)])
+    own = {"custom": {}, "rtn": {"bits": 8}, "autoround": {"group_size": 32, "iters": 1, "samples": 8}}[engine]
+    path = recipe_file(
+        model={"path": str(brittle), "dtype": "float32"},
+        quant={"preset": ..., "mode": "custom", "plugin": str(plugin)} if engine == "custom" else None,
+        data={"train": "rows.jsonl", "eval": f"{held}.jsonl"},
+        calibrate=own | {"engine": engine, "max_length": 32},
+    )
+    with pytest.raises(NonFiniteError, match=told) as caught:
+        calibrate(load(path), View())
+    assert caught.value.exit_code == 8
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["status"] == "failed"
+
+
 def test_float8_and_empty_tensors_are_looked_at() -> None:
     from qft.checkpoint.finite import require_finite
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import time
 from pathlib import Path
 
 import pytest
@@ -23,7 +20,6 @@ from qft.plan import make_plan
 from qft.progress import View
 from qft.recipe import load
 from qft.recipe.schema import EvalSection
-from tests.support.forked import command, fork
 from tests.support.models import PACKAGE_MODEL
 from tests.support.paths import ROOT
 from tests.support.rows import chat, write_jsonl
@@ -110,35 +106,6 @@ def test_an_evaluation_leaves_the_gradients_of_the_real_model_alone(tmp_path: Pa
     with torch.no_grad():
         model(input_ids=ids)
     torch.testing.assert_close(gradient(), before, rtol=0, atol=0)
-
-
-def test_a_killed_run_leaves_nothing_that_looks_complete_and_resumes(package_folder: Path, tmp_path: Path) -> None:
-    saves = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
-    path = recipe(tmp_path, str(package_folder), max_steps=8, **saves)
-    path.write_text(path.read_text().replace("metrics:\n  - exact_match", "metrics: []"))
-    path.write_text(path.read_text().replace("  max_new_tokens: 12\n", "").replace("  samples: 1\n", ""))
-    with Path(os.devnull).open("r+") as nothing:
-        running = fork(command("train", path), stdin=nothing, stdout=nothing, stderr=nothing)
-    run = tmp_path / "run"
-    deadline = time.monotonic() + 300
-    while not list(run.glob("checkpoints/checkpoint-2/trainer_state.json")) and time.monotonic() < deadline:
-        assert running.is_alive(), "the run ended before it could be killed"
-        time.sleep(0.05)
-    running.kill()
-    running.join()
-    assert not (run / "report.json").exists()
-    assert not (run / "adapter").exists()
-    assert json.loads((run / "manifest.json").read_text())["status"] == "running"
-
-    report = train(load(path), View(), resume=True)
-    assert report.steps == 8
-    assert [row[0] for row in report.loss.history] == list(range(1, 9))
-    assert len(report.resumed_from) == 1
-    assert 2 <= report.resumed_from[0] < 8
-    assert report.eval.before is not None
-    assert report.eval.after is not None
-    assert report.eval.after.loss < report.eval.before.loss
-    assert (run / "adapter" / "adapter_model.safetensors").exists()
 
 
 def test_the_harness_finds_the_perplexity_that_we_find(tmp_path: Path) -> None:

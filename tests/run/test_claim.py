@@ -229,6 +229,13 @@ def test_a_kill_while_it_is_moved_aside_costs_nothing(
         assert (aside / "manifest.json").exists()
 
 
+def test_a_folder_that_a_kill_left_empty_is_removed(finished: Path, recipe_file: RecipeFile) -> None:
+    for number in (1, 3):
+        (finished / f"replaced-{number}").mkdir()
+    run(recipe_file(train=QUIET), overwrite=True)
+    assert [*finished.glob("replaced-*")] == []
+
+
 def test_a_run_that_cannot_begin_leaves_the_earlier_one_in_its_place(finished: Path) -> None:
     before = tree(finished)
     with pytest.raises(OSError, match="fell"), replacing(finished):  # noqa: PT012

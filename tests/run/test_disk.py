@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 from safetensors import SafetensorError
 
+from qft.disk import disk_failure, room
 from qft.errors import ModelError, RunError
-from qft.files import disk_failure, room
 from qft.plan import make_plan
 from qft.recipe import load
 from qft.run.folder import Run
 from tests.support.disks import fill
+from tests.support.models import write_remote_code_model
 from tests.support.runs import run
 
 RecipeFile = Callable[..., Path]
@@ -152,15 +153,54 @@ def test_what_libraries_make_of_a_full_disk_is_known(error: Exception, told: str
 
 
 @pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "the disk is full"),
+        (
+            OSError(errno.EIO, os.strerror(errno.EIO), "/cache/offload.dat"),
+            "/cache/offload.dat: the disk fails to read",
+        ),
+        (OSError("Can't load the model"), "the quota of the disk is used up"),  # as transformers says it
+        (SafetensorError("I/O error: No space left on device (os error 28)"), "the disk is full"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("door", ["AutoModelForCausalLM", "AutoTokenizer", "AutoConfig"])
+def test_a_disk_that_fails_while_a_model_is_read_is_not_the_models_fault(
+    door: str, error: Exception, told: str, recipe_file: RecipeFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise error from (None if getattr(error, "errno", 1) else OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)))
+
+    place = "qft.model.load" if door == "AutoModelForCausalLM" else "qft.checkpoint.find"
+    monkeypatch.setattr(f"{place}.{door}.from_pretrained", refuse)
+    with pytest.raises(RunError, match=told) as caught:
+        run(recipe_file())
+    assert caught.value.exit_code == 7
+
+
+def test_a_full_disk_for_the_code_that_comes_with_a_model_is_told(
+    disk: Path, tmp_path: Path, recipe_file: RecipeFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_remote_code_model(tmp_path / "own")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(disk))
+    fill(disk)
+    with pytest.raises(RunError, match="the disk is full; free some space"):
+        run(recipe_file(model={"path": str(tmp_path / "own"), "trust_remote_code": True}))
+
+
+@pytest.mark.parametrize(
     ("train", "checkpoints"),
     [
-        ({"save_strategy": "no"}, 0),
-        ({"save_strategy": "steps", "save_steps": 2, "save_total_limit": None}, 5),
-        ({"save_strategy": "steps", "save_steps": 3, "save_total_limit": None}, 4),
+        ({"save_strategy": "no"}, 1),  # that a signal asks for
+        ({"save_strategy": "no", "save_on_signal": False}, 0),
+        ({"save_strategy": "steps", "save_steps": 2, "save_total_limit": None}, 6),
+        ({"save_strategy": "steps", "save_steps": 2, "save_total_limit": None, "save_on_signal": False}, 5),
+        ({"save_strategy": "steps", "save_steps": 3, "save_total_limit": None}, 5),
         ({"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}, 2),
         ({"save_strategy": "steps", "save_steps": 2, "save_total_limit": 2}, 3),
-        ({"save_strategy": "steps", "save_steps": 100, "save_total_limit": 2}, 1),
-        ({"save_strategy": "epoch", "save_total_limit": None}, 3),  # of four steps each
+        ({"save_strategy": "steps", "save_steps": 100, "save_total_limit": 2}, 2),
+        ({"save_strategy": "epoch", "save_total_limit": None}, 4),  # of four steps each
     ],
 )
 def test_the_checkpoints_that_are_kept_are_counted(

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from qft.disk import require_free_space
 from qft.documents.memory import Leak
 from qft.documents.training import Checkpointing, Evaluation
-from qft.files import _put_in_place, atomic_folder, require_free_space, write_json, write_text
+from qft.files import _put_in_place, atomic_folder, write_json, write_text
 from qft.progress import Step, View
 from qft.training.advice import advise
 from qft.training.clock import PhaseClock

@@ -20,12 +20,12 @@ from qft.calibration.layer_errors import decibels
 from qft.data.batch import pad_token_id
 from qft.data.encoded import read_rows
 from qft.data.prepare import KEPT, held_out, prepare
+from qft.disk import disk_failures, require_free_space
 from qft.documents.export import Gate, GateCheck
 from qft.errors import MissingError, ModelError
 from qft.export.job import Job
 from qft.export.targets import EXPORTERS, Exporter
 from qft.export.targets.base import Facts, Limits, Read, facts_of
-from qft.files import require_free_space
 from qft.measure.likelihood import Likelihood, LogProbs, Passage, measure
 from qft.measure.scores import answer_rows
 from qft.memory.guard import memory_guard
@@ -99,9 +99,9 @@ def judge(job: Job, target: str, folder: Path, expected: Reference) -> Gate:
 
 def _checks(job: Job, exporter: Exporter, folder: Path, expected: Reference, limits: Limits) -> Iterator[GateCheck]:
     try:
-        with memory_guard("loading the artifact", SMALLER):
+        with disk_failures(folder), memory_guard("loading the artifact", SMALLER):
             model = exporter.load(job, folder)
-        facts = exporter.facts(model, job, folder, expected.texts)
+            facts = exporter.facts(model, job, folder, expected.texts)
     except (ModelError, MissingError, ValueError, OSError, SafetensorError) as error:
         yield GateCheck(name="loads", value=str(error).splitlines()[0], threshold="yes", passed=False)
         return

@@ -4,9 +4,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from qft.disk import require_free_space, same_disk
 from qft.documents.export import ExportDocument, Registered
 from qft.errors import RecipeError, RunError
-from qft.files import require_free_space, same_disk
 from qft.recipe.schema import ExportSection
 from qft.registry import add, facts_of, require_usable
 from qft.run.folder import Run

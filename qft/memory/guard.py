@@ -74,7 +74,7 @@ def smaller_training(recipe: Recipe, scheme: Scheme) -> Iterator[str]:
         )
     if recipe.adapter.kind == "lora":
         yield from smaller_base(recipe, scheme)
-        if recipe.memory.offload == "none":
+        if recipe.memory.offload == "none" and recipe.model.device != "cpu" and torch.cuda.is_available():
             yield "have the base wait on the host (memory.offload: cpu)"
     yield "lower data.max_length"
 

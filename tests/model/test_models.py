@@ -238,7 +238,7 @@ def test_what_the_recipe_has_done_is_no_remedy(recipe_file: RecipeFile) -> None:
         return [re.findall(r"[a-z]+\.[a-z_0-9]+", text)[0] for text in smaller_training(recipe, scheme)]
 
     checkpointing, batch = "train.gradient_checkpointing", "train.per_device_train_batch_size"
-    assert remedies() == [checkpointing, batch, "memory.offload", "data.max_length"]
+    assert remedies() == [checkpointing, batch, "data.max_length"]
     small = {"gradient_checkpointing": True, "per_device_train_batch_size": 1}
     assert remedies(train=small) == ["data.max_length"]
     once = {"mode": "4bit", "double_quant": False, "preset": ...}

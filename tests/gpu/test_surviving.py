@@ -53,6 +53,12 @@ def limited(count: int) -> Iterator[None]:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
+def alone(path: Path) -> Report:
+    """A run that finds nothing of an earlier one reserved."""
+    torch.cuda.empty_cache()
+    return run(path)
+
+
 def assert_close(one: Report, other: Report, relative: float) -> None:
     assert one.tokens == other.tokens
     losses = [[loss for _, loss, _, _ in report.loss.history] for report in (one, other)]
@@ -60,7 +66,7 @@ def assert_close(one: Report, other: Report, relative: float) -> None:
 
 
 def test_a_step_that_does_not_fit_is_made_again_by_halves(recipe: RecipeFile) -> None:
-    whole, half = run(recipe("whole", 8)), run(recipe("half", 4))
+    whole, half = alone(recipe("whole", 8)), alone(recipe("half", 4))
     most, least = whole.memory.peak_gpu_bytes, half.memory.peak_gpu_reserved_bytes
     assert least < most, "the work is too small to tell"
     held: dict[int, int] = {}
@@ -84,8 +90,8 @@ def test_a_step_that_does_not_fit_is_made_again_by_halves(recipe: RecipeFile) ->
 
 
 def test_it_goes_on_checkpointed_where_one_row_is_too_much(recipe: RecipeFile) -> None:
-    whole = run(recipe("whole", 1))
-    least = run(recipe("least", 1, train={"gradient_checkpointing": True}))
+    whole = alone(recipe("whole", 1))
+    least = alone(recipe("least", 1, train={"gradient_checkpointing": True}))
     most, enough = whole.memory.peak_gpu_bytes, least.memory.peak_gpu_reserved_bytes
     assert enough < most, "the work is too small to tell"
     with limited((most + enough) // 2):

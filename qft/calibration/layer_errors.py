@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from qft.documents.evaluation import LayerError
 from qft.errors import ModelError
 from qft.memory.meter import weight_bytes
-from qft.model.merge import add_delta
+from qft.model.delta import add_delta
 from qft.quant.dequantize import dequantized_weight, is_quantized
 from qft.quant.layer import skip_entry
 

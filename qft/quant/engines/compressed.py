@@ -70,7 +70,9 @@ def hold(
 ) -> QuantizedLayer:
     """Round the weights of `layer` to these scales and zero points, both [out, groups]."""
     arguments = _arguments(scheme)
-    state = {"weight": layer.weight.data, "weight_scale": scale, "weight_zero_point": zero_point.to(torch.int8)}
+    # In 16 bits quotients would be rounded twice, and not alike on a CPU and by the library's kernels for GPUs.
+    weight = layer.weight.data.float()
+    state = {"weight": weight, "weight_scale": scale, "weight_zero_point": zero_point.to(torch.int8)}
     compressed = _compressor(arguments).compress(state, arguments)
     if scheme.activations == "static":
         if largest_input is None:

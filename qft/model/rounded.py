@@ -62,9 +62,11 @@ class _Linear(_Layer):
         # Under autocast the product itself casts, and for a moment only.
         dtype = None if torch.is_autocast_enabled(inputs.device.type) else inputs.dtype
         bias = base.bias if base.bias is None else base.bias.to(dtype)
-        return functional.linear(inputs, self._weight(base, dtype), bias)
+        return functional.linear(inputs, self.weight(dtype), bias)
 
-    def _weight(self, base: Any, dtype: torch.dtype | None) -> torch.Tensor:
+    def weight(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """What it multiplies with, [out, in]; None: in the dtype in which the file gives it back."""
+        base = getattr(self.layer, "base_layer", self.layer)
         delta = getattr(self.layer, "lora_A", {}) and not self.layer.disable_adapters
         parts = [base.weight, *_adapter_parts(self.layer)] if delta else [base.weight]
         if torch.is_grad_enabled() and any(part.requires_grad for part in parts):
@@ -117,6 +119,12 @@ def round_weights(model: Any, plan: ModelPlan) -> None:
             if kind is None:
                 raise ModelError(f"{name}: quant.mode qat rounds no {type(inner).__name__}")
             vars(module)["forward"] = kind(module, rounding, scheme, switch)
+
+
+def rounded_weight(layer: nn.Module) -> torch.Tensor | None:
+    """What a layer that `round_weights` has changed multiplies with, [out, in]; None of another."""
+    own = vars(layer).get("forward")
+    return own.weight() if isinstance(own, _Linear) else None
 
 
 def switch_of(model: nn.Module) -> Switch | None:

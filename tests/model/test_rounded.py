@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch.nn import functional
 
+from qft.calibration.layer_errors import layer_errors
 from qft.errors import QftError
 from qft.model.adapter import attach_adapter
 from qft.model.load import load_base
 from qft.model.merge import MergedWeights
-from qft.model.rounded import switch_of, without_rounding
+from qft.model.rounded import round_weights, switch_of, without_rounding
 from qft.plan import Plan, make_plan
 from qft.quant.hold import Qat
 from qft.quant.rounding import TARGETS
@@ -200,6 +201,17 @@ def test_what_is_kept_for_an_answer_is_made_anew_after_a_step(llama: Path) -> No
         assert not torch.equal(model(input_ids=IDS).logits, first)
 
 
+def test_errors_of_layers_are_those_of_the_rounded_weights(llama: Path) -> None:
+    plan = plan_of(llama, adapter={"r": 4})
+    model = load_base(plan.model).eval()
+    round_weights(model, plan.model)
+    batches = [{"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}]
+    [error] = [each for each in layer_errors(load_base(plan.model).eval(), model, batches) if "0.mlp.up" in each.name]
+    weight = model.model.layers[0].mlp.up_proj.weight.detach()
+    difference = TARGETS["int4-g32"].rounding(weight).values.float() - weight.float()
+    assert error.weight_error == pytest.approx(float(difference.norm() / weight.float().norm()), rel=1e-4)
+
+
 def test_without_rounding_it_is_the_base(tmp_path: Path) -> None:
     untied = write_model(tmp_path / "untied", "llama")
     plan = plan_of(untied, "q8_0", adapter={"r": 4, "modules_to_save": ["lm_head"]})
@@ -211,8 +223,7 @@ def test_without_rounding_it_is_the_base(tmp_path: Path) -> None:
 
 
 def test_other_modes_are_left_alone(llama: Path) -> None:
-    rows = {"quant": {"mode": "none", "target": None}}
-    assert switch_of(attached(plan_of(llama, **rows))) is None
+    assert switch_of(attached(plan_of(llama, quant={"mode": "none", "target": None}))) is None
 
 
 @pytest.mark.parametrize("kind", ["gpt_neox", "phi", "opt"])

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from safetensors import SafetensorError
+from torch import nn
 
 from qft.calibration.layer_errors import decibels
 from qft.data.batch import pad_token_id
@@ -32,6 +33,7 @@ from qft.measure.scores import answer_rows
 from qft.memory.guard import memory_guard
 from qft.model.handover import FORMS
 from qft.model.target import load_target
+from qft.quant.dequantize import dequantized_weight
 from qft.quant.hold import Qat
 from qft.recipe.schema import EvalSection
 
@@ -110,11 +112,12 @@ def _checks(job: Job, exporter: Exporter, folder: Path, expected: Reference, lim
         yield GateCheck(name="loads", value=str(error).splitlines()[0], threshold="yes", passed=False)
         return
     if facts["embedding_rows"] == expected.facts["embedding_rows"]:  # else the rows' tokens mean nothing to it
-        exact = isinstance(job.plan.scheme, Qat) and exporter.engine == "transformers"
+        scheme = job.plan.scheme
+        exact = isinstance(scheme, Qat) and exporter.engine == "transformers"
         with memory_guard("asking the artifact", SMALLER):
             yield from _quality(model, job, expected, limits, exact=exact)
-    if isinstance(job.plan.scheme, Qat) and (read := exporter.reader(job, folder)):
-        yield _rounded_weights(job, job.plan.scheme, read)
+        if isinstance(scheme, Qat):
+            yield _rounded_weights(job, scheme, exporter.reader(job, folder) or _reader(model))
     for name, wanted in expected.facts.items():
         given = facts[name]
         yield GateCheck(name=name, value=_shown(given), threshold=_shown(wanted), passed=given == wanted)
@@ -168,6 +171,17 @@ def _quality(model: Any, job: Job, expected: Reference, limits: Limits, *, exact
         farthest, most = float(found.divergence.farthest.max()), ROUNDING * torch.finfo(getattr(torch, job.dtype)).eps
         shown = farthest if math.isfinite(farthest) else str(farthest)
         yield GateCheck(name="largest_difference", value=shown, threshold=most, passed=farthest <= most)
+
+
+def _reader(model: nn.Module) -> Read:
+    """The weights of a loaded model, as it multiplies with them."""
+    tensors, modules = model.state_dict(), dict(model.named_modules())
+
+    def read(name: str) -> torch.Tensor | None:
+        module = modules.get(name.removesuffix(".weight"))
+        return dequantized_weight(module).cpu() if isinstance(module, nn.Linear) else tensors[name].cpu()
+
+    return read
 
 
 def _rounded_weights(job: Job, scheme: Qat, read: Read) -> GateCheck:

@@ -51,5 +51,5 @@ class CompressedTensors(Quantized):
         section = job.section(FORMS[self.format])
         kind = f"W{section.bits}A16{'' if section.symmetric else ' with zero points'}"
         if section.activations != "none":
-            kind = f"{'FP8' if section.data_type == 'float' else 'W8A8'} {section.activations}"
+            kind = f"{'FP8' if section.data_type == 'float' else f'W{section.bits}A8'} {section.activations}"
         return f"{self.format} {kind}"

@@ -39,6 +39,7 @@ TARGETS: dict[str, Target] = {
     **{f"int4-g{size}": _integer(4, size) for size in (32, 64, 128)},
     "int8": _integer(8),
     "w8a8": _integer(8, activations="dynamic"),
+    "int8-dynamic-act-int4-weight": _integer(4, 32, activations="dynamic"),
     "nf4": Target(nf4, 1, "bnb-4bit", LayerScheme("nf4", 4)),
     "q4_0": Target(q4_0, BLOCK, "gguf-q4_0", ends=q8_0),
     "q8_0": Target(q8_0, BLOCK, "gguf-q8_0", ends=q8_0),

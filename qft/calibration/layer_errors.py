@@ -237,8 +237,8 @@ def _input_dtype(layer: nn.Module, given: torch.dtype) -> torch.dtype:
 
 
 def _weight(layer: Any, name: str) -> torch.Tensor:
-    """The weight that the layer multiplies with, float32 [out, in]: dequantized, active adapters added, and rounded where
-    a format is trained for."""
+    """The weight that the layer multiplies with, float32 [out, in]: dequantized, active adapters added, and rounded
+    where a format is trained for."""
     if (rounded := rounded_weight(layer)) is not None:
         return rounded.float()
     weight = dequantized_weight(_linear(layer)).float()

@@ -22,6 +22,11 @@ Rounding = Callable[[torch.Tensor], Rounded]
 block not finite, so that the loss tells; so does what the format's scales cannot hold."""
 
 
+def divided(values: torch.Tensor, divisor: float) -> torch.Tensor:
+    """The quotients, rounded once: by a Python number, a GPU would multiply with its reciprocal."""
+    return values / torch.full((), divisor, dtype=values.dtype, device=values.device)
+
+
 class _StraightThrough(torch.autograd.Function):
     """Bengio et al., arXiv:1308.3432: rounding has the gradient of no rounding, and clipping that of clipping: none."""
 

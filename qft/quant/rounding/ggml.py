@@ -3,7 +3,7 @@ quantize_row_q8_0_ref of ggml-quants.c). Values are float32."""
 
 import torch
 
-from qft.quant.rounding.base import Rounded
+from qft.quant.rounding.base import Rounded, divided
 
 BLOCK = 32
 
@@ -20,7 +20,7 @@ def q4_0(weight: torch.Tensor) -> Rounded:
 def q8_0(weight: torch.Tensor) -> Rounded:
     """8 bits from -127 to 127, a half rounded away from zero: nothing is clipped."""
     blocks = _blocks(weight)
-    scale = blocks.abs().amax(-1, keepdim=True) / 127
+    scale = divided(blocks.abs().amax(-1, keepdim=True), 127)
     quotients = blocks * _inverse(scale)
     size = quotients.abs()
     whole = size.floor()

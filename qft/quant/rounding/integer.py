@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qft.quant.rounding.base import Rounded
+from qft.quant.rounding.base import Rounded, divided
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Integer:
         size = self.group_size if self.group_size > 0 else weight.shape[-1]
         groups = weight.float().reshape(*weight.shape[:-1], -1, size)
         largest = groups.abs().amax(-1, keepdim=True)
-        scale = largest / ((2**self.bits - 1) / 2)
+        scale = divided(largest, (2**self.bits - 1) / 2)
         scale = torch.where(scale == 0, torch.finfo(scale.dtype).eps, scale).to(weight.dtype)
         return Rounded(*(each.flatten(-2) for each in _on_grid(groups / scale, scale, self.bits)))
 
@@ -29,7 +29,7 @@ def dynamic_int8(inputs: torch.Tensor) -> Rounded:
     """Activations [batch, tokens, in] in 8 bits, each token with a scale of its own; of two dimensions, all with one.
     Quotients are in the activations' dtype, and so are scales, as transformers runs such a model."""
     dims = tuple(range(2, inputs.ndim)) or tuple(range(inputs.ndim))
-    scale = inputs.abs().amax(dims, keepdim=True) / 127.5
+    scale = divided(inputs.abs().amax(dims, keepdim=True), 127.5)
     scale = torch.where(scale == 0, torch.finfo(scale.dtype).eps, scale)
     return Rounded(*_on_grid(inputs / scale, scale, 8))
 

@@ -116,7 +116,7 @@ def round_weights(model: Any, plan: ModelPlan) -> None:
         for module in _copies(base.get_submodule(name)):
             inner = getattr(module, "base_layer", module)
             kind = KINDS.get(type(inner))
-            if kind is None:
+            if kind is None or (kind is _Embedding and isinstance(module, LoraLayer)):
                 raise ModelError(f"{name}: quant.mode qat rounds no {type(inner).__name__}")
             vars(module)["forward"] = kind(module, rounding, scheme, switch)
 

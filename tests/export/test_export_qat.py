@@ -23,6 +23,7 @@ from qft.quant.rounding import TARGETS
 from qft.recipe import load
 from tests.support.architectures import write_model
 from tests.support.exports import job_of, options, refusal
+from tests.support.families import write_tiny
 from tests.support.models import byte_tokenizer, tiny_llama
 from tests.support.once import once
 from tests.support.runs import trained
@@ -66,6 +67,22 @@ def test_what_is_written_is_what_was_trained(target: str, kind: str, tmp_path: P
         assert (checks["same_continuations"].value, checks["same_continuations"].threshold) == (1, 1)
     else:
         assert checks["kl"].value < 1e-3
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "phi", "opt", "mixtral", "qwen3_moe", "gemma3"])
+def test_architectures(family: str, tmp_path: Path) -> None:
+    """Biases, fused projections, layers around the blocks, routers and fused experts, names that differ on disk."""
+    write = write_tiny if family in ("qwen3_moe", "gemma3") else lambda name, folder: write_model(folder, name)
+    write(family, tmp_path / "base")
+    quant = {"allow_partial": True} if family in ("mixtral", "qwen3_moe") else {}
+    document, checks = exported(
+        qat_run(
+            tmp_path, "int4-g32", {"r": 4, "target_modules": r".*\.(\w+_proj|dense|fc1|query_key_value)"}, quant=quant
+        ),
+        "int4-g32",
+    )
+    assert document.passed
+    assert (checks["different_weights"].value, checks["largest_difference"].value) == (0, 0)
 
 
 @pytest.mark.parametrize("tied", [True, False])

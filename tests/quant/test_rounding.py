@@ -4,12 +4,14 @@ and gradients those of float64."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, get_args
 
 import gguf
 import pytest
 import torch
 from compressed_tensors.quantization.lifecycle.forward import forward_quantize
+from safetensors.torch import load_file
 from torch import nn
 
 from qft.quant.dequantize import dequantized_weight
@@ -62,6 +64,19 @@ def test_a_rounded_weight_is_that_of_the_file(name: str, dtype: torch.dtype) -> 
         assert values.dtype == (torch.float32 if TARGETS[name].layer is None else dtype)
         assert torch.isfinite(values).all()
         assert torch.equal(values, expected), f"{weight.shape}: {(values - expected).abs().max()}"
+
+
+@pytest.mark.real
+@pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
+@pytest.mark.parametrize("name", TARGETS)
+def test_real_weights_are_those_of_the_file(name: str, package_folder: Path) -> None:
+    held = load_file(package_folder / "model.safetensors")
+    block = [tensor for key, tensor in held.items() if ".layers.0." in key and key.endswith("proj.weight")]
+    assert len(block) == 7
+    for weight in block:
+        if weight.shape[-1] % TARGETS[name].block == 0:  # 576 is no multiple of 128
+            for each in (weight, weight.bfloat16()):
+                assert torch.equal(TARGETS[name].rounding(each).values, stored(TARGETS[name], each))
 
 
 def test_rows_that_blocks_of_nf4_cross() -> None:

@@ -50,6 +50,8 @@ class CompressedTensors(Quantized):
     def weight_format(self, job: Job) -> str:
         section = job.section(FORMS[self.format])
         kind = f"W{section.bits}A16{'' if section.symmetric else ' with zero points'}"
+        if section.data_type == "float":
+            kind = "MXFP4A16"
         if section.activations != "none":
             kind = f"{'FP8' if section.data_type == 'float' else f'W{section.bits}A8'} {section.activations}"
         return f"{self.format} {kind}"

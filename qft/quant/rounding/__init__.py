@@ -6,6 +6,7 @@ from qft.quant.layer import LayerScheme
 from qft.quant.rounding.base import Rounded, Rounding, straight_through
 from qft.quant.rounding.ggml import BLOCK, q4_0, q8_0
 from qft.quant.rounding.integer import Integer, dynamic_int8
+from qft.quant.rounding.mx import mxfp4
 from qft.quant.rounding.nf4 import nf4
 
 __all__ = ["TARGETS", "Rounded", "Rounding", "Target", "straight_through"]
@@ -40,6 +41,7 @@ TARGETS: dict[str, Target] = {
     "int8": _integer(8),
     "w8a8": _integer(8, activations="dynamic"),
     "int8-dynamic-act-int4-weight": _integer(4, 32, activations="dynamic"),
+    "mxfp4": Target(mxfp4, BLOCK, "compressed-tensors", LayerScheme("float", 4, BLOCK)),
     "nf4": Target(nf4, 1, "bnb-4bit", LayerScheme("nf4", 4)),
     "q4_0": Target(q4_0, BLOCK, "gguf-q4_0", ends=q8_0),
     "q8_0": Target(q8_0, BLOCK, "gguf-q8_0", ends=q8_0),

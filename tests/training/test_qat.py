@@ -120,6 +120,13 @@ def test_contradictions_are_refused(overrides: list[str], message: str, recipe_f
         load(recipe_file(quant=qat()), overrides)
 
 
+def test_the_plan_tells_it(recipe_file: RecipeFile) -> None:
+    path = recipe_file(quant=qat(fake_quant_after_steps=3, distill=True), model=FLOAT, train=HARD)
+    told = make_plan(load(path)).document().quantization
+    words = "qat for int4-g32, rounded in float32, from step 4 on, distilled from itself unrounded, not lm_head"
+    assert (told.scheme, told.described, told.quantized_share) == ("qat", words, 1.0)
+
+
 def test_rounding_that_never_begins_is_refused(recipe_file: RecipeFile) -> None:
     with pytest.raises(RecipeError, match=r"quant\.fake_quant_after_steps: 12, and the training has 12 steps"):
         make_plan(load(recipe_file(quant=qat(fake_quant_after_steps=12), train=HARD)))

@@ -26,12 +26,16 @@ class Qat(Scheme):
     keeps_weights = True
     quant_type: str = "int4-g32"
     """quant.target."""
+    more: tuple[str, ...] = ()
+    """Of the training, in words."""
 
     @classmethod
     def of(cls, quant: QuantSection, dtype: str, heads: Sequence[str]) -> Qat:
         name = str(quant.target)
         skipped = () if TARGETS[name].ends else (*heads, *quant.named_skips)
-        return cls("qat", dtype, skipped, None, {}, name)
+        late = [f"from step {quant.fake_quant_after_steps + 1} on"] if quant.fake_quant_after_steps else []
+        distilled = ["distilled from itself unrounded"] if quant.distill else []
+        return cls("qat", dtype, skipped, None, {}, name, (*late, *distilled))
 
     @property
     def target(self) -> Target:
@@ -41,7 +45,7 @@ class Qat(Scheme):
         return f"{self.dtype}, rounded to {self.quant_type}"
 
     def details(self) -> list[str]:
-        return [f"qat for {self.quant_type}", f"rounded in {self.dtype}"]
+        return [f"qat for {self.quant_type}", f"rounded in {self.dtype}", *self.more]
 
     def facts(self) -> dict[str, Any]:
         return {"scheme": self.name, "plugin": None, "target": self.quant_type, "skip_modules": list(self.skipped)}

@@ -23,7 +23,7 @@ from qft.quant.rounding import TARGETS
 from qft.recipe import load
 from tests.support.architectures import write_model
 from tests.support.exports import job_of, options, refusal
-from tests.support.families import write_tiny
+from tests.support.families import ATTENTION, write_tiny
 from tests.support.models import byte_tokenizer, tiny_llama
 from tests.support.once import once
 from tests.support.runs import trained
@@ -77,7 +77,7 @@ def test_architectures(family: str, tmp_path: Path) -> None:
     quant = {"allow_partial": True} if family in ("mixtral", "qwen3_moe") else {}
     document, checks = exported(
         qat_run(
-            tmp_path, "int4-g32", {"r": 4, "target_modules": r".*\.(\w+_proj|dense|fc1|query_key_value)"}, quant=quant
+            tmp_path, "int4-g32", {"r": 4, "target_modules": ATTENTION.get(family, ["q_proj", "v_proj"])}, quant=quant
         ),
         "int4-g32",
     )

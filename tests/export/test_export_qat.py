@@ -61,7 +61,10 @@ def test_what_is_written_is_what_was_trained(target: str, kind: str, tmp_path: P
         pytest.importorskip("cyllama", reason="needs llama.cpp (pip install 'qft[llamacpp]')")
     document, checks = exported(qat_run(tmp_path, target, KINDS[kind]), target)
     assert document.passed
+    assert document.quantization is None
     assert (checks["different_weights"].value, checks["different_weights"].threshold) == (0, 0)
+    card = (Path(document.path) / "README.md").read_text("utf-8")
+    assert f"trained as they are rounded here (quantization-aware training for {target})" in card
     if TARGETS[target].layer:
         assert checks["largest_difference"].value == 0
         assert (checks["same_continuations"].value, checks["same_continuations"].threshold) == (1, 1)

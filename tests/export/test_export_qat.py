@@ -74,10 +74,11 @@ def test_what_is_written_is_what_was_trained(target: str, kind: str, tmp_path: P
 
 @pytest.mark.parametrize("family", ["gpt_neox", "phi", "opt", "mixtral", "qwen3_moe", "gemma3"])
 def test_architectures(family: str, tmp_path: Path) -> None:
-    """Biases, fused projections, layers around the blocks, routers and fused experts, names that differ on disk."""
+    """Biases, fused projections, layers around the blocks, routers and fused experts, a tower for pictures, names that
+    differ on disk."""
     write = write_tiny if family in ("qwen3_moe", "gemma3") else lambda name, folder: write_model(folder, name)
     write(family, tmp_path / "base")
-    quant = {"allow_partial": True} if family in ("mixtral", "qwen3_moe") else {}
+    quant = {"allow_partial": True} if family in ("mixtral", "qwen3_moe", "gemma3") else {}
     document, checks = exported(
         qat_run(
             tmp_path, "int4-g32", {"r": 4, "target_modules": ATTENTION.get(family, ["q_proj", "v_proj"])}, quant=quant

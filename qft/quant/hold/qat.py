@@ -17,6 +17,9 @@ from qft.recipe import Recipe
 from qft.recipe.rules import Problem
 from qft.recipe.training import QuantSection
 
+SHOWN = 8
+"""Layers that are left as they are and named: a tower for pictures has hundreds."""
+
 
 @dataclass(frozen=True)
 class Qat(Scheme):
@@ -40,6 +43,11 @@ class Qat(Scheme):
     @property
     def target(self) -> Target:
         return TARGETS[self.quant_type]
+
+    def words(self) -> str:
+        first, rest = self.skipped[:SHOWN], self.skipped[SHOWN:]
+        left = ", ".join([*first, *([f"{len(rest)} more"] if rest else [])])
+        return ", ".join([*self.details(), *([f"not {left}"] if left else [])])
 
     def short_words(self) -> str:
         return f"{self.dtype}, rounded to {self.quant_type}"

@@ -33,6 +33,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "8bit": {"quant": {"mode": "8bit"}},
     "bf16": {"model": {"dtype": "bfloat16"}},
     "fp32": {"model": {"dtype": "float32"}},
+    **{f"qat-{name}": {"quant": {"mode": "qat", "target": name}} for name in ("int4-g32", "nf4", "w8a8")},
 }
 
 

@@ -23,7 +23,8 @@ from transformers import PreTrainedModel
 from qft.documents.evaluation import LayerError
 from qft.errors import ModelError
 from qft.memory.meter import weight_bytes
-from qft.model.merge import add_delta
+from qft.model.delta import add_delta
+from qft.model.rounded import rounded_weight
 from qft.quant.dequantize import dequantized_weight, is_quantized
 from qft.quant.layer import skip_entry
 
@@ -236,7 +237,10 @@ def _input_dtype(layer: nn.Module, given: torch.dtype) -> torch.dtype:
 
 
 def _weight(layer: Any, name: str) -> torch.Tensor:
-    """The weight that the layer multiplies with, float32 [out, in]: dequantized, active adapters added."""
+    """The weight that the layer multiplies with, float32 [out, in]: dequantized, active adapters added, and rounded
+    where a format is trained for."""
+    if (rounded := rounded_weight(layer)) is not None:
+        return rounded.float()
     weight = dequantized_weight(_linear(layer)).float()
     if isinstance(layer, BaseTunerLayer) and not layer.disable_adapters and not layer.merged:
         for adapter in layer.active_adapters:

@@ -13,8 +13,8 @@ class GateCheck(Part):
     name: str
     value: float | str
     threshold: float | str | None
-    """What the value may be at most (kl, perplexity_increase) or at least (top1_agreement), or must be; None: told
-    only."""
+    """What the value may be at most (kl, perplexity_increase; of a run with quant.mode qat largest_difference of a log
+    probability in nats, and different_weights) or at least (top1_agreement), or must be; None: told only."""
     passed: bool
 
 

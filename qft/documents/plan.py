@@ -46,7 +46,7 @@ class Quantization(Stored):
     names that bitsandbytes, the checkpoint or the plugin gives them."""
 
     scheme: str
-    """none, 8bit, 4bit, or the method of a plugin or of a checkpoint that comes quantized."""
+    """none, 8bit, 4bit, qat, or the method of a plugin or of a checkpoint that comes quantized."""
     plugin: PluginFile | None = None
     described: str = ""
     """In words, with the data type and what is left as it is; empty in documents from before it was told here."""

@@ -19,9 +19,9 @@ class ModelPart(Part):
     device: str
     """Name of the GPU or CPU."""
     scheme: str
-    """How the linear layers are held: none, 8bit, 4bit, or the method of a checkpoint that came quantized."""
+    """How the linear layers are held: none, 8bit, 4bit, qat, or the method of a checkpoint that came quantized."""
     quant_type: str | None
-    """nf4 or fp4, for 4bit."""
+    """nf4 or fp4, for 4bit; quant.target, for qat."""
     dtype: str
     """Dtype of the weights that are not quantized."""
     parameters: int

@@ -12,6 +12,7 @@ from qft.documents.training import read_report
 from qft.errors import QftError
 from qft.export.job import Job
 from qft.export.targets import Exporter
+from qft.quant.hold import Qat
 
 
 def model_card(job: Job, exporter: Exporter, document: ExportDocument) -> str:
@@ -60,7 +61,10 @@ def _license(job: Job) -> str | None:
 def _origin(job: Job, document: ExportDocument) -> str:
     commit = document.base.commit
     lines = [f"Finetuned with qft from `{_base(job)}`{f' at commit `{commit}`' if commit else ''}."]
-    if job.adapter:
+    if isinstance(job.plan.scheme, Qat):
+        kind = job.plan.scheme.quant_type
+        lines.append(f"Its weights were trained as they are rounded here (quantization-aware training for {kind}).")
+    elif job.adapter:
         lines.append(f"The adapter was trained on a base held in {job.plan.scheme.short_words()}.")
     if document.merge_into:
         which = "the same values, dequantized" if document.merge_into == "dequantized" else "the original weights"

@@ -56,10 +56,12 @@ def windows(ids: Sequence[int], window: int, stride: int) -> list[Passage]:
 
 @dataclass(frozen=True)
 class Divergence:
-    """Per token, over the first tokens: KL from the reference in nats, and whether both favour one token."""
+    """Per token, over the first tokens: KL from the reference in nats, whether both favour one token, and how far the
+    log probability of any is off at most, where that was measured."""
 
     kl: Floats
     agrees: NDArray[np.bool_]
+    farthest: Floats | None = None
 
 
 @dataclass(frozen=True)
@@ -135,11 +137,13 @@ class LogProbs:
     def put(self, at: Counts, log_probs: torch.Tensor) -> None:
         self.values[at] = log_probs.cpu().numpy()
 
-    def compare(self, at: Counts, log_probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """KL(reference || model) in nats, and whether the most likely token is the same; both [tokens]."""
+    def compare(self, at: Counts, log_probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """KL(reference || model) in nats, whether the most likely token is the same, and the largest difference of a
+        log probability; all [tokens]."""
         reference = torch.from_numpy(np.asarray(self.values[at])).to(log_probs.device)
         kl = kl_div(log_probs, reference, reduction="none", log_target=True).sum(-1)
-        return kl.clamp(min=0), reference.argmax(-1) == log_probs.argmax(-1)
+        farthest = (log_probs - reference).abs().amax(-1)
+        return kl.clamp(min=0), reference.argmax(-1) == log_probs.argmax(-1), farthest
 
 
 def measure(
@@ -159,7 +163,7 @@ def measure(
     offsets = np.concatenate([[0], np.cumsum(tokens)])
     store = write or against
     compared = min(store.tokens, offsets[-1]) if store else 0
-    kl, agrees = np.zeros(compared), np.zeros(compared, dtype=bool)
+    kl, agrees, farthest = np.zeros(compared), np.zeros(compared, dtype=bool), np.zeros(compared)
     for batch in by_length([len(sequence.input_ids) for sequence in sequences], batch_size):
         logits = _logits(model, [sequences[i] for i in batch], pad)
         for row, i in enumerate(batch):
@@ -171,9 +175,9 @@ def measure(
             if write and len(places):
                 write.put(places, log_probs[: len(places)])
             if against and len(places):
-                far, same = against.compare(places, log_probs[: len(places)])
-                kl[places], agrees[places] = far.cpu().numpy(), same.cpu().numpy()
-    return Likelihood(nll, tokens, Divergence(kl, agrees) if against else None)
+                found = against.compare(places, log_probs[: len(places)])
+                kl[places], agrees[places], farthest[places] = (each.cpu().numpy() for each in found)
+    return Likelihood(nll, tokens, Divergence(kl, agrees, farthest) if against else None)
 
 
 def _logits(model: Any, batch: Sequence[Passage], pad: int) -> torch.Tensor:

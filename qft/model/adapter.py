@@ -26,6 +26,7 @@ from qft.disk import disk_failures
 from qft.errors import ModelError, QftError, first_line
 from qft.files import atomic_folder, read_json_text
 from qft.memory.guard import memory_guard, smaller_base
+from qft.model.rounded import round_weights
 from qft.plan import ModelPlan, Plan
 from qft.quant.dequantize import dequantized_weight, is_quantized
 
@@ -35,14 +36,18 @@ CHANGES_BASE = ("pissa", "olora")
 
 
 def attach_adapter(model: PreTrainedModel, plan: Plan, bring: Bring | None = None) -> PeftModel | PreTrainedModel:
-    """The model to train: LoRA adapters on a frozen base, or the base itself with all its weights. `bring` has the
-    weights of a layer there, if they wait elsewhere."""
+    """The model to train: LoRA adapters on a frozen base, or the base itself with all its weights; rounded as the plan
+    says. `bring` has the weights of a layer there, if they wait elsewhere."""
     if plan.recipe.train.gradient_checkpointing:
         model.enable_input_require_grads()
-    if plan.lora is None:
-        return model.requires_grad_(True)
+    adapted = model.requires_grad_(True) if plan.lora is None else _with_new_adapter(model, plan, bring)
+    round_weights(adapted, plan.model)
+    return adapted
+
+
+def _with_new_adapter(model: PreTrainedModel, plan: Plan, bring: Bring | None) -> PeftModel:
     with memory_guard("attaching the adapters", smaller_base(plan.recipe, plan.model.scheme)):
-        adapted = get_peft_model(model, LoraConfig(**plan.lora))
+        adapted: PeftModel = get_peft_model(model, LoraConfig(**plan.lora or {}))
         if plan.model.checkpoint.gguf_file:
             # Else peft would ask the hub for the base's config at each checkpoint.
             adapted.peft_config["default"].base_model_name_or_path = ""

@@ -15,6 +15,7 @@ from qft.gguf.llamacpp import KINDS, end_tokens
 from qft.model.load import generation_config
 from qft.model.merge import Adapter, MergedWeights, planned_adapter
 from qft.plan import ModelPlan, Plan, plan_calibration, plan_layers, refuse
+from qft.quant.hold import Qat
 from qft.quant.hold.none import Unquantized
 from qft.recipe import LoadedRecipe
 from qft.recipe.catalogue import export_problem
@@ -122,6 +123,9 @@ class Handover:
         recipe = self.loaded.recipe
         section = (recipe.calibrate if form.calibrated else None) or form.rounding
         assert section is not None
+        if isinstance(self.plan.scheme, Qat) and (layer := self.plan.scheme.target.layer):
+            kept = self.weights.linears.keys() - self.plan.scheme.holds(self.weights.model)
+            return section.having(**layer.facts(), skip_modules=sorted(kept), allow_partial=True)
         if form.calibrated and (problem := export_problem(section.engine, "compressed-tensors")):
             raise RecipeError(self.loaded.problem("calibrate.engine", problem))
         allowed = any(part.allow_partial for part in (recipe.quant, recipe.calibrate) if part)
@@ -130,7 +134,7 @@ class Handover:
 
 def decided(asked: Literal["auto", MergeInto], plan: ModelPlan, *, has_adapter: bool) -> MergeInto | None:
     """Handover.merge_into of most forms."""
-    if not has_adapter or plan.scheme.name == "none":
+    if not has_adapter or plan.scheme.keeps_weights:
         return None
     return "dequantized" if asked == "auto" else asked
 
@@ -146,6 +150,21 @@ def missing_packages(name: str, *, gate: bool = True) -> Iterator[str]:
 def require_possible(name: str, handover: Handover, rows: Prepared | None = None) -> None:
     """Raise RecipeError, ModelError or DataError for what keeps the run from being handed over in the form of that
     name. `rows` are the recipe's, if what is calibrated on them is to be looked at too."""
+    if problem := _untrained(name, handover.plan):
+        raise RecipeError(f"--to {name}: {problem}")
+    _require_possible(name, handover, rows)
+
+
+def _untrained(name: str, plan: ModelPlan) -> str | None:
+    """Why the form of that name is not the one that the run is trained for; None if it is, or is trained for none."""
+    scheme = plan.scheme
+    if not isinstance(scheme, Qat) or FORMS[name] == FORMS[scheme.target.form]:
+        return None
+    text = f"the run is trained for {scheme.quant_type} (quant.target), and any other form would hold other weights"
+    return f"{text} than those that were trained; export --to {scheme.target.form}"
+
+
+def _require_possible(name: str, handover: Handover, rows: Prepared | None) -> None:
     form, recipe = FORMS[name], handover.loaded.recipe
     if not form.merges:
         if recipe.adapter.kind == "none":
@@ -176,14 +195,14 @@ def foreseen(plan: Plan, names: Iterable[str] = tuple(FORMS), rows: Prepared | N
         after = FORMS[name].after
         return (after and obstacle(after)) or _obstacle(name, handover, rows)
 
-    return {name: obstacle(name) for name in names}
+    return {name: _untrained(name, base) or obstacle(name) for name in names}
 
 
 def _obstacle(name: str, handover: Handover, rows: Prepared | None) -> str | None:
     if missing := next(missing_packages(name), None):
         return missing
     try:
-        require_possible(name, handover, rows)
+        _require_possible(name, handover, rows)
     except QftError as error:
         return str(error).replace("\n", "; ")
     except Exception as error:  # a model or tokenizer of a kind that nobody has thought of stops an export, not a check
@@ -192,11 +211,15 @@ def _obstacle(name: str, handover: Handover, rows: Prepared | None) -> str | Non
 
 
 def require_exports(plan: Plan) -> None:
-    """Raise RecipeError if the recipe names forms in export.target that the training could not be handed over in."""
-    asked = plan.recipe.export.target
+    """Raise RecipeError if the recipe names forms in export.target, or trains for one by quant.target, in which the
+    training could not be handed over."""
+    asked: tuple[str, ...] = plan.recipe.export.target
+    scheme, field = plan.model.scheme, "export.target"
+    if not asked and isinstance(scheme, Qat):
+        asked, field = (scheme.target.form,), "quant.target"
     obstacles = {name: why for name, why in foreseen(plan, asked, plan.data).items() if why} if asked else {}
     if not obstacles:
         return
     able = [name for name, why in foreseen(plan).items() if why is None]
     remedy = f"possible are {', '.join(able)}" if able else "nothing is possible"
-    refuse(plan.model.loaded, [("export.target", f"{name}: {why} ({remedy})") for name, why in obstacles.items()])
+    refuse(plan.model.loaded, [(field, f"{name}: {why} ({remedy})") for name, why in obstacles.items()])

@@ -76,7 +76,7 @@ def load_whole(plan: ModelPlan, device: str | None = None) -> PreTrainedModel:
     loaded, info = AutoModelForCausalLM.from_pretrained(**checkpoint.load_arguments, **arguments)
     require_loaded(checkpoint, loaded, info, plan.recipe)
     # What few bits hold says no more what it was made of.
-    held = stored_weights(checkpoint) if plan.scheme.name != "none" else loaded.named_parameters()
+    held = stored_weights(checkpoint) if not plan.scheme.keeps_weights else loaded.named_parameters()
     require_finite(checkpoint.path, held)
     return loaded
 

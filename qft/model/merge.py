@@ -1,8 +1,7 @@
 """A base and the tensors of an adapter -> the weights of the merged model, one block after the other.
 
-The delta is peft's own: W + s B A (arXiv:2106.09685), with DoRA (arXiv:2402.09353) scaled to the learnt magnitudes.
-Known are LoRA, rsLoRA and DoRA on linear layers, trained biases and modules that were saved whole; every other tensor
-of an adapter is refused.
+The delta is peft's own. Known are LoRA, rsLoRA and DoRA on linear layers, trained biases and modules that were saved
+whole; every other tensor of an adapter is refused.
 """
 
 import copy
@@ -22,10 +21,11 @@ from qft.checkpoint.skeleton import without_contents
 from qft.checkpoint.weights import Weights, open_tensors, save_tensors, write_index
 from qft.errors import ModelError
 from qft.model.adapter import read_adapter_config
+from qft.model.delta import merged
 from qft.model.fill import Read
 from qft.model.load import generation_config
 from qft.plan import ModelPlan
-from qft.quant.hold import Scheme
+from qft.quant.hold import Qat, Scheme
 from qft.recipe.schema import MergeInto
 
 PREFIX = "base_model.model."
@@ -38,16 +38,6 @@ SET_BY_PEFT = {
     "target_parameters": "target_parameters (it is on experts' parameters)",
 }
 """Why."""
-
-
-def add_delta(weight: torch.Tensor, delta: torch.Tensor, magnitude: torch.Tensor | None = None) -> torch.Tensor:
-    """Weight [out, in] of a linear layer with LoRA's delta [out, in], in float32; with DoRA its rows are scaled to the
-    learnt magnitudes [out]."""
-    changed = weight.float() + delta.to(weight.device, torch.float32)
-    if magnitude is None:
-        return changed
-    scale: torch.Tensor = magnitude.to(weight.device, torch.float32) / torch.linalg.vector_norm(changed, dim=1)
-    return changed * scale[:, None]
 
 
 class Adapter:
@@ -74,8 +64,7 @@ class Adapter:
     def apply(self, module: str, weight: torch.Tensor) -> torch.Tensor:
         """Weight [out, in] of a linear layer with its delta, in float32."""
         parts = self.deltas[module]
-        delta = self.scaling * (parts["lora_B"].float() @ parts["lora_A"].float())
-        return add_delta(weight, delta, parts.get("lora_magnitude_vector"))
+        return merged(weight, self.scaling, parts["lora_A"], parts["lora_B"], parts.get("lora_magnitude_vector"))
 
     def _take(self, key: str, tensor: torch.Tensor) -> None:
         name = key.removesuffix(".weight").removesuffix(".default")
@@ -205,6 +194,8 @@ class MergedWeights:
         if self.scheme and type(self.linears.get(module)) is nn.Linear and self.scheme.quantizes(module):
             # As training held it: on the same kind of device.
             value = self.scheme.round_trip(value.to(self.plan.device.kind)).cpu()
+        if isinstance(self.plan.scheme, Qat):
+            value = value.to(self.plan.device.kind)  # likewise
         if self.adapter and module in self.adapter.deltas:
             value = self.adapter.apply(module, value)
         return self._cast(value, meta)

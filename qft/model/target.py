@@ -18,6 +18,7 @@ from qft.files import require_regular_files
 from qft.gguf.llamacpp import LlamaCpp, require_llamacpp
 from qft.model.adapter import require_fit, with_adapter
 from qft.model.load import load_base
+from qft.model.rounded import round_weights
 from qft.plan import ModelPlan, plan_model
 from qft.recipe import LoadedRecipe, load
 from qft.recipe.load import from_values
@@ -141,6 +142,7 @@ def load_target(target: Target, plan: ModelPlan) -> Any:
         model = with_adapter(model, target.adapter)
         if target.variant == "merged":
             model = model.merge_and_unload()
+    round_weights(model, plan)
     if target.run:
         target.run.require_same(target.manifest)
     return model.eval()

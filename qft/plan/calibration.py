@@ -211,7 +211,7 @@ def _problems(recipe: Recipe, device: Device) -> Iterator[Problem]:
         yield "calibrate.engine_python", problem
     if calibrate.accept.score_drop is not None:
         yield from missing_packages(recipe.eval.metrics)
-    if calibrate.data_type == "float" and not _has_float8(device):
+    if calibrate.data_type == "float" and calibrate.bits == 8 and not _has_float8(device):
         yield "calibrate.data_type", f"{device.name} does not compute in float8; use int, or a GPU of capability 8.9"
 
 

@@ -45,6 +45,8 @@ class Forecast:
         scheme = self.model.scheme
         if self.model.recipe.memory.offload != "none":
             return "what memory.offload brings to the device, and when, is not traced"
+        if scheme.name == "qat":
+            return "what rounding in training takes is not traced"
         if scheme.name not in ("none", "8bit", "4bit"):
             return f"only the code of {scheme.name} knows what its layers take"
         try:

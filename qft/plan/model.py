@@ -31,6 +31,7 @@ from qft.plan.limits import table_of_positions
 from qft.plan.modules import Matches, is_all_linear, match_adapter, match_skips, whole_problems
 from qft.plan.template import set_template, template_problems
 from qft.quant.hold import Scheme, contradictions, find_scheme
+from qft.quant.layer import skip_entry
 from qft.quant.share import Held, count_weights
 from qft.recipe import LoadedRecipe, Recipe
 from qft.recipe.load import from_values
@@ -151,7 +152,7 @@ def plan_model(
     checkpoint = find_checkpoint(recipe)
     if checkpoint.quantization:
         refuse(loaded, contradictions(checkpoint.quantization, loaded))
-    dtype = _dtype(recipe, device)
+    dtype = _dtype(recipe.model, device, whole=recipe.adapter.kind == "none")
     model = without_contents(checkpoint, recipe.model, dtype=torch.float32)
     idle = require_weights(checkpoint, model, recipe)
     refuse(loaded, [("model.ignore_unexpected", f"{p!r} fits no tensor that would be unexpected") for p in idle])
@@ -159,7 +160,8 @@ def plan_model(
     tokenizer = load_tokenizer(checkpoint, recipe)
     refuse(loaded, template_problems(tokenizer, recipe.data))
     set_template(tokenizer, recipe.data)
-    scheme = find_scheme(recipe.quant, checkpoint.quantization, dtype, _heads(model))
+    scheme = _scheme(recipe, device, checkpoint, model)
+    refuse(loaded, scheme.unfit(model))
     if lora:
         refuse(loaded, whole_problems(recipe.adapter, scheme.holds(model) or ()))
     held = weights_held(scheme, recipe, model)
@@ -214,13 +216,27 @@ def device_problems(recipe: Recipe, device: Device) -> Iterator[Problem]:
         yield "model.attn_implementation", "flash-attn is not installed; pip install flash-attn, or use sdpa"
 
 
-def _dtype(recipe: Recipe, device: Device) -> str:
-    if recipe.model.dtype != "auto":
-        return recipe.model.dtype
+def _dtype(section: ModelSection, device: Device, *, whole: bool) -> str:
+    """What `auto` stands for; `whole`: the weights themselves are trained."""
+    if section.dtype != "auto":
+        return section.dtype
     # An update is far smaller than its weight: in 16 bits most of it would be rounded away.
-    if recipe.adapter.kind == "none":
+    if whole:
         return "float32"
     return "bfloat16" if device.bf16 else "float16"
+
+
+def _scheme(recipe: Recipe, device: Device, checkpoint: Checkpoint, model: PreTrainedModel) -> Scheme:
+    """How the model is held. Weights that are rounded in training are rounded in the dtype in which they will be
+    evaluated and exported, and within the blocks alone: what quantizes for an export goes block by block."""
+    dtype, heads = _dtype(recipe.model, device, whole=recipe.adapter.kind == "none"), _heads(model)
+    if recipe.quant.mode == "qat" and not checkpoint.quantization:
+        dtype = _dtype(recipe.model, device, whole=False)
+        linears = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+        blocks = find_blocks(model, model.config.get_text_config().num_hidden_layers)[0]
+        around = [name for name in linears if not name.startswith(f"{blocks}.") and name not in heads]
+        heads = (*heads, *(skip_entry(name, linears) for name in around))
+    return find_scheme(recipe.quant, checkpoint.quantization, dtype, heads)
 
 
 def plan_folder(folder: Path, section: ModelSection, dtype: str, quant: QuantSection | None = None) -> ModelPlan:

@@ -191,7 +191,10 @@ def _has_linears(model: ModelPlan) -> bool:
 
 
 def _step_problems(plan: Plan) -> Iterator[Problem]:
-    epochs = plan.recipe.train.num_train_epochs
+    epochs, late = plan.recipe.train.num_train_epochs, plan.recipe.quant.fake_quant_after_steps
+    if late and late >= plan.steps:
+        text = f"{late}, and the training has {plan.steps} steps: nothing would be rounded; lower it"
+        yield "quant.fake_quant_after_steps", text
     if plan.recipe.train.max_steps < 0 and epochs * plan.steps_per_epoch > MOST:
         yield "train.num_train_epochs", f"{epochs:g} epochs are more than {MOST} steps; lower it"
 

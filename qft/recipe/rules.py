@@ -14,6 +14,7 @@ Problem = tuple[str, str]
 
 QUANT_FIELDS = dict.fromkeys(("quant_type", "double_quant", "compute_dtype", "quant_storage"), "4bit")
 QUANT_FIELDS |= {"threshold": "8bit", "plugin": "custom"}
+QUANT_FIELDS |= dict.fromkeys(("target", "fake_quant_after_steps", "distill"), "qat")
 """Fields of `quant` that only one mode reads."""
 
 MOST = 2**31 - 1
@@ -77,8 +78,9 @@ def unread_fields(recipe: Recipe) -> dict[str, str]:
         unread["eval.harness_limit"] = "is read only with eval.harness"
         if not recipe.eval.metrics:
             unread["eval.batch_size"] = "is read only with eval.metrics or eval.harness"
-    if recipe.quant.mode == "none":
-        unread["export.merge_into"] = "has no meaning with quant.mode none: there is one kind of base weights"
+    if recipe.quant.mode in ("none", "qat"):
+        mode = f"has no meaning with quant.mode {recipe.quant.mode}"
+        unread["export.merge_into"] = f"{mode}: there is one kind of base weights"
     return unread | (_unread_by_calibration(recipe.calibrate) if recipe.calibrate else {})
 
 
@@ -131,7 +133,9 @@ def _quant_rules(recipe: Recipe) -> Iterator[Problem]:
     if quant.preset and quant.mode != PRESETS["quant"][quant.preset]["mode"]:
         text = f"{quant.preset} is a preset for 4bit, and the mode is {quant.mode}; remove one of the two"
         yield "quant.preset", text
-    if quant.mode != "none" and recipe.adapter.kind == "none":
+    if quant.mode == "qat":
+        yield from _qat_rules(recipe)
+    if quant.mode not in ("none", "qat") and recipe.adapter.kind == "none":
         text = (
             f"set adapter.kind to lora to train adapters on the {quant.mode} base, or quant.mode to none to train all"
         )
@@ -140,11 +144,28 @@ def _quant_rules(recipe: Recipe) -> Iterator[Problem]:
         yield "train.torch_compile", f"a {quant.mode} base cannot be compiled for training; set it to false"
 
 
+def _qat_rules(recipe: Recipe) -> Iterator[Problem]:
+    quant, adapter = recipe.quant, recipe.adapter
+    if quant.target is None:
+        yield "quant.target", "quant.mode qat needs the format to train for; name it, or change the mode"
+    if adapter.lora_dropout:
+        yield "adapter.lora_dropout", "the adapter is within the weight that qat rounds, and not behind it; set it to 0"
+    if quant.distill and adapter.kind == "none":
+        text = "the model that is learnt from is the one without the adapter: set adapter.kind to lora"
+        yield "quant.distill", text
+    if quant.distill and adapter.bias != "none":
+        yield "adapter.bias", "quant.distill learns from the base, whose biases stay as they are; set it to none"
+    if quant.distill and recipe.train.label_smoothing_factor:
+        yield "train.label_smoothing_factor", "quant.distill learns from predictions, not labels; set it to 0"
+    if recipe.calibrate:
+        yield "calibrate", "quant.mode qat trains for quant.target, which `qft export` writes; remove the section"
+
+
 def _skip_rules(quant: QuantSection) -> Iterator[Problem]:
     if quant.skip_modules != "auto":
         return
-    if quant.mode == "custom":
-        yield "quant.skip_modules", "auto measures nf4, fp4 and LLM.int8(): name the layers that the plugin is to leave"
+    if quant.mode in ("custom", "qat"):
+        yield "quant.skip_modules", f"auto measures nf4, fp4 and LLM.int8(), and the mode is {quant.mode}: name layers"
     if (quant.skip_budget_bits is None) == (quant.skip_budget_bytes is None):
         yield "quant.skip_modules", "auto needs one budget: skip_budget_bits or skip_budget_bytes"
 

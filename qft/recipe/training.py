@@ -12,6 +12,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 from pydantic_core import PydanticCustomError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+QatTarget = Literal[
+    "int4-g32", "int4-g64", "int4-g128", "int8", "w8a8", "int8-dynamic-act-int4-weight", "mxfp4", "nf4", "q4_0",
+    "q8_0",
+]  # fmt: skip
 Format = Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text"]
 T = TypeVar("T")
 Many = Annotated[tuple[T, ...], Strict(False)]
@@ -82,9 +86,19 @@ class QuantSection(Section):
     preset: Literal["inference", "finetune"] | None = None
     """Starting values that explicit fields override. inference: 4bit fp4, float32 compute, no double quantization.
     finetune: 4bit nf4, bfloat16 compute, double quantization."""
-    mode: Literal["none", "8bit", "4bit", "custom"] = "none"
+    mode: Literal["none", "8bit", "4bit", "custom", "qat"] = "none"
     """none: as model.dtype says; 8bit: LLM.int8(); 4bit: the 4-bit data type of quant_type; custom: by the code of
-    plugin."""
+    plugin; qat (quantization-aware training): as model.dtype says, and multiplied as `target` rounds them."""
+    target: QatTarget | None = None
+    """The format to train for: int4-g32, int4-g64, int4-g128 (integers with a scale for so many weights), int8 (with a
+    scale a row), w8a8 and int8-dynamic-act-int4-weight (int8, or int4-g32, multiplied with activations in 8 bits that
+    are scaled per token), mxfp4 (4-bit floats with a power of two for 32), all as compressed-tensors; nf4
+    (bitsandbytes, double quantization); q4_0, q8_0 (GGUF). Only with mode qat, which needs it."""
+    fake_quant_after_steps: int = Field(0, ge=0)
+    """Optimizer steps before rounding begins. Only with mode qat."""
+    distill: bool = False
+    """Learn from the predictions of the same model without adapter and rounding (KL divergence on the learnt tokens,
+    arXiv:2601.20088), instead of the tokens themselves. Only with mode qat."""
     plugin: str | None = Field(None, min_length=1)
     """A Python file that registers a quantizer with transformers. It is run: name only code that you trust. Only with
     mode custom, which needs it."""

@@ -21,6 +21,7 @@ from qft.quant.share import measured_share
 from qft.run.checkpoint import is_over, step_of
 from qft.run.folder import Run, record_base
 from qft.training.evaluation import HeldOut
+from qft.training.qat import RoundingStart
 from qft.training.recorder import Recorder
 from qft.training.surviving import SurvivingTrainer
 
@@ -87,7 +88,7 @@ def _load(recorder: Recorder, run: Run, offload: Offload | None) -> Any:
     record_base(run, plan.model.loaded, plan.model.checkpoint.with_weights().base())
     model = load_offloaded(plan.model, offload) if offload else load_base(plan.model)
     if plan.model.held or plan.model.scheme.plugin:
-        recorder.quantized_share = measured_share(model)
+        recorder.quantized_share = _share(plan, model)
     recorder.reach("after_load", "adapters")
     model = attach_adapter(model, plan, offload.bring if offload else None)
     if offload:
@@ -99,6 +100,12 @@ def _load(recorder: Recorder, run: Run, offload: Offload | None) -> Any:
     if _changes_base(plan) and not run.checkpoint:
         model.save_pretrained(str(run.initial_adapter))
     return model
+
+
+def _share(plan: Plan, model: Any) -> float:
+    if plan.model.scheme.keeps_weights and plan.model.held:
+        return plan.model.held.share
+    return measured_share(model)
 
 
 def _trainer(model: Any, run: Run, recorder: Recorder, signals: Signals) -> SurvivingTrainer:
@@ -127,6 +134,8 @@ def _callbacks(plan: Plan, run: Run) -> list[TrainerCallback]:
     patience, callbacks = plan.recipe.train.early_stopping_patience, []
     if patience:
         callbacks.append(EarlyStoppingCallback(patience))
+    if plan.recipe.quant.fake_quant_after_steps:
+        callbacks.append(RoundingStart(plan.recipe.quant.fake_quant_after_steps))
     if "tensorboard" in plan.recipe.train.report_to:
         callbacks.append(TensorBoardCallback())
         callbacks[-1].logging_dir = str(run.events)

@@ -18,6 +18,7 @@ from qft.machine.signals import Signals
 from qft.memory.checkpointing import CheckpointingProbe, checkpoint_first
 from qft.memory.meter import optimizer_bytes, tensor_bytes
 from qft.progress import Step
+from qft.training.qat import distilled_loss
 from qft.training.recorder import Recorder
 from qft.training.stopping import StoppingTrainer
 
@@ -90,7 +91,10 @@ class QftTrainer(StoppingTrainer):
             finally:
                 self.label_smoother = smoother
         self.update.rows.append(rows)
-        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if self.recorder.plan.recipe.quant.distill:
+            loss = distilled_loss(model, inputs, kwargs.get("num_items_in_batch"))
+        else:
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
         self.recorder.clock.enter("backward")
         return loss
 

@@ -130,4 +130,4 @@ def test_a_checkpoint_of_another_method_is_told_by_its_name() -> None:
     assert (scheme.name, scheme.words(), scheme.short_words()) == ("gptq", "gptq, not lm_head", "gptq")
     assert (scheme.layer, scheme.weight_bytes(8, 8), scheme.engine) == (None, None, None)
     assert scheme.facts() == {"scheme": "gptq", **config, "plugin": None}
-    assert SCHEMES.keys() == {"none", "8bit", "4bit", "custom"}
+    assert SCHEMES.keys() == {"none", "8bit", "4bit", "custom", "qat"}

@@ -90,6 +90,15 @@ def test_it_learns_a_fact_and_the_saved_adapter_still_knows_it(tmp_path: Path) -
     assert document.bytes < 300e6
 
 
+def test_what_is_trained_rounded_is_written_so(package_folder: Path, tmp_path: Path) -> None:
+    path = recipe(tmp_path, str(package_folder), max_steps=2)
+    train(load(path, ["quant.preset=null", "quant.mode=qat", "quant.target=int4-g32", "eval.samples=1"]), View())
+    [document] = export(tmp_path / "run", ExportOptions(to=("compressed-tensors",)), View())
+    checks = {check.name: check.value for check in document.gate.checks}
+    assert document.passed
+    assert (checks["different_weights"], checks["same_continuations"]) == (0, 1)
+
+
 def test_an_evaluation_leaves_the_gradients_of_the_real_model_alone(tmp_path: Path) -> None:
     plan = make_plan(load(recipe(tmp_path)))
     model = attach_adapter(load_base(plan.model), plan)

@@ -66,6 +66,13 @@ def trainable(plan: Plan) -> Any:
     return {name: p.detach().double().norm().item() for name, p in made.named_parameters() if p.requires_grad}
 
 
+def rounded(plan: Plan) -> Any:
+    """What the model as it is trained makes of some tokens."""
+    made = attach_adapter(load_base(plan.model), plan)
+    with torch.no_grad():
+        return made(input_ids=torch.tensor([[1, 40, 41, 42]])).logits.double().sum().item()
+
+
 def calibration(plan: Plan) -> Any:
     """How each layer is to be held, the windows, and the rows that verify."""
     planned = plan_calibration(plan.model.loaded)
@@ -82,6 +89,7 @@ class Case(NamedTuple):
 
 
 FLOAT = "model.dtype=float32"
+QAT = ("quant.mode=qat",)
 FOUR, EIGHT, CUSTOM = "quant.mode=4bit", "quant.mode=8bit", "quant.mode=custom"
 HELD_OUT = "data.eval_fraction=0.25"
 EVERY_2 = (
@@ -112,6 +120,7 @@ CASES: dict[str, Case] = {
     "quant.quant_storage": Case("bfloat16", quantization, (FOUR,)),
     "quant.threshold": Case("3.0", quantization, (EIGHT,)),
     "quant.skip_modules": Case("[up_proj]", model, (FOUR,)),
+    "quant.target": Case("int4-g64", rounded, (*QAT, "quant.target=int4-g32")),
     "quant.allow_partial": Case("true", quantization, (FOUR, "model.path=experts")),
     "adapter.kind": Case("none", trainable, (FLOAT,)),
     "adapter.r": Case("3", lora),
@@ -225,6 +234,10 @@ ELSEWHERE = {
     },
     "training/test_surviving.py": {
         "memory.on_oom": "test_fail_stops_at_the_first_time_and_says_what_helps",
+    },
+    "training/test_qat.py": {
+        "quant.fake_quant_after_steps": "test_rounding_begins_when_it_is_asked_to",
+        "quant.distill": "test_distilling_learns_the_unrounded_models_predictions",
     },
     "training/test_signals.py": {
         "train.save_on_signal": "test_without_save_on_signal_it_ends_at_once",

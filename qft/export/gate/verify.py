@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from safetensors import SafetensorError
+from torch import nn
 
 from qft.calibration.layer_errors import decibels
 from qft.data.batch import pad_token_id
@@ -31,6 +33,8 @@ from qft.measure.scores import answer_rows
 from qft.memory.guard import memory_guard
 from qft.model.handover import FORMS
 from qft.model.target import load_target
+from qft.quant.dequantize import dequantized_weight
+from qft.quant.hold import Qat
 from qft.recipe.schema import EvalSection
 
 TOKENS = 4096
@@ -40,6 +44,8 @@ CONTINUATIONS, NEW_TOKENS = 4, 16
 SMALLER = ("export on a device with more memory", "export without proof (--no-gate)")
 """What to do where there is no room for the gate."""
 BATCH = 8
+ROUNDING = 16
+"""Steps of the dtype at 1 by which a log probability may differ where the same weights are multiplied, in nats."""
 
 
 @dataclass(frozen=True)
@@ -106,8 +112,12 @@ def _checks(job: Job, exporter: Exporter, folder: Path, expected: Reference, lim
         yield GateCheck(name="loads", value=str(error).splitlines()[0], threshold="yes", passed=False)
         return
     if facts["embedding_rows"] == expected.facts["embedding_rows"]:  # else the rows' tokens mean nothing to it
+        scheme = job.plan.scheme
+        exact = isinstance(scheme, Qat) and exporter.engine == "transformers"
         with memory_guard("asking the artifact", SMALLER):
-            yield from _quality(model, job, expected, limits)
+            yield from _quality(model, job, expected, limits, exact=exact)
+        if isinstance(scheme, Qat):
+            yield _rounded_weights(job, scheme, exporter.reader(job, folder) or _reader(model))
     for name, wanted in expected.facts.items():
         given = facts[name]
         yield GateCheck(name=name, value=_shown(given), threshold=_shown(wanted), passed=given == wanted)
@@ -135,7 +145,8 @@ def _answers(model: Any, job: Job, rows: Dataset) -> list[str]:
     return [answer.given for answer in answer_rows(model, job.plan.tokenizer, rows, settings)]
 
 
-def _quality(model: Any, job: Job, expected: Reference, limits: Limits) -> Iterator[GateCheck]:
+def _quality(model: Any, job: Job, expected: Reference, limits: Limits, *, exact: bool) -> Iterator[GateCheck]:
+    """How far the artifact is from the model as trained; `exact`: no farther than products in another order are."""
     pad = pad_token_id(job.plan.tokenizer)
     found = measure(model, expected.passages, batch_size=BATCH, pad=pad, against=expected.log_probs)
     assert found.divergence is not None
@@ -153,7 +164,35 @@ def _quality(model: Any, job: Job, expected: Reference, limits: Limits) -> Itera
     if expected.answers:
         given = _answers(model, job, expected.rows)
         same = sum(a == b for a, b in zip(given, expected.answers, strict=True)) / len(given)
-        yield GateCheck(name="same_continuations", value=same, threshold=None, passed=True)
+        yield GateCheck(
+            name="same_continuations", value=same, threshold=1 if exact else None, passed=same == 1 or not exact
+        )
+    if exact and found.divergence.farthest is not None:
+        farthest, most = float(found.divergence.farthest.max()), ROUNDING * torch.finfo(getattr(torch, job.dtype)).eps
+        shown = farthest if math.isfinite(farthest) else str(farthest)
+        yield GateCheck(name="largest_difference", value=shown, threshold=most, passed=farthest <= most)
+
+
+def _reader(model: nn.Module) -> Read:
+    """The weights of a loaded model, as it multiplies with them."""
+    tensors, modules = model.state_dict(), dict(model.named_modules())
+
+    def read(name: str) -> torch.Tensor | None:
+        module = modules.get(name.removesuffix(".weight"))
+        return dequantized_weight(module).cpu() if isinstance(module, nn.Linear) else tensors[name].cpu()
+
+    return read
+
+
+def _rounded_weights(job: Job, scheme: Qat, read: Read) -> GateCheck:
+    """How many weights of the artifact are not, to the bit, what those as trained are rounded to."""
+    roundings, different = scheme.roundings(job.weights.model), 0
+    for tensors in job.weights.groups():
+        for name, merged in tensors.items():
+            rounding, given = roundings.get(name.removesuffix(".weight")), read(name)
+            wanted = rounding(merged).values if rounding else merged
+            different += wanted.numel() if given is None else int((given.float() != wanted.float()).sum())
+    return GateCheck(name="different_weights", value=different, threshold=0, passed=different == 0)
 
 
 def _shown(value: Any) -> float | str:

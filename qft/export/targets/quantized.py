@@ -11,6 +11,7 @@ from qft.export.targets.base import Exporter, Limits
 from qft.export.targets.merged import Merged, merged_folder
 from qft.model.handover import FORMS
 from qft.plan import plan_calibration, plan_folder
+from qft.quant.hold import Qat
 
 
 class Quantized(Exporter):
@@ -20,12 +21,14 @@ class Quantized(Exporter):
         """The merged model, and twice what is made of it, blocks and result, at no more than a byte a weight."""
         return 2 * job.weights.folder_bytes
 
-    def write(self, job: Job, folder: Path) -> dict[str, Any]:
-        """Raises GateError if calibrate.accept is not met, and what `plan_calibration` raises."""
+    def write(self, job: Job, folder: Path) -> dict[str, Any] | None:
+        """Says nothing of a run that was trained rounded: it is quantized once, and loses nothing. Raises GateError if
+        calibrate.accept is not met, and what `plan_calibration` raises."""
         model = plan_folder(merged_folder(job), job.plan.recipe.model, job.dtype)
         plan = plan_calibration(job.loaded.having(calibrate=job.section(FORMS[self.format])), model)
         with TemporaryDirectory(dir=job.scratch) as work:
-            return quantize_folder(plan, folder, Path(work), job.view)
+            told = quantize_folder(plan, folder, Path(work), job.view)
+        return None if isinstance(job.plan.scheme, Qat) else told
 
 
 class Bnb4Bit(Quantized):
@@ -50,6 +53,8 @@ class CompressedTensors(Quantized):
     def weight_format(self, job: Job) -> str:
         section = job.section(FORMS[self.format])
         kind = f"W{section.bits}A16{'' if section.symmetric else ' with zero points'}"
+        if section.data_type == "float":
+            kind = "MXFP4A16"
         if section.activations != "none":
-            kind = f"{'FP8' if section.data_type == 'float' else 'W8A8'} {section.activations}"
+            kind = f"{'FP8' if section.data_type == 'float' else f'W{section.bits}A8'} {section.activations}"
         return f"{self.format} {kind}"

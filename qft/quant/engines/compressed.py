@@ -51,14 +51,15 @@ class CompressedTensors(Engine, Protocol):
 
 
 def weight_scales(weight: torch.Tensor, scheme: LayerScheme) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales and zero points [out, groups] by which each group's extremes are the ends of the range, in the weight's
-    dtype."""
+    """Scales and zero points [out, groups] by which each group's extremes are the ends of the range; scales in the
+    weight's dtype, powers of two in float32."""
     rows = weight.float()
     size = scheme.group_size if scheme.group_size > 0 else rows.shape[1]
     groups = rows.view(len(rows), -1, size)
     low, high = groups.amin(-1), groups.amax(-1)
     scale, zero_point = calculate_qparams(low, high, _arguments(scheme).weights)
-    return scale.to(weight.dtype), zero_point
+    # Powers of two, of 4-bit floats, are written as exponents, of which float16 has too few.
+    return scale if _is_mx(scheme) else scale.to(weight.dtype), zero_point
 
 
 def hold(
@@ -70,7 +71,9 @@ def hold(
 ) -> QuantizedLayer:
     """Round the weights of `layer` to these scales and zero points, both [out, groups]."""
     arguments = _arguments(scheme)
-    state = {"weight": layer.weight.data, "weight_scale": scale, "weight_zero_point": zero_point.to(torch.int8)}
+    # In 16 bits quotients would be rounded twice, and not alike on a CPU and by the library's kernels for GPUs.
+    weight = layer.weight.data.float()
+    state = {"weight": weight, "weight_scale": scale, "weight_zero_point": zero_point.to(torch.int8)}
     compressed = _compressor(arguments).compress(state, arguments)
     if scheme.activations == "static":
         if largest_input is None:
@@ -103,8 +106,14 @@ def _restore(layer: nn.Linear, tensors: Tensors, scheme: LayerScheme) -> nn.Modu
 
 def _arguments(scheme: LayerScheme) -> QuantizationScheme:
     strategy, size = ("channel", None) if scheme.group_size < 0 else ("group", scheme.group_size)
+    settings = {"scale_dtype": torch.uint8, "zp_dtype": torch.uint8} if _is_mx(scheme) else {}
     weights = QuantizationArgs(
-        num_bits=scheme.bits, type=scheme.data_type, symmetric=scheme.symmetric, strategy=strategy, group_size=size
+        num_bits=scheme.bits,
+        type=scheme.data_type,
+        symmetric=scheme.symmetric,
+        strategy=strategy,
+        group_size=size,
+        **settings,
     )
     inputs = None
     if scheme.activations != "none":
@@ -112,6 +121,11 @@ def _arguments(scheme: LayerScheme) -> QuantizationScheme:
         strategy = "token" if dynamic else "tensor"
         inputs = QuantizationArgs(num_bits=8, type=scheme.data_type, strategy=strategy, dynamic=dynamic)
     return QuantizationScheme(targets=["Linear"], weights=weights, input_activations=inputs)
+
+
+def _is_mx(scheme: LayerScheme) -> bool:
+    """mxfp4: floats of 4 bits, with a power of two for each group."""
+    return scheme.data_type == "float" and scheme.bits == 4
 
 
 def _compressor(arguments: QuantizationScheme) -> Any:

@@ -11,15 +11,17 @@ from qft.quant.hold.custom import Custom
 from qft.quant.hold.none import Unquantized
 from qft.quant.hold.plugin import load_plugin
 from qft.quant.hold.prequantized import contradictions, mode, skipped_layers
+from qft.quant.hold.qat import Qat
 from qft.recipe.training import QuantSection
 
-__all__ = ["SCHEMES", "Scheme", "contradictions", "find_scheme"]
+__all__ = ["SCHEMES", "Qat", "Scheme", "contradictions", "find_scheme"]
 
 SCHEMES: dict[str, Callable[[QuantSection, str, Sequence[str]], Scheme]] = {
     "none": Unquantized.of,
     "8bit": Bnb8Bit.of,
     "4bit": Bnb4Bit.of,
     "custom": Custom.of,
+    "qat": Qat.of,
 }
 """By quant.mode: of the section, the dtype of what is not quantized, and the names of the output heads."""
 OF_CHECKPOINTS: dict[str, Callable[[Mapping[str, Any], str], Scheme]] = {

@@ -42,6 +42,8 @@ class Scheme:
 
     stand_in_class: ClassVar[Any] = ()
     """Of what `stand_in` makes."""
+    keeps_weights: ClassVar[bool] = False
+    """Whether the layers' weights stay as they are, in 16 or 32 bits."""
     engine: ClassVar[Literal["bitsandbytes"] | None] = None
     """Of `quant.engines`, the one that quantizes a single layer in this way."""
 
@@ -52,7 +54,7 @@ class Scheme:
 
     @property
     def quant_type(self) -> str | None:
-        """The 4-bit data type."""
+        """The data type of few bits, where the scheme has several."""
         return None
 
     @property
@@ -116,6 +118,10 @@ class Scheme:
     def problems(self, recipe: Recipe) -> Iterator[Problem]:
         """What of the recipe cannot be trained on weights that are held so."""
         return checkpoint_problems(self.checkpoint, recipe) if self.checkpoint else iter(())
+
+    def unfit(self, model: PreTrainedModel) -> Iterator[Problem]:
+        """Why the layers of the unquantized `model` cannot be held so, beside being none of those that are."""
+        return iter(())
 
     def leaving(self, names: Sequence[str]) -> Scheme:
         """The same with these layers left as they are too."""

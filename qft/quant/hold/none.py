@@ -14,6 +14,8 @@ from qft.recipe.training import QuantSection
 class Unquantized(Scheme):
     """Nothing is quantized."""
 
+    keeps_weights = True
+
     @classmethod
     def of(cls, quant: QuantSection, dtype: str, heads: Sequence[str]) -> Unquantized:
         return cls("none", dtype)

@@ -23,6 +23,7 @@ def render_exports(documents: Sequence[ExportDocument]) -> Group:
         figures = (_figure(checks.get(name), form) for name, form in FORMS.items())
         rows.add(document.target, size(document.bytes), *figures, verdict)
     about = [Text(_quantized(document)) for document in documents if document.quantization]
+    about += [Text(line) for document in documents for line in _exact(document)]
     if any(document.gate.passed is None for document in documents):
         off = "The gate was off: nothing proves that these are the model that was trained."
         about.append(Text(off, style="bold red"))
@@ -51,6 +52,13 @@ def render_loads(checks: Sequence[LoadCheck]) -> Group:
 
 def _figure(value: float | str | None, form: str) -> str:
     return format(value, form) if isinstance(value, float) else ""
+
+
+def _exact(document: ExportDocument) -> Iterator[str]:
+    """Of a run that was trained as it is rounded."""
+    for check in document.gate.checks:
+        if check.name == "different_weights" and isinstance(check.value, float):
+            yield f"{document.target}: {check.value:,.0f} of the weights are not, to the bit, those that were trained"
 
 
 def _quantized(document: ExportDocument) -> str:

@@ -1,0 +1,42 @@
+"""Blocks of 32 weights with a float16 scale, as gguf-py makes them and llama.cpp reads them (quantize_row_q4_0_ref and
+quantize_row_q8_0_ref of ggml-quants.c). Values are float32."""
+
+import torch
+
+from qft.quant.rounding.base import Rounded, divided
+
+BLOCK = 32
+
+
+def q4_0(weight: torch.Tensor) -> Rounded:
+    """4 bits from -8 to 7: the weight of the largest magnitude is -8; one as large of the other sign is clipped."""
+    blocks = _blocks(weight)
+    extreme = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
+    scale = extreme / -8
+    raised = (blocks * _inverse(scale) + 8.5).trunc()
+    return _scaled(raised.clamp(0, 15) - 8, scale, (raised <= 15).flatten(-2))
+
+
+def q8_0(weight: torch.Tensor) -> Rounded:
+    """8 bits from -127 to 127, a half rounded away from zero: nothing is clipped."""
+    blocks = _blocks(weight)
+    scale = divided(blocks.abs().amax(-1, keepdim=True), 127)
+    quotients = blocks * _inverse(scale)
+    size = quotients.abs()
+    whole = size.floor()
+    return _scaled(quotients.sign() * (whole + (2 * (size - whole)).floor()), scale, None)
+
+
+def _blocks(weight: torch.Tensor) -> torch.Tensor:
+    return weight.float().reshape(*weight.shape[:-1], -1, BLOCK)
+
+
+def _inverse(scale: torch.Tensor) -> torch.Tensor:
+    return torch.where(scale == 0, torch.zeros_like(scale), 1 / scale)
+
+
+def _scaled(codes: torch.Tensor, scale: torch.Tensor, inside: torch.Tensor | None) -> Rounded:
+    """A scale that float16 cannot hold is zero, or infinite: then there is nothing, or nothing finite."""
+    held = scale.half().float()
+    values = torch.where(held == 0, torch.zeros_like(held), held * codes)
+    return Rounded(values.flatten(-2), inside)

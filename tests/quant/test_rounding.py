@@ -1,0 +1,169 @@
+"""Formats that are trained for: rounded weights are, bit for bit, those of the files that the exports' engines write,
+and gradients those of float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import gguf
+import pytest
+import torch
+from compressed_tensors.quantization.lifecycle.forward import forward_quantize
+from safetensors.torch import load_file
+from torch import nn
+
+from qft.quant.dequantize import dequantized_weight
+from qft.quant.engines import Block, find_engine, linear_of
+from qft.quant.rounding import TARGETS, Target, straight_through
+from qft.quant.rounding.integer import Integer, dynamic_int8
+from qft.recipe.training import QuantSection
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ENGINES = {"compressed-tensors": "rtn", "bnb-4bit": "bitsandbytes"}
+
+
+def stored(target: Target, weight: torch.Tensor) -> torch.Tensor:
+    """The weight after it was written and read again, by the libraries that the exports use."""
+    if target.layer is None:
+        kind = gguf.GGMLQuantizationType[target.form.removeprefix("gguf-").upper()]
+        encoded = gguf.quants.quantize(weight.float().numpy(), kind)
+        return torch.from_numpy(gguf.quants.dequantize(encoded, kind))
+    engine = find_engine(ENGINES[target.form])
+    block = Block("", nn.ModuleDict({"layer": linear_of(weight)}), {"layer": target.layer})
+    tensors = engine.quantize(block)["layer"].tensors
+    return dequantized_weight(engine.restore(linear_of(weight), tensors, target.layer))
+
+
+def weights(dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """Of all sizes that a dtype holds, with rows of zeros, blocks of one number, and extremes of both signs."""
+    generator = torch.Generator().manual_seed(0)
+    for rows, columns in ((1, 128), (3, 256), (17, 384), (64, 640)):
+        weight = torch.randn(rows, columns, generator=generator)
+        yield weight.to(dtype)
+        yield (weight * weight.abs() ** 3).to(dtype)
+        size = torch.logspace(-9, 3, rows)[:, None]
+        yield (weight * size).to(dtype)
+        weight[0], weight[-1, :128] = 0.0, -0.25
+        weight[-1, -128:] = torch.tensor([1.0, -1.0]).repeat(64)
+        yield weight.to(dtype)
+    steps = torch.arange(-128, 128).repeat(2, 1) / 8  # halves of a step: ties
+    yield steps.to(dtype)
+    yield torch.full((2, 128), torch.finfo(dtype).tiny).to(dtype)
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")  # gguf's, of blocks next to zero
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_rounded_weight_is_that_of_the_file(name: str, dtype: torch.dtype) -> None:
+    for weight in weights(dtype):
+        values = TARGETS[name].rounding(weight).values
+        expected = stored(TARGETS[name], weight)
+        assert values.shape == weight.shape
+        assert values.dtype == (torch.float32 if TARGETS[name].layer is None else dtype)
+        assert torch.isfinite(values).all()
+        assert torch.equal(values, expected), f"{weight.shape}: {(values - expected).abs().max()}"
+
+
+@pytest.mark.real
+@pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
+@pytest.mark.parametrize("name", TARGETS)
+def test_real_weights_are_those_of_the_file(name: str, package_folder: Path) -> None:
+    held = load_file(package_folder / "model.safetensors")
+    block = [tensor for key, tensor in held.items() if ".layers.0." in key and key.endswith("proj.weight")]
+    assert len(block) == 7
+    for weight in block:
+        if weight.shape[-1] % TARGETS[name].block == 0:  # 576 is no multiple of 128
+            for each in (weight, weight.bfloat16()):
+                assert torch.equal(TARGETS[name].rounding(each).values, stored(TARGETS[name], each))
+
+
+def test_rows_that_blocks_of_nf4_cross() -> None:
+    weight = torch.randn(7, 33)
+    assert torch.equal(TARGETS["nf4"].rounding(weight).values, stored(TARGETS["nf4"], weight))
+
+
+@pytest.mark.parametrize("number", [float("inf"), float("nan")])
+@pytest.mark.parametrize("name", TARGETS)
+def test_what_is_not_finite_stays_so(name: str, number: float) -> None:
+    """So the loss is not, and the run stops at the step that made it."""
+    weight = torch.randn(2, 128)
+    weight[1, 3] = number
+    values = TARGETS[name].rounding(weight).values
+    assert not torch.isfinite(values[1]).all()
+    if TARGETS[name].block > 1:
+        assert torch.isfinite(values[0]).all()
+
+
+def test_a_scale_beyond_float16_is_not_hidden() -> None:
+    assert not torch.isfinite(TARGETS["q4_0"].rounding(torch.full((1, 32), 1e6)).values).all()
+    assert not torch.isfinite(TARGETS["q8_0"].rounding(torch.full((1, 32), 1e7)).values).all()
+
+
+def test_the_recipe_names_them_all() -> None:
+    assert list(get_args(get_args(QuantSection.model_fields["target"].annotation)[0])) == list(TARGETS)
+
+
+GRIDS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], int, int]] = {
+    # A block's step in float64 by its definition, and the ends of its range.
+    "int4-g32": (lambda block: block.abs().max() / 7.5, -8, 7),
+    "int8": (lambda block: block.abs().max() / 127.5, -128, 127),
+    "q4_0": (lambda block: block[block.abs().argmax()] / -8, -8, 7),
+    "q8_0": (lambda block: block.abs().max() / 127, -127, 127),
+}
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_the_gradient_is_that_of_clipping_alone(name: str) -> None:
+    """Against float64: one where the nearest step of a block's scale is within the range, else none. Blocks hold their
+    positive extreme, their negative one, or both, next to the edges."""
+    step, least, most = GRIDS[name]
+    torch.manual_seed(0)
+    blocks = torch.randn(64, 32).clamp(-2, 2)
+    blocks[:32, 5], blocks[16:, 9] = 3.0, -3.0
+    blocks[:, 11] = torch.linspace(2.75, 3.0, 64)
+    weight = blocks.clone().requires_grad_()
+    upstream = torch.randn(64, 32)
+    [gradient] = torch.autograd.grad(straight_through(weight, TARGETS[name].rounding), weight, upstream)
+
+    expected = torch.zeros(64, 32, dtype=torch.float64)
+    for i, block in enumerate(blocks.double()):
+        codes = block / step(block)
+        inside = (codes > least - 0.5) & (codes < most + 0.5)
+        edge = ((codes - most - 0.5).abs() < 1e-4) | ((codes - least + 0.5).abs() < 1e-4)  # on it float32 decides
+        expected[i] = torch.where(edge, gradient[i].double(), inside * upstream[i])
+    assert torch.equal(gradient.double(), expected)
+    if name in ("int4-g32", "q4_0"):
+        assert (gradient == 0).any()
+
+
+def test_what_is_opposite_to_the_extreme_is_clipped_in_q4_0() -> None:
+    weight = torch.zeros(1, 32)
+    weight[0, :3] = torch.tensor([-4.0, 3.7, 3.9])
+    values, inside = TARGETS["q4_0"].rounding(weight)
+    assert values[0, :3].tolist() == [-4.0, 3.5, 3.5]
+    assert inside is not None
+    assert inside[0, :3].tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(5, 64), (2, 7, 64), (3, 2, 5, 64)], ids=str)
+def test_activations_are_rounded_as_the_loaded_model_rounds_them(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    scheme = TARGETS["w8a8"].layer
+    assert scheme is not None
+    block = Block("", nn.ModuleDict({"layer": linear_of(torch.randn(8, 64, dtype=dtype))}), {"layer": scheme})
+    module: Any = find_engine("rtn").quantize(block)["layer"].module
+    inputs = torch.randn(shape).to(dtype) * 3
+    inputs[0, 0] = 0.0
+    expected = forward_quantize(module, inputs, "input", module.quantization_scheme.input_activations)
+    assert torch.equal(dynamic_int8(inputs).values, expected)
+
+
+def test_a_group_is_not_seen_by_its_neighbours() -> None:
+    weight = torch.randn(1, 64)
+    changed = weight.clone()
+    changed[0, 40] = 100.0
+    one, other = (Integer(4, 32)(each).values for each in (weight, changed))
+    assert torch.equal(one[0, :32], other[0, :32])
+    assert not torch.equal(one[0, 32:], other[0, 32:])

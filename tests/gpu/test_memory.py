@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,7 @@ def recipe(folder: Path, base: Path, train: dict[str, Any], **sections: Any) -> 
 def test_the_peak_is_what_was_predicted(base: Path, tmp_path: Path, again: bool, optim: str) -> None:
     wanted = {"per_device_train_batch_size": 4, "gradient_checkpointing": again, "optim": optim}
     loaded = load(recipe(tmp_path, base, wanted | {"gradient_accumulation_steps": 2}))
+    gc.collect()
     torch.cuda.empty_cache()
     torch._C._cuda_clearCublasWorkspaces()
     before = torch.cuda.memory_allocated()
@@ -81,6 +83,7 @@ def test_the_peak_is_what_was_predicted(base: Path, tmp_path: Path, again: bool,
 def test_a_budget_is_used_and_kept_to(base: Path, tmp_path: Path, budget: float) -> None:
     auto = {"per_device_train_batch_size": "auto", "gradient_accumulation_steps": 12, "gradient_checkpointing": "auto"}
     loaded = load(recipe(tmp_path, base, auto, memory={"budget": f"{budget}GiB"}))
+    gc.collect()
     torch.cuda.empty_cache()
     held, total = torch.cuda.memory_allocated(), torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction((budget * GIB + held) / total)

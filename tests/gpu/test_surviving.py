@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,6 +56,7 @@ def limited(count: int) -> Iterator[None]:
 
 def alone(path: Path) -> Report:
     """A run that finds nothing of an earlier one reserved."""
+    gc.collect()
     torch.cuda.empty_cache()
     return run(path)
 

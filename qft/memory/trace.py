@@ -6,6 +6,7 @@ need not all be traced: each part's peak grows by as much from block to block, s
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -68,6 +69,8 @@ class Work:
     on_gpu: bool
     held_out: Batch | None
     """What is evaluated."""
+    answered: Batch | None = None
+    """What is answered, the longest answers included."""
 
 
 def trace(build: Callable[[], PreTrainedModel], layers: int, work: Work, step: Step) -> dict[str, Peak]:
@@ -201,7 +204,24 @@ def _run(model: nn.Module, ledger: Ledger, work: Work, step: Step) -> None:
             ledger.part = "evaluation"
             with torch.no_grad():
                 _loss(model.eval(), work.held_out, work)
+        if work.answered:
+            ledger.part = "answers"
+            _answer(model.eval(), work.answered, work)
     del state
+
+
+def _answer(model: nn.Module, batch: Batch, work: Work) -> None:
+    """All tokens at once, where they come one by one: their keys and values are kept, and logits of the last alone."""
+    ids = torch.zeros((batch.rows, batch.tokens), dtype=torch.int64)
+    mask = torch.cat([ids[:, :1], torch.ones_like(ids[:, 1:])], dim=1)
+    keeps = "logits_to_keep" in inspect.signature(_innermost(model).forward).parameters
+    with torch.no_grad(), _autocast(work.mixed):
+        model(input_ids=ids, attention_mask=mask, use_cache=True, **{"logits_to_keep": 1} if keeps else {})
+
+
+def _innermost(model: Any) -> nn.Module:
+    base: nn.Module = getattr(model, "get_base_model", lambda: model)()
+    return base
 
 
 def _loss(model: nn.Module, batch: Batch, work: Work) -> torch.Tensor:

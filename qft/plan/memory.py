@@ -62,12 +62,20 @@ class Forecast:
         on_gpu = model.device.kind == "cuda"
         train = recipe.train
         settings = (train.optim, train.label_smoothing_factor, train.neftune_noise_alpha is not None)
-        work = Work(model.scheme, self.lora, *settings, self.mixed, on_gpu, held_out)
+        work = Work(model.scheme, self.lora, *settings, self.mixed, on_gpu, held_out, self._answered())
         config = model.checkpoint.config.to_json_string() + str((model.dtype, recipe.model.attn_implementation))
         files = model.checkpoint.weight_files() if model.checkpoint.has_weights else []
         size = sum(path.stat().st_size for path in files)
         source = Source(config, model.skeleton_in_dtype, model.shape.layers, size)
         return predictor(source, work, model.device)
+
+    def _answered(self) -> Batch | None:
+        """The longest batch of held-out rows with their answers, where answers are scored."""
+        settings, rows = self.model.recipe.eval, self.data.eval
+        if not settings.metrics or rows is None:
+            return None
+        tokens = max(rows["answer_start"]) + settings.max_new_tokens
+        return Batch(min(settings.batch_size, len(rows)), tokens, padded=True)
 
     def batch(self, rows: int) -> Batch:
         """The longest of so many training rows."""

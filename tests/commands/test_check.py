@@ -11,6 +11,7 @@ from datasets import Dataset
 
 from qft.commands.calibrate import find_plan
 from qft.commands.check import planned
+from qft.documents.plan import PlanDocument
 from qft.export import EXPORTERS
 from qft.plan import make_plan
 from qft.recipe import load
@@ -39,6 +40,7 @@ def test_what_is_trained_and_calibrated_on_the_same_rows_is_encoded_once(
 
     monkeypatch.setattr(Dataset, "map", counted)
     found = planned(loaded)
+    assert isinstance(found, PlanDocument)
     # What is predicted of the host begins with the process as it stands.
     assert found == apart.model_copy(update={"exports": dict.fromkeys(EXPORTERS), "memory": found.memory})
     assert encoded == [59]

@@ -151,3 +151,10 @@ def test_the_ledger_counts_a_storage_once_and_until_nobody_holds_it() -> None:
     assert found["one"] == Peak(1024 + 512, {"first": 1024, "second": 512})
     assert found["two"].total == 1024 + 512
     del late
+
+
+def test_answers_hold_keys_and_values_of_all_their_tokens() -> None:
+    few, many = (of("llama", work(answered=Batch(2, tokens, padded=True)), ONCE)["answers"] for tokens in (64, 128))
+    values = 2 * 3 * 2 * 8 * 4  # keys and values of 3 blocks, of 2 heads of 8 float32 numbers
+    assert many.total - few.total >= 64 * 2 * values
+    assert many.parts.get("logits", 0) < 128 * 96 * 4

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_pt_utils import LabelSmoother
 
 from qft.checkpoint.skeleton import find_blocks
+from qft.memory.chunked_loss import has_parts, replace_forward, rows_at_once
 from qft.memory.ledger import Ledger, Peak
 from qft.memory.optimizers import STATES, step_bytes
 from qft.memory.repeated import Pattern, pattern
@@ -67,6 +68,8 @@ class Work:
     mixed: torch.dtype | None
     """Of autocast; None: there is none."""
     on_gpu: bool
+    logit_bytes: int | None
+    """What logits may take at once where the loss is computed from few of them; None: it is computed from all."""
     held_out: Batch | None
     """What is evaluated."""
     answered: Batch | None = None
@@ -145,6 +148,9 @@ def _adapted(model: PreTrainedModel, work: Work, gpu: OnGpu | None, *, checkpoin
     if work.neftune:
         noisy = model.get_input_embeddings()
         noisy.register_forward_hook(lambda _, __, out: out + torch.zeros_like(out).uniform_())
+    if work.logit_bytes and has_parts(model):
+        chunks: dict[str, Any] = {"preserve_rng_state": False} | ({"context_fn": gpu.entered_again} if gpu else {})
+        replace_forward(model, rows_at_once(model, work.logit_bytes), **chunks)
     adapted: nn.Module = model
     if work.lora is not None:
         with torch.device("meta"):
@@ -235,7 +241,7 @@ def _loss(model: nn.Module, batch: Batch, work: Work) -> torch.Tensor:
         inputs |= {"labels": labels, "num_items_in_batch": torch.ones((), dtype=torch.int64)}
     with _autocast(work.mixed):
         out = model(**inputs)
-    if work.mixed is not None:
+    if work.mixed is not None and out["logits"] is not None:
         out["logits"] = out["logits"].float()
     if smoothing:
         smoothed: torch.Tensor = LabelSmoother(smoothing)(out, labels, shift_labels=True)

@@ -14,6 +14,7 @@ from qft.data.batch import Collator
 from qft.data.prepare import Prepared
 from qft.documents.plan import PlannedMemory, PlannedWay
 from qft.errors import first_line
+from qft.memory.chunked_loss import FEW_LOGITS, LOGITS
 from qft.memory.fit import Choice, Way, row_counts, ways
 from qft.memory.guard import smaller_training
 from qft.memory.predict import Predictor, Source, predictor
@@ -62,7 +63,9 @@ class Forecast:
         on_gpu = model.device.kind == "cuda"
         train = recipe.train
         settings = (train.optim, train.label_smoothing_factor, train.neftune_noise_alpha is not None)
-        work = Work(model.scheme, self.lora, *settings, self.mixed, on_gpu, held_out, self._answered())
+        work = Work(
+            model.scheme, self.lora, *settings, self.mixed, on_gpu, logit_bytes(model), held_out, self._answered()
+        )
         config = model.checkpoint.config.to_json_string() + str((model.dtype, recipe.model.attn_implementation))
         files = model.checkpoint.weight_files() if model.checkpoint.has_weights else []
         size = sum(path.stat().st_size for path in files)
@@ -115,6 +118,18 @@ class Forecast:
             recomputed_blocks=recomputed,
             ways=[PlannedWay(**asdict(way)) for way in chosen],
         )
+
+
+def logit_bytes(model: ModelPlan) -> int | None:
+    """What logits may take at once where the loss is computed from few of them, if the model's own code allows it; None
+    where it is computed from all."""
+    recipe = model.recipe
+    offloads, asked = recipe.memory.offload != "none", recipe.train.chunked_loss
+    # Distilling compares all logits.
+    scarce = (model.device.kind == "cuda" or offloads) and not recipe.quant.distill
+    if asked is False or (asked == "auto" and not scarce):
+        return None
+    return FEW_LOGITS if offloads else LOGITS
 
 
 def is_open(recipe: Recipe) -> bool:

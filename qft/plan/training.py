@@ -20,7 +20,7 @@ from qft.machine.device import Device
 from qft.machine.environment import allocator_settings
 from qft.memory.fit import Way
 from qft.plan.limits import answer_problems, require_known_tokens, require_special_tokens
-from qft.plan.memory import Forecast, decided, is_open, too_large, undecidable
+from qft.plan.memory import Forecast, decided, is_open, logit_bytes, too_large, undecidable
 from qft.plan.model import (
     ModelPlan,
     Shape,
@@ -59,6 +59,11 @@ class Plan:
         """Blocks that are computed again in the backward pass, the first ones; None: as train.gradient_checkpointing
         says."""
         return self.ways[0].recomputed if self.ways else None
+
+    @property
+    def logit_bytes(self) -> int | None:
+        """What logits may take at once; None: as much as all do."""
+        return logit_bytes(self.model)
 
     @cached_property
     def memory(self) -> PlannedMemory:
@@ -248,7 +253,7 @@ def _lora_arguments(recipe: Recipe) -> dict[str, Any]:
 
 # Fields of `train` that are qft's own, or that it hands over in another form.
 OWN_FIELDS = {"early_stopping_patience", "on_nonfinite", "gradient_checkpointing", "report_to", "bf16", "tf32"}
-OWN_FIELDS |= {"save_on_signal"}
+OWN_FIELDS |= {"save_on_signal", "chunked_loss"}
 
 
 def _training_arguments(recipe: Recipe, device: Device) -> dict[str, Any]:

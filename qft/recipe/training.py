@@ -281,6 +281,9 @@ class TrainSection(Section):
     gradient_checkpointing: bool | Literal["auto"] = False
     """Keep only each block's input and compute the rest again in the backward pass (non-reentrant). auto: of as many
     blocks as must be for the training to fit into memory.budget."""
+    chunked_loss: bool | Literal["auto"] = "auto"
+    """Compute output head and loss from the logits of some thousand tokens at a time, and again for the backward pass:
+    of all tokens at once, they can outweigh the model. auto: on a GPU, and with memory.offload."""
     torch_compile: bool = False
     """Compile the model; an unquantized one only."""
     neftune_noise_alpha: float | None = Field(None, gt=0)

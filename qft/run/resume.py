@@ -41,7 +41,7 @@ TABLE: dict[str, dict[Class, str]] = {
             train.num_train_epochs train.max_steps train.learning_rate train.weight_decay train.adam_beta1
             train.adam_beta2 train.adam_epsilon train.max_grad_norm train.neftune_noise_alpha
             train.label_smoothing_factor train.on_nonfinite train.load_best_model_at_end
-            train.early_stopping_patience train.tf32 train.gradient_checkpointing train.torch_compile
+            train.early_stopping_patience train.tf32 train.gradient_checkpointing train.chunked_loss train.torch_compile
             train.full_determinism
         """,
         "free": """

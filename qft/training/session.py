@@ -4,16 +4,22 @@ from pathlib import Path
 from typing import Any
 
 from peft.helpers import disable_input_dtype_casting
-from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
+from transformers import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.integrations import TensorBoardCallback
 
 from qft.data.batch import Collator, pad_token_id
 from qft.errors import Interrupted, ModelError
 from qft.machine.signals import Signals
+from qft.memory.chunked_loss import chunk_loss, rows_at_once
 from qft.memory.guard import memory_guard
 from qft.memory.offload import Offload
 from qft.model.adapter import CHANGES_BASE, attach_adapter, save_adapter, save_full
-from qft.model.chunked_loss import chunk_loss
 from qft.model.load import load_base
 from qft.model.offload import load_offloaded, look_up_on_host, offloading
 from qft.plan import Plan
@@ -93,7 +99,9 @@ def _load(recorder: Recorder, run: Run, offload: Offload | None) -> Any:
     model = attach_adapter(model, plan, offload.bring if offload else None)
     if offload:
         recorder.bytes_elsewhere = offload.bytes_elsewhere + look_up_on_host(model, offload.device)
-        if not chunk_loss(model.get_base_model()):
+    if plan.logit_bytes:
+        base = model.get_base_model() if plan.lora else model
+        if not chunk_loss(base, rows_at_once(base, plan.logit_bytes)):
             recorder.view.note(
                 "The loss is computed from all logits of a batch at once, as the model's own code has it"
             )

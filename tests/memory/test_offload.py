@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM
 from qft.commands.train import train
 from qft.errors import QftError, RecipeError
 from qft.export import export
+from qft.memory.chunked_loss import chunk_loss
 from qft.memory.offload import Offload
 from qft.memory.offload_store import HostStore
-from qft.model.chunked_loss import chunk_loss
 from qft.model.load import load_base
 from qft.model.offload import load_offloaded, look_up_on_host, offloading
 from qft.plan import make_plan
@@ -249,7 +249,7 @@ def test_a_loss_of_another_kind_stays_whole() -> None:
     model.loss_function = lambda logits, labels, **_: (
         logits.softmax(-1).mul(torch.arange(logits.shape[1])[:, None]).sum()
     )
-    assert not chunk_loss(model)
+    assert not chunk_loss(model, rows=20)
     assert "forward" not in vars(model)
 
 

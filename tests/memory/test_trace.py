@@ -50,7 +50,7 @@ def skeleton(kind: str, layers: int, dtype: torch.dtype = torch.float32) -> PreT
 def work(mode: str = "none", **changes: Any) -> Work:
     quant = QuantSection.model_validate({"mode": mode})
     scheme = SCHEMES[mode](quant, "float32", ("lm_head",))
-    made = Work(scheme, LORA, "adamw_torch", 0.0, neftune=False, mixed=None, on_gpu=False, held_out=BATCH)
+    made = Work(scheme, LORA, "adamw_torch", 0.0, False, None, on_gpu=False, logit_bytes=None, held_out=BATCH)
     return dataclasses.replace(made, **changes)
 
 
@@ -83,6 +83,7 @@ def test_a_step_without_contents_takes_what_a_real_one_does(kind: str, step: Ste
         {"lora": LORA | {"modules_to_save": ["lm_head"]}},
         {"label_smoothing_factor": 0.1},
         {"neftune": True},
+        {"logit_bytes": 4 * 96 * 8},
     ],
     ids=str,
 )

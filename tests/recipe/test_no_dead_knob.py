@@ -168,6 +168,7 @@ CASES: dict[str, Case] = {
     "train.max_grad_norm": Case("0.3", training),
     "train.optim": Case("adamw_8bit", training),
     "train.gradient_checkpointing": Case("true", training),
+    "train.chunked_loss": Case("true", lambda plan: plan.logit_bytes),
     "memory.budget": Case("1GiB", lambda plan: plan.memory.budget_bytes),
     "train.torch_compile": Case("true", training),
     "train.neftune_noise_alpha": Case("5", training),

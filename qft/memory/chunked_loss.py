@@ -15,21 +15,39 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-LOGITS = 2**27
-"""Bytes that logits in float32 may take at once; what the loss and its gradient make of them takes three times that."""
+LOGITS, FEW_LOGITS = 2**29, 2**27
+"""Bytes that logits in float32 may take at once, and where memory is scarce; what the loss and its gradient make of
+them takes three times that."""
 
 
-def chunk_loss(model: PreTrainedModel, rows: int | None = None) -> bool:
-    """Have the model's loss computed from `rows` logits at a time; None: as many as LOGITS has room for. Returns
-    whether it is: a model whose own loss on a few tokens is another one keeps that."""
-    rows = rows or max(LOGITS // (4 * model.get_output_embeddings().weight.shape[0]), 2)
-    if model.base_model is model or getattr(model.config, "output_router_logits", False) or not _agrees(model):
+def rows_at_once(model: PreTrainedModel, size: int) -> int:
+    """Rows whose logits in float32 take no more than `size` bytes."""
+    vocabulary: int = model.get_output_embeddings().weight.shape[0]
+    return max(size // (4 * vocabulary), 2)
+
+
+def chunk_loss(model: PreTrainedModel, rows: int) -> bool:
+    """Have the model's loss computed from `rows` logits at a time. Returns whether it is: a model whose own loss on a
+    few tokens is another one keeps that."""
+    if not _agrees(model):
         return False
-    model.forward = functools.wraps(model.forward)(_Chunked(model, rows))
+    replace_forward(model, rows)
     return True
 
 
+def replace_forward(model: PreTrainedModel, rows: int, **again: Any) -> None:
+    """As chunk_loss, whether it agrees or not; `again` are arguments of torch's checkpoint."""
+    model.forward = functools.wraps(model.forward)(_Chunked(model, rows, **again))
+
+
+def has_parts(model: PreTrainedModel) -> bool:
+    """Whether the model is a decoder and what stands behind it, whose loss is one of tokens alone."""
+    return model.base_model is not model and not getattr(model.config, "output_router_logits", False)
+
+
 def _agrees(model: PreTrainedModel) -> bool:
+    if not has_parts(model):
+        return False
     ids = torch.arange(24, device=model.device).view(2, 12)
     mask = torch.ones_like(ids)
     mask[0, 9:] = 0
@@ -45,8 +63,8 @@ def _agrees(model: PreTrainedModel) -> bool:
 class _Chunked:
     """A model's forward pass: where labels are given, its loss alone."""
 
-    def __init__(self, model: PreTrainedModel, rows: int) -> None:
-        self.decoder, self.whole, self.rows = model.base_model, model.forward, rows
+    def __init__(self, model: PreTrainedModel, rows: int, **again: Any) -> None:
+        self.decoder, self.whole, self.rows, self.again = model.base_model, model.forward, rows, again
 
     def __call__(self, *args: Any, labels: torch.Tensor | None = None, **kwargs: Any) -> Any:
         if labels is None or labels.numel() <= self.rows:
@@ -65,7 +83,7 @@ class _Chunked:
                 return found
 
         starts = range(0, labels.shape[1] - 1, step)
-        losses = [checkpoint(loss, output[0], start, use_reentrant=False) for start in starts]
+        losses = [checkpoint(loss, output[0], start, use_reentrant=False, **self.again) for start in starts]
         return CausalLMOutput(loss=torch.stack(losses).sum())
 
     def _decoded(self, args: Any, kwargs: Any) -> Any:

@@ -71,26 +71,26 @@ def _of_rows(rows: int, choice: Choice, predict: Predictor) -> Iterator[Way]:
     taken = {again: _at_rows(rows, again, choice, predict) for again in choice.recomputed}
     blocks = {choice.layers if again else 0 for again in choice.recomputed}
     if len(taken) == 2:
-        blocks.add(_fewest(taken, choice))
+        blocks.add(_fewest(taken, choice.layers, choice.budget))
     for recomputed in sorted(blocks):
-        peak = _between(taken, recomputed / max(choice.layers, 1))
+        peak = _between(taken, recomputed, choice.layers)
         tokens = rows * choice.batch(rows).tokens
         speed = tokens / (tokens + IDLE_TOKENS) / (1 + AGAIN * recomputed / max(choice.layers, 1))
         yield Way(rows, choice.step_rows // rows, recomputed, peak, peak <= choice.budget, speed)
 
 
-def _fewest(taken: Mapping[bool, int], choice: Choice) -> int:
+def _fewest(taken: Mapping[bool, int], layers: int, budget: int) -> int:
     """Blocks that must be computed again for the rest to fit."""
-    for recomputed in range(choice.layers + 1):
-        if _between(taken, recomputed / choice.layers) <= choice.budget:
-            return recomputed
-    return choice.layers
+    fits = (recomputed for recomputed in range(layers) if _between(taken, recomputed, layers) <= budget)
+    return next(fits, layers)
 
 
-def _between(taken: Mapping[bool, int], share: float) -> int:
-    """Bytes with that share of the blocks computed again."""
+def _between(taken: Mapping[bool, int], recomputed: int, layers: int) -> int:
+    """Bytes with so many blocks computed again. The first of them saves the least, and is not counted on: while a block
+    is computed again, it is there as if it had been kept."""
     if len(taken) == 1:
         return next(iter(taken.values()))
+    share = max(recomputed - 1, 0) / max(layers - 1, 1)
     return math.ceil(taken[False] + share * (taken[True] - taken[False]))
 
 

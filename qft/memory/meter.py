@@ -105,6 +105,8 @@ class Meter:
         """The phases that are over."""
         self._phase = phase
         self._known_high = 0 if phase else resident_peak()
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats()  # an earlier run of this process is not this one's
 
     def __enter__(self) -> Meter:
         self.sampler.start()

@@ -241,7 +241,7 @@ def _loss(model: nn.Module, batch: Batch, work: Work) -> torch.Tensor:
         inputs |= {"labels": labels, "num_items_in_batch": torch.ones((), dtype=torch.int64)}
     with _autocast(work.mixed):
         out = model(**inputs)
-    if work.mixed is not None and out["logits"] is not None:
+    if work.mixed is not None and "logits" in out:
         out["logits"] = out["logits"].float()
     if smoothing:
         smoothed: torch.Tensor = LabelSmoother(smoothing)(out, labels, shift_labels=True)

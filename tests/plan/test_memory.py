@@ -19,6 +19,8 @@ from qft.plan.memory import Forecast
 from qft.progress import View
 from qft.recipe import load
 from tests.support.cli import qft
+from tests.support.gguf import saved
+from tests.support.models import tiny_llama
 from tests.support.rows import chat, write_jsonl
 from tests.support.runs import adapter, run
 
@@ -56,16 +58,18 @@ def test_the_fastest_way_within_the_budget_is_taken(recipe_file: MakeRecipe) -> 
 
 
 def test_no_more_blocks_are_computed_again_than_must_be(recipe_file: MakeRecipe, tmp_path: Path) -> None:
-    path = recipe_file(train=AUTO | {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1})
+    base = saved(tiny_llama(num_hidden_layers=6), tmp_path / "six")
+    train = AUTO | {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+    path = recipe_file(model={"path": str(base)}, train=train)
     none, most = (planned(path, f"train.gradient_checkpointing={on}").memory for on in ("false", "true"))
     assert none.predicted_peak_bytes
     assert most.predicted_peak_bytes
     beside = planned(path).ways[0].peak - none.predicted_peak_bytes
     between = (none.predicted_peak_bytes + most.predicted_peak_bytes) // 2 + beside
     plan = planned(path, f"memory.budget={between}B")
-    assert plan.recomputed == plan.memory.recomputed_blocks == 1
+    assert plan.recomputed == plan.memory.recomputed_blocks == 4
     assert plan.recipe.train.gradient_checkpointing is True
-    assert [way.recomputed for way in plan.ways if way.fits] == [1, 2]
+    assert [way.recomputed for way in plan.ways if way.fits] == [4, 6]
 
 
 def test_what_cannot_fit_is_refused_with_what_helps(recipe_file: MakeRecipe) -> None:

@@ -71,22 +71,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", help="only settings whose names hold all of these")
     parser.add_argument("--at-once", type=int, default=1, help="processes that share the GPU")
+    parser.add_argument("--whole-loss", action="store_true", help="train.chunked_loss: false")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         with tempfile.TemporaryDirectory() as folder:
-            show(options.one, Path(folder))
+            show(options.one, Path(folder), whole=options.whole_loss)
         return
     settings = [setting for setting in SETTINGS if all(word in setting for word in options.words)]
     with ThreadPoolExecutor(options.at_once) as pool:
         # In a process of its own, each finds nothing that another has left on the GPU.
-        commands = [[sys.executable, __file__, "--one", setting] for setting in settings]
+        whole = ["--whole-loss"] if options.whole_loss else []
+        commands = [[sys.executable, __file__, "--one", setting, *whole] for setting in settings]
         list(pool.map(lambda command: subprocess.run(command, check=False), commands))
 
 
-def show(setting: str, folder: Path) -> None:
+def show(setting: str, folder: Path, *, whole: bool) -> None:
     try:
-        line = measured(setting, folder)
+        line = measured(recipe(setting, folder, whole=whole))
     except Exception as error:
         line = {"failed": f"{type(error).__name__}: {error}"[:300], "trace": traceback.format_exc()[-600:]}
     print(json.dumps({"setting": setting} | line), flush=True)
@@ -113,7 +115,7 @@ def model_folder(name: str, folder: Path) -> Path:
     return path
 
 
-def recipe(setting: str, folder: Path) -> dict[str, Any]:
+def recipe(setting: str, folder: Path, *, whole: bool) -> dict[str, Any]:
     """The recipe of a setting, and its rows."""
     name, mode, shape, *flags = setting.split("/")
     rows, tokens = (int(number) for number in shape.split("x"))
@@ -128,7 +130,7 @@ def recipe(setting: str, folder: Path) -> dict[str, Any]:
         "data": {"train": str(folder / "rows.jsonl"), "format": "text", "max_length": tokens},
         "train": {"max_steps": 4, "per_device_train_batch_size": rows, "gradient_accumulation_steps": 1,
                   "gradient_checkpointing": "kept" not in flags, "save_strategy": "no", "report_to": [],
-                  "train_sampling_strategy": "sequential"},
+                  "train_sampling_strategy": "sequential", "chunked_loss": False if whole else "auto"},
         "output_dir": str(folder / "run"),
     }  # fmt: skip
     for section, values in MODES[mode].items():
@@ -138,7 +140,7 @@ def recipe(setting: str, folder: Path) -> dict[str, Any]:
     return made
 
 
-def measured(setting: str, folder: Path) -> dict[str, Any]:
+def measured(values: dict[str, Any]) -> dict[str, Any]:
     """One training, and its largest figures once the optimizer has its state."""
     import torch
 
@@ -156,7 +158,7 @@ def measured(setting: str, folder: Path) -> dict[str, Any]:
             torch.cuda.reset_peak_memory_stats()
 
     prepare_libraries()
-    loaded = from_values(recipe(setting, folder))
+    loaded = from_values(values)
     started = time.perf_counter()
     predicted = make_plan(loaded).memory
     seconds = time.perf_counter() - started

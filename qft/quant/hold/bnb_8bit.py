@@ -66,7 +66,7 @@ class Bnb8Bit(Scheme):
         return layer
 
 
-OUTLIERS = 0.2
+OUTLIERS = 0.15
 """Of the columns of a layer's input, how many have an activation above the threshold somewhere in a batch, as far as
 one can tell without the data; they are kept in 16 bits for the backward pass."""
 

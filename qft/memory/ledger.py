@@ -72,6 +72,12 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Say what a tensor that was made turned out to be."""
         self._block_of[tensor.untyped_storage()._cdata].label = label
 
+    def forget(self, tensor: torch.Tensor) -> int:
+        """Count a tensor no more: it is elsewhere. Returns its bytes."""
+        block = self._block_of[tensor.untyped_storage()._cdata]
+        size, block.size = block.size, 0
+        return size
+
     def _free(self, key: int) -> None:
         del self._alive[key]
         self._events.append((self.part, -1, self._block_of.pop(key)))

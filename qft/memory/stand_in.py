@@ -111,8 +111,8 @@ def hold(model: PreTrainedModel, scheme: Scheme) -> None:
             setattr(model, f"is_loaded_in_{bits}", True)
 
 
-def fill(model: nn.Module, scheme: Scheme, note: Callable[[torch.Tensor, bool], None]) -> None:
-    """Replace meta tensors by those that are counted; `note` is told each, and whether it is trained."""
+def fill(model: nn.Module, scheme: Scheme, note: Callable[[torch.Tensor, nn.Module, bool], None]) -> None:
+    """Replace meta tensors by those that are counted; `note` is told each, whose it is, and whether it is trained."""
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
         own = module._parameters
@@ -121,15 +121,15 @@ def fill(model: nn.Module, scheme: Scheme, note: Callable[[torch.Tensor, bool], 
             module.__dict__["weight"] = own.pop("weight")
             size = scheme.weight_bytes(module.out_features, module.in_features) or 0
             module.__dict__["packed"] = torch.empty(size, dtype=torch.uint8)
-            note(module.packed, False)
+            note(module.packed, module, False)
         for name, parameter in own.items():
             if parameter is not None and id(parameter) not in made:
                 filled = torch.zeros(parameter.shape, dtype=parameter.dtype)
-                note(filled, parameter.requires_grad)
+                note(filled, module, parameter.requires_grad)
                 made[id(parameter)] = nn.Parameter(filled, requires_grad=parameter.requires_grad)
             own[name] = None if parameter is None else made[id(parameter)]
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 filled = torch.zeros(buffer.shape, dtype=buffer.dtype)
-                note(filled, False)
+                note(filled, module, False)
                 module._buffers[name] = filled

@@ -23,6 +23,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 from qft.checkpoint.skeleton import find_blocks
 from qft.memory.chunked_loss import has_parts, replace_forward, rows_at_once
 from qft.memory.ledger import Ledger, Peak
+from qft.memory.offload import SLOTS
 from qft.memory.optimizers import STATES, step_bytes
 from qft.memory.repeated import Pattern, pattern
 from qft.memory.stand_in import OnGpu, fill, hold, peft_sees_autocast, set_attention
@@ -70,6 +71,8 @@ class Work:
     on_gpu: bool
     logit_bytes: int | None
     """What logits may take at once where the loss is computed from few of them; None: it is computed from all."""
+    offloads: bool
+    """Whether the frozen weights of the blocks wait elsewhere."""
     held_out: Batch | None
     """What is evaluated."""
     answered: Batch | None = None
@@ -131,7 +134,7 @@ def peaks(
             entered.enter_context(gpu)
             entered.enter_context(peft_sees_autocast(work.mixed is not None))
         _watch(blocks, found, ledger)
-        _run(adapted, ledger, work, step)
+        _run(adapted, blocks, ledger, work, step)
     return ledger.peaks()
 
 
@@ -179,13 +182,32 @@ def _watch(blocks: nn.ModuleList, found: Pattern, ledger: Ledger) -> None:
         block.register_forward_hook(border(number))
 
 
-def _run(model: nn.Module, ledger: Ledger, work: Work, step: Step) -> None:
-    """The second step of a training, when the optimizer has its state, and an evaluation."""
+def _fill(model: nn.Module, blocks: nn.ModuleList, ledger: Ledger, work: Work) -> torch.Tensor:
+    """Give the model its weights; of those that memory.offload keeps elsewhere, only the places for two blocks, which
+    are returned."""
+    number_of = {module: number for number, block in enumerate(blocks) for module in block.modules()}
+    waiting, base = [0] * len(blocks), _innermost(model)
+    table, head = base.get_input_embeddings(), base.get_output_embeddings()
+    tied = table.weight is getattr(head, "base_layer", head).weight
 
-    def note(tensor: torch.Tensor, trained: bool) -> None:
+    def note(tensor: torch.Tensor, module: nn.Module, trained: bool) -> None:
         ledger.relabel(tensor, "trainable_weights" if trained else "base_weights")
+        if not work.offloads or trained or (tensor.dim() < 2 and tensor.dtype != torch.uint8):
+            return
+        if module in number_of:
+            waiting[number_of[module]] += ledger.forget(tensor)
+        elif module is table and not tied:
+            ledger.forget(tensor)
 
     fill(model, work.scheme, note)
+    ledger.label = "base_weights"
+    return torch.empty(SLOTS * max(waiting), dtype=torch.uint8)
+
+
+def _run(model: nn.Module, blocks: nn.ModuleList, ledger: Ledger, work: Work, step: Step) -> None:
+    """The second step of a training, when the optimizer has its state, and an evaluation."""
+
+    slots = _fill(model, blocks, ledger, work)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     ledger.label = "optimizer_state"
     state = [torch.empty(n, dtype=torch.uint8) for p in trained for n in STATES[work.optim](p.shape)]
@@ -213,7 +235,7 @@ def _run(model: nn.Module, ledger: Ledger, work: Work, step: Step) -> None:
         if work.answered:
             ledger.part = "answers"
             _answer(model.eval(), work.answered, work)
-    del state
+    del state, slots
 
 
 def _answer(model: nn.Module, batch: Batch, work: Work) -> None:
@@ -225,8 +247,8 @@ def _answer(model: nn.Module, batch: Batch, work: Work) -> None:
         model(input_ids=ids, attention_mask=mask, use_cache=True, **{"logits_to_keep": 1} if keeps else {})
 
 
-def _innermost(model: Any) -> nn.Module:
-    base: nn.Module = getattr(model, "get_base_model", lambda: model)()
+def _innermost(model: Any) -> Any:
+    base: Any = getattr(model, "get_base_model", lambda: model)()
     return base
 
 

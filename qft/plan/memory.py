@@ -44,8 +44,6 @@ class Forecast:
     def unknown(self) -> str | None:
         """Why nothing can be predicted; None: it can."""
         scheme = self.model.scheme
-        if self.model.recipe.memory.offload != "none":
-            return "what memory.offload brings to the device, and when, is not traced"
         if scheme.name == "qat":
             return "what rounding in training takes is not traced"
         if scheme.name not in ("none", "8bit", "4bit"):
@@ -60,11 +58,19 @@ class Forecast:
     def predict(self) -> Predictor:
         model, recipe = self.model, self.model.recipe
         held_out = batch_of(self.data.eval, recipe.train.per_device_eval_batch_size) if self.data.eval else None
-        on_gpu = model.device.kind == "cuda"
         train = recipe.train
-        settings = (train.optim, train.label_smoothing_factor, train.neftune_noise_alpha is not None)
         work = Work(
-            model.scheme, self.lora, *settings, self.mixed, on_gpu, logit_bytes(model), held_out, self._answered()
+            model.scheme,
+            self.lora,
+            optim=train.optim,
+            label_smoothing_factor=train.label_smoothing_factor,
+            neftune=train.neftune_noise_alpha is not None,
+            mixed=self.mixed,
+            on_gpu=model.device.kind == "cuda",
+            logit_bytes=logit_bytes(model),
+            offloads=recipe.memory.offload != "none",
+            held_out=held_out,
+            answered=self._answered(),
         )
         config = model.checkpoint.config.to_json_string() + str((model.dtype, recipe.model.attn_implementation))
         files = model.checkpoint.weight_files() if model.checkpoint.has_weights else []

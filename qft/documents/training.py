@@ -126,9 +126,11 @@ class Settings(Part):
     """Whether products are in float32, on a GPU that has TensorFloat-32 and was not to use it."""
     largest_micro_batch_tokens: Tokens
     """With padding."""
+    chunked_loss: bool = False
+    """Whether the loss was computed from few logits at a time."""
     logits_bytes: Bytes
-    """Of the largest micro-batch in float32, in which the loss takes them: tokens x vocabulary x 4. The loss and the
-    backward pass hold as much once or twice more for a moment."""
+    """In float32, in which the loss takes them: of the largest micro-batch tokens x vocabulary x 4, or as many as are
+    taken at a time. The loss and the backward pass hold as much once or twice more for a moment."""
 
 
 class Checkpointing(Part):

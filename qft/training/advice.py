@@ -43,6 +43,8 @@ def _on_logits(report: Report) -> Iterator[str]:
         return
     rows = settings.per_device_train_batch_size
     smaller = "a smaller per_device_train_batch_size with more gradient_accumulation_steps" if rows > 1 else ""
+    if not settings.chunked_loss:
+        smaller = "train.chunked_loss: true, where the model allows it,"
     yield (
         f"The logits of one micro-batch ({settings.largest_micro_batch_tokens:,} tokens) take "
         f"{_size(settings.logits_bytes)} in float32, and the loss as much again, of a peak of {_size(peak)}: "

@@ -39,6 +39,8 @@ class Recorder:
         """Of all parts."""
         self.moments: dict[str, Snapshot] = {}
         """Memory by the moment: before_load, after_load, after_adapters, after_first_step, at_end."""
+        self.logit_bytes: int | None = None
+        """What logits take at once where the loss is computed from few of them."""
         self.largest_micro_batch = 0
         """In tokens, with padding."""
         self.leak: Leak | None = None
@@ -201,6 +203,7 @@ class Recorder:
     def _settings(self) -> documents.Settings:
         asked, model = self.plan.training, self.plan.model
         mixed = asked["bf16"] or asked["fp16"]
+        logits = self.largest_micro_batch * model.shape.embeddings * 4
         return documents.Settings(
             per_device_train_batch_size=asked["per_device_train_batch_size"],
             gradient_accumulation_steps=asked["gradient_accumulation_steps"],
@@ -208,7 +211,8 @@ class Recorder:
             dataloader_pin_memory=asked["dataloader_pin_memory"],
             tf32_unused=model.device.tf32 and not asked["tf32"] and not mixed and model.dtype == "float32",
             largest_micro_batch_tokens=self.largest_micro_batch,
-            logits_bytes=self.largest_micro_batch * (model.shape.embeddings or 0) * 4,
+            chunked_loss=self.logit_bytes is not None,
+            logits_bytes=min(logits, self.logit_bytes or logits),
         )
 
     def _memory(self) -> documents.Memory:

@@ -101,7 +101,9 @@ def _load(recorder: Recorder, run: Run, offload: Offload | None) -> Any:
         recorder.bytes_elsewhere = offload.bytes_elsewhere + look_up_on_host(model, offload.device)
     if plan.logit_bytes:
         base = model.get_base_model() if plan.lora else model
-        if not chunk_loss(base, rows_at_once(base, plan.logit_bytes)):
+        if chunk_loss(base, rows_at_once(base, plan.logit_bytes)):
+            recorder.logit_bytes = plan.logit_bytes
+        else:
             recorder.view.note(
                 "The loss is computed from all logits of a batch at once, as the model's own code has it"
             )

@@ -44,13 +44,21 @@ def test_nothing_to_say_is_said_about_a_good_run() -> None:
         ({"memory__peak_gpu_reserved_bytes": 79 * GIB}, "Only 1.0 GiB were free"),
         ({"memory__leak": LEAK}, "Memory grew by 1.0 GiB in 100 steps, growing list: a list of 8."),
         (
-            {"settings__logits_bytes": 20 * GIB},
+            {"settings__logits_bytes": 20 * GIB, "settings__chunked_loss": True},
             "(4,096 tokens) take 20.0 GiB in float32, and the loss as much again, of a "
             "peak of 60.0 GiB: a smaller per_device_train_batch_size",
         ),
         (
-            {"settings__logits_bytes": 20 * GIB, "settings__per_device_train_batch_size": 1},
+            {
+                "settings__logits_bytes": 20 * GIB,
+                "settings__chunked_loss": True,
+                "settings__per_device_train_batch_size": 1,
+            },
             "a lower data.max_length takes",
+        ),
+        (
+            {"settings__logits_bytes": 20 * GIB},
+            "peak of 60.0 GiB: train.chunked_loss: true, where the model allows it, takes",
         ),
         ({"memory__phases": IDLE}, "held 9.0 GiB of 65.0 GiB that no tensor used at its peak: try group_by_length"),
         ({"memory__phases": IDLE, "memory__gpu_allocator": None}, "try PYTORCH_ALLOC_CONF=expandable_segments:True"),

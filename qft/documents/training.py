@@ -82,6 +82,8 @@ class Memory(Part):
     peak_gpu_bytes. None: nothing could be predicted, or the report is from before it was."""
     predicted_host_bytes: Bytes | None = None
     """What peak_host_bytes was thought to be."""
+    fits: bool | None = None
+    """Whether that was within memory.budget."""
     predicted_components: dict[str, Bytes] = {}
     """Of the predicted peak of the device."""
     device_bytes: Bytes

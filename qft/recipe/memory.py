@@ -28,19 +28,20 @@ Size = Annotated[int, BeforeValidator(_as_bytes, json_schema_input_type=int | st
 """Bytes: 67108864, or 64MiB."""
 
 
-def _budget(value: str) -> str:
-    share = SHARE.fullmatch(value.strip())
-    if not (0 < float(share[1]) <= 100 if share else size_in_bytes(value)):
-        raise ValueError("is neither a share of the device's memory (90%) nor a size (24GiB)")
+def _budget(value: int | str) -> int | str:
+    share = SHARE.fullmatch(value.strip()) if isinstance(value, str) else None
+    size = size_in_bytes(value) if isinstance(value, str) else value
+    if not (0 < float(share[1]) <= 100 if share else size and size > 0):
+        raise ValueError("is neither a share of the device's memory (90%) nor a size (24GiB, or bytes)")
     return value
 
 
 class MemorySection(Section):
     """What a training takes of the device's memory."""
 
-    budget: Annotated[str, Field(min_length=1), AfterValidator(_budget)] = "90%"
-    """What a training may take of the device's memory: a share of it (90%), or a size (24GiB). What is auto under train
-    is chosen within it."""
+    budget: Annotated[int | str, AfterValidator(_budget)] = "90%"
+    """What a training may take of the device's memory: a share of it (90%), or a size (24GiB, or bytes). What is auto
+    under train is chosen within it."""
     on_oom: Literal["fit", "fail"] = "fit"
     """What happens when memory runs out in a step or an evaluation. fit: the step is made again from its beginning, in
     micro-batches of half the rows and twice as many of them (the same rows, the same effective batch), then with
@@ -57,5 +58,7 @@ class MemorySection(Section):
 
     def budget_bytes(self, total: int) -> int:
         """Of a device of `total` bytes."""
+        if isinstance(self.budget, int):
+            return min(self.budget, total)
         share = SHARE.fullmatch(self.budget.strip())
         return int(total * float(share[1]) / 100) if share else min(size_in_bytes(self.budget) or total, total)

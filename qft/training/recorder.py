@@ -226,6 +226,7 @@ class Recorder:
             peak_child_bytes=child_peak(),
             predicted_peak_bytes=self.plan.memory.predicted_peak_bytes,
             predicted_host_bytes=self.plan.memory.predicted_host_bytes,
+            fits=self.plan.memory.fits,
             predicted_components=self.plan.memory.components,
             device_bytes=self.plan.model.device.total_bytes,
             after_load_bytes=moments["after_adapters"].device,

@@ -104,8 +104,13 @@ def test_check_says_it_of_a_gpu_that_is_not_here(recipe_file: MakeRecipe) -> Non
     assert "model.device" in on_cpu.stderr
 
 
-@pytest.mark.parametrize("budget", ["0%", "101%", "24", "lots", "-1GiB"])
-def test_a_budget_is_a_share_or_a_size(budget: str, recipe_file: MakeRecipe) -> None:
+def test_a_budget_may_be_in_bytes(recipe_file: MakeRecipe) -> None:
+    for budget, size in ((2**30, 2**30), ("1GiB", 2**30), ("50%", 2**32), ("64GiB", 2**33)):
+        assert planned(recipe_file(memory={"budget": budget})).memory.budget_bytes == size
+
+
+@pytest.mark.parametrize("budget", ["0%", "101%", "24", "lots", "-1GiB", 0, -5])
+def test_a_budget_is_a_share_or_a_size(budget: Any, recipe_file: MakeRecipe) -> None:
     refused = qft("check", recipe_file(memory={"budget": budget}))
     assert refused.exit_code == 2
     assert "memory.budget" in refused.stderr

@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256, help="tokens in a row")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--whole-loss", action="store_true", help="train.chunked_loss: false")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--plain", metavar="FOLDER", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -135,6 +136,7 @@ def recipe(arm: str, folder: Path, options: argparse.Namespace) -> dict[str, Any
             "gradient_accumulation_steps": 1,
             "optim": "adamw_8bit",
             "gradient_checkpointing": options.checkpointing,
+            "chunked_loss": False if getattr(options, "whole_loss", False) else "auto",
             "save_strategy": "no",
             "report_to": [],
         },

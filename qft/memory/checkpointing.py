@@ -10,6 +10,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from qft.memory.meter import wait_for_device
 
 
+def enable_checkpointing(model: Any, **arguments: Any) -> None:
+    """For all blocks, non-reentrant; `arguments` of torch's checkpoint."""
+    # transformers renamed it, and warns of the old name.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False, **arguments})
+
+
 def checkpoint_first(model: nn.Module, count: int) -> None:
     """Of the blocks for which checkpointing was enabled, keep it for the first `count` alone: once they are come to in
     the backward pass, what the later ones kept is free."""

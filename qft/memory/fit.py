@@ -90,7 +90,9 @@ def _between(taken: Mapping[bool, int], recomputed: int, layers: int) -> int:
     is computed again, it is there as if it had been kept."""
     if len(taken) == 1:
         return next(iter(taken.values()))
-    share = max(recomputed - 1, 0) / max(layers - 1, 1)
+    if recomputed == layers:
+        return taken[True]
+    share = max(recomputed - 1, 0) / (layers - 1)
     return math.ceil(taken[False] + share * (taken[True] - taken[False]))
 
 

@@ -10,11 +10,11 @@ import torch
 from qft.errors import OutOfMemoryError, causes
 from qft.quant.hold import Scheme
 from qft.recipe import Recipe
+from qft.recipe.memory import UNITS
 from qft.recipe.schema import CalibrateSection
 
 SAID = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 """By what a RuntimeError of another kind tells that memory ran out: of the host, in a kernel, in cuBLAS."""
-UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 
 @contextmanager
@@ -39,7 +39,7 @@ def asked_bytes(error: BaseException) -> int | None:
     """Bytes for which the allocator was asked, as its message says, to the digits that it gives; None: it says
     nothing."""
     found = re.search(r"\ballocate ([\d.]+) (bytes|[KMGT]iB)", str(error))
-    return int(float(found[1]) * UNITS[found[2]]) if found else None
+    return int(float(found[1]) * UNITS[found[2].replace("bytes", "B")]) if found else None
 
 
 def let_go(error: BaseException) -> None:

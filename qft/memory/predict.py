@@ -19,7 +19,6 @@ HOPPER_WORKSPACES = 2 * 32 * MIB
 """The same from compute capability 9.0 on (aten/src/ATen/cuda/CublasHandlePool.cpp)."""
 CONTEXT = 600 * MIB
 """What CUDA's context and its libraries take of a GPU beside what its allocator holds."""
-
 LATER = 40 * MIB
 """Of the host: libraries that are loaded when the training begins, and the buffers of their kernels."""
 

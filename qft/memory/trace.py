@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_pt_utils import LabelSmoother
 
 from qft.checkpoint.skeleton import find_blocks
+from qft.memory.checkpointing import enable_checkpointing
 from qft.memory.chunked_loss import has_parts, replace_forward, rows_at_once
 from qft.memory.ledger import Ledger, Peak
 from qft.memory.offload import SLOTS
@@ -83,24 +84,20 @@ def trace(build: Callable[[], PreTrainedModel], layers: int, work: Work, step: S
     """Peaks by part of the work: forward, head, the blocks of the backward pass, update, evaluation.
 
     `build` makes the unquantized model on the meta device, anew each time."""
-    found = pattern(find_blocks(build(), layers)[1])
-    longer = _of_first(found.kept + found.period, build, layers, found, work, step)
+    model = build()
+    blocks = find_blocks(model, layers)[1]
+    found = pattern(blocks)
+    del blocks[found.kept + found.period :]
+    longer = peaks(model, blocks, found, work, step)
     if not found.times:
         return longer
-    shorter = _of_first(found.kept, build, layers, found, work, step)
+    model = build()
+    blocks = find_blocks(model, layers)[1]
+    del blocks[found.kept :]
+    shorter = peaks(model, blocks, found, work, step)
     # Between the first blocks and the last, peaks rise or fall from one to the next: none is the highest.
     ends = (part for part in longer if part != MIDDLE)
     return {part: shorter[part].extrapolated(longer[part], found.times) for part in ends}
-
-
-def _of_first(
-    count: int, build: Callable[[], PreTrainedModel], layers: int, found: Pattern, work: Work, step: Step
-) -> dict[str, Peak]:
-    """Of the model with so many of its blocks."""
-    model = build()
-    blocks = find_blocks(model, layers)[1]
-    del blocks[count:]
-    return peaks(model, blocks, found, work, step)
 
 
 def peaks(
@@ -142,18 +139,15 @@ def _adapted(model: PreTrainedModel, work: Work, gpu: OnGpu | None, *, checkpoin
     """As it is trained: quantized, checkpointed, with adapters; on the meta device."""
     hold(model, work.scheme)
     model.requires_grad_(work.lora is None)
+    again: dict[str, Any] = {"preserve_rng_state": False} | ({"context_fn": gpu.entered_again} if gpu else {})
     if checkpointed:
-        again = {"context_fn": gpu.entered_again} if gpu else {}
-        arguments = {"use_reentrant": False, "preserve_rng_state": False, **again}
-        # transformers renamed it; both names are there for now, and the older one warns.
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)(arguments)
+        enable_checkpointing(model, **again)
         model.enable_input_require_grads()
     if work.neftune:
         noisy = model.get_input_embeddings()
         noisy.register_forward_hook(lambda _, __, out: out + torch.zeros_like(out).uniform_())
     if work.logit_bytes and has_parts(model):
-        chunks: dict[str, Any] = {"preserve_rng_state": False} | ({"context_fn": gpu.entered_again} if gpu else {})
-        replace_forward(model, rows_at_once(model, work.logit_bytes), **chunks)
+        replace_forward(model, rows_at_once(model, work.logit_bytes), **again)
     adapted: nn.Module = model
     if work.lora is not None:
         with torch.device("meta"):
@@ -206,7 +200,6 @@ def _fill(model: nn.Module, blocks: nn.ModuleList, ledger: Ledger, work: Work) -
 
 def _run(model: nn.Module, blocks: nn.ModuleList, ledger: Ledger, work: Work, step: Step) -> None:
     """The second step of a training, when the optimizer has its state, and an evaluation."""
-
     slots = _fill(model, blocks, ledger, work)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     ledger.label = "optimizer_state"

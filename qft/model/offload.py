@@ -83,9 +83,7 @@ def _unquantized(plan: ModelPlan, offload: Offload) -> PreTrainedModel:
     checkpoint, section, dtype = plan.checkpoint.with_weights(), plan.recipe.model, getattr(torch, plan.dtype)
     if checkpoint.hub_id:  # nobody has seen its files before
         require_weights(checkpoint, without_contents(checkpoint, section), plan.recipe)
-    chosen = section.attn_implementation
-    attention = {} if chosen == "auto" else {"attn_implementation": chosen}
-    model = without_contents(checkpoint, section, dtype=dtype, **attention).eval()
+    model = plan.skeleton_in_dtype().eval()
     read = Weights(checkpoint, plan.skeleton)
     quantizer = _prepared(plan, model)
     name, blocks = find_blocks(model, plan.shape.layers)

@@ -9,6 +9,7 @@ import torch
 
 from qft.documents.training import OutOfMemory
 from qft.machine.signals import Signals
+from qft.memory.checkpointing import enable_checkpointing
 from qft.memory.guard import asked_bytes, is_out_of_memory, let_go, smaller_training
 from qft.plan import Plan
 from qft.training.recorder import Recorder
@@ -104,10 +105,7 @@ class SurvivingTrainer(QftTrainer):
         return True if not value and getattr(self.model, "supports_gradient_checkpointing", False) else None
 
     def _checkpoint(self, _: bool) -> None:
-        model: Any = self.model
-        # transformers renamed it, and warns of the old name.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        enable_checkpointing(self.model)
 
     @property
     def accumulation(self) -> int:

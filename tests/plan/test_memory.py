@@ -136,13 +136,13 @@ def run_more(path: Path) -> int:
 def test_the_first_blocks_alone_are_checkpointed(recipe_file: MakeRecipe) -> None:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    from qft.memory.checkpointing import checkpoint_first
+    from qft.memory.checkpointing import checkpoint_first, enable_checkpointing
     from qft.model.adapter import attach_adapter
     from qft.model.load import load_base
 
     plan = make_plan(load(recipe_file(train={"gradient_checkpointing": True})))
     model: Any = attach_adapter(load_base(plan.model), plan)
-    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})
+    enable_checkpointing(model)
     checkpoint_first(model, 1)
     blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     assert [block.gradient_checkpointing for block in blocks] == [True, False]

@@ -6,6 +6,7 @@ import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 
 from qft.recipe.training import Section
 
@@ -32,7 +33,8 @@ def _budget(value: int | str) -> int | str:
     share = SHARE.fullmatch(value.strip()) if isinstance(value, str) else None
     size = size_in_bytes(value) if isinstance(value, str) else value
     if not (0 < float(share[1]) <= 100 if share else size and size > 0):
-        raise ValueError("is neither a share of the device's memory (90%) nor a size (24GiB, or bytes)")
+        text = "Input should be a share of the device's memory (90%) or a size (24GiB, or bytes)"
+        raise PydanticCustomError("budget", text)
     return value
 
 

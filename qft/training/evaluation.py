@@ -24,6 +24,7 @@ class HeldOut(TrainerCallback):
         """Evaluate `before` or `after` the training, and keep it as eval-`moment`.json."""
         if self.plan.data.eval is None:
             return
+        self.recorder.meter.settled()  # what was freed before would be resident beside it
         self.recorder.meter.enter(f"evaluate_{moment}")
         self.recorder.view.note(f"Evaluating {len(self.plan.data.eval)} held-out rows {moment} training")
         # Not `evaluate`: its callbacks would take this for one of the evaluations within the training.

@@ -26,7 +26,7 @@ RecipeFile = Callable[..., Path]
 @pytest.fixture
 def recipe(recipe_file: RecipeFile, tmp_path: Path) -> RecipeFile:
     """Writes a recipe whose activations are most of its memory: rows of some 1,800 tokens, and wide blocks."""
-    wide = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 8}
+    wide = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 8}
     model = tiny_llama(max_position_embeddings=2048, **wide)
     model.save_pretrained(tmp_path / "wide")
     byte_tokenizer().save_pretrained(tmp_path / "wide")

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ from qft.memory.stand_in import OnGpu, fill, hold, peft_sees_autocast, set_atten
 from qft.quant.hold import Scheme
 
 MIDDLE = "other blocks"
+SMALL = 2**28
+"""Weights times tokens: with fewer, to compute with real tensors takes less than torch does to follow their shapes."""
 
 
 @dataclass(frozen=True)
@@ -85,16 +88,31 @@ def trace(build: Callable[[], PreTrainedModel], layers: int, work: Work, step: S
 
     `build` makes the unquantized model on the meta device, anew each time."""
     model = build()
+    if not work.on_gpu and sum(p.numel() for p in model.parameters()) * step.batch.rows * step.batch.tokens < SMALL:
+        with suppress(Exception):  # of numbers that mean nothing
+            return _trace(model, build, layers, work, step, nullcontext)
+        model = build()
+    return _trace(model, build, layers, work, step, partial(FakeTensorMode, allow_non_fake_inputs=True))
+
+
+def _trace(
+    model: PreTrainedModel,
+    build: Callable[[], PreTrainedModel],
+    layers: int,
+    work: Work,
+    step: Step,
+    tensors: Callable[[], AbstractContextManager[Any]],
+) -> dict[str, Peak]:
     blocks = find_blocks(model, layers)[1]
     found = pattern(blocks)
     del blocks[found.kept + found.period :]
-    longer = peaks(model, blocks, found, work, step)
+    longer = peaks(model, blocks, found, work, step, tensors())
     if not found.times:
         return longer
     model = build()
     blocks = find_blocks(model, layers)[1]
     del blocks[found.kept :]
-    shorter = peaks(model, blocks, found, work, step)
+    shorter = peaks(model, blocks, found, work, step, tensors())
     # Between the first blocks and the last, peaks rise or fall from one to the next: none is the highest.
     ends = (part for part in longer if part != MIDDLE)
     return {part: shorter[part].extrapolated(longer[part], found.times) for part in ends}
@@ -106,10 +124,9 @@ def peaks(
     found: Pattern,
     work: Work,
     step: Step,
-    tensors: AbstractContextManager[Any] | None = None,
+    tensors: AbstractContextManager[Any],
 ) -> dict[str, Peak]:
-    """Of a model on the meta device as it stands, computed with `tensors` that are without contents if not said
-    otherwise."""
+    """Of a model on the meta device as it stands, computed with `tensors`: real ones, or such without contents."""
     model.config.use_cache = False
     set_attention(model, padded=step.batch.padded)
     weights = {tuple(p.shape) for p in model.parameters() if p.dim() > 1}
@@ -125,7 +142,8 @@ def peaks(
     adapted = _adapted(model, work, gpu, checkpointed=step.checkpointed)
     ledger = Ledger(label_of)
     with ExitStack() as entered:
-        entered.enter_context(tensors or FakeTensorMode(allow_non_fake_inputs=True))
+        entered.enter_context(torch.random.fork_rng(devices=[]))
+        entered.enter_context(tensors)
         entered.enter_context(ledger)
         if gpu:
             entered.enter_context(gpu)

@@ -309,7 +309,7 @@ def anonymous() -> int:
 def tell_growth(recipe: Path) -> None:
     """By how much a training makes this process grow at its largest."""
     library = ctypes.CDLL(None)
-    library.mallopt(MMAP_THRESHOLD, 2**16)
+    library.mallopt(MMAP_THRESHOLD, 2**20)
     library.malloc_trim(0)  # nothing of what was freed before is used again, or given back
     over, before = threading.Event(), anonymous()
     peak = [before]

@@ -32,8 +32,8 @@ from qft.memory.stand_in import OnGpu, fill, hold, peft_sees_autocast, set_atten
 from qft.quant.hold import Scheme
 
 MIDDLE = "other blocks"
-SMALL = 2**28
-"""Weights times tokens: with fewer, to compute with real tensors takes less than torch does to follow their shapes."""
+SMALL, FEW_TOKENS = 2**28, 2**12
+"""Weights times tokens, and tokens: of no more, to compute with real tensors takes less than to follow their shapes."""
 
 
 @dataclass(frozen=True)
@@ -88,11 +88,18 @@ def trace(build: Callable[[], PreTrainedModel], layers: int, work: Work, step: S
 
     `build` makes the unquantized model on the meta device, anew each time."""
     model = build()
-    if not work.on_gpu and sum(p.numel() for p in model.parameters()) * step.batch.rows * step.batch.tokens < SMALL:
+    if _is_small(model, work, step):
         with suppress(Exception):  # of numbers that mean nothing
             return _trace(model, build, layers, work, step, nullcontext)
         model = build()
     return _trace(model, build, layers, work, step, partial(FakeTensorMode, allow_non_fake_inputs=True))
+
+
+def _is_small(model: PreTrainedModel, work: Work, step: Step) -> bool:
+    """Whether it is trained on a CPU, and computed with as soon as traced."""
+    tokens = max(batch.rows * batch.tokens for batch in (step.batch, work.held_out, work.answered) if batch)
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    return not work.on_gpu and tokens <= FEW_TOKENS and tokens * weights <= SMALL
 
 
 def _trace(

@@ -76,11 +76,10 @@ def test_gradients_are_those_of_the_resident_run(
     kind: str, mode: str, bases: Callable[[str], Path], recipe_file: RecipeFile, tmp_path: Path
 ) -> None:
     """Whether what is between the blocks is kept or computed again."""
-    sections = {name: dict(section) for name, section in MODES[mode].items() if section}
+    sections: dict[str, Any] = {name: section and dict(section) for name, section in MODES[mode].items()}
     sections["model"] = {"path": str(bases(kind))} | sections.get("model", {})
-    if "quant" in sections:
+    if sections["quant"]:
         sections["quant"]["allow_partial"] = True
-    sections = {"quant": None} | sections
 
     def found(memory: dict[str, Any] | None, again: bool) -> dict[str, Any]:
         path = recipe_file(memory=memory, train={"gradient_checkpointing": again}, **sections)

@@ -119,8 +119,9 @@ def no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.fixture(autouse=True)
 def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """How fast a model writes is measured over few tokens: no test asserts a time."""
+    """How fast a model writes is measured over few tokens: no test asserts a time; and a gate compares as few."""
     monkeypatch.setattr("qft.commands.evaluate.SPEED_ANSWER", 2)
+    monkeypatch.setattr("qft.export.gate.verify.NEW_TOKENS", 4)
 
 
 @pytest.fixture(autouse=True)

@@ -52,8 +52,25 @@ def pytest_unconfigure() -> None:
     shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
 
 
+FROZEN = set[Path]()
+"""Test files behind whose first test what is there was frozen."""
+
+
 def pytest_collection_finish() -> None:
-    """Every training collects garbage twice; what the modules hold is none, and looking through it took a third."""
+    freeze()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """The first test of a file imports what the others use."""
+    if item.path not in FROZEN:
+        FROZEN.add(item.path)
+        freeze()
+
+
+def freeze() -> None:
+    """Every training collects garbage five times; what the modules hold is none, and looking through it took a third
+    of the time."""
     gc.collect()
     gc.freeze()
 
@@ -102,8 +119,9 @@ def no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.fixture(autouse=True)
 def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """How fast a model writes is measured over few tokens: no test asserts a time."""
+    """How fast a model writes is measured over few tokens: no test asserts a time; and a gate compares as few."""
     monkeypatch.setattr("qft.commands.evaluate.SPEED_ANSWER", 2)
+    monkeypatch.setattr("qft.export.gate.verify.NEW_TOKENS", 4)
 
 
 @pytest.fixture(autouse=True)

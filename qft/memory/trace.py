@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ from qft.memory.stand_in import OnGpu, fill, hold, peft_sees_autocast, set_atten
 from qft.quant.hold import Scheme
 
 MIDDLE = "other blocks"
+SMALL, FEW_TOKENS = 2**28, 2**12
+"""Weights times tokens, and tokens: of no more, to compute with real tensors takes less than to follow their shapes."""
 
 
 @dataclass(frozen=True)
@@ -85,16 +88,38 @@ def trace(build: Callable[[], PreTrainedModel], layers: int, work: Work, step: S
 
     `build` makes the unquantized model on the meta device, anew each time."""
     model = build()
+    if _is_small(model, work, step):
+        with suppress(Exception):  # of numbers that mean nothing
+            return _trace(model, build, layers, work, step, nullcontext)
+        model = build()
+    return _trace(model, build, layers, work, step, partial(FakeTensorMode, allow_non_fake_inputs=True))
+
+
+def _is_small(model: PreTrainedModel, work: Work, step: Step) -> bool:
+    """Whether it is trained on a CPU, and computed with as soon as traced."""
+    tokens = max(batch.rows * batch.tokens for batch in (step.batch, work.held_out, work.answered) if batch)
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    return not work.on_gpu and tokens <= FEW_TOKENS and tokens * weights <= SMALL
+
+
+def _trace(
+    model: PreTrainedModel,
+    build: Callable[[], PreTrainedModel],
+    layers: int,
+    work: Work,
+    step: Step,
+    tensors: Callable[[], AbstractContextManager[Any]],
+) -> dict[str, Peak]:
     blocks = find_blocks(model, layers)[1]
     found = pattern(blocks)
     del blocks[found.kept + found.period :]
-    longer = peaks(model, blocks, found, work, step)
+    longer = peaks(model, blocks, found, work, step, tensors())
     if not found.times:
         return longer
     model = build()
     blocks = find_blocks(model, layers)[1]
     del blocks[found.kept :]
-    shorter = peaks(model, blocks, found, work, step)
+    shorter = peaks(model, blocks, found, work, step, tensors())
     # Between the first blocks and the last, peaks rise or fall from one to the next: none is the highest.
     ends = (part for part in longer if part != MIDDLE)
     return {part: shorter[part].extrapolated(longer[part], found.times) for part in ends}
@@ -106,10 +131,9 @@ def peaks(
     found: Pattern,
     work: Work,
     step: Step,
-    tensors: AbstractContextManager[Any] | None = None,
+    tensors: AbstractContextManager[Any],
 ) -> dict[str, Peak]:
-    """Of a model on the meta device as it stands, computed with `tensors` that are without contents if not said
-    otherwise."""
+    """Of a model on the meta device as it stands, computed with `tensors`: real ones, or such without contents."""
     model.config.use_cache = False
     set_attention(model, padded=step.batch.padded)
     weights = {tuple(p.shape) for p in model.parameters() if p.dim() > 1}
@@ -125,7 +149,8 @@ def peaks(
     adapted = _adapted(model, work, gpu, checkpointed=step.checkpointed)
     ledger = Ledger(label_of)
     with ExitStack() as entered:
-        entered.enter_context(tensors or FakeTensorMode(allow_non_fake_inputs=True))
+        entered.enter_context(torch.random.fork_rng(devices=[]))
+        entered.enter_context(tensors)
         entered.enter_context(ledger)
         if gpu:
             entered.enter_context(gpu)

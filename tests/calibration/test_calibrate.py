@@ -221,9 +221,11 @@ def test_a_head_that_a_run_trained_is_no_longer_tied(recipe: Recipe, tmp_path: P
     tiny_llama(tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
     byte_tokenizer().save_pretrained(tmp_path / "tied")
     (tmp_path / "trained").mkdir()
-    run = trained(tmp_path / "trained", tmp_path / "tied", quant=None, adapter={"r": 4, "modules_to_save": ["lm_head"]})
+    scores = {"metrics": ["exact_match"], "max_new_tokens": 4}
+    sections = {"adapter": {"r": 4, "modules_to_save": ["lm_head"]}, "eval": scores}
+    run = trained(tmp_path / "trained", tmp_path / "tied", quant=None, train={"max_steps": 10}, **sections)
     accept = {"preset": "w8a16", "accept": {"score_drop": 1.0}}
-    model, scores = {"path": str(run), "dtype": "float32"}, {"metrics": ["exact_match"]}
+    model = {"path": str(run), "dtype": "float32"}
     path = recipe(model=model, calibrate=accept, eval=scores, data=HELD_OUT)
     report = calibrated(path)
     asked = EvalOptions(data=held_out(report, path), metrics=("exact_match",))

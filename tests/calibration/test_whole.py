@@ -21,11 +21,13 @@ from qft.commands.evaluate import EvalOptions, evaluate
 from qft.commands.train import train
 from qft.documents.calibration import CalibrationReport
 from qft.errors import GateError, ModelError, RecipeError, RunError
+from qft.gguf.file import write_gguf
 from qft.progress import View
 from qft.recipe import load
 from tests.support.calibrations import calibrated, held_out, perplexity, refusal, weights
 from tests.support.cli import qft
-from tests.support.models import PACKAGE_MODEL, byte_tokenizer, tiny_llama
+from tests.support.gguf import saved
+from tests.support.models import byte_tokenizer, tiny_llama
 from tests.support.plugins import changed, custom
 
 Recipe = Callable[..., Path]
@@ -449,12 +451,11 @@ def test_what_does_not_go_together_is_refused(case: str, own: Recipe, tmp_path: 
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.real
-def test_the_package_model_from_its_gguf_file(own: Recipe, tmp_path: Path) -> None:
-    float32 = {"path": PACKAGE_MODEL, "dtype": "float32"}
-    path = own(model=float32, calibrate={"verify_samples": 2, "accept": {"kl": 0.01}})
+def test_a_model_in_a_gguf_file(own: Recipe, tmp_path: Path) -> None:
+    write_gguf(saved(tiny_llama(), tmp_path / "model"), tmp_path / "model.gguf", kind="f16")
+    path = own(model={"path": str(tmp_path / "model.gguf"), "dtype": "float32"}, calibrate={"accept": {"kl": 0.01}})
     report = calibrated(path)
-    assert report.quantized_layers == 210
+    assert report.quantized_layers == 14
     assert result_perplexity(path, report, tmp_path / "run") == pytest.approx(
         report.attempts[0].perplexity.value, rel=1e-3
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections import Counter
 from pathlib import Path
@@ -169,9 +170,14 @@ def spread(folder: Path) -> list[str]:
     return [lines(folder / "a.jsonl", *rows), str(table), str(folder / "c.txt")]
 
 
-@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(
-    "policies", [{}, {"on_too_long": "truncate"}, {"on_too_long": "skip"}, {"on_bad_row": "skip"}, {"num_proc": 2}]
+    ("policies", "seed"),
+    [
+        *itertools.product(
+            [{}, {"on_too_long": "truncate"}, {"on_too_long": "skip"}, {"on_bad_row": "skip"}], range(3)
+        ),
+        ({"num_proc": 2}, 0),
+    ],
 )
 @pytest.mark.parametrize("held", [{"eval_fraction": 0.3}, {"eval_fraction": 0.03}, "files"])
 def test_held_out_alone_the_rows_are_the_same(tmp_path: Path, held: Any, policies: dict[str, Any], seed: int) -> None:

@@ -299,18 +299,11 @@ def logged_in(hub: HubState, monkeypatch: pytest.MonkeyPatch) -> HubState:
     return hub
 
 
-def test_what_passed_arrives_in_one_commit(hub: HubState, run: Path, tmp_path: Path) -> None:
-    environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_good", "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-    command = [sys.executable, "-m", "qft", "export", str(run), "--to", "adapter", "--out", str(tmp_path), "--json"]
-    done = subprocess.run(
-        [*command, "--push-to-hub", "me/tiny", "--private"],
-        cwd=ROOT,
-        env=os.environ | environment | {"PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "cache")},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+def test_what_passed_arrives_in_one_commit(logged_in: HubState, run: Path, tmp_path: Path) -> None:
+    hub = logged_in
+    asked = ["export", run, "--to", "adapter", "--out", tmp_path, "--json", "--push-to-hub", "me/tiny", "--private"]
+    done = qft(*asked)
+    assert done.exit_code == 0, done.stderr
     [document] = json.loads(done.stdout)
     url = f"{hub.url}/me/tiny/commit/{OID}"
     assert document["pushed"] == {"repository": "me/tiny", "commit": OID, "url": url}

@@ -1,7 +1,8 @@
 """Commands that are killed at moments of a seed: nothing is lost, nothing half-written passes, the next one ends well.
 
-QFT_KILLS says how many kills there are in all; `make kills` makes 150, and shows the table. A kill comes at any moment
-of the whole run time, or before any of the command's changes of a file. A failure names its seed, for QFT_KILLS_FROM.
+QFT_KILLS says how many kills there are at least, as many of each command; `make kills` makes 150, and shows the table.
+A kill comes at any moment of the whole run time, or before any of the command's changes of a file. A failure names its
+seed, for QFT_KILLS_FROM.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from tests.support.kills import Ended, Killer, killer
 from tests.support.models import tiny_llama
 from tests.support.rows import chat, write_jsonl
 
-COUNT = int(os.environ.get("QFT_KILLS", "10"))
+COUNT = int(os.environ.get("QFT_KILLS", "5"))
 FROM = int(os.environ.get("QFT_KILLS_FROM", "0"))
 KILLED = -9
 TARGETS = ["--to", "merged", "--to", "adapter"]
@@ -325,7 +326,7 @@ def test_no_kill_loses_anything(good: Path, forks: Killer, tmp_path: Path, capsy
     before, wholes, hits = tree(good), dict[str, Ended](), {name: Counter[str]() for name in CASES}
     wrong: list[str] = []
     seed = FROM
-    while sum(hit.total() for hit in hits.values()) < COUNT:
+    while any(hit.total() < COUNT / len(CASES) for hit in hits.values()):
         name = [*CASES][seed % len(CASES)]
         if hits[name].total() >= COUNT / len(CASES):
             seed += 1

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from qft.checkpoint.skeleton import find_blocks
@@ -60,7 +61,8 @@ def of(kind: str, asked: Work, step: Step, layers: int = 3, *, real: bool = Fals
     """Of the whole model."""
     model = skeleton(kind, layers, asked.mixed or torch.float32)
     blocks = find_blocks(model, layers)[1]
-    return peaks(model, blocks, pattern(blocks), asked, step, nullcontext() if real else None)
+    tensors = nullcontext() if real else FakeTensorMode(allow_non_fake_inputs=True)
+    return peaks(model, blocks, pattern(blocks), asked, step, tensors)
 
 
 def totals(found: dict[str, Peak]) -> dict[str, int]:
@@ -71,8 +73,9 @@ def totals(found: dict[str, Peak]) -> dict[str, int]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_without_contents_takes_what_a_real_one_does(kind: str, step: Step) -> None:
     # On a CPU, the library multiplies experts as one in 16 bits alone.
-    asked = work(mixed=torch.bfloat16 if kind == "mixtral" else None)
-    assert totals(of(kind, asked, step)) == totals(of(kind, asked, step, real=True))
+    asked = work(mixed=torch.bfloat16 if kind == "mixtral" else None, held_out=BATCH if step == ONCE else None)
+    layers = 3 if kind == "gemma3_text" else 2  # of both kinds
+    assert totals(of(kind, asked, step, layers)) == totals(of(kind, asked, step, layers, real=True))
 
 
 @pytest.mark.parametrize(
@@ -91,7 +94,7 @@ def test_a_step_without_contents_takes_what_a_real_one_does(kind: str, step: Ste
 )
 def test_so_does_one_of_other_settings(changes: dict[str, Any]) -> None:
     asked = work(**dict(changes))
-    assert totals(of("llama", asked, AGAIN)) == totals(of("llama", asked, AGAIN, real=True))
+    assert totals(of("llama", asked, AGAIN, 2)) == totals(of("llama", asked, AGAIN, 2, real=True))
 
 
 @pytest.mark.parametrize(
@@ -100,7 +103,7 @@ def test_so_does_one_of_other_settings(changes: dict[str, Any]) -> None:
 )
 def test_few_blocks_tell_of_many(kind: str, step: Step, on_gpu: bool) -> None:
     layers = {"gemma3_text": 12}.get(kind, 6)
-    asked = work(on_gpu=on_gpu, mixed=torch.bfloat16)
+    asked = work(on_gpu=on_gpu, mixed=torch.bfloat16, held_out=BATCH if kind == "llama" else None)
     whole = totals(of(kind, asked, step, layers))
     found = trace(lambda: skeleton(kind, layers, torch.bfloat16), layers, asked, step)
     assert totals(found) == pytest.approx({part: size for part, size in whole.items() if part != MIDDLE}, abs=512)
@@ -124,6 +127,26 @@ def test_a_quantized_base_is_counted_as_its_scheme_holds_it(mode: str) -> None:
     packed = sum(scheme.weight_bytes(*size) or 0 for size in sizes)
     saved = plain["base_weights"] - held["base_weights"]
     assert saved == pytest.approx(4 * linear - packed, abs=512 * len(sizes))
+    small = trace(lambda: skeleton("llama", 3), 3, work(mode), ONCE)
+    assert totals(small) == totals(of("llama", work(mode), ONCE))
+
+
+def test_what_is_drawn_in_training_is_not_drawn_before() -> None:
+    noisy, before = work(neftune=True, lora=LORA | {"lora_dropout": 0.1}), torch.get_rng_state()
+    trace(lambda: skeleton("llama", 3), 3, noisy, ONCE)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_where_numbers_are_in_the_way_shapes_are_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def silu(x: torch.Tensor) -> torch.Tensor:
+        if type(x) is torch.Tensor:
+            raise ValueError("numbers that mean nothing")
+        return x * x.sigmoid()
+
+    expected = trace(lambda: skeleton("llama", 3), 3, work(), AGAIN)
+    monkeypatch.setattr(torch.nn.functional, "silu", silu)
+    found = trace(lambda: skeleton("llama", 3), 3, work(), AGAIN)
+    assert found.keys() == expected.keys()
 
 
 def test_optimizers_keep_what_they_keep() -> None:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from qft.cli import app
 from qft.documents.manifest import Base
 from qft.documents.registry import Verdict, VersionManifest
 from qft.errors import GateError, MissingError, RecipeError, RunError
+from tests.support.forked import ended
 from tests.support.paths import ROOT
 from tests.support.versions import PASSED, RECIPE, artifact, digest, exported
 
@@ -253,6 +255,7 @@ def run_python(code: str, *arguments: Any) -> subprocess.Popen[str]:
 
 ADD = """
 import sys
+from functools import partial
 from pathlib import Path
 from qft.documents.registry import VersionManifest
 from qft.registry import add
@@ -270,50 +273,40 @@ def test_two_adds_at_once_take_different_numbers(registry: Path, tmp_path: Path)
     assert versions.problems(registry, "m") == []
 
 
-KILLED = """
-import os, psutil, signal, sys
-from pathlib import Path
-from qft import registry
-from qft.documents.registry import VersionManifest
+def make_step(folder: Path, out: Path, step: str, last: int) -> None:
+    """Make it, and say how many lines it ran, of qft or of what it calls; the process kills itself at the `last`."""
+    lines = 0
 
-folder, out, step, last = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
-lines = 0
+    def count(frame: Any, event: str, argument: Any) -> Any:
+        nonlocal lines
+        lines += 1
+        if lines == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return count
 
-def count(frame, event, argument):
-    global lines
-    lines += 1
-    if lines == last:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return count
-
-shelf = registry.find_shelf(folder, "m")
-promoted = [event.to for event in shelf.history() if event.action == "promote"]
-target = {"v1": 2, "v2": 3, "v3": 1}[promoted[-1]]
-sys.settrace(count)
-if step == "add":
-    registry.add(folder, "m", out, VersionManifest(gate={"passed": True}))
-else:
-    registry.promote(folder, "m", target)
-sys.settrace(None)
-print(lines)
-"""
+    promoted = [event.to for event in versions.find_shelf(folder, "m").history() if event.action == "promote"]
+    target = {"v1": 2, "v2": 3, "v3": 1}[str(promoted[-1])]
+    sys.settrace(count)
+    if step == "add":
+        versions.add(folder, "m", out, known())
+    else:
+        versions.promote(folder, "m", target)
+    sys.settrace(None)
+    sys.stdout.write(str(lines))
 
 
 @pytest.mark.parametrize("step", ["add", "promote"])
 def test_a_kill_at_any_line_leaves_a_valid_registry(step: str, three: Path, tmp_path: Path) -> None:
-    """The process kills itself at the nth line that it runs, of qft or of what it calls."""
     out = tmp_path / "out1"
     versions.promote(three, "m", 1)
-    lines = int(run_python(KILLED, three, out, step, 0).communicate()[0])
+    lines = int(ended(partial(make_step, three, out, step, 0)).stdout)
     chosen = random.Random(0)
     moments = [chosen.randrange(lines * i // 9 + 1, lines * (i + 1) // 9 + 1) for i in range(9)]
     moments += [chosen.randrange(lines * 9 // 10, lines) for _ in range(15)]  # most of a promote is reading and hashing
     torn = 0
     for moment in moments:
         before = versions.find_shelf(three, "m").numbers()
-        process = run_python(KILLED, three, out, step, moment)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
+        assert ended(partial(make_step, three, out, step, moment)).returncode == -signal.SIGKILL
         assert versions.problems(three, "m") == [], moment
         assert set(before) <= set(versions.find_shelf(three, "m").numbers())
         torn += any(path.name not in (".lock", ".add.lock") for path in (three / "m").glob(".*"))

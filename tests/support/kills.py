@@ -1,6 +1,6 @@
-"""Commands that are killed: a process that has imported and run everything once forks a child for each.
+"""Commands that are killed: a fork of the test's process that has run everything once forks a child for each.
 
-Of several threads a fork takes one along, so there are none here: OMP_NUM_THREADS is 1 before torch is imported.
+Of several threads a fork takes one along, so there are none here: torch computes with one.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import gc
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 import traceback
@@ -17,8 +16,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+import torch
+
+from tests.support.forked import fork
 from tests.support.paths import ROOT
 
 CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.chmod")
@@ -43,35 +45,35 @@ class Ended:
 class Killer:
     """The process that forks, by its pipes."""
 
-    process: subprocess.Popen[str]
+    asked: TextIO
+    answers: TextIO
 
     def run(self, *arguments: Any, after: float | None = None, change: int | None = None) -> Ended:
         """Run `qft` in a fork, killed after so many seconds or before that change of a file, unless it ends first."""
-        assert self.process.stdin
-        assert self.process.stdout
         asked = {"arguments": [str(each) for each in arguments], "after": after, "change": change}
-        self.process.stdin.write(json.dumps(asked) + "\n")
-        self.process.stdin.flush()
-        return Ended(**json.loads(self.process.stdout.readline()))
+        self.asked.write(json.dumps(asked) + "\n")
+        self.asked.flush()
+        return Ended(**json.loads(self.answers.readline()))
 
 
 @contextmanager
 def killer(folder: Path, warm: list[list[str]]) -> Iterator[Killer]:
     """A process that has run the commands of `warm` itself; its files are in `folder`."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.support.kills", str(folder), json.dumps(warm)]
-    with subprocess.Popen(
-        command, cwd=ROOT, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as process:
+    (its_in, our_out), (our_in, its_out) = os.pipe(), os.pipe()
+    with (folder / "errors").open("w") as errors, open(our_out, "w") as asked, open(our_in) as answers:
+        process = fork(lambda: _serve(folder, warm), stdin=its_in, stdout=its_out, stderr=errors)
+        os.close(its_in)
+        os.close(its_out)
         try:
-            assert process.stdout
-            assert process.stdout.readline() == "ready\n", (folder / "told").read_text()
-            yield Killer(process)
+            assert answers.readline() == "ready\n", (folder / "told").read_text()
+            yield Killer(asked, answers)
         finally:
             process.kill()
+            process.join()
 
 
 def _serve(folder: Path, warm: list[list[str]]) -> None:
+    torch.set_num_threads(1)
     answers, told = os.fdopen(os.dup(1), "w", buffering=1), folder / "told"
     _speak_into(told)
     from qft.views.html import chart
@@ -167,7 +169,3 @@ def _place(stack: str) -> str:
     """The innermost module of qft that a stack, innermost first, names."""
     lines = (line.partition(f'"{ROOT}/qft/')[2].partition('"')[0] for line in stack.splitlines())
     return next((line.removesuffix(".py") for line in lines if line), "elsewhere")
-
-
-if __name__ == "__main__":
-    _serve(Path(sys.argv[1]), json.loads(sys.argv[2]))

@@ -25,7 +25,7 @@ MODES: dict[str, dict[str, Any]] = {
 
 HARD = {"max_steps": 12, "learning_rate": 1e-2, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
 
-HARDER = {"max_steps": 30, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "learning_rate": 0.02}
+HARDER = {"max_steps": 15, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "learning_rate": 0.02}
 
 
 def run(path: Path, **options: Any) -> Report:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from qft.commands.train import train
 from qft.documents.memory import PhaseMemory
 from qft.documents.training import Evaluation, read_report
 from qft.memory.meter import Snapshot, larger
@@ -19,8 +20,8 @@ from qft.progress import Step, View
 from qft.recipe import load
 from qft.run.folder import Run
 from qft.training.recorder import Recorder
+from tests.support.forked import ended
 from tests.support.models import byte_tokenizer, tiny_llama
-from tests.support.paths import ROOT
 from tests.support.runs import run
 
 GIB = 2**30
@@ -109,21 +110,26 @@ def test_a_report_is_made_of_what_was_noted(
     assert (report.eval.before, report.eval.after, report.eval.history) == (None, None, [])
 
 
-MEASURED = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=2); "
-MEASURED += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)"
+def tell_peak(recipe: Path) -> None:
+    """What the system says of a process that trains, in bytes."""
+    if not (child := os.fork()):
+        try:
+            train(load(recipe), View())
+        finally:
+            os._exit(0)
+    sys.stdout.write(str(os.wait4(child, 0)[2].ru_maxrss * 1024))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in bytes elsewhere")
 def test_the_peak_of_the_host_is_what_the_system_says(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
     """With weights of which loading, to hold them in 4 bits, takes more than all that follows."""
-    tiny_llama(vocab_size=400, hidden_size=1024, intermediate_size=12288).save_pretrained(tmp_path / "model")
+    tiny_llama(vocab_size=400, hidden_size=1024, intermediate_size=8192).save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
-    path = recipe_file(model={"path": str(tmp_path / "model"), "dtype": "float32"})
-    command = [sys.executable, "-c", MEASURED, sys.executable, "-m", "qft", "train", str(path), "--quiet"]
-    variables = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
+    train_section = {"max_steps": 1, "gradient_accumulation_steps": 1}
+    path = recipe_file(model={"path": str(tmp_path / "model"), "dtype": "float32"}, train=train_section)
+    done = ended(functools.partial(tell_peak, path))
     memory = read_report(tmp_path / "run").memory
-    told = int(done.stdout.split()[-1])
+    told = int(done.stdout)
     assert told <= memory.peak_host_bytes < 1.01 * told
     assert max(phase.host_resident_bytes for phase in memory.phases.values()) > 0.97 * told
     assert memory.phases["load"].host_measured == "system"

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ from safetensors.torch import load_file
 
 from qft.commands.train import train
 from qft.documents.state import TrainingState
-from qft.documents.training import Report
+from qft.documents.training import Report, read_report
 from qft.errors import RunError
 from qft.progress import Step, View
 from qft.recipe import load
 from qft.run.checkpoint import HASHES, STATE
 from qft.views.terminal.training import render
+from tests.support.once import once
 from tests.support.rows import chat, write_jsonl
 from tests.support.runs import HARD, adapter, run
 
@@ -80,6 +82,17 @@ def recipe(recipe_file: RecipeFile, tmp_path: Path) -> RecipeFile:
     return write
 
 
+@pytest.fixture
+def whole(recipe: RecipeFile, tmp_path_factory: pytest.TempPathFactory) -> Report:
+    """What comes of the recipe where nothing cuts it off."""
+    make = partial(run_into, recipe, train=MIDST)
+    return read_report(once(tmp_path_factory, "unbroken", make) / "run")
+
+
+def run_into(recipe: RecipeFile, folder: Path, **asked: Any) -> None:
+    run(recipe("whole", output_dir=str(folder / "run"), **asked))
+
+
 def cut(path: Path, step: int = 7) -> None:
     with pytest.raises(KeyboardInterrupt):
         train(load(path), Cut(step))
@@ -106,7 +119,6 @@ def assert_same(whole: Report, resumed: Report) -> None:
 
 
 CASES: dict[str, dict[str, Any]] = {
-    "random": {"train": MIDST},
     "random, boundary": {"train": BOUNDARY},
     "sequential": {"train": MIDST | {"train_sampling_strategy": "sequential"}},
     "by length": {"train": MIDST | {"train_sampling_strategy": "group_by_length"}},
@@ -126,6 +138,12 @@ CASES: dict[str, dict[str, Any]] = {
 def test_a_run_that_was_cut_off_comes_to_the_same(case: str, recipe: RecipeFile) -> None:
     whole = run(recipe("whole", **CASES[case]))
     path = recipe("part", **CASES[case])
+    cut(path)
+    assert_same(whole, run(path, resume=True))
+
+
+def test_a_run_that_was_cut_off_in_an_epoch_comes_to_the_same(whole: Report, recipe: RecipeFile) -> None:
+    path = recipe(train=MIDST)
     cut(path)
     assert_same(whole, run(path, resume=True))
 
@@ -247,14 +265,22 @@ def hopeless(recipe: RecipeFile, tmp_path: Path) -> RecipeFile:
     write_jsonl(tmp_path / "train.jsonl", [chat("say", "a" * 30)] * 16)
     write_jsonl(tmp_path / "eval.jsonl", [chat("say", "b" * 30)] * 4)
 
-    def write(folder: str = "part", **more: Any) -> Path:
-        return recipe(folder, data=data, train=HARD | EACH | BEST | {"learning_rate": 0.1, "max_steps": 20} | more)
+    def write(folder: str = "part", output_dir: str | None = None, **more: Any) -> Path:
+        train = HARD | EACH | BEST | {"learning_rate": 0.1, "max_steps": 20} | more
+        return recipe(folder, data=data, train=train, **{"output_dir": output_dir} if output_dir else {})
 
     return write
 
 
-def test_early_stopping_has_waited_what_it_has_waited(hopeless: RecipeFile, tmp_path: Path) -> None:
-    whole = run(hopeless("whole"))
+@pytest.fixture
+def stopped(hopeless: RecipeFile, tmp_path_factory: pytest.TempPathFactory) -> Report:
+    """What comes of it where nothing cuts it off."""
+    make = partial(run_into, hopeless)
+    return read_report(once(tmp_path_factory, "stopped", make) / "run")
+
+
+def test_early_stopping_has_waited_what_it_has_waited(stopped: Report, hopeless: RecipeFile, tmp_path: Path) -> None:
+    whole = stopped
     losses = [evaluation.loss for evaluation in whole.eval.history]
     best = losses.index(min(losses)) + 1
     assert whole.steps == best + 3
@@ -275,17 +301,18 @@ def test_early_stopping_has_waited_what_it_has_waited(hopeless: RecipeFile, tmp_
         run(hopeless("moved", early_stopping_patience=6), resume=True)
 
 
-def test_early_stopping_may_be_asked_for_later(hopeless: RecipeFile) -> None:
-    whole = run(hopeless("whole"))
+def test_early_stopping_may_be_asked_for_later(stopped: Report, hopeless: RecipeFile) -> None:
     cut(hopeless(load_best_model_at_end=False, early_stopping_patience=...), 2)
     resumed = run(hopeless(), resume=True)
-    assert (resumed.steps, resumed.eval.after) == (whole.steps, whole.eval.after)
+    assert (resumed.steps, resumed.eval.after) == (stopped.steps, stopped.eval.after)
 
 
 @pytest.mark.parametrize("stops_early", [True, False])
-def test_a_run_that_fell_after_its_last_step_is_finished(stops_early: bool, hopeless: RecipeFile) -> None:
+def test_a_run_that_fell_after_its_last_step_is_finished(
+    stops_early: bool, stopped: Report, hopeless: RecipeFile, tmp_path: Path
+) -> None:
     changes = {} if stops_early else {"max_steps": 3, "early_stopping_patience": ...}
-    whole = run(hopeless("whole", **changes))
+    whole = stopped if stops_early else run(hopeless("whole", **changes))
     path = hopeless(**changes)
 
     class Fall(View):
@@ -295,7 +322,7 @@ def test_a_run_that_fell_after_its_last_step_is_finished(stops_early: bool, hope
 
     with pytest.raises(KeyboardInterrupt):
         train(load(path), Fall())
-    shutil.rmtree(Path(whole.run).with_name("part") / "adapter")
+    shutil.rmtree(tmp_path / "part" / "adapter")
     assert_same(whole, run(path, resume=True))
 
 
@@ -306,8 +333,7 @@ def test_fewer_steps_than_were_made_are_refused(recipe: RecipeFile) -> None:
     assert run(recipe(train=MIDST | {"max_steps": 6}), resume=True).steps == 6
 
 
-def test_a_run_that_is_cut_off_twice_says_so(recipe: RecipeFile, tmp_path: Path) -> None:
-    whole = run(recipe("whole", train={"save_steps": 2}))
+def test_a_run_that_is_cut_off_twice_says_so(whole: Report, recipe: RecipeFile, tmp_path: Path) -> None:
     path = recipe(train={"save_steps": 2})
     cut(path, 3)
     view = Cut(6)
@@ -330,8 +356,9 @@ def test_a_run_that_is_cut_off_twice_says_so(recipe: RecipeFile, tmp_path: Path)
     assert re.search("resumed from +step 2, 4\n", console.export_text())
 
 
-def test_a_checkpoint_of_an_older_qft_is_resumed_and_what_is_missing_said(recipe: RecipeFile, tmp_path: Path) -> None:
-    whole = run(recipe("whole", train=MIDST))
+def test_a_checkpoint_of_an_older_qft_is_resumed_and_what_is_missing_said(
+    whole: Report, recipe: RecipeFile, tmp_path: Path
+) -> None:
     path = recipe(train=MIDST)
     cut(path)
     state = tmp_path / "part" / "checkpoints" / "checkpoint-6" / STATE
@@ -345,5 +372,5 @@ def test_a_checkpoint_of_an_older_qft_is_resumed_and_what_is_missing_said(recipe
     assert any("checkpoint-6 has no qft_state.json: the report counts from step 7 on" in text for text in view.told)
     assert (resumed.unmeasured_steps, resumed.steps) == (6, 2)
     assert resumed.loss.history == whole.loss.history[6:]
-    for name, tensor in adapter(tmp_path / "whole").items():
+    for name, tensor in adapter(Path(whole.run)).items():
         torch.testing.assert_close(tensor, adapter(tmp_path / "part")[name], rtol=0, atol=0)

@@ -119,15 +119,16 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_run_that_is_stopped_at_each_of_its_steps_comes_to_the_same(case: str, recipe: RecipeFile) -> None:
+def test_a_run_that_is_stopped_at_its_steps_comes_to_the_same(case: str, recipe: RecipeFile) -> None:
     whole, path = run(recipe("whole", **CASES[case])), recipe(**CASES[case])
-    for step in range(1, STEPS + 1):
-        stopped = interrupted(path, Sender(step), resume=step > 1)
+    steps = [*range(1, STEPS + 1)] if case == "random" else [2, 3, 5]  # within an epoch, at its end, within the next
+    for step in steps:
+        stopped = interrupted(path, Sender(step), resume=step > steps[0])
         assert (stopped.exit_code, status(path)) == (75, "interrupted")
         assert f"interrupted by SIGTERM; the same command with --resume goes on from step {step}" in str(stopped)
         assert step in checkpoints(path)
     resumed = run(path, resume=True)
-    assert resumed.resumed_from == [*range(1, STEPS + 1)]
+    assert resumed.resumed_from == steps
     assert_same(whole, resumed)
 
 

@@ -16,12 +16,14 @@ from rich.console import Console
 from torch.nn.modules.module import register_module_forward_hook
 
 from qft.commands.train import train
+from qft.documents.training import Report, read_report
 from qft.errors import OutOfMemoryError
 from qft.progress import Step, View
 from qft.recipe import load
 from qft.views.terminal.training import render
 from tests.support.architectures import write_model
 from tests.support.memory import Change, above, assert_equal, changes, exhausted, optimizer_fails, times
+from tests.support.once import once
 from tests.support.rows import chat, write_jsonl
 from tests.support.runs import MODES, adapter, run
 
@@ -33,7 +35,7 @@ EVAL_ROWS = "train.per_device_eval_batch_size"
 TRAIN = {
     "per_device_train_batch_size": 4,
     "gradient_accumulation_steps": 2,
-    "max_steps": 5,
+    "max_steps": 4,
     "learning_rate": 1e-3,
     "report_to": [],
 }
@@ -72,6 +74,13 @@ def recipe(recipe_file: RecipeFile, tmp_path: Path) -> RecipeFile:
     return write
 
 
+@pytest.fixture
+def whole(recipe: RecipeFile, tmp_path_factory: pytest.TempPathFactory) -> Report:
+    """What comes of the recipe as it is where memory does not run out."""
+    folder = once(tmp_path_factory, "survived", lambda folder: run(recipe("whole", output_dir=str(folder / "run"))))
+    return read_report(folder / "run")
+
+
 BLOCKS = 2
 """Each pass of training is counted in both blocks."""
 CASES: dict[str, tuple[Failing, list[Change]]] = {
@@ -95,9 +104,8 @@ CASES: dict[str, tuple[Failing, list[Change]]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_is_learnt_is_what_would_have_been(case: str, recipe: RecipeFile) -> None:
+def test_what_is_learnt_is_what_would_have_been(case: str, whole: Report, recipe: RecipeFile) -> None:
     failing, expected = CASES[case]
-    whole = run(recipe("whole"))
     assert whole.out_of_memory == []
     view = Told()
     with failing():
@@ -134,6 +142,7 @@ def both_fail() -> Iterator[None]:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_it_holds_whatever_the_recipe_asks(variant: str, recipe: RecipeFile) -> None:
     sections = VARIANTS[variant]
+    sections = sections | {"train": {"max_steps": 3} | sections["train"]}
     whole = run(recipe("whole", **sections))
     with both_fail():
         report = run(recipe(**sections))
@@ -156,16 +165,17 @@ FAMILIES: dict[str, tuple[str, dict[str, float]]] = {
 def test_it_holds_for_every_family(kind: str, recipe: RecipeFile, tmp_path: Path) -> None:
     block, changed = FAMILIES[kind]
     model = {"path": str(write_model(tmp_path / kind, kind, **changed)), "dtype": "float32"}
-    whole = run(recipe("whole", model=model))
+    sections = {"model": model, "train": {"max_steps": 2}}
+    whole = run(recipe("whole", **sections))
     with exhausted(above(2), module=block):
-        report = run(recipe(model=model))
+        report = run(recipe(**sections))
     assert changes(report) == [(1, "forward", ROWS, 2, 4)]
     assert_equal(report, whole)
 
 
 def test_experts_that_are_balanced_over_a_batch_are_not_divided(recipe: RecipeFile, tmp_path: Path) -> None:
     folder = write_model(tmp_path / "experts", "mixtral", output_router_logits=True)
-    path = recipe(model={"path": str(folder), "dtype": "float32"})
+    path = recipe(model={"path": str(folder), "dtype": "float32"}, train={"max_steps": 1})
     with exhausted(times(1), module="MixtralDecoderLayer"):
         report = run(path)
     assert changes(report) == [(1, "forward", CHECKPOINTING, True, 2)]
@@ -176,8 +186,8 @@ def test_the_curves_that_are_sent_elsewhere_are_the_same(recipe: RecipeFile) -> 
     logged = []
     for folder, failing in (("whole", nullcontext()), ("run", exhausted(times(8)))):
         with failing:
-            report = run(recipe(folder, train={"save_strategy": "steps", "save_steps": 5}))
-        state = Path(report.run, "checkpoints", "checkpoint-5", "trainer_state.json")
+            report = run(recipe(folder, train={"save_strategy": "steps", "save_steps": 4}))
+        state = Path(report.run, "checkpoints", "checkpoint-4", "trainer_state.json")
         logged.append([entry["loss"] for entry in json.loads(state.read_text())["log_history"] if "loss" in entry])
     assert logged[1] == pytest.approx(logged[0], rel=1e-5)
 
@@ -257,14 +267,14 @@ RESUMED: dict[str, tuple[Failing, Failing]] = {
 @pytest.mark.parametrize("case", RESUMED)
 def test_a_resumed_run_goes_on_as_it_was_changed(case: str, recipe: RecipeFile) -> None:
     """To the bit, with dropout and noise: what was changed stands in the checkpoint."""
-    noisy = {"train": {"max_steps": 8, "save_strategy": "steps", "save_steps": 3, "neftune_noise_alpha": 5.0}}
+    noisy = {"train": {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "neftune_noise_alpha": 5.0}}
     noisy |= {"adapter": {"lora_dropout": 0.2}}
     failing, again = RESUMED[case]
     with failing():
         whole = run(recipe("whole", **noisy))
     path, view = recipe(**noisy), Told()
     with failing(), pytest.raises(KeyboardInterrupt):
-        train(load(path), Told(end=6))
+        train(load(path), Told(end=5))
     with again():
         resumed = train(load(path), view, resume=True)
     assert resumed.resumed_from == [3]
@@ -310,7 +320,7 @@ def test_answers_are_written_fewer_at_once(recipe: RecipeFile) -> None:
 
 def test_the_smaller_batch_is_shown(recipe: RecipeFile) -> None:
     with exhausted(above(2)):
-        report = run(recipe())
+        report = run(recipe(train={"max_steps": 1}))
     console = Console(width=120, file=io.StringIO(), record=True)
     console.print(render(report))
     told = "step 1: out of memory in the forward pass, which asked for 1073741824.0 GiB: "
@@ -320,9 +330,10 @@ def test_the_smaller_batch_is_shown(recipe: RecipeFile) -> None:
 
 @pytest.mark.parametrize("mode", ["nf4", "8bit", "bf16"])
 def test_it_holds_in_few_bits_within_their_rounding(mode: str, recipe: RecipeFile) -> None:
-    whole = run(recipe("whole", **MODES[mode]))
+    sections = MODES[mode] | {"train": {"max_steps": 2}}
+    whole = run(recipe("whole", **sections))
     with exhausted(above(1), phase="backward"):
-        report = run(recipe(**MODES[mode]))
+        report = run(recipe(**sections))
     assert [event.now for event in report.out_of_memory] == [2, 1]
     for mine, others in zip(report.loss.history, whole.loss.history, strict=True):
         assert mine[1] == pytest.approx(others[1], rel=0.02)

@@ -6,7 +6,7 @@ what is trained is what is written. A layer stays what it is, under its names: i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,8 @@ from qft.errors import ModelError
 from qft.model.delta import merged
 from qft.plan import ModelPlan
 from qft.quant.hold import Qat
-from qft.quant.rounding import Rounding, straight_through
+from qft.quant.layer import siblings
+from qft.quant.rounding import Rounding, largest_of, sharing, straight_through
 
 
 class Switch:
@@ -52,8 +53,12 @@ class _Layer:
 class _Linear(_Layer):
     """inputs [..., in] -> outputs [..., out]"""
 
+    shares: Sequence[_Linear] = ()
+    """The layers whose largest weight the rounding asks for, itself among them; none: it asks for nothing."""
     _kept: tuple[Any, torch.Tensor] | None = None
     """The weight that was made last without a gradient, with what it was made of: an answer asks for it each token."""
+    _largest: tuple[Any, torch.Tensor] | None = None
+    """Likewise, until a step changes it."""
 
     def __call__(self, inputs: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         base: Any = getattr(self.layer, "base_layer", self.layer)
@@ -66,27 +71,41 @@ class _Linear(_Layer):
 
     def weight(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """What it multiplies with, [out, in]; None: in the dtype in which the file gives it back."""
-        base = getattr(self.layer, "base_layer", self.layer)
-        delta = getattr(self.layer, "lora_A", {}) and not self.layer.disable_adapters
-        parts = [base.weight, *_adapter_parts(self.layer)] if delta else [base.weight]
-        if torch.is_grad_enabled() and any(part.requires_grad for part in parts):
+        if torch.is_grad_enabled() and any(part.requires_grad for part in self._parts()):
             self._kept = None
-            return self._made(parts, dtype)
-        key = (
-            self.rounds,
-            dtype,
-            torch.is_inference_mode_enabled(),
-            [(part.data_ptr(), part._version) for part in parts],
-        )
+            return self._made(dtype)
+        key = (self.rounds, dtype, [layer._key() for layer in self.shares or [self]])
         if self._kept is None or self._kept[0] != key:
-            self._kept = key, self._made(parts, dtype)
+            self._kept = key, self._made(dtype)
         return self._kept[1]
 
-    def _made(self, parts: list[torch.Tensor], dtype: torch.dtype | None) -> torch.Tensor:
-        weight = parts[0]
-        if len(parts) > 1:
-            weight = merged(weight, self.layer.scaling["default"], *parts[1:])
-        return self.rounded(weight, self.rounding).to(dtype)
+    def largest(self) -> torch.Tensor:
+        """Of the weight before it is rounded: the largest magnitude []."""
+        key = self._key()
+        if self._largest is None or self._largest[0] != key:
+            with torch.no_grad():
+                self._largest = key, largest_of(self._merged().to(self.dtype))
+        return self._largest[1]
+
+    def _made(self, dtype: torch.dtype | None) -> torch.Tensor:
+        rounding = self.rounding
+        if rounding and self.shares and self.rounds:
+            rounding = sharing(rounding, [layer.largest() for layer in self.shares])
+        return self.rounded(self._merged(), rounding).to(dtype)
+
+    def _merged(self) -> torch.Tensor:
+        weight, *adapter = self._parts()
+        return merged(weight, self.layer.scaling["default"], *adapter) if adapter else weight
+
+    def _parts(self) -> list[torch.Tensor]:
+        """What the weight is made of: the base's, and that of an adapter which is on."""
+        base = getattr(self.layer, "base_layer", self.layer)
+        delta = getattr(self.layer, "lora_A", {}) and not self.layer.disable_adapters
+        return [base.weight, *_adapter_parts(self.layer)] if delta else [base.weight]
+
+    def _key(self) -> Any:
+        """Which is another once one of them has changed."""
+        return torch.is_inference_mode_enabled(), [(part.data_ptr(), part._version) for part in self._parts()]
 
 
 class _Embedding(_Layer):
@@ -119,6 +138,11 @@ def round_weights(model: Any, plan: ModelPlan) -> None:
             if kind is None or (kind is _Embedding and isinstance(module, LoraLayer)):
                 raise ModelError(f"{name}: quant.mode qat rounds no {type(inner).__name__}")
             vars(module)["forward"] = kind(module, rounding, scheme, switch)
+    if scheme.target.shares:
+        for names in siblings(scheme.roundings(plan.skeleton)):
+            together = [vars(_copies(base.get_submodule(name))[-1])["forward"] for name in names]
+            for layer in together:
+                layer.shares = together
 
 
 def rounded_weight(layer: nn.Module) -> torch.Tensor | None:

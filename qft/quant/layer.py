@@ -1,7 +1,7 @@
 """How one linear layer is held or left as it is, whoever quantizes it and whichever way it is written."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,15 @@ class LayerScheme:
     def facts(self) -> dict[str, Any]:
         """As plain values, by the names of the fields of `calibrate`."""
         return {name: getattr(self, name) for name in SCHEME_FIELDS}
+
+
+def siblings(schemes: Mapping[str, Any]) -> list[list[str]]:
+    """The names of layers that are held alike and are parts of the same module, together: engines multiply with some of
+    them at once (q, k and v; gate and up), and then know but one scale of a whole tensor."""
+    found: dict[tuple[str, Any], list[str]] = {}
+    for name, scheme in schemes.items():
+        found.setdefault((name.rpartition(".")[0], scheme), []).append(name)
+    return list(found.values())
 
 
 def skip_entry(name: str, names: Sequence[str]) -> str:

@@ -233,6 +233,11 @@ def _scheme_rules(calibrate: CalibrateSection) -> Iterator[Problem]:
     by_row = calibrate.data_type == "float" or calibrate.activations != "none"
     if by_row and calibrate.group_size not in ("auto", -1):
         yield "calibrate.group_size", "8-bit products need one scale a row: set it to auto or -1"
+    if calibrate.group_size == 16:
+        yield (
+            "calibrate.group_size",
+            "16 is nvfp4's, for which quant.mode qat trains; engines read integers by 32 or more",
+        )
     if calibrate.activations != "none" and not calibrate.symmetric:
         yield "calibrate.symmetric", "8-bit products of activations need weights without a zero point: set it to true"
 

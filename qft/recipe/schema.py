@@ -100,9 +100,9 @@ class CalibrateSection(Section):
     """Of the weights. float is float8 e4m3; nf4 and fp4 are bitsandbytes'."""
     bits: Literal[4, 8] = 4
     """Of a weight."""
-    group_size: Literal["auto", -1, 32, 64, 128] = "auto"
+    group_size: Literal["auto", -1, 16, 32, 64, 128] = "auto"
     """Weights of a row that share a scale; -1: a whole row. auto: 128 for 4 bits (or 64, or 32, where the layers'
-    inputs do not divide by it), a row for 8 bits."""
+    inputs do not divide by it), a row for 8 bits. 16 is nvfp4's, a quant.target."""
     symmetric: bool = True
     """Zero is in the middle of the range. false: each group has a zero point too."""
     activations: Literal["none", "dynamic", "static"] = "none"

@@ -13,8 +13,8 @@ from pydantic_core import PydanticCustomError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 QatTarget = Literal[
-    "int4-g32", "int4-g64", "int4-g128", "int8", "w8a8", "int8-dynamic-act-int4-weight", "mxfp4", "nf4", "q4_0",
-    "q8_0",
+    "int4-g32", "int4-g64", "int4-g128", "int8", "w8a8", "int8-dynamic-act-int4-weight", "mxfp4", "nvfp4", "nf4",
+    "q4_0", "q8_0",
 ]  # fmt: skip
 Format = Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text"]
 T = TypeVar("T")
@@ -92,7 +92,8 @@ class QuantSection(Section):
     target: QatTarget | None = None
     """The format to train for: int4-g32, int4-g64, int4-g128 (integers with a scale for so many weights), int8 (with a
     scale a row), w8a8 and int8-dynamic-act-int4-weight (int8, or int4-g32, multiplied with activations in 8 bits that
-    are scaled per token), mxfp4 (4-bit floats with a power of two for 32), all as compressed-tensors; nf4
+    are scaled per token), mxfp4 (4-bit floats with a power of two for 32), nvfp4 (4-bit floats with a float8 for 16 and
+    a float32 for the tensor, shared by the layers of a module), all as compressed-tensors; nf4
     (bitsandbytes, double quantization); q4_0, q8_0 (GGUF). Only with mode qat, which needs it."""
     fake_quant_after_steps: int = Field(0, ge=0)
     """Optimizer steps before rounding begins. Only with mode qat."""

@@ -105,6 +105,25 @@ def test_a_layer_multiplies_with_the_rounded_merge(
         assert torch.equal(made, expected), name
 
 
+def test_layers_that_share_a_scale_are_rounded_anew_when_another_has_changed(llama: Path, tmp_path: Path) -> None:
+    """Of three that are multiplied as one, one is trained, and the scale of all follows its largest weight."""
+    plan = plan_of(llama, "nvfp4", adapter={"r": 4, "target_modules": ["q_proj"]}, model={"dtype": "bfloat16"})
+    scheme, model = plan.model.scheme, attached(plan)
+    assert isinstance(scheme, Qat)
+    for scale in (1.0, 40.0):
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.mul_(scale if "lora_B" in name else 1)
+        model.save_pretrained(tmp_path / "adapter")
+        merged = MergedWeights(plan.model, tmp_path / "adapter", "bfloat16", None)
+        calls = {name: (given, made) for name, given, made in seen(model, lambda: model(input_ids=IDS))}
+        for tensors in merged.groups():
+            for name, rounding in scheme.settled(scheme.roundings(plan.model.skeleton), tensors).items():
+                given, made = calls[name]
+                weight = rounding(tensors[f"{name}.weight"]).values
+                assert torch.equal(made, functional.linear(given, weight, tensors.get(f"{name}.bias"))), name
+
+
 def test_all_weights_are_rounded_in_the_dtype_of_the_export(llama: Path) -> None:
     """They are trained in float32, and evaluated and exported in bfloat16 where nothing else is asked."""
     plan = plan_of(llama, adapter={"kind": "none"})

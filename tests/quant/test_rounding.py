@@ -16,6 +16,7 @@ from torch import nn
 
 from qft.quant.dequantize import dequantized_weight
 from qft.quant.engines import Block, find_engine, linear_of
+from qft.quant.hold import Qat
 from qft.quant.rounding import TARGETS, Target, straight_through
 from qft.quant.rounding.integer import Integer, dynamic_int8
 from qft.recipe.training import QuantSection
@@ -92,7 +93,7 @@ def test_what_is_not_finite_stays_so(name: str, number: float) -> None:
     weight[1, 3] = number
     values = TARGETS[name].rounding(weight).values
     assert not torch.isfinite(values[1]).all()
-    if TARGETS[name].block > 1:
+    if TARGETS[name].block > 1 and not TARGETS[name].shares:
         assert torch.isfinite(values[0]).all()
 
 
@@ -103,6 +104,37 @@ def test_a_scale_beyond_float16_is_not_hidden() -> None:
 
 def test_the_recipe_names_them_all() -> None:
     assert list(get_args(get_args(QuantSection.model_fields["target"].annotation)[0])) == list(TARGETS)
+
+
+def test_layers_of_a_module_share_the_scale_of_the_whole_tensor() -> None:
+    """As vLLM needs it, which multiplies with q, k and v, and with gate and up, as one."""
+    target, torch_weights = TARGETS["nvfp4"], {name: torch.randn(8, 32) for name in ("a.q", "a.k", "b.up")}
+    torch_weights["a.k"] *= 50
+    assert target.layer is not None
+    modules = nn.ModuleDict({"a": nn.ModuleDict(), "b": nn.ModuleDict()})
+    for name, weight in torch_weights.items():
+        modules.get_submodule(name[0]).add_module(name[2:], linear_of(weight))
+    engine = find_engine("rtn")
+    held = engine.quantize(Block("", modules, dict.fromkeys(torch_weights, target.layer)))
+    scales = {name: layer.tensors["weight_global_scale"].item() for name, layer in held.items()}
+    assert scales["a.q"] == scales["a.k"] < scales["b.up"]
+
+    scheme = Qat("qat", "float32", quant_type="nvfp4")
+    named = {f"{name}.weight": weight for name, weight in torch_weights.items()}
+    roundings = scheme.settled(dict.fromkeys(torch_weights, target.rounding), named)
+    for name, weight in torch_weights.items():
+        assert torch.equal(roundings[name](weight).values, dequantized_weight(held[name].module)), name
+    assert not torch.equal(roundings["a.q"](torch_weights["a.q"]).values, target.rounding(torch_weights["a.q"]).values)
+
+
+def test_scales_that_float8_can_hardly_hold_clip() -> None:
+    """A block whose scale is rounded down to float8's least: what is more than 7 of its steps has no gradient."""
+    weight = torch.zeros(1, 32)
+    weight[0, 0], weight[0, 16:18] = 1.0, torch.tensor([1.3e-5, 0.9e-5])
+    rounded = TARGETS["nvfp4"].rounding(weight)
+    assert rounded.inside is not None
+    assert rounded.inside[0, [0, 16, 17]].tolist() == [True, False, True]
+    assert rounded.values[0, 16] < 1e-5
 
 
 GRIDS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], int, int]] = {

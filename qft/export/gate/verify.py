@@ -186,8 +186,9 @@ def _reader(model: nn.Module) -> Read:
 
 def _rounded_weights(job: Job, scheme: Qat, read: Read) -> GateCheck:
     """How many weights of the artifact are not, to the bit, what those as trained are rounded to."""
-    roundings, different = scheme.roundings(job.weights.model), 0
+    known, different = scheme.roundings(job.weights.model), 0
     for tensors in job.weights.groups():
+        roundings = scheme.settled(known, tensors)
         for name, merged in tensors.items():
             rounding, given = roundings.get(name.removesuffix(".weight")), read(name)
             wanted = rounding(merged).values if rounding else merged

@@ -54,7 +54,7 @@ class CompressedTensors(Quantized):
         section = job.section(FORMS[self.format])
         kind = f"W{section.bits}A16{'' if section.symmetric else ' with zero points'}"
         if section.data_type == "float":
-            kind = "MXFP4A16"
+            kind = "NVFP4A16" if section.group_size == 16 else "MXFP4A16"
         if section.activations != "none":
             kind = f"{'FP8' if section.data_type == 'float' else f'W{section.bits}A8'} {section.activations}"
         return f"{self.format} {kind}"

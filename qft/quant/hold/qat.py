@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qft.quant.hold.base import Scheme
-from qft.quant.rounding import TARGETS, Rounding, Target
+from qft.quant.layer import siblings
+from qft.quant.rounding import TARGETS, Rounding, Target, largest_of, sharing
 from qft.recipe import Recipe
 from qft.recipe.rules import Problem
 from qft.recipe.training import QuantSection
@@ -82,6 +83,18 @@ class Qat(Scheme):
         """What becomes of the weight of each module that the format holds in few bits."""
         ends = dict.fromkeys(self.ends(model), self.target.ends) if self.target.ends else {}
         return dict.fromkeys(self.holds(model), self.target.rounding) | ends
+
+    def settled(self, roundings: Mapping[str, Rounding], weights: Mapping[str, torch.Tensor]) -> dict[str, Rounding]:
+        """Of the layers whose weights [out, in] are among `weights`, by name, and with which come all parts of their
+        modules: `roundings` that ask for one argument alone."""
+        held = {name: weights[f"{name}.weight"] for name in roundings if f"{name}.weight" in weights}
+        if not self.target.shares:
+            return {name: roundings[name] for name in held}
+        found: dict[str, Rounding] = {}
+        for names in siblings(dict.fromkeys(held)):
+            largest = [largest_of(held[name]) for name in names]
+            found |= {name: sharing(roundings[name], largest) for name in names}
+        return found
 
     @staticmethod
     def ends(model: PreTrainedModel) -> set[str]:

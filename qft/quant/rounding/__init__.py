@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 
 from qft.quant.layer import LayerScheme
-from qft.quant.rounding.base import Rounded, Rounding, straight_through
+from qft.quant.rounding.base import Rounded, Rounding, largest_of, sharing, straight_through
+from qft.quant.rounding.float4 import MX_BLOCK, NV_BLOCK, mxfp4, nvfp4
 from qft.quant.rounding.ggml import BLOCK, q4_0, q8_0
 from qft.quant.rounding.integer import Integer, dynamic_int8
-from qft.quant.rounding.mx import mxfp4
 from qft.quant.rounding.nf4 import nf4
 
-__all__ = ["TARGETS", "Rounded", "Rounding", "Target", "straight_through"]
+__all__ = ["TARGETS", "Rounded", "Rounding", "Target", "largest_of", "sharing", "straight_through"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,9 @@ class Target:
     """Of embeddings and output head; None: they stay as they are."""
     inputs: Rounding | None = None
     """Of what those layers multiply their weights with; None: it stays as it is."""
+    shares: bool = False
+    """Whether `rounding` takes a second argument, the largest magnitude [] of the weights of all layers of a module:
+    those have one scale of the whole tensor together."""
 
 
 def _integer(bits: int, group_size: int = -1, activations: str = "none") -> Target:
@@ -41,7 +44,8 @@ TARGETS: dict[str, Target] = {
     "int8": _integer(8),
     "w8a8": _integer(8, activations="dynamic"),
     "int8-dynamic-act-int4-weight": _integer(4, 32, activations="dynamic"),
-    "mxfp4": Target(mxfp4, BLOCK, "compressed-tensors", LayerScheme("float", 4, BLOCK)),
+    "mxfp4": Target(mxfp4, MX_BLOCK, "compressed-tensors", LayerScheme("float", 4, MX_BLOCK)),
+    "nvfp4": Target(nvfp4, NV_BLOCK, "compressed-tensors", LayerScheme("float", 4, NV_BLOCK), shares=True),
     "nf4": Target(nf4, 1, "bnb-4bit", LayerScheme("nf4", 4)),
     "q4_0": Target(q4_0, BLOCK, "gguf-q4_0", ends=q8_0),
     "q8_0": Target(q8_0, BLOCK, "gguf-q8_0", ends=q8_0),

@@ -17,6 +17,7 @@ from qft.model.merge import Adapter, MergedWeights, planned_adapter
 from qft.plan import ModelPlan, Plan, plan_calibration, plan_layers, refuse
 from qft.quant.hold import Qat
 from qft.quant.hold.none import Unquantized
+from qft.quant.layer import Settled
 from qft.recipe import LoadedRecipe
 from qft.recipe.catalogue import export_problem
 from qft.recipe.schema import CalibrateSection, ExportTarget, MergeInto
@@ -178,7 +179,8 @@ def _require_possible(name: str, handover: Handover, rows: Prepared | None) -> N
     if form.rounding:
         asked = handover.loaded.having(calibrate=handover.section(form))
         if rows:
-            plan_calibration(asked, handover.merged, trained=rows)
+            settled = Settled() if isinstance(handover.plan.scheme, Qat) else None
+            plan_calibration(asked, handover.merged, trained=rows, settled=settled)
         else:
             plan_layers(asked, handover.merged)
 

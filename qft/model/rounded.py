@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,10 +19,11 @@ from torch.nn import functional
 
 from qft.errors import ModelError
 from qft.model.delta import merged
+from qft.model.rounding_state import NAME, LayerState, RoundingState
 from qft.plan import ModelPlan
 from qft.quant.hold import Qat
 from qft.quant.layer import siblings
-from qft.quant.rounding import Rounding, largest_of, sharing, straight_through
+from qft.quant.rounding import Integer, Rounding, largest_of, sharing, static_int8, straight_through
 
 
 class Switch:
@@ -34,6 +36,9 @@ class Switch:
 
 class _Layer:
     """What a layer does in the place of its own forward."""
+
+    state: LayerState | None = None
+    """What is learnt of it besides."""
 
     def __init__(self, layer: Any, rounding: Rounding | None, scheme: Qat, switch: Switch) -> None:
         self.layer, self.rounding, self.switch = layer, rounding, switch
@@ -62,8 +67,8 @@ class _Linear(_Layer):
 
     def __call__(self, inputs: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         base: Any = getattr(self.layer, "base_layer", self.layer)
-        if self.inputs:
-            inputs = self.rounded(inputs, self.inputs).to(inputs.dtype)
+        if rounding := self._of_inputs(inputs):
+            inputs = self.rounded(inputs, rounding).to(inputs.dtype)
         # Under autocast the product itself casts, and for a moment only.
         dtype = None if torch.is_autocast_enabled(inputs.device.type) else inputs.dtype
         bias = base.bias if base.bias is None else base.bias.to(dtype)
@@ -71,7 +76,7 @@ class _Linear(_Layer):
 
     def weight(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """What it multiplies with, [out, in]; None: in the dtype in which the file gives it back."""
-        if torch.is_grad_enabled() and any(part.requires_grad for part in self._parts()):
+        if torch.is_grad_enabled() and any(part.requires_grad for part in self._sources()):
             self._kept = None
             return self._made(dtype)
         key = (self.rounds, dtype, [layer._key() for layer in self.shares or [self]])
@@ -87,8 +92,24 @@ class _Linear(_Layer):
                 self._largest = key, largest_of(self._merged().to(self.dtype))
         return self._largest[1]
 
+    def measure(self) -> None:
+        """Start to learn from the scales that the weight has now."""
+        if self.state and isinstance(self.rounding, Integer):
+            with torch.no_grad():
+                self.state.learn_from(self.rounding.scales(self._merged().to(self.dtype)))
+
+    def _of_inputs(self, inputs: torch.Tensor) -> Rounding | None:
+        if self.state and self.state.largest is not None:
+            if self.layer.training:
+                self.state.look(inputs.to(self.dtype))
+            return partial(static_int8, largest=self.state.largest)
+        return self.inputs
+
     def _made(self, dtype: torch.dtype | None) -> torch.Tensor:
         rounding = self.rounding
+        scale = self.state.scale if self.state and self.rounds else None
+        if scale is not None and isinstance(rounding, Integer):
+            return rounding.learnt(self._merged().to(self.dtype), scale).to(dtype)
         if rounding and self.shares and self.rounds:
             rounding = sharing(rounding, [layer.largest() for layer in self.shares])
         return self.rounded(self._merged(), rounding).to(dtype)
@@ -97,15 +118,25 @@ class _Linear(_Layer):
         weight, *adapter = self._parts()
         return merged(weight, self.layer.scaling["default"], *adapter) if adapter else weight
 
+    @property
+    def base_weight(self) -> torch.Tensor:
+        weight: torch.Tensor = getattr(self.layer, "base_layer", self.layer).weight
+        return weight
+
     def _parts(self) -> list[torch.Tensor]:
         """What the weight is made of: the base's, and that of an adapter which is on."""
-        base = getattr(self.layer, "base_layer", self.layer)
         delta = getattr(self.layer, "lora_A", {}) and not self.layer.disable_adapters
-        return [base.weight, *_adapter_parts(self.layer)] if delta else [base.weight]
+        return [self.base_weight, *_adapter_parts(self.layer)] if delta else [self.base_weight]
+
+    def _sources(self) -> list[torch.Tensor]:
+        """What the rounded weight is made of."""
+        state = self.state
+        learnt = [] if state is None or state.change is None or state.start is None else [state.start, state.change]
+        return [*self._parts(), *learnt]
 
     def _key(self) -> Any:
         """Which is another once one of them has changed."""
-        return torch.is_inference_mode_enabled(), [(part.data_ptr(), part._version) for part in self._parts()]
+        return torch.is_inference_mode_enabled(), [(part.data_ptr(), part._version) for part in self._sources()]
 
 
 class _Embedding(_Layer):
@@ -138,11 +169,38 @@ def round_weights(model: Any, plan: ModelPlan) -> None:
             if kind is None or (kind is _Embedding and isinstance(module, LoraLayer)):
                 raise ModelError(f"{name}: quant.mode qat rounds no {type(inner).__name__}")
             vars(module)["forward"] = kind(module, rounding, scheme, switch)
+    if scheme.learns:
+        _add_state(model, base, sorted(scheme.holds(plan.skeleton)), scheme)
     if scheme.target.shares:
         for names in siblings(scheme.roundings(plan.skeleton)):
-            together = [vars(_copies(base.get_submodule(name))[-1])["forward"] for name in names]
+            together = [_layer_of(base, name) for name in names]
             for layer in together:
                 layer.shares = together
+
+
+def _add_state(model: Any, base: Any, names: list[str], scheme: Qat) -> None:
+    state = RoundingState(names)
+    for name in names:
+        layer, own = _layer_of(base, name), state.of(name)
+        layer.state = own
+        if scheme.target.observes:
+            own.observe_on(layer.base_weight.device)
+        if scheme.learns_scales:
+            layer.measure()
+    model.add_module(NAME, state)
+
+
+def measure_scales(model: Any) -> None:
+    """Have scales that are learnt start from the weights as they are now, where rounding begins later than the
+    training."""
+    for module in model.modules():
+        if isinstance(layer := vars(module).get("forward"), _Linear):
+            layer.measure()
+
+
+def _layer_of(base: Any, name: str) -> _Linear:
+    found: _Linear = vars(_copies(base.get_submodule(name))[-1])["forward"]
+    return found
 
 
 def rounded_weight(layer: nn.Module) -> torch.Tensor | None:

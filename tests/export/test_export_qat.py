@@ -18,6 +18,7 @@ from qft.documents.plan import PlanDocument
 from qft.errors import RecipeError
 from qft.export import export
 from qft.export.gate.verify import judge, reference
+from qft.model.rounding_state import read_state
 from qft.progress import View
 from qft.quant.rounding import TARGETS
 from qft.recipe import load
@@ -65,11 +66,28 @@ def test_what_is_written_is_what_was_trained(target: str, kind: str, tmp_path: P
     assert (checks["different_weights"].value, checks["different_weights"].threshold) == (0, 0)
     card = (Path(document.path) / "README.md").read_text("utf-8")
     assert f"trained as they are rounded here (quantization-aware training for {target})" in card
+    if TARGETS[target].observes:
+        assert (checks["different_input_scales"].value, checks["different_input_scales"].passed) == (0, True)
     if TARGETS[target].layer:
         assert checks["largest_difference"].value == 0
         assert (checks["same_continuations"].value, checks["same_continuations"].threshold) == (1, 1)
     else:
         assert checks["kl"].value < 1e-3
+
+
+@pytest.mark.parametrize(("target", "kind"), [("int4-g32", "lora"), ("w8a8-static", "none")])
+def test_learnt_scales_are_those_of_the_file(target: str, kind: str, tmp_path: Path) -> None:
+    run = qat_run(tmp_path, target, KINDS[kind], quant={"learn_scales": True})
+    document, checks = exported(run, target)
+    assert document.passed
+    assert (checks["different_weights"].value, checks["largest_difference"].value) == (0, 0)
+    learnt = read_state(run / ("adapter" if kind == "lora" else "model"))
+    name = "model.layers.1.mlp.up_proj"
+    change = learnt[f"{name}.weight_scale_change"]
+    assert change.abs().max() > 0
+    [path] = Path(document.path).glob("model-block-*1.safetensors")
+    held = load_file(path)[f"{name}.weight_scale"]
+    assert torch.equal(held, (learnt[f"{name}.weight_scale"] * (1 + change)).to(held.dtype))
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", "phi", "opt", "mixtral", "qwen3_moe", "gemma3"])

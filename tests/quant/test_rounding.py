@@ -4,6 +4,7 @@ and gradients those of float64."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,7 +19,7 @@ from qft.quant.dequantize import dequantized_weight
 from qft.quant.engines import Block, find_engine, linear_of
 from qft.quant.hold import Qat
 from qft.quant.rounding import TARGETS, Target, straight_through
-from qft.quant.rounding.integer import Integer, dynamic_int8
+from qft.quant.rounding.integer import Integer, dynamic_int8, static_int8
 from qft.recipe.training import QuantSection
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -32,7 +33,8 @@ def stored(target: Target, weight: torch.Tensor) -> torch.Tensor:
         encoded = gguf.quants.quantize(weight.float().numpy(), kind)
         return torch.from_numpy(gguf.quants.dequantize(encoded, kind))
     engine = find_engine(ENGINES[target.form])
-    block = Block("", nn.ModuleDict({"layer": linear_of(weight)}), {"layer": target.layer})
+    one = nn.ModuleDict({"layer": linear_of(weight)})
+    block = Block("", one, {"layer": target.layer}, largest_inputs={"layer": 1.0})
     tensors = engine.quantize(block)["layer"].tensors
     return dequantized_weight(engine.restore(linear_of(weight), tensors, target.layer))
 
@@ -190,6 +192,67 @@ def test_activations_are_rounded_as_the_loaded_model_rounds_them(shape: tuple[in
     inputs[0, 0] = 0.0
     expected = forward_quantize(module, inputs, "input", module.quantization_scheme.input_activations)
     assert torch.equal(dynamic_int8(inputs).values, expected)
+
+
+@pytest.mark.parametrize("name", ["int4-g32", "int8", "w8a8", "int8-dynamic-act-int4-weight"])
+def test_learnt_scales_have_the_gradient_of_lsq(name: str) -> None:
+    """Against float64, by the paper: quotients inside, beyond both ends, and next to them."""
+    rounding = TARGETS[name].rounding
+    assert isinstance(rounding, Integer)
+    torch.manual_seed(0)
+    weight, upstream = torch.randn(8, 128, requires_grad=True), torch.randn(8, 128)
+    scale = (rounding.scales(weight.detach()) * torch.empty_like(rounding.scales(weight)).uniform_(0.4, 1.2)).detach()
+    scale.requires_grad_()
+    values = rounding.learnt(weight, scale)
+    assert torch.equal(values, rounding(weight, scale).values)
+    found = torch.autograd.grad(values, (weight, scale), upstream)
+
+    least, most = -(2 ** (rounding.bits - 1)), 2 ** (rounding.bits - 1) - 1
+    size = rounding.group_size if rounding.group_size > 0 else 128
+    groups, step = weight.detach().double().view(8, -1, size), scale.detach().double()[..., None]
+    quotients, given = groups / step, upstream.double().view(8, -1, size)
+    inside = (quotients > least) & (quotients < most)
+    slope = torch.where(inside, quotients.round() - quotients, quotients.clamp(least, most))
+    assert 0 < int((~inside).sum()) < inside.numel() / 2
+    assert torch.equal(found[0].double().view_as(given), given * inside)
+    expected = (given * slope).sum(-1) / (size * most) ** 0.5
+    torch.testing.assert_close(found[1].double(), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_file_holds_the_scales_that_were_learnt(dtype: torch.dtype) -> None:
+    for name in ("int4-g32", "w8a8"):
+        target, weight = TARGETS[name], torch.randn(6, 128).to(dtype)
+        assert isinstance(target.rounding, Integer)
+        assert target.layer is not None
+        scales = target.rounding.scales(weight) * 0.83
+        block = Block(
+            "", nn.ModuleDict({"layer": linear_of(weight)}), {"layer": target.layer}, scales={"layer": scales}
+        )
+        held = find_engine("rtn").quantize(block)["layer"]
+        assert torch.equal(held.tensors["weight_scale"].float().flatten(), scales.to(dtype).float().flatten())
+        assert torch.equal(target.rounding(weight, scales).values, dequantized_weight(held.module))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_static_activations_are_rounded_as_the_loaded_model_rounds_them(dtype: torch.dtype) -> None:
+    scheme = TARGETS["w8a8-static"].layer
+    assert scheme is not None
+    layer = linear_of(torch.randn(8, 64, dtype=dtype))
+    for largest in (2.5, 1e-3, 700.0):
+        block = Block("", nn.ModuleDict({"layer": layer}), {"layer": scheme}, largest_inputs={"layer": largest})
+        module: Any = find_engine("rtn").quantize(block)["layer"].module
+        inputs = (torch.randn(3, 5, 64) * largest / 2).to(dtype)
+        expected = forward_quantize(module, inputs, "input", module.quantization_scheme.input_activations)
+        assert torch.equal(static_int8(inputs, torch.tensor(largest)).values, expected)
+
+
+def test_what_is_beyond_the_range_of_activations_has_no_gradient() -> None:
+    inputs = torch.tensor([0.5, -1.0, 1.0, 1.01, -3.0], requires_grad=True)
+    straight_through(inputs, partial(static_int8, largest=torch.tensor(1.0))).sum().backward()
+    assert inputs.grad is not None
+    assert inputs.grad.tolist() == [1, 1, 0, 0, 0]  # 1.0 is 127.5 steps, and the largest integer is 127
+    assert torch.equal(static_int8(inputs.detach(), torch.tensor(0.0)).values, inputs)
 
 
 def test_a_group_is_not_seen_by_its_neighbours() -> None:

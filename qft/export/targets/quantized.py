@@ -25,7 +25,8 @@ class Quantized(Exporter):
         """Says nothing of a run that was trained rounded: it is quantized once, and loses nothing. Raises GateError if
         calibrate.accept is not met, and what `plan_calibration` raises."""
         model = plan_folder(merged_folder(job), job.plan.recipe.model, job.dtype)
-        plan = plan_calibration(job.loaded.having(calibrate=job.section(FORMS[self.format])), model)
+        asked = job.loaded.having(calibrate=job.section(FORMS[self.format]))
+        plan = plan_calibration(asked, model, settled=job.learnt)
         with TemporaryDirectory(dir=job.scratch) as work:
             told = quantize_folder(plan, folder, Path(work), job.view)
         return None if isinstance(job.plan.scheme, Qat) else told

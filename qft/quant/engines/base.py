@@ -28,6 +28,8 @@ class Block:
     """The same hidden states once the blocks before are quantized."""
     largest_inputs: Mapping[str, float] = field(default_factory=dict)
     """Largest magnitude that each layer with static activations was given."""
+    scales: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Of layers whose scales [out, groups] are settled, in float32."""
     iters: int = 0
     seed: int = 0
 

@@ -88,7 +88,7 @@ def hold(
     weight = layer.weight.data.float()
     state = {"weight": weight, "weight_scale": scale, "weight_zero_point": zero_point.to(torch.int8)}
     if whole is not None:
-        state["weight_global_scale"] = whole
+        state["weight_global_scale"] = whole.clone()  # of several layers: a file wants one each
     compressed = _compressor(arguments).compress(state, arguments)
     if scheme.activations == "static":
         if largest_input is None:

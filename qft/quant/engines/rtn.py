@@ -15,6 +15,8 @@ class RoundToNearest(CompressedTensors):
             whole = global_scale([layer.weight.data for layer in layers], block.schemes[names[0]])
             for name, layer in zip(names, layers, strict=True):
                 scheme = block.schemes[name]
-                scales = weight_scales(layer.weight.data, scheme, whole)
-                quantized[name] = hold(layer, scheme, *scales, block.largest_inputs.get(name), whole)
+                scale, zero_point = weight_scales(layer.weight.data, scheme, whole)
+                if (settled := block.scales.get(name)) is not None:
+                    scale = settled.to(scale)
+                quantized[name] = hold(layer, scheme, scale, zero_point, block.largest_inputs.get(name), whole)
         return quantized

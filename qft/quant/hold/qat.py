@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qft.quant.hold.base import Scheme
 from qft.quant.layer import siblings
-from qft.quant.rounding import TARGETS, Rounding, Target, largest_of, sharing
+from qft.quant.rounding import TARGETS, Rounding, Target, largest_of, sharing, with_scale
 from qft.recipe import Recipe
 from qft.recipe.rules import Problem
 from qft.recipe.training import QuantSection
@@ -30,6 +31,8 @@ class Qat(Scheme):
     keeps_weights = True
     quant_type: str = "int4-g32"
     """quant.target."""
+    learns_scales: bool = False
+    """quant.learn_scales."""
     more: tuple[str, ...] = ()
     """Of the training, in words."""
 
@@ -39,11 +42,19 @@ class Qat(Scheme):
         skipped = () if TARGETS[name].ends else (*heads, *quant.named_skips)
         late = [f"from step {quant.fake_quant_after_steps + 1} on"] if quant.fake_quant_after_steps else []
         distilled = ["distilled from itself unrounded"] if quant.distill else []
-        return cls("qat", dtype, skipped, None, {}, name, (*late, *distilled))
+        learnt = ["scales learnt"] if quant.learn_scales else []
+        frozen = [f"activations' range frozen after step {quant.freeze_observers_after_steps}"]
+        more = (*late, *learnt, *(frozen if TARGETS[name].observes else []), *distilled)
+        return cls("qat", dtype, skipped, None, {}, name, quant.learn_scales, more)
 
     @property
     def target(self) -> Target:
         return TARGETS[self.quant_type]
+
+    @property
+    def learns(self) -> bool:
+        """Whether layers have more than weights: scales that are trained, or the range of their inputs."""
+        return self.learns_scales or self.target.observes
 
     def words(self) -> str:
         first, rest = self.skipped[:SHOWN], self.skipped[SHOWN:]
@@ -84,12 +95,17 @@ class Qat(Scheme):
         ends = dict.fromkeys(self.ends(model), self.target.ends) if self.target.ends else {}
         return dict.fromkeys(self.holds(model), self.target.rounding) | ends
 
-    def settled(self, roundings: Mapping[str, Rounding], weights: Mapping[str, torch.Tensor]) -> dict[str, Rounding]:
+    def settled(
+        self,
+        roundings: Mapping[str, Rounding],
+        weights: Mapping[str, torch.Tensor],
+        scales: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    ) -> dict[str, Rounding]:
         """Of the layers whose weights [out, in] are among `weights`, by name, and with which come all parts of their
-        modules: `roundings` that ask for one argument alone."""
+        modules: `roundings` that ask for one argument alone. `scales` are those that were learnt."""
         held = {name: weights[f"{name}.weight"] for name in roundings if f"{name}.weight" in weights}
         if not self.target.shares:
-            return {name: roundings[name] for name in held}
+            return {n: with_scale(roundings[n], scales[n]) if n in scales else roundings[n] for n in held}
         found: dict[str, Rounding] = {}
         for names in siblings(dict.fromkeys(held)):
             largest = [largest_of(held[name]) for name in names]

@@ -3,13 +3,16 @@
 from dataclasses import dataclass
 
 from qft.quant.layer import LayerScheme
-from qft.quant.rounding.base import Rounded, Rounding, largest_of, sharing, straight_through
+from qft.quant.rounding.base import Rounded, Rounding, largest_of, sharing, straight_through, with_scale
 from qft.quant.rounding.float4 import MX_BLOCK, NV_BLOCK, mxfp4, nvfp4
 from qft.quant.rounding.ggml import BLOCK, q4_0, q8_0
-from qft.quant.rounding.integer import Integer, dynamic_int8
+from qft.quant.rounding.integer import Integer, dynamic_int8, static_int8
 from qft.quant.rounding.nf4 import nf4
 
-__all__ = ["TARGETS", "Rounded", "Rounding", "Target", "largest_of", "sharing", "straight_through"]
+__all__ = [
+    "TARGETS", "Integer", "Rounded", "Rounding", "Target", "largest_of", "sharing", "static_int8", "straight_through",
+    "with_scale",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,8 @@ class Target:
     """Of embeddings and output head; None: they stay as they are."""
     inputs: Rounding | None = None
     """Of what those layers multiply their weights with; None: it stays as it is."""
+    observes: bool = False
+    """Whether these are multiplied in 8 bits, by the largest of them that was seen."""
     shares: bool = False
     """Whether `rounding` takes a second argument, the largest magnitude [] of the weights of all layers of a module:
     those have one scale of the whole tensor together."""
@@ -35,14 +40,16 @@ class Target:
 
 def _integer(bits: int, group_size: int = -1, activations: str = "none") -> Target:
     scheme = LayerScheme("int", bits, group_size, activations=activations)
-    inputs = dynamic_int8 if activations == "dynamic" else None
-    return Target(Integer(bits, group_size), max(group_size, 1), "compressed-tensors", scheme, inputs=inputs)
+    inputs, observes = dynamic_int8 if activations == "dynamic" else None, activations == "static"
+    rounding, block = Integer(bits, group_size), max(group_size, 1)
+    return Target(rounding, block, "compressed-tensors", scheme, inputs=inputs, observes=observes)
 
 
 TARGETS: dict[str, Target] = {
     **{f"int4-g{size}": _integer(4, size) for size in (32, 64, 128)},
     "int8": _integer(8),
     "w8a8": _integer(8, activations="dynamic"),
+    "w8a8-static": _integer(8, activations="static"),
     "int8-dynamic-act-int4-weight": _integer(4, 32, activations="dynamic"),
     "mxfp4": Target(mxfp4, MX_BLOCK, "compressed-tensors", LayerScheme("float", 4, MX_BLOCK)),
     "nvfp4": Target(nvfp4, NV_BLOCK, "compressed-tensors", LayerScheme("float", 4, NV_BLOCK), shares=True),

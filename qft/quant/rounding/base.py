@@ -33,6 +33,11 @@ def sharing(rounding: Callable[..., Rounded], largest: Sequence[torch.Tensor]) -
     return partial(rounding, largest=torch.stack(list(largest)).amax())
 
 
+def with_scale(rounding: Callable[..., Rounded], scale: torch.Tensor) -> Rounding:
+    """Of one that takes scales besides: with these."""
+    return partial(rounding, scale=scale)
+
+
 def divided(values: torch.Tensor, divisor: float) -> torch.Tensor:
     """The quotients, rounded once: by a Python number, a GPU would multiply with its reciprocal."""
     return values / torch.full((), divisor, dtype=values.dtype, device=values.device)

@@ -24,8 +24,8 @@ def mxfp4(weight: torch.Tensor) -> Rounded:
 
 def nvfp4(weight: torch.Tensor, largest: torch.Tensor | None = None) -> Rounded:
     """A block's scale is a float8 (e4m3), and a float32 scale of the whole tensor makes these fill their range: by its
-    largest magnitude, or by that of all tensors that share it (`largest` []). What is not finite makes all of the tensor
-    so. Values are in the weight's dtype, and bfloat16 holds them all."""
+    largest magnitude, or by that of all tensors that share it (`largest` []). What is not finite makes all
+    of the tensor so. Values are in the weight's dtype, and bfloat16 holds them all."""
     blocks = _blocks(weight, NV_BLOCK)
     tops = blocks.abs().amax(-1, keepdim=True)
     whole = global_scale(tops.amax() if largest is None else largest)
@@ -41,7 +41,8 @@ def nvfp4(weight: torch.Tensor, largest: torch.Tensor | None = None) -> Rounded:
 def global_scale(largest: torch.Tensor) -> torch.Tensor:
     """What scales of blocks are multiplied with, in float32: the block of the largest magnitude has float8's largest.
     1 where float32 has none, as for a tensor of zeros."""
-    scale = torch.full_like(largest, FLOAT8.max * MOST) / largest.clamp(min=torch.finfo(torch.float32).tiny)
+    # As torch divides a number by a tensor.
+    scale = largest.clamp(min=torch.finfo(torch.float32).tiny).reciprocal() * (FLOAT8.max * MOST)
     return scale.nan_to_num(nan=1.0, posinf=1.0, neginf=1.0)
 
 

@@ -1,0 +1,163 @@
+"""What quantization-aware training learns of layers beside their weights: scales, and the range of their inputs.
+
+It is part of the model while that is trained, so that the optimizer finds it, and no part of its state dict: a file of
+its own, beside the adapter's or the model's weights, has it wherever these are written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qft.checkpoint.weights import open_tensors, save_tensors
+from qft.errors import ModelError
+from qft.quant.layer import Settled
+
+FILE = "rounding.safetensors"
+NAME = "rounding_state"
+"""Of the module in the model."""
+KEYS = ("weight_scale", "weight_scale_change", "input_largest")
+"""Of a layer, in the file: LayerState's start, change and largest."""
+SMALLEST = 2**-6
+"""Of what it started from, the share below which no scale falls."""
+
+
+class LayerState(nn.Module):
+    """Of one layer."""
+
+    start: torch.Tensor | None
+    """The scales that the first weights had, [out, groups] in float32."""
+    change: nn.Parameter | None
+    """What is learnt: the scales are start * (1 + change). In steps of the scales' own size, whatever that is."""
+    largest: torch.Tensor | None
+    """The largest magnitude [] of the inputs so far, in float32; 0: none was seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("start", None)
+        self.register_parameter("change", None)
+        self.register_buffer("largest", None)
+        self.observing = False
+
+    def learn_from(self, scales: torch.Tensor) -> None:
+        self.start = scales.detach().float()
+        if self.change is None:
+            self.change = nn.Parameter(torch.zeros_like(self.start))
+
+    def observe_on(self, device: torch.device) -> None:
+        self.largest = torch.zeros((), device=device)
+
+    @property
+    def scale(self) -> torch.Tensor | None:
+        """[out, groups] in float32, if it is learnt."""
+        return None if self.start is None or self.change is None else learnt_scale(self.start, self.change)
+
+    def look(self, inputs: torch.Tensor) -> None:
+        """Widen the range, if it is not frozen. What is not finite is no range: the loss tells of it."""
+        if self.observing and self.largest is not None:
+            seen = inputs.detach().abs().amax().float()
+            torch.where(seen.isfinite() & (seen > self.largest), seen, self.largest, out=self.largest)
+
+    def held(self) -> dict[str, torch.Tensor]:
+        """By the names in the file."""
+        found = zip(KEYS, (self.start, self.change, self.largest), strict=True)
+        return {name: tensor.detach() for name, tensor in found if tensor is not None}
+
+    @torch.no_grad()
+    def take(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Raises ValueError for others than `tensors` gives."""
+        if problem := self._problem(tensors):
+            raise ValueError(problem)
+        held = self.held()
+        for name, tensor in tensors.items():
+            held[name].copy_(tensor)
+
+    def _problem(self, tensors: Mapping[str, torch.Tensor]) -> str | None:
+        wanted = self.held()
+        if other := sorted(wanted.keys() ^ tensors.keys()):
+            return f"{other[0]} is {'missing' if other[0] in wanted else 'nothing that this quant section learns'}"
+        for name, tensor in tensors.items():
+            if tensor.shape != wanted[name].shape or tensor.dtype != torch.float32 or not tensor.isfinite().all():
+                return f"{name} is not {list(wanted[name].shape)} finite numbers in float32"
+        return None
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+class RoundingState(nn.Module):
+    """Of all layers, by their names in the base."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__()
+        self.names = names
+        self.layers = nn.ModuleList(LayerState() for _ in names)
+
+    def of(self, name: str) -> LayerState:
+        found: LayerState = self.layers[self.names.index(name)]  # type: ignore[assignment]
+        return found
+
+    def observe(self, on: bool) -> None:
+        for name in self.names:
+            self.of(name).observing = on
+
+    def unobserved(self) -> str | None:
+        """A layer whose inputs have a range, and none was seen."""
+        states = ((name, self.of(name).largest) for name in self.names)
+        return next((name for name, largest in states if largest is not None and largest == 0), None)
+
+    def write(self, folder: Path) -> None:
+        held = {f"{name}.{key}": tensor for name in self.names for key, tensor in self.of(name).held().items()}
+        save_tensors({name: tensor.cpu().contiguous() for name, tensor in held.items()}, folder / FILE)
+
+    def read(self, folder: Path) -> None:
+        """Raises ModelError for what does not fit."""
+        tensors = read_state(folder)
+        for name in self.names:
+            own = {key: tensors.pop(f"{name}.{key}") for key in KEYS if f"{name}.{key}" in tensors}
+            try:
+                self.of(name).take(own)
+            except ValueError as error:
+                raise ModelError(f"{folder / FILE}: {name}: {error}") from error
+        if tensors:
+            raise ModelError(f"{folder / FILE}: holds {min(tensors)}, which no layer has")
+
+
+def learnt_scale(start: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+    return start * (1 + change).clamp(min=SMALLEST)
+
+
+def read_state(folder: Path) -> dict[str, torch.Tensor]:
+    """What a training has written of all layers; empty if it learnt nothing besides."""
+    if not (folder / FILE).is_file():
+        return {}
+    with open_tensors(folder / FILE) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
+
+
+def settled(folder: Path, layers: Collection[str]) -> Settled:
+    """What an export makes of it. Raises ModelError if the file has nothing of one of `layers`."""
+    tensors = read_state(folder)
+    scales, largest = {}, {}
+    for name in layers:
+        start, change, seen = (tensors.get(f"{name}.{key}") for key in KEYS)
+        if start is not None and change is not None:
+            scales[name] = learnt_scale(start, change)
+        elif seen is None:
+            raise ModelError(f"{folder / FILE}: has nothing of {name}")
+        if seen is not None:
+            largest[name] = float(seen)
+    return Settled(scales, largest)
+
+
+def state_of(model: nn.Module) -> RoundingState | None:
+    """Of a model whose rounding learns something."""
+    found = getattr(model, NAME, None)
+    return found if isinstance(found, RoundingState) else None

@@ -12,7 +12,7 @@ from qft.errors import MissingError, RecipeError, RunError
 from qft.files import temporary_name
 from qft.model.handover import Handover, decided
 from qft.model.merge import read_adapter
-from qft.model.rounding_state import settled
+from qft.model.rounded import settled
 from qft.model.target import Target, parse_target
 from qft.progress import View
 from qft.quant.hold import Qat

@@ -8,8 +8,8 @@ from transformers import TrainerCallback
 
 from qft.data.template import IGNORED
 from qft.errors import ModelError
-from qft.model.rounded import measure_scales, switch_of, without_rounding
-from qft.model.rounding_state import RoundingState, state_of
+from qft.quant.rounded import measure_scales, switch_of, without_rounding
+from qft.quant.rounding_state import RoundingState, state_of
 from qft.recipe.training import QuantSection
 
 

@@ -22,8 +22,8 @@ from qft.memory.offload import Offload
 from qft.model.adapter import CHANGES_BASE, attach_adapter, save_adapter, save_full
 from qft.model.load import load_base
 from qft.model.offload import load_offloaded, look_up_on_host, offloading
-from qft.model.rounding_state import state_of
 from qft.plan import Plan
+from qft.quant.rounding_state import state_of
 from qft.quant.share import measured_share
 from qft.run.checkpoint import is_over, step_of
 from qft.run.folder import Run, record_base

@@ -18,7 +18,7 @@ from qft.documents.plan import PlanDocument
 from qft.errors import RecipeError
 from qft.export import export
 from qft.export.gate.verify import judge, reference
-from qft.model.rounding_state import read_state
+from qft.model.rounded import read_state
 from qft.progress import View
 from qft.quant.rounding import TARGETS
 from qft.recipe import load

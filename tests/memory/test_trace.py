@@ -94,6 +94,31 @@ def test_so_does_one_of_other_settings(changes: dict[str, Any]) -> None:
     assert totals(of("llama", asked, AGAIN)) == totals(of("llama", asked, AGAIN, real=True))
 
 
+ROUNDED: dict[str, dict[str, Any]] = {
+    "int4-g32": {},
+    "w8a8-static": {"learn_scales": True},
+    "nvfp4": {},
+    "q8_0": {},
+}
+
+
+def rounded(target: str, **changes: Any) -> Work:
+    quant = QuantSection.model_validate({"mode": "qat", "target": target} | ROUNDED[target])
+    scheme = SCHEMES["qat"](quant, "bfloat16", () if target == "q8_0" else ("lm_head",))
+    return dataclasses.replace(work(**changes), scheme=scheme)
+
+
+@pytest.mark.parametrize("step", [ONCE, AGAIN], ids=["kept", "computed again"])
+@pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "all weights"])
+@pytest.mark.parametrize("target", ROUNDED)
+def test_so_does_one_whose_weights_are_rounded(target: str, lora: dict[str, Any] | None, step: Step) -> None:
+    asked = rounded(target, lora=lora, mixed=torch.bfloat16)
+    found = of("llama", asked, step)
+    assert totals(found) == totals(of("llama", asked, step, real=True))
+    plain = totals(of("llama", work(lora=lora, mixed=torch.bfloat16), step))
+    assert all(found[part].total > plain[part] for part in ("head", "last blocks"))
+
+
 @pytest.mark.parametrize(
     ("kind", "step", "on_gpu"),
     [("llama", ONCE, True), ("llama", AGAIN, False), ("gemma3_text", AGAIN, True), ("mixtral", ONCE, False)],

@@ -15,9 +15,10 @@ from qft.errors import QftError
 from qft.model.adapter import attach_adapter
 from qft.model.load import load_base
 from qft.model.merge import MergedWeights
-from qft.model.rounded import round_weights, switch_of, without_rounding
+from qft.model.rounded import round_weights
 from qft.plan import Plan, make_plan
 from qft.quant.hold import Qat
+from qft.quant.rounded import switch_of, without_rounding
 from qft.quant.rounding import TARGETS
 from qft.recipe.load import from_values
 from tests.support.architectures import write_model

@@ -13,8 +13,7 @@ from torch.nn.functional import kl_div, log_softmax
 from qft.data.template import IGNORED
 from qft.errors import ModelError, RecipeError
 from qft.model.load import load_base
-from qft.model.rounded import round_weights
-from qft.model.rounding_state import read_state
+from qft.model.rounded import read_state, round_weights
 from qft.model.target import load_target, parse_target
 from qft.plan import make_plan
 from qft.recipe import load

@@ -1,23 +1,17 @@
 """What quantization-aware training learns of layers beside their weights: scales, and the range of their inputs.
 
 It is part of the model while that is trained, so that the optimizer finds it, and no part of its state dict: a file of
-its own, beside the adapter's or the model's weights, has it wherever these are written.
+its own has it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from qft.checkpoint.weights import open_tensors, save_tensors
-from qft.errors import ModelError
-from qft.quant.layer import Settled
-
-FILE = "rounding.safetensors"
 NAME = "rounding_state"
 """Of the module in the model."""
 KEYS = ("weight_scale", "weight_scale_change", "input_largest")
@@ -113,48 +107,9 @@ class RoundingState(nn.Module):
         states = ((name, self.of(name).largest) for name in self.names)
         return next((name for name, largest in states if largest is not None and largest == 0), None)
 
-    def write(self, folder: Path) -> None:
-        held = {f"{name}.{key}": tensor for name in self.names for key, tensor in self.of(name).held().items()}
-        save_tensors({name: tensor.cpu().contiguous() for name, tensor in held.items()}, folder / FILE)
-
-    def read(self, folder: Path) -> None:
-        """Raises ModelError for what does not fit."""
-        tensors = read_state(folder)
-        for name in self.names:
-            own = {key: tensors.pop(f"{name}.{key}") for key in KEYS if f"{name}.{key}" in tensors}
-            try:
-                self.of(name).take(own)
-            except ValueError as error:
-                raise ModelError(f"{folder / FILE}: {name}: {error}") from error
-        if tensors:
-            raise ModelError(f"{folder / FILE}: holds {min(tensors)}, which no layer has")
-
 
 def learnt_scale(start: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
     return start * (1 + change).clamp(min=SMALLEST)
-
-
-def read_state(folder: Path) -> dict[str, torch.Tensor]:
-    """What a training has written of all layers; empty if it learnt nothing besides."""
-    if not (folder / FILE).is_file():
-        return {}
-    with open_tensors(folder / FILE) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
-
-
-def settled(folder: Path, layers: Collection[str]) -> Settled:
-    """What an export makes of it. Raises ModelError if the file has nothing of one of `layers`."""
-    tensors = read_state(folder)
-    scales, largest = {}, {}
-    for name in layers:
-        start, change, seen = (tensors.get(f"{name}.{key}") for key in KEYS)
-        if start is not None and change is not None:
-            scales[name] = learnt_scale(start, change)
-        elif seen is None:
-            raise ModelError(f"{folder / FILE}: has nothing of {name}")
-        if seen is not None:
-            largest[name] = float(seen)
-    return Settled(scales, largest)
 
 
 def state_of(model: nn.Module) -> RoundingState | None:

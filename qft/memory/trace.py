@@ -155,7 +155,8 @@ def _adapted(model: PreTrainedModel, work: Work, gpu: OnGpu | None, *, checkpoin
         with torch.device("meta"):
             adapted = get_peft_model(model, LoraConfig(**work.lora | {"init_lora_weights": False}))
     if isinstance(work.scheme, Qat):
-        round_layers(adapted, work.scheme, roundings)
+        traced = work.scheme.target.traced
+        round_layers(adapted, work.scheme, dict.fromkeys(roundings, traced) if traced else roundings)
     return adapted.train()
 
 

@@ -95,7 +95,9 @@ class _Linear(_Layer):
         """Start to learn from the scales that the weight has now."""
         if self.state and isinstance(self.rounding, Integer):
             with torch.no_grad():
-                self.state.learn_from(self.rounding.scales(self._merged().to(self.dtype)))
+                # Without contents it is merged with nothing: torch has no autocast there.
+                weight = self.base_weight if self.base_weight.is_meta else self._merged()
+                self.state.learn_from(self.rounding.scales(weight.to(self.dtype)))
 
     def _of_inputs(self, inputs: torch.Tensor) -> Rounding | None:
         if self.state and self.state.largest is not None:

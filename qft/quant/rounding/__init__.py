@@ -7,7 +7,7 @@ from qft.quant.rounding.base import Rounded, Rounding, largest_of, sharing, stra
 from qft.quant.rounding.float4 import MX_BLOCK, NV_BLOCK, mxfp4, nvfp4
 from qft.quant.rounding.ggml import BLOCK, q4_0, q8_0
 from qft.quant.rounding.integer import Integer, dynamic_int8, static_int8
-from qft.quant.rounding.nf4 import nf4
+from qft.quant.rounding.nf4 import nf4, nf4_traced
 
 __all__ = [
     "TARGETS", "Integer", "Rounded", "Rounding", "Target", "largest_of", "sharing", "static_int8", "straight_through",
@@ -33,6 +33,8 @@ class Target:
     """Of what those layers multiply their weights with; None: it stays as it is."""
     observes: bool = False
     """Whether these are multiplied in 8 bits, by the largest of them that was seen."""
+    traced: Rounding | None = None
+    """What takes the memory of `rounding` with tensors that have no contents, where that does not."""
     shares: bool = False
     """Whether `rounding` takes a second argument, the largest magnitude [] of the weights of all layers of a module:
     those have one scale of the whole tensor together."""
@@ -53,7 +55,7 @@ TARGETS: dict[str, Target] = {
     "int8-dynamic-act-int4-weight": _integer(4, 32, activations="dynamic"),
     "mxfp4": Target(mxfp4, MX_BLOCK, "compressed-tensors", LayerScheme("float", 4, MX_BLOCK)),
     "nvfp4": Target(nvfp4, NV_BLOCK, "compressed-tensors", LayerScheme("float", 4, NV_BLOCK), shares=True),
-    "nf4": Target(nf4, 1, "bnb-4bit", LayerScheme("nf4", 4)),
+    "nf4": Target(nf4, 1, "bnb-4bit", LayerScheme("nf4", 4), traced=nf4_traced),
     "q4_0": Target(q4_0, BLOCK, "gguf-q4_0", ends=q8_0),
     "q8_0": Target(q8_0, BLOCK, "gguf-q8_0", ends=q8_0),
 }

@@ -19,7 +19,8 @@ from qft.recipe.training import (
 
 ExportTarget = Literal[
     "adapter", "merged", "bnb-4bit", "bnb-8bit", "compressed-tensors",
-    "gguf", "gguf-f16", "gguf-bf16", "gguf-q8_0", "gguf-q6_k", "gguf-q5_k_m", "gguf-q4_k_m", "gguf-q4_0",
+    "gguf", "gguf-f16", "gguf-bf16", "gguf-q8_0", "gguf-q6_k", "gguf-q5_k_m", "gguf-q4_k_m", "gguf-q4_k",
+    "gguf-q4_0",
 ]  # fmt: skip
 MergeInto = Literal["dequantized", "original"]
 

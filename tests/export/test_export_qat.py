@@ -39,7 +39,8 @@ KINDS: dict[str, dict[str, Any]] = {
 def qat_run(folder: Path, target: str, adapter: dict[str, Any], **sections: Any) -> Path:
     """A run of a model with biases, whose rows all groups divide."""
     if not (folder / "base").exists():
-        model = tiny_llama(hidden_size=128, intermediate_size=256, attention_bias=True)
+        wide = 256 if target == "q4_k" else 128
+        model = tiny_llama(hidden_size=wide, intermediate_size=256, attention_bias=True)
         torch.nn.init.normal_(model.model.layers[0].self_attn.q_proj.bias, std=0.1)
         model.save_pretrained(folder / "base")
         byte_tokenizer().save_pretrained(folder / "base")

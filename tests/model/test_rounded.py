@@ -266,6 +266,13 @@ def test_architectures(kind: str, tmp_path: Path) -> None:
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "rows that groups do not divide": ("llama", {"intermediate_size": 96}, "int4-g64", r"down_proj.* 96 weights.*64"),
+    "rows that larger blocks do not divide": ("llama", {"hidden_size": 256}, "q4_k", r"down_proj.* weights.*256"),
+    "rows that blocks of 16 do not divide": (
+        "llama",
+        {"intermediate_size": 72},
+        "nvfp4",
+        r"down_proj.* 72 weights.*16",
+    ),
     "rows that blocks do not divide": ("llama", {"intermediate_size": 80}, "q4_0", r"down_proj.* 80 weights.*32"),
     "transposed layers": ("gpt2", {}, "int4-g32", "quant.target: no linear layer"),
     "layers of a class of their own": ("falcon", {}, "int4-g32", "quant.target: no linear layer"),

@@ -15,6 +15,7 @@ from compressed_tensors.quantization.lifecycle.forward import forward_quantize
 from safetensors.torch import load_file
 from torch import nn
 
+from qft.gguf.q4_k import q4_k
 from qft.quant.dequantize import dequantized_weight
 from qft.quant.engines import Block, find_engine, linear_of
 from qft.quant.hold import Qat
@@ -30,7 +31,8 @@ def stored(target: Target, weight: torch.Tensor) -> torch.Tensor:
     """The weight after it was written and read again, by the libraries that the exports use."""
     if target.layer is None:
         kind = gguf.GGMLQuantizationType[target.form.removeprefix("gguf-").upper()]
-        encoded = gguf.quants.quantize(weight.float().numpy(), kind)
+        own = kind == gguf.GGMLQuantizationType.Q4_K
+        encoded = q4_k(weight.float()).packed() if own else gguf.quants.quantize(weight.float().numpy(), kind)
         return torch.from_numpy(gguf.quants.dequantize(encoded, kind))
     engine = find_engine(ENGINES[target.form])
     one = nn.ModuleDict({"layer": linear_of(weight)})
@@ -42,7 +44,7 @@ def stored(target: Target, weight: torch.Tensor) -> torch.Tensor:
 def weights(dtype: torch.dtype) -> Iterator[torch.Tensor]:
     """Of all sizes that a dtype holds, with rows of zeros, blocks of one number, and extremes of both signs."""
     generator = torch.Generator().manual_seed(0)
-    for rows, columns in ((1, 128), (3, 256), (17, 384), (64, 640)):
+    for rows, columns in ((1, 128), (3, 256), (17, 512), (64, 768)):
         weight = torch.randn(rows, columns, generator=generator)
         yield weight.to(dtype)
         yield (weight * weight.abs() ** 3).to(dtype)
@@ -53,7 +55,7 @@ def weights(dtype: torch.dtype) -> Iterator[torch.Tensor]:
         yield weight.to(dtype)
     steps = torch.arange(-128, 128).repeat(2, 1) / 8  # halves of a step: ties
     yield steps.to(dtype)
-    yield torch.full((2, 128), torch.finfo(dtype).tiny).to(dtype)
+    yield torch.full((2, 256), torch.finfo(dtype).tiny).to(dtype)
 
 
 @pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")  # gguf's, of blocks next to zero
@@ -61,6 +63,8 @@ def weights(dtype: torch.dtype) -> Iterator[torch.Tensor]:
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_rounded_weight_is_that_of_the_file(name: str, dtype: torch.dtype) -> None:
     for weight in weights(dtype):
+        if weight.shape[-1] % max(TARGETS[name].block, 128):
+            continue
         values = TARGETS[name].rounding(weight).values
         expected = stored(TARGETS[name], weight)
         assert values.shape == weight.shape
@@ -91,12 +95,24 @@ def test_rows_that_blocks_of_nf4_cross() -> None:
 @pytest.mark.parametrize("name", TARGETS)
 def test_what_is_not_finite_stays_so(name: str, number: float) -> None:
     """So the loss is not, and the run stops at the step that made it."""
-    weight = torch.randn(2, 128)
+    weight = torch.randn(2, 256)
     weight[1, 3] = number
     values = TARGETS[name].rounding(weight).values
     assert not torch.isfinite(values[1]).all()
     if TARGETS[name].block > 1 and not TARGETS[name].shares:
         assert torch.isfinite(values[0]).all()
+
+
+def test_blocks_of_256_hold_what_they_can() -> None:
+    """Of a known block: parts that are all negative, all positive, of one number, and zero."""
+    weight = torch.zeros(1, 256)
+    weight[0, :32], weight[0, 32:64] = torch.linspace(-3.15, -0.63, 32), torch.linspace(0.63, 3.15, 32)
+    weight[0, 64:96], weight[0, 96:128] = -0.63, 0.63
+    made = q4_k(weight)
+    assert made.scales.flatten().tolist() == [50, 63, 0, 13, 0, 0, 0, 0]  # 2.52, 3.15 and 0.63 by a fifteenth
+    assert made.minima.flatten().tolist() == [63, 0, 13, 0, 0, 0, 0, 0]
+    assert (made.values() - weight).abs().max() < 3.15 / 15 / 2 + 3.15 / 63
+    assert made.values()[0, 128:].eq(0).all()
 
 
 def test_a_scale_beyond_float16_is_not_hidden() -> None:

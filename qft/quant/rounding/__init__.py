@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from qft.quant.layer import LayerScheme
 from qft.quant.rounding.base import Rounded, Rounding, largest_of, sharing, straight_through, with_scale
 from qft.quant.rounding.float4 import MX_BLOCK, NV_BLOCK, mxfp4, nvfp4
-from qft.quant.rounding.ggml import BLOCK, q4_0, q8_0
+from qft.quant.rounding.ggml import BLOCK, K_BLOCK, q4_0, q4_k, q8_0
 from qft.quant.rounding.integer import Integer, dynamic_int8, static_int8
 from qft.quant.rounding.nf4 import nf4, nf4_traced
 
@@ -57,6 +57,7 @@ TARGETS: dict[str, Target] = {
     "nvfp4": Target(nvfp4, NV_BLOCK, "compressed-tensors", LayerScheme("float", 4, NV_BLOCK), shares=True),
     "nf4": Target(nf4, 1, "bnb-4bit", LayerScheme("nf4", 4), traced=nf4_traced),
     "q4_0": Target(q4_0, BLOCK, "gguf-q4_0", ends=q8_0),
+    "q4_k": Target(q4_k, K_BLOCK, "gguf-q4_k", ends=q8_0),
     "q8_0": Target(q8_0, BLOCK, "gguf-q8_0", ends=q8_0),
 }
 """By quant.target."""

@@ -1,11 +1,12 @@
 """Blocks of 32 weights with a float16 scale, as gguf-py makes them and llama.cpp reads them (quantize_row_q4_0_ref and
-quantize_row_q8_0_ref of ggml-quants.c). Values are float32."""
+quantize_row_q8_0_ref of ggml-quants.c); and blocks of 256 as qft makes them. Values are float32."""
 
 import torch
 
+from qft.quant.rounding import q4_k as k_blocks
 from qft.quant.rounding.base import Rounded, divided
 
-BLOCK = 32
+BLOCK, K_BLOCK = 32, k_blocks.BLOCK
 
 
 def q4_0(weight: torch.Tensor) -> Rounded:
@@ -25,6 +26,13 @@ def q8_0(weight: torch.Tensor) -> Rounded:
     size = quotients.abs()
     whole = size.floor()
     return _scaled(quotients.sign() * (whole + (2 * (size - whole)).floor()), scale, None)
+
+
+def q4_k(weight: torch.Tensor) -> Rounded:
+    """4 bits from 0 to 15 above the least of 32 weights. Scales and minima are rounded to 6 bits, so the ends of the
+    range may be clipped."""
+    made = k_blocks.q4_k(weight.float())
+    return Rounded(made.values(), made.inside.flatten(-3))
 
 
 def _blocks(weight: torch.Tensor) -> torch.Tensor:

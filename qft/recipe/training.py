@@ -94,8 +94,8 @@ class QuantSection(Section):
     scale a row), w8a8 and int8-dynamic-act-int4-weight (int8, or int4-g32, multiplied with activations in 8 bits that
     are scaled per token), w8a8-static (int8, with activations scaled by the largest that was seen), mxfp4 (4-bit floats
     with a power of two for 32), nvfp4 (with a float8 for 16 and a float32 for the layers of a module), all as
-    compressed-tensors; nf4 (bitsandbytes, double quantization); q4_0, q4_k, q8_0 (GGUF). Only with mode qat, which needs
-    it."""
+    compressed-tensors; nf4 (bitsandbytes, double quantization); q4_0, q4_k, q8_0 (GGUF). Only with mode qat, which
+    needs it."""
     fake_quant_after_steps: int = Field(0, ge=0)
     """Optimizer steps before rounding begins. Only with mode qat."""
     freeze_observers_after_steps: int = Field(10, ge=1)

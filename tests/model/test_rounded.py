@@ -287,6 +287,13 @@ def test_a_model_that_cannot_be_rounded_is_refused(case: str, tmp_path: Path) ->
         plan_of(write_model(tmp_path / "model", kind, **changes), target)
 
 
+@pytest.mark.parametrize("target", ["mxfp4", "nvfp4"])
+def test_floats_that_come_back_in_bfloat16_alone_are_not_trained_in_other_dtypes(target: str, llama: Path) -> None:
+    with pytest.raises(QftError, match=r"model\.dtype: .*bfloat16 alone; set it to bfloat16"):
+        plan_of(llama, target, model={"dtype": "float32"})
+    assert plan_of(llama, target, model={"dtype": "bfloat16"}).model.scheme.dtype == "bfloat16"
+
+
 def test_a_row_of_any_length_has_its_int8(tmp_path: Path) -> None:
     tiny_llama(intermediate_size=96).save_pretrained(tmp_path / "m")
     byte_tokenizer().save_pretrained(tmp_path / "m")

@@ -15,12 +15,12 @@ from compressed_tensors.quantization.lifecycle.forward import forward_quantize
 from safetensors.torch import load_file
 from torch import nn
 
-from qft.gguf.q4_k import q4_k
 from qft.quant.dequantize import dequantized_weight
 from qft.quant.engines import Block, find_engine, linear_of
 from qft.quant.hold import Qat
 from qft.quant.rounding import TARGETS, Target, straight_through
 from qft.quant.rounding.integer import Integer, dynamic_int8, static_int8
+from qft.quant.rounding.q4_k import q4_k
 from qft.recipe.training import QuantSection
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

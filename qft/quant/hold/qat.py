@@ -74,6 +74,10 @@ class Qat(Scheme):
         if self.target.ends and recipe.quant.named_skips:
             yield "quant.skip_modules", f"a {self.quant_type} file holds every matrix so; remove it"
 
+        if self.target.dtype and self.dtype != self.target.dtype:
+            text = f"compressed-tensors gives {self.quant_type} back in {self.target.dtype} alone"
+            yield "model.dtype", f"{text}; set it to {self.target.dtype}"
+
     def unfit(self, model: PreTrainedModel) -> Iterator[Problem]:
         block = self.target.block
         if not self.holds(model):

@@ -52,8 +52,8 @@ class Q4K(NamedTuple):
 
 
 def q4_k(weight: torch.Tensor) -> Q4K:
-    """Weights [..., in] in float32, of rows that are whole blocks: the ends of a part's range are zero or its least, and
-    its largest."""
+    """Weights [..., in] in float32, of rows that are whole blocks: a part's range is from zero or its least to its
+    largest."""
     parts = weight.reshape(*weight.shape[:-1], -1, PARTS, BLOCK // PARTS)
     least = parts.amin(-1).clamp(max=0)
     step = (parts.amax(-1) - least) / torch.full_like(least, MOST)

@@ -20,7 +20,6 @@ from qft.gguf.llamacpp import KINDS, end_tokens
 from qft.gguf.shape import add_shape, architecture, deinterleave, heads_to_interleave, interleave, rope_factors
 from qft.gguf.vocabulary import add_tokenizer
 from qft.quant.rounding.q4_k import q4_k
-from qft.quant.rounding.q4_k import q4_k
 
 _T = gguf.GGMLQuantizationType
 WRITABLE = [name for name, kind in KINDS.items() if not kind.by_llamacpp]

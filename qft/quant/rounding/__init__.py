@@ -49,6 +49,11 @@ def _integer(bits: int, group_size: int = -1, activations: str = "none") -> Targ
     return Target(rounding, block, "compressed-tensors", scheme, inputs=inputs, observes=observes)
 
 
+def _float4(rounding: Rounding, block: int, *, shares: bool = False) -> Target:
+    scheme = LayerScheme("float", 4, block)
+    return Target(rounding, block, "compressed-tensors", scheme, dtype="bfloat16", shares=shares)
+
+
 TARGETS: dict[str, Target] = {
     **{f"int4-g{size}": _integer(4, size) for size in (32, 64, 128)},
     "int8": _integer(8),

@@ -60,10 +60,8 @@ TARGETS: dict[str, Target] = {
     "w8a8": _integer(8, activations="dynamic"),
     "w8a8-static": _integer(8, activations="static"),
     "int8-dynamic-act-int4-weight": _integer(4, 32, activations="dynamic"),
-    "mxfp4": Target(mxfp4, MX_BLOCK, "compressed-tensors", LayerScheme("float", 4, MX_BLOCK), dtype="bfloat16"),
-    "nvfp4": Target(
-        nvfp4, NV_BLOCK, "compressed-tensors", LayerScheme("float", 4, NV_BLOCK), dtype="bfloat16", shares=True
-    ),
+    "mxfp4": _float4(mxfp4, MX_BLOCK),
+    "nvfp4": _float4(nvfp4, NV_BLOCK, shares=True),
     "nf4": Target(nf4, 1, "bnb-4bit", LayerScheme("nf4", 4), traced=nf4_traced),
     "q4_0": Target(q4_0, BLOCK, "gguf-q4_0", ends=q8_0),
     "q4_k": Target(q4_k, K_BLOCK, "gguf-q4_k", ends=q8_0),

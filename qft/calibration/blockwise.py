@@ -31,7 +31,7 @@ from qft.files import write_json
 from qft.measure.likelihood import Verification, compare
 from qft.progress import View
 from qft.quant.engines import Block, Engine, QuantizedLayer, find_engine
-from qft.quant.layer import LayerScheme, Settled
+from qft.quant.layer import LayerScheme
 
 Hidden = list[torch.Tensor]
 T = TypeVar("T")
@@ -203,13 +203,15 @@ class BlockQuantizer:
         return [error.model_copy(update={"bytes": sizes[error.name.removeprefix(prefix)]}) for error in errors]
 
     def _given(self, number: int, block: nn.Module, schemes: dict[str, LayerScheme], streams: _Streams) -> Block:
-        settled = (self.task.settled or Settled()).within(f"{self.model.name(number)}.")
         largest = dict.fromkeys(schemes, 0.0)
 
         def look(name: str, inputs: torch.Tensor) -> None:
             largest[name] = max(largest[name], float(inputs.abs().max()))
 
-        if self.task.settled is None and any(scheme.activations == "static" for scheme in schemes.values()):
+        settled = self.task.settled and self.task.settled.within(f"{self.model.name(number)}.")
+        if settled:
+            largest.update(settled.largest_inputs)
+        elif any(scheme.activations == "static" for scheme in schemes.values()):
             with inputs_seen([(block.get_submodule(name), name) for name in schemes], look):
                 for hidden in streams.quantized_windows:
                     self.model.run(block, number, hidden)
@@ -219,8 +221,8 @@ class BlockQuantizer:
             schemes=schemes,
             calls=[self.model.call(number, hidden) for hidden in streams.windows],
             quantized_inputs=streams.quantized_windows,
-            largest_inputs={**largest, **settled.largest_inputs},
-            scales=settled.scales,
+            largest_inputs=largest,
+            scales=settled.scales if settled else None,
             iters=self.task.settings.iters,
             seed=self.task.seed + number,
         )

@@ -68,6 +68,7 @@ FORMS: dict[str, Form] = {
     "compressed-tensors": _rounded(
         CalibrateSection(engine="rtn"), calibrated=True, needs=(("compressed_tensors", "calibrate"),)
     ),
+    "torchao": _rounded(CalibrateSection(engine="torchao", bits=8), needs=(("torchao", "calibrate"),)),
     "gguf": _gguf("q8_0"),
     **{name: _gguf(name.removeprefix("gguf-")) for name in get_args(ExportTarget) if name.startswith("gguf-")},
 }
@@ -159,10 +160,10 @@ def require_possible(name: str, handover: Handover, rows: Prepared | None = None
 def _untrained(name: str, plan: ModelPlan) -> str | None:
     """Why the form of that name is not the one that the run is trained for; None if it is, or is trained for none."""
     scheme = plan.scheme
-    if not isinstance(scheme, Qat) or FORMS[name] == FORMS[scheme.target.form]:
+    if not isinstance(scheme, Qat) or FORMS[name] == FORMS[scheme.target.form] or name in scheme.target.also:
         return None
     text = f"the run is trained for {scheme.quant_type} (quant.target), and any other form would hold other weights"
-    return f"{text} than those that were trained; export --to {scheme.target.form}"
+    return f"{text} than those that were trained; export --to {' or '.join((scheme.target.form, *scheme.target.also))}"
 
 
 def _require_possible(name: str, handover: Handover, rows: Prepared | None) -> None:

@@ -76,6 +76,19 @@ def test_what_is_written_is_what_was_trained(target: str, kind: str, tmp_path: P
         assert checks["kl"].value < 1e-3
 
 
+@pytest.mark.parametrize(("target", "learns"), [("int4-g32", True), ("int8", False)])
+def test_torchao_holds_the_very_weights_too(target: str, learns: bool, tmp_path: Path) -> None:
+    run = qat_run(tmp_path, target, KINDS["lora"], quant={"learn_scales": learns})
+    [document] = export(run, options("torchao"), View())
+    checks = {check.name: check for check in document.gate.checks}
+    assert document.passed
+    assert (checks["different_weights"].value, checks["same_continuations"].value) == (0, 1)
+    if target == "int4-g32":  # int8 multiplies with the scales behind the product
+        assert checks["largest_difference"].value == 0
+    names = {path.suffix for path in Path(document.path).iterdir()}
+    assert not names & {".bin", ".pt", ".pth"}, "nothing is pickled"
+
+
 @pytest.mark.parametrize(("target", "kind"), [("int4-g32", "lora"), ("w8a8-static", "none")])
 def test_learnt_scales_are_those_of_the_file(target: str, kind: str, tmp_path: Path) -> None:
     run = qat_run(tmp_path, target, KINDS[kind], quant={"learn_scales": True})

@@ -121,6 +121,8 @@ CASES: dict[str, Case] = {
     "quant.threshold": Case("3.0", quantization, (EIGHT,)),
     "quant.skip_modules": Case("[up_proj]", model, (FOUR,)),
     "quant.target": Case("int4-g64", rounded, (*QAT, "quant.target=int4-g32")),
+    "quant.learn_scales": Case("true", quantization, (*QAT, "quant.target=int4-g32")),
+    "quant.freeze_observers_after_steps": Case("3", quantization, (*QAT, "quant.target=w8a8-static")),
     "quant.allow_partial": Case("true", quantization, (FOUR, "model.path=experts")),
     "adapter.kind": Case("none", trainable, (FLOAT,)),
     "adapter.r": Case("3", lora),

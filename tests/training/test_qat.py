@@ -95,11 +95,11 @@ def test_a_resumed_run_is_the_unbroken_one(quant: dict[str, Any], recipe_file: R
 
 def test_the_range_of_activations_is_frozen(recipe_file: RecipeFile, tmp_path: Path) -> None:
     """Of all steps up to then, and of none behind."""
-    quiet = HARD | {"learning_rate": 1e-6, "lr_scheduler_type": "constant"}
+    steady = HARD | {"lr_scheduler_type": "constant"}
 
     def ranges(name: str, steps: int, freeze: int) -> dict[str, torch.Tensor]:
         quant = qat("w8a8-static", freeze_observers_after_steps=freeze)
-        run(recipe_file(quant=quant, train=quiet | {"max_steps": steps}, output_dir=str(tmp_path / name)))
+        run(recipe_file(quant=quant, train=steady | {"max_steps": steps}, output_dir=str(tmp_path / name)))
         return read_state(tmp_path / name / "adapter")
 
     two, frozen, five = ranges("two", 2, 9), ranges("frozen", 5, 2), ranges("five", 5, 9)

@@ -1,5 +1,5 @@
 """Forms that are merged first and then quantized again by the machinery of `qft calibrate`: bitsandbytes' 4 and 8 bits,
-and compressed-tensors. What that costs is measured against the merged model."""
+compressed-tensors and torchao. What that costs is measured against the merged model."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -44,6 +44,12 @@ class Bnb8Bit(Quantized):
     limits = Limits(kl=0.02, top1_agreement=0.95, perplexity_increase=0.02)
     limits_original = Limits(kl=0.1, top1_agreement=0.9, perplexity_increase=0.05)
     usage = Bnb4Bit.usage
+
+
+class TorchAo(Quantized):
+    format = "torchao"
+    limits, limits_original = Bnb8Bit.limits, Bnb8Bit.limits_original
+    usage = f"{Merged.usage}\ntransformers needs the package torchao for it."
 
 
 class CompressedTensors(Quantized):

@@ -16,7 +16,7 @@ class RoundToNearest(CompressedTensors):
             for name, layer in zip(names, layers, strict=True):
                 scheme = block.schemes[name]
                 scale, zero_point = weight_scales(layer.weight.data, scheme, whole)
-                if (settled := block.scales.get(name)) is not None:
+                if (settled := (block.scales or {}).get(name)) is not None:
                     scale = settled.to(scale)
                 quantized[name] = hold(layer, scheme, scale, zero_point, block.largest_inputs.get(name), whole)
         return quantized

@@ -25,6 +25,8 @@ class Target:
     """Weights that rows must be whole multiples of; 1: rows of any length."""
     form: str
     """The name in export.target under which it is written."""
+    also: tuple[str, ...] = ()
+    """Other forms that hold the very weights."""
     layer: LayerScheme | None = None
     """How the engine that writes it holds a layer; None: it is no engine of `qft calibrate`."""
     ends: Rounding | None = None
@@ -46,12 +48,14 @@ def _integer(bits: int, group_size: int = -1, activations: str = "none") -> Targ
     scheme = LayerScheme("int", bits, group_size, activations=activations)
     inputs, observes = dynamic_int8 if activations == "dynamic" else None, activations == "static"
     rounding, block = Integer(bits, group_size), max(group_size, 1)
-    return Target(rounding, block, "compressed-tensors", scheme, inputs=inputs, observes=observes)
+    # torchao rounds activations by other scales.
+    also = ("torchao",) if activations == "none" else ()
+    return Target(rounding, block, "compressed-tensors", also, scheme, inputs=inputs, observes=observes)
 
 
 def _float4(rounding: Rounding, block: int, *, shares: bool = False) -> Target:
     scheme = LayerScheme("float", 4, block)
-    return Target(rounding, block, "compressed-tensors", scheme, dtype="bfloat16", shares=shares)
+    return Target(rounding, block, "compressed-tensors", layer=scheme, dtype="bfloat16", shares=shares)
 
 
 TARGETS: dict[str, Target] = {
@@ -62,7 +66,7 @@ TARGETS: dict[str, Target] = {
     "int8-dynamic-act-int4-weight": _integer(4, 32, activations="dynamic"),
     "mxfp4": _float4(mxfp4, MX_BLOCK),
     "nvfp4": _float4(nvfp4, NV_BLOCK, shares=True),
-    "nf4": Target(nf4, 1, "bnb-4bit", LayerScheme("nf4", 4), traced=nf4_traced),
+    "nf4": Target(nf4, 1, "bnb-4bit", layer=LayerScheme("nf4", 4), traced=nf4_traced),
     "q4_0": Target(q4_0, BLOCK, "gguf-q4_0", ends=q8_0),
     "q4_k": Target(q4_k, K_BLOCK, "gguf-q4_k", ends=q8_0),
     "q8_0": Target(q8_0, BLOCK, "gguf-q8_0", ends=q8_0),

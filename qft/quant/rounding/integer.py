@@ -29,6 +29,13 @@ class Integer:
         scale = divided(self._groups(weight).abs().amax(-1), (2**self.bits - 1) / 2)
         return torch.where(scale == 0, torch.finfo(scale.dtype).eps, scale)
 
+    def codes(self, weight: torch.Tensor, scale: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of `self(weight, scale)` what a file holds: integers of the weight's shape, int8, and scales [..., groups] in
+        the weight's dtype."""
+        groups, held = self._grouped(weight, self.scales(weight) if scale is None else scale)
+        least, most = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
+        return (groups / held).round().clamp(least, most).to(torch.int8).flatten(-2), held[..., 0]
+
     def learnt(self, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """The values of `self(weight, scale)`, with gradients of weight and scale by LSQ (arXiv:1902.08153)."""
         values: torch.Tensor = _LearnedStep.apply(weight, scale, self)  # type: ignore[no-untyped-call]

@@ -121,8 +121,6 @@ CASES: dict[str, Case] = {
     "quant.threshold": Case("3.0", quantization, (EIGHT,)),
     "quant.skip_modules": Case("[up_proj]", model, (FOUR,)),
     "quant.target": Case("int4-g64", rounded, (*QAT, "quant.target=int4-g32")),
-    "quant.learn_scales": Case("true", quantization, (*QAT, "quant.target=int4-g32")),
-    "quant.freeze_observers_after_steps": Case("3", quantization, (*QAT, "quant.target=w8a8-static")),
     "quant.allow_partial": Case("true", quantization, (FOUR, "model.path=experts")),
     "adapter.kind": Case("none", trainable, (FLOAT,)),
     "adapter.r": Case("3", lora),
@@ -240,6 +238,8 @@ ELSEWHERE = {
     },
     "training/test_qat.py": {
         "quant.fake_quant_after_steps": "test_rounding_begins_when_it_is_asked_to",
+        "quant.freeze_observers_after_steps": "test_the_range_of_activations_is_frozen",
+        "quant.learn_scales": "test_a_resumed_run_is_the_unbroken_one",
         "quant.distill": "test_distilling_learns_the_unrounded_models_predictions",
     },
     "training/test_signals.py": {

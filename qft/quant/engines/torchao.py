@@ -25,6 +25,7 @@ from qft.quant.engines.base import Block, Engine, QuantizedLayer, Tensors, linea
 from qft.quant.layer import LayerScheme, skip_entry
 from qft.quant.rounding.integer import Integer
 
+INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]  # it is there
 PLAIN = '{"_type": "Tensor"}'
 """What a header says of a tensor that is nothing but itself."""
 
@@ -86,7 +87,7 @@ def _quantized(layer: nn.Linear, scheme: LayerScheme, device: torch.device) -> A
 
 def _settings(scheme: LayerScheme) -> Any:
     if scheme.bits == 4:
-        return IntxWeightOnlyConfig(weight_dtype=getattr(torch, "int4"), granularity=PerGroup(scheme.group_size))
+        return IntxWeightOnlyConfig(weight_dtype=INT4, granularity=PerGroup(scheme.group_size))
     # torchao would change settings of torch.compile for the whole process.
     if scheme.activations == "none":
         return Int8WeightOnlyConfig(set_inductor_config=False)

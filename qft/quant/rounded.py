@@ -78,8 +78,12 @@ class _Linear(_Layer):
         if torch.is_grad_enabled() and any(part.requires_grad for part in self._sources()):
             self._kept = None
             return self._made(dtype)
+        device = self.base_weight.device.type
+        if dtype is None and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)  # what is kept is cast once
         key = (self.rounds, dtype, [layer._key() for layer in self.shares or [self]])
         if self._kept is None or self._kept[0] != key:
+            self._kept = None  # before another is made
             self._kept = key, self._made(dtype)
         return self._kept[1]
 

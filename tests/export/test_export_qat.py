@@ -202,6 +202,6 @@ def test_what_cannot_be_exported_is_not_trained(run: Path, tmp_path: Path) -> No
     plan = planned(load(run.parent / "recipe.yaml", [f"output_dir={tmp_path / 'other'}"]))
     assert isinstance(plan, PlanDocument)
     assert plan.exports is not None
-    assert [name for name, obstacle in plan.exports.items() if obstacle is None] == ["compressed-tensors"]
+    assert [name for name, obstacle in plan.exports.items() if obstacle is None] == ["compressed-tensors", "torchao"]
     with pytest.raises(RecipeError, match=r"export\.target: merged: .*trained for int4-g32"):
         planned(load(run.parent / "recipe.yaml", [f"output_dir={tmp_path / 'other'}", "export.target=[merged]"]))

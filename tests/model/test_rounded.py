@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.nn import functional
 
 from qft.calibration.layer_errors import layer_errors
-from qft.errors import QftError
+from qft.errors import ModelError, QftError
 from qft.model.adapter import attach_adapter
 from qft.model.load import load_base
 from qft.model.merge import MergedWeights
-from qft.model.rounded import round_weights
+from qft.model.rounded import FILE, read_learnt, read_state, round_weights, write_learnt
 from qft.plan import Plan, make_plan
 from qft.quant.hold import Qat
 from qft.quant.rounded import switch_of, without_rounding
 from qft.quant.rounding import TARGETS
+from qft.quant.rounding_state import state_of
 from qft.recipe.load import from_values
 from tests.support.architectures import write_model
 from tests.support.models import byte_tokenizer, tiny_llama
 from tests.support.rows import chat, write_jsonl
 
+UP = "model.layers.0.mlp.up_proj"
 IDS = torch.tensor([[1, 70, 71, 72, 5, 9, 2, 33, 34, 35]])
 
 
@@ -147,6 +150,51 @@ def test_activations_are_rounded_too_where_the_format_has_it(llama: Path) -> Non
     expected = functional.linear(target.inputs(inputs).values, target.rounding(merged).values)
     assert torch.equal(layer(inputs), expected)
     assert not torch.equal(layer(inputs), functional.linear(inputs, target.rounding(merged).values))
+
+
+def test_what_is_learnt_besides_is_no_part_of_the_state_dict_but_a_file(llama: Path, tmp_path: Path) -> None:
+    plan = plan_of(llama, "w8a8-static", quant={"learn_scales": True}, adapter={"r": 4})
+    models = [attached(plan), attached(plan)]
+    names = [name for name, parameter in models[0].named_parameters() if parameter.requires_grad]
+    assert sum("rounding_state" in name for name in names) == 14
+    assert not any("rounding_state" in name for name in models[0].state_dict())
+    trained = sum(p.numel() for p in models[0].parameters() if p.requires_grad)
+    assert plan.model.shape.trainable_parameters == trained
+    state = state_of(models[0])
+    assert state is not None
+    for number, name in enumerate(state.names):
+        own = state.of(name).held()
+        own["weight_scale_change"].uniform_(-0.2, 0.2)
+        own["input_largest"].fill_(0.5 + number)
+    write_learnt(models[0], tmp_path)
+    with torch.no_grad():
+        expected = models[0](input_ids=IDS).logits
+        assert not torch.equal(models[1](input_ids=IDS).logits, expected)
+        read_learnt(models[1], tmp_path)
+        assert torch.equal(models[1](input_ids=IDS).logits, expected)
+
+
+DAMAGE: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {
+    "one is missing": (lambda held: held.pop(f"{UP}.weight_scale"), f"{UP}: weight_scale is missing"),
+    "one too many": (lambda held: held.update(other=torch.zeros(1)), "holds other, which no layer has"),
+    "of another shape": (
+        lambda held: held.update({f"{UP}.weight_scale": torch.ones(3, 1)}),
+        f"{UP}: weight_scale is not",
+    ),
+    "not finite": (lambda held: held[f"{UP}.weight_scale"].fill_(torch.nan), f"{UP}: weight_scale is not .* finite"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_what_was_learnt_for_another_model_is_refused(case: str, llama: Path, tmp_path: Path) -> None:
+    model = attached(plan_of(llama, "int8", quant={"learn_scales": True}, adapter={"r": 4}))
+    write_learnt(model, tmp_path)
+    damage, message = DAMAGE[case]
+    held = read_state(tmp_path)
+    damage(held)
+    save_file(held, tmp_path / FILE)
+    with pytest.raises(ModelError, match=rf"rounding\.safetensors: {message}"):
+        read_learnt(model, tmp_path)
 
 
 def test_layers_left_out_are_merged_and_not_rounded(llama: Path, tmp_path: Path) -> None:

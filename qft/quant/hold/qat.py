@@ -99,6 +99,12 @@ class Qat(Scheme):
         ends = dict.fromkeys(self.ends(model), self.target.ends) if self.target.ends else {}
         return dict.fromkeys(self.holds(model), self.target.rounding) | ends
 
+    def learnt_beside(self, model: PreTrainedModel) -> int:
+        if not self.learns_scales:
+            return 0
+        size, shapes = self.target.block, (model.get_submodule(name).weight.shape for name in self.holds(model))
+        return sum(rows * (columns // size if size > 1 else 1) for rows, columns in shapes)
+
     def settled(
         self,
         roundings: Mapping[str, Rounding],

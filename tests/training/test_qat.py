@@ -176,3 +176,8 @@ def test_rounding_that_never_begins_is_refused(recipe_file: RecipeFile) -> None:
 def test_distilling_needs_an_adapter(recipe_file: RecipeFile) -> None:
     with pytest.raises(RecipeError, match=r"quant\.distill: .*set adapter\.kind to lora"):
         load(recipe_file(quant=qat(distill=True), adapter={"kind": "none", "r": ...}))
+
+
+def test_groups_of_16_are_those_of_nvfp4(recipe_file: RecipeFile) -> None:
+    with pytest.raises(RecipeError, match=r"calibrate\.group_size: 16 is nvfp4's"):
+        load(recipe_file(calibrate={"engine": "rtn", "group_size": 16}))

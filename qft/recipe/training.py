@@ -99,12 +99,9 @@ class QuantSection(Section):
     fake_quant_after_steps: int = Field(0, ge=0)
     """Optimizer steps before rounding begins. Only with mode qat."""
     freeze_observers_after_steps: int = Field(10, ge=1)
-    """Optimizer steps in which the largest activations are looked for; then their range is frozen. Only with target
-    w8a8-static."""
+    """Optimizer steps that look for the largest activations, whose range is then frozen. Only with w8a8-static."""
     learn_scales: bool = False
-    """Train the scales of the weights too (learned step size quantization, arXiv:1902.08153). Only with mode qat and a
-    target of integers with scales that are free: int4-g32, -g64, -g128, int8, w8a8, w8a8-static and
-    int8-dynamic-act-int4-weight."""
+    """Train the scales too (LSQ, arXiv:1902.08153). Only with mode qat and integers: int4-*, int8*, w8a8*."""
     distill: bool = False
     """Learn from the predictions of the same model without adapter and rounding (KL divergence on the learnt tokens,
     arXiv:2601.20088), instead of the tokens themselves. Only with mode qat."""

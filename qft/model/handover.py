@@ -162,8 +162,9 @@ def _untrained(name: str, plan: ModelPlan) -> str | None:
     scheme = plan.scheme
     if not isinstance(scheme, Qat) or FORMS[name] == FORMS[scheme.target.form] or name in scheme.target.also:
         return None
-    text = f"the run is trained for {scheme.quant_type} (quant.target), and any other form would hold other weights"
-    return f"{text} than those that were trained; export --to {' or '.join((scheme.target.form, *scheme.target.also))}"
+    text = f"the run is trained for {scheme.quant_type} (quant.target), and any other form would hold other weights, or"
+    able = " or ".join((scheme.target.form, *scheme.target.also))
+    return f"{text} round activations otherwise, than what was trained; export --to {able}"
 
 
 def _require_possible(name: str, handover: Handover, rows: Prepared | None) -> None:

@@ -17,7 +17,7 @@ QUANT_FIELDS |= {"threshold": "8bit", "plugin": "custom"}
 QUANT_FIELDS |= dict.fromkeys(("target", "fake_quant_after_steps", "learn_scales", "distill"), "qat")
 """Fields of `quant` that only one mode reads."""
 
-FREE_SCALES = ("int", "w8a8")
+FREE_SCALES = ("int", "w8a8", "8da4w")
 """What quant.target begins with where scales can be learnt: integers, whose files hold any scale."""
 
 MOST = 2**31 - 1

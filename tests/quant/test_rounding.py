@@ -14,6 +14,7 @@ import torch
 from compressed_tensors.quantization.lifecycle.forward import forward_quantize
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn import functional
 
 from qft.quant.dequantize import dequantized_weight
 from qft.quant.engines import Block, find_engine, linear_of
@@ -24,7 +25,7 @@ from qft.quant.rounding.q4_k import q4_k
 from qft.recipe.training import QuantSection
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ENGINES = {"compressed-tensors": "rtn", "bnb-4bit": "bitsandbytes"}
+ENGINES = {"compressed-tensors": "rtn", "torchao": "torchao", "bnb-4bit": "bitsandbytes"}
 
 
 def stored(target: Target, weight: torch.Tensor) -> torch.Tensor:
@@ -36,7 +37,7 @@ def stored(target: Target, weight: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(gguf.quants.dequantize(encoded, kind))
     engine = find_engine(ENGINES[target.form])
     one = nn.ModuleDict({"layer": linear_of(weight)})
-    block = Block("", one, {"layer": target.layer}, largest_inputs={"layer": 1.0})
+    block = Block("", one, {"layer": target.layer}, largest_inputs={"layer": 1.0}, scales={})
     tensors = engine.quantize(block)["layer"].tensors
     return dequantized_weight(engine.restore(linear_of(weight), tensors, target.layer))
 
@@ -210,7 +211,7 @@ def test_activations_are_rounded_as_the_loaded_model_rounds_them(shape: tuple[in
     assert torch.equal(dynamic_int8(inputs).values, expected)
 
 
-@pytest.mark.parametrize("name", ["int4-g32", "int8", "w8a8", "int8-dynamic-act-int4-weight"])
+@pytest.mark.parametrize("name", ["int4-g32", "int8", "w8a8"])
 def test_learnt_scales_have_the_gradient_of_lsq(name: str) -> None:
     """Against float64, by the paper: quotients inside, beyond both ends, and next to them."""
     rounding = TARGETS[name].rounding
@@ -261,6 +262,19 @@ def test_static_activations_are_rounded_as_the_loaded_model_rounds_them(dtype: t
         inputs = (torch.randn(3, 5, 64) * largest / 2).to(dtype)
         expected = forward_quantize(module, inputs, "input", module.quantization_scheme.input_activations)
         assert torch.equal(static_int8(inputs, torch.tensor(largest)).values, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_activations_with_a_zero_point_are_those_of_torchao(dtype: torch.dtype) -> None:
+    target = TARGETS["8da4w"]
+    assert target.layer is not None
+    assert target.inputs is not None
+    layer, inputs = linear_of(torch.randn(8, 64, dtype=dtype)), (torch.randn(2, 5, 64) * 3 + 1).to(dtype)
+    inputs[0, 0] = 0.0
+    block = Block("", nn.ModuleDict({"layer": layer}), {"layer": target.layer}, scales={})
+    module = find_engine("torchao").quantize(block)["layer"].module
+    weight = target.rounding(layer.weight.data).values
+    assert torch.equal(module(inputs), functional.linear(target.inputs(inputs).values, weight))
 
 
 def test_what_is_beyond_the_range_of_activations_has_no_gradient() -> None:

@@ -1,5 +1,5 @@
 """int8 weights, alone or with activations rounded to int8 for each token, by torchao and in its own format; and int4
-weights by groups of a row, a byte each, of a training that was made for them.
+weights by groups of a row, a byte each, likewise, of a training that was made for them.
 
 A weight is a tensor of a class of torchao's. What is written are the plain tensors that it is made of, and, in the
 header of the safetensors file, what the class needs beside them: without the header nobody can put it together again.
@@ -14,6 +14,7 @@ from torch import nn
 from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict, unflatten_tensor_state_dict
 from torchao.quantization import (
     Int8DynamicActivationInt8WeightConfig,
+    Int8DynamicActivationIntxWeightConfig,
     Int8WeightOnlyConfig,
     IntxWeightOnlyConfig,
     PerGroup,
@@ -86,6 +87,8 @@ def _quantized(layer: nn.Linear, scheme: LayerScheme, device: torch.device) -> A
 
 
 def _settings(scheme: LayerScheme) -> Any:
+    if scheme.bits == 4 and scheme.activations == "dynamic":
+        return Int8DynamicActivationIntxWeightConfig(INT4, PerGroup(scheme.group_size))
     if scheme.bits == 4:
         return IntxWeightOnlyConfig(weight_dtype=INT4, granularity=PerGroup(scheme.group_size))
     # torchao would change settings of torch.compile for the whole process.

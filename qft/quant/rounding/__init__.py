@@ -8,6 +8,7 @@ from qft.quant.rounding.float4 import MX_BLOCK, NV_BLOCK, mxfp4, nvfp4
 from qft.quant.rounding.ggml import BLOCK, K_BLOCK, q4_0, q4_k, q8_0
 from qft.quant.rounding.integer import Integer, dynamic_int8, static_int8
 from qft.quant.rounding.nf4 import nf4, nf4_traced
+from qft.quant.rounding.torchao import asymmetric_int8
 
 __all__ = [
     "TARGETS", "Integer", "Rounded", "Rounding", "Target", "largest_of", "sharing", "static_int8", "straight_through",
@@ -48,7 +49,7 @@ def _integer(bits: int, group_size: int = -1, activations: str = "none") -> Targ
     scheme = LayerScheme("int", bits, group_size, activations=activations)
     inputs, observes = dynamic_int8 if activations == "dynamic" else None, activations == "static"
     rounding, block = Integer(bits, group_size), max(group_size, 1)
-    # torchao rounds activations by other scales.
+    # torchao rounds activations by other scales: see 8da4w.
     also = ("torchao",) if activations == "none" else ()
     return Target(rounding, block, "compressed-tensors", also, scheme, inputs=inputs, observes=observes)
 
@@ -64,6 +65,9 @@ TARGETS: dict[str, Target] = {
     "w8a8": _integer(8, activations="dynamic"),
     "w8a8-static": _integer(8, activations="static"),
     "int8-dynamic-act-int4-weight": _integer(4, 32, activations="dynamic"),
+    "8da4w": Target(
+        Integer(4, 32), 32, "torchao", layer=LayerScheme("int", 4, 32, activations="dynamic"), inputs=asymmetric_int8
+    ),
     "mxfp4": _float4(mxfp4, MX_BLOCK),
     "nvfp4": _float4(nvfp4, NV_BLOCK, shares=True),
     "nf4": Target(nf4, 1, "bnb-4bit", layer=LayerScheme("nf4", 4), traced=nf4_traced),

@@ -99,8 +99,8 @@ class RoundingState(nn.Module):
         return found
 
     def observe(self, on: bool) -> None:
-        for name in self.names:
-            self.of(name).observing = on
+        for layer in self.layers:
+            layer.observing = on
 
     def unobserved(self) -> str | None:
         """A layer whose inputs have a range, and none was seen."""

@@ -28,7 +28,7 @@ def round_weights(model: Any, plan: ModelPlan) -> None:
 def write_learnt(model: Any, folder: Path) -> None:
     """Write what the model has learnt besides into the folder of its weights, if it does learn."""
     if state := state_of(model):
-        held = {f"{name}.{key}": tensor for name in state.names for key, tensor in state.of(name).held().items()}
+        held = {f"{name}.{key}": tensor for name, own in state.by_name.items() for key, tensor in own.held().items()}
         save_tensors({name: tensor.cpu().contiguous() for name, tensor in held.items()}, folder / FILE)
 
 
@@ -39,10 +39,10 @@ def read_learnt(model: Any, folder: Path) -> None:
 
 
 def _take(state: RoundingState, tensors: dict[str, torch.Tensor], path: Path) -> None:
-    for name in state.names:
+    for name, layer in state.by_name.items():
         own = {key: tensors.pop(f"{name}.{key}") for key in KEYS if f"{name}.{key}" in tensors}
         try:
-            state.of(name).take(own)
+            layer.take(own)
         except ValueError as error:
             raise ModelError(f"{path}: {name}: {error}") from error
     if tensors:

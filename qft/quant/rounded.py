@@ -183,7 +183,7 @@ def round_layers(model: Any, scheme: Qat, roundings: Mapping[str, Rounding]) -> 
 def _add_state(model: Any, base: Any, names: list[str], scheme: Qat) -> None:
     state = RoundingState(names)
     for name in names:
-        layer, own = _layer_of(base, name), state.of(name)
+        layer, own = _layer_of(base, name), state.by_name[name]
         layer.state = own
         if scheme.target.observes:
             own.observe_on(layer.base_weight.device)

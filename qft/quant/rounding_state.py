@@ -91,21 +91,17 @@ class RoundingState(nn.Module):
 
     def __init__(self, names: list[str]) -> None:
         super().__init__()
-        self.names = names
-        self.layers = nn.ModuleList(LayerState() for _ in names)
-
-    def of(self, name: str) -> LayerState:
-        found: LayerState = self.layers[self.names.index(name)]  # type: ignore[assignment]
-        return found
+        self.by_name = {name: LayerState() for name in names}
+        self.layers = nn.ModuleList(self.by_name.values())
 
     def observe(self, on: bool) -> None:
-        for layer in self.layers:
-            layer.observing = on
+        for state in self.by_name.values():
+            state.observing = on
 
     def unobserved(self) -> str | None:
         """A layer whose inputs have a range, and none was seen."""
-        states = ((name, self.of(name).largest) for name in self.names)
-        return next((name for name, largest in states if largest is not None and largest == 0), None)
+        ranges = ((name, state.largest) for name, state in self.by_name.items())
+        return next((name for name, largest in ranges if largest is not None and largest == 0), None)
 
 
 def learnt_scale(start: torch.Tensor, change: torch.Tensor) -> torch.Tensor:

@@ -162,8 +162,8 @@ def test_what_is_learnt_besides_is_no_part_of_the_state_dict_but_a_file(llama: P
     assert plan.model.shape.trainable_parameters == trained
     state = state_of(models[0])
     assert state is not None
-    for number, name in enumerate(state.names):
-        own = state.of(name).held()
+    for number, layer in enumerate(state.by_name.values()):
+        own = layer.held()
         own["weight_scale_change"].uniform_(-0.2, 0.2)
         own["input_largest"].fill_(0.5 + number)
     write_learnt(models[0], tmp_path)

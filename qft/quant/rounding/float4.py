@@ -18,8 +18,8 @@ def mxfp4(weight: torch.Tensor) -> Rounded:
     the weight's dtype."""
     blocks = _blocks(weight, MX_BLOCK)
     scale = _power_of_two(blocks.abs().amax(-1, keepdim=True))
-    nearest = _e2m1((blocks / scale).abs())
-    return Rounded((nearest * scale).copysign(blocks).flatten(-2).to(weight.dtype), None)
+    nearest = _e2m1((blocks / scale).abs_())
+    return Rounded(nearest.mul_(scale).copysign_(blocks).flatten(-2).to(weight.dtype), None)
 
 
 def nvfp4(weight: torch.Tensor, largest: torch.Tensor | None = None) -> Rounded:
@@ -32,10 +32,10 @@ def nvfp4(weight: torch.Tensor, largest: torch.Tensor | None = None) -> Rounded:
     scale = (whole * divided(tops, MOST)).clamp(FLOAT8.min, FLOAT8.max).to(torch.float8_e4m3fn).float()
     scale = torch.where(scale == 0, FLOAT8.eps, scale) / whole
     quotients = blocks / scale
-    nearest = _e2m1(quotients.abs().clamp(max=MOST)).copysign(quotients)
-    values = (nearest * scale).bfloat16().flatten(-2).to(weight.dtype)
+    nearest = _e2m1(quotients.abs().clamp_(max=MOST)).copysign_(quotients)
+    values = nearest.mul_(scale).bfloat16().flatten(-2).to(weight.dtype)
     # Only scales next to the least that float8 holds are so rough that something is clipped.
-    return Rounded(values, (quotients.abs() < MOST + 1).flatten(-2))
+    return Rounded(values, (quotients.abs_() < MOST + 1).flatten(-2))
 
 
 def global_scale(largest: torch.Tensor) -> torch.Tensor:
@@ -54,7 +54,7 @@ def _e2m1(size: torch.Tensor) -> torch.Tensor:
     """The nearest of magnitudes below 7; a half to the even one. Steps between neighbours: a half below 2, 1 below 4, 2
     above."""
     step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
-    return (size / step).round() * step
+    return (size / step).round_().mul_(step)
 
 
 def _power_of_two(largest: torch.Tensor) -> torch.Tensor:

@@ -14,8 +14,9 @@ def q4_0(weight: torch.Tensor) -> Rounded:
     blocks = _blocks(weight)
     extreme = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
     scale = extreme / -8
-    raised = (blocks * _inverse(scale) + 8.5).trunc()
-    return _scaled(raised.clamp(0, 15) - 8, scale, (raised <= 15).flatten(-2))
+    raised = (blocks * _inverse(scale)).add_(8.5).trunc_()
+    inside = (raised <= 15).flatten(-2)
+    return _scaled(raised.clamp_(0, 15).sub_(8), scale, inside)
 
 
 def q8_0(weight: torch.Tensor) -> Rounded:
@@ -25,7 +26,8 @@ def q8_0(weight: torch.Tensor) -> Rounded:
     quotients = blocks * _inverse(scale)
     size = quotients.abs()
     whole = size.floor()
-    return _scaled(quotients.sign() * (whole + (2 * (size - whole)).floor()), scale, None)
+    rest = size.sub_(whole).mul_(2).floor_()
+    return _scaled(whole.add_(rest).copysign_(quotients), scale, None)
 
 
 def q4_k(weight: torch.Tensor) -> Rounded:
@@ -44,7 +46,7 @@ def _inverse(scale: torch.Tensor) -> torch.Tensor:
 
 
 def _scaled(codes: torch.Tensor, scale: torch.Tensor, inside: torch.Tensor | None) -> Rounded:
-    """A scale that float16 cannot hold is zero, or infinite: then there is nothing, or nothing finite."""
+    """A scale that float16 cannot hold is zero, or infinite: then there is nothing, or nothing finite. `codes` become
+    the values: one tensor less of a whole weight in float32."""
     held = scale.half().float()
-    values = torch.where(held == 0, torch.zeros_like(held), held * codes)
-    return Rounded(values.flatten(-2), inside)
+    return Rounded(codes.mul_(held).masked_fill_(held == 0, 0).flatten(-2), inside)

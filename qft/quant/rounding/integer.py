@@ -102,10 +102,10 @@ def static_scale(largest: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _on_grid(quotients: torch.Tensor, scale: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values in the scale's dtype, and where they are inside."""
+    """Values in the scale's dtype, and where they are inside. Uses `quotients` up: they are as large as a weight."""
     least, most = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    nearest = quotients.round()
-    codes = nearest.clamp(least, most).to(scale.dtype)
+    nearest = quotients.round_()
+    inside = (nearest >= least).logical_and_(nearest <= most)
+    codes = nearest.clamp_(least, most).to(scale.dtype)
     # A scale that 16 bits cannot hold is zero, and what it scales with it.
-    values = torch.where(scale == 0, torch.zeros_like(scale), codes * scale)
-    return values, (nearest >= least) & (nearest <= most)
+    return codes.mul_(scale).masked_fill_(scale == 0, 0), inside

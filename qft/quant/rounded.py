@@ -196,7 +196,8 @@ def measure_scales(model: Any) -> None:
     """Have scales that are learnt start from the weights as they are now, where rounding begins later than the
     training."""
     for module in model.modules():
-        if isinstance(layer := vars(module).get("forward"), _Linear):
+        layer = vars(module).get("forward")
+        if isinstance(layer, _Linear) and layer.state and layer.state.change is not None:
             layer.measure()
 
 

@@ -98,11 +98,12 @@ def test_the_range_of_activations_is_frozen(recipe_file: RecipeFile, tmp_path: P
     steady = HARD | {"lr_scheduler_type": "constant"}
 
     def ranges(name: str, steps: int, freeze: int) -> dict[str, torch.Tensor]:
-        quant = qat("w8a8-static", freeze_observers_after_steps=freeze)
+        quant = qat("w8a8-static", freeze_observers_after_steps=freeze, fake_quant_after_steps=1)
         run(recipe_file(quant=quant, train=steady | {"max_steps": steps}, output_dir=str(tmp_path / name)))
         return read_state(tmp_path / name / "adapter")
 
     two, frozen, five = ranges("two", 2, 9), ranges("frozen", 5, 2), ranges("five", 5, 9)
+    assert all(name.endswith(".input_largest") for name in two), "scales of weights are not learnt"
     assert all(torch.equal(two[name], frozen[name]) for name in two)
     assert all((two[name] <= five[name]).all() for name in two)
     assert any((two[name] < five[name]).all() for name in two)

@@ -56,7 +56,10 @@ SETTINGS = [
     "gemma2-2304x6/bf16/4x512", "gemma3-1152x12/nf4/2x2048", "gemma3-1152x12/nf4/2x2048/kept",
     "gemma3-1152x12/8bit/4x1024", "gemma3-1152x12/nf4/4x1024/ragged", "mixtral-1024x6/nf4/4x2048",
     "mixtral-1024x6/nf4/2x2048/kept", "mixtral-1024x6/bf16/4x512/ragged", "llama-2048x8/full/2x1024",
-    "llama-2048x8/full/2x1024/kept",
+    "llama-2048x8/full/2x1024/kept", "llama-2048x8/qat-nf4/4x2048", "llama-2048x8/qat-nf4/2x2048/kept",
+    "llama-2048x8/qat-int4-g32/4x2048", "llama-2048x8/qat-int4-g32/2x2048/kept", "llama-2048x8/qat-q8_0/4x2048",
+    "llama-2048x8/qat-mxfp4/2x2048/kept", "llama-2048x8/qat-nvfp4/4x2048", "llama-2048x8/qat-learnt/4x2048",
+    "llama-2048x8/qat-nf4-full/2x1024", "llama-2048x8/qat-int4-g32-full/2x1024/kept",
 ]  # fmt: skip
 MODES: dict[str, dict[str, Any]] = {
     "nf4": {"quant": {"mode": "4bit", "compute_dtype": "bfloat16"}},
@@ -64,7 +67,12 @@ MODES: dict[str, dict[str, Any]] = {
     "8bit": {"quant": {"mode": "8bit"}},
     "bf16": {"model": {"dtype": "bfloat16"}},
     "full": {"adapter": {"kind": "none"}},
-}
+    **{f"qat-{target}": {"quant": {"mode": "qat", "target": target}}
+       for target in ("nf4", "int4-g32", "q8_0", "mxfp4", "nvfp4")},
+    **{f"qat-{target}-full": {"quant": {"mode": "qat", "target": target}, "adapter": {"kind": "none"}}
+       for target in ("nf4", "int4-g32")},
+    "qat-learnt": {"quant": {"mode": "qat", "target": "w8a8-static", "learn_scales": True}},
+}  # fmt: skip
 
 
 def main() -> None:
@@ -102,7 +110,9 @@ def model_folder(name: str, folder: Path) -> Path:
 
     path = folder / name
     vocabulary = {token: i for i, token in enumerate(["<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    # One merge, of what no row holds: a GGUF file wants a byte-level BPE to have any.
+    vocabulary["QQ"] = len(vocabulary)
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("Q", "Q")]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(path)

@@ -33,7 +33,7 @@ def quantizer_for(plan: CalibrationPlan, source: Source, view: View) -> Quantize
         return WholeQuantizer(plan, source, view)
     data = plan.data
     asked = list(data.verify), data.prepared.place
-    task = QuantizeTask(plan.calibrate, plan.schemes, *asked, data.windows, plan.seed)
+    task = QuantizeTask(plan.calibrate, plan.schemes, *asked, data.windows, plan.seed, plan.settled)
     return BlockQuantizer(source.stream(), task, source.work, view)
 
 

@@ -208,7 +208,10 @@ class BlockQuantizer:
         def look(name: str, inputs: torch.Tensor) -> None:
             largest[name] = max(largest[name], float(inputs.abs().max()))
 
-        if any(scheme.activations == "static" for scheme in schemes.values()):
+        settled = self.task.settled and self.task.settled.within(f"{self.model.name(number)}.")
+        if settled:
+            largest.update(settled.largest_inputs)
+        elif any(scheme.activations == "static" for scheme in schemes.values()):
             with inputs_seen([(block.get_submodule(name), name) for name in schemes], look):
                 for hidden in streams.quantized_windows:
                     self.model.run(block, number, hidden)
@@ -219,6 +222,7 @@ class BlockQuantizer:
             calls=[self.model.call(number, hidden) for hidden in streams.windows],
             quantized_inputs=streams.quantized_windows,
             largest_inputs=largest,
+            scales=settled.scales if settled else None,
             iters=self.task.settings.iters,
             seed=self.task.seed + number,
         )

@@ -23,10 +23,10 @@ from transformers import PreTrainedModel
 from qft.documents.evaluation import LayerError
 from qft.errors import ModelError
 from qft.memory.meter import weight_bytes
-from qft.model.delta import add_delta
-from qft.model.rounded import rounded_weight
+from qft.quant.delta import add_delta
 from qft.quant.dequantize import dequantized_weight, is_quantized
 from qft.quant.layer import skip_entry
+from qft.quant.rounded import rounded_weight
 
 K = TypeVar("K")
 Visit = Callable[["_Pair", torch.Tensor], None]

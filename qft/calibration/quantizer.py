@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from qft.calibration.finite import Place
 from qft.documents.evaluation import LayerError
 from qft.measure.likelihood import Verification
-from qft.quant.layer import LayerScheme
+from qft.quant.layer import LayerScheme, Settled
 from qft.recipe.schema import CalibrateSection
 
 Schemes = Mapping[str, LayerScheme | None]
@@ -29,6 +29,8 @@ class QuantizeTask:
     windows: Sequence[Sequence[int]] = ()
     """Token ids that the engine looks at."""
     seed: int = 0
+    settled: Settled | None = None
+    """What a training has settled of the layers; None: nothing."""
 
 
 @dataclass(frozen=True)

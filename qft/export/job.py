@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 from qft.documents.recorded import require_whole_run
@@ -12,8 +12,11 @@ from qft.errors import MissingError, RecipeError, RunError
 from qft.files import temporary_name
 from qft.model.handover import Handover, decided
 from qft.model.merge import read_adapter
+from qft.model.rounded import settled
 from qft.model.target import Target, parse_target
 from qft.progress import View
+from qft.quant.hold import Qat
+from qft.quant.layer import Settled
 from qft.recipe import LoadedRecipe, load
 from qft.recipe.schema import MergeInto
 from qft.run.folder import Run
@@ -57,6 +60,16 @@ class Job(Handover):
     @property
     def adapter(self) -> Path | None:
         return self.target.adapter
+
+    @cached_property
+    def learnt(self) -> Settled | None:
+        """What a run with quant.mode qat has learnt of layers beside their weights; None of another run. Raises
+        ModelError if it is not there, or does not fit."""
+        scheme = self.plan.scheme
+        if not isinstance(scheme, Qat):
+            return None
+        folder = self.adapter or self.plan.checkpoint.folder
+        return settled(folder, scheme.holds(self.weights.model)) if scheme.learns else Settled()
 
     def without_adapter(self) -> Target:
         return replace(self.target, adapter=None)

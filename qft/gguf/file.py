@@ -19,6 +19,7 @@ from qft.files import atomic_file
 from qft.gguf.llamacpp import KINDS, end_tokens
 from qft.gguf.shape import add_shape, architecture, deinterleave, heads_to_interleave, interleave, rope_factors
 from qft.gguf.vocabulary import add_tokenizer
+from qft.quant.rounding.q4_k import q4_k
 
 _T = gguf.GGMLQuantizationType
 WRITABLE = [name for name, kind in KINDS.items() if not kind.by_llamacpp]
@@ -48,8 +49,8 @@ def write_gguf(model_folder: Path, out: Path, *, kind: str, name: str | None = N
 
     The folder has config.json, a tokenizer and float32, float16 or bfloat16 safetensors in Hugging Face layout.
     `kind` is one of WRITABLE; `name` is what the file calls the model, by default as its folder. Matrices [out, in]
-    become that type, vectors float32; in a q4_0 file the embedding and the output layer are q8_0. One tensor at a time
-    is in memory.
+    become that type, vectors float32; in a q4_0 or q4_k file the embedding and the output layer are q8_0. One tensor at
+    a time is in memory.
 
     Raises ModelError for a model or tokenizer that GGUF cannot hold faithfully, RunError if the disk is too full.
     Source: the GGUF specification, docs/gguf.md of ggml-org/ggml."""
@@ -114,6 +115,8 @@ def _encoded(tensor: _Tensor) -> NDArray[Any]:
         raise ModelError(f"GGUF: {tensor.name} holds NaN or infinity")
     if tensor.type == _T.F16 and np.abs(values).max() > np.finfo(np.float16).max:
         raise ModelError(f"GGUF: {tensor.name} holds values beyond float16; write bf16, f32 or q8_0")
+    if tensor.type == _T.Q4_K:  # of which gguf-py knows how to read it alone
+        return q4_k(torch.from_numpy(np.ascontiguousarray(values))).packed()
     encoded: NDArray[Any] = gguf.quants.quantize(np.ascontiguousarray(values), tensor.type)
     return encoded
 
@@ -158,7 +161,7 @@ def _name(names: Any, name: str) -> str:
 
 def _type(name: str, theirs: str, shape: tuple[int, ...], kind: str) -> gguf.GGMLQuantizationType:
     type_ = _T[kind.upper()] if len(shape) > 1 else _T.F32
-    if type_ == _T.Q4_0 and theirs in EMBEDDINGS:
+    if type_ in (_T.Q4_0, _T.Q4_K) and theirs in EMBEDDINGS:
         type_ = _T.Q8_0
     if shape[-1] % (block := gguf.GGML_QUANT_SIZES[type_][0]):
         raise ModelError(

@@ -40,6 +40,7 @@ KINDS = {
     "q6_k": Kind(18, 6, by_llamacpp=True),
     "q5_k_m": Kind(17, 5, by_llamacpp=True),
     "q4_k_m": Kind(15, 4, by_llamacpp=True),
+    "q4_k": Kind(14, 4),
     "q4_0": Kind(2, 4),
 }
 

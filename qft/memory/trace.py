@@ -29,7 +29,8 @@ from qft.memory.offload import SLOTS
 from qft.memory.optimizers import STATES, step_bytes
 from qft.memory.repeated import Pattern, pattern
 from qft.memory.stand_in import OnGpu, fill, hold, peft_sees_autocast, set_attention
-from qft.quant.hold import Scheme
+from qft.quant.hold import Qat, Scheme
+from qft.quant.rounded import round_layers
 
 MIDDLE = "other blocks"
 SMALL, FEW_TOKENS = 2**28, 2**12
@@ -174,9 +175,13 @@ def _adapted(model: PreTrainedModel, work: Work, gpu: OnGpu | None, *, checkpoin
     if work.logit_bytes and has_parts(model):
         replace_forward(model, rows_at_once(model, work.logit_bytes), **again)
     adapted: nn.Module = model
+    roundings = work.scheme.roundings(model) if isinstance(work.scheme, Qat) else {}
     if work.lora is not None:
         with torch.device("meta"):
             adapted = get_peft_model(model, LoraConfig(**work.lora | {"init_lora_weights": False}))
+    if isinstance(work.scheme, Qat):
+        traced = work.scheme.target.traced
+        round_layers(adapted, work.scheme, dict.fromkeys(roundings, traced) if traced else roundings)
     return adapted.train()
 
 

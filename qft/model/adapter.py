@@ -26,7 +26,7 @@ from qft.disk import disk_failures
 from qft.errors import ModelError, QftError, first_line
 from qft.files import atomic_folder, read_json_text
 from qft.memory.guard import memory_guard, smaller_base
-from qft.model.rounded import round_weights
+from qft.model.rounded import round_weights, write_learnt
 from qft.plan import ModelPlan, Plan
 from qft.quant.dequantize import dequantized_weight, is_quantized
 
@@ -84,12 +84,14 @@ def save_adapter(model: PeftModel, plan: Plan, folder: Path, initial: Path | Non
         warnings.filterwarnings("ignore", message=".*changes the base weights of the model", category=UserWarning)
         # The vocabulary is never changed, so the base's embeddings need not travel with the adapter.
         model.save_pretrained(str(temporary), save_embedding_layers=False, **arguments)
+        write_learnt(model, temporary)
 
 
 def save_full(model: PreTrainedModel, plan: Plan, folder: Path) -> None:
     """Write all weights and the tokenizer as safetensors, atomically."""
     with atomic_folder(folder) as temporary:
         model.save_pretrained(str(temporary))
+        write_learnt(model, temporary)
         plan.model.tokenizer.save_pretrained(str(temporary))
 
 

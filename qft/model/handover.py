@@ -17,6 +17,7 @@ from qft.model.merge import Adapter, MergedWeights, planned_adapter
 from qft.plan import ModelPlan, Plan, plan_calibration, plan_layers, refuse
 from qft.quant.hold import Qat
 from qft.quant.hold.none import Unquantized
+from qft.quant.layer import Settled
 from qft.recipe import LoadedRecipe
 from qft.recipe.catalogue import export_problem
 from qft.recipe.schema import CalibrateSection, ExportTarget, MergeInto
@@ -67,6 +68,7 @@ FORMS: dict[str, Form] = {
     "compressed-tensors": _rounded(
         CalibrateSection(engine="rtn"), calibrated=True, needs=(("compressed_tensors", "calibrate"),)
     ),
+    "torchao": _rounded(CalibrateSection(engine="torchao", bits=8), needs=(("torchao", "calibrate"),)),
     "gguf": _gguf("q8_0"),
     **{name: _gguf(name.removeprefix("gguf-")) for name in get_args(ExportTarget) if name.startswith("gguf-")},
 }
@@ -158,10 +160,11 @@ def require_possible(name: str, handover: Handover, rows: Prepared | None = None
 def _untrained(name: str, plan: ModelPlan) -> str | None:
     """Why the form of that name is not the one that the run is trained for; None if it is, or is trained for none."""
     scheme = plan.scheme
-    if not isinstance(scheme, Qat) or FORMS[name] == FORMS[scheme.target.form]:
+    if not isinstance(scheme, Qat) or FORMS[name] == FORMS[scheme.target.form] or name in scheme.target.also:
         return None
-    text = f"the run is trained for {scheme.quant_type} (quant.target), and any other form would hold other weights"
-    return f"{text} than those that were trained; export --to {scheme.target.form}"
+    text = f"the run is trained for {scheme.quant_type} (quant.target), and any other form would hold other weights, or"
+    able = " or ".join((scheme.target.form, *scheme.target.also))
+    return f"{text} round activations otherwise, than what was trained; export --to {able}"
 
 
 def _require_possible(name: str, handover: Handover, rows: Prepared | None) -> None:
@@ -178,7 +181,8 @@ def _require_possible(name: str, handover: Handover, rows: Prepared | None) -> N
     if form.rounding:
         asked = handover.loaded.having(calibrate=handover.section(form))
         if rows:
-            plan_calibration(asked, handover.merged, trained=rows)
+            settled = Settled() if isinstance(handover.plan.scheme, Qat) else None
+            plan_calibration(asked, handover.merged, trained=rows, settled=settled)
         else:
             plan_layers(asked, handover.merged)
 

@@ -18,8 +18,9 @@ from qft.files import require_regular_files
 from qft.gguf.llamacpp import LlamaCpp, require_llamacpp
 from qft.model.adapter import require_fit, with_adapter
 from qft.model.load import load_base
-from qft.model.rounded import round_weights
+from qft.model.rounded import FILE, read_learnt, round_weights
 from qft.plan import ModelPlan, plan_model
+from qft.quant.rounding_state import state_of
 from qft.recipe import LoadedRecipe, load
 from qft.recipe.load import from_values
 from qft.recipe.training import QuantSection
@@ -143,9 +144,21 @@ def load_target(target: Target, plan: ModelPlan) -> Any:
         if target.variant == "merged":
             model = model.merge_and_unload()
     round_weights(model, plan)
+    _recall(model, target.adapter or plan.checkpoint.folder)
     if target.run:
         target.run.require_same(target.manifest)
     return model.eval()
+
+
+def _recall(model: Any, folder: Path) -> None:
+    """What the training of this adapter, or of these weights, has learnt besides. Weights that were trained without
+    have the scales that follow from them, but no range of activations: raises ModelError."""
+    learnt = state_of(model)
+    if (folder / FILE).is_file():
+        read_learnt(model, folder)
+    elif learnt and learnt.unobserved():
+        text = "has the range of its activations from no training (quant.target w8a8-static)"
+        raise ModelError(f"{folder}: {text}: evaluate a run that was trained so, or set quant.target to w8a8")
 
 
 def _find(path: str, data: str | None) -> tuple[LoadedRecipe, Path | None]:

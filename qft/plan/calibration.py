@@ -15,7 +15,7 @@ from qft.plan.model import ModelPlan, partial_problem, plan_model, refuse, requi
 from qft.plan.modules import Matches, ends_with, match_own
 from qft.plan.packages import missing_engine, missing_packages
 from qft.quant.engines.llmcompressor import find_problem
-from qft.quant.layer import LayerScheme
+from qft.quant.layer import LayerScheme, Settled
 from qft.quant.share import Held, count_weights
 from qft.recipe import LoadedRecipe, Recipe
 from qft.recipe.catalogue import CATALOGUE, EngineRow
@@ -45,6 +45,8 @@ class CalibrationPlan:
     """Of the names of modules that say what is left in 16 bits, by field: how many each matches."""
     weights: Mapping[str, int] = field(default_factory=dict)
     """Of each module outside embeddings and head: see qft.quant.share."""
+    settled: Settled | None = None
+    """What a training has settled of the layers; None: nothing."""
 
     @property
     def recipe(self) -> Recipe:
@@ -101,10 +103,14 @@ class CalibrationPlan:
 
 
 def plan_calibration(
-    loaded: LoadedRecipe, model: ModelPlan | None = None, *, trained: Prepared | None = None
+    loaded: LoadedRecipe,
+    model: ModelPlan | None = None,
+    *,
+    trained: Prepared | None = None,
+    settled: Settled | None = None,
 ) -> CalibrationPlan:
     """Decide everything. `model` is what is quantized, if it is not the recipe's own; `trained` is the recipe's data
-    section as a training has it, if it has been encoded.
+    section as a training has it, if it has been encoded; with what is `settled` no calibration windows are looked at.
 
     Raises RecipeError for what model or device cannot do; MissingError, DataError, ModelError as the layers below."""
     model, layers = plan_layers(loaded, model)
@@ -113,9 +119,16 @@ def plan_calibration(
     engine = CATALOGUE[calibrate.engine]
     if engine.by_plugin:
         return _by_plugin(loaded.having(adapter=AdapterSection()), model, trained)
-    data = _data(model, loaded, trained, needs_windows=engine.needs_windows(calibrate.activations))
+    looks = settled is None and engine.needs_windows(calibrate.activations)
+    data = _data(model, loaded, trained, needs_windows=looks)
     return CalibrationPlan(
-        _unquantized(loaded), model, layers.schemes, data, matched=layers.matched, weights=layers.weights
+        _unquantized(loaded),
+        model,
+        layers.schemes,
+        data,
+        matched=layers.matched,
+        weights=layers.weights,
+        settled=settled,
     )
 
 

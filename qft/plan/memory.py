@@ -44,9 +44,9 @@ class Forecast:
     def unknown(self) -> str | None:
         """Why nothing can be predicted; None: it can."""
         scheme = self.model.scheme
-        if scheme.name == "qat":
-            return "what rounding in training takes is not traced"
-        if scheme.name not in ("none", "8bit", "4bit"):
+        if self.model.recipe.quant.distill:
+            return "what asking the unrounded model takes is not traced"
+        if scheme.name not in ("none", "8bit", "4bit", "qat"):
             return f"only the code of {scheme.name} knows what its layers take"
         try:
             self.predict(self.step())

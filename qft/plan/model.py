@@ -5,7 +5,7 @@ Nothing here loads a weight: the model is built on the meta device, where tensor
 
 import importlib.util
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -165,7 +165,9 @@ def plan_model(
     if lora:
         refuse(loaded, whole_problems(recipe.adapter, scheme.holds(model) or ()))
     held = weights_held(scheme, recipe, model)
+    beside = scheme.learnt_beside(model)
     shape = _shape(loaded, model, lora, matched)
+    shape = replace(shape, trainable_parameters=shape.trainable_parameters + beside)
     if lora:
         refuse(loaded, _size_problems(shape, device))
     return ModelPlan(loaded, device, checkpoint, tokenizer, shape, dtype, scheme, matched, held)

@@ -1,11 +1,17 @@
 """How one linear layer is held or left as it is, whoever quantizes it and whichever way it is written."""
 
+from __future__ import annotations
+
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
 
 from qft.recipe.catalogue import SCHEME_FIELDS
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,32 @@ class LayerScheme:
     def facts(self) -> dict[str, Any]:
         """As plain values, by the names of the fields of `calibrate`."""
         return {name: getattr(self, name) for name in SCHEME_FIELDS}
+
+
+@dataclass(frozen=True)
+class Settled:
+    """Of layers, by their names, what is not to be found out of weights and calibration windows again."""
+
+    scales: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Of weights [out, groups], in float32."""
+    largest_inputs: Mapping[str, float] = field(default_factory=dict)
+
+    def within(self, prefix: str) -> Settled:
+        """Of the layers whose names begin so, by what follows."""
+        return Settled(_within(self.scales, prefix), _within(self.largest_inputs, prefix))
+
+
+def _within(values: Mapping[str, T], prefix: str) -> dict[str, T]:
+    return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
+
+
+def siblings(schemes: Mapping[str, Any]) -> list[list[str]]:
+    """The names of layers that are held alike and are parts of the same module, together: engines multiply with some of
+    them at once (q, k and v; gate and up), and then know but one scale of a whole tensor."""
+    found: dict[tuple[str, Any], list[str]] = {}
+    for name, scheme in schemes.items():
+        found.setdefault((name.rpartition(".")[0], scheme), []).append(name)
+    return list(found.values())
 
 
 def skip_entry(name: str, names: Sequence[str]) -> str:

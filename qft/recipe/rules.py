@@ -14,8 +14,11 @@ Problem = tuple[str, str]
 
 QUANT_FIELDS = dict.fromkeys(("quant_type", "double_quant", "compute_dtype", "quant_storage"), "4bit")
 QUANT_FIELDS |= {"threshold": "8bit", "plugin": "custom"}
-QUANT_FIELDS |= dict.fromkeys(("target", "fake_quant_after_steps", "distill"), "qat")
+QUANT_FIELDS |= dict.fromkeys(("target", "fake_quant_after_steps", "learn_scales", "distill"), "qat")
 """Fields of `quant` that only one mode reads."""
+
+FREE_SCALES = ("int", "w8a8", "8da4w")
+"""What quant.target begins with where scales can be learnt: integers, whose files hold any scale."""
 
 MOST = 2**31 - 1
 SKIP_BUDGETS = ("quant.skip_budget_bits", "quant.skip_budget_bytes")
@@ -87,6 +90,9 @@ def unread_fields(recipe: Recipe) -> dict[str, str]:
 def _unread_by_quant(quant: QuantSection) -> dict[str, str]:
     others = [(f"quant.{name}", mode) for name, mode in QUANT_FIELDS.items() if mode != quant.mode]
     unread = {name: f"has a meaning only with quant.mode {mode}, and the mode is {quant.mode}" for name, mode in others}
+    if quant.target != "w8a8-static":
+        text = "has a meaning only with quant.target w8a8-static, of which activations are observed"
+        unread["quant.freeze_observers_after_steps"] = text
     if quant.mode == "none":
         unread["quant.skip_modules"] = "nothing is quantized with quant.mode none"
     if quant.mode == "custom":
@@ -148,6 +154,11 @@ def _qat_rules(recipe: Recipe) -> Iterator[Problem]:
     quant, adapter = recipe.quant, recipe.adapter
     if quant.target is None:
         yield "quant.target", "quant.mode qat needs the format to train for; name it, or change the mode"
+    elif quant.learn_scales and not quant.target.startswith(FREE_SCALES):
+        yield "quant.learn_scales", f"the scales of {quant.target} follow from its weights; set it to false"
+    if quant.learn_scales and recipe.memory.offload != "none":
+        text = "scales start from the weights, which wait elsewhere; set it to false, or memory.offload to none"
+        yield "quant.learn_scales", text
     if adapter.lora_dropout:
         yield "adapter.lora_dropout", "the adapter is within the weight that qat rounds, and not behind it; set it to 0"
     if quant.distill and adapter.kind == "none":
@@ -233,6 +244,11 @@ def _scheme_rules(calibrate: CalibrateSection) -> Iterator[Problem]:
     by_row = calibrate.data_type == "float" or calibrate.activations != "none"
     if by_row and calibrate.group_size not in ("auto", -1):
         yield "calibrate.group_size", "8-bit products need one scale a row: set it to auto or -1"
+    if calibrate.group_size == 16:
+        yield (
+            "calibrate.group_size",
+            "16 is nvfp4's, for which quant.mode qat trains; integers are read by 32 or more",
+        )
     if calibrate.activations != "none" and not calibrate.symmetric:
         yield "calibrate.symmetric", "8-bit products of activations need weights without a zero point: set it to true"
 

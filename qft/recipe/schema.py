@@ -18,8 +18,9 @@ from qft.recipe.training import (
 )
 
 ExportTarget = Literal[
-    "adapter", "merged", "bnb-4bit", "bnb-8bit", "compressed-tensors",
-    "gguf", "gguf-f16", "gguf-bf16", "gguf-q8_0", "gguf-q6_k", "gguf-q5_k_m", "gguf-q4_k_m", "gguf-q4_0",
+    "adapter", "merged", "bnb-4bit", "bnb-8bit", "compressed-tensors", "torchao",
+    "gguf", "gguf-f16", "gguf-bf16", "gguf-q8_0", "gguf-q6_k", "gguf-q5_k_m", "gguf-q4_k_m", "gguf-q4_k",
+    "gguf-q4_0",
 ]  # fmt: skip
 MergeInto = Literal["dequantized", "original"]
 
@@ -100,9 +101,9 @@ class CalibrateSection(Section):
     """Of the weights. float is float8 e4m3; nf4 and fp4 are bitsandbytes'."""
     bits: Literal[4, 8] = 4
     """Of a weight."""
-    group_size: Literal["auto", -1, 32, 64, 128] = "auto"
+    group_size: Literal["auto", -1, 16, 32, 64, 128] = "auto"
     """Weights of a row that share a scale; -1: a whole row. auto: 128 for 4 bits (or 64, or 32, where the layers'
-    inputs do not divide by it), a row for 8 bits."""
+    inputs do not divide by it), a row for 8 bits. 16 is nvfp4's, a quant.target."""
     symmetric: bool = True
     """Zero is in the middle of the range. false: each group has a zero point too."""
     activations: Literal["none", "dynamic", "static"] = "none"
@@ -143,8 +144,9 @@ class ExportSection(Section):
 
     target: Many[ExportTarget] = ()
     """Forms to write, each into a folder of its own: adapter (peft's), merged (16-bit safetensors), bnb-4bit and
-    bnb-8bit (bitsandbytes), compressed-tensors (as calibrate says, else 4-bit weights, rounded), gguf (a file for
-    llama.cpp and Ollama, of the kind that follows; alone it is q8_0). --to replaces it."""
+    bnb-8bit (bitsandbytes), compressed-tensors (as calibrate says, else 4-bit weights, rounded), torchao (int8 weights,
+    or those of a qat run), gguf (a file for llama.cpp and Ollama, of the kind that follows; alone it is q8_0). --to
+    replaces it."""
     merge_into: Literal["auto", MergeInto] = "auto"
     """The base weights that an adapter is added to: those that it was trained against, dequantized, or the original
     ones, which it has not seen. auto: dequantized; original for bnb-4bit on a 4-bit base, since rounding to the grid

@@ -13,8 +13,8 @@ from pydantic_core import PydanticCustomError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 QatTarget = Literal[
-    "int4-g32", "int4-g64", "int4-g128", "int8", "w8a8", "int8-dynamic-act-int4-weight", "mxfp4", "nf4", "q4_0",
-    "q8_0",
+    "int4-g32", "int4-g64", "int4-g128", "int8", "w8a8", "w8a8-static", "int8-dynamic-act-int4-weight", "8da4w",
+    "mxfp4", "nvfp4", "nf4", "q4_0", "q4_k", "q8_0",
 ]  # fmt: skip
 Format = Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text"]
 T = TypeVar("T")
@@ -92,10 +92,16 @@ class QuantSection(Section):
     target: QatTarget | None = None
     """The format to train for: int4-g32, int4-g64, int4-g128 (integers with a scale for so many weights), int8 (with a
     scale a row), w8a8 and int8-dynamic-act-int4-weight (int8, or int4-g32, multiplied with activations in 8 bits that
-    are scaled per token), mxfp4 (4-bit floats with a power of two for 32), all as compressed-tensors; nf4
-    (bitsandbytes, double quantization); q4_0, q8_0 (GGUF). Only with mode qat, which needs it."""
+    are scaled per token), w8a8-static (int8, with activations scaled by the largest that was seen), mxfp4 (4-bit floats
+    with a power of two for 32), nvfp4 (with a float8 for 16 and a float32 for the layers of a module), all as
+    compressed-tensors; 8da4w (int4-g32 with 8-bit activations, as torchao has it); nf4 (bitsandbytes, double
+    quantization); q4_0, q4_k, q8_0 (GGUF). Only with mode qat, which needs it."""
     fake_quant_after_steps: int = Field(0, ge=0)
     """Optimizer steps before rounding begins. Only with mode qat."""
+    freeze_observers_after_steps: int = Field(10, ge=1)
+    """Optimizer steps that look for the largest activations, whose range is then frozen. Only with w8a8-static."""
+    learn_scales: bool = False
+    """Train the scales too (LSQ, arXiv:1902.08153). Only with mode qat and integers (not q4_0, ...)."""
     distill: bool = False
     """Learn from the predictions of the same model without adapter and rounding (KL divergence on the learnt tokens,
     arXiv:2601.20088), instead of the tokens themselves. Only with mode qat."""

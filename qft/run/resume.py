@@ -26,7 +26,8 @@ TABLE: dict[str, dict[Class, str]] = {
             model.path model.revision model.ignore_unexpected model.dtype model.attn_implementation
             quant.mode quant.plugin quant.quant_type quant.double_quant quant.compute_dtype quant.quant_storage
             quant.threshold quant.skip_modules quant.skip_budget_bits quant.skip_budget_bytes
-            quant.target quant.fake_quant_after_steps quant.distill
+            quant.target quant.fake_quant_after_steps quant.freeze_observers_after_steps quant.learn_scales
+            quant.distill
             adapter.kind adapter.r adapter.lora_alpha adapter.lora_dropout adapter.target_modules
             adapter.exclude_modules adapter.layers_to_transform adapter.use_rslora adapter.use_dora
             adapter.init_lora_weights adapter.bias adapter.modules_to_save

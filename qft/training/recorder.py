@@ -195,7 +195,7 @@ class Recorder:
             dtype=plan.dtype,
             parameters=shape.parameters,
             trainable_parameters=shape.trainable_parameters,
-            trainable_share=shape.trainable_parameters / shape.parameters,
+            trainable_share=min(shape.trainable_parameters / shape.parameters, 1.0),  # scales are no parameters
             quantized_share=self.quantized_share,
             bits_per_weight=held * 8 / shape.parameters,
         )

@@ -11,6 +11,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from qft.errors import RunError
 from qft.files import write_text
+from qft.model.rounded import read_learnt, write_learnt
 from qft.plan import Plan
 from qft.run.checkpoint import INITIAL, STATE, TRAINER_STATE, best_of, best_problem, discard, rotate, seal, step_of
 from qft.run.resume import ANEW
@@ -122,6 +123,11 @@ class ResumingTrainer(Trainer):
             super()._save(output_dir, state_dict)
         finally:
             model.__dict__.pop("save_pretrained", None)
+        write_learnt(model, Path(output_dir or self.args.output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        read_learnt(self.model, Path(resume_from_checkpoint))
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Weights that a checkpoint lacks, tied ones aside, would silently stay what they were."""
@@ -165,6 +171,7 @@ class ResumingTrainer(Trainer):
         if problem := best_problem(Path(self.state.best_model_checkpoint)):
             raise RunError(f"train.load_best_model_at_end: {problem}, and --resume")
         super()._load_best_model()
+        read_learnt(self.model, Path(self.state.best_model_checkpoint))
 
 
 class _EpochOrder(TrainerCallback):

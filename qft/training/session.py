@@ -23,11 +23,12 @@ from qft.model.adapter import CHANGES_BASE, attach_adapter, save_adapter, save_f
 from qft.model.load import load_base
 from qft.model.offload import load_offloaded, look_up_on_host, offloading
 from qft.plan import Plan
+from qft.quant.rounding_state import state_of
 from qft.quant.share import measured_share
 from qft.run.checkpoint import is_over, step_of
 from qft.run.folder import Run, record_base
 from qft.training.evaluation import HeldOut
-from qft.training.qat import RoundingStart
+from qft.training.qat import RoundingSchedule, require_observed
 from qft.training.recorder import Recorder
 from qft.training.surviving import SurvivingTrainer
 
@@ -144,8 +145,8 @@ def _callbacks(plan: Plan, run: Run) -> list[TrainerCallback]:
     patience, callbacks = plan.recipe.train.early_stopping_patience, []
     if patience:
         callbacks.append(EarlyStoppingCallback(patience))
-    if plan.recipe.quant.fake_quant_after_steps:
-        callbacks.append(RoundingStart(plan.recipe.quant.fake_quant_after_steps))
+    if plan.recipe.quant.mode == "qat":
+        callbacks.append(RoundingSchedule(plan.recipe.quant))
     if "tensorboard" in plan.recipe.train.report_to:
         callbacks.append(TensorBoardCallback())
         callbacks[-1].logging_dir = str(run.events)
@@ -154,6 +155,8 @@ def _callbacks(plan: Plan, run: Run) -> list[TrainerCallback]:
 
 def _save(trainer: SurvivingTrainer, run: Run) -> Path:
     plan, model = trainer.recorder.plan, trainer.accelerator.unwrap_model(trainer.model)
+    if learnt := state_of(model):
+        require_observed(learnt)
     if plan.lora is None:
         save_full(model, plan, run.full_model)
         return run.full_model

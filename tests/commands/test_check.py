@@ -42,7 +42,10 @@ def test_what_is_trained_and_calibrated_on_the_same_rows_is_encoded_once(
     found = planned(loaded)
     assert isinstance(found, PlanDocument)
     # What is predicted of the host begins with the process as it stands.
-    assert found == apart.model_copy(update={"exports": dict.fromkeys(EXPORTERS), "memory": found.memory})
+    assert found.exports is not None
+    assert [name for name, why in found.exports.items() if why] == ["gguf-q4_k"]  # blocks longer than the rows
+    assert list(found.exports) == list(EXPORTERS)
+    assert found == apart.model_copy(update={"exports": found.exports, "memory": found.memory})
     assert encoded == [59]
     other: dict[str, Any] = {"data": str(write_jsonl(tmp_path / "own.jsonl", [chat(f"{i}", "yes") for i in range(40)]))}
     changed = planned(loaded.having(calibrate=other)).calibration

@@ -18,6 +18,7 @@ from qft.documents.plan import PlanDocument
 from qft.errors import RecipeError
 from qft.export import export
 from qft.export.gate.verify import judge, reference
+from qft.model.rounded import read_state
 from qft.progress import View
 from qft.quant.rounding import TARGETS
 from qft.recipe import load
@@ -38,7 +39,8 @@ KINDS: dict[str, dict[str, Any]] = {
 def qat_run(folder: Path, target: str, adapter: dict[str, Any], **sections: Any) -> Path:
     """A run of a model with biases, whose rows all groups divide."""
     if not (folder / "base").exists():
-        model = tiny_llama(hidden_size=128, intermediate_size=256, attention_bias=True)
+        wide = 256 if target == "q4_k" else 128
+        model = tiny_llama(hidden_size=wide, intermediate_size=256, attention_bias=True)
         torch.nn.init.normal_(model.model.layers[0].self_attn.q_proj.bias, std=0.1)
         model.save_pretrained(folder / "base")
         byte_tokenizer().save_pretrained(folder / "base")
@@ -65,11 +67,40 @@ def test_what_is_written_is_what_was_trained(target: str, kind: str, tmp_path: P
     assert (checks["different_weights"].value, checks["different_weights"].threshold) == (0, 0)
     card = (Path(document.path) / "README.md").read_text("utf-8")
     assert f"trained as they are rounded here (quantization-aware training for {target})" in card
+    if TARGETS[target].observes:
+        assert (checks["different_input_scales"].value, checks["different_input_scales"].passed) == (0, True)
     if TARGETS[target].layer:
         assert checks["largest_difference"].value == 0
         assert (checks["same_continuations"].value, checks["same_continuations"].threshold) == (1, 1)
     else:
         assert checks["kl"].value < 1e-3
+
+
+@pytest.mark.parametrize(("target", "learns"), [("int4-g32", True), ("int8", False)])
+def test_torchao_holds_the_very_weights_too(target: str, learns: bool, tmp_path: Path) -> None:
+    run = qat_run(tmp_path, target, KINDS["lora"], quant={"learn_scales": learns})
+    [document] = export(run, options("torchao"), View())
+    checks = {check.name: check for check in document.gate.checks}
+    assert document.passed
+    assert (checks["different_weights"].value, checks["same_continuations"].value) == (0, 1)
+    if target == "int4-g32":  # int8 multiplies with the scales behind the product
+        assert checks["largest_difference"].value == 0
+    names = {path.suffix for path in Path(document.path).iterdir()}
+    assert not names & {".bin", ".pt", ".pth"}, "nothing is pickled"
+
+
+def test_learnt_scales_are_those_of_the_file(tmp_path: Path) -> None:
+    run = qat_run(tmp_path, "w8a8-static", KINDS["none"], quant={"learn_scales": True})
+    document, checks = exported(run, "w8a8-static")
+    assert document.passed
+    assert (checks["different_weights"].value, checks["largest_difference"].value) == (0, 0)
+    learnt = read_state(run / "model")
+    name = "model.layers.1.mlp.up_proj"
+    change = learnt[f"{name}.weight_scale_change"]
+    assert change.abs().max() > 0
+    [path] = Path(document.path).glob("model-block-*1.safetensors")
+    held = load_file(path)[f"{name}.weight_scale"]
+    assert torch.equal(held, (learnt[f"{name}.weight_scale"] * (1 + change)).to(held.dtype))
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", "phi", "opt", "mixtral", "qwen3_moe", "gemma3"])
@@ -170,6 +201,6 @@ def test_what_cannot_be_exported_is_not_trained(run: Path, tmp_path: Path) -> No
     plan = planned(load(run.parent / "recipe.yaml", [f"output_dir={tmp_path / 'other'}"]))
     assert isinstance(plan, PlanDocument)
     assert plan.exports is not None
-    assert [name for name, obstacle in plan.exports.items() if obstacle is None] == ["compressed-tensors"]
+    assert [name for name, obstacle in plan.exports.items() if obstacle is None] == ["compressed-tensors", "torchao"]
     with pytest.raises(RecipeError, match=r"export\.target: merged: .*trained for int4-g32"):
         planned(load(run.parent / "recipe.yaml", [f"output_dir={tmp_path / 'other'}", "export.target=[merged]"]))

@@ -97,6 +97,37 @@ def test_so_does_one_of_other_settings(changes: dict[str, Any]) -> None:
     assert totals(of("llama", asked, AGAIN, 2)) == totals(of("llama", asked, AGAIN, 2, real=True))
 
 
+ROUNDED: dict[str, dict[str, Any]] = {
+    "w8a8-static": {"learn_scales": True},
+    "nvfp4": {},
+    "q8_0": {},
+    "nf4": {},
+    "mxfp4": {},
+}
+
+
+def rounded(target: str, **changes: Any) -> Work:
+    quant = QuantSection.model_validate({"mode": "qat", "target": target} | ROUNDED[target])
+    scheme = SCHEMES["qat"](quant, "bfloat16", () if target == "q8_0" else ("lm_head",))
+    return dataclasses.replace(work(**changes), scheme=scheme)
+
+
+@pytest.mark.parametrize(
+    ("target", "lora", "step"),
+    [("nvfp4", LORA, AGAIN), ("w8a8-static", LORA, ONCE), ("q8_0", None, ONCE)],
+)
+def test_so_does_one_whose_weights_are_rounded(target: str, lora: dict[str, Any] | None, step: Step) -> None:
+    asked = rounded(target, lora=lora, mixed=torch.bfloat16)
+    assert totals(of("llama", asked, step, 2)) == totals(of("llama", asked, step, 2, real=True))
+
+
+def test_a_library_that_looks_at_numbers_is_traced_by_what_it_takes() -> None:
+    """Rounding to nf4 is bitsandbytes'; its codes and scales are less than what rounding to int4 takes."""
+    taken = {target: of("llama", rounded(target, mixed=torch.bfloat16), AGAIN, 2) for target in ("nf4", "mxfp4")}
+    plain = of("llama", work(mixed=torch.bfloat16), AGAIN, 2)["last blocks"].total
+    assert plain < taken["nf4"]["last blocks"].total <= taken["mxfp4"]["last blocks"].total
+
+
 @pytest.mark.parametrize(
     ("kind", "step", "on_gpu"),
     [("llama", ONCE, True), ("llama", AGAIN, False), ("gemma3_text", AGAIN, True), ("mixtral", ONCE, False)],

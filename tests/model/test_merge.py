@@ -10,9 +10,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from qft.model.delta import add_delta
 from qft.model.merge import MergedWeights
 from qft.plan import plan_model
+from qft.quant.delta import add_delta
 from qft.recipe.load import from_values
 from tests.support.models import byte_tokenizer, tiny_llama
 

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.nn import functional
 
 from qft.calibration.layer_errors import layer_errors
-from qft.errors import QftError
+from qft.errors import ModelError, QftError
 from qft.model.adapter import attach_adapter
 from qft.model.load import load_base
 from qft.model.merge import MergedWeights
-from qft.model.rounded import round_weights, switch_of, without_rounding
+from qft.model.rounded import FILE, read_learnt, read_state, round_weights, write_learnt
 from qft.plan import Plan, make_plan
 from qft.quant.hold import Qat
+from qft.quant.rounded import switch_of, without_rounding
 from qft.quant.rounding import TARGETS
+from qft.quant.rounding_state import state_of
 from qft.recipe.load import from_values
 from tests.support.architectures import write_model
 from tests.support.models import byte_tokenizer, tiny_llama
 from tests.support.rows import chat, write_jsonl
 
+UP = "model.layers.0.mlp.up_proj"
 IDS = torch.tensor([[1, 70, 71, 72, 5, 9, 2, 33, 34, 35]])
 
 
@@ -105,6 +109,25 @@ def test_a_layer_multiplies_with_the_rounded_merge(
         assert torch.equal(made, expected), name
 
 
+def test_layers_that_share_a_scale_are_rounded_anew_when_another_has_changed(llama: Path, tmp_path: Path) -> None:
+    """Of three that are multiplied as one, one is trained, and the scale of all follows its largest weight."""
+    plan = plan_of(llama, "nvfp4", adapter={"r": 4, "target_modules": ["q_proj"]}, model={"dtype": "bfloat16"})
+    scheme, model = plan.model.scheme, attached(plan)
+    assert isinstance(scheme, Qat)
+    for scale in (1.0, 40.0):
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.mul_(scale if "lora_B" in name else 1)
+        model.save_pretrained(tmp_path / "adapter")
+        merged = MergedWeights(plan.model, tmp_path / "adapter", "bfloat16", None)
+        calls = {name: (given, made) for name, given, made in seen(model, lambda: model(input_ids=IDS))}
+        for tensors in merged.groups():
+            for name, rounding in scheme.settled(scheme.roundings(plan.model.skeleton), tensors).items():
+                given, made = calls[name]
+                weight = rounding(tensors[f"{name}.weight"]).values
+                assert torch.equal(made, functional.linear(given, weight, tensors.get(f"{name}.bias"))), name
+
+
 def test_all_weights_are_rounded_in_the_dtype_of_the_export(llama: Path) -> None:
     """They are trained in float32, and evaluated and exported in bfloat16 where nothing else is asked."""
     plan = plan_of(llama, adapter={"kind": "none"})
@@ -127,6 +150,51 @@ def test_activations_are_rounded_too_where_the_format_has_it(llama: Path) -> Non
     expected = functional.linear(target.inputs(inputs).values, target.rounding(merged).values)
     assert torch.equal(layer(inputs), expected)
     assert not torch.equal(layer(inputs), functional.linear(inputs, target.rounding(merged).values))
+
+
+def test_what_is_learnt_besides_is_no_part_of_the_state_dict_but_a_file(llama: Path, tmp_path: Path) -> None:
+    plan = plan_of(llama, "w8a8-static", quant={"learn_scales": True}, adapter={"r": 4})
+    models = [attached(plan), attached(plan)]
+    names = [name for name, parameter in models[0].named_parameters() if parameter.requires_grad]
+    assert sum("rounding_state" in name for name in names) == 14
+    assert not any("rounding_state" in name for name in models[0].state_dict())
+    trained = sum(p.numel() for p in models[0].parameters() if p.requires_grad)
+    assert plan.model.shape.trainable_parameters == trained
+    state = state_of(models[0])
+    assert state is not None
+    for number, layer in enumerate(state.by_name.values()):
+        own = layer.held()
+        own["weight_scale_change"].uniform_(-0.2, 0.2)
+        own["input_largest"].fill_(0.5 + number)
+    write_learnt(models[0], tmp_path)
+    with torch.no_grad():
+        expected = models[0](input_ids=IDS).logits
+        assert not torch.equal(models[1](input_ids=IDS).logits, expected)
+        read_learnt(models[1], tmp_path)
+        assert torch.equal(models[1](input_ids=IDS).logits, expected)
+
+
+DAMAGE: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {
+    "one is missing": (lambda held: held.pop(f"{UP}.weight_scale"), f"{UP}: weight_scale is missing"),
+    "one too many": (lambda held: held.update(other=torch.zeros(1)), "holds other, which no layer has"),
+    "of another shape": (
+        lambda held: held.update({f"{UP}.weight_scale": torch.ones(3, 1)}),
+        f"{UP}: weight_scale is not",
+    ),
+    "not finite": (lambda held: held[f"{UP}.weight_scale"].fill_(torch.nan), f"{UP}: weight_scale is not .* finite"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_what_was_learnt_for_another_model_is_refused(case: str, llama: Path, tmp_path: Path) -> None:
+    model = attached(plan_of(llama, "int8", quant={"learn_scales": True}, adapter={"r": 4}))
+    write_learnt(model, tmp_path)
+    damage, message = DAMAGE[case]
+    held = read_state(tmp_path)
+    damage(held)
+    save_file(held, tmp_path / FILE)
+    with pytest.raises(ModelError, match=rf"rounding\.safetensors: {message}"):
+        read_learnt(model, tmp_path)
 
 
 def test_layers_left_out_are_merged_and_not_rounded(llama: Path, tmp_path: Path) -> None:
@@ -246,6 +314,13 @@ def test_architectures(kind: str, tmp_path: Path) -> None:
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "rows that groups do not divide": ("llama", {"intermediate_size": 96}, "int4-g64", r"down_proj.* 96 weights.*64"),
+    "rows that larger blocks do not divide": ("llama", {"hidden_size": 256}, "q4_k", r"down_proj.* weights.*256"),
+    "rows that blocks of 16 do not divide": (
+        "llama",
+        {"intermediate_size": 72},
+        "nvfp4",
+        r"down_proj.* 72 weights.*16",
+    ),
     "rows that blocks do not divide": ("llama", {"intermediate_size": 80}, "q4_0", r"down_proj.* 80 weights.*32"),
     "transposed layers": ("gpt2", {}, "int4-g32", "quant.target: no linear layer"),
     "layers of a class of their own": ("falcon", {}, "int4-g32", "quant.target: no linear layer"),
@@ -258,6 +333,13 @@ def test_a_model_that_cannot_be_rounded_is_refused(case: str, tmp_path: Path) ->
     kind, changes, target, message = REFUSED[case]
     with pytest.raises(QftError, match=message):
         plan_of(write_model(tmp_path / "model", kind, **changes), target)
+
+
+@pytest.mark.parametrize("target", ["mxfp4", "nvfp4"])
+def test_floats_that_come_back_in_bfloat16_alone_are_not_trained_in_other_dtypes(target: str, llama: Path) -> None:
+    with pytest.raises(QftError, match=r"model\.dtype: .*bfloat16 alone; set it to bfloat16"):
+        plan_of(llama, target, model={"dtype": "float32"})
+    assert plan_of(llama, target, model={"dtype": "bfloat16"}).model.scheme.dtype == "bfloat16"
 
 
 def test_a_row_of_any_length_has_its_int8(tmp_path: Path) -> None:

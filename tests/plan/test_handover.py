@@ -75,29 +75,29 @@ def exports(path: Path) -> dict[str, str | None]:
 
 NF4 = {"quant": {"preset": "finetune"}}
 RUNS: dict[str, tuple[Callable[[], Any], dict[str, Any], set[str]]] = {
-    "llama on nf4": (tiny_llama, NF4, set()),
+    "llama on nf4": (tiny_llama, NF4, {"gguf-q4_k"}),
     "blocks that return tuples": (lambda: small("Bloom", hidden_size=64, n_layer=2, n_head=4), {}, set(GGUF)),
     "linear layers of its own": (
         lambda: small("Falcon", **SIZES),
         {},
-        {"bnb-4bit", "bnb-8bit", "compressed-tensors", *GGUF},
+        {"bnb-4bit", "bnb-8bit", "compressed-tensors", "torchao", *GGUF},
     ),
     "Conv1D": (gpt2, {}, set(EXPORTERS) - {"adapter"}),
     "all weights of Conv1D": (
         gpt2,
         {"adapter": {"kind": "none"}},
-        {"adapter", "bnb-4bit", "bnb-8bit", "compressed-tensors", *GGUF},
+        {"adapter", "bnb-4bit", "bnb-8bit", "compressed-tensors", "torchao", *GGUF},
     ),
     "odd rows": (odd, {}, {"compressed-tensors", *GGUF} - {"gguf-f16", "gguf-bf16"}),
     "odd rows between": (
         lambda: tiny_llama(intermediate_size=100),
         {},
-        {"compressed-tensors", "gguf", "gguf-q8_0", "gguf-q4_0"},
+        {"compressed-tensors", "gguf", "gguf-q8_0", "gguf-q4_0", "gguf-q4_k"},
     ),
     "biases and norms": (
         lambda: qwen("Qwen2", bos_token_id=0, eos_token_id=2),
         {"adapter": {"r": 4, "use_dora": True, "bias": "all", "modules_to_save": ["norm"]}},
-        set(),
+        {"gguf-q4_k"},
     ),
     "an embedding": (
         tiny_llama,

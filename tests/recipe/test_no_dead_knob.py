@@ -238,6 +238,8 @@ ELSEWHERE = {
     },
     "training/test_qat.py": {
         "quant.fake_quant_after_steps": "test_rounding_begins_when_it_is_asked_to",
+        "quant.freeze_observers_after_steps": "test_the_range_of_activations_is_frozen",
+        "quant.learn_scales": "test_a_resumed_run_is_the_unbroken_one",
         "quant.distill": "test_distilling_learns_the_unrounded_models_predictions",
     },
     "training/test_signals.py": {

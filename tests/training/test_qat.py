@@ -11,9 +11,9 @@ import torch
 from torch.nn.functional import kl_div, log_softmax
 
 from qft.data.template import IGNORED
-from qft.errors import RecipeError
+from qft.errors import ModelError, RecipeError
 from qft.model.load import load_base
-from qft.model.rounded import round_weights
+from qft.model.rounded import read_state, round_weights
 from qft.model.target import load_target, parse_target
 from qft.plan import make_plan
 from qft.recipe import load
@@ -64,9 +64,17 @@ def test_rounding_begins_when_it_is_asked_to(recipe_file: RecipeFile, tmp_path: 
     assert abs(late[3] - plain[3]) > 1e-3
 
 
-def test_a_resumed_run_rounds_from_the_same_step_on(recipe_file: RecipeFile, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "quant",
+    [
+        qat(fake_quant_after_steps=3),
+        qat("w8a8-static", freeze_observers_after_steps=5, learn_scales=True, fake_quant_after_steps=1),
+    ],
+    ids=["int4-g32", "learnt"],
+)
+def test_a_resumed_run_is_the_unbroken_one(quant: dict[str, Any], recipe_file: RecipeFile, tmp_path: Path) -> None:
+    """It rounds from the same step on, by the same scales and ranges."""
     settings = HARD | {"lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 2}
-    quant = qat(fake_quant_after_steps=3)
 
     def recipe(name: str, steps: int) -> Path:
         return recipe_file(quant=quant, train=settings | {"max_steps": steps}, output_dir=str(tmp_path / name))
@@ -76,6 +84,37 @@ def test_a_resumed_run_rounds_from_the_same_step_on(recipe_file: RecipeFile, tmp
     run(recipe("parts", 6), resume=True)
     whole, parts = adapter(tmp_path / "whole"), adapter(tmp_path / "parts")
     assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())
+    states = [read_state(tmp_path / name / "adapter") for name in ("whole", "parts")]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+    if quant.get("learn_scales"):
+        changes = [tensor for name, tensor in states[0].items() if name.endswith("weight_scale_change")]
+        assert len(changes) == 14
+        assert all(tensor.abs().max() > 0 for tensor in changes)
+
+
+def test_the_range_of_activations_is_frozen(recipe_file: RecipeFile, tmp_path: Path) -> None:
+    """Of all steps up to then, and of none behind."""
+    steady = HARD | {"lr_scheduler_type": "constant"}
+
+    def ranges(name: str, steps: int, freeze: int) -> dict[str, torch.Tensor]:
+        quant = qat("w8a8-static", freeze_observers_after_steps=freeze, fake_quant_after_steps=1)
+        run(recipe_file(quant=quant, train=steady | {"max_steps": steps}, output_dir=str(tmp_path / name)))
+        return read_state(tmp_path / name / "adapter")
+
+    two, frozen, five = ranges("two", 2, 9), ranges("frozen", 5, 2), ranges("five", 5, 9)
+    assert all(name.endswith(".input_largest") for name in two), "scales of weights are not learnt"
+    assert all(torch.equal(two[name], frozen[name]) for name in two)
+    assert all((two[name] <= five[name]).all() for name in two)
+    assert any((two[name] < five[name]).all() for name in two)
+
+
+def test_a_range_that_nobody_learnt_is_no_range(recipe_file: RecipeFile, tmp_path: Path) -> None:
+    run(recipe_file(quant=qat(), train=HARD | {"max_steps": 1}))
+    recipe = recipe_file(quant=qat("w8a8-static"), output_dir=str(tmp_path / "other"))
+    found = parse_target(str(recipe), adapter=tmp_path / "run" / "adapter", data=None)
+    with pytest.raises(ModelError, match="range of its activations from no training"):
+        load_target(found, found.plan())
 
 
 def test_distilling_learns_the_unrounded_models_predictions(recipe_file: RecipeFile, tmp_path: Path) -> None:
@@ -104,6 +143,9 @@ def test_distilling_learns_the_unrounded_models_predictions(recipe_file: RecipeF
     [
         (["quant.target=null"], r"quant\.target: quant\.mode qat needs the format"),
         (["adapter.lora_dropout=0.1"], r"adapter\.lora_dropout: .*set it to 0"),
+        (["quant.target=nvfp4", "quant.learn_scales=true"], r"quant\.learn_scales: the scales of nvfp4 follow"),
+        (["quant.learn_scales=true", "memory.offload=cpu"], r"quant\.learn_scales: .*memory\.offload to none"),
+        (["quant.freeze_observers_after_steps=3"], r"quant\.freeze_observers_after_steps: .*w8a8-static"),
         (["quant.distill=true", "adapter.bias=all"], r"adapter\.bias: .*set it to none"),
         (["quant.distill=true", "train.label_smoothing_factor=0.1"], r"train\.label_smoothing_factor: .*set it to 0"),
         (["quant.skip_modules=auto", "quant.skip_budget_bits=1"], r"quant\.skip_modules: auto .*qat"),
@@ -135,3 +177,8 @@ def test_rounding_that_never_begins_is_refused(recipe_file: RecipeFile) -> None:
 def test_distilling_needs_an_adapter(recipe_file: RecipeFile) -> None:
     with pytest.raises(RecipeError, match=r"quant\.distill: .*set adapter\.kind to lora"):
         load(recipe_file(quant=qat(distill=True), adapter={"kind": "none", "r": ...}))
+
+
+def test_groups_of_16_are_those_of_nvfp4(recipe_file: RecipeFile) -> None:
+    with pytest.raises(RecipeError, match=r"calibrate\.group_size: 16 is nvfp4's"):
+        load(recipe_file(calibrate={"engine": "rtn", "group_size": 16}))

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 ENGINES = {"transformers": "transformers", "vllm": "vllm", "sglang": "sglang", "llama.cpp": "cyllama", "ollama": None}
 """What can load a model, and its Python package; None: it has none."""
-PACKAGES = ("bitsandbytes", "compressed-tensors", "peft", "gguf", "vllm-gguf-plugin")
+PACKAGES = ("bitsandbytes", "compressed-tensors", "torchao", "peft", "gguf", "vllm-gguf-plugin")
 """What an engine can need besides."""
 
 
@@ -42,7 +42,7 @@ ADAPTERS = tuple(f"adapter on {base} base" for base in ("a 16-bit", "a bnb-4bit"
 ADAPTER, ADAPTER_4BIT, ADAPTER_8BIT = ADAPTERS
 SPECIAL = tuple(f"{name}, with DoRA or modules_to_save" for name in ADAPTERS)
 MERGED, GGUF, BNB_4BIT, BNB_8BIT = ("merged",), ("gguf",), ("bnb-4bit",), ("bnb-8bit",)
-BNB = BNB_4BIT + BNB_8BIT
+BNB, TORCHAO = BNB_4BIT + BNB_8BIT, ("torchao",)
 WNA16 = ("compressed-tensors W4A16", "compressed-tensors W8A16")
 ZERO_POINTS = tuple(f"{name} with zero points" for name in WNA16)
 INT8_DYNAMIC = ("compressed-tensors W8A8 dynamic",)
@@ -56,6 +56,7 @@ NEEDS_BNB_CPU = {"bitsandbytes": "0.49.0"}
 
 HF = "transformers 5.24.0: transformers"
 HF_COMPRESSED = f"{HF}/quantizers/quantizer_compressed_tensors.py"
+HF_TORCHAO = f"{HF}/quantizers/quantizer_torchao.py"
 HF_GGUF = "https://huggingface.co/docs/transformers/main/en/quantization/gguf"
 PEFT_LORA = "https://huggingface.co/docs/peft/package_reference/lora"
 BNB_GPU = "https://github.com/bitsandbytes-foundation/bitsandbytes/blob/0.49.0/docs/source/installation.mdx"
@@ -91,6 +92,7 @@ RULES = (
     Rule("transformers", BNB_8BIT, BNB_GPU, "7.5", None, "5.17", None, NEEDS_BNB),
     Rule("transformers", BNB, BNB_CPU, None, True, "5.17", None, NEEDS_BNB_CPU),
     Rule("transformers", COMPRESSED, HF_COMPRESSED, ANY, True, "5.17", None, {"compressed-tensors": "0.15.0"}),
+    Rule("transformers", TORCHAO, HF_TORCHAO, ANY, True, "5.17", None, {"torchao": "0.18"}),
     Rule("transformers", GGUF, HF_GGUF, ANY, True, "5.17", None, {"gguf": "0.10.0"}),
     Rule("vllm", MERGED, VLLM_TABLE, "7.0", None, "0.6.4", "0.21.0"),
     Rule("vllm", MERGED, VLLM_GPU, "7.5", None, "0.21.0"),

@@ -35,6 +35,7 @@ from qft.model.handover import FORMS
 from qft.model.target import load_target
 from qft.quant.dequantize import dequantized_weight
 from qft.quant.hold import Qat
+from qft.quant.rounding.integer import static_scale
 from qft.recipe.schema import EvalSection
 
 TOKENS = 4096
@@ -117,7 +118,10 @@ def _checks(job: Job, exporter: Exporter, folder: Path, expected: Reference, lim
         with memory_guard("asking the artifact", SMALLER):
             yield from _quality(model, job, expected, limits, exact=exact)
         if isinstance(scheme, Qat):
-            yield _rounded_weights(job, scheme, exporter.reader(job, folder) or _reader(model))
+            read = exporter.reader(job, folder) or _reader(model)
+            yield _rounded_weights(job, scheme, read)
+            if scheme.target.observes:
+                yield _input_scales(job, read)
     for name, wanted in expected.facts.items():
         given = facts[name]
         yield GateCheck(name=name, value=_shown(given), threshold=_shown(wanted), passed=given == wanted)
@@ -179,21 +183,34 @@ def _reader(model: nn.Module) -> Read:
 
     def read(name: str) -> torch.Tensor | None:
         module = modules.get(name.removesuffix(".weight"))
-        return dequantized_weight(module).cpu() if isinstance(module, nn.Linear) else tensors[name].cpu()
+        if isinstance(module, nn.Linear):
+            return dequantized_weight(module).cpu()
+        return tensors[name].cpu() if name in tensors else None
 
     return read
 
 
 def _rounded_weights(job: Job, scheme: Qat, read: Read) -> GateCheck:
     """How many weights of the artifact are not, to the bit, what those as trained are rounded to."""
-    roundings, different = scheme.roundings(job.weights.model), 0
+    known, different = scheme.roundings(job.weights.model), 0
     for tensors in job.weights.groups():
+        roundings = scheme.settled(known, tensors, job.learnt.scales if job.learnt else {})
         for name, merged in tensors.items():
             rounding, given = roundings.get(name.removesuffix(".weight")), read(name)
             # Where it was trained: bitsandbytes rounds the scales of nf4 on a GPU in another order than on a CPU.
             wanted = rounding(merged.to(job.plan.device.kind)).values.cpu() if rounding else merged
             different += wanted.numel() if given is None else int((given.float() != wanted.float()).sum())
     return GateCheck(name="different_weights", value=different, threshold=0, passed=different == 0)
+
+
+def _input_scales(job: Job, read: Read) -> GateCheck:
+    """How many layers of the artifact scale their inputs by another number than that of the training."""
+    assert job.learnt is not None
+    dtype, different = getattr(torch, job.dtype), 0
+    for name, largest in job.learnt.largest_inputs.items():
+        given = read(f"{name}.input_scale")
+        different += given is None or not torch.equal(given.reshape(()), static_scale(torch.tensor(largest), dtype))
+    return GateCheck(name="different_input_scales", value=different, threshold=0, passed=different == 0)
 
 
 def _shown(value: Any) -> float | str:

@@ -8,7 +8,7 @@ from qft.export.targets.adapter import Adapter
 from qft.export.targets.base import Exporter
 from qft.export.targets.gguf import Gguf
 from qft.export.targets.merged import Merged
-from qft.export.targets.quantized import Bnb4Bit, Bnb8Bit, CompressedTensors
+from qft.export.targets.quantized import Bnb4Bit, Bnb8Bit, CompressedTensors, TorchAo
 from qft.model.handover import missing_packages
 from qft.recipe import LoadedRecipe
 from qft.recipe.schema import ExportTarget
@@ -21,6 +21,7 @@ EXPORTERS: dict[str, Exporter] = {
     "bnb-4bit": Bnb4Bit(),
     "bnb-8bit": Bnb8Bit(),
     "compressed-tensors": CompressedTensors(),
+    "torchao": TorchAo(),
     "gguf": Gguf("q8_0"),
     **{name: Gguf(name.removeprefix("gguf-")) for name in get_args(ExportTarget) if name.startswith("gguf-")},
 }

@@ -1,5 +1,5 @@
 """Forms that are merged first and then quantized again by the machinery of `qft calibrate`: bitsandbytes' 4 and 8 bits,
-and compressed-tensors. What that costs is measured against the merged model."""
+compressed-tensors and torchao. What that costs is measured against the merged model."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,7 +25,8 @@ class Quantized(Exporter):
         """Says nothing of a run that was trained rounded: it is quantized once, and loses nothing. Raises GateError if
         calibrate.accept is not met, and what `plan_calibration` raises."""
         model = plan_folder(merged_folder(job), job.plan.recipe.model, job.dtype)
-        plan = plan_calibration(job.loaded.having(calibrate=job.section(FORMS[self.format])), model)
+        asked = job.loaded.having(calibrate=job.section(FORMS[self.format]))
+        plan = plan_calibration(asked, model, settled=job.learnt)
         with TemporaryDirectory(dir=job.scratch) as work:
             told = quantize_folder(plan, folder, Path(work), job.view)
         return None if isinstance(job.plan.scheme, Qat) else told
@@ -45,6 +46,12 @@ class Bnb8Bit(Quantized):
     usage = Bnb4Bit.usage
 
 
+class TorchAo(Quantized):
+    format = "torchao"
+    limits, limits_original = Bnb8Bit.limits, Bnb8Bit.limits_original
+    usage = f"{Merged.usage}\ntransformers needs the package torchao for it."
+
+
 class CompressedTensors(Quantized):
     format = "compressed-tensors"
     limits, limits_original = Bnb4Bit.limits, Bnb4Bit.limits_original
@@ -54,7 +61,7 @@ class CompressedTensors(Quantized):
         section = job.section(FORMS[self.format])
         kind = f"W{section.bits}A16{'' if section.symmetric else ' with zero points'}"
         if section.data_type == "float":
-            kind = "MXFP4A16"
+            kind = "NVFP4A16" if section.group_size == 16 else "MXFP4A16"
         if section.activations != "none":
             kind = f"{'FP8' if section.data_type == 'float' else f'W{section.bits}A8'} {section.activations}"
         return f"{self.format} {kind}"

@@ -28,6 +28,9 @@ class Block:
     """The same hidden states once the blocks before are quantized."""
     largest_inputs: Mapping[str, float] = field(default_factory=dict)
     """Largest magnitude that each layer with static activations was given."""
+    scales: Mapping[str, torch.Tensor] | None = None
+    """Of layers whose scales [out, groups] a training has learnt, in float32. None: there was none that was made for
+    this format, and the engine rounds as it does."""
     iters: int = 0
     seed: int = 0
 

@@ -4,7 +4,7 @@ Arithmetic and layout are the library's own, so that a layer computes here what 
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -12,7 +12,7 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.compressors.format import infer_module_format
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme, QuantizationStatus
 from compressed_tensors.quantization.lifecycle.forward import set_forward_quantized
-from compressed_tensors.quantization.utils import calculate_qparams
+from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 from torch import nn
 
 from qft.quant.engines.base import Engine, QuantizedLayer, Tensors
@@ -50,16 +50,27 @@ class CompressedTensors(Engine, Protocol):
         return made | ({"dequantize": True} if with_zero_points else {})
 
 
-def weight_scales(weight: torch.Tensor, scheme: LayerScheme) -> tuple[torch.Tensor, torch.Tensor]:
+def global_scale(weights: Sequence[torch.Tensor], scheme: LayerScheme) -> torch.Tensor | None:
+    """Of a scheme with a scale for the whole tensor [1], in float32: the one of all these together."""
+    if not is_nv(scheme):
+        return None
+    largest = torch.stack([weight.float().abs().amax() for weight in weights]).amax()
+    made: torch.Tensor = generate_gparam(-largest, largest)
+    return made
+
+
+def weight_scales(
+    weight: torch.Tensor, scheme: LayerScheme, whole: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Scales and zero points [out, groups] by which each group's extremes are the ends of the range; scales in the
-    weight's dtype, powers of two in float32."""
+    weight's dtype, of 4-bit floats in float32. `whole` is their `global_scale`."""
     rows = weight.float()
     size = scheme.group_size if scheme.group_size > 0 else rows.shape[1]
     groups = rows.view(len(rows), -1, size)
     low, high = groups.amin(-1), groups.amax(-1)
-    scale, zero_point = calculate_qparams(low, high, _arguments(scheme).weights)
-    # Powers of two, of 4-bit floats, are written as exponents, of which float16 has too few.
-    return scale if _is_mx(scheme) else scale.to(weight.dtype), zero_point
+    scale, zero_point = calculate_qparams(low, high, _arguments(scheme).weights, whole)
+    # Powers of two are written as exponents, of which float16 has too few.
+    return scale if _is_float4(scheme) else scale.to(weight.dtype), zero_point
 
 
 def hold(
@@ -68,12 +79,16 @@ def hold(
     scale: torch.Tensor,
     zero_point: torch.Tensor,
     largest_input: float | None = None,
+    whole: torch.Tensor | None = None,
 ) -> QuantizedLayer:
-    """Round the weights of `layer` to these scales and zero points, both [out, groups]."""
+    """Round the weights of `layer` to these scales and zero points, both [out, groups]; `whole` is their
+    `global_scale`."""
     arguments = _arguments(scheme)
     # In 16 bits quotients would be rounded twice, and not alike on a CPU and by the library's kernels for GPUs.
     weight = layer.weight.data.float()
     state = {"weight": weight, "weight_scale": scale, "weight_zero_point": zero_point.to(torch.int8)}
+    if whole is not None:
+        state["weight_global_scale"] = whole.clone()  # of several layers: a file wants one each
     compressed = _compressor(arguments).compress(state, arguments)
     if scheme.activations == "static":
         if largest_input is None:
@@ -106,7 +121,11 @@ def _restore(layer: nn.Linear, tensors: Tensors, scheme: LayerScheme) -> nn.Modu
 
 def _arguments(scheme: LayerScheme) -> QuantizationScheme:
     strategy, size = ("channel", None) if scheme.group_size < 0 else ("group", scheme.group_size)
-    settings = {"scale_dtype": torch.uint8, "zp_dtype": torch.uint8} if _is_mx(scheme) else {}
+    settings: dict[str, Any] = {}
+    if is_nv(scheme):
+        strategy, settings = "tensor_group", {"scale_dtype": torch.float8_e4m3fn, "zp_dtype": torch.float8_e4m3fn}
+    elif _is_float4(scheme):
+        settings = {"scale_dtype": torch.uint8, "zp_dtype": torch.uint8}
     weights = QuantizationArgs(
         num_bits=scheme.bits,
         type=scheme.data_type,
@@ -123,9 +142,14 @@ def _arguments(scheme: LayerScheme) -> QuantizationScheme:
     return QuantizationScheme(targets=["Linear"], weights=weights, input_activations=inputs)
 
 
-def _is_mx(scheme: LayerScheme) -> bool:
-    """mxfp4: floats of 4 bits, with a power of two for each group."""
+def _is_float4(scheme: LayerScheme) -> bool:
+    """nvfp4, or mxfp4: floats of 4 bits, with a power of two for each group."""
     return scheme.data_type == "float" and scheme.bits == 4
+
+
+def is_nv(scheme: LayerScheme) -> bool:
+    """nvfp4: a float8 for each group of 16, and a float32 for the tensor."""
+    return _is_float4(scheme) and scheme.group_size == 16
 
 
 def _compressor(arguments: QuantizationScheme) -> Any:

@@ -1,4 +1,5 @@
-"""int8 weights, alone or with activations rounded to int8 for each token, by torchao and in its own format.
+"""int8 weights, alone or with activations rounded to int8 for each token, by torchao and in its own format; and int4
+weights by groups of a row, a byte each, likewise, of a training that was made for them.
 
 A weight is a tensor of a class of torchao's. What is written are the plain tensors that it is made of, and, in the
 header of the safetensors file, what the class needs beside them: without the header nobody can put it together again.
@@ -11,19 +12,35 @@ from typing import Any
 import torch
 from torch import nn
 from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict, unflatten_tensor_state_dict
-from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
+from torchao.quantization import (
+    Int8DynamicActivationInt8WeightConfig,
+    Int8DynamicActivationIntxWeightConfig,
+    Int8WeightOnlyConfig,
+    IntxWeightOnlyConfig,
+    PerGroup,
+    quantize_,
+)
 from transformers import TorchAoConfig
 
 from qft.quant.engines.base import Block, Engine, QuantizedLayer, Tensors, linear_of, only_scheme
 from qft.quant.layer import LayerScheme, skip_entry
+from qft.quant.rounding.integer import Integer
 
+INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]  # it is there
 PLAIN = '{"_type": "Tensor"}'
 """What a header says of a tensor that is nothing but itself."""
 
 
 class TorchAo(Engine):
     def quantize(self, block: Block) -> dict[str, QuantizedLayer]:
-        return {name: _hold(block.module.get_submodule(name), scheme) for name, scheme in block.schemes.items()}
+        held = {}
+        for name, scheme in block.schemes.items():
+            layer: Any = block.module.get_submodule(name)
+            made = _quantized(layer, scheme, layer.weight.device)
+            if block.scales is not None:
+                _as_trained(made, layer.weight.data, scheme, block.scales.get(name))
+            held[name] = _hold(made)
+        return held
 
     def restore(self, layer: nn.Linear, tensors: Tensors, scheme: LayerScheme) -> nn.Module:
         quantized: nn.Linear = _quantized(layer, scheme, torch.device("meta"))
@@ -45,8 +62,13 @@ class TorchAo(Engine):
         return described | {"tensor_names": json.dumps(list(described))}
 
 
-def _hold(layer: Any, scheme: LayerScheme) -> QuantizedLayer:
-    quantized = _quantized(layer, scheme, layer.weight.device)
+def _as_trained(made: Any, weight: torch.Tensor, scheme: LayerScheme, scale: torch.Tensor | None) -> None:
+    """Put the integers and scales of the training in the place of torchao's, whose quotients are other ones."""
+    codes, held = Integer(scheme.bits, scheme.group_size).codes(weight, scale)
+    made.weight.qdata, made.weight.scale = codes, held
+
+
+def _hold(quantized: Any) -> QuantizedLayer:
     state = {f"layer.{name}": tensor for name, tensor in quantized.state_dict().items()}
     tensors, header = flatten_tensor_state_dict(state)
     del header["tensor_names"]
@@ -65,6 +87,10 @@ def _quantized(layer: nn.Linear, scheme: LayerScheme, device: torch.device) -> A
 
 
 def _settings(scheme: LayerScheme) -> Any:
+    if scheme.bits == 4 and scheme.activations == "dynamic":
+        return Int8DynamicActivationIntxWeightConfig(INT4, PerGroup(scheme.group_size))
+    if scheme.bits == 4:
+        return IntxWeightOnlyConfig(weight_dtype=INT4, granularity=PerGroup(scheme.group_size))
     # torchao would change settings of torch.compile for the whole process.
     if scheme.activations == "none":
         return Int8WeightOnlyConfig(set_inductor_config=False)

@@ -141,6 +141,10 @@ class Scheme:
         linears = [name for name, m in model.named_modules() if type(m) is nn.Linear or isinstance(m, Conv1D)]
         return {name for name in linears if should_convert_module(name, kept)}
 
+    def learnt_beside(self, model: PreTrainedModel) -> int:
+        """Numbers that are trained beside the parameters of `model` and its adapters."""
+        return 0
+
     def weight_bytes(self, rows: int, columns: int) -> int | None:
         """What the weight [rows, columns] of a layer that is held so takes on the device, its scales and code books
         included; None: only other code knows."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from transformers import PreTrainedModel
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qft.quant.hold.base import Scheme
-from qft.quant.rounding import TARGETS, Rounding, Target
+from qft.quant.layer import siblings
+from qft.quant.rounding import TARGETS, Rounding, Target, largest_of, sharing, with_scale
 from qft.recipe import Recipe
 from qft.recipe.rules import Problem
 from qft.recipe.training import QuantSection
@@ -29,6 +31,8 @@ class Qat(Scheme):
     keeps_weights = True
     quant_type: str = "int4-g32"
     """quant.target."""
+    learns_scales: bool = False
+    """quant.learn_scales."""
     more: tuple[str, ...] = ()
     """Of the training, in words."""
 
@@ -38,11 +42,19 @@ class Qat(Scheme):
         skipped = () if TARGETS[name].ends else (*heads, *quant.named_skips)
         late = [f"from step {quant.fake_quant_after_steps + 1} on"] if quant.fake_quant_after_steps else []
         distilled = ["distilled from itself unrounded"] if quant.distill else []
-        return cls("qat", dtype, skipped, None, {}, name, (*late, *distilled))
+        learnt = ["scales learnt"] if quant.learn_scales else []
+        frozen = [f"activations' range frozen after step {quant.freeze_observers_after_steps}"]
+        more = (*late, *learnt, *(frozen if TARGETS[name].observes else []), *distilled)
+        return cls("qat", dtype, skipped, None, {}, name, quant.learn_scales, more)
 
     @property
     def target(self) -> Target:
         return TARGETS[self.quant_type]
+
+    @property
+    def learns(self) -> bool:
+        """Whether layers have more than weights: scales that are trained, or the range of their inputs."""
+        return self.learns_scales or self.target.observes
 
     def words(self) -> str:
         first, rest = self.skipped[:SHOWN], self.skipped[SHOWN:]
@@ -61,6 +73,10 @@ class Qat(Scheme):
     def problems(self, recipe: Recipe) -> Iterator[Problem]:
         if self.target.ends and recipe.quant.named_skips:
             yield "quant.skip_modules", f"a {self.quant_type} file holds every matrix so; remove it"
+
+        if self.target.dtype and self.dtype != self.target.dtype:
+            text = f"compressed-tensors gives {self.quant_type} back in {self.target.dtype} alone"
+            yield "model.dtype", f"{text}; set it to {self.target.dtype}"
 
     def unfit(self, model: PreTrainedModel) -> Iterator[Problem]:
         block = self.target.block
@@ -82,6 +98,29 @@ class Qat(Scheme):
         """What becomes of the weight of each module that the format holds in few bits."""
         ends = dict.fromkeys(self.ends(model), self.target.ends) if self.target.ends else {}
         return dict.fromkeys(self.holds(model), self.target.rounding) | ends
+
+    def learnt_beside(self, model: PreTrainedModel) -> int:
+        if not self.learns_scales:
+            return 0
+        size, shapes = self.target.block, (model.get_submodule(name).weight.shape for name in self.holds(model))
+        return sum(rows * (columns // size if size > 1 else 1) for rows, columns in shapes)
+
+    def settled(
+        self,
+        roundings: Mapping[str, Rounding],
+        weights: Mapping[str, torch.Tensor],
+        scales: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    ) -> dict[str, Rounding]:
+        """Of the layers whose weights [out, in] are among `weights`, by name, and with which come all parts of their
+        modules: `roundings` that ask for one argument alone. `scales` are those that were learnt."""
+        held = {name: weights[f"{name}.weight"] for name in roundings if f"{name}.weight" in weights}
+        if not self.target.shares:
+            return {n: with_scale(roundings[n], scales[n]) if n in scales else roundings[n] for n in held}
+        found: dict[str, Rounding] = {}
+        for names in siblings(dict.fromkeys(held)):
+            largest = [largest_of(held[name]) for name in names]
+            found |= {name: sharing(roundings[name], largest) for name in names}
+        return found
 
     @staticmethod
     def ends(model: PreTrainedModel) -> set[str]:

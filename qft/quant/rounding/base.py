@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,21 @@ class Rounded(NamedTuple):
 Rounding = Callable[[torch.Tensor], Rounded]
 """A floating point tensor [..., in], of rows that are whole blocks, rounded on its device. What is not finite makes its
 block not finite, so that the loss tells; so does what the format's scales cannot hold."""
+
+
+def largest_of(weight: torch.Tensor) -> torch.Tensor:
+    """The largest magnitude [], in float32."""
+    return weight.detach().float().abs().amax()
+
+
+def sharing(rounding: Callable[..., Rounded], largest: Sequence[torch.Tensor]) -> Rounding:
+    """Of one that takes the largest magnitude of several tensors besides: with that of these, `largest_of` each."""
+    return partial(rounding, largest=torch.stack(list(largest)).amax())
+
+
+def with_scale(rounding: Callable[..., Rounded], scale: torch.Tensor) -> Rounding:
+    """Of one that takes scales besides: with these."""
+    return partial(rounding, scale=scale)
 
 
 def divided(values: torch.Tensor, divisor: float) -> torch.Tensor:

@@ -1,11 +1,12 @@
 """Blocks of 32 weights with a float16 scale, as gguf-py makes them and llama.cpp reads them (quantize_row_q4_0_ref and
-quantize_row_q8_0_ref of ggml-quants.c). Values are float32."""
+quantize_row_q8_0_ref of ggml-quants.c); and blocks of 256 as qft makes them. Values are float32."""
 
 import torch
 
+from qft.quant.rounding import q4_k as k_blocks
 from qft.quant.rounding.base import Rounded, divided
 
-BLOCK = 32
+BLOCK, K_BLOCK = 32, k_blocks.BLOCK
 
 
 def q4_0(weight: torch.Tensor) -> Rounded:
@@ -13,8 +14,9 @@ def q4_0(weight: torch.Tensor) -> Rounded:
     blocks = _blocks(weight)
     extreme = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
     scale = extreme / -8
-    raised = (blocks * _inverse(scale) + 8.5).trunc()
-    return _scaled(raised.clamp(0, 15) - 8, scale, (raised <= 15).flatten(-2))
+    raised = (blocks * _inverse(scale)).add_(8.5).trunc_()
+    inside = (raised <= 15).flatten(-2)
+    return _scaled(raised.clamp_(0, 15).sub_(8), scale, inside)
 
 
 def q8_0(weight: torch.Tensor) -> Rounded:
@@ -24,7 +26,15 @@ def q8_0(weight: torch.Tensor) -> Rounded:
     quotients = blocks * _inverse(scale)
     size = quotients.abs()
     whole = size.floor()
-    return _scaled(quotients.sign() * (whole + (2 * (size - whole)).floor()), scale, None)
+    rest = size.sub_(whole).mul_(2).floor_()
+    return _scaled(whole.add_(rest).copysign_(quotients), scale, None)
+
+
+def q4_k(weight: torch.Tensor) -> Rounded:
+    """4 bits from 0 to 15 above the least of 32 weights. Scales and minima are rounded to 6 bits, so the ends of the
+    range may be clipped."""
+    made = k_blocks.q4_k(weight.float())
+    return Rounded(made.values(), made.inside.flatten(-3))
 
 
 def _blocks(weight: torch.Tensor) -> torch.Tensor:
@@ -36,7 +46,7 @@ def _inverse(scale: torch.Tensor) -> torch.Tensor:
 
 
 def _scaled(codes: torch.Tensor, scale: torch.Tensor, inside: torch.Tensor | None) -> Rounded:
-    """A scale that float16 cannot hold is zero, or infinite: then there is nothing, or nothing finite."""
+    """A scale that float16 cannot hold is zero, or infinite: then there is nothing, or nothing finite. `codes` become
+    the values: one tensor less of a whole weight in float32."""
     held = scale.half().float()
-    values = torch.where(held == 0, torch.zeros_like(held), held * codes)
-    return Rounded(values.flatten(-2), inside)
+    return Rounded(codes.mul_(held).masked_fill_(held == 0, 0).flatten(-2), inside)

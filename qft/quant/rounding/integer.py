@@ -1,7 +1,9 @@
 """Symmetric integers with a scale for each group of a row, as `engines/rtn.py` makes them of weights and as
 compressed-tensors unpacks them; and activations as it rounds them while it runs."""
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -10,19 +12,70 @@ from qft.quant.rounding.base import Rounded, divided
 
 @dataclass(frozen=True)
 class Integer:
-    """Weights of `bits` bits; each group's extremes are the ends of its range, whose positive one is a half too far."""
+    """Weights of `bits` bits."""
 
     bits: int
     group_size: int = -1
     """Weights of a row that share a scale; -1: all of it."""
 
-    def __call__(self, weight: torch.Tensor) -> Rounded:
+    def __call__(self, weight: torch.Tensor, scale: torch.Tensor | None = None) -> Rounded:
+        """By these scales [..., groups], which are in float32 and written in the weight's dtype, or its own."""
+        groups, held = self._grouped(weight, self.scales(weight) if scale is None else scale)
+        return Rounded(*(each.flatten(-2) for each in _on_grid(groups / held, held, self.bits)))
+
+    def scales(self, weight: torch.Tensor) -> torch.Tensor:
+        """[..., groups] in float32, by which each group's extremes are the ends of its range, whose positive one is a
+        half too far."""
+        scale = divided(self._groups(weight).abs().amax(-1), (2**self.bits - 1) / 2)
+        return torch.where(scale == 0, torch.finfo(scale.dtype).eps, scale)
+
+    def codes(self, weight: torch.Tensor, scale: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of `self(weight, scale)` what a file holds: integers of the weight's shape, int8, and scales [..., groups] in
+        the weight's dtype."""
+        groups, held = self._grouped(weight, self.scales(weight) if scale is None else scale)
+        least, most = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
+        return (groups / held).round().clamp(least, most).to(torch.int8).flatten(-2), held[..., 0]
+
+    def learnt(self, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """The values of `self(weight, scale)`, with gradients of weight and scale by LSQ (arXiv:1902.08153)."""
+        values: torch.Tensor = _LearnedStep.apply(weight, scale, self)  # type: ignore[no-untyped-call]
+        return values
+
+    def _groups(self, weight: torch.Tensor) -> torch.Tensor:
         size = self.group_size if self.group_size > 0 else weight.shape[-1]
-        groups = weight.float().reshape(*weight.shape[:-1], -1, size)
-        largest = groups.abs().amax(-1, keepdim=True)
-        scale = divided(largest, (2**self.bits - 1) / 2)
-        scale = torch.where(scale == 0, torch.finfo(scale.dtype).eps, scale).to(weight.dtype)
-        return Rounded(*(each.flatten(-2) for each in _on_grid(groups / scale, scale, self.bits)))
+        return weight.float().reshape(*weight.shape[:-1], -1, size)
+
+    def _grouped(self, weight: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The weight [..., groups, size] in float32, and the scales [..., groups, 1] as they are written."""
+        return self._groups(weight), scale.to(weight.dtype)[..., None]
+
+
+class _LearnedStep(torch.autograd.Function):
+    """Esser et al., arXiv:1902.08153: where the quotient v of weight and scale is within the range, the weight has the
+    gradient of no rounding and the scale that of round(v) - v; elsewhere the weight has none and the scale that of the
+    end of the range. The scale's is divided by the square root of its weights times the largest integer."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor, scale: torch.Tensor, rounding: Integer) -> torch.Tensor:
+        ctx.rounding = rounding
+        ctx.save_for_backward(weight, scale)
+        return rounding(weight, scale).values
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        (weight, scale), rounding = ctx.saved_tensors, ctx.rounding
+        least, most = -(2 ** (rounding.bits - 1)), 2 ** (rounding.bits - 1) - 1
+        groups, held = rounding._grouped(weight, scale)
+        quotients = groups / held
+        inside = (quotients > least) & (quotients < most)
+        of_scale = torch.where(inside, quotients.round() - quotients, quotients.clamp(least, most))
+        gradient = gradients[0].float().reshape(groups.shape)
+        shrink = 1 / math.sqrt(groups.shape[-1] * most)
+        return (
+            (gradient * inside).reshape(weight.shape).to(weight.dtype),
+            (gradient * of_scale).sum(-1).mul(shrink).to(scale.dtype),
+            None,
+        )
 
 
 def dynamic_int8(inputs: torch.Tensor) -> Rounded:
@@ -34,11 +87,25 @@ def dynamic_int8(inputs: torch.Tensor) -> Rounded:
     return Rounded(*_on_grid(inputs / scale, scale, 8))
 
 
+def static_int8(inputs: torch.Tensor, largest: torch.Tensor) -> Rounded:
+    """Activations in 8 bits, all with the scale of the `largest` magnitude [] in float32 that was seen before; as they
+    are where none was."""
+    scale = static_scale(largest, inputs.dtype)
+    values, inside = _on_grid(inputs / scale, scale, 8)
+    return Rounded(torch.where(largest == 0, inputs, values), inside | (largest == 0))
+
+
+def static_scale(largest: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """As it is written beside a layer."""
+    scale = divided(largest, 127.5)
+    return torch.where(scale == 0, torch.finfo(scale.dtype).eps, scale).to(dtype)
+
+
 def _on_grid(quotients: torch.Tensor, scale: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values in the scale's dtype, and where they are inside."""
+    """Values in the scale's dtype, and where they are inside. Uses `quotients` up: they are as large as a weight."""
     least, most = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    nearest = quotients.round()
-    codes = nearest.clamp(least, most).to(scale.dtype)
+    nearest = quotients.round_()
+    inside = (nearest >= least).logical_and_(nearest <= most)
+    codes = nearest.clamp_(least, most).to(scale.dtype)
     # A scale that 16 bits cannot hold is zero, and what it scales with it.
-    values = torch.where(scale == 0, torch.zeros_like(scale), codes * scale)
-    return values, (nearest >= least) & (nearest <= most)
+    return codes.mul_(scale).masked_fill_(scale == 0, 0), inside

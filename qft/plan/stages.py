@@ -22,6 +22,8 @@ class Span:
 
     number: int
     """From 1."""
+    of: int
+    """Stages in all."""
     start: int
     """Optimizer steps before it."""
     schedule_steps: int
@@ -49,6 +51,7 @@ def _span(plans: Sequence[Plan], index: int, starts: Sequence[int]) -> Span:
     assert stage
     return Span(
         number=index + 1,
+        of=len(plans),
         start=starts[index],
         schedule_steps=starts[end] - starts[first],
         reset_optimizer=stage.resets("optimizer"),

@@ -73,6 +73,11 @@ class Plan:
         return self.span.start if self.span else 0
 
     @property
+    def leads_on(self) -> bool:
+        """Whether another stage follows it."""
+        return self.span is not None and self.span.number < self.span.of
+
+    @property
     def recomputed(self) -> int | None:
         """Blocks that are computed again in the backward pass, the first ones; None: as train.gradient_checkpointing
         says."""

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 RESETS = {
     "reset_optimizer": "Start with a new optimizer, and not with the state of the stage before.",
-    "reset_lr_scheduler": "Begin the learning rate's schedule anew, over this stage and those behind it that go on with "
-    "it, and not go on where the stage before came to.",
+    "reset_lr_scheduler": "Begin the learning rate's schedule anew, over this stage and those behind it that go on "
+    "with it, and not go on where the stage before came to.",
 }
 """What a stage may say beside fields of the recipe, each false unless it does."""
 WHOLE_RUN = {

@@ -41,7 +41,8 @@ class LoadedRecipe:
     def problem(self, field: str, text: str) -> str:
         """`file:line: section.field: text`, for a problem that only the plan can see."""
         where = f" (in train.stages.{self.stage.place})" if self.stage else ""
-        return f"{self.tree.at(tuple(field.split('.')))}: {field}: {text}{where}"
+        place = tuple(int(part) if part.isdecimal() else part for part in field.split("."))
+        return f"{self.tree.at(place)}: {field}: {text}{where}"
 
     def given(self, field: str) -> bool:
         """Whether the recipe (or its preset) sets this field, rather than leaving its default."""
@@ -104,8 +105,7 @@ def json_schema() -> dict[str, Any]:
         "type": "string",
         "description": "A recipe to start from; relative to this file.",
     }
-    stages = schema["$defs"]["TrainSection"]["properties"]["stages"]
-    stages["items"] = stage_schema({name: copy.deepcopy(part) for name, part in schema["$defs"].items()})
+    schema["$defs"]["TrainSection"]["properties"]["stages"]["items"] = stage_schema()
     for part in (schema, schema["$defs"]["ModelSection"]):
         del part["required"]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

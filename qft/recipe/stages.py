@@ -20,6 +20,7 @@ from qft.recipe.training import QuantSection, TrainSection, plain
 
 if TYPE_CHECKING:
     from qft.recipe.load import LoadedRecipe
+    from qft.recipe.schema import Recipe
 
 RESETS = {
     "reset_optimizer": "Start with a new optimizer, and not with the state of the stage before.",
@@ -89,12 +90,27 @@ def require_stages(loaded: LoadedRecipe) -> LoadedRecipe:
     return staged(stages)
 
 
-def schema(definitions: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON Schema of one stage, from that of the sections."""
-    sections = {"quant": definitions["QuantSection"], "train": definitions["TrainSection"]}
-    fields = {name: sections[section]["properties"][field] for name, (section, field) in FIELDS.items()}
+def schema() -> dict[str, Any]:
+    """JSON Schema of one stage, beside that of the sections."""
+    sections = {"quant": QuantSection.__name__, "train": TrainSection.__name__}
+    fields = {n: {"$ref": f"#/$defs/{sections[section]}/properties/{f}"} for n, (section, f) in FIELDS.items()}
     resets = {name: {"type": "boolean", "default": False, "description": text} for name, text in RESETS.items()}
-    return {"type": "object", "additionalProperties": False, "properties": fields | resets}
+    others = {"patternProperties": {r"^train\.": {}}, "additionalProperties": False}
+    return {"type": "object", "properties": fields | resets, **others}
+
+
+def effective(recipe: Recipe) -> Iterator[tuple[str, Any]]:
+    """Yield all that each stage is, under names that begin with `train.stages.0.`, of a recipe that `staged` made."""
+    for index, pairs in enumerate(recipe.train.stages):
+        ends = {name: getattr(getattr(recipe, section), field) for name, (section, field) in FIELDS.items()}
+        values = {name: plain(value) for name, value in (ends | dict.fromkeys(RESETS, False)).items()} | dict(pairs)
+        yield from ((f"train.stages.{index}.{name}", value) for name, value in values.items())
+
+
+def field_of(name: str) -> str | None:
+    """The recipe's field that `train.stages.0.name` stands for; None: there is none."""
+    own = name.split(".", 3)[-1]
+    return ".".join(FIELDS[own]) if own in FIELDS else None
 
 
 def with_paths(stages: Any, local: Callable[[Any], Any]) -> Any:
@@ -191,9 +207,14 @@ def _wrong_key(name: str) -> str | None:
 
 def _broken_rules(loaded: LoadedRecipe, stages: Sequence[LoadedRecipe]) -> Iterator[str]:
     """Rules of each stage as a recipe; what is the same in all of them is told once."""
-    unread = [unread_fields(stage.recipe) for stage in stages]
+    unread, quant = [unread_fields(stage.recipe) for stage in stages], loaded.recipe.quant
+    of_preset = {f"quant.{name}" for name in PRESETS["quant"].get(str(quant.preset), {})}
     for field, reason in unread[-1].items():
-        if loaded.given(field) and all(field in each for each in unread):
+        if not loaded.given(field) or not all(field in each for each in unread):
+            continue
+        if field in of_preset:
+            yield loaded.problem("quant.preset", f"{quant.preset} is a preset for 4bit, which no stage is; remove it")
+        else:
             yield loaded.problem(field, f"{reason}; remove it")
     for stage, fields in zip(stages, unread, strict=True):
         own = (field for field in fields if stage.stage and stage.stage.sets(field))

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from qft.disk import disk_failure, require_free_space
 from qft.documents.manifest import Base, Hardware, Manifest, PluginFile, Work, is_manifest
-from qft.documents.plan import CalibrationPlanDocument, PlanDocument
+from qft.documents.plan import CalibrationPlanDocument, PlanDocument, PlannedStage
 from qft.documents.recorded import RESULTS, record_of_run
 from qft.errors import BusyError, QftError, RunError
 from qft.files import files_of, now, read_file, sha256, write_json, write_text
@@ -148,6 +148,7 @@ def start_run(
         hardware=Hardware(device=plan.device, **describe()),
         data={source.path: source.digest for source in plan.data.sources},
         plugin=_plugin(plan),
+        stages=[f"{each.first_step} to {each.last_step}: {each.quantization.described}" for each in _stages(plan)],
         error=None,
         files=None,
         accepted=[],
@@ -164,10 +165,13 @@ def start_run(
     return run
 
 
+def _stages(plan: Planned) -> list[PlannedStage]:
+    return plan.stages if isinstance(plan, PlanDocument) else []
+
+
 def _plugin(plan: Planned) -> PluginFile | None:
     """Whose code holds the base, in any of the stages."""
-    stages = plan.stages if isinstance(plan, PlanDocument) else []
-    held = [plan.quantization, *(stage.quantization for stage in stages)]
+    held = [plan.quantization, *(stage.quantization for stage in _stages(plan))]
     return next((each.plugin for each in held if each and each.plugin), None)
 
 
@@ -192,9 +196,10 @@ def _taken_up(run: Run, loaded: LoadedRecipe, plan: Planned, facts: Manifest, vi
     if checkpoint and isinstance(plan, PlanDocument):
         complete = before.manifest.status == "complete" and run.has_result
         _require_work(checkpoint, loaded, plan.steps, complete=complete)
-    stages = plan.stages if isinstance(plan, PlanDocument) else []
     view.note(f"Going on from {checkpoint or run.work}")
-    over = tuple(f"train.stages.{i}." for i, stage in enumerate(stages) if stage.last_step <= step_of(checkpoint))
+    over = tuple(
+        f"train.stages.{i}." for i, stage in enumerate(_stages(plan)) if stage.last_step <= step_of(checkpoint)
+    )
     for field, text in honoured:
         if not field.startswith(over):
             view.note(f"From here on, {field} is {text}")

@@ -210,7 +210,8 @@ def _broken_rules(loaded: LoadedRecipe, stages: Sequence[LoadedRecipe]) -> Itera
     unread, quant = [unread_fields(stage.recipe) for stage in stages], loaded.recipe.quant
     of_preset = {f"quant.{name}" for name in PRESETS["quant"].get(str(quant.preset), {})}
     for field, reason in unread[-1].items():
-        if not loaded.given(field) or not all(field in each for each in unread):
+        of_stages = field.startswith(("quant.", "train."))  # else it is read once all stages are over
+        if not loaded.given(field) or (of_stages and not all(field in each for each in unread)):
             continue
         if field in of_preset:
             yield loaded.problem("quant.preset", f"{quant.preset} is a preset for 4bit, which no stage is; remove it")

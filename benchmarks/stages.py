@@ -1,7 +1,7 @@
 """What it buys to come to 4 bits by way of more, for the same number of steps: `train.stages`.
 
     python benchmarks/stages.py [--task orders docs] [--steps 60] [--seeds 3] [--device cuda] [--jobs 6]
-        [--arms 4bit 8bit-4bit none-8bit-4bit] [--folder runs/stages-benchmark]
+        [--arms 4bit 8bit-4bit none-8bit-4bit 8bit-4bit-anew none-8bit-4bit-anew] [--folder runs/stages-benchmark]
 
 trains SmolLM2-135M with LoRA on the same rows with the same learning rates, on an nf4 base from the start, and on bases
 of more bits that come down to it in equal parts of the steps; and asks each, on the nf4 base, about held-out rows.
@@ -34,7 +34,8 @@ RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 BATCH = {"orders": 10, "docs": 8}
 """Rows in a step."""
 HELD_OUT = {"orders": 150, "docs": 80}
-ARMS = ("4bit", "8bit-4bit", "none-8bit-4bit")
+ARMS = ("4bit", "8bit-4bit", "none-8bit-4bit", "8bit-4bit-anew", "none-8bit-4bit-anew")
+"""Modes in their order; `anew`: each stage begins its own schedule of the learning rate."""
 NO_CODE = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
 
 
@@ -43,7 +44,7 @@ def main() -> None:
     parser.add_argument("--task", nargs="+", default=["orders"], choices=BATCH)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--arms", nargs="+", default=ARMS, help="modes in their order; the first is compared with")
+    parser.add_argument("--arms", nargs="+", default=ARMS, help="the first is compared with")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--jobs", type=int, default=1, help="trainings at once")
     parser.add_argument("--folder", type=Path, default=Path("runs/stages-benchmark"))
@@ -91,9 +92,11 @@ def shown(found: Any) -> list[float]:
 def trained(options: argparse.Namespace, task: str, arm: str, seed: int) -> Any:
     """What the run of one arm came to; made by a process of its own."""
     folder = (options.folder / task / f"{arm}-{seed}").resolve()
-    path, modes = folder.with_suffix(".yaml"), arm.split("-")
+    path, anew = folder.with_suffix(".yaml"), arm.endswith("-anew")
+    modes = arm.removesuffix("-anew").split("-")
     ends = [round(options.steps * part / len(modes)) for part in range(len(modes) + 1)]
     stages = [{"quant.mode": mode, "max_steps": b - a} for mode, (a, b) in zip(modes, pairwise(ends), strict=True)]
+    stages[1:] = [stage | ({"reset_lr_scheduler": True} if anew else {}) for stage in stages[1:]]
     data = {"train": str(folder.parent / "train.jsonl"), "eval": str(folder.parent / "held_out.jsonl")}
     length = {"max_length": 512, "on_too_long": "truncate"} if task == "docs" else {"max_length": 256}
     recipe = {

@@ -30,7 +30,7 @@ def stage_moment(plan: Plan) -> str:
 
 
 def _leak_watch(plan: Plan) -> LeakWatch:
-    return LeakWatch(plan.recipe.memory.leak_threshold if plan.steps >= FEWEST_STEPS else None)
+    return LeakWatch(plan.recipe.memory.leak_threshold if plan.steps - plan.start >= FEWEST_STEPS else None)
 
 
 class Recorder:

@@ -17,7 +17,7 @@ def render_plan(plan: PlanDocument | CalibrationCheck) -> Group:
     if plan.kind == "plan" and plan.stages:
         parts.append(_stages(plan.stages))
     if plan.kind == "plan" and plan.memory:
-        parts.append(render_memory(plan.memory))
+        parts.append(render_memory(plan.memory, " of the stage that takes most" if plan.stages else ""))
     if plan.calibration:
         parts.append(_calibration(plan.calibration))
     if plan.kind == "plan" and plan.exports:

@@ -40,9 +40,11 @@ class LoadedRecipe:
 
     def problem(self, field: str, text: str) -> str:
         """`file:line: section.field: text`, for a problem that only the plan can see."""
-        where = f" (in train.stages.{self.stage.place})" if self.stage else ""
-        place = tuple(int(part) if part.isdecimal() else part for part in field.split("."))
-        return f"{self.tree.at(place)}: {field}: {text}{where}"
+        place: Place = tuple(int(part) if part.isdecimal() else part for part in field.split("."))
+        if self.stage:
+            text += f" (in train.stages.{self.stage.place})"
+            place = place if place in self.tree.where else ("train", "stages", self.stage.place)
+        return f"{self.tree.at(place)}: {field}: {text}"
 
     def given(self, field: str) -> bool:
         """Whether the recipe (or its preset) sets this field, rather than leaving its default."""

@@ -142,8 +142,6 @@ def _stage(loaded: LoadedRecipe, index: int) -> LoadedRecipe:
         gone.append(("quant", "preset"))
     if "num_train_epochs" in own:
         gone.append(("train", "max_steps"))  # which would take precedence
-    if index and tree.values.get("adapter", {}).get("init_lora_weights") == "loftq":
-        gone.append(("adapter", "init_lora_weights"))  # of another base; the adapter is there
     _remove(tree, gone)
     tree.merge(_laid_over(loaded.tree, index))
     stage = Stage(index, own)

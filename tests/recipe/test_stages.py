@@ -118,6 +118,11 @@ REFUSED: dict[str, tuple[list[dict[str, Any]], dict[str, Any], str]] = {
         {"adapter": {"init_lora_weights": "pissa"}},
         r"adapter\.init_lora_weights: pissa .*\(in train\.stages\.1\)",
     ),
+    "error of 4 bits": (
+        [{"quant.mode": "4bit", "max_steps": 1}, EIGHT],
+        {"adapter": {"init_lora_weights": "loftq"}},
+        r"adapter\.init_lora_weights: loftq .*\(in train\.stages\.1\)",
+    ),
     "nothing to reset": ([NONE | {"reset_optimizer": True}], {}, r"train\.stages\.0\.reset_optimizer: the first stage"),
     "no switch": ([NONE, EIGHT | {"reset_optimizer": "yes please"}], {}, r"reset_optimizer: should be true or false"),
     "rows of a step": (
@@ -163,10 +168,3 @@ def test_what_cannot_be_is_refused_on_its_line(name: str, recipe: RecipeFile) ->
 )
 def test_what_is_meant_is_taken(stages: list[dict[str, Any]], recipe: RecipeFile) -> None:
     assert len(load(recipe(*stages, quant={"preset": ...}, **HELD_OUT)).recipe.train.stages) == 2
-
-
-def test_loftq_begins_the_first_stage_alone(recipe: RecipeFile) -> None:
-    path = recipe(
-        {"max_steps": 1, "quant.mode": "4bit"}, EIGHT, quant={"preset": ...}, adapter={"init_lora_weights": "loftq"}
-    )
-    assert [stage.recipe.adapter.init_lora_weights for stage in stages_of(load(path))] == ["loftq", "default"]

@@ -16,6 +16,7 @@ from qft.plan import Plan, make_plan, with_skip_modules
 from qft.plan.memory import is_open, settled
 from qft.progress import View
 from qft.recipe import LoadedRecipe, load
+from qft.recipe.stages import staged, stages_of
 from qft.run.claim import claimed
 from qft.run.folder import Run, start_run
 from qft.run.interrupted import way_on
@@ -39,7 +40,8 @@ def train(loaded: LoadedRecipe, view: View, *, resume: bool = False, overwrite: 
 def _train(loaded: LoadedRecipe, view: View, signals: Signals, *, resume: bool, overwrite: bool) -> Report:
     started = time.perf_counter()
     plan, skipped = _plan(loaded, view, resume=resume)
-    _require_memory(plan, view)
+    for stage in plan.stages:
+        _require_memory(stage, view)
     room = (plan.checkpoint_bytes, "its checkpoints")
     run = start_run(plan.model.loaded, plan.document(), room, view, resume=resume, overwrite=overwrite)
     with run.failure_noted():
@@ -65,6 +67,8 @@ def _require_memory(plan: Plan, view: View) -> None:
         return
     found, budget = (f"{count / 2**30:,.2f} GiB" for count in (memory.predicted_peak_bytes, memory.budget_bytes))
     text = f"{found} of the device are predicted to be taken, and memory.budget comes to {budget}"
+    if plan.span:
+        text = f"in stage {plan.span.number}, {text}"
     if plan.recipe.memory.on_oom == "fail":
         helps = "; ".join(smaller_training(plan.recipe, plan.model.scheme))
         raise OutOfMemoryError(f"{text}. What helps, the most first: {helps}; or set memory.on_oom: fit")
@@ -73,10 +77,14 @@ def _require_memory(plan: Plan, view: View) -> None:
 
 def _as_before(loaded: LoadedRecipe) -> LoadedRecipe:
     """The recipe with what the run that is resumed decided of memory where it says `auto`."""
-    written = Path(loaded.recipe.output_dir) / "recipe.yaml"
-    if not is_open(loaded.recipe) or not written.is_file():
+    written, stages = Path(loaded.recipe.output_dir) / "recipe.yaml", stages_of(loaded)
+    if not any(is_open(stage.recipe) for stage in stages) or not written.is_file():
         return loaded
-    return settled(loaded, load(written).recipe.train)
+    before = [stage.recipe.train for stage in stages_of(load(written))]
+    # Whoever has changed the number of stages is refused later.
+    same = [settled(stage, train) for stage, train in zip(stages, before, strict=False)]
+    same += stages[len(same) :]
+    return staged(same) if loaded.recipe.train.stages else same[0]
 
 
 def _plan(loaded: LoadedRecipe, view: View, *, resume: bool) -> tuple[Plan, SkippedModules | None]:

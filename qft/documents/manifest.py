@@ -99,6 +99,8 @@ class Manifest(Stored):
     accepted: list[Acceptance] = []
     """What `qft report --verify --accept` recorded since."""
     skipped_modules: SkippedModules | None = None
+    stages: list[str] = []
+    """Steps of each of train.stages, and how they held the base."""
 
 
 def is_manifest(document: Any) -> bool:

@@ -245,6 +245,19 @@ class PlannedMemory(Stored):
     """What `auto` of train.per_device_train_batch_size and gradient_checkpointing was chosen from, the best first."""
 
 
+class PlannedStage(Stored):
+    """One of train.stages."""
+
+    first_step: int
+    last_step: int
+    """Optimizer steps, counted over all stages."""
+    quantization: Quantization
+    training: TrainerArguments
+    reset_optimizer: bool
+    reset_lr_scheduler: bool
+    memory: PlannedMemory | None = None
+
+
 class PlanDocument(Stored):
     """How a training goes."""
 
@@ -264,8 +277,10 @@ class PlanDocument(Stored):
     data: DataPart
     steps: int
     """Optimizer steps in all."""
+    stages: list[PlannedStage] = []
+    """Empty without train.stages; else the last one is what the document speaks of otherwise."""
     memory: PlannedMemory | None = None
-    """None in documents from before it was predicted."""
+    """Of the stage that takes most. None in documents from before it was predicted."""
     gpu_allocator: str | None = None
     """The variable that sets up the GPU's allocator: PYTORCH_ALLOC_CONF=expandable_segments:True, which qft sets where
     nobody else did. None without a GPU, and in documents from before it was told here."""

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from qft.documents.memory import PhaseMemory
 from qft.documents.part import Bytes, Seconds, Stored, Tokens
-from qft.documents.training import Evaluation, OutOfMemory
+from qft.documents.training import Evaluation, ModelPart, OutOfMemory
 from qft.errors import RunError
 from qft.progress import Step
 
@@ -22,7 +22,7 @@ class TrainingState(Stored):
     unmeasured_steps: int = 0
     """Steps before those, made by a qft that kept none of their figures."""
     evaluations: dict[str, Evaluation] = {}
-    """By the moment: before, step-N."""
+    """By the moment: before, step-N; stage-N: before that stage, on its base."""
     phase_seconds: dict[str, Seconds] = {}
     """Of data, forward, backward and optimizer."""
     wall_seconds: Seconds = 0.0
@@ -36,6 +36,8 @@ class TrainingState(Stored):
     """What gradient checkpointing saved in bytes, and its seconds in one step; None where it was off."""
     out_of_memory: list[OutOfMemory] = []
     """What was changed because memory ran out: the rest of the training goes on so."""
+    models: dict[str, ModelPart] = {}
+    """As each stage so far had it, by its number; empty without train.stages."""
     evaluation_due: bool = False
     """Whether the evaluation of this step was still to be made."""
 

@@ -231,6 +231,38 @@ class OutOfMemory(Part):
         return f"step {self.step}: out of memory in the {where}{asked}: {changed}{passes}"
 
 
+class StageSettings(Part):
+    """What one of train.stages was set to."""
+
+    learning_rate: float
+    """At its peak."""
+    lr_scheduler_type: str
+    optim: str
+    reset_optimizer: bool
+    reset_lr_scheduler: bool
+
+
+class StageReport(Part):
+    """What was measured of one of train.stages."""
+
+    first_step: int
+    last_step: int
+    """Optimizer steps, counted over all stages."""
+    model: ModelPart | None
+    """None, as are the figures below, where the checkpoint that the run was resumed from had none."""
+    settings: StageSettings
+    loss: Loss | None
+    """None, too, if every update was skipped."""
+    before: Evaluation | None
+    """Of what the stage before came to, on this one's base."""
+    after: Evaluation | None
+    throughput: Throughput | None
+    peak_bytes: Bytes | None
+    """Of the device that trains, in its steps; of the host: resident set of the process."""
+    predicted_peak_bytes: Bytes | None
+    """Of the device, before anything was loaded."""
+
+
 class Report(Part):
     """What a training measured. Bytes, seconds and tokens throughout; shares are between 0 and 1."""
 
@@ -248,6 +280,8 @@ class Report(Part):
     """None unless quant.skip_modules is auto."""
     settings: Settings | None = None
     """None in reports from before it was told here."""
+    stages: list[StageReport] = []
+    """Empty without train.stages; else `model` and `settings` are the last one's."""
     checkpointing: Checkpointing | None = None
     """None where it is off."""
     loss: Loss

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from qft.documents.export import ExportDocument
+from qft.documents.manifest import Manifest
 from qft.documents.plan import PlanDocument
 from qft.documents.training import read_report
 from qft.errors import QftError
@@ -66,6 +67,8 @@ def _origin(job: Job, document: ExportDocument) -> str:
         lines.append(f"Its weights were trained as they are rounded here (quantization-aware training for {kind}).")
     elif job.adapter:
         lines.append(f"The adapter was trained on a base held in {job.plan.scheme.short_words()}.")
+    if stages := (job.run.manifest() or Manifest()).stages:
+        lines.append(f"It was trained in stages, by their steps: {'; '.join(stages)}.")
     if document.merge_into:
         which = "the same values, dequantized" if document.merge_into == "dequantized" else "the original weights"
         lines.append(f"It was added to {which}.")

@@ -1,5 +1,7 @@
 """How a training goes: ModelPlan + data -> Plan, with the arguments of peft and of the Trainer."""
 
+from __future__ import annotations
+
 import dataclasses
 import importlib.util
 import math
@@ -33,9 +35,11 @@ from qft.plan.model import (
 )
 from qft.plan.offload import offload_problems
 from qft.plan.packages import missing_packages
+from qft.plan.stages import Span, joined, most_memory, stage_parts
 from qft.plan.template import template_of
 from qft.recipe import LoadedRecipe, Recipe
 from qft.recipe.rules import MOST, Problem
+from qft.recipe.stages import stages_of
 
 PROCESSES = 64
 """That may be started at once on any machine; on one of many cores, four for each."""
@@ -53,6 +57,25 @@ class Plan:
     data: Prepared
     ways: tuple[Way, ...] = ()
     """What an `auto` of memory was chosen from, the best first."""
+    span: Span | None = None
+    """None: it is no stage."""
+    before: tuple[Plan, ...] = ()
+    """The stages that lead to it, which is then the last."""
+
+    @property
+    def stages(self) -> tuple[Plan, ...]:
+        """Trainings in their order, each on from what the last came to; itself, if there are no stages."""
+        return (*self.before, self)
+
+    @property
+    def start(self) -> int:
+        """Optimizer steps that the stages before it make."""
+        return self.span.start if self.span else 0
+
+    @property
+    def leads_on(self) -> bool:
+        """Whether another stage follows it."""
+        return self.span is not None and self.span.number < self.span.of
 
     @property
     def recomputed(self) -> int | None:
@@ -67,7 +90,7 @@ class Plan:
 
     @cached_property
     def memory(self) -> PlannedMemory:
-        """Predicted."""
+        """Predicted, of this stage alone."""
         return _forecast(self.model, self.lora, self.data).document(list(self.ways), self.recomputed)
 
     @property
@@ -83,9 +106,10 @@ class Plan:
 
     @cached_property
     def steps(self) -> int:
-        """Optimizer steps in all."""
+        """Optimizer steps in all, those of the stages before it among them."""
         train = self.recipe.train
-        return train.max_steps if train.max_steps > 0 else math.ceil(train.num_train_epochs * self.steps_per_epoch)
+        own = train.max_steps if train.max_steps > 0 else math.ceil(train.num_train_epochs * self.steps_per_epoch)
+        return self.start + own
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -93,7 +117,7 @@ class Plan:
         moments each."""
         train, weights = self.recipe.train, self.model.shape.trainable_parameters * 4
         between = {"epoch": self.steps_per_epoch, "steps": train.save_steps}.get(train.save_strategy)
-        written = (math.ceil(self.steps / between) if between else 0) + train.save_on_signal
+        written = (math.ceil(self.steps / between) if between else 0) + train.save_on_signal + len(self.before)
         # A new one is written before the oldest is removed, and the best is kept beside them.
         kept = (train.save_total_limit or written) + 1 + train.load_best_model_at_end
         return weights * (3 * min(written, kept) + 1)
@@ -118,7 +142,8 @@ class Plan:
                 sources=list(rows.sources),
             ),
             steps=self.steps,
-            memory=self.memory,
+            stages=stage_parts(self),
+            memory=most_memory(self),
             gpu_allocator=allocator_settings() if self.model.device.kind == "cuda" else None,
         )
 
@@ -130,23 +155,40 @@ def make_plan(loaded: LoadedRecipe, device: Device | None = None) -> Plan:
     if not recipe.data.train:
         refuse(loaded, [("data.train", "holds no rows to train on; calibrate.data is for `qft calibrate` alone")])
     device = device or require_device(loaded)
+    plans: list[Plan] = []
+    for stage in stages_of(loaded):
+        plans.append(_plan(stage, device, plans[0].data if plans else None))
+    return joined(plans) if recipe.train.stages else plans[0]
+
+
+def _plan(loaded: LoadedRecipe, device: Device, data: Prepared | None) -> Plan:
+    """Of one stage, or of a training without any; `data` are its rows, if another stage has encoded them."""
+    recipe = loaded.recipe
     refuse(loaded, [*device_problems(recipe, device), *_training_problems(recipe, device)])
     lora = _lora_arguments(recipe) if recipe.adapter.kind == "lora" else None
     model = plan_model(loaded, lora, device=device)
     problems = [*model.scheme.problems(recipe), *_share_problems(model), *_length_problems(recipe, model.shape)]
     refuse(loaded, [*problems, *offload_problems(model)])
-    data = prepare(model.rows_for(recipe.data), model.tokenizer, recipe.seed)
-    parts, shape = [part for part in (data.train, data.eval) if part is not None], model.shape
-    require_known_tokens(parts, data.place, model.tokenizer, shape.embeddings)
-    require_special_tokens(model.tokenizer, shape.embeddings, generates=bool(recipe.eval.metrics))
-    if recipe.eval.metrics and data.eval:
-        refuse(loaded, answer_problems(data.eval, recipe.eval, shape.position_table))
-    if recipe.eval.metrics and data.eval and max(data.eval["answer_start"]) < 0:
-        refuse(loaded, [("eval.metrics", "the held-out rows are plain text, which has no answers to score; remove it")])
+    data = data or _rows(model)
     model, found = _fitted(model, lora, data)
     plan = Plan(model, lora, _training_arguments(model.recipe, device), data, found)
     refuse(loaded, _step_problems(plan))
     return plan
+
+
+def _rows(model: ModelPlan) -> Prepared:
+    """The rows as tokens, which the model must know. Raises RecipeError, DataError."""
+    recipe, shape = model.recipe, model.shape
+    data = prepare(model.rows_for(recipe.data), model.tokenizer, recipe.seed)
+    parts = [part for part in (data.train, data.eval) if part is not None]
+    require_known_tokens(parts, data.place, model.tokenizer, shape.embeddings)
+    require_special_tokens(model.tokenizer, shape.embeddings, generates=bool(recipe.eval.metrics))
+    if recipe.eval.metrics and data.eval:
+        refuse(model.loaded, answer_problems(data.eval, recipe.eval, shape.position_table))
+    if recipe.eval.metrics and data.eval and max(data.eval["answer_start"]) < 0:
+        text = "the held-out rows are plain text, which has no answers to score; remove it"
+        refuse(model.loaded, [("eval.metrics", text)])
+    return data
 
 
 def _fitted(model: ModelPlan, lora: dict[str, Any] | None, data: Prepared) -> tuple[ModelPlan, tuple[Way, ...]]:
@@ -253,7 +295,7 @@ def _lora_arguments(recipe: Recipe) -> dict[str, Any]:
 
 # Fields of `train` that are qft's own, or that it hands over in another form.
 OWN_FIELDS = {"early_stopping_patience", "on_nonfinite", "gradient_checkpointing", "report_to", "bf16", "tf32"}
-OWN_FIELDS |= {"save_on_signal", "chunked_loss"}
+OWN_FIELDS |= {"save_on_signal", "chunked_loss", "stages"}
 
 
 def _training_arguments(recipe: Recipe, device: Device) -> dict[str, Any]:

@@ -19,6 +19,8 @@ from qft.recipe.presets import PRESETS
 from qft.recipe.rules import broken_rules, unread_fields
 from qft.recipe.schema import Recipe
 from qft.recipe.source import Place, Tree
+from qft.recipe.stages import Stage, require_stages, with_paths
+from qft.recipe.stages import schema as stage_schema
 from qft.recipe.training import plain
 
 MAX_EXTENDS = 16
@@ -33,10 +35,16 @@ class LoadedRecipe:
 
     recipe: Recipe
     tree: Tree
+    stage: Stage | None = None
+    """None: it is no stage of another recipe."""
 
     def problem(self, field: str, text: str) -> str:
         """`file:line: section.field: text`, for a problem that only the plan can see."""
-        return f"{self.tree.at(tuple(field.split('.')))}: {field}: {text}"
+        place: Place = tuple(int(part) if part.isdecimal() else part for part in field.split("."))
+        if self.stage:
+            text += f" (in train.stages.{self.stage.place})"
+            place = place if place in self.tree.where else ("train", "stages", self.stage.place)
+        return f"{self.tree.at(place)}: {field}: {text}"
 
     def given(self, field: str) -> bool:
         """Whether the recipe (or its preset) sets this field, rather than leaving its default."""
@@ -57,7 +65,11 @@ class LoadedRecipe:
             if change is None or isinstance(change, BaseModel):
                 tree.values[name] = None  # not merged with what was there
         tree.merge(Tree(plain(changes)))
-        return LoadedRecipe(_validated(tree), tree)
+        return self.over(tree, self.stage)
+
+    def over(self, tree: Tree, stage: Stage | None) -> LoadedRecipe:
+        """The recipe of that tree. Raises RecipeError with every problem of a single field."""
+        return LoadedRecipe(_validated(tree), tree, stage)
 
 
 def load(path: Path, overrides: Iterable[str] = ()) -> LoadedRecipe:
@@ -74,6 +86,8 @@ def load(path: Path, overrides: Iterable[str] = ()) -> LoadedRecipe:
         if tree.values.get(name, ...) is None and _section_class(field.annotation):
             tree.values[name] = {}  # a section whose every field is commented out
     loaded = LoadedRecipe(_validated(tree), tree)
+    if loaded.recipe.train.stages:
+        return require_stages(loaded)
     if problems := [loaded.problem(field, text) for field, text in broken_rules(loaded.recipe, loaded.given)]:
         raise RecipeError(sorted(problems, key=_line_order))
     return loaded
@@ -93,6 +107,7 @@ def json_schema() -> dict[str, Any]:
         "type": "string",
         "description": "A recipe to start from; relative to this file.",
     }
+    schema["$defs"]["TrainSection"]["properties"]["stages"]["items"] = stage_schema()
     for part in (schema, schema["$defs"]["ModelSection"]):
         del part["required"]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
@@ -191,6 +206,7 @@ def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
 
     change("model", "path", maybe_hub)
     change("quant", "plugin", local)
+    change("train", "stages", lambda value: with_paths(value, local))
     change("data", "train", each_source)
     change("data", "eval", each_source)
     change("data", "chat_template", local)

@@ -32,6 +32,11 @@ def broken_rules(recipe: Recipe, given: Callable[[str], bool]) -> Iterator[Probl
     for field, reason in unread_fields(recipe).items():
         if given(field):
             yield field, f"{reason}; remove it"
+    yield from contradictions(recipe)
+
+
+def contradictions(recipe: Recipe) -> Iterator[Problem]:
+    """Yield (field, what is wrong and what to write instead), whoever has set the fields."""
     yield from _pattern_rules(recipe)
     yield from _huge_numbers(recipe)
     yield from _quant_rules(recipe)

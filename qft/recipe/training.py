@@ -35,6 +35,12 @@ Switches = Annotated[
     PlainSerializer(dict),
 ]
 """A YAML mapping of names to values, held as pairs so that a recipe stays frozen."""
+Overrides = Annotated[
+    tuple[tuple[str, Any], ...],
+    BeforeValidator(_as_pairs, json_schema_input_type=dict[str, Any]),
+    PlainSerializer(dict),
+]
+"""A YAML mapping of fields to values of any kind."""
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -329,6 +335,9 @@ class TrainSection(Section):
     """Where the curves are sent as well."""
     run_name: str | None = None
     """Name of the run there. None: the name of output_dir."""
+    stages: Many[Overrides] = ()
+    """Trainings that follow one another, each on from what the last came to: fields of quant and train that it sets
+    ({quant.mode: 8bit, max_steps: 100}), and reset_optimizer, reset_lr_scheduler. None: one."""
 
     @property
     def micro_batch(self) -> int:

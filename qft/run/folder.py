@@ -23,8 +23,8 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from qft.disk import disk_failure, require_free_space
-from qft.documents.manifest import Base, Hardware, Manifest, Work, is_manifest
-from qft.documents.plan import CalibrationPlanDocument, PlanDocument
+from qft.documents.manifest import Base, Hardware, Manifest, PluginFile, Work, is_manifest
+from qft.documents.plan import CalibrationPlanDocument, PlanDocument, PlannedStage
 from qft.documents.recorded import RESULTS, record_of_run
 from qft.errors import BusyError, QftError, RunError
 from qft.files import files_of, now, read_file, sha256, write_json, write_text
@@ -147,7 +147,8 @@ def start_run(
         versions=versions(),
         hardware=Hardware(device=plan.device, **describe()),
         data={source.path: source.digest for source in plan.data.sources},
-        plugin=plan.quantization.plugin if plan.quantization else None,
+        plugin=_plugin(plan),
+        stages=[f"{each.first_step} to {each.last_step}: {each.quantization.described}" for each in _stages(plan)],
         error=None,
         files=None,
         accepted=[],
@@ -162,6 +163,16 @@ def start_run(
     if earlier:
         view.note(f"The earlier run waits in {earlier} until this one is complete")
     return run
+
+
+def _stages(plan: Planned) -> list[PlannedStage]:
+    return plan.stages if isinstance(plan, PlanDocument) else []
+
+
+def _plugin(plan: Planned) -> PluginFile | None:
+    """Whose code holds the base, in any of the stages."""
+    held = [plan.quantization, *(stage.quantization for stage in _stages(plan))]
+    return next((each.plugin for each in held if each and each.plugin), None)
 
 
 def record_base(run: Run, loaded: LoadedRecipe, base: Base) -> None:
@@ -186,8 +197,12 @@ def _taken_up(run: Run, loaded: LoadedRecipe, plan: Planned, facts: Manifest, vi
         complete = before.manifest.status == "complete" and run.has_result
         _require_work(checkpoint, loaded, plan.steps, complete=complete)
     view.note(f"Going on from {checkpoint or run.work}")
+    over = tuple(
+        f"train.stages.{i}." for i, stage in enumerate(_stages(plan)) if stage.last_step <= step_of(checkpoint)
+    )
     for field, text in honoured:
-        view.note(f"From here on, {field} is {text}")
+        if not field.startswith(over):
+            view.note(f"From here on, {field} is {text}")
     return [*before.manifest.resumed_from, *([step_of(checkpoint)] if checkpoint else [])]
 
 
@@ -228,6 +243,7 @@ def _require_work(checkpoint: Path, loaded: LoadedRecipe, steps: int, *, complet
     train, done = loaded.recipe.train, step_of(checkpoint)
     if done > steps:
         field = "train.max_steps" if train.max_steps > 0 else "train.num_train_epochs"
+        field = "train.stages" if train.stages else field
         text = f"this asks for {steps} steps in all, and the run has made {done}; ask for as many or more, {ANEW}"
         refuse_to_resume(loaded, [(field, text)])
     if is_over(checkpoint, steps, train.early_stopping_patience) and (complete or not (checkpoint / STATE).exists()):

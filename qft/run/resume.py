@@ -6,7 +6,7 @@ free      takes effect, and changes nothing of what is learnt
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from typing import Any, Literal, NamedTuple
 
 from qft.documents.manifest import Manifest
@@ -14,6 +14,7 @@ from qft.documents.plan import CalibrationPlanDocument, PlanDocument
 from qft.errors import RunError
 from qft.recipe import LoadedRecipe, Recipe
 from qft.recipe.rules import Problem
+from qft.recipe.stages import effective, field_of
 from qft.recipe.training import Section, Source
 
 Planned = PlanDocument | CalibrationPlanDocument
@@ -35,6 +36,7 @@ TABLE: dict[str, dict[Class, str]] = {
             data.loss_on data.ignore_fields data.template data.chat_template data.template_kwargs
             train.per_device_train_batch_size train.gradient_accumulation_steps train.train_sampling_strategy
             train.lr_scheduler_type train.warmup_steps train.optim train.bf16 train.fp16
+            train.stages
             seed
         """,
         "honoured": """
@@ -72,6 +74,11 @@ TABLE: dict[str, dict[Class, str]] = {
 }
 """By the kind of the plan. A section stands for all its fields, where none of them is read before the run is over."""
 
+LENGTHS = ("max_steps", "num_train_epochs")
+"""Of a stage; where another one follows, they say where that begins."""
+STAGES = "train.stages."
+"""With which the fields of stages begin."""
+
 CLASSES: dict[str, dict[str, Class]] = {
     kind: {field: name for name, fields in classes.items() for field in fields.split()}
     for kind, classes in TABLE.items()
@@ -81,6 +88,8 @@ CLASSES: dict[str, dict[str, Class]] = {
 def class_of(kind: str, field: str) -> Class:
     """What becomes of a change of `field`, or of the nearest thing around it. Raises KeyError if nothing is said."""
     classes = CLASSES[kind]
+    if field.startswith(STAGES):
+        field = field_of(field) or "train.stages"
     while field not in classes and "." in field:
         field = field.rpartition(".")[0]
     return classes[field]
@@ -97,8 +106,9 @@ class Before(NamedTuple):
 def compare(before: Before, recipe: Recipe, plan: Planned, facts: Manifest) -> tuple[list[Problem], list[Problem]]:
     """What forbids to go on as `recipe`, `plan` and `facts` say, and which changes take effect from here on."""
     changes = list(_changes(before, recipe, plan))
-    fixed = [each for each in changes if class_of(plan.kind, each.field) == "fixed"]
-    honoured = [each for each in changes if class_of(plan.kind, each.field) == "honoured"]
+    borders = {f"{STAGES}{n}.{name}" for n in range(len(recipe.train.stages) - 1) for name in LENGTHS}
+    fixed = [each for each in changes if each.field in borders or class_of(plan.kind, each.field) == "fixed"]
+    honoured = [each for each in changes if each not in fixed and class_of(plan.kind, each.field) == "honoured"]
     # What was decided follows what was asked, and what a field names is looked at only if it names the same.
     problems = [
         (field, f"the run was started with {old}, and this is {new}; set it back to {old}, {ANEW}")
@@ -125,13 +135,21 @@ class _Change(NamedTuple):
 
 def _changes(before: Before, recipe: Recipe, plan: Planned) -> Iterator[_Change]:
     """Yield each field that does not mean what it meant."""
-    old, new = dict(_leaves(before.recipe)), dict(_leaves(recipe))
     was, now = _decided(before.plan), _decided(plan)
+    old, new = (_asked(each, was.keys() | now.keys()) for each in (before.recipe, recipe))
     for field in [field for field in old if field in new]:  # others are of a source that came or went with its path
         decided = field in was.keys() & now.keys()  # an older plan.json tells less
         one, other = (was, now) if decided else (old, new)
         if one[field] != other[field]:
             yield _Change(field, _shown(one[field]), _shown(other[field]), asked=old[field] != new[field])
+
+
+def _asked(recipe: Recipe, decided: Set[str]) -> dict[str, Any]:
+    """Each field with its value; of those of stages, what it is in each of them, and beside it what was decided."""
+    asked, of_stages = dict(_leaves(recipe)), dict(effective(recipe))
+    within = {field_of(name) for name in of_stages} - decided
+    own = {field: value for field, value in asked.items() if field not in within}
+    return own | of_stages | {"train.stages": len(recipe.train.stages)}
 
 
 def _changed_files(before: Manifest, recipe: Recipe, facts: Manifest) -> Iterator[Problem]:

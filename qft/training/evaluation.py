@@ -9,6 +9,7 @@ from qft.documents.training import Evaluation
 from qft.files import write_json, write_text
 from qft.measure.scores import Answer, answer_rows, as_jsonl, score
 from qft.run.folder import Run
+from qft.training.recorder import stage_moment
 from qft.training.surviving import SurvivingTrainer
 
 
@@ -21,7 +22,8 @@ class HeldOut(TrainerCallback):
         trainer.add_callback(self)
 
     def evaluate(self, moment: str) -> None:
-        """Evaluate `before` or `after` the training, and keep it as eval-`moment`.json."""
+        """Evaluate `before` or `after` the training, and keep it as eval-`moment`.json; or before a later stage, which
+        the next checkpoint tells of."""
         if self.plan.data.eval is None:
             return
         self.recorder.meter.settled()  # what was freed before would be resident beside it
@@ -30,6 +32,9 @@ class HeldOut(TrainerCallback):
         # Not `evaluate`: its callbacks would take this for one of the evaluations within the training.
         loader = self.trainer.get_eval_dataloader()
         metrics = self.trainer.evaluation_loop(loader, moment, prediction_loss_only=True).metrics
+        if moment == "before" and self.plan.start:
+            self._evaluated(stage_moment(self.plan), metrics)
+            return
         evaluation = self._evaluated(moment, metrics)
         write_json(self.run.folder / f"eval-{moment}.json", evaluation.model_dump(mode="json"))
 

@@ -15,13 +15,14 @@ from qft.recipe.training import QuantSection
 
 class RoundingSchedule(TrainerCallback):
     """Trains without rounding until quant.fake_quant_after_steps optimizer steps were made, and looks for the largest
-    activations until quant.freeze_observers_after_steps were. What is evaluated is rounded from the start."""
+    activations until quant.freeze_observers_after_steps were. What is evaluated is rounded from the start. `start`: the
+    step of the Trainer's that is the first of these."""
 
-    def __init__(self, quant: QuantSection) -> None:
-        self.quant = quant
+    def __init__(self, quant: QuantSection, start: int) -> None:
+        self.quant, self.start = quant, start
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        switch, learnt, done = switch_of(model), state_of(model), state.global_step
+        switch, learnt, done = switch_of(model), state_of(model), state.global_step - self.start
         assert switch is not None
         switch.in_training = done >= self.quant.fake_quant_after_steps
         if learnt is None:

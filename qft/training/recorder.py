@@ -15,12 +15,22 @@ from qft.measure.scores import Answer
 from qft.memory.leaks import FEWEST_STEPS, LeakWatch, growth_per_100_steps
 from qft.memory.meter import Meter, Snapshot, child_peak, larger, resident_peak, weight_bytes
 from qft.plan import Plan
+from qft.plan.stages import most_memory
 from qft.progress import Step, View
 from qft.run.checkpoint import STATE, step_of
 from qft.run.folder import Run
 from qft.training import summary
 from qft.training.advice import advise
 from qft.training.clock import PhaseClock
+
+
+def stage_moment(plan: Plan) -> str:
+    """Of the evaluation before a stage."""
+    return f"stage-{plan.span.number}" if plan.span and plan.start else "before"
+
+
+def _leak_watch(plan: Plan) -> LeakWatch:
+    return LeakWatch(plan.recipe.memory.leak_threshold if plan.steps - plan.start >= FEWEST_STEPS else None)
 
 
 class Recorder:
@@ -30,8 +40,9 @@ class Recorder:
 
     def __init__(self, plan: Plan, view: View, started: float, skipped: documents.SkippedModules | None) -> None:
         self.plan, self.view, self.started, self.skipped = plan, view, started, skipped
+        self.stages = plan.stages
         self.meter = Meter(plan.model.device.kind, phase="prepare")
-        self.leaks = LeakWatch(plan.recipe.memory.leak_threshold if plan.steps >= FEWEST_STEPS else None)
+        self.leaks = _leak_watch(plan)
         self.clock = PhaseClock(self.meter.on_gpu)
         self.earlier = TrainingState()
         """What the parts of the run before this one measured, if it is resumed."""
@@ -54,6 +65,8 @@ class Recorder:
         """What was changed because memory ran out, in all parts."""
         self.quantized_share: float | None = None
         """Of the loaded base's weights; see qft.quant.share."""
+        self.models: dict[str, documents.ModelPart] = {}
+        """As each stage so far had it, by its number."""
         self.evaluations: dict[str, documents.Evaluation] = {}
         """By the moment: before, step-N, after."""
         self.answers: dict[str, list[Answer]] = {}
@@ -68,9 +81,23 @@ class Recorder:
         self.earlier, self.steps, self.evaluations = state, list(state.steps), dict(state.evaluations)
         self.clock.seconds |= state.phase_seconds
         self.largest_micro_batch = state.largest_micro_batch_tokens
-        self.out_of_memory = list(state.out_of_memory)
+        self.out_of_memory, self.models = list(state.out_of_memory), dict(state.models)
         if self.plan.recipe.train.gradient_checkpointing:
             self.recomputed = state.recomputed
+
+    def take_up(self, plan: Plan) -> None:
+        """The training goes on with that one of its stages, which has a model of its own."""
+        if plan is self.plan:
+            return
+        self.plan, self.leaks, self.moments = plan, _leak_watch(plan), {}
+        self.bytes, self.bytes_elsewhere = dict.fromkeys(self.bytes, 0), 0
+        self.logit_bytes = self.quantized_share = None
+        if self.steps and self.steps[-1].step <= plan.start:
+            self.recomputed = None
+
+    def is_evaluation_due(self, step: int) -> bool:
+        """Whether the checkpoint of that step was written before its evaluation, and that is still to be made."""
+        return self.earlier.evaluation_due and f"step-{step}" not in self.evaluations
 
     def state(self) -> TrainingState:
         """What has been measured so far."""
@@ -89,6 +116,7 @@ class Recorder:
             largest_micro_batch_tokens=self.largest_micro_batch,
             recomputed=self.recomputed,
             out_of_memory=self.out_of_memory,
+            models=self.models,
         )
 
     def reach(self, moment: str, phase: str) -> None:
@@ -100,10 +128,12 @@ class Recorder:
         """All that trains is there, and nothing has run."""
         self.bytes |= weight_bytes(model)
         self.moments["after_adapters"] = self.meter.settled()
+        if span := self.plan.span:
+            self.models[str(span.number)] = self._model()
 
     def begin(self, done: int) -> None:
         """The training goes on behind `done` steps."""
-        self.view.begin(self.plan.steps, done)
+        self.view.begin(self.stages[-1].steps, done)
         self.meter.enter("train")
 
     def look(self) -> Snapshot:
@@ -118,7 +148,7 @@ class Recorder:
         self.clock.settle()
         self.moments["at_end"] = self.meter.now()
         self.meter.enter("save")
-        self.leak = self.leaks.leak(self.meter.on_gpu)
+        self.leak = self.leaks.leak(self.meter.on_gpu) or self.leak
 
     def step(self, step: Step) -> None:
         self.steps.append(step)
@@ -135,7 +165,8 @@ class Recorder:
 
     def report(self, run: Run, result: Path) -> documents.Report:
         """The report of a run that wrote its model to `result`."""
-        steps, evaluations = self.steps, dict(self.evaluations)
+        steps = self.steps
+        evaluations = {name: each for name, each in self.evaluations.items() if not name.startswith("stage-")}
         report = documents.Report(
             run=str(run.folder),
             result=str(result),
@@ -145,6 +176,7 @@ class Recorder:
             memory=self._memory(),
             skipped_modules=self.skipped,
             settings=self._settings(),
+            stages=[self._stage(plan) for plan in self.stages if plan.span],
             checkpointing=self.recomputed and summary.checkpointing(*self.recomputed, steps),
             loss=summary.loss(steps),
             eval=documents.Evaluations(
@@ -200,6 +232,26 @@ class Recorder:
             bits_per_weight=held * 8 / shape.parameters,
         )
 
+    def _stage(self, plan: Plan) -> documents.StageReport:
+        assert plan.span
+        steps = [step for step in self.steps if plan.start < step.step <= plan.steps]
+        return documents.StageReport(
+            first_step=plan.start + 1,
+            last_step=steps[-1].step if steps else plan.steps,
+            model=self.models.get(str(plan.span.number)),
+            settings=documents.StageSettings(
+                **{name: plan.training[name] for name in ("learning_rate", "lr_scheduler_type", "optim")},
+                reset_optimizer=plan.span.reset_optimizer,
+                reset_lr_scheduler=plan.span.reset_lr_scheduler,
+            ),
+            loss=summary.loss(steps) if any(not step.skipped for step in steps) else None,
+            before=self.evaluations.get(stage_moment(plan)),
+            after=self.evaluations.get(f"step-{plan.steps}" if plan.leads_on else "after"),
+            throughput=summary.throughput(steps) if steps else None,
+            peak_bytes=max((step.peak_memory for step in steps), default=None),
+            predicted_peak_bytes=plan.memory.predicted_peak_bytes,
+        )
+
     def _settings(self) -> documents.Settings:
         asked, model = self.plan.training, self.plan.model
         mixed = asked["bf16"] or asked["fp16"]
@@ -219,15 +271,17 @@ class Recorder:
         steps, moments, phases = self.steps, self.moments, self._phases()
         peak = self._peak(phases)
         part = steps[len(self.earlier.steps) :] or steps  # of another process nothing can leak into this one
+        part = [step for step in part if step.step > self.plan.start] or part
+        planned = most_memory(self.stages[-1])
         return documents.Memory(
             peak_gpu_bytes=peak.gpu,
             peak_gpu_reserved_bytes=peak.gpu_reserved,
             peak_host_bytes=peak.host,
             peak_child_bytes=child_peak(),
-            predicted_peak_bytes=self.plan.memory.predicted_peak_bytes,
-            predicted_host_bytes=self.plan.memory.predicted_host_bytes,
-            fits=self.plan.memory.fits,
-            predicted_components=self.plan.memory.components,
+            predicted_peak_bytes=planned.predicted_peak_bytes,
+            predicted_host_bytes=planned.predicted_host_bytes,
+            fits=planned.fits,
+            predicted_components=planned.components,
             device_bytes=self.plan.model.device.total_bytes,
             after_load_bytes=moments["after_adapters"].device,
             after_first_step_bytes=part[0].memory,
@@ -248,6 +302,8 @@ class Recorder:
     def _components(self, train: PhaseMemory) -> documents.Components:
         held, on_gpu = self.bytes, self.meter.on_gpu
         peak = train.gpu_allocated_bytes if on_gpu else train.host_resident_bytes
+        if self.plan.start:  # others were not held by what is told here
+            peak = max(step.peak_memory for step in self.steps if step.step > self.plan.start)
         rest = max((peak or 0) - sum(held.values()), 0)
         return documents.Components(
             base_weights=held["frozen"],

@@ -36,6 +36,11 @@ class ResumingTrainer(Trainer):
         """What is in the Trainer's state by an evaluation that was made since."""
         self.add_callback(_EpochOrder(self.order, recorder.plan))
 
+    def take_up(self, checkpoint: Path) -> None:
+        """Take the weights that the stage before came to, and what else it has left."""
+        self._take_state(checkpoint)
+        self._load_from_checkpoint(str(checkpoint))
+
     def finish(self, checkpoint: Path) -> None:
         """Instead of `train`, if that had come to its end by this checkpoint: take the weights that it came to."""
         if not self._caught_up:
@@ -45,8 +50,7 @@ class ResumingTrainer(Trainer):
 
     def catch_up(self, checkpoint: Path) -> None:
         """Make the evaluation before which the checkpoint was written, with all that follows from it."""
-        self._take_state(checkpoint)
-        self._load_from_checkpoint(str(checkpoint))
+        self.take_up(checkpoint)
         if self._determine_best_metric(self.evaluate(), None) and self.is_asked(self.kept):
             self.state.best_model_checkpoint = str(checkpoint)
         names = ("best_metric", "best_global_step", "best_model_checkpoint")
@@ -100,19 +104,36 @@ class ResumingTrainer(Trainer):
         for name, value in self._caught_up.items():
             setattr(state, name, value)
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Over all stages that the schedule has, not only this one."""
+        span = self.recorder.plan.span
+        return super().create_scheduler(span.schedule_steps if span else num_training_steps, optimizer)
+
     def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
         """The checkpoint's state, with the hyperparameters that are asked now."""
         if checkpoint is None:
             return
+        span = self.recorder.plan.span
+        begins = span if span and step_of(Path(checkpoint)) == span.start else None
         optimizer, scheduler = self.optimizer, self.lr_scheduler
         asked = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
         base_lrs = scheduler.base_lrs
-        super()._load_optimizer_and_scheduler(checkpoint)
+        if begins and begins.reset_optimizer:
+            scheduler.load_state_dict(torch.load(Path(checkpoint, "scheduler.pt"), weights_only=True))
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        if begins and begins.reset_lr_scheduler:
+            scheduler.last_epoch = 0
         scheduler.base_lrs = base_lrs
         factors = (factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas)
         scheduler._last_lr = [base * factor for base, factor in zip(base_lrs, factors, strict=True)]
         for group, settings, rate in zip(optimizer.param_groups, asked, scheduler._last_lr, strict=True):
             group.update(settings | {"lr": rate})
+
+    def _load_scaler(self, checkpoint: Any) -> None:
+        """None that scales: the checkpoint is of a stage in another precision."""
+        if self.accelerator.scaler is not None:
+            super()._load_scaler(checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Full weights by the names of the model's modules: by those the library loads a checkpoint, and no others."""

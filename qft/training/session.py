@@ -30,6 +30,7 @@ from qft.run.folder import Run, record_base
 from qft.training.evaluation import HeldOut
 from qft.training.qat import RoundingSchedule, require_observed
 from qft.training.recorder import Recorder
+from qft.training.stages import Border, free, stages_left, told_of
 from qft.training.surviving import SurvivingTrainer
 
 
@@ -37,32 +38,50 @@ def train_model(run: Run, recorder: Recorder, signals: Signals) -> Path:
     """Train as the recorder's plan says, from the run's checkpoint if it is resumed; returns where the result lies.
 
     Raises Interrupted when a signal has come, behind its step."""
-    plan = recorder.plan
+    if run.checkpoint:
+        recorder.recall(run.checkpoint)
+    with recorder.meter:
+        for plan in stages_left(recorder.stages, run.checkpoint, recorder.earlier):
+            recorder.take_up(plan)
+            with offloading(plan.model, run.folder) as offload:
+                result = _train_stage(run, recorder, signals, offload)
+            if plan.leads_on:
+                run.checkpoint = result
+                free()
+    return result
+
+
+def _train_stage(run: Run, recorder: Recorder, signals: Signals, offload: Offload | None) -> Path:
+    """One stage, or all that there is: its checkpoint, or where the result lies. Nothing that it loads outlives it."""
+    plan, checkpoint = recorder.plan, run.checkpoint
     set_seed(plan.recipe.seed)
-    checkpoint = run.checkpoint
-    if checkpoint:
-        recorder.recall(checkpoint)
-    with recorder.meter, offloading(plan.model, run.folder) as offload:
-        recorder.view.note(f"Loading {plan.model.checkpoint.path}")
-        recorder.reach("before_load", "load")
-        model = _load(recorder, run, offload)
-        trainer = _trainer(model, run, recorder, signals)
-        recorder.loaded(model)
-        # Under autocast a LoRA layer need not cast its input to float32 first, which would be kept for backward.
-        mixed = plan.training["bf16"] or plan.training["fp16"]
-        with memory_guard("training", trainer.still_to_do()), disable_input_dtype_casting(model, active=mixed):
-            held_out = HeldOut(trainer, run)
-            held_out.evaluate("before") if checkpoint is None else held_out.recall("before")
-            recorder.begin(step_of(checkpoint))
-            try:
-                _take_steps(trainer, checkpoint)
-                recorder.end()
-                result = _save(trainer, run)
-                held_out.evaluate("after")
-            except Interrupted as interrupted:
-                if not interrupted.hard:
-                    trainer.keep()
-                raise
+    recorder.view.note(f"Loading {plan.model.checkpoint.path}{told_of(plan)}")
+    recorder.reach("before_load", "load")
+    model = _load(recorder, run, offload)
+    trainer = _trainer(model, run, recorder, signals)
+    recorder.loaded(model)
+    # Under autocast a LoRA layer need not cast its input to float32 first, which would be kept for backward.
+    mixed = plan.training["bf16"] or plan.training["fp16"]
+    with memory_guard("training", trainer.still_to_do()), disable_input_dtype_casting(model, active=mixed):
+        held_out = HeldOut(trainer, run)
+        if checkpoint:
+            held_out.recall("before")
+        if step_of(checkpoint) <= plan.start:
+            if checkpoint:
+                trainer.take_up(checkpoint)
+            held_out.evaluate("before")
+        recorder.begin(step_of(checkpoint))
+        try:
+            _take_steps(trainer, checkpoint)
+            recorder.end()
+            if plan.leads_on:
+                return run.checkpoints / f"checkpoint-{plan.steps}"
+            result = _save(trainer, run)
+            held_out.evaluate("after")
+        except Interrupted as interrupted:
+            if not interrupted.hard:
+                trainer.keep()
+            raise
     return result
 
 
@@ -70,7 +89,8 @@ def _take_steps(trainer: SurvivingTrainer, checkpoint: Path | None) -> None:
     """Those that are left, if any are."""
     plan, over = trainer.recorder.plan, False
     if checkpoint:
-        if trainer.recorder.earlier.evaluation_due and plan.recipe.train.eval_strategy != "no":
+        evaluates = plan.recipe.train.eval_strategy != "no" or (plan.leads_on and step_of(checkpoint) == plan.steps)
+        if evaluates and trainer.recorder.is_evaluation_due(step_of(checkpoint)):
             trainer.catch_up(checkpoint)
         over = is_over(checkpoint, plan.steps, plan.recipe.train.early_stopping_patience)
     if checkpoint and (over or trainer.control.should_training_stop):
@@ -146,7 +166,9 @@ def _callbacks(plan: Plan, run: Run) -> list[TrainerCallback]:
     if patience:
         callbacks.append(EarlyStoppingCallback(patience))
     if plan.recipe.quant.mode == "qat":
-        callbacks.append(RoundingSchedule(plan.recipe.quant))
+        callbacks.append(RoundingSchedule(plan.recipe.quant, plan.start))
+    if plan.leads_on:
+        callbacks.append(Border(plan))
     if "tensorboard" in plan.recipe.train.report_to:
         callbacks.append(TensorBoardCallback())
         callbacks[-1].logging_dir = str(run.events)

@@ -275,7 +275,8 @@ def good(tmp_path: Path) -> Path:
     rows = write_jsonl(folder / "rows.jsonl", [chat(f"say {i}", f"it is {i} and {i * 7}") for i in range(24)])
     shared: dict[str, Any] = {"model": {"path": str(folder / "model"), "device": "cpu"}}
     shared["data"] = {"train": str(rows), "eval_fraction": 0.25}
-    saves = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "report_to": []}
+    stages = [{"quant.mode": "8bit", "max_steps": 2}, {"quant.mode": "4bit", "max_steps": 2}]
+    saves = {"stages": stages, "save_strategy": "steps", "save_steps": 1, "report_to": []}
     recipes: dict[str, dict[str, Any]] = {
         "train": {"quant": {"preset": "finetune"}, "adapter": {"r": 4}, "train": saves, "output_dir": "run"},
         "calibrate": {"calibrate": {"engine": "rtn", "group_size": 32, "verify_samples": 4}, "output_dir": "quantized"},

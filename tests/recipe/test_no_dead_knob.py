@@ -186,6 +186,7 @@ CASES: dict[str, Case] = {
     "train.full_determinism": Case("true", training),
     "train.report_to": Case("[wandb]", training),
     "train.run_name": Case("second", training),
+    "train.stages": Case("[{max_steps: 3}, {max_steps: 4}]", training),
     "calibrate.preset": Case("w8a16", calibration, ("calibrate.preset=w8a8-dynamic",)),
     "calibrate.engine": Case("torchao", calibration, RTN_8),
     "calibrate.engine_python": Case("other/python", calibration, LLMCOMPRESSOR),

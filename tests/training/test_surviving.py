@@ -122,6 +122,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "by length, smoothed": {"train": {"train_sampling_strategy": "group_by_length", "label_smoothing_factor": 0.1}},
     "workers": {"train": {"dataloader_num_workers": 1, "train_sampling_strategy": "sequential"}},
     "epochs": {"train": {"max_steps": ..., "num_train_epochs": 2.0}},
+    "stages": {"train": {"max_steps": ..., "stages": [{"max_steps": 2}, {"max_steps": 3}]}},
     "skipping": {"train": {"on_nonfinite": "skip", "logging_steps": 2}},
     "checkpointed": {"train": {"gradient_checkpointing": True}},
     "skipped": {"train": {"on_nonfinite": "skip", "learning_rate": 1e30, "max_grad_norm": 0.0}},

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from qft.documents.evaluation import EvalDocument, HarnessResult, Score, SourceResult, TargetResult
 from qft.documents.part import Part, unit_of
-from qft.documents.training import Evaluation, Report
+from qft.documents.training import Evaluation, Report, StageReport
 from qft.views import words
 from qft.views.html import evaluation_pictures, training_pictures
 from qft.views.html.chart import WIDTH, Cell, Table, evenly
@@ -66,6 +66,7 @@ def training_page(report: Report, answers: Sequence[Asked] = ()) -> str:
         headline=_training_headline(report),
         learning=[training_pictures.loss(report), training_pictures.learning_rate(report)],
         held_out=_held_out(report),
+        stages=_stages(report),
         memory=training_pictures.memory(report),
         memory_by=[
             ("Peak memory by phase", _of_parts(report.memory.phases)),
@@ -190,6 +191,27 @@ def _held_out(report: Report) -> Table:
     ]
     head = ("When", "Step", "Loss", "Perplexity", *map(_title, metrics), "Tokens", "Rows")
     return Table(head, rows, len(measured))
+
+
+def _stages(report: Report) -> Table | None:
+    head = ("Stage", "Steps", "Held as", "Learning rate", "Loss", "Held out", "Tokens/s", "Peak", "Predicted")
+    rows = [(str(number), *_stage_row(stage)) for number, stage in enumerate(report.stages, 1)]
+    return Table(head, rows) if rows else None
+
+
+def _stage_row(stage: StageReport) -> Iterator[Cell]:
+    model, settings, speed = stage.model, stage.settings, stage.throughput
+    yield f"{stage.first_step} to {stage.last_step}"
+    yield _above(model.quant_type or model.scheme, f"{model.bits_per_weight:.2f} bits a weight") if model else None
+    resets = [name for name in ("optimizer", "lr_scheduler") if getattr(settings, f"reset_{name}")]
+    new = ", ".join([settings.optim, *(f"new {name}" for name in resets)])
+    yield _above(f"{settings.lr_scheduler_type} from {settings.learning_rate:g}", new)
+    yield _above(number(stage.loss.last), f"from {number(stage.loss.first)}") if stage.loss else None
+    start = f"from {number(stage.before.loss)}" if stage.before else ""
+    yield _above(number(stage.after.loss), start) if stage.after else None
+    yield f"{speed.tokens_per_second:,.0f}" if speed else None
+    yield _figure(stage, "peak_bytes")
+    yield _figure(stage, "predicted_peak_bytes")
 
 
 def _out_of_memory(report: Report) -> Table | None:

@@ -10,9 +10,9 @@ SHOWN = 8
 """Ways that are shown of those that were looked at."""
 
 
-def render_memory(memory: PlannedMemory) -> Group:
+def render_memory(memory: PlannedMemory, which: str = "") -> Group:
     """The predicted peak, what it is made of, and what else was thought of."""
-    rows = Facts("Memory, predicted")
+    rows = Facts(f"Memory, predicted{which}")
     if memory.predicted_peak_bytes is None or memory.predicted_host_bytes is None:
         rows.add("unknown", f"{memory.unknown}")
         return Group(rows)

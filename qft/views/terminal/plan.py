@@ -1,19 +1,23 @@
 """The plan as a rich table."""
 
+from collections.abc import Sequence
+
 from rich.console import Group, RenderableType
 
-from qft.documents.plan import CalibrationCheck, CalibrationPlanDocument, PlanDocument
+from qft.documents.plan import CalibrationCheck, CalibrationPlanDocument, PlanDocument, PlannedStage
 from qft.views.terminal.memory import render_memory
 from qft.views.terminal.rows import Shown, render_data
-from qft.views.terminal.table import Facts, Whole, bullets, spaced
-from qft.views.words import share_held, si
+from qft.views.terminal.table import Facts, Rows, Whole, bullets, spaced
+from qft.views.words import share_held, si, size
 
 
 def render_plan(plan: PlanDocument | CalibrationCheck) -> Group:
     """What `qft check` shows."""
     parts: list[RenderableType] = [_model(plan), _training(plan), render_data(plan.data)] if plan.kind == "plan" else []
+    if plan.kind == "plan" and plan.stages:
+        parts.append(_stages(plan.stages))
     if plan.kind == "plan" and plan.memory:
-        parts.append(render_memory(plan.memory))
+        parts.append(render_memory(plan.memory, " of the stage that takes most" if plan.stages else ""))
     if plan.calibration:
         parts.append(_calibration(plan.calibration))
     if plan.kind == "plan" and plan.exports:
@@ -92,6 +96,24 @@ def _training(plan: PlanDocument) -> Facts:
     rows.add("optimizer", f"{training.optim}, {training.lr_scheduler_type} from {training.learning_rate:g}")
     rows.add("mixed precision", f"{precision}; gradient checkpointing {'on' if training.checkpointing else 'off'}")
     return rows
+
+
+def _stages(stages: Sequence[PlannedStage]) -> Rows:
+    """Trainings that follow one another; what does not fit is said where memory is told of."""
+    table = Rows("Stages", "", "steps", "held as", "optimizer", "learning rate", "memory")
+    for number, stage in enumerate(stages, 1):
+        training, memory = stage.training, stage.memory
+        rate = f"{training.lr_scheduler_type} from {training.learning_rate:g}"
+        peak = memory.predicted_peak_bytes if memory else None
+        table.add(
+            str(number),
+            f"{stage.first_step} to {stage.last_step}",
+            stage.quantization.described,
+            f"{training.optim}{', anew' if stage.reset_optimizer else ''}",
+            f"{rate}{', anew' if stage.reset_lr_scheduler else ''}",
+            "unknown" if peak is None else size(peak) + ("" if memory and memory.fits else " does NOT fit"),
+        )
+    return table
 
 
 def _exports(exports: dict[str, str | None]) -> Facts:

@@ -1,12 +1,13 @@
 """The report as rich tables."""
 
 import os
+from collections.abc import Sequence
 
 from rich.console import Group
 from rich.text import Text
 
 from qft.documents.memory import PhaseMemory
-from qft.documents.training import Report
+from qft.documents.training import Report, StageReport
 from qft.views.terminal.table import Facts, Rows, Whole, bullets, spaced
 from qft.views.words import share_held, si, size, sparkline
 
@@ -17,7 +18,8 @@ def render(report: Report) -> Group:
     """All of the report, for a terminal of 80 columns or more."""
     advice = [Group(Text("Advice", style="bold"), *bullets(report.advice))] if report.advice else []
     written = Whole(f"Written to {_from_here(report.result)}")
-    return spaced(_model(report), _learning(report), _speed(report), _memory(report), *advice, written)
+    stages = [_stages(report.stages)] if report.stages else []
+    return spaced(_model(report), _learning(report), *stages, _speed(report), _memory(report), *advice, written)
 
 
 def _from_here(path: str) -> str:
@@ -58,6 +60,24 @@ def _learning(report: Report) -> Rows:
     line = sparkline([loss for _, loss, _, _ in report.loss.history], 24)
     rows.add("curve", line, f"{report.loss.spikes} spikes in {report.steps} steps")
     return rows
+
+
+def _stages(stages: Sequence[StageReport]) -> Rows:
+    """Held-out losses are of each stage's own base; what is not known is left empty."""
+    table = Rows("Stages", "", "steps", "held as", "loss", "held out", "tokens/s", "peak")
+    for number, stage in enumerate(stages, 1):
+        model, loss, speed = stage.model, stage.loss, stage.throughput
+        evaluated = [f"{each.loss:.4f}" for each in (stage.before, stage.after) if each]
+        table.add(
+            str(number),
+            f"{stage.first_step} to {stage.last_step}",
+            (model.quant_type or model.scheme.replace("none", model.dtype)) if model else "",
+            f"{loss.first:.4f} → {loss.last:.4f}" if loss else "",
+            " → ".join(evaluated),
+            f"{speed.tokens_per_second:,.0f}" if speed else "",
+            size(stage.peak_bytes) if stage.peak_bytes else "",
+        )
+    return table
 
 
 def _speed(report: Report) -> Facts:

@@ -85,7 +85,8 @@ def require_stages(loaded: LoadedRecipe) -> LoadedRecipe:
     if problems := list(_misspelled(loaded.tree)):
         raise RecipeError(problems)
     stages = stages_of(loaded)
-    if problems := list(dict.fromkeys([*_broken_rules(loaded, stages), *_between(stages)])):
+    found = [*_unheard(loaded, stages), *_broken_rules(loaded, stages), *_between(stages)]
+    if problems := list(dict.fromkeys(found)):
         raise RecipeError(problems)
     return staged(stages)
 
@@ -201,6 +202,16 @@ def _wrong_key(name: str) -> str | None:
         return f"{text}; set it in the section of that name" if "." in name else text
     close = difflib.get_close_matches(name, [*FIELDS, *RESETS], n=1)
     return "unknown field" + (f", did you mean {close[0]}?" if close else "")
+
+
+def _unheard(loaded: LoadedRecipe, stages: Sequence[LoadedRecipe]) -> Iterator[str]:
+    """What the command line sets for all, and each stage for itself."""
+    sets = [{*each.stage.own} for each in stages if each.stage]
+    for own in sets:
+        own |= {"max_steps"} if "num_train_epochs" in own else set()
+    for name, place in FIELDS.items():
+        if loaded.tree.where.get(place, "").startswith("--set") and all(name in own for own in sets):
+            yield loaded.problem(".".join(place), "each of train.stages sets it for itself; change it there")
 
 
 def _broken_rules(loaded: LoadedRecipe, stages: Sequence[LoadedRecipe]) -> Iterator[str]:

@@ -35,11 +35,7 @@ Switches = Annotated[
     PlainSerializer(dict),
 ]
 """A YAML mapping of names to values, held as pairs so that a recipe stays frozen."""
-Overrides = Annotated[
-    tuple[tuple[str, Any], ...],
-    BeforeValidator(_as_pairs, json_schema_input_type=dict[str, Any]),
-    PlainSerializer(dict),
-]
+Overrides = Annotated[tuple[tuple[str, Any], ...], BeforeValidator(_as_pairs), PlainSerializer(dict)]
 """A YAML mapping of fields to values of any kind."""
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 

@@ -178,3 +178,10 @@ def test_what_cannot_be_is_refused_on_its_line(name: str, recipe: RecipeFile) ->
 )
 def test_what_is_meant_is_taken(stages: list[dict[str, Any]], recipe: RecipeFile) -> None:
     assert len(load(recipe(*stages, quant={"preset": ...}, **HELD_OUT)).recipe.train.stages) == 2
+
+
+def test_what_no_stage_would_hear_is_refused(recipe: RecipeFile) -> None:
+    path = recipe({"max_steps": 1}, {"num_train_epochs": 1.0})
+    assert load(path, ["train.learning_rate=1e-5"]).recipe.train.learning_rate == 1e-5
+    with pytest.raises(RecipeError, match=r"--set train\.max_steps: .*each of train\.stages sets it for itself"):
+        load(path, ["train.max_steps=5"])

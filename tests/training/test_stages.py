@@ -60,11 +60,11 @@ FULL = {
 }
 
 
-def write(folder: Path, model: Path, name: str = "part", **sections: Any) -> Path:
+def write(folder: Path, base: Path, name: str = "part", **sections: Any) -> Path:
     """A recipe of rows of many lengths, with dropout, for the run folder of that name."""
     rows = [chat(f"count {n}", " ".join(map(str, range(n)))) for n in (1, 9, 2, 12, 5)]
     wanted: dict[str, Any] = {
-        "model": {"path": str(model), "device": "cpu"},
+        "model": {"path": str(base), "device": "cpu"},
         "adapter": {"r": 4, "lora_dropout": 0.2},
         "data": {"train": str(write_jsonl(folder / "uneven.jsonl", rows)), "max_length": 128},
         "train": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "learning_rate": 1e-2},

@@ -96,9 +96,10 @@ class QuantSection(Section):
     (bitsandbytes, double quantization); q4_0, q8_0 (GGUF). Only with mode qat, which needs it."""
     fake_quant_after_steps: int = Field(0, ge=0)
     """Optimizer steps before rounding begins. Only with mode qat."""
-    distill: bool = False
+    distill: bool | Annotated[float, Field(gt=0, le=1)] = False
     """Learn from the predictions of the same model without adapter and rounding (KL divergence on the learnt tokens,
-    arXiv:2601.20088), instead of the tokens themselves. Only with mode qat."""
+    arXiv:2601.20088), instead of the tokens themselves. A number: both, of which the divergence is this share. Only
+    with mode qat."""
     plugin: str | None = Field(None, min_length=1)
     """A Python file that registers a quantizer with transformers. It is run: name only code that you trust. Only with
     mode custom, which needs it."""

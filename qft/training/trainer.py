@@ -91,8 +91,8 @@ class QftTrainer(StoppingTrainer):
             finally:
                 self.label_smoother = smoother
         self.update.rows.append(rows)
-        if self.recorder.plan.recipe.quant.distill:
-            loss = distilled_loss(model, inputs, kwargs.get("num_items_in_batch"))
+        if share := self.recorder.plan.recipe.quant.distill:
+            loss = distilled_loss(model, inputs, kwargs.get("num_items_in_batch"), float(share))
         else:
             loss = super().compute_loss(model, inputs, *args, **kwargs)
         self.recorder.clock.enter("backward")

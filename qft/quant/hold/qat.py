@@ -37,7 +37,8 @@ class Qat(Scheme):
         name = str(quant.target)
         skipped = () if TARGETS[name].ends else (*heads, *quant.named_skips)
         late = [f"from step {quant.fake_quant_after_steps + 1} on"] if quant.fake_quant_after_steps else []
-        distilled = ["distilled from itself unrounded"] if quant.distill else []
+        share = f", by a share of {quant.distill:g}" if 0 < quant.distill < 1 else ""
+        distilled = [f"distilled from itself unrounded{share}"] if quant.distill else []
         return cls("qat", dtype, skipped, None, {}, name, (*late, *distilled))
 
     @property

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from qft.calibration.distill import distill, requantized
 from qft.calibration.finite import require_finite, require_finite_states, require_finite_windows
 from qft.calibration.layer_errors import block_errors, inputs_seen
 from qft.calibration.quantizer import EngineProcess, QuantizeTask, Schemes, Trial
@@ -30,7 +31,8 @@ from qft.documents.evaluation import LayerError
 from qft.files import write_json
 from qft.measure.likelihood import Verification, compare
 from qft.progress import View
-from qft.quant.engines import Block, Engine, QuantizedLayer, find_engine
+from qft.quant.engines import Block, Engine, QuantizedLayer, find_engine, linear_of
+from qft.quant.engines.base import Tensors
 from qft.quant.layer import LayerScheme
 
 Hidden = list[torch.Tensor]
@@ -96,6 +98,9 @@ class BlockQuantizer:
         yield Trial(0, schemes, self.quantize(), self.weight_bytes(0))
         if self.task.settings.remedy == "none":
             return
+        if self.task.settings.remedy == "distill":
+            yield Trial(1, schemes, self.distilled(1), self.weight_bytes(1), distilled=True)
+            return
         weights = {name: self.model.weights_of(name) for name in self.quantized_layers}
         others = remedies(schemes, self.errors(), weights, used=self.weight_bytes(0), limit=limit)
         for number, raised in enumerate(others, 1):
@@ -127,6 +132,26 @@ class BlockQuantizer:
             hidden = [self.model.run(block, number, h) for h in hidden]
         unquantized = _Streams.load(self._streams(len(self.model))).verify
         return self.verify(unquantized, hidden)
+
+    def distilled(self, attempt: int) -> Verification:
+        """The same with quantized weights that have learnt from the unquantized model, scales as they are."""
+        learnt = distill(self.task, {name: self._held(name) for name in self.quantized_layers}, self.view)
+        for number in range(len(self.model)):
+            prefix = f"{self.model.name(number)}."
+            block, schemes = self.model.block(number), self._within(number, self.task.schemes)
+            weights = {name: linear_of(learnt[f"{prefix}{name}"], _linear(block, name).bias) for name in schemes}
+            layers = {
+                name: requantized(self.engine, linear, schemes[name], self._held(f"{prefix}{name}"))
+                for name, linear in weights.items()
+            }
+            if layers:
+                self._write(number, attempt, block, layers)
+        return self.again(self.task.schemes, attempt)
+
+    def _held(self, layer: str) -> Tensors:
+        """What the first trial has written of a layer, by names within it."""
+        number = int(layer.removeprefix(f"{self.model.prefix}.").partition(".")[0])
+        return _of_layer(layer, load_file(self._shard(number, 0)))
 
     def verify(self, unquantized: Hidden, quantized: Hidden) -> Verification:
         """Compare both models' predictions, from the hidden states behind the last block."""
@@ -226,7 +251,8 @@ class BlockQuantizer:
     def _block_of(self, number: int, schemes: Schemes, attempt: int) -> nn.Module:
         """A block as an attempt holds it, written if the attempt changes it."""
         block, before, wanted = self.model.block(number), self.task.schemes, self._within(number, schemes)
-        tensors, metadata = load_file(self._shard(number, 0)), self.metadata(number, 0)
+        newest = self.shard(number, attempt if self.task.settings.remedy == "distill" else 0)
+        tensors, metadata = load_file(newest), self.metadata(number, 0)
         layers = {}
         for name in self._within(number, before):
             full = f"{self.model.name(number)}.{name}"

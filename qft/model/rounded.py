@@ -6,7 +6,7 @@ what is trained is what is written. A layer stays what it is, under its names: i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,10 +34,11 @@ class Switch:
 class _Layer:
     """What a layer does in the place of its own forward."""
 
-    def __init__(self, layer: Any, rounding: Rounding | None, scheme: Qat, switch: Switch) -> None:
-        self.layer, self.rounding, self.switch = layer, rounding, switch
-        self.dtype: torch.dtype = getattr(torch, scheme.dtype)
-        self.inputs = scheme.target.inputs if rounding else None
+    def __init__(
+        self, layer: Any, rounding: Rounding | None, dtype: torch.dtype, inputs: Rounding | None, switch: Switch
+    ) -> None:
+        self.layer, self.rounding, self.dtype, self.switch = layer, rounding, dtype, switch
+        self.inputs = inputs if rounding else None
 
     @property
     def rounds(self) -> bool:
@@ -105,20 +106,27 @@ KINDS: dict[type, type[_Layer]] = {nn.Linear: _Linear, nn.Embedding: _Embedding}
 def round_weights(model: Any, plan: ModelPlan) -> None:
     """Make a loaded model, its adapter attached, multiply as planned with quant.mode qat; others are left as they are.
     Raises ModelError for an embedding that does more than look up."""
-    scheme, switch = plan.scheme, Switch()
-    if not isinstance(scheme, Qat):
-        return
+    if isinstance(scheme := plan.scheme, Qat):
+        dtype = getattr(torch, scheme.dtype)
+        round_layers(model, scheme.roundings(plan.skeleton), dtype, scheme.target.inputs)
+
+
+def round_layers(
+    model: Any, roundings: Mapping[str, Rounding], dtype: torch.dtype, inputs: Rounding | None = None
+) -> None:
+    """The same for layers by name, each with a rounding of its own, from `dtype`; `inputs` is that of their inputs."""
+    switch = Switch()
     base = getattr(model, "get_base_model", lambda: model)()
     # Whatever else has an adapter is merged all the same, as it will be.
     adapted = [name for name, module in base.named_modules() if _is_adapted_linear(module)]
-    layers: dict[str, Rounding | None] = dict.fromkeys(adapted) | scheme.roundings(plan.skeleton)
+    layers: dict[str, Rounding | None] = dict.fromkeys(adapted) | dict(roundings)
     for name, rounding in layers.items():
         for module in _copies(base.get_submodule(name)):
             inner = getattr(module, "base_layer", module)
             kind = KINDS.get(type(inner))
             if kind is None or (kind is _Embedding and isinstance(module, LoraLayer)):
                 raise ModelError(f"{name}: quant.mode qat rounds no {type(inner).__name__}")
-            vars(module)["forward"] = kind(module, rounding, scheme, switch)
+            vars(module)["forward"] = kind(module, rounding, dtype, inputs, switch)
 
 
 def rounded_weight(layer: nn.Module) -> torch.Tensor | None:

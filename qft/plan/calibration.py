@@ -113,7 +113,8 @@ def plan_calibration(
     engine = CATALOGUE[calibrate.engine]
     if engine.by_plugin:
         return _by_plugin(loaded.having(adapter=AdapterSection()), model, trained)
-    data = _data(model, loaded, trained, needs_windows=engine.needs_windows(calibrate.activations))
+    needs_windows = engine.needs_windows(calibrate.activations) or calibrate.remedy == "distill"
+    data = _data(model, loaded, trained, needs_windows=needs_windows)
     return CalibrationPlan(
         _unquantized(loaded), model, layers.schemes, data, matched=layers.matched, weights=layers.weights
     )

@@ -17,8 +17,8 @@ from qft.errors import NonFiniteError
 from qft.machine.signals import Signals
 from qft.memory.checkpointing import CheckpointingProbe, checkpoint_first
 from qft.memory.meter import optimizer_bytes, tensor_bytes
+from qft.model.distill import distilled_loss
 from qft.progress import Step
-from qft.training.qat import distilled_loss
 from qft.training.recorder import Recorder
 from qft.training.stopping import StoppingTrainer
 

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from qft.quant.layer import LayerScheme
 from qft.quant.rounding.base import Rounded, Rounding, straight_through
 from qft.quant.rounding.ggml import BLOCK, q4_0, q8_0
-from qft.quant.rounding.integer import Integer, dynamic_int8
+from qft.quant.rounding.integer import Integer, Scaled, dynamic_int8
 from qft.quant.rounding.mx import mxfp4
 from qft.quant.rounding.nf4 import nf4
 
-__all__ = ["TARGETS", "Rounded", "Rounding", "Target", "straight_through"]
+__all__ = ["TARGETS", "Rounded", "Rounding", "Scaled", "Target", "straight_through"]
 
 
 @dataclass(frozen=True)

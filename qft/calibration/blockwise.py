@@ -32,7 +32,6 @@ from qft.files import write_json
 from qft.measure.likelihood import Verification, compare
 from qft.progress import View
 from qft.quant.engines import Block, Engine, QuantizedLayer, find_engine, linear_of
-from qft.quant.engines.base import Tensors
 from qft.quant.layer import LayerScheme
 
 Hidden = list[torch.Tensor]
@@ -135,23 +134,18 @@ class BlockQuantizer:
 
     def distilled(self, attempt: int) -> Verification:
         """The same with quantized weights that have learnt from the unquantized model, scales as they are."""
-        learnt = distill(self.task, {name: self._held(name) for name in self.quantized_layers}, self.view)
+        shards = (load_file(self._shard(number, 0)) for number in range(len(self.model)))
+        written = {name: tensor for shard in shards for name, tensor in shard.items()}
+        held = {name: _of_layer(name, written) for name in self.quantized_layers}
+        learnt = distill(self.task, held, self.view)
         for number in range(len(self.model)):
-            prefix = f"{self.model.name(number)}."
-            block, schemes = self.model.block(number), self._within(number, self.task.schemes)
-            weights = {name: linear_of(learnt[f"{prefix}{name}"], _linear(block, name).bias) for name in schemes}
-            layers = {
-                name: requantized(self.engine, linear, schemes[name], self._held(f"{prefix}{name}"))
-                for name, linear in weights.items()
-            }
-            if layers:
-                self._write(number, attempt, block, layers)
+            prefix, block, layers = self.model.name(number), self.model.block(number), {}
+            for name, scheme in self._within(number, self.task.schemes).items():
+                full, before = f"{prefix}.{name}", _linear(block, name)
+                layer = linear_of(learnt[full].to(before.weight.device), before.bias)
+                layers[name] = requantized(self.engine, layer, scheme, held[full])
+            self._write(number, attempt, block, layers)
         return self.again(self.task.schemes, attempt)
-
-    def _held(self, layer: str) -> Tensors:
-        """What the first trial has written of a layer, by names within it."""
-        number = int(layer.removeprefix(f"{self.model.prefix}.").partition(".")[0])
-        return _of_layer(layer, load_file(self._shard(number, 0)))
 
     def verify(self, unquantized: Hidden, quantized: Hidden) -> Verification:
         """Compare both models' predictions, from the hidden states behind the last block."""

@@ -79,8 +79,8 @@ def test_a_resumed_run_rounds_from_the_same_step_on(recipe_file: RecipeFile, tmp
 
 
 def test_distilling_learns_the_unrounded_models_predictions(recipe_file: RecipeFile, tmp_path: Path) -> None:
-    """The first loss is the divergence of the rounded base from the base, over the learnt tokens of the whole step; with
-    a share, so much of it, and the rest the loss of the tokens."""
+    """The first loss is the divergence of the rounded base from the base, over the learnt tokens of the whole step;
+    with a share, so much of it, and the rest the loss of the tokens."""
     rows = write_jsonl(tmp_path / "uneven.jsonl", [chat("count", " ".join(map(str, range(n)))) for n in (2, 9, 4, 20)])
     train = HARD | {"max_steps": 20, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
 

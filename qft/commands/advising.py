@@ -22,6 +22,7 @@ from qft.documents.evaluation import Advice, LayerError
 from qft.documents.training import read_report
 from qft.errors import RecipeError
 from qft.measure.likelihood import Likelihood
+from qft.model.adapter import CHANGES_BASE
 from qft.model.target import Target, parse_target
 from qft.quant.rounding import TARGETS
 from qft.recipe import Recipe
@@ -108,10 +109,15 @@ class Advised:
                 others={way: likelihood for way, (likelihood, _) in ways.items()},
                 kept=self.kept,
                 more_bytes={way: size - found[self.bare_name][1] for way, (_, size) in ways.items()},
-                weak_half=weak_half(self.run.adapter) if self.run.adapter else None,
+                weak_half=self._weak_half(recipe),
                 largest=largest_output(base, batches) if self.compared else None,
             )
         )
+
+    def _weak_half(self, recipe: Recipe) -> float | None:
+        # Those that start within the base are written as a difference, of twice the rank.
+        starts_within = recipe.adapter.init_lora_weights.startswith(CHANGES_BASE)
+        return weak_half(self.run.adapter) if self.run.adapter and not starts_within else None
 
 
 def _other_ways(run: Target) -> dict[str, Target]:
@@ -152,7 +158,7 @@ def weak_half(adapter: Path) -> float | None:
     return weak / energy if energy else None
 
 
-def largest_output(model: nn.Module, batches: Sequence[Mapping[str, torch.Tensor]]) -> tuple[str, float] | None:
+def largest_output(model: Any, batches: Sequence[Mapping[str, torch.Tensor]]) -> tuple[str, float] | None:
     """The module whose output has the largest magnitude on the batches, and that; the logits aside."""
     found: dict[str, float] = {}
 
@@ -160,11 +166,15 @@ def largest_output(model: nn.Module, batches: Sequence[Mapping[str, torch.Tensor
         def look(_module: nn.Module, _inputs: Any, output: Any) -> None:
             output = output[0] if isinstance(output, tuple) and output else output
             if isinstance(output, torch.Tensor) and output.is_floating_point():
-                found[name] = max(found.get(name, 0.0), float(output.abs().max()))
+                # What is masked is infinite in any dtype.
+                largest = output.abs().nan_to_num(0.0, posinf=0.0).max()
+                found[name] = max(found.get(name, 0.0), float(largest))
 
         return look
 
-    handles = [module.register_forward_hook(hook(name)) for name, module in model.named_modules() if name]
+    logits = model.get_output_embeddings()
+    modules = [(name, module) for name, module in model.named_modules() if name and module is not logits]
+    handles = [module.register_forward_hook(hook(name)) for name, module in modules]
     try:
         with torch.no_grad():
             for batch in batches:

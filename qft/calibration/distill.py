@@ -8,7 +8,7 @@ in the same format and size.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -78,27 +78,22 @@ def _learn(model: Any, task: QuantizeTask, view: View) -> None:
     optimizer = torch.optim.AdamW(weights, lr=task.settings.distill_learning_rate, weight_decay=0.0)
     schedule = get_linear_schedule_with_warmup(optimizer, int(steps * WARMUP), steps)
     for step, batch in enumerate(itertools.islice(_batches(task), steps), 1):
-        tokens, told = sum(len(window) - 1 for window in batch), 0.0
-        for window in batch:
-            ids = torch.tensor([list(window)], device=model.device)
-            loss = distilled_loss(model, {"input_ids": ids, "labels": ids}, tokens)
-            loss.backward()  # type: ignore[no-untyped-call]
-            told += float(loss.detach())
+        ids = batch.to(model.device)
+        loss = distilled_loss(model, {"input_ids": ids, "labels": ids}, None)
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(weights, NORM)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         if step % every == 0 or step == 1:
-            view.note(f"step {step} of {steps}: KL {told:.4f}")
+            view.note(f"step {step} of {steps}: KL {float(loss.detach()):.4f}")
 
 
-def _batches(task: QuantizeTask) -> Iterator[list[Sequence[int]]]:
-    """Windows in an order drawn anew each time that all were seen."""
-    draw = torch.Generator().manual_seed(task.seed)
+def _batches(task: QuantizeTask) -> Iterator[torch.Tensor]:
+    """Windows [windows, tokens], in an order drawn anew each time that all were seen."""
+    draw, windows = torch.Generator().manual_seed(task.seed), torch.tensor(task.windows)
     while True:
-        order = torch.randperm(len(task.windows), generator=draw).tolist()
-        for at in range(0, len(order), WINDOWS):
-            yield [task.windows[i] for i in order[at : at + WINDOWS]]
+        yield from windows[torch.randperm(len(windows), generator=draw)].split(WINDOWS)
 
 
 def _weight(layer: nn.Module) -> torch.Tensor:

@@ -19,13 +19,13 @@ from tests.support.calibrations import calibrated, perplexity, refusal
 Recipe = Callable[..., Path]
 SCHEMES: dict[str, dict[str, Any]] = {
     "autoround": {"engine": "autoround", "group_size": 32},
-    "w8a8 dynamic": {"preset": "w8a8-dynamic", "samples": 8, "engine": "rtn"},
-    "nf4": {"engine": "bitsandbytes", "data_type": "nf4", "samples": 8},
+    "w8a8 dynamic": {"preset": "w8a8-dynamic"},
+    "nf4": {"engine": "bitsandbytes", "data_type": "nf4"},
 }
 
 
 def distilled(steps: int, kl: float, **more: Any) -> dict[str, Any]:
-    return {"accept": {"kl": kl}, "remedy": "distill", "distill_steps": steps, **more}
+    return {"accept": {"kl": kl}, "remedy": "distill", "samples": 8, "distill_steps": steps, **more}
 
 
 def attempts(folder: Path) -> list[Attempt]:
@@ -60,7 +60,7 @@ def test_it_starts_from_what_the_calibration_made(recipe: Recipe, tmp_path: Path
 
 
 def test_a_resumed_calibration_learns_to_the_same_bits(recipe: Recipe) -> None:
-    own = {"group_size": 32, "samples": 8}
+    own = {"group_size": 32}
     refusal(recipe(calibrate=own | distilled(3, 0.0)))
     first, learnt = attempts(Path(recipe().parent) / "run")
     limit = (first.kl_mean + learnt.kl_mean) / 2

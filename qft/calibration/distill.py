@@ -93,7 +93,7 @@ def _batches(task: QuantizeTask) -> Iterator[torch.Tensor]:
     """Windows [windows, tokens], in an order drawn anew each time that all were seen."""
     draw, windows = torch.Generator().manual_seed(task.seed), torch.tensor(task.windows)
     while True:
-        yield from windows[torch.randperm(len(windows), generator=draw)].split(WINDOWS)
+        yield from torch.split(windows[torch.randperm(len(windows), generator=draw)], WINDOWS)
 
 
 def _weight(layer: nn.Module) -> torch.Tensor:

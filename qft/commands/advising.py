@@ -52,7 +52,7 @@ class Advised:
             raise RecipeError("--advise: compares the run with its own base; leave --reference away")
         found = [parse_target(name, adapter=None, data=None) for name in names]
         run = found[0]
-        is_training = run.run and not run.variant and not run.loaded.recipe.calibrate
+        is_training = run.run and run.run.kind_of_work() == "training" and not run.variant
         if len(found) != 1 or not is_training:
             raise RecipeError(f"--advise: {', '.join(names)}: advice is on one run of `qft train`; name its folder")
         plan = run.plan()

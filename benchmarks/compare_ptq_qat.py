@@ -130,6 +130,8 @@ class Comparison:
 
     def _recipe(self, arm: Arm) -> dict[str, Any]:
         made = copy.deepcopy(self.values) | copy.deepcopy(arm.changes) | {"output_dir": str(self.folder / arm.name)}
+        if arm.changes.get("quant", {}).get("distill"):
+            made["train"]["max_steps"] = self.options.distill_steps or 2 * made["train"]["max_steps"]
         if arm.changes.get("adapter"):
             made["train"]["learning_rate"] = self.options.full_learning_rate
         if arm.after:
@@ -163,6 +165,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="instead of the recipe's")
     parser.add_argument("--learning-rate", type=float, help="instead of the recipe's")
     parser.add_argument("--full-learning-rate", type=float, default=1e-4, help="where all weights are trained")
+    parser.add_argument("--distill-steps", type=int, help="of what is distilled, instead of twice the recipe's")
     parser.add_argument("--folder", type=Path, default=Path("runs/compare"))
     parser.add_argument("--jobs", type=int, default=1, help="arms made at once: times are then no measure")
     parser.add_argument("--arms", nargs="+", choices=[arm.name for arm in ARMS], help="only these, and what they need")

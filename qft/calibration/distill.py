@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import get_linear_schedule_with_warmup
+from transformers import get_linear_schedule_with_warmup, set_seed
 
 from qft.calibration.quantizer import QuantizeTask
 from qft.memory.checkpointing import enable_checkpointing
@@ -35,6 +35,7 @@ def distill(task: QuantizeTask, held: Mapping[str, Tensors], view: View) -> dict
     was written of it."""
     assert task.load is not None
     settings, model = task.settings, task.load()
+    set_seed(task.seed)  # whatever has been drawn before: a resumed calibration quantizes fewer blocks
     schemes = {name: scheme for name, scheme in task.schemes.items() if scheme}
     roundings = {name: _rounding(model, name, scheme, held[name], settings.engine) for name, scheme in schemes.items()}
     enable_checkpointing(model)

@@ -60,7 +60,7 @@ def test_it_starts_from_what_the_calibration_made(recipe: Recipe, tmp_path: Path
 
 
 def test_a_resumed_calibration_learns_to_the_same_bits(recipe: Recipe) -> None:
-    own = {"group_size": 32}
+    own = {"engine": "autoround", "group_size": 32, "iters": 2}  # which draws numbers
     refusal(recipe(calibrate=own | distilled(3, 0.0)))
     first, learnt = attempts(Path(recipe().parent) / "run")
     limit = (first.kl_mean + learnt.kl_mean) / 2

@@ -19,7 +19,7 @@ from transformers import get_linear_schedule_with_warmup, set_seed
 from qft.calibration.quantizer import QuantizeTask
 from qft.memory.checkpointing import enable_checkpointing
 from qft.model.distill import distilled_loss
-from qft.model.rounded import round_layers, rounded_weight
+from qft.model.rounded import round_layers, rounded_weight, switch_of
 from qft.progress import View
 from qft.quant.engines import Block, Engine, QuantizedLayer, find_engine
 from qft.quant.engines.base import Tensors, linear_of
@@ -31,8 +31,8 @@ RANK, WINDOWS, WARMUP, NORM = 64, 4, 0.05, 1.0
 
 
 def distill(task: QuantizeTask, held: Mapping[str, Tensors], view: View) -> dict[str, torch.Tensor]:
-    """What each quantized layer multiplies with once it has learnt, [out, in] on the host, by its name. `held` is what
-    was written of it."""
+    """The weight of each quantized layer once it has learnt, [out, in] on the host, by its name: integers on their grid,
+    others as they are before they are rounded. `held` is what was written of it."""
     assert task.load is not None
     settings, model = task.settings, task.load()
     set_seed(task.seed)  # whatever has been drawn before: a resumed calibration quantizes fewer blocks
@@ -45,17 +45,19 @@ def distill(task: QuantizeTask, held: Mapping[str, Tensors], view: View) -> dict
     model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=f"({layers})"))
     model.peft_config["default"].base_model_name_or_path = ""
     dtype = model.get_base_model().dtype
-    dynamic = next(iter(schemes.values())).activations == "dynamic"
-    round_layers(model, roundings, dtype, TARGETS["w8a8"].inputs if dynamic else None)
+    kind = next(iter(schemes.values()))
+    round_layers(model, roundings, dtype, TARGETS["w8a8"].inputs if kind.activations == "dynamic" else None)
     view.note(f"Distilling from the unquantized model: {settings.distill_steps} steps")
     _learn(model, task, view)
-    base = model.eval().get_base_model()
+    base, switch = model.eval().get_base_model(), switch_of(model)
+    assert switch is not None
+    switch.on = kind.data_type == "int"
     with torch.no_grad():
         return {name: _weight(base.get_submodule(name)).cpu() for name in schemes}
 
 
 def requantized(engine: Engine, layer: nn.Linear, scheme: LayerScheme, held: Tensors) -> QuantizedLayer:
-    """The layer, whose weights lie on the grid of what is held, as the engine writes it."""
+    """The layer, whose weights are of `distill`, as the engine writes it, with the scales of what is held."""
     if scheme.data_type != "int":
         return engine.quantize(Block("", nn.ModuleDict({"layer": layer}), {"layer": scheme}))["layer"]
     from qft.quant.engines.compressed import hold

@@ -31,7 +31,7 @@ RANK, WINDOWS, WARMUP, NORM = 64, 4, 0.05, 1.0
 
 
 def distill(task: QuantizeTask, held: Mapping[str, Tensors], view: View) -> dict[str, torch.Tensor]:
-    """The weight of each quantized layer once it has learnt, [out, in] on the host, by its name: integers on their grid,
+    """What each quantized layer has learnt, [out, in] on the host, by its name: integers on their grid,
     others as they are before they are rounded. `held` is what was written of it."""
     assert task.load is not None
     settings, model = task.settings, task.load()

@@ -33,7 +33,7 @@ def quantizer_for(plan: CalibrationPlan, source: Source, view: View) -> Quantize
         return WholeQuantizer(plan, source, view)
     data = plan.data
     asked = list(data.verify), data.prepared.place
-    task = QuantizeTask(plan.calibrate, plan.schemes, *asked, data.windows, plan.seed, plan.settled)
+    task = QuantizeTask(plan.calibrate, plan.schemes, *asked, data.windows, plan.seed, plan.settled, source.load)
     return BlockQuantizer(source.stream(), task, source.work, view)
 
 
@@ -95,7 +95,7 @@ class Acceptance:
             return f"Hold more bits, leave layers out ({section}.skip_modules), or accept more"
         return (
             "Hold more bits (calibrate.bits, a smaller group_size, skip_modules), let calibrate.remedy: auto "
-            "choose the layers, or accept more"
+            "choose the layers or calibrate.remedy: distill train what they hold, or accept more"
         )
 
     def _measured(self, trial: Trial) -> Attempt:
@@ -107,6 +107,7 @@ class Acceptance:
         raised = {name: s.bits if s else 16 for name, s in trial.schemes.items() if s != planned[name]}
         return Attempt(
             kept=raised,
+            distilled_steps=self.plan.calibrate.distill_steps if trial.distilled else 0,
             weight_bytes=trial.weight_bytes,
             perplexity=perplexity(after, seed),
             perplexity_change=Score.of(change),
@@ -167,6 +168,7 @@ def _check(name: str, value: float, limit: float) -> Check:
 
 def _in_words(attempt: Attempt, checks: list[Check]) -> str:
     kept = f", {len(attempt.kept)} layers in more bits" if attempt.kept else ""
+    kept += f", distilled for {attempt.distilled_steps} steps" if attempt.distilled_steps else ""
     verdict = ": accepted" if all(check.passed for check in checks) else ": not accepted"
     return (
         f"{attempt.weight_bytes / 2**20:,.1f} MiB{kept}: perplexity {attempt.perplexity.value:.3f} "

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from qft.calibration.distill import distill, requantized
 from qft.calibration.finite import require_finite, require_finite_states, require_finite_windows
 from qft.calibration.layer_errors import block_errors, inputs_seen
 from qft.calibration.quantizer import EngineProcess, QuantizeTask, Schemes, Trial
@@ -30,7 +31,7 @@ from qft.documents.evaluation import LayerError
 from qft.files import write_json
 from qft.measure.likelihood import Verification, compare
 from qft.progress import View
-from qft.quant.engines import Block, Engine, QuantizedLayer, find_engine
+from qft.quant.engines import Block, Engine, QuantizedLayer, find_engine, linear_of
 from qft.quant.layer import LayerScheme
 
 Hidden = list[torch.Tensor]
@@ -96,6 +97,9 @@ class BlockQuantizer:
         yield Trial(0, schemes, self.quantize(), self.weight_bytes(0))
         if self.task.settings.remedy == "none":
             return
+        if self.task.settings.remedy == "distill":
+            yield Trial(1, schemes, self.distilled(1), self.weight_bytes(1), distilled=True)
+            return
         weights = {name: self.model.weights_of(name) for name in self.quantized_layers}
         others = remedies(schemes, self.errors(), weights, used=self.weight_bytes(0), limit=limit)
         for number, raised in enumerate(others, 1):
@@ -127,6 +131,21 @@ class BlockQuantizer:
             hidden = [self.model.run(block, number, h) for h in hidden]
         unquantized = _Streams.load(self._streams(len(self.model))).verify
         return self.verify(unquantized, hidden)
+
+    def distilled(self, attempt: int) -> Verification:
+        """The same with quantized weights that have learnt from the unquantized model, scales as they are."""
+        shards = (load_file(self._shard(number, 0)) for number in range(len(self.model)))
+        written = {name: tensor for shard in shards for name, tensor in shard.items()}
+        held = {name: _of_layer(name, written) for name in self.quantized_layers}
+        learnt = distill(self.task, held, self.view)
+        for number in range(len(self.model)):
+            prefix, block, layers = self.model.name(number), self.model.block(number), {}
+            for name, scheme in self._within(number, self.task.schemes).items():
+                full, before = f"{prefix}.{name}", _linear(block, name)
+                layer = linear_of(learnt[full].to(before.weight.device), before.bias)
+                layers[name] = requantized(self.engine, layer, scheme, held[full])
+            self._write(number, attempt, block, layers)
+        return self.again(self.task.schemes, attempt)
 
     def verify(self, unquantized: Hidden, quantized: Hidden) -> Verification:
         """Compare both models' predictions, from the hidden states behind the last block."""
@@ -230,7 +249,8 @@ class BlockQuantizer:
     def _block_of(self, number: int, schemes: Schemes, attempt: int) -> nn.Module:
         """A block as an attempt holds it, written if the attempt changes it."""
         block, before, wanted = self.model.block(number), self.task.schemes, self._within(number, schemes)
-        tensors, metadata = load_file(self._shard(number, 0)), self.metadata(number, 0)
+        newest = self.shard(number, attempt if self.task.settings.remedy == "distill" else 0)
+        tensors, metadata = load_file(newest), self.metadata(number, 0)
         layers = {}
         for name in self._within(number, before):
             full = f"{self.model.name(number)}.{name}"

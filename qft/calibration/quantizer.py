@@ -1,6 +1,6 @@
 """What quantizes a model, block by block or all at once, as `qft calibrate` and exports see it."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,7 +20,7 @@ class QuantizeTask:
     """The blocks of one model, quantized by one engine."""
 
     settings: CalibrateSection
-    """Of which its engine, iters, remedy and max_bytes are read here."""
+    """Of which its engine, iters, remedy, what distills, and max_bytes are read here."""
     schemes: Schemes
     rows: Sequence[Mapping[str, Any]]
     """Held-out rows that tell what it does to the model: input_ids, labels, and their source and row."""
@@ -31,6 +31,8 @@ class QuantizeTask:
     seed: int = 0
     settled: Settled | None = None
     """What a training has settled of the layers; None: nothing."""
+    load: Callable[[], Any] | None = None
+    """The whole unquantized model, ready to run; only for the remedy that trains it."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class Trial:
     verification: Verification
     weight_bytes: int
     """Of all weights as written."""
+    distilled: bool = False
+    """Whether its quantized weights have learnt from the unquantized model."""
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="Rows that are read at once.")] = 8,
     kl_tokens: Annotated[int, typer.Option(min=1, help="Tokens over which distributions are compared.")] = 8192,
     layers: Annotated[bool, typer.Option("--layers", help="Tell each layer's error against the reference.")] = False,
+    advise: Annotated[bool, typer.Option("--advise", help="Tell what to try next with one run, and why.")] = False,
     out: Annotated[Path | None, typer.Option(help="Where to write; by default into a run's folder.")] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -47,6 +48,7 @@ def evaluate(
             batch_size=batch_size,
             kl_tokens=kl_tokens,
             layers=layers,
+            advise=advise,
             out=out or default_out(targets),
         )
         view = choose_lines(as_json, quiet)

@@ -180,7 +180,7 @@ def _needed_bytes(plan: CalibrationPlan, merged_run: Path | None) -> int:
     bits = quantized / max(sum(scheme is not None for scheme in plan.schemes.values()), 1)
     linears = plan.model.shape.linear_parameters
     weights = (plan.model.shape.parameters - linears) * 2 + linears * (bits + 1) / 8
-    if merged_run and plan.calibrate.accept.score_drop is not None:
+    if merged_run and (plan.calibrate.accept.score_drop is not None or plan.calibrate.remedy == "distill"):
         weights += plan.model.shape.parameters
     return int(2 * weights + 2 * 2 * _tokens(plan) * plan.model.shape.hidden_size * 4)
 

@@ -3,7 +3,7 @@
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,13 @@ import torch
 from transformers import set_seed
 
 from qft.calibration.layer_errors import layer_errors
+from qft.commands.advising import Advised
 from qft.commands.results import require_replaceable, write_results
 from qft.data.batch import model_inputs, pad_token_id
 from qft.data.sources import some_places
 from qft.disk import require_free_space
-from qft.documents.evaluation import EvalDocument, Score, SourceResult, TargetResult
-from qft.errors import ModelError, NonFiniteError, RecipeError
+from qft.documents.evaluation import Advice, EvalDocument, LayerError, Score, SourceResult, TargetResult
+from qft.errors import NonFiniteError, RecipeError
 from qft.machine.device import versions
 from qft.measure.evalset import EvalSet, eval_set
 from qft.measure.harness import asked_tasks, check_tasks, load_tasks, require_answer_room, run_tasks
@@ -28,7 +29,7 @@ from qft.measure.speed import decode_speed, prefill_speed
 from qft.measure.statistics import interval
 from qft.memory.guard import memory_guard
 from qft.memory.meter import Meter, weight_bytes
-from qft.model.target import Target, load_target, parse_target
+from qft.model.target import Target, load_target, parse_target, require_one_tokenizer
 from qft.plan import ModelPlan
 from qft.plan.packages import missing_packages
 from qft.progress import View
@@ -65,6 +66,8 @@ class EvalOptions:
     """Tokens over which distributions are compared; each takes 4 bytes times the vocabulary on disk."""
     layers: bool = False
     """Measure what quantizing did to each linear layer, against the reference."""
+    advise: bool = False
+    """Hold the one run that is named in other ways too, and tell what to try next."""
     out: Path | None = None
 
 
@@ -84,15 +87,20 @@ def evaluate(names: Sequence[str], options: EvalOptions, view: View) -> EvalDocu
     """Measure each target of `names` and compare them with the reference.
 
     Raises QftError: whatever is wrong with a target, the data or a metric is told before any model is loaded."""
+    advised = Advised.of(names, options.reference) if options.advise else None
+    if advised and advised.compared:
+        options = replace(options, reference=advised.reference, layers=True)
     targets = _targets(names, options)
+    targets += advised.others.values() if advised else ()
     if options.out is None:
-        return _evaluated(targets, options, view)
+        return _evaluated(targets, options, view, advised)
     with locked(options.out, "qft eval"):
-        require_replaceable(options.out, [target.name for target in targets], options.data)
-        return _evaluated(targets, options, view)
+        asked = [*(target.name for target in targets), *([advised.kept_name] if advised else [])]
+        require_replaceable(options.out, asked, options.data)
+        return _evaluated(targets, options, view, advised)
 
 
-def _evaluated(targets: list[Target], options: EvalOptions, view: View) -> EvalDocument:
+def _evaluated(targets: list[Target], options: EvalOptions, view: View, advised: Advised | None) -> EvalDocument:
     started = time.perf_counter()
     first = next((target for target in targets if target.has_recipe), targets[0])
     recipe = _with_metrics(first.loaded.recipe, options.metrics)
@@ -103,7 +111,7 @@ def _evaluated(targets: list[Target], options: EvalOptions, view: View) -> EvalD
         if target.unverified:
             view.note(target.unverified)
     plans = [target.plan() for target in targets]
-    _require_one_tokenizer(targets, plans)
+    require_one_tokenizer(targets, plans)
     evalset = eval_set(
         recipe.having(data=plans[0].rows_for(recipe.data)),
         plans[0].tokenizer,
@@ -118,8 +126,10 @@ def _evaluated(targets: list[Target], options: EvalOptions, view: View) -> EvalD
         evalset.require_room(plan, recipe.eval)
         require_answer_room(tasks, plan.shape.position_table)
     set_seed(recipe.seed)
-    work = _Evaluation(recipe, evalset, tasks, options, view)
+    work = _Evaluation(recipe, evalset, tasks, options, view, _log_probs(plans[0], evalset, options))
     measured = work.measure(targets, plans)
+    if advised and (kept := advised.with_layers_kept(_layers_of(measured, advised), measured[0].model)):
+        measured += work.measure([kept], [kept.plan()], measured[0])
     document = EvalDocument(
         data=evalset.sources,
         rows=len(evalset.passages),
@@ -130,11 +140,27 @@ def _evaluated(targets: list[Target], options: EvalOptions, view: View) -> EvalD
         seed=recipe.seed,
         versions=versions() | ({"lm_eval": version("lm_eval")} if tasks else {}),
         targets=[work.result(each, measured[0]) for each in measured],
+        advice=work.advice(advised, measured, plans[-1]) if advised else [],
         wall_seconds=time.perf_counter() - started,
     )
     if options.out:
         write_results(options.out, document, {one.name: one.answers for one in measured if one.answers}, evalset.place)
     return document
+
+
+def _log_probs(plan: ModelPlan, evalset: EvalSet, options: EvalOptions) -> LogProbs | None:
+    if options.reference is None:
+        return None
+    vocabulary = plan.checkpoint.config.get_text_config().vocab_size
+    tokens = min(options.kl_tokens, sum(passage.scored for passage in evalset.passages))
+    folder = Path(tempfile.gettempdir())
+    require_free_space(folder, tokens * vocabulary * 4, "the reference's distributions (--kl-tokens)")
+    return LogProbs(folder, tokens, vocabulary)
+
+
+def _layers_of(measured: Sequence[_Measured], advised: Advised) -> list[LayerError]:
+    """Of the run without its adapter."""
+    return next((each.figures.get("layers", []) for each in measured if each.name == advised.bare_name), [])
 
 
 def _smaller(plan: ModelPlan, recipe: Recipe, options: EvalOptions) -> Iterator[str]:
@@ -176,22 +202,6 @@ def _targets(names: Sequence[str], options: EvalOptions) -> list[Target]:
     return found
 
 
-def _require_one_tokenizer(targets: list[Target], plans: list[ModelPlan]) -> None:
-    first = plans[0]
-    for target, plan in zip(targets[1:], plans[1:], strict=True):
-        if _tokens(plan) != _tokens(first) or plan.tokenizer.chat_template != first.tokenizer.chat_template:
-            raise ModelError(
-                f"{target.name}: its tokenizer or chat template differs from that of {targets[0].name}, so their "
-                "tokens cannot be compared; evaluate them apart (bits per byte compare across tokenizers)"
-            )
-
-
-def _tokens(plan: ModelPlan) -> dict[str, int]:
-    """The vocabulary, as far as there are embeddings; without what a GGUF file calls those that stand for no token."""
-    embedded = plan.checkpoint.config.get_text_config().vocab_size
-    return {token: i for token, i in plan.tokenizer.get_vocab().items() if i < embedded and token != f"[PAD{i}]"}
-
-
 @dataclass(frozen=True)
 class _Evaluation:
     """What every target is asked."""
@@ -201,31 +211,29 @@ class _Evaluation:
     tasks: Mapping[str, Any]
     options: EvalOptions
     view: View
+    store: LogProbs | None
+    """Room on disk for the reference's distributions; None without a reference."""
 
-    def measure(self, targets: Sequence[Target], plans: Sequence[ModelPlan]) -> list[_Measured]:
-        """Ask one after another, of which the first may be the reference."""
+    def measure(
+        self, targets: Sequence[Target], plans: Sequence[ModelPlan], reference: _Measured | None = None
+    ) -> list[_Measured]:
+        """Ask one after another; without the `reference` that was measured before, the first may be it."""
         measured: list[_Measured] = []
-        store = self._log_probs(plans[0])
         for target, plan in zip(targets, plans, strict=True):
             self.view.note(f"Evaluating {target.name}")
             if plan.held_in_part:
                 self.view.note(f"  {plan.held_in_part}")
             with memory_guard(f"evaluating {target.name}", _smaller(plan, self.recipe, self.options)):
-                measured.append(self._ask(target, plan, store, measured[0] if measured else None))
+                measured.append(self._ask(target, plan, reference or (measured[0] if measured else None)))
         return measured
 
-    def _log_probs(self, plan: ModelPlan) -> LogProbs | None:
-        """Room on disk for the reference's distributions; None without a reference."""
-        if self.options.reference is None:
-            return None
-        vocabulary = plan.checkpoint.config.get_text_config().vocab_size
-        tokens = min(self.options.kl_tokens, sum(passage.scored for passage in self.evalset.passages))
-        folder = Path(tempfile.gettempdir())
-        require_free_space(folder, tokens * vocabulary * 4, "the reference's distributions (--kl-tokens)")
-        return LogProbs(folder, tokens, vocabulary)
+    def advice(self, advised: Advised, measured: Sequence[_Measured], plan: ModelPlan) -> list[Advice]:
+        """On the run, from all that was measured."""
+        found = {each.name: (each.likelihood, each.figures["weight_bytes"]) for each in measured}
+        return advised.advice(self.recipe, found, measured[0].model, self._batches(plan))
 
-    def _ask(self, target: Target, plan: ModelPlan, store: LogProbs | None, first: _Measured | None) -> _Measured:
-        found = self._read(target, plan, {"against" if first else "write": store} if store else {})
+    def _ask(self, target: Target, plan: ModelPlan, first: _Measured | None) -> _Measured:
+        found = self._read(target, plan, {"against" if first else "write": self.store} if self.store else {})
         if self.tasks:
             self.view.note(f"  asking lm-evaluation-harness: {', '.join(Path(task).name for task in self.tasks)}")
             asked = found.model, plan.tokenizer, self.tasks, self.recipe.eval

@@ -12,6 +12,8 @@ class Attempt(Part):
 
     kept: dict[str, int]
     """Layers that the remedy holds in more bits: bits by name."""
+    distilled_steps: int = 0
+    """Updates in which the quantized weights learnt from the unquantized model; 0: none."""
     weight_bytes: Bytes
     """Of all weights as written."""
     perplexity: Score

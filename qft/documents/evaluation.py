@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from qft.documents.part import Bits, Bytes, Decibels, Nats, Part, Seconds, Share, Tokens, TokensPerSecond, Versions
 
@@ -102,6 +102,22 @@ class TargetResult(Part):
     layers: list[LayerError] = []
 
 
+class Advice(Part):
+    """What to try next with a run, by what was measured of it."""
+
+    name: Literal[
+        "float16", "nf4", "skip_modules", "double_quant", "qat", "distill", "learning_rate", "clipping", "rank"
+    ]
+    finding: str
+    """In a sentence, with its figures."""
+    gain: str
+    """What is to be expected, and of what."""
+    figures: dict[str, float]
+    """Those that both are made of."""
+    recipe: dict[str, Any]
+    """Lines to change: values by dotted names."""
+
+
 class EvalDocument(Part):
     """What `qft eval` measured. Bytes, tokens and seconds throughout; shares are between 0 and 1."""
 
@@ -119,4 +135,6 @@ class EvalDocument(Part):
     seed: int
     versions: Versions
     targets: list[TargetResult]
+    advice: list[Advice] = []
+    """On the run that `--advise` was asked of; what is surest first."""
     wall_seconds: Seconds

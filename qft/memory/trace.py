@@ -30,7 +30,7 @@ from qft.memory.optimizers import STATES, step_bytes
 from qft.memory.repeated import Pattern, pattern
 from qft.memory.stand_in import OnGpu, fill, hold, peft_sees_autocast, set_attention
 from qft.quant.hold import Qat, Scheme
-from qft.quant.rounded import round_layers
+from qft.quant.rounded import round_as
 
 MIDDLE = "other blocks"
 SMALL, FEW_TOKENS = 2**28, 2**12
@@ -181,7 +181,7 @@ def _adapted(model: PreTrainedModel, work: Work, gpu: OnGpu | None, *, checkpoin
             adapted = get_peft_model(model, LoraConfig(**work.lora | {"init_lora_weights": False}))
     if isinstance(work.scheme, Qat):
         traced = work.scheme.target.traced
-        round_layers(adapted, work.scheme, dict.fromkeys(roundings, traced) if traced else roundings)
+        round_as(adapted, work.scheme, dict.fromkeys(roundings, traced) if traced else roundings)
     return adapted.train()
 
 

@@ -12,7 +12,7 @@ from qft.errors import ModelError
 from qft.plan import ModelPlan
 from qft.quant.hold import Qat
 from qft.quant.layer import Settled
-from qft.quant.rounded import round_layers
+from qft.quant.rounded import round_as
 from qft.quant.rounding_state import KEYS, RoundingState, learnt_scale, state_of
 
 FILE = "rounding.safetensors"
@@ -22,7 +22,7 @@ def round_weights(model: Any, plan: ModelPlan) -> None:
     """Make a loaded model, its adapter attached, multiply as planned with quant.mode qat; others are left as they are.
     Raises ModelError for an embedding that does more than look up."""
     if isinstance(plan.scheme, Qat):
-        round_layers(model, plan.scheme, plan.scheme.roundings(plan.skeleton))
+        round_as(model, plan.scheme, plan.scheme.roundings(plan.skeleton))
 
 
 def write_learnt(model: Any, folder: Path) -> None:

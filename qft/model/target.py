@@ -5,6 +5,7 @@ Without one, a run is its adapter on its base, a recipe its base as it is held, 
 dequantized by transformers, and with @llama.cpp run as it is; so is the file of an exported folder.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -192,6 +193,23 @@ def _held_as(loaded: LoadedRecipe, variant: str) -> LoadedRecipe:
         raise RecipeError(loaded.problem("quant.skip_modules", text))
     # Whether weights are trained decides the dtype that `auto` stands for; here none are.
     return loaded.having(adapter={"kind": "lora"})
+
+
+def require_one_tokenizer(targets: Sequence[Target], plans: Sequence[ModelPlan]) -> None:
+    """Raises ModelError for targets whose tokens or templates are others than the first one's."""
+    first = plans[0]
+    for target, plan in zip(targets[1:], plans[1:], strict=True):
+        if _tokens(plan) != _tokens(first) or plan.tokenizer.chat_template != first.tokenizer.chat_template:
+            raise ModelError(
+                f"{target.name}: its tokenizer or chat template differs from that of {targets[0].name}, so their "
+                "tokens cannot be compared; evaluate them apart (bits per byte compare across tokenizers)"
+            )
+
+
+def _tokens(plan: ModelPlan) -> dict[str, int]:
+    """The vocabulary, as far as there are embeddings; without what a GGUF file calls those that stand for no token."""
+    embedded = plan.checkpoint.config.get_text_config().vocab_size
+    return {token: i for token, i in plan.tokenizer.get_vocab().items() if i < embedded and token != f"[PAD{i}]"}
 
 
 def require_same_base(adapter: Path, plan: ModelPlan) -> None:

@@ -119,8 +119,8 @@ def plan_calibration(
     engine = CATALOGUE[calibrate.engine]
     if engine.by_plugin:
         return _by_plugin(loaded.having(adapter=AdapterSection()), model, trained)
-    looks = settled is None and engine.needs_windows(calibrate.activations)
-    data = _data(model, loaded, trained, needs_windows=looks)
+    needs_windows = engine.needs_windows(calibrate.activations) or calibrate.remedy == "distill"
+    data = _data(model, loaded, trained, needs_windows=settled is None and needs_windows)
     return CalibrationPlan(
         _unquantized(loaded),
         model,

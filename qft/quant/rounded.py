@@ -39,10 +39,11 @@ class _Layer:
     state: LayerState | None = None
     """What is learnt of it besides."""
 
-    def __init__(self, layer: Any, rounding: Rounding | None, scheme: Qat, switch: Switch) -> None:
-        self.layer, self.rounding, self.switch = layer, rounding, switch
-        self.dtype: torch.dtype = getattr(torch, scheme.dtype)
-        self.inputs = scheme.target.inputs if rounding else None
+    def __init__(
+        self, layer: Any, rounding: Rounding | None, dtype: torch.dtype, inputs: Rounding | None, switch: Switch
+    ) -> None:
+        self.layer, self.rounding, self.dtype, self.switch = layer, rounding, dtype, switch
+        self.inputs = inputs if rounding else None
 
     @property
     def rounds(self) -> bool:
@@ -157,9 +158,24 @@ class _Embedding(_Layer):
 KINDS: dict[type, type[_Layer]] = {nn.Linear: _Linear, nn.Embedding: _Embedding}
 
 
-def round_layers(model: Any, scheme: Qat, roundings: Mapping[str, Rounding]) -> None:
+def round_as(model: Any, scheme: Qat, roundings: Mapping[str, Rounding]) -> None:
     """Make a model, its adapter attached, multiply as the scheme says; `roundings` are the scheme's of its base. Raises
     ModelError for an embedding that does more than look up."""
+    base = getattr(model, "get_base_model", lambda: model)()
+    round_layers(model, roundings, getattr(torch, scheme.dtype), scheme.target.inputs)
+    if scheme.learns:
+        _add_state(model, base, sorted(roundings), scheme)
+    if scheme.target.shares:
+        for names in siblings(dict.fromkeys(roundings)):
+            together = [_layer_of(base, name) for name in names]
+            for layer in together:
+                layer.shares = together
+
+
+def round_layers(
+    model: Any, roundings: Mapping[str, Rounding], dtype: torch.dtype, inputs: Rounding | None = None
+) -> None:
+    """The same for layers by name, each with a rounding of its own, from `dtype`; `inputs` is that of their inputs."""
     switch, base = Switch(), getattr(model, "get_base_model", lambda: model)()
     # Whatever else has an adapter is merged all the same, as it will be.
     adapted = [name for name, module in base.named_modules() if _is_adapted_linear(module)]
@@ -170,14 +186,7 @@ def round_layers(model: Any, scheme: Qat, roundings: Mapping[str, Rounding]) -> 
             kind = KINDS.get(type(inner))
             if kind is None or (kind is _Embedding and isinstance(module, LoraLayer)):
                 raise ModelError(f"{name}: quant.mode qat rounds no {type(inner).__name__}")
-            vars(module)["forward"] = kind(module, rounding, scheme, switch)
-    if scheme.learns:
-        _add_state(model, base, sorted(roundings), scheme)
-    if scheme.target.shares:
-        for names in siblings(dict.fromkeys(roundings)):
-            together = [_layer_of(base, name) for name in names]
-            for layer in together:
-                layer.shares = together
+            vars(module)["forward"] = kind(module, rounding, dtype, inputs, switch)
 
 
 def _add_state(model: Any, base: Any, names: list[str], scheme: Qat) -> None:

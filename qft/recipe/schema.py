@@ -122,8 +122,14 @@ class CalibrateSection(Section):
     else drawn from the calibration's rows and kept out of it."""
     accept: AcceptSection = AcceptSection()
     """What the result must hold, or it is refused."""
-    remedy: Literal["none", "auto"] = "none"
-    """auto: a refused result keeps its worst layers in more bits until it is accepted."""
+    remedy: Literal["none", "auto", "distill"] = "none"
+    """auto: a refused result keeps its worst layers in more bits until it is accepted; distill: its quantized weights
+    learn the predictions of the unquantized model on the calibration windows, their scales as they are
+    (arXiv:2601.20088), and are judged again."""
+    distill_steps: int = Field(100, ge=1)
+    """Updates that remedy distill makes, each from four windows."""
+    distill_learning_rate: float = Field(1e-3, gt=0)
+    """Peak learning rate of remedy distill."""
     max_bytes: int | None = Field(None, ge=1)
     """Largest result of the remedy, in bytes of weights."""
 

@@ -104,9 +104,10 @@ class QuantSection(Section):
     """Optimizer steps that look for the largest activations, whose range is then frozen. Only with w8a8-static."""
     learn_scales: bool = False
     """Train the scales too (LSQ, arXiv:1902.08153). Only with mode qat and integers (not q4_0, ...)."""
-    distill: bool = False
+    distill: bool | Annotated[float, Field(gt=0, le=1)] = False
     """Learn from the predictions of the same model without adapter and rounding (KL divergence on the learnt tokens,
-    arXiv:2601.20088), instead of the tokens themselves. Only with mode qat."""
+    arXiv:2601.20088), instead of the tokens themselves. A number: both, of which the divergence is this share. Only
+    with mode qat."""
     plugin: str | None = Field(None, min_length=1)
     """A Python file that registers a quantizer with transformers. It is run: name only code that you trust. Only with
     mode custom, which needs it."""

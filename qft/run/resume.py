@@ -66,7 +66,10 @@ TABLE: dict[str, dict[Class, str]] = {
             calibrate.activations calibrate.iters calibrate.skip_modules calibrate.seed calibrate.verify_samples
             seed
         """,
-        "honoured": "calibrate.accept calibrate.remedy calibrate.max_bytes",
+        "honoured": """
+            calibrate.accept calibrate.remedy calibrate.distill_steps calibrate.distill_learning_rate
+            calibrate.max_bytes
+        """,
         "free": """
             data.num_proc calibrate.preset calibrate.allow_partial quant adapter train memory eval export output_dir
         """,

@@ -1,14 +1,11 @@
-"""What quantization-aware training adds to a training: when rounding begins, and what the unrounded model teaches."""
+"""What quantization-aware training adds to a training: when rounding begins."""
 
 from typing import Any
 
-import torch
-from torch.nn.functional import kl_div, log_softmax
 from transformers import TrainerCallback
 
-from qft.data.template import IGNORED
 from qft.errors import ModelError
-from qft.quant.rounded import measure_scales, switch_of, without_rounding
+from qft.quant.rounded import measure_scales, switch_of
 from qft.quant.rounding_state import RoundingState, state_of
 from qft.recipe.training import QuantSection
 
@@ -43,17 +40,3 @@ def require_observed(learnt: RoundingState) -> None:
     if name := learnt.unobserved():
         text = "was given no input (or zeros alone) in the steps that look for the largest"
         raise ModelError(f"{name}: {text}: raise quant.freeze_observers_after_steps, or name it in quant.skip_modules")
-
-
-def distilled_loss(model: Any, inputs: dict[str, Any], tokens: torch.Tensor | int | None) -> torch.Tensor:
-    """KL divergence from the same model without rounding and adapter, in nats: the sum over the learnt tokens of
-    `inputs`, by their number in the whole step (`tokens`; None: of these inputs)."""
-    asked = {name: value for name, value in inputs.items() if name != "labels"}
-    at = inputs["labels"][:, 1:] != IGNORED
-    with torch.no_grad(), without_rounding(model):
-        model.eval()
-        taught = log_softmax(model(**asked, use_cache=False).logits[:, :-1][at].float(), -1)
-        model.train()
-    learnt = log_softmax(model(**asked, use_cache=False).logits[:, :-1][at].float(), -1)
-    total = kl_div(learnt, taught, reduction="sum", log_target=True)
-    return total / (at.sum() if tokens is None else tokens)

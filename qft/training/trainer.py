@@ -17,8 +17,8 @@ from qft.errors import NonFiniteError
 from qft.machine.signals import Signals
 from qft.memory.checkpointing import CheckpointingProbe, checkpoint_first
 from qft.memory.meter import optimizer_bytes, tensor_bytes
+from qft.model.distill import distilled_loss
 from qft.progress import Step
-from qft.training.qat import distilled_loss
 from qft.training.recorder import Recorder
 from qft.training.stopping import StoppingTrainer
 
@@ -91,8 +91,8 @@ class QftTrainer(StoppingTrainer):
             finally:
                 self.label_smoother = smoother
         self.update.rows.append(rows)
-        if self.recorder.plan.recipe.quant.distill:
-            loss = distilled_loss(model, inputs, kwargs.get("num_items_in_batch"))
+        if share := self.recorder.plan.recipe.quant.distill:
+            loss = distilled_loss(model, inputs, kwargs.get("num_items_in_batch"), float(share))
         else:
             loss = super().compute_loss(model, inputs, *args, **kwargs)
         self.recorder.clock.enter("backward")

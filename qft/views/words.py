@@ -1,8 +1,11 @@
 """Figures and texts as people read them: sizes, counts, shares, and curves of one line."""
 
+import json
 import math
 import re
+from collections.abc import Mapping
 from itertools import pairwise
+from typing import Any
 
 CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
 CONTROLS |= {127: 0x2421} | dict.fromkeys(range(128, 160), 0xFFFD)
@@ -34,6 +37,16 @@ def si(count: float) -> str:
 def count(number: int, what: str) -> str:
     """1 row, 2 rows."""
     return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def recipe_lines(values: Mapping[str, Any]) -> list[str]:
+    """Values by dotted names, those of a section together, as the lines of a recipe."""
+    lines: list[str] = []
+    for name, value in values.items():
+        section, _, field = name.partition(".")
+        lines += [] if f"{section}:" in lines else [f"{section}:"]
+        lines.append(f"  {field}: {json.dumps(value, ensure_ascii=False)}")
+    return lines
 
 
 def duration(seconds: float) -> str:

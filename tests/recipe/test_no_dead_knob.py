@@ -254,6 +254,10 @@ ELSEWHERE = {
         "calibrate.remedy": "test_the_remedy_keeps_the_worst_layers_until_it_is_accepted",
         "calibrate.max_bytes": "test_the_remedy_stays_within_its_bytes",
     },
+    "calibration/test_distill.py": {
+        "calibrate.distill_steps": "test_a_result_that_is_refused_learns_and_is_judged_again",
+        "calibrate.distill_learning_rate": "test_it_starts_from_what_the_calibration_made",
+    },
     "export/test_export.py": {
         "export.target": "test_the_recipe_names_targets_and_weights",
         "export.merge_into": "test_the_recipe_names_targets_and_weights",

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn.functional import kl_div, log_softmax
+from torch.nn.functional import kl_div, log_softmax, nll_loss
 
 from qft.data.template import IGNORED
 from qft.errors import ModelError, RecipeError
@@ -118,24 +118,33 @@ def test_a_range_that_nobody_learnt_is_no_range(recipe_file: RecipeFile, tmp_pat
 
 
 def test_distilling_learns_the_unrounded_models_predictions(recipe_file: RecipeFile, tmp_path: Path) -> None:
-    """The first loss is the divergence of the rounded base from the base, over the learnt tokens of the whole step."""
+    """The first loss is the divergence of the rounded base from the base, over the learnt tokens of the whole step;
+    with a share, so much of it, and the rest the loss of the tokens."""
     rows = write_jsonl(tmp_path / "uneven.jsonl", [chat("count", " ".join(map(str, range(n)))) for n in (2, 9, 4, 20)])
     train = HARD | {"max_steps": 20, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-    path = recipe_file(
-        quant=qat(distill=True), model=FLOAT, data={"train": str(rows)}, train=train | {"learning_rate": 3e-3}
-    )
+
+    def recipe(distill: bool | float, steps: int = 20) -> Path:
+        settings = train | {"learning_rate": 3e-3, "max_steps": steps}
+        name = str(tmp_path / f"run-{distill}")
+        return recipe_file(
+            quant=qat(distill=distill), model=FLOAT, data={"train": str(rows)}, train=settings, output_dir=name
+        )
+
+    path = recipe(True)
     plan = make_plan(load(path))
     base, rounded = load_base(plan.model).eval(), load_base(plan.model).eval()
     round_weights(rounded, plan.model)
-    total, tokens = 0.0, 0
+    total, tokens, nll = 0.0, 0, 0.0
     for row in plan.data.train:
         ids, at = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"][1:]) != IGNORED
         with torch.no_grad():
             old, new = (log_softmax(model(input_ids=ids).logits[0, :-1][at], -1) for model in (base, rounded))
         total, tokens = total + float(kl_div(new, old, reduction="sum", log_target=True)), tokens + int(at.sum())
+        nll += float(nll_loss(new, torch.tensor(row["labels"][1:])[at], reduction="sum"))
     found = losses(path)
     assert found[0] == pytest.approx(total / tokens, rel=1e-3)
     assert found[-1] < 0.7 * found[0]
+    assert losses(recipe(0.25, steps=1))[0] == pytest.approx((0.25 * total + 0.75 * nll) / tokens, rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,8 @@ class Qat(Scheme):
         name = str(quant.target)
         skipped = () if TARGETS[name].ends else (*heads, *quant.named_skips)
         late = [f"from step {quant.fake_quant_after_steps + 1} on"] if quant.fake_quant_after_steps else []
-        distilled = ["distilled from itself unrounded"] if quant.distill else []
+        share = f", by a share of {quant.distill:g}" if 0 < quant.distill < 1 else ""
+        distilled = [f"distilled from itself unrounded{share}"] if quant.distill else []
         learnt = ["scales learnt"] if quant.learn_scales else []
         frozen = [f"activations' range frozen after step {quant.freeze_observers_after_steps}"]
         more = (*late, *learnt, *(frozen if TARGETS[name].observes else []), *distilled)

@@ -6,13 +6,13 @@ from qft.quant.layer import LayerScheme
 from qft.quant.rounding.base import Rounded, Rounding, largest_of, sharing, straight_through, with_scale
 from qft.quant.rounding.float4 import MX_BLOCK, NV_BLOCK, mxfp4, nvfp4
 from qft.quant.rounding.ggml import BLOCK, K_BLOCK, q4_0, q4_k, q8_0
-from qft.quant.rounding.integer import Integer, dynamic_int8, static_int8
+from qft.quant.rounding.integer import Integer, Scaled, dynamic_int8, static_int8
 from qft.quant.rounding.nf4 import nf4, nf4_traced
 from qft.quant.rounding.torchao import asymmetric_int8
 
 __all__ = [
-    "TARGETS", "Integer", "Rounded", "Rounding", "Target", "largest_of", "sharing", "static_int8", "straight_through",
-    "with_scale",
+    "TARGETS", "Integer", "Rounded", "Rounding", "Scaled", "Target", "largest_of", "sharing", "static_int8",
+    "straight_through", "with_scale",
 ]  # fmt: skip
 
 

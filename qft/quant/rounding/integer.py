@@ -1,6 +1,8 @@
 """Symmetric integers with a scale for each group of a row, as `engines/rtn.py` makes them of weights and as
 compressed-tensors unpacks them; and activations as it rounds them while it runs."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -76,6 +78,29 @@ class _LearnedStep(torch.autograd.Function):
             (gradient * of_scale).sum(-1).mul(shrink).to(scale.dtype),
             None,
         )
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """Weights [out, in] of `bits` bits, with scales that stay as they are."""
+
+    bits: int
+    scale: torch.Tensor
+    """[out, groups], of the dtype that the values come in."""
+    shift: torch.Tensor | None = None
+    """[out, in], added before it is rounded. None: nothing is."""
+
+    @classmethod
+    def reaching(cls, bits: int, scale: torch.Tensor, weight: torch.Tensor, held: torch.Tensor) -> Scaled:
+        """That which makes `held`, a tensor of values on the grid, of `weight`."""
+        plain = cls(bits, scale)
+        at = plain(weight).values != held
+        return cls(bits, scale, torch.where(at, held.float() - weight.float(), 0.0)) if at.any() else plain
+
+    def __call__(self, weight: torch.Tensor) -> Rounded:
+        weight = weight.float() if self.shift is None else weight.float() + self.shift
+        groups, scale = weight.reshape(*self.scale.shape, -1), self.scale[..., None]
+        return Rounded(*(each.flatten(-2) for each in _on_grid(groups / scale, scale, self.bits)))
 
 
 def dynamic_int8(inputs: torch.Tensor) -> Rounded:

@@ -115,7 +115,7 @@ ENVIRONMENT = Environment(
     lstrip_blocks=True,
     finalize=lambda value: value if isinstance(value, Markup) else plain(value),
 )
-ENVIRONMENT.filters |= {name: getattr(words, name) for name in ("count", "duration", "shorten", "si")}
+ENVIRONMENT.filters |= {name: getattr(words, name) for name in ("count", "duration", "recipe_lines", "shorten", "si")}
 ENVIRONMENT.filters["middle_out"] = _middle_out
 ENVIRONMENT.globals |= {"LONGEST": LONGEST, "SAMPLES": SAMPLES, "WIDTH": WIDTH}
 

@@ -36,6 +36,7 @@ def _name(report: CalibrationReport, attempt: Attempt) -> str:
     group = f" g{scheme['group_size']}" if scheme["group_size"] > 0 else ""
     activations = "" if scheme["activations"] == "none" else f", {scheme['activations']} activations"
     kept = f", {len(attempt.kept)} layers in more bits" if attempt.kept else ""
+    kept += ", distilled" if attempt.distilled_steps else ""
     maker = scheme.get("algorithm", report.engine)
     return f"{maker} {scheme['data_type']}{scheme['bits']}{group}{activations}{kept}".replace("nf44", "nf4")
 

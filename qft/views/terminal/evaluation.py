@@ -2,12 +2,12 @@
 
 from collections.abc import Iterable, Iterator
 
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.text import Text
 
-from qft.documents.evaluation import EvalDocument, HarnessResult, LayerError, Score, TargetResult
-from qft.views.terminal.table import Rows, spaced
-from qft.views.words import size
+from qft.documents.evaluation import Advice, EvalDocument, HarnessResult, LayerError, Score, TargetResult
+from qft.views.terminal.table import Rows, Whole, bullets, spaced
+from qft.views.words import recipe_lines, size
 
 WORST_LAYERS = 5
 """Layers shown of each target; eval.json has all."""
@@ -17,7 +17,19 @@ def render_comparison(document: EvalDocument) -> Group:
     """Quality, task scores, and speed and memory, one row a target; tasks of the harness, one row a metric."""
     tables = {"scores": _scores, "harness": _harness, "layers": _layers}
     found = (draw(document) for field, draw in tables.items() if any(getattr(t, field) for t in document.targets))
-    return spaced(_quality(document), *found, _costs(document), Text(_footnote(document), style="dim"))
+    footnote = Text(_footnote(document), style="dim")
+    return spaced(_quality(document), *found, _costs(document), *_advice(document), footnote)
+
+
+def _advice(document: EvalDocument) -> Iterator[Group]:
+    """What was found, what to expect, and the lines of the recipe that bring it about."""
+    if document.advice:
+        yield Group(Text("What to try next", style="bold"), *(line for each in document.advice for line in _told(each)))
+
+
+def _told(advice: Advice) -> Iterator[RenderableType]:
+    yield from bullets([f"{advice.finding}. Expect {advice.gain}:"])
+    yield from (Whole(f"    {line}") for line in recipe_lines(advice.recipe))
 
 
 def _quality(document: EvalDocument) -> Rows:

@@ -1,0 +1,324 @@
+"""Quantization-aware training or quantizing afterwards: the same model, data and 4 bits in every way, as one table.
+
+    python benchmarks/compare_ptq_qat.py RECIPE [--rows orders|text] [--folder runs/compare] [--jobs 1] [--arms NAME...]
+
+trains RECIPE, a LoRA training in 16 bits, as it is, with all weights, on an nf4 base, and within int4-g32's rounding;
+quantizes what was not rounded (to the nearest, and by auto-round), and asks all of them the held-out rows: perplexity,
+KL divergence from the same training unquantized, the recipe's score, each with its 95% interval. `recovered` is the
+share of the perplexity lost by rounding to the nearest afterwards that is not lost. Artifacts are loaded as they are
+deployed. With --rows, rows of RECIPE are replaced by orders as in the quick start, each seen once, or by text that
+every Python has: docstrings of its standard library, whole files held out. What FOLDER holds complete is not made
+again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import copy
+import json
+import random
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from runpy import run_path
+from typing import Any
+
+import numpy as np
+
+from qft.data.batch import pad_token_id
+from qft.data.encoded import read_rows
+from qft.machine.environment import prepare_libraries
+from qft.measure.likelihood import Likelihood, LogProbs, Passage, measure
+from qft.measure.scores import answer_rows, score
+from qft.measure.statistics import interval
+from qft.model.target import load_target, parse_target
+from qft.recipe import load
+from qft.run.folder import Run
+
+QAT = {"quant": {"mode": "qat", "target": "int4-g32"}}
+ROUNDED = {"bits": 4, "group_size": 32, "verify_samples": 8}
+STEP, HELD_OUT, LONGEST = 10, 150, 1800
+"""Rows in a step and held-out ones that --rows makes; characters of a text."""
+
+
+@dataclass
+class Arm:
+    """One way from the base to what is deployed."""
+
+    name: str
+    changes: dict[str, Any]
+    """Of the recipe; of a calibration its section alone."""
+    after: str | None = None
+    """The arm that is made first: its result is trained on, or quantized."""
+    form: str | None = None
+    """As which it is exported."""
+    words: str = ""
+    """Of the table; empty: it is only on the way to others."""
+    family: str = "lora"
+    """The training in 16 bits with which it is compared."""
+
+
+def _quantized(of: str, words: str, family: str = "lora") -> Iterator[Arm]:
+    for engine, how in (("rtn", "rounded to nearest"), ("autoround", "by auto-round")):
+        calibrate = ROUNDED | {"engine": engine} | ({"samples": 64, "max_length": 256} if engine != "rtn" else {})
+        yield Arm(f"{of}-{engine}", {"calibrate": calibrate}, of, words=f"{words}, then {how}", family=family)
+
+
+FULL: dict[str, Any] = {"adapter": {"kind": "none"}}
+DISTILLED = {"quant": QAT["quant"] | {"distill": True}}
+MIXED = {"quant": QAT["quant"] | {"distill": 0.5}}
+ARMS = [
+    Arm("lora", {"quant": {}}, form="merged", words="LoRA in 16 bits (not quantized)"),
+    *_quantized("lora", "LoRA in 16 bits"),
+    Arm("qlora", {"quant": {"preset": "finetune"}}),
+    *_quantized("qlora", "QLoRA on nf4, merged"),
+    Arm("qat-lora", QAT, form="compressed-tensors", words="QAT, LoRA"),
+    Arm("distilled", DISTILLED, "lora", "compressed-tensors", "LoRA in 16 bits, then distilled"),
+    Arm("mixed", MIXED, "lora", "compressed-tensors", "LoRA in 16 bits, then distilled, half of the loss the data's"),
+    Arm("full", {"quant": {}} | FULL, words="all weights in 16 bits (not quantized)", family="full"),
+    *_quantized("full", "all weights in 16 bits", "full"),
+    Arm("qat-full", QAT | FULL, form="compressed-tensors", words="QAT, all weights", family="full"),
+]
+
+
+@dataclass
+class Comparison:
+    """All arms of one recipe, in a folder."""
+
+    options: argparse.Namespace
+    values: dict[str, Any]
+    """Of the recipe, paths absolute."""
+    arms: dict[str, Arm] = field(default_factory=dict)
+
+    @cached_property
+    def folder(self) -> Path:
+        made: Path = self.options.folder.resolve() / (self.options.rows or self.options.recipe.stem)
+        made.mkdir(parents=True, exist_ok=True)
+        return made
+
+    def make(self) -> None:
+        """Some at once, each behind the one that it needs, which comes before it."""
+        made: dict[str | None, Future[None]] = {}
+        with ThreadPoolExecutor(self.options.jobs) as pool:
+            for arm in self.arms.values():
+                made[arm.name] = pool.submit(self._made, arm, made.get(arm.after))
+        for each in made.values():
+            each.result()
+
+    def artifact(self, arm: Arm) -> Path:
+        """What is deployed."""
+        run = self.folder / arm.name
+        return run / "export" / arm.form if arm.form and arm.form != "merged" else run
+
+    def _made(self, arm: Arm, before: Future[None] | None) -> None:
+        if before:
+            before.result()
+        run = self.folder / arm.name
+        if not (run / "report.json").exists():
+            path = self.folder / f"{arm.name}.yaml"
+            path.write_text(json.dumps(self._recipe(arm)), "utf-8")
+            _qft("calibrate" if "calibrate" in arm.changes else "train", path, "--overwrite")
+        if arm.form and not (run / "export" / arm.form).exists():
+            _qft("export", run, "--to", arm.form)
+
+    def _recipe(self, arm: Arm) -> dict[str, Any]:
+        made = copy.deepcopy(self.values) | copy.deepcopy(arm.changes) | {"output_dir": str(self.folder / arm.name)}
+        if arm.changes.get("quant", {}).get("distill"):
+            made["train"]["max_steps"] = self.options.distill_steps or 2 * made["train"]["max_steps"]
+        if arm.changes.get("adapter"):
+            made["train"]["learning_rate"] = self.options.full_learning_rate
+        if arm.after:
+            before = self.folder / arm.after
+            made["model"]["path"] = str(before if "calibrate" in arm.changes else before / "export" / "merged")
+        if "calibrate" in arm.changes:
+            made = {name: section for name, section in made.items() if name not in ("train", "adapter", "quant")}
+        return made
+
+    def seconds(self, arm: Arm) -> float:
+        """Of all that led to it, exports aside."""
+        own: float = self._report(arm)["wall_seconds"]
+        return own + (self.seconds(self.arms[arm.after]) if arm.after else 0.0)
+
+    def peak(self, arm: Arm) -> int:
+        """Bytes of the device, the largest of all that led to it."""
+        report = self._report(arm)
+        memory = report.get("memory", report)
+        own = int(memory.get("peak_gpu_bytes") or memory.get("peak_bytes") or memory["peak_host_bytes"])
+        return max(own, self.peak(self.arms[arm.after]) if arm.after else 0)
+
+    def _report(self, arm: Arm) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.folder / arm.name / "report.json").read_text("utf-8"))
+        return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path, nargs="?", default=Path("recipes/compare-ptq-qat.yaml"))
+    parser.add_argument("--rows", choices=["orders", "text"], help="instead of the recipe's")
+    parser.add_argument("--steps", type=int, help="instead of the recipe's")
+    parser.add_argument("--learning-rate", type=float, help="instead of the recipe's")
+    parser.add_argument("--full-learning-rate", type=float, default=1e-4, help="where all weights are trained")
+    parser.add_argument("--distill-steps", type=int, help="of what is distilled, instead of twice the recipe's")
+    parser.add_argument("--folder", type=Path, default=Path("runs/compare"))
+    parser.add_argument("--jobs", type=int, default=1, help="arms made at once: times are then no measure")
+    parser.add_argument("--arms", nargs="+", choices=[arm.name for arm in ARMS], help="only these, and what they need")
+    options = parser.parse_args()
+    prepare_libraries()
+    comparison = Comparison(options, copy.deepcopy(load(options.recipe).tree.values))
+    wanted = {name for arm in ARMS for name in (arm.name, arm.after) if arm.name in (options.arms or arm.name)}
+    comparison.arms = {arm.name: arm for arm in ARMS if arm.name in wanted}
+    train = comparison.values["train"]
+    train |= {"save_strategy": "no"}
+    train |= {"max_steps": options.steps} if options.steps else {}
+    train |= {"learning_rate": options.learning_rate} if options.learning_rate else {}
+    if options.rows:
+        replace_rows(comparison)
+    comparison.make()
+    print_table(comparison)
+
+
+def replace_rows(comparison: Comparison) -> None:
+    """By rows of another kind, of which each is seen once."""
+    folder, kind, values = comparison.folder, comparison.options.rows, comparison.values
+    files = {part: folder / f"{kind}-{part}.jsonl" for part in ("train", "eval")}
+    count = values["train"]["max_steps"] * values["train"]["per_device_train_batch_size"]
+    data = values["data"] = {part: str(path) for part, path in files.items()} | {"max_length": 512}
+    if kind == "orders":
+        made = run_path(str(Path(__file__).parent.parent / "recipes" / "quickstart" / "make_data.py"))
+        made["write"](files["train"], count, made["training_order"], seed=1)
+        made["write"](files["eval"], HELD_OUT, made["held_out_order"], seed=2)
+        return
+    data |= {"format": "text", "on_too_long": "truncate"}
+    values["eval"] = {}
+    texts = library_texts()
+    for part, path in files.items():
+        most = count if part == "train" else HELD_OUT
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[part][:most]), "utf-8")
+
+
+def library_texts() -> dict[str, list[str]]:
+    """Docstrings of the standard library, those of a file joined to some LONGEST characters; each of them once."""
+    root, found, seen = Path(sysconfig.get_paths()["stdlib"]), [], set[str]()
+    for path in sorted(root.rglob("*.py")):
+        if not {"site-packages", "dist-packages", "test", "tests", "lib2to3"} & set(path.parts):
+            own = [text for text in _docstrings(path) if len(text) >= 300 and text not in seen]
+            seen.update(own)
+            found.append(own)
+    draw = random.Random(0)
+    draw.shuffle(found)
+    parts = {"eval": found[::8], "train": [texts for i, texts in enumerate(found) if i % 8]}
+    joined = {part: [text for texts in files for text in _joined(texts)] for part, files in parts.items()}
+    for texts in joined.values():
+        draw.shuffle(texts)
+    return joined
+
+
+def _docstrings(path: Path) -> Iterator[str]:
+    try:
+        tree = ast.parse(path.read_text("utf-8"))
+    except (SyntaxError, ValueError):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (text := ast.get_docstring(node)):
+            yield text
+
+
+def _joined(texts: list[str]) -> Iterator[str]:
+    text = ""
+    for each in texts:
+        text += f"{each[:LONGEST]}\n\n"
+        if len(text) > LONGEST * 2 // 3:
+            yield text[:LONGEST]
+            text = ""
+    if text:
+        yield text
+
+
+def print_table(comparison: Comparison) -> None:
+    """As Markdown, intervals in brackets; each line also as JSON into FOLDER/table.jsonl."""
+    shown = [arm for arm in comparison.arms.values() if arm.words]
+    metrics = comparison.values.get("eval", {}).get("metrics", [])
+    print(f"| | perplexity | recovered | KL | {' | '.join([*metrics, 'MiB', 'seconds', 'peak, GiB'])} |")
+    print(f"| --- |{' ---: |' * (6 + len(metrics))}")
+    found: dict[str, Likelihood] = {}
+    stores: dict[str, LogProbs] = {}
+    with (comparison.folder / "table.jsonl").open("w", encoding="utf-8") as stream:
+        for arm in shown:
+            line = measured(comparison, arm, found, stores, metrics)
+            stream.write(json.dumps({"arm": arm.name} | line) + "\n")
+            cells = [line["perplexity"], line["recovered"], line["kl"], *(line[name] for name in metrics)]
+            costs = (f"{line['bytes'] / 2**20:.0f}", f"{line['seconds']:.0f}", f"{line['peak'] / 2**30:.1f}")
+            print(f"| {arm.words} | {' | '.join([*map(_cell, cells), *costs])} |", flush=True)
+
+
+def measured(
+    comparison: Comparison, arm: Arm, found: dict[str, Likelihood], stores: dict[str, LogProbs], metrics: list[str]
+) -> dict[str, Any]:
+    """Figures of one arm, those with intervals as [value, low, high]; the first of a family is what others are held
+    against."""
+    rows = read_rows(Run(comparison.folder / arm.family).rows).rows
+    passages = [Passage(row["input_ids"], row["labels"]) for row in rows]
+    target = parse_target(str(comparison.artifact(arm)), adapter=None, data=None)
+    plan = target.plan()
+    model, pad = load_target(target, plan), pad_token_id(plan.tokenizer)
+    own = arm.name == arm.family
+    if own:
+        vocabulary = plan.checkpoint.config.get_text_config().vocab_size
+        scored = sum(passage.scored for passage in passages)
+        stores[arm.family] = LogProbs(Path(tempfile.gettempdir()), scored, vocabulary)
+    store = {"write" if own else "against": stores[arm.family]}
+    likelihood = found[arm.name] = measure(model, passages, batch_size=8, pad=pad, **store)
+    plain, rounded = found[arm.family], found.get(f"{arm.family}-rtn")
+
+    def recovered(drawn: Any = None) -> Any:
+        assert rounded is not None
+        lost = rounded.perplexity(drawn) - plain.perplexity(drawn)
+        return (rounded.perplexity(drawn) - likelihood.perplexity(drawn)) / lost
+
+    def bounds(statistic: Any) -> list[float]:
+        return [round(each, 5) for each in interval(statistic, len(passages), seed=0)]
+
+    line = {
+        "perplexity": bounds(likelihood.perplexity),
+        "recovered": None if own or rounded is None or arm.name == f"{arm.family}-rtn" else bounds(recovered),
+        "kl": None if own else bounds(likelihood.mean_kl),
+        "bytes": _weight_files(comparison, arm),
+        "seconds": comparison.seconds(arm),
+        "peak": comparison.peak(arm),
+    }
+    if metrics:
+        settings = load(comparison.options.recipe).recipe.eval
+        answers = answer_rows(model, plan.tokenizer, rows, settings)
+        line |= {name: list(score(name, answers, pattern=settings.regex)) for name in metrics}
+    return line
+
+
+def _weight_files(comparison: Comparison, arm: Arm) -> int:
+    """Bytes of the model that is deployed; of LoRA's the merged one."""
+    artifact = comparison.artifact(arm)
+    merged = [artifact / "export" / "merged"] if arm.form == "merged" else []
+    folder = next(each for each in (*merged, artifact / "model", artifact) if list(each.glob("*.safetensors")))
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def _cell(figure: list[float] | None) -> str:
+    if figure is None:
+        return ""
+    digits = 3 if max(map(abs, figure)) >= 5 else 4
+    value, low, high = (f"{each:.{digits}f}" for each in np.array(figure))
+    return f"{value} [{low}, {high}]"
+
+
+def _qft(*arguments: Any) -> None:
+    subprocess.run([sys.executable, "-m", "qft", *map(str, arguments), "--quiet"], check=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -74,7 +74,7 @@ def _require_memory(plan: Plan, view: View) -> None:
 def _as_before(loaded: LoadedRecipe) -> LoadedRecipe:
     """The recipe with what the run that is resumed decided of memory where it says `auto`."""
     written = Path(loaded.recipe.output_dir) / "recipe.yaml"
-    if not is_open(loaded.recipe) or not written.is_file():
+    if not (is_open(loaded.recipe) or loaded.recipe.train.optim == "auto") or not written.is_file():
         return loaded
     return settled(loaded, load(written).recipe.train)
 

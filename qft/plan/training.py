@@ -20,7 +20,7 @@ from qft.machine.device import Device
 from qft.machine.environment import allocator_settings
 from qft.memory.fit import Way
 from qft.plan.limits import answer_problems, require_known_tokens, require_special_tokens
-from qft.plan.memory import Forecast, decided, is_open, logit_bytes, too_large, undecidable
+from qft.plan.memory import Forecast, decided, is_open, logit_bytes, too_large, undecidable, with_optimizer
 from qft.plan.model import (
     ModelPlan,
     Shape,
@@ -53,6 +53,8 @@ class Plan:
     data: Prepared
     ways: tuple[Way, ...] = ()
     """What an `auto` of memory was chosen from, the best first."""
+    optimizer: str | None = None
+    """What `auto` of train.optim came to, and why; None: the recipe says which."""
 
     @property
     def recomputed(self) -> int | None:
@@ -68,7 +70,7 @@ class Plan:
     @cached_property
     def memory(self) -> PlannedMemory:
         """Predicted."""
-        return _forecast(self.model, self.lora, self.data).document(list(self.ways), self.recomputed)
+        return _forecast(self.model, self.lora, self.data).document(list(self.ways), self.recomputed, self.optimizer)
 
     @property
     def recipe(self) -> Recipe:
@@ -143,8 +145,9 @@ def make_plan(loaded: LoadedRecipe, device: Device | None = None) -> Plan:
         refuse(loaded, answer_problems(data.eval, recipe.eval, shape.position_table))
     if recipe.eval.metrics and data.eval and max(data.eval["answer_start"]) < 0:
         refuse(loaded, [("eval.metrics", "the held-out rows are plain text, which has no answers to score; remove it")])
-    model, found = _fitted(model, lora, data)
-    plan = Plan(model, lora, _training_arguments(model.recipe, device), data, found)
+    loaded, optimizer = with_optimizer(_forecast(model, lora, data))
+    model, found = _fitted(dataclasses.replace(model, loaded=loaded), lora, data)
+    plan = Plan(model, lora, _training_arguments(model.recipe, device), data, found, optimizer)
     refuse(loaded, _step_problems(plan))
     return plan
 

@@ -40,13 +40,13 @@ def fuse_loss(model: PreTrainedModel, size: int) -> bool:
     fused = tail and FusedLoss(model, size, tail)
     if not fused or not _agrees(model, fused):
         return False
-    replace_forward(model, fused)
+    replace_with(fused)
     return True
 
 
-def replace_forward(model: PreTrainedModel, fused: FusedLoss) -> None:
+def replace_with(fused: FusedLoss) -> None:
     """As fuse_loss, without trying."""
-    model.forward = functools.wraps(model.forward)(fused)
+    fused.model.forward = functools.wraps(fused.whole)(fused)
 
 
 def tail_of(model: PreTrainedModel) -> Tail | None:

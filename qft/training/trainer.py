@@ -16,7 +16,9 @@ from qft.data.sources import some_places
 from qft.errors import NonFiniteError
 from qft.machine.signals import Signals
 from qft.memory.checkpointing import CheckpointingProbe, checkpoint_first
+from qft.memory.fused_loss import COUNTS
 from qft.memory.meter import optimizer_bytes, tensor_bytes
+from qft.memory.unmasked import one_row_each
 from qft.progress import Step
 from qft.training.qat import distilled_loss
 from qft.training.recorder import Recorder
@@ -81,7 +83,9 @@ class QftTrainer(StoppingTrainer):
         return torch.nan_to_num(loss, 0.0, 0.0, 0.0) if self.on_nonfinite == "skip" else loss
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        rows = inputs.pop("rows")
+        rows, counts = inputs.pop("rows"), inputs.pop("learnt_tokens")
+        if self.recorder.fused_loss:
+            inputs[COUNTS] = counts
         if not model.training:
             # Smoothing is a device of training; what is evaluated is the plain loss.
             smoother = self.label_smoother  # type: ignore[has-type]
@@ -91,10 +95,13 @@ class QftTrainer(StoppingTrainer):
             finally:
                 self.label_smoother = smoother
         self.update.rows.append(rows)
+        if self.recorder.unmasked:
+            del inputs["attention_mask"]
         if self.recorder.plan.recipe.quant.distill:
             loss = distilled_loss(model, inputs, kwargs.get("num_items_in_batch"))
         else:
-            loss = super().compute_loss(model, inputs, *args, **kwargs)
+            with one_row_each():
+                loss = super().compute_loss(model, inputs, *args, **kwargs)
         self.recorder.clock.enter("backward")
         return loss
 

@@ -27,13 +27,14 @@ def test_a_run_learns_the_same(
     recipe_file: RecipeFile, chat_file: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
 ) -> None:
     calls: list[int] = []
-    real = chunked_loss._Chunked._decoded
+    real = chunked_loss._Chunked.__call__
 
-    def decoded(self: Any, *args: Any) -> Any:
+    def called(self: Any, *args: Any, **kwargs: Any) -> Any:
         calls.append(self.rows)
-        return real(self, *args)
+        return real(self, *args, **kwargs)
 
-    monkeypatch.setattr(chunked_loss._Chunked, "_decoded", decoded)
+    monkeypatch.setattr(chunked_loss._Chunked, "__call__", called)
+    monkeypatch.setattr("qft.training.session.fuse_loss", lambda *_: False)
     monkeypatch.setattr("qft.plan.memory.LOGITS", 4 * 264 * 24)  # of 24 tokens
 
     def trained(chunked: bool) -> tuple[Report, dict[str, torch.Tensor]]:

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.utils import ModelOutput
 
-from qft.memory.chunked_loss import decoded, has_parts, in_place_of, vocabulary
+from qft.memory.chunked_loss import decoded, has_parts, in_place_of, rows_at_once, vocabulary
 from qft.memory.softmax import Gradient, Tail, gradient_in_place
 
 IGNORED = -100
@@ -34,8 +34,8 @@ leaves it out has the device waited for."""
 
 
 def fuse_loss(model: PreTrainedModel, size: int) -> bool:
-    """Have the model's loss, and its gradient, computed from as many of the head's outputs at a time as take `size`
-    bytes. Returns whether it is: a model that does anything else between decoder and loss keeps its own."""
+    """Have the model's loss, and its gradient, computed from as many logits at a time as take `size` bytes in float32.
+    Returns whether it is: a model that does anything else between decoder and loss keeps its own."""
     tail = tail_of(model)
     fused = tail and FusedLoss(model, size, tail)
     if not fused or not _agrees(model, fused):
@@ -145,7 +145,7 @@ class FusedLoss:
     """A model's forward pass: where labels are given, its loss alone."""
 
     def __init__(self, model: PreTrainedModel, size: int, tail: Tail, gradient: Gradient = gradient_in_place) -> None:
-        """`size`: bytes that the head's outputs may take at once."""
+        """`size`: bytes that logits in float32 may take at once; in 16 bits, as many rows take half."""
         self.model, self.whole = model, model.forward
         self.size, self.tail, self.gradient = size, tail, gradient
 
@@ -175,11 +175,9 @@ class FusedLoss:
         total: torch.Tensor = _HeadLoss.apply(self, places, classes, torch.is_grad_enabled(), hidden, *trained)  # type: ignore[no-untyped-call]
         return total
 
-    def parts(self, places: torch.Tensor, hidden: torch.Tensor) -> Sequence[torch.Tensor]:
+    def parts(self, places: torch.Tensor) -> Sequence[torch.Tensor]:
         """Chunks of `places` that are alike in size."""
-        half = torch.is_autocast_enabled(hidden.device.type) or hidden.element_size() == 2
-        width = vocabulary(self.model) * (2 if half else 4)
-        most = max(self.size // width, 2)
+        most = max(rows_at_once(self.model, self.size), 2)
         most -= most % WHOLE_TILES if most > WHOLE_TILES else 0
         size = -(-len(places) // max(-(-len(places) // most), 1))
         size = min(-(-size // WHOLE_TILES) * WHOLE_TILES, most)
@@ -197,21 +195,16 @@ class _HeadLoss(torch.autograd.Function):
         hidden: torch.Tensor,
         *trained: nn.Parameter,
     ) -> torch.Tensor:
-        rows, head = hidden.detach().flatten(0, 1), fused.head
+        rows, wants = hidden.detach().flatten(0, 1), ctx.needs_input_grad[4]
+        found: list[torch.Tensor | None] = [torch.zeros_like(rows) if wants else None, *[None] * len(trained)]
         total = torch.zeros((), dtype=_wide(hidden), device=hidden.device)
-        found: list[torch.Tensor | None] = [None] * (1 + len(trained))
-        wants = ctx.needs_input_grad[4]
-        if wants:
-            found[0] = torch.zeros_like(rows)
-        for part in fused.parts(places, rows):
+        for part in fused.parts(places):
             given = rows[part][None].requires_grad_(wants)
-            with torch.set_grad_enabled(slopes):
-                z = head(given)
-            # The head's own backward pass needs its inputs alone, and torch refuses if it should need more.
-            outcome = z.detach()[0]
-            total += fused.gradient(outcome, classes[part], fused.tail).sum()
+            wanted = [*([given] if wants else []), *trained] if slopes else []
+            loss, own = _of_chunk(fused, given, classes[part], wanted)
+            total += loss
             if slopes:
-                _add_slopes(found, part, given, trained, z, outcome[None])
+                _add_slopes(found, part, own if wants else (None, *own))
         ctx.found, ctx.shape, ctx.dtypes = found, hidden.shape, [each.dtype for each in trained]
         return total
 
@@ -230,23 +223,23 @@ def _wide(tensor: torch.Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _add_slopes(
-    found: list[torch.Tensor | None],
-    part: torch.Tensor,
-    given: torch.Tensor,
-    trained: Sequence[nn.Parameter],
-    z: torch.Tensor,
-    slope: torch.Tensor,
-) -> None:
-    """Add what a chunk's `slope`, that of its outputs `z`, comes to for hidden states and what is trained."""
-    wanted = [given, *trained] if given.requires_grad else list(trained)
-    if not wanted:
-        return
-    slopes = list(torch.autograd.grad(z, wanted, slope, allow_unused=True))
-    hidden = found[0]
-    if hidden is not None:
-        hidden.index_copy_(0, part, slopes.pop(0)[0].to(hidden.dtype))
-    for number, each in enumerate(slopes, 1):
+def _of_chunk(
+    fused: FusedLoss, given: torch.Tensor, classes: torch.Tensor, wanted: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
+    """The sum of the losses of hidden states [1, rows, size], and its gradients with respect to what is `wanted`."""
+    with torch.set_grad_enabled(bool(wanted)):
+        z = fused.head(given)
+    # The head's own backward pass needs its inputs alone; torch refuses if it should need its outputs, changed here.
+    slope = z.detach()
+    loss = fused.gradient(slope[0], classes, fused.tail).sum()
+    return loss, torch.autograd.grad(z, wanted, slope, allow_unused=True) if wanted else ()
+
+
+def _add_slopes(found: list[torch.Tensor | None], part: torch.Tensor, slopes: Sequence[torch.Tensor | None]) -> None:
+    """Add a chunk's gradients, of its hidden states first, to those of all."""
+    if found[0] is not None:
+        found[0].index_copy_(0, part, slopes[0][0].to(found[0].dtype))  # type: ignore[index]
+    for number, each in enumerate(slopes[1:], 1):
         if each is None:
             continue
         if found[number] is None:  # a sum of its own: what is returned may be another's too

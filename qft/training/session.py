@@ -24,6 +24,7 @@ from qft.memory.unmasked import needs_no_mask
 from qft.model.adapter import CHANGES_BASE, attach_adapter, save_adapter, save_full
 from qft.model.load import load_base
 from qft.model.offload import load_offloaded, look_up_on_host, offloading
+from qft.model.on_cpu import join_adapters
 from qft.plan import Plan
 from qft.quant.share import measured_share
 from qft.run.checkpoint import is_over, step_of
@@ -102,6 +103,8 @@ def _load(recorder: Recorder, run: Run, offload: Offload | None) -> Any:
     if offload:
         recorder.bytes_elsewhere = offload.bytes_elsewhere + look_up_on_host(model, offload.device)
     recorder.unmasked = needs_no_mask(model)
+    if plan.model.device.kind == "cpu":
+        join_adapters(model)
     _divide_loss(model.get_base_model() if plan.lora else model, recorder)
     if _changes_base(plan) and not run.checkpoint:
         model.save_pretrained(str(run.initial_adapter))

@@ -19,6 +19,7 @@ from qft.memory.checkpointing import CheckpointingProbe, checkpoint_first
 from qft.memory.fused_loss import COUNTS
 from qft.memory.meter import optimizer_bytes, tensor_bytes
 from qft.memory.unmasked import one_row_each
+from qft.model.on_cpu import short_attention
 from qft.progress import Step
 from qft.training.qat import distilled_loss
 from qft.training.recorder import Recorder
@@ -77,7 +78,8 @@ class QftTrainer(StoppingTrainer):
         self.update.counts.append(torch.stack([inputs["attention_mask"].sum(), (inputs["labels"][:, 1:] >= 0).sum()]))
         self.update.padded_tokens += inputs["input_ids"].numel()
         self.recorder.largest_micro_batch = max(self.recorder.largest_micro_batch, inputs["input_ids"].numel())
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        with short_attention(), one_row_each():
+            loss = super().training_step(model, inputs, num_items_in_batch)
         self.update.losses.append(loss)
         # The Trainer keeps a running sum, which one NaN would spoil for good; the watch below has seen it already.
         return torch.nan_to_num(loss, 0.0, 0.0, 0.0) if self.on_nonfinite == "skip" else loss
@@ -100,8 +102,7 @@ class QftTrainer(StoppingTrainer):
         if self.recorder.plan.recipe.quant.distill:
             loss = distilled_loss(model, inputs, kwargs.get("num_items_in_batch"))
         else:
-            with one_row_each():
-                loss = super().compute_loss(model, inputs, *args, **kwargs)
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
         self.recorder.clock.enter("backward")
         return loss
 

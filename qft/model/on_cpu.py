@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import bitsandbytes as bnb
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
@@ -52,13 +53,20 @@ def _pair(module: Any) -> tuple[nn.Parameter, nn.Parameter] | None:
     if not all(hasattr(module, name) for name in names) or len(module.active_adapters) != 1:
         return None
     name, base = module.active_adapters[0], module.base_layer
-    if name not in module.lora_A or not all(hasattr(base, each) for each in ("weight", "in_features", "out_features")):
+    if name not in module.lora_A or not isinstance(base, nn.Linear) or not _is_plain(base):
         return None
+    if any("forward" in vars(each) or each._forward_hooks or each._forward_pre_hooks for each in (module, base)):
+        return None  # somebody else has a hand in it
     a, b = module.lora_A[name].weight, module.lora_B[name].weight
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     rank = a.shape[0]
     fits = a.shape == (rank, base.in_features) and b.shape == (base.out_features, rank)
     return (a, b) if fits and len(trained) == 2 and trained[0] is a and trained[1] is b else None
+
+
+def _is_plain(base: nn.Linear) -> bool:
+    """Whether it multiplies with what its weight is dequantized to: LLM.int8() rounds activations, a plugin anything."""
+    return isinstance(base.weight, bnb.nn.Params4bit) or type(base) is nn.Linear and type(base.weight) is nn.Parameter
 
 
 def _forward(module: Any, forward: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

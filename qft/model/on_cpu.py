@@ -6,7 +6,7 @@ hold and by trying; evaluation, merging and whatever else is no training take th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -25,17 +25,19 @@ ALIKE = 0.03
 """Largest relative difference between what a layer gives and what it is replaced by, in 16 bits."""
 
 
-def join_adapters(model: nn.Module) -> int:
+def join_adapters(model: nn.Module, bring: Callable[[nn.Module], None] | None = None) -> int:
     """Have each frozen layer of 16 bits that has one adapter computed together with it, in training; returns how many
-    are."""
+    are. `bring` has the weights of a layer there, if they wait elsewhere and its block has them brought."""
     agrees: dict[Any, bool] = {}
     joined = 0
     for module in model.modules():
         pair = _pair(module)
-        if pair is None:
+        if pair is None or (module.base_layer._forward_hooks and not bring):
             continue
         kind = (type(module), type(module.base_layer), *(each.shape for each in pair), _scaling(module))
         if kind not in agrees:
+            if bring:
+                bring(module.base_layer)
             agrees[kind] = _agrees(module, *pair)
         if agrees[kind]:
             module.forward = partial(_forward, module, module.forward)
@@ -55,7 +57,7 @@ def _pair(module: Any) -> tuple[nn.Parameter, nn.Parameter] | None:
     name, base = module.active_adapters[0], module.base_layer
     if name not in module.lora_A or not isinstance(base, nn.Linear) or not _is_plain(base):
         return None
-    if any("forward" in vars(each) or each._forward_hooks or each._forward_pre_hooks for each in (module, base)):
+    if module._forward_hooks or any("forward" in vars(each) or each._forward_pre_hooks for each in (module, base)):
         return None  # somebody else has a hand in it
     a, b = module.lora_A[name].weight, module.lora_B[name].weight
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
@@ -65,8 +67,9 @@ def _pair(module: Any) -> tuple[nn.Parameter, nn.Parameter] | None:
 
 
 def _is_plain(base: nn.Linear) -> bool:
-    """Whether it multiplies with what its weight is dequantized to: LLM.int8() rounds activations, a plugin anything."""
-    return isinstance(base.weight, bnb.nn.Params4bit) or type(base) is nn.Linear and type(base.weight) is nn.Parameter
+    """Whether it multiplies with what its weight is dequantized to: LLM.int8() rounds activations, too."""
+    unquantized = type(base) is nn.Linear and type(base.weight) is nn.Parameter
+    return unquantized or isinstance(base.weight, bnb.nn.Params4bit)
 
 
 def _forward(module: Any, forward: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

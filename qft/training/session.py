@@ -103,8 +103,8 @@ def _load(recorder: Recorder, run: Run, offload: Offload | None) -> Any:
     if offload:
         recorder.bytes_elsewhere = offload.bytes_elsewhere + look_up_on_host(model, offload.device)
     recorder.unmasked = needs_no_mask(model)
-    if plan.model.device.kind == "cpu" and not offload:
-        join_adapters(model)
+    if plan.model.device.kind == "cpu":
+        join_adapters(model, offload.bring if offload else None)
     _divide_loss(model.get_base_model() if plan.lora else model, recorder)
     if _changes_base(plan) and not run.checkpoint:
         model.save_pretrained(str(run.initial_adapter))

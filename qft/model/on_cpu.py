@@ -29,8 +29,8 @@ def join_adapters(model: nn.Module, bring: Callable[[nn.Module], None] | None = 
     """Have each frozen layer of 16 bits that has one adapter computed together with it, in training; returns how many
     are. `bring` has the weights of a layer there, if they wait elsewhere and its block has them brought."""
     agrees: dict[Any, bool] = {}
-    joined = 0
-    for module in model.modules():
+    joined, modules = 0, list[Any](model.modules())
+    for module in modules:
         pair = _pair(module)
         if pair is None or (module.base_layer._forward_hooks and not bring):
             continue

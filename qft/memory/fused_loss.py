@@ -121,14 +121,12 @@ def _rounded(value: float) -> float:
 
 def _agrees(model: PreTrainedModel, fused: FusedLoss) -> bool:
     """Whether loss and gradient are the model's own, with its weights and on its device."""
-    head = model.get_output_embeddings()
-    draw = torch.Generator().manual_seed(0)
-    hidden = torch.randn(2, 12, head.weight.shape[1], generator=draw).to(model.device, head.weight.dtype)
-    hidden.requires_grad_()
+    weight, draw = model.get_output_embeddings().weight, torch.Generator().manual_seed(0)
     labels = torch.arange(24, device=model.device).view(2, 12)
     labels = labels.masked_fill(labels % 5 == 1, IGNORED)
     found = []
     try:
+        hidden = torch.randn(2, 12, weight.shape[1], generator=draw).to(model.device, weight.dtype).requires_grad_()
         with torch.enable_grad():
             for whole in (model.forward, fused):
                 loss = _behind(model, hidden, whole, labels=labels).loss
@@ -136,9 +134,8 @@ def _agrees(model: PreTrainedModel, fused: FusedLoss) -> bool:
     except Exception:  # a model's code can be anything
         return False
     (one, slope), (other, same) = found
-    return bool(torch.isclose(one, other, rtol=1e-2, atol=1e-3)) and float((slope - same).norm()) <= 0.03 * float(
-        slope.norm()
-    )
+    close = torch.isclose(one, other, rtol=1e-2, atol=1e-3) & ((slope - same).norm() <= 0.03 * slope.norm())
+    return bool(close)
 
 
 class FusedLoss:

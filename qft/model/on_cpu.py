@@ -74,7 +74,9 @@ def _is_plain(base: nn.Linear) -> bool:
 
 def _forward(module: Any, forward: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     plain = args or kwargs or not (torch.is_grad_enabled() and module.training) or module.merged
-    if plain or module.disable_adapters or x.dtype not in (torch.bfloat16, torch.float16):
+    # What a layer in 4 bits is asked to multiply in.
+    asked = getattr(module.base_layer, "compute_dtype", None) or x.dtype
+    if plain or module.disable_adapters or x.dtype != asked or asked not in (torch.bfloat16, torch.float16):
         result: torch.Tensor = forward(x, *args, **kwargs)
         return result
     return _joined(module, x)
@@ -167,13 +169,45 @@ def _short(query: torch.Tensor, key: torch.Tensor) -> bool:
 
 def _written_out(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> torch.Tensor:
     """Of queries [rows, heads, tokens, size], and keys and values of as many heads or a divisor of them."""
-    rows, heads, tokens, size = query.shape
-    groups = heads // key.shape[1]
-    # The heads that share keys are so many more queries of them.
-    folded = query.reshape(rows, key.shape[1], groups * tokens, size).float()
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    made: torch.Tensor = _Attention.apply(query, key, value, factor)  # type: ignore[no-untyped-call]
+    return made
+
+
+class _Attention(torch.autograd.Function):
+    """Keeps what it is given, and computes its shares again."""
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+        ctx.save_for_backward(query, key, value)
+        ctx.scale = scale
+        shares = _shares(_folded(query, key), key, scale).to(value.dtype)
+        return (shares @ value).view(*query.shape[:3], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query, key, value = ctx.saved_tensors
+        folded, slopes = _folded(query, key), _folded(slope, key)
+        shares = _shares(folded, key, ctx.scale)
+        of_value = shares.to(value.dtype).transpose(2, 3) @ slopes
+        of_shares = (slopes @ value.transpose(2, 3)).float()
+        # Of softmax; a share of zero, behind a token, has no slope.
+        of_scores = shares * (of_shares - (of_shares * shares).sum(-1, keepdim=True)) * ctx.scale
+        of_scores = of_scores.to(query.dtype)
+        return (of_scores @ key).view(query.shape), of_scores.transpose(2, 3) @ folded, of_value, None
+
+
+def _folded(queries: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """Heads that share keys as so many more queries of them: [rows, heads of keys, groups x tokens, size]."""
+    return queries.reshape(len(queries), key.shape[1], -1, queries.shape[-1])
+
+
+def _shares(folded: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
+    """What each query takes of each value up to its own, in float32."""
+    tokens = key.shape[2]
+    later = torch.ones(tokens, tokens, dtype=torch.bool, device=key.device).triu(1)
     with torch.autocast("cpu", enabled=False):
-        scores = (folded * (size**-0.5 if scale is None else scale)) @ key.float().transpose(2, 3)
-    scores = scores.view(rows, -1, groups, tokens, tokens)
-    later = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).triu(1)
-    shares = scores.masked_fill(later, float("-inf")).softmax(-1).to(value.dtype)
-    return (shares.view(rows, -1, groups * tokens, tokens) @ value).view(rows, heads, tokens, -1)
+        scores = (folded.float() * scale) @ key.float().transpose(2, 3)
+    scores.view(len(key), -1, tokens, tokens).masked_fill_(later, float("-inf"))
+    return scores.softmax(-1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -113,3 +114,25 @@ def test_other_attention_stays_torch_s(changes: dict[str, Any]) -> None:
             own = torch.nn.functional.scaled_dot_product_attention(each, each, each, **given)
             torch.manual_seed(0)
             assert torch.equal(own, scaled_dot_product_attention(each, each, each, **given))
+
+
+@pytest.mark.parametrize(("asked", "changes"), [(torch.bfloat16, True), (torch.float32, False)])
+def test_a_layer_in_4_bits_multiplies_in_the_dtype_that_is_asked(asked: torch.dtype, changes: bool) -> None:
+    torch.manual_seed(0)
+    base = bnb.nn.Linear4bit(64, 128, bias=True, compute_dtype=asked, quant_type="nf4")
+    model: Any = torch.nn.Sequential(base).to("cpu", torch.bfloat16)
+    adapted = get_peft_model(model, LoraConfig(target_modules=["0"], init_lora_weights=False, r=4)).train()
+    x = torch.randn(7, 64, dtype=torch.bfloat16, requires_grad=True)
+
+    def found() -> tuple[torch.Tensor, ...]:
+        with torch.autocast("cpu", torch.bfloat16):
+            out = adapted(x)
+        trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+        return out, *torch.autograd.grad(out.float().square().sum(), (x, *trained))
+
+    apart = found()
+    assert join_adapters(adapted)
+    joined = found()
+    assert any(not torch.equal(*pair) for pair in zip(apart, joined, strict=True)) is changes
+    for one, other in zip(joined, apart, strict=True):
+        assert (one - other).norm() <= 0.01 * other.norm()

@@ -175,7 +175,6 @@ def recipe(folder: Path, options: argparse.Namespace) -> Path:
         asked = argparse.Namespace(batch=rows, length=length, steps=0, checkpointing=options.checkpointing)
         values = modes.recipe("bf16", folder, asked)
         values["train"].pop("optim")
-        values.pop("model")
         values["model"] = {"path": str(folder / "model")}
     values["train"] |= {
         "max_steps": options.steps + WARM,
@@ -269,10 +268,9 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
     def padded(name: str, fill: int) -> Any:
         return torch.tensor([[*row[name], *[fill] * (longest - len(row[name]))] for row in rows])
 
-    mask = [[1] * len(row["input_ids"]) + [0] * (longest - len(row["input_ids"])) for row in rows]
-    return {
-        "input_ids": padded("input_ids", 0), "labels": padded("labels", -100), "attention_mask": torch.tensor(mask)
-    }  # fmt: skip
+    mask = [[int(i < len(row["input_ids"])) for i in range(longest)] for row in rows]
+    ids, labels = padded("input_ids", 0), padded("labels", -100)
+    return {"input_ids": ids, "labels": labels, "attention_mask": torch.tensor(mask)}
 
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

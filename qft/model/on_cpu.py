@@ -132,7 +132,7 @@ def _agrees(module: Any, a: nn.Parameter, b: nn.Parameter) -> bool:
             with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16):
                 made = way(x)
             slope = torch.randn(made.shape, generator=draw.manual_seed(1)).to(made.dtype)
-            found.append((made, *torch.autograd.grad(made, (x, a, b), slope)))
+            found.append((made.detach(), *torch.autograd.grad(made, (x, a, b), slope)))
     except Exception:  # a layer can be anything
         return False
     finally:

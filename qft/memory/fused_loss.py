@@ -33,13 +33,15 @@ COUNTS = "learnt_tokens"
 leaves it out has the device waited for."""
 
 
-def fuse_loss(model: PreTrainedModel, size: int) -> bool:
-    """Have the model's loss, and its gradient, computed from as many logits at a time as take `size` bytes in float32.
-    Returns whether it is: a model that does anything else between decoder and loss keeps its own."""
+def fuse_loss(model: PreTrainedModel, size: int, *, always: bool = False) -> bool:
+    """Have the model's loss, and its gradient, computed from as many logits at a time as take `size` bytes in float32,
+    of batches that have more or `always`. Returns whether it is: a model that does anything else between decoder and
+    loss keeps its own."""
     tail = tail_of(model)
     fused = tail and FusedLoss(model, size, tail)
     if not fused or not _agrees(model, fused):
         return False
+    fused.always = always
     replace_with(fused)
     return True
 
@@ -145,6 +147,8 @@ class FusedLoss:
         """`size`: bytes that logits in float32 may take at once; in 16 bits, as many rows take half."""
         self.model, self.whole = model, model.forward
         self.size, self.tail, self.gradient = size, tail, gradient
+        self.always = True
+        """Whether it computes the loss of batches, too, of which the model may take all logits."""
 
     @property
     def head(self) -> nn.Module:
@@ -153,9 +157,10 @@ class FusedLoss:
         return found
 
     def __call__(self, *args: Any, labels: torch.Tensor | None = None, **kwargs: Any) -> Any:
-        counts, items = kwargs.pop(COUNTS, None), kwargs.pop("num_items_in_batch", None)
-        if labels is None:
-            return self.whole(*args, **kwargs)
+        counts = kwargs.pop(COUNTS, None)
+        if labels is None or (not self.always and labels.numel() <= rows_at_once(self.model, self.size)):
+            return self.whole(*args, labels=labels, **kwargs)
+        items = kwargs.pop("num_items_in_batch", None)
         with in_place_of(self.head, lambda hidden: hidden[..., :1]):
             hidden = decoded(self.model.base_model, self.whole, args, kwargs)[0]
         loss = self.of(hidden, labels.to(hidden.device), None if counts is None else sum(counts))

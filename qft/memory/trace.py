@@ -163,7 +163,9 @@ def _adapted(model: PreTrainedModel, work: Work, gpu: OnGpu | None, *, checkpoin
 def _divide_loss(model: PreTrainedModel, size: int, again: dict[str, Any], *, on_gpu: bool) -> None:
     """As a training does, if its model allows it."""
     if tail := tail_of(model):
-        replace_with(FusedLoss(model, size, tail, gradient_on_gpu if on_gpu else gradient_in_place))
+        fused = FusedLoss(model, size, tail, gradient_on_gpu if on_gpu else gradient_in_place)
+        fused.always = False  # if it is, that takes less
+        replace_with(fused)
     else:
         replace_forward(model, rows_at_once(model, size), **again)
 

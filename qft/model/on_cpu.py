@@ -57,6 +57,8 @@ def _pair(module: Any) -> tuple[nn.Parameter, nn.Parameter] | None:
     name, base = module.active_adapters[0], module.base_layer
     if name not in module.lora_A or not isinstance(base, nn.Linear) or not _is_plain(base):
         return None
+    if not isinstance(module.lora_dropout[name], nn.Identity):
+        return None
     if module._forward_hooks or any("forward" in vars(each) or each._forward_pre_hooks for each in (module, base)):
         return None  # somebody else has a hand in it
     a, b = module.lora_A[name].weight, module.lora_B[name].weight

@@ -116,7 +116,8 @@ def _divide_loss(base: Any, recorder: Recorder) -> None:
     size = recorder.plan.logit_bytes
     if size is None:
         return
-    recorder.fused_loss = not recorder.plan.recipe.train.torch_compile and fuse_loss(base, size)
+    train = recorder.plan.recipe.train
+    recorder.fused_loss = not train.torch_compile and fuse_loss(base, size, always=train.chunked_loss is True)
     if recorder.fused_loss or chunk_loss(base, rows_at_once(base, size)):
         recorder.logit_bytes = size
     else:

@@ -77,7 +77,7 @@ def test_loss_and_gradients_are_those_of_the_model(kind: str) -> None:
     for items in ({}, {"num_items_in_batch": torch.tensor(40)}):
         expected = step(model, **given, **items)
         whole = model.forward
-        assert fuse_loss(model, FEW)
+        assert fuse_loss(model, FEW, always=True)
         counts = (given["labels"][:, 1:] != -100).sum(1).tolist()
         require_same(step(model, **given, **items), expected)
         require_same(step(model, **given, **items, **{COUNTS: counts}), expected)
@@ -100,7 +100,7 @@ def test_a_head_that_is_trained_learns_the_same(lora: dict[str, Any]) -> None:
 
 def test_eight_rows_at_once_are_eight_one_by_one() -> None:
     model, given, items = model_of("llama"), batch(8), torch.tensor(100)
-    assert fuse_loss(model, FEW)
+    assert fuse_loss(model, FEW, always=True)
     loss, slopes = step(model, **given, num_items_in_batch=items)
     model.zero_grad()
     rows = [{name: each[i : i + 1] for name, each in given.items()} for i in range(8)]
@@ -115,7 +115,7 @@ def test_eight_rows_at_once_are_eight_one_by_one() -> None:
 @pytest.mark.parametrize("tokens", [1, 2, 7])
 def test_rows_of_which_nothing_is_learnt_change_nothing(tokens: int) -> None:
     model = model_of("llama")
-    assert fuse_loss(model, FEW)
+    assert fuse_loss(model, FEW, always=True)
     ids = torch.ones(2, tokens, dtype=torch.int64)
     loss, slopes = step(model, input_ids=ids, labels=ids * 0 - 100, num_items_in_batch=torch.tensor(5))
     assert loss == 0
@@ -164,7 +164,7 @@ def test_a_model_that_does_something_else_keeps_its_own() -> None:
     balanced.config.output_router_logits = True
     first = model_of("llama")
     first.lm_head = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, WIDTH))
-    assert not any(fuse_loss(model, FEW) for model in (smoothed, balanced, first))
+    assert not any(fuse_loss(model, FEW, always=True) for model in (smoothed, balanced, first))
 
 
 def test_a_head_whose_outputs_are_needed_again_is_refused() -> None:
@@ -175,7 +175,7 @@ def test_a_head_whose_outputs_are_needed_again_is_refused() -> None:
     model = model_of("llama")
     model.lm_head = Squashed(32, WIDTH)
     assert tail_of(model) == Tail()
-    assert not fuse_loss(model, FEW)
+    assert not fuse_loss(model, FEW, always=True)
 
 
 def test_a_gradient_is_taken_once() -> None:

@@ -184,7 +184,7 @@ def test_the_fused_optimizer_is_taken_where_there_is_room(recipe_file: MakeRecip
 
 
 def test_the_one_of_the_smallest_state_is_taken_where_there_is_none(recipe_file: MakeRecipe) -> None:
-    whole: dict[str, Any] = {"quant": None, "adapter": {"kind": "none"}}
+    whole: dict[str, Any] = {"quant": None, "adapter": {"kind": "none", "r": ...}}
     fused, small = (
         planned(recipe_file(**whole), f"train.optim={optim}").memory.predicted_peak_bytes or 0
         for optim in ("adamw_torch_fused", "adamw_8bit")

@@ -52,6 +52,7 @@ def test_a_run_learns_the_same(
 
     (one, learnt), (other, expected) = trained(chunked=True), trained(chunked=False)
     assert set(calls) == (set() if fused else {24, 8}), "8 are of the comparison at the start"
+    assert one.settings
     assert one.settings.fused_loss is fused
     assert [row[1] for row in one.loss.history] == pytest.approx([row[1] for row in other.loss.history], rel=1e-5)
     assert one.eval.after

@@ -43,6 +43,7 @@ check: setup
 	$(BIN)/lint-imports
 
 bench: setup
+	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/modes.py
 
 # The picture in the README, from the report of the last quick start.

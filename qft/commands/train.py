@@ -78,7 +78,8 @@ def _require_memory(plan: Plan, view: View) -> None:
 def _as_before(loaded: LoadedRecipe) -> LoadedRecipe:
     """The recipe with what the run that is resumed decided of memory where it says `auto`."""
     written, stages = Path(loaded.recipe.output_dir) / "recipe.yaml", stages_of(loaded)
-    if not any(is_open(stage.recipe) for stage in stages) or not written.is_file():
+    left_open = any(is_open(stage.recipe) or stage.recipe.train.optim == "auto" for stage in stages)
+    if not left_open or not written.is_file():
         return loaded
     before = [stage.recipe.train for stage in stages_of(load(written))]
     # Whoever has changed the number of stages is refused later.

@@ -48,15 +48,17 @@ def model_inputs(
 class Collator:
     """Pads on the right to the longest row, rounded up to `multiple` tokens, but to no more than `most`.
 
-    Gives input_ids, attention_mask and labels, and `rows` (int64 [rows, 2]: source and row of each, for messages)."""
+    Gives input_ids, attention_mask and labels; `rows` (int64 [rows, 2]: source and row of each, for messages); and
+    `learnt_tokens`, of each row the number of labels that are learnt, as ints, which never go to a device."""
 
     pad: int
     multiple: int = 8
     most: int | None = None
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         inputs = model_inputs([row["input_ids"] for row in rows], self.pad, multiple=self.multiple, most=self.most)
         ids = [row["labels"] for row in rows]
         labels = model_inputs(ids, IGNORED, multiple=self.multiple, most=self.most)["input_ids"]
         places = torch.tensor([[row["source"], row["row"]] for row in rows])
-        return {**inputs, "labels": labels, "rows": places}
+        learnt = tuple((labels[:, 1:] != IGNORED).sum(1).tolist())
+        return {**inputs, "labels": labels, "rows": places, "learnt_tokens": learnt}

@@ -241,6 +241,8 @@ class PlannedMemory(Stored):
     recomputed_blocks: int | None = None
     """Of the blocks, the first ones that are computed again in the backward pass; None: as gradient_checkpointing
     says."""
+    optimizer: str | None = None
+    """What `auto` of train.optim came to, and why; None: the recipe says which."""
     ways: list[PlannedWay] = []
     """What `auto` of train.per_device_train_batch_size and gradient_checkpointing was chosen from, the best first."""
 

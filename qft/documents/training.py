@@ -130,6 +130,10 @@ class Settings(Part):
     """With padding."""
     chunked_loss: bool = False
     """Whether the loss was computed from few logits at a time."""
+    fused_loss: bool = False
+    """Whether its gradient was taken in the same pass over them, on learnt tokens alone."""
+    attention_mask: bool = True
+    """Whether the model was given a mask in training; false where padding on the right was seen to need none."""
     logits_bytes: Bytes
     """In float32, in which the loss takes them: of the largest micro-batch tokens x vocabulary x 4, or as many as are
     taken at a time. The loss and the backward pass hold as much once or twice more for a moment."""

@@ -22,8 +22,13 @@ them takes three times that."""
 
 def rows_at_once(model: PreTrainedModel, size: int) -> int:
     """Rows whose logits in float32 take no more than `size` bytes."""
-    vocabulary: int = model.get_output_embeddings().weight.shape[0]
-    return max(size // (4 * vocabulary), 2)
+    return max(size // (4 * vocabulary(model)), 2)
+
+
+def vocabulary(model: PreTrainedModel) -> int:
+    """Outputs of its head."""
+    found: int = model.get_output_embeddings().weight.shape[0]
+    return found
 
 
 def chunk_loss(model: PreTrainedModel, rows: int) -> bool:
@@ -71,14 +76,14 @@ class _Chunked:
             return self.whole(*args, labels=labels, **kwargs)
         if kwargs.get("num_items_in_batch") is None:
             kwargs["num_items_in_batch"] = (labels[:, 1:] != -100).sum()
-        output = self._decoded(args, kwargs)
+        output = decoded(self.decoder, self.whole, args, kwargs)
         mask, step = kwargs.pop("attention_mask", None), max(self.rows // len(labels) - 1, 1)
 
         def loss(hidden: torch.Tensor, start: int) -> torch.Tensor:
             """Of the labels behind `start`, each by the row before its own: the model itself shifts them."""
             part = slice(start, start + step + 1)
             own = kwargs if mask is None else kwargs | {"attention_mask": mask[:, part]}
-            with _in_place_of(self.decoder, lambda *_, **__: _with_rows(output, hidden[:, part])):
+            with in_place_of(self.decoder, lambda *_, **__: _with_rows(output, hidden[:, part])):
                 found: torch.Tensor = self.whole(*args, labels=labels[:, part], **own).loss
                 return found
 
@@ -86,17 +91,18 @@ class _Chunked:
         losses = [checkpoint(loss, output[0], start, use_reentrant=False, **self.again) for start in starts]
         return CausalLMOutput(loss=torch.stack(losses).sum())
 
-    def _decoded(self, args: Any, kwargs: Any) -> Any:
-        """What the decoder returns to the model, which goes on with one row of it."""
-        decode, outputs = self.decoder.forward, []
 
-        def forward(*own: Any, **others: Any) -> Any:
-            outputs.append(decode(*own, **others))
-            return _with_rows(outputs[0], outputs[0][0][:, :1])
+def decoded(decoder: nn.Module, whole: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """What the decoder returns to the model, whose forward pass is `whole`, and which goes on with one row of it."""
+    decode, outputs = decoder.forward, []
 
-        with _in_place_of(self.decoder, forward):
-            self.whole(*args, **kwargs)
-        return outputs[0]
+    def forward(*own: Any, **others: Any) -> Any:
+        outputs.append(decode(*own, **others))
+        return _with_rows(outputs[0], outputs[0][0][:, :1])
+
+    with in_place_of(decoder, forward):
+        whole(*args, **kwargs)
+    return outputs[0]
 
 
 def _with_rows(output: Any, rows: torch.Tensor) -> Any:
@@ -107,7 +113,8 @@ def _with_rows(output: Any, rows: torch.Tensor) -> Any:
 
 
 @contextmanager
-def _in_place_of(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def in_place_of(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """While entered, the module's forward pass is `forward`."""
     before = module.__dict__.get("forward")
     module.forward = forward
     try:

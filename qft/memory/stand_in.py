@@ -18,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
 from qft.memory.attention import attention
+from qft.memory.softmax import Tail
 from qft.quant.hold import Scheme
 
 HALF = (torch.float16, torch.bfloat16)
@@ -77,12 +78,17 @@ def peft_sees_autocast(mixed: bool) -> Iterator[None]:
         torch.set_autocast_enabled("cuda", was)
 
 
-def set_attention(model: PreTrainedModel, *, padded: bool) -> None:
-    """Have the model choose its masks as it does where it can look at them: a mask without contents says nothing."""
+def gradient_on_gpu(z: torch.Tensor, classes: torch.Tensor, tail: Tail) -> torch.Tensor:
+    """As softmax.gradient_in_place, whose kernel makes nothing but the losses."""
+    return torch.empty(len(z), dtype=torch.float32)
+
+
+def set_attention(model: PreTrainedModel, asked: str, *, padded: bool) -> None:
+    """Have the model, for which that attention is asked, choose its masks as it does where it can look at them: a mask
+    without contents says nothing."""
     config = model.config
-    if config._attn_implementation.startswith(("flash", "flex")) or (
-        config._attn_implementation == "sdpa" and not padded
-    ):
+    config._attn_implementation = asked
+    if asked.startswith(("flash", "flex")) or (asked == "sdpa" and not padded):
         AttentionInterface.register(UNPADDED, ALL_ATTENTION_FUNCTIONS["sdpa"])
         AttentionMaskInterface.register(UNPADDED, _mask_of_full_rows)
         config._attn_implementation = UNPADDED

@@ -24,11 +24,14 @@ from transformers.trainer_pt_utils import LabelSmoother
 from qft.checkpoint.skeleton import find_blocks
 from qft.memory.checkpointing import enable_checkpointing
 from qft.memory.chunked_loss import has_parts, replace_forward, rows_at_once
+from qft.memory.fused_loss import COUNTS, FusedLoss, replace_with, tail_of
 from qft.memory.ledger import Ledger, Peak
 from qft.memory.offload import SLOTS
 from qft.memory.optimizers import STATES, step_bytes
 from qft.memory.repeated import Pattern, pattern
-from qft.memory.stand_in import OnGpu, fill, hold, peft_sees_autocast, set_attention
+from qft.memory.softmax import gradient_in_place
+from qft.memory.stand_in import OnGpu, fill, gradient_on_gpu, hold, peft_sees_autocast, set_attention
+from qft.memory.unmasked import one_row_each
 from qft.quant.hold import Qat, Scheme
 from qft.quant.rounded import round_as
 
@@ -136,7 +139,8 @@ def peaks(
 ) -> dict[str, Peak]:
     """Of a model on the meta device as it stands, computed with `tensors`: real ones, or such without contents."""
     model.config.use_cache = False
-    set_attention(model, padded=step.batch.padded)
+    asked = model.config._attn_implementation
+    set_attention(model, asked, padded=step.batch.padded and _masked(model))
     weights = {tuple(p.shape) for p in model.parameters() if p.dim() > 1}
     vocabulary = model.get_output_embeddings().weight.shape[0]
 
@@ -153,11 +157,12 @@ def peaks(
         entered.enter_context(torch.random.fork_rng(devices=[]))
         entered.enter_context(tensors)
         entered.enter_context(ledger)
+        entered.enter_context(one_row_each())
         if gpu:
             entered.enter_context(gpu)
             entered.enter_context(peft_sees_autocast(work.mixed is not None))
         _watch(blocks, found, ledger)
-        _run(adapted, blocks, ledger, work, step)
+        _run(adapted, blocks, ledger, work, step, asked)
     return ledger.peaks()
 
 
@@ -173,7 +178,7 @@ def _adapted(model: PreTrainedModel, work: Work, gpu: OnGpu | None, *, checkpoin
         noisy = model.get_input_embeddings()
         noisy.register_forward_hook(lambda _, __, out: out + torch.zeros_like(out).uniform_())
     if work.logit_bytes and has_parts(model):
-        replace_forward(model, rows_at_once(model, work.logit_bytes), **again)
+        _divide_loss(model, work.logit_bytes, again, on_gpu=work.on_gpu)
     adapted: nn.Module = model
     roundings = work.scheme.roundings(model) if isinstance(work.scheme, Qat) else {}
     if work.lora is not None:
@@ -183,6 +188,21 @@ def _adapted(model: PreTrainedModel, work: Work, gpu: OnGpu | None, *, checkpoin
         traced = work.scheme.target.traced
         round_as(adapted, work.scheme, dict.fromkeys(roundings, traced) if traced else roundings)
     return adapted.train()
+
+
+def _divide_loss(model: PreTrainedModel, size: int, again: dict[str, Any], *, on_gpu: bool) -> None:
+    """As a training does, if its model allows it."""
+    if tail := tail_of(model):
+        fused = FusedLoss(model, size, tail, gradient_on_gpu if on_gpu else gradient_in_place)
+        fused.always = False  # if it is, that takes less
+        replace_with(fused)
+    else:
+        replace_forward(model, rows_at_once(model, size), **again)
+
+
+def _masked(model: Any) -> bool:
+    """Whether padding is masked in training; see qft.memory.unmasked."""
+    return bool(getattr(_innermost(model).config, "output_router_logits", False))
 
 
 def _watch(blocks: nn.ModuleList, found: Pattern, ledger: Ledger) -> None:
@@ -228,7 +248,7 @@ def _fill(model: nn.Module, blocks: nn.ModuleList, ledger: Ledger, work: Work) -
     return torch.empty(SLOTS * max(waiting), dtype=torch.uint8)
 
 
-def _run(model: nn.Module, blocks: nn.ModuleList, ledger: Ledger, work: Work, step: Step) -> None:
+def _run(model: nn.Module, blocks: nn.ModuleList, ledger: Ledger, work: Work, step: Step, attention_asked: str) -> None:
     """The second step of a training, when the optimizer has its state, and an evaluation."""
     slots = _fill(model, blocks, ledger, work)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -253,6 +273,7 @@ def _run(model: nn.Module, blocks: nn.ModuleList, ledger: Ledger, work: Work, st
         model.zero_grad(set_to_none=True)
         if work.held_out:
             ledger.part = "evaluation"
+            set_attention(_innermost(model), attention_asked, padded=work.held_out.padded)
             with torch.no_grad():
                 _loss(model.eval(), work.held_out, work)
         if work.answered:
@@ -280,10 +301,13 @@ def _loss(model: nn.Module, batch: Batch, work: Work) -> torch.Tensor:
     shape = (batch.rows, batch.tokens)
     ids, labels = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
     smoothing = work.label_smoothing_factor if model.training else 0.0
-    mask = torch.cat([torch.ones_like(ids[:, 1:]), ids[:, :1]], dim=1) if batch.padded else None
+    padded = batch.padded and (not model.training or _masked(model))
+    mask = torch.cat([torch.ones_like(ids[:, 1:]), ids[:, :1]], dim=1) if padded else None
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
     if not smoothing:
         inputs |= {"labels": labels, "num_items_in_batch": torch.ones((), dtype=torch.int64)}
+        if isinstance(_innermost(model).forward, FusedLoss):
+            inputs[COUNTS] = (batch.tokens - 1,) * batch.rows
     with _autocast(work.mixed):
         out = model(**inputs)
     if work.mixed is not None and "logits" in out:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -23,6 +23,11 @@ from qft.plan.model import ModelPlan
 from qft.recipe import LoadedRecipe, Recipe
 from qft.recipe.rules import Problem
 from qft.recipe.training import TrainSection
+
+FUSED, SMALL = "adamw_torch_fused", "adamw_8bit"
+"""What `auto` of train.optim comes to: the fastest, and the one of the smallest state."""
+WAITS = 0.05
+"""Of a step, what SMALL takes longer: it waits for the device at each parameter."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,7 @@ class Forecast:
         work = Work(
             model.scheme,
             self.lora,
-            optim=train.optim,
+            optim=FUSED if train.optim == "auto" else train.optim,
             label_smoothing_factor=train.label_smoothing_factor,
             neftune=train.neftune_noise_alpha is not None,
             mixed=self.mixed,
@@ -96,20 +101,33 @@ class Forecast:
         rows = 1 if train.per_device_train_batch_size == "auto" else train.micro_batch
         return Step(self.batch(rows), train.gradient_checkpointing is True, train.gradient_accumulation_steps > 1)
 
-    def ways(self) -> list[Way]:
-        """What may be chosen, the best first."""
+    def having(self, **train: Any) -> Forecast:
+        """With other values of `train`."""
+        return replace(self, model=replace(self.model, loaded=self.model.loaded.having(train=train)))
+
+    def best(self, more: int = 0) -> Way:
+        """The fastest way that fits, if `more` bytes than the budget might be taken."""
+        if is_open(self.model.recipe):
+            return self.ways(more)[0]
+        train, taken = self.model.recipe.train, self.predict(self.step()).taken
+        again = self.model.shape.layers if train.gradient_checkpointing else 0
+        fits = taken <= self.budget + more
+        return Way(train.micro_batch, train.gradient_accumulation_steps, again, taken, fits, 1.0)
+
+    def ways(self, more: int = 0) -> list[Way]:
+        """What may be chosen, the best first, if `more` bytes than the budget might be taken."""
         train, again = self.model.recipe.train, self.model.recipe.train.gradient_checkpointing
         rows = train.per_device_train_batch_size
         sizes = row_counts(train.step_rows, len(self.data.train)) if rows == "auto" else [rows]
         recomputed = [True, False] if again == "auto" else [bool(again)]
-        choice = Choice(sizes, train.step_rows, recomputed, self.model.shape.layers, self.budget, self.batch)
+        choice = Choice(sizes, train.step_rows, recomputed, self.model.shape.layers, self.budget + more, self.batch)
         return ways(choice, self.predict)
 
-    def document(self, chosen: list[Way], recomputed: int | None) -> PlannedMemory:
+    def document(self, chosen: list[Way], recomputed: int | None, optimizer: str | None) -> PlannedMemory:
         """As `qft check --json` and the run folder have it."""
-        device = self.model.device.total_bytes
+        known = {"device_bytes": self.model.device.total_bytes, "budget_bytes": self.budget, "optimizer": optimizer}
         if self.unknown:
-            return PlannedMemory(device_bytes=device, budget_bytes=self.budget, unknown=self.unknown)
+            return PlannedMemory(**known, unknown=self.unknown)
         found = self.predict(self.step())
         # With some blocks computed again, and others not, it lies between what was traced.
         taken = chosen[0].peak if recomputed and recomputed < self.model.shape.layers else found.taken
@@ -118,8 +136,7 @@ class Forecast:
             predicted_host_bytes=found.host,
             components={name: size for name, size in found.peak.parts.items() if size},
             peaks={part: peak.total for part, peak in found.parts.items() if part},
-            device_bytes=device,
-            budget_bytes=self.budget,
+            **known,
             fits=taken <= self.budget,
             recomputed_blocks=recomputed,
             ways=[PlannedWay(**asdict(way)) for way in chosen],
@@ -136,6 +153,28 @@ def logit_bytes(model: ModelPlan) -> int | None:
     if asked is False or (asked == "auto" and not scarce):
         return None
     return FEW_LOGITS if offloads else LOGITS
+
+
+def with_optimizer(forecast: Forecast) -> tuple[LoadedRecipe, str | None]:
+    """The recipe with train.optim decided, and why; None: it says which. FUSED wherever it fits, unless the bytes that
+    SMALL needs less make for a faster step."""
+    model, train = forecast.model, forecast.model.recipe.train
+    if train.optim != "auto":
+        return model.loaded, None
+    count = model.shape.trainable_parameters
+    wide, less = (f"{each * count / 2**30:,.2f} GiB" for each in (8, 2))
+    chosen, why = FUSED, f"its state takes {wide}, and that of {SMALL} {less}"
+    fused = forecast.having(optim=FUSED)
+    if model.device.kind == "cuda" and fused.unknown is None:
+        # With 6 bytes a parameter less, as if so many more might be taken.
+        one, other = fused.best(), fused.best(6 * count)
+        if not one.fits or one.speed < other.speed * (1 - WAITS):
+            chosen, why = (
+                SMALL,
+                f"its state takes {less}, and the {wide} of {FUSED} "
+                + ("would slow the step down" if one.fits else "do not fit"),
+            )
+    return model.loaded.having(train={"optim": chosen}), f"{chosen}: {why}"
 
 
 def is_open(recipe: Recipe) -> bool:
@@ -165,6 +204,8 @@ def settled(loaded: LoadedRecipe, train: TrainSection) -> LoadedRecipe:
     if own.per_device_train_batch_size == "auto" and own.step_rows == train.step_rows:
         names = ("per_device_train_batch_size", "gradient_accumulation_steps")
         chosen = {name: getattr(train, name) for name in names}
+    if own.optim == "auto":
+        chosen["optim"] = train.optim
     if own.gradient_checkpointing == "auto":
         chosen["gradient_checkpointing"] = train.gradient_checkpointing
     return loaded.having(train=chosen) if chosen else loaded

@@ -6,10 +6,11 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 from qft.documents.plan import PlannedMemory, PlannedStage, TrainerArguments
+from qft.plan.model import refuse
 from qft.recipe.stages import staged
 
 if TYPE_CHECKING:
@@ -33,10 +34,16 @@ class Span:
 
 
 def joined(plans: Sequence[Plan]) -> Plan:
-    """The last one's plan, which has the others before it; each was made as if it were alone."""
+    """The last one's plan, which has the others before it; each was made as if it were alone. Raises RecipeError where
+    that makes them differ in what they share."""
     starts = list(accumulate((plan.steps for plan in plans), initial=0))
     made = [dataclasses.replace(plan, span=_span(plans, index, starts)) for index, plan in enumerate(plans)]
     made = [dataclasses.replace(plan, training=plan.training | {"max_steps": plan.steps}) for plan in made]
+    for one, other in pairwise(made):
+        was, now = one.recipe.train.optim, other.recipe.train.optim
+        if was != now and other.span and not other.span.reset_optimizer:
+            text = f"auto comes to {now}, and to {was} in the stage before, with whose state it cannot go on"
+            refuse(other.model.loaded, [("train.optim", f"{text}: name one, or set reset_optimizer to true")])
     loaded = staged([plan.model.loaded for plan in plans])
     model = dataclasses.replace(made[-1].model, loaded=loaded)
     return dataclasses.replace(made[-1], model=model, before=tuple(made[:-1]))

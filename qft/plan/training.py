@@ -22,7 +22,7 @@ from qft.machine.device import Device
 from qft.machine.environment import allocator_settings
 from qft.memory.fit import Way
 from qft.plan.limits import answer_problems, require_known_tokens, require_special_tokens
-from qft.plan.memory import Forecast, decided, is_open, logit_bytes, too_large, undecidable
+from qft.plan.memory import Forecast, decided, is_open, logit_bytes, too_large, undecidable, with_optimizer
 from qft.plan.model import (
     ModelPlan,
     Shape,
@@ -57,6 +57,8 @@ class Plan:
     data: Prepared
     ways: tuple[Way, ...] = ()
     """What an `auto` of memory was chosen from, the best first."""
+    optimizer: str | None = None
+    """What `auto` of train.optim came to, and why; None: the recipe says which."""
     span: Span | None = None
     """None: it is no stage."""
     before: tuple[Plan, ...] = ()
@@ -91,7 +93,7 @@ class Plan:
     @cached_property
     def memory(self) -> PlannedMemory:
         """Predicted, of this stage alone."""
-        return _forecast(self.model, self.lora, self.data).document(list(self.ways), self.recomputed)
+        return _forecast(self.model, self.lora, self.data).document(list(self.ways), self.recomputed, self.optimizer)
 
     @property
     def recipe(self) -> Recipe:
@@ -170,8 +172,9 @@ def _plan(loaded: LoadedRecipe, device: Device, data: Prepared | None) -> Plan:
     problems = [*model.scheme.problems(recipe), *_share_problems(model), *_length_problems(recipe, model.shape)]
     refuse(loaded, [*problems, *offload_problems(model)])
     data = data or _rows(model)
-    model, found = _fitted(model, lora, data)
-    plan = Plan(model, lora, _training_arguments(model.recipe, device), data, found)
+    loaded, optimizer = with_optimizer(_forecast(model, lora, data))
+    model, found = _fitted(dataclasses.replace(model, loaded=loaded), lora, data)
+    plan = Plan(model, lora, _training_arguments(model.recipe, device), data, found, optimizer)
     refuse(loaded, _step_problems(plan))
     return plan
 

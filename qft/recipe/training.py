@@ -269,6 +269,7 @@ class TrainSection(Section):
     max_grad_norm: float = Field(1.0, ge=0)
     """Gradients are scaled down to this norm. 0: never."""
     optim: Literal[
+        "auto",
         "adamw_torch",
         "adamw_torch_fused",
         "adamw_8bit",
@@ -278,8 +279,9 @@ class TrainSection(Section):
         "lion_32bit",
         "adafactor",
         "sgd",
-    ] = "adamw_torch"
-    """Optimizer. The 8bit and paged ones are bitsandbytes'."""
+    ] = "auto"
+    """Optimizer. The 8bit and paged ones are bitsandbytes'. auto: adamw_torch_fused, or adamw_8bit on a GPU where its
+    state leaves room for a faster step, or for a step at all."""
     bf16: bool | Literal["auto"] = "auto"
     """Mixed precision in bfloat16. auto: on where the device has it, unless fp16 is on or the weights are float32 by
     request."""

@@ -50,6 +50,10 @@ class Recorder:
         """Of all parts."""
         self.moments: dict[str, Snapshot] = {}
         """Memory by the moment: before_load, after_load, after_adapters, after_first_step, at_end."""
+        self.fused_loss = False
+        """Whether head, loss and gradient are one pass over few logits at a time; see qft.memory.fused_loss."""
+        self.unmasked = False
+        """Whether training needs no mask; see qft.memory.unmasked."""
         self.logit_bytes: int | None = None
         """What logits take at once where the loss is computed from few of them."""
         self.largest_micro_batch = 0
@@ -264,6 +268,8 @@ class Recorder:
             tf32_unused=model.device.tf32 and not asked["tf32"] and not mixed and model.dtype == "float32",
             largest_micro_batch_tokens=self.largest_micro_batch,
             chunked_loss=self.logit_bytes is not None,
+            fused_loss=self.fused_loss,
+            attention_mask=not self.unmasked,
             logits_bytes=min(logits, self.logit_bytes or logits),
         )
 

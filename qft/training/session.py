@@ -17,11 +17,14 @@ from qft.data.batch import Collator, pad_token_id
 from qft.errors import Interrupted, ModelError
 from qft.machine.signals import Signals
 from qft.memory.chunked_loss import chunk_loss, rows_at_once
+from qft.memory.fused_loss import fuse_loss
 from qft.memory.guard import memory_guard
 from qft.memory.offload import Offload
+from qft.memory.unmasked import needs_no_mask
 from qft.model.adapter import CHANGES_BASE, attach_adapter, save_adapter, save_full
 from qft.model.load import load_base
 from qft.model.offload import load_offloaded, look_up_on_host, offloading
+from qft.model.on_cpu import join_adapters
 from qft.plan import Plan
 from qft.quant.rounding_state import state_of
 from qft.quant.share import measured_share
@@ -120,17 +123,26 @@ def _load(recorder: Recorder, run: Run, offload: Offload | None) -> Any:
     model = attach_adapter(model, plan, offload.bring if offload else None)
     if offload:
         recorder.bytes_elsewhere = offload.bytes_elsewhere + look_up_on_host(model, offload.device)
-    if plan.logit_bytes:
-        base = model.get_base_model() if plan.lora else model
-        if chunk_loss(base, rows_at_once(base, plan.logit_bytes)):
-            recorder.logit_bytes = plan.logit_bytes
-        else:
-            recorder.view.note(
-                "The loss is computed from all logits of a batch at once, as the model's own code has it"
-            )
+    recorder.unmasked = needs_no_mask(model)
+    if plan.model.device.kind == "cpu":
+        join_adapters(model, offload.bring if offload else None)
+    _divide_loss(model.get_base_model() if plan.lora else model, recorder)
     if _changes_base(plan) and not run.checkpoint:
         model.save_pretrained(str(run.initial_adapter))
     return model
+
+
+def _divide_loss(base: Any, recorder: Recorder) -> None:
+    """Have the loss computed from few logits at a time, in one pass over them if the head allows it."""
+    size = recorder.plan.logit_bytes
+    if size is None:
+        return
+    train = recorder.plan.recipe.train
+    recorder.fused_loss = not train.torch_compile and fuse_loss(base, size, always=train.chunked_loss is True)
+    if recorder.fused_loss or chunk_loss(base, rows_at_once(base, size)):
+        recorder.logit_bytes = size
+    else:
+        recorder.view.note("The loss is computed from all logits of a batch at once, as the model's own code has it")
 
 
 def _share(plan: Plan, model: Any) -> float:

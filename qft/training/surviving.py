@@ -17,7 +17,7 @@ from qft.training.trainer import QftTrainer
 from qft.training.undo import Drawn, Undo
 
 T = TypeVar("T")
-Batch = dict[str, torch.Tensor]
+Batch = dict[str, Any]
 ROWS, EVAL_ROWS = "train.per_device_train_batch_size", "train.per_device_eval_batch_size"
 PHASES = {"": "evaluation", "data": "forward"}
 """What the clock does not call by the name of what was done."""
@@ -53,8 +53,9 @@ def rows_of(batch: Batch, start: int, stop: int, multiple: int) -> Batch:
         return batch
     longest = int(batch["attention_mask"][start:stop].sum(1).max())
     width = -(-longest // multiple) * multiple
-    part = {name: tensor[start:stop] for name, tensor in batch.items()}
-    return {name: (each if name == "rows" else each[:, :width]).contiguous() for name, each in part.items()}
+    part = {name: each[start:stop] for name, each in batch.items()}
+    padded = {name: part[name][:, :width].contiguous() for name in ("input_ids", "attention_mask", "labels")}
+    return part | padded
 
 
 OF_AN_EVALUATION, OF_ANSWERS = [Remedy(EVAL_ROWS, halved)], [Remedy(ANSWERED_ROWS, halved)]

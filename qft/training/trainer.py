@@ -6,6 +6,7 @@ stays the Trainer's.
 
 import math
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +17,11 @@ from qft.data.sources import some_places
 from qft.errors import NonFiniteError
 from qft.machine.signals import Signals
 from qft.memory.checkpointing import CheckpointingProbe, checkpoint_first
+from qft.memory.fused_loss import COUNTS
 from qft.memory.meter import optimizer_bytes, tensor_bytes
+from qft.memory.unmasked import one_row_each
 from qft.model.distill import distilled_loss
+from qft.model.on_cpu import short_attention
 from qft.progress import Step
 from qft.training.recorder import Recorder
 from qft.training.stopping import StoppingTrainer
@@ -75,13 +79,16 @@ class QftTrainer(StoppingTrainer):
         self.update.counts.append(torch.stack([inputs["attention_mask"].sum(), (inputs["labels"][:, 1:] >= 0).sum()]))
         self.update.padded_tokens += inputs["input_ids"].numel()
         self.recorder.largest_micro_batch = max(self.recorder.largest_micro_batch, inputs["input_ids"].numel())
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        with short_attention() if self.args.device.type == "cpu" else nullcontext(), one_row_each():
+            loss = super().training_step(model, inputs, num_items_in_batch)
         self.update.losses.append(loss)
         # The Trainer keeps a running sum, which one NaN would spoil for good; the watch below has seen it already.
         return torch.nan_to_num(loss, 0.0, 0.0, 0.0) if self.on_nonfinite == "skip" else loss
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        rows = inputs.pop("rows")
+        rows, counts = inputs.pop("rows"), inputs.pop("learnt_tokens")
+        if self.recorder.fused_loss:
+            inputs[COUNTS] = counts
         if not model.training:
             # Smoothing is a device of training; what is evaluated is the plain loss.
             smoother = self.label_smoother  # type: ignore[has-type]
@@ -91,6 +98,8 @@ class QftTrainer(StoppingTrainer):
             finally:
                 self.label_smoother = smoother
         self.update.rows.append(rows)
+        if self.recorder.unmasked:
+            del inputs["attention_mask"]
         if share := self.recorder.plan.recipe.quant.distill:
             loss = distilled_loss(model, inputs, kwargs.get("num_items_in_batch"), float(share))
         else:

@@ -15,7 +15,7 @@ from qft.errors import OutOfMemoryError, RecipeError
 from qft.machine.device import absent_gpu
 from qft.memory.trace import Step
 from qft.plan import Plan, make_plan
-from qft.plan.memory import Forecast
+from qft.plan.memory import Forecast, settled
 from qft.progress import View
 from qft.recipe import load
 from tests.support.cli import qft
@@ -173,3 +173,32 @@ def test_a_training_that_does_not_fit_is_refused_or_said_to_be_made_fit(recipe_f
     assert not Path(load(path).recipe.output_dir, "manifest.json").exists()
     train(load(path), view)
     assert any("predicted" in text and "smaller parts" in text for text in view.said)
+
+
+def test_the_fused_optimizer_is_taken_where_there_is_room(recipe_file: MakeRecipe) -> None:
+    plan = planned(recipe_file())
+    assert plan.training["optim"] == plan.recipe.train.optim == "adamw_torch_fused"
+    assert plan.memory.optimizer
+    assert plan.memory.optimizer.startswith("adamw_torch_fused: its state takes")
+    assert planned(recipe_file(), "train.optim=sgd").memory.optimizer is None
+
+
+def test_the_one_of_the_smallest_state_is_taken_where_there_is_none(recipe_file: MakeRecipe) -> None:
+    whole: dict[str, Any] = {"quant": None, "adapter": {"kind": "none", "r": ...}}
+    fused, small = (
+        planned(recipe_file(**whole), f"train.optim={optim}").memory.predicted_peak_bytes or 0
+        for optim in ("adamw_torch_fused", "adamw_8bit")
+    )
+    assert small < fused
+    beside = 600 * 2**20
+    plan = planned(recipe_file(**whole), f"memory.budget={(small + fused) // 2 + beside}B")
+    assert plan.training["optim"] == "adamw_8bit"
+    assert plan.memory.fits
+    assert "do not fit" in (plan.memory.optimizer or "")
+
+
+def test_a_resumed_run_goes_on_with_its_optimizer(recipe_file: MakeRecipe) -> None:
+    path = recipe_file(train={"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "optim": "adamw_torch"})
+    written = load(path).recipe.train
+    loaded = settled(load(path, ["train.optim=auto"]), written)
+    assert loaded.recipe.train.optim == "adamw_torch"

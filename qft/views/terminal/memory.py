@@ -13,6 +13,8 @@ SHOWN = 8
 def render_memory(memory: PlannedMemory, which: str = "") -> Group:
     """The predicted peak, what it is made of, and what else was thought of."""
     rows = Facts(f"Memory, predicted{which}")
+    if memory.optimizer:
+        rows.add("optimizer", memory.optimizer)
     if memory.predicted_peak_bytes is None or memory.predicted_host_bytes is None:
         rows.add("unknown", f"{memory.unknown}")
         return Group(rows)

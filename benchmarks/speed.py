@@ -1,0 +1,349 @@
+"""The same training by qft and by what one would take instead, side by side in one run.
+
+    python benchmarks/speed.py                                     a tiny Llama, on whatever device there is
+    python benchmarks/speed.py --size quickstart                   the step of recipes/quickstart.yaml, on a CPU
+    python benchmarks/speed.py --size 8b                           4 x 2048 tokens; 1.5b: 8 x 2048
+    python benchmarks/speed.py --size 8b --checkpointing
+    python benchmarks/speed.py --size 8b --budget 24               qft decides what to compute again, within so many GiB
+
+nf4 with double quantization and LoRA r=16 on all linear layers. Arms: plain (transformers + peft + bitsandbytes),
+always; qft; liger and unsloth where they are installed. Each arm of each repeat is a process of its own, and the arms
+take turns. All are given the same tokens in the same order from the same nf4 weights. Tokens/s are of the median step,
+behind three that warm up; GiB are of max_memory_allocated behind the second step; the loss is the mean over all steps.
+One line an arm: medians over the repeats with (least to most), and ratios to plain that are taken within each repeat.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import modes
+
+ROOT = Path(__file__).parent.parent
+SHAPES: dict[str, tuple[str, int, int]] = {"tiny": ("small", 2, 256), "1.5b": ("1b", 8, 2048), "8b": ("8b", 4, 2048)}
+"""Size of modes.py, rows, tokens of a row."""
+WARM = 3
+"""Steps that are not counted."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=[*SHAPES, "quickstart"], default="tiny")
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--budget", type=float, help="GiB; qft alone, with train.gradient_checkpointing auto")
+    parser.add_argument("--steps", type=int, default=10, help="behind those that warm up")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--optim", default="adamw_8bit", help="of the other arms; qft decides for itself")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=[arm for arm in ARMS if is_installed(arm)])
+    parser.add_argument("--peer", nargs=2, metavar=("ARM", "FOLDER"), help=argparse.SUPPRESS)
+    parser.add_argument("--make", metavar="FOLDER", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.make:
+        make(Path(options.make), options)
+    elif options.peer:
+        print(json.dumps(peer(options.peer[0], Path(options.peer[1]), options)))
+    else:
+        compare(options)
+
+
+def is_installed(arm: str) -> bool:
+    module = {"liger": "liger_kernel", "unsloth": "unsloth"}.get(arm, "peft")
+    return importlib.util.find_spec(module) is not None
+
+
+def compare(options: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([sys.executable, *sys.argv, "--make", folder], check=True)
+        found: dict[str, list[dict[str, Any]]] = {arm: [] for arm in options.arms}
+        for _ in range(options.repeats):
+            for arm, results in found.items():
+                results.append(run(arm, Path(folder), options))
+    for arm, results in found.items():
+        print(json.dumps({"arm": arm, **summary(results, found.get("plain", []))}), flush=True)
+
+
+def summary(results: list[dict[str, Any]], plain: list[dict[str, Any]]) -> dict[str, Any]:
+    if failed := [result for result in results if "failed" in result]:
+        return failed[0]
+    rates = [result["tokens_per_second"] for result in results]
+    pairs = zip(results, plain, strict=False)
+    ratios = [one["tokens_per_second"] / other["tokens_per_second"] for one, other in pairs if "failed" not in other]
+    return {
+        "tokens_per_second": spread(rates, 0),
+        "ratio": spread(ratios, 2) if ratios else None,
+        "step_ms": round(median(result["step_seconds"] for result in results) * 1e3, 1),
+        "peak_gib": round(max(result["peak_gib"] for result in results), 2),
+        "loss": round(results[0]["loss"], 4),
+        "tokens": results[0]["tokens"],
+        **results[0].get("told", {}),
+    }
+
+
+def spread(values: list[float], digits: int) -> str:
+    """As 12.1 (11.9 to 12.4)."""
+    return f"{median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+# What all arms are given: FOLDER/model in nf4, FOLDER/rows.jsonl, and FOLDER/ids.json, the same rows as tokens
+
+
+def make(folder: Path, options: argparse.Namespace) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    if options.size == "quickstart":
+        make_quickstart(folder, options)
+        return
+    size, rows, length = SHAPES[options.size]
+    asked = argparse.Namespace(size=size, batch=rows, length=length, steps=options.steps + WARM)
+    modes.make_inputs(folder, asked)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    quantized = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    model = AutoModelForCausalLM.from_pretrained(
+        folder / "model", dtype=torch.bfloat16, device_map={"": device}, quantization_config=quantized
+    )
+    for file in (folder / "model").iterdir():
+        file.unlink()
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    lines = (folder / "rows.jsonl").read_text().splitlines()
+    ids = [[*tokenizer(json.loads(line)["text"]).input_ids, tokenizer.eos_token_id] for line in lines]
+    (folder / "ids.json").write_text(json.dumps({"rows": rows, "input_ids": ids, "labels": ids}))
+
+
+def make_quickstart(folder: Path, options: argparse.Namespace) -> None:
+    """The recipe's model in bfloat16, which the other arms quantize while they load it, and its rows."""
+    import torch
+
+    from qft.checkpoint.weights import dequantized
+    from qft.plan import make_plan
+    from qft.recipe import load
+
+    plan = make_plan(load(ROOT / "recipes" / "quickstart.yaml"))
+    model = dequantized(plan.model.checkpoint, torch.bfloat16)
+    model.save_pretrained(folder / "model")
+    plan.model.tokenizer.save_pretrained(folder / "model")
+    train = plan.recipe.train
+    count = train.micro_batch * (options.steps + WARM)
+    rows = {name: plan.data.train[name][:count] for name in ("input_ids", "labels")}
+    (folder / "ids.json").write_text(json.dumps({"rows": train.micro_batch, **rows}))
+
+
+# The arms
+
+
+def run(arm: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    if arm == "qft":
+        command = [sys.executable, "-m", "qft", "train", str(recipe(folder, options)), "--json", "--overwrite"]
+    else:
+        command = [sys.executable, *sys.argv, "--peer", arm, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = [line for line in done.stderr.strip().splitlines() if "memory" in line] or done.stderr.splitlines()
+        return {"failed": done.returncode, "error": said[-1:][0][:200] if said else ""}
+    return of_report(json.loads(done.stdout)) if arm == "qft" else json.loads(done.stdout.splitlines()[-1])
+
+
+def recipe(folder: Path, options: argparse.Namespace) -> Path:
+    from qft.recipe import load
+    from qft.recipe.training import TrainSection
+
+    if options.size == "quickstart":
+        values = load(ROOT / "recipes" / "quickstart.yaml").recipe.model_dump(exclude_unset=True, mode="json")
+        values.pop("eval")
+        values["data"].pop("eval")
+        values["data"]["train"] = str(ROOT / "recipes" / "quickstart" / "train.jsonl")
+    else:
+        _, rows, length = SHAPES[options.size]
+        asked = argparse.Namespace(batch=rows, length=length, steps=0, checkpointing=options.checkpointing)
+        values = modes.recipe("bf16", folder, asked)
+        values["train"].pop("optim")
+        values["model"] = {"path": str(folder / "model")}
+    values["train"] |= {
+        "max_steps": options.steps + WARM,
+        "save_strategy": "no",
+        "report_to": [],
+        "train_sampling_strategy": "sequential",
+        "learning_rate": 1e-4,
+        "lr_scheduler_type": "constant",
+        "warmup_steps": 0,
+    }
+    if options.budget:
+        values["train"]["gradient_checkpointing"] = "auto"
+        values["memory"] = {"budget": f"{options.budget}GiB"}
+    if "kernels" in TrainSection.model_fields:
+        values["train"]["kernels"] = "auto"
+    values["output_dir"] = str(folder / "qft")
+    path = folder / "qft.yaml"
+    path.write_text(json.dumps(values))
+    return path
+
+
+def of_report(report: dict[str, Any]) -> dict[str, Any]:
+    seconds = report["throughput"]["step_seconds_p50"]
+    losses = [row[1] for row in report["loss"]["history"]]
+    return {
+        "tokens_per_second": report["tokens"] / report["steps"] / seconds,
+        "step_seconds": seconds,
+        "peak_gib": (report["memory"]["phases"]["train"]["gpu_allocated_bytes"] or 0) / 2**30,
+        "loss": sum(losses) / len(losses),
+        "tokens": report["tokens"],
+        "told": {name: report["settings"].get(name) for name in ("fused_loss", "attention_mask")},
+    }
+
+
+def peer(arm: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    model = ARMS[arm](folder, options)
+    import torch
+    from datasets import Dataset
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    on_gpu, given = torch.cuda.is_available(), json.loads((folder / "ids.json").read_text())
+    times: list[float] = []
+
+    class Clock(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if on_gpu:
+                torch.cuda.synchronize()
+                if state.global_step == 2:
+                    torch.cuda.reset_peak_memory_stats()
+            times.append(time.perf_counter())
+
+    class InOrder(Trainer):  # type: ignore[misc]
+        def _get_train_sampler(self, *_: Any, **__: Any) -> Any:
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    arguments = TrainingArguments(
+        output_dir=str(folder / arm),
+        per_device_train_batch_size=given["rows"],
+        max_steps=options.steps + WARM,
+        optim=options.optim if on_gpu else "adamw_torch",
+        learning_rate=1e-4,
+        lr_scheduler_type="constant",
+        bf16=True,
+        use_cpu=not on_gpu,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        logging_steps=1000,
+        remove_unused_columns=False,
+    )
+    rows = Dataset.from_dict({name: given[name] for name in ("input_ids", "labels")})
+    trainer = InOrder(model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[Clock()])
+    loss = trainer.train().training_loss
+    seconds = sorted(b - a for a, b in pairwise(times[WARM - 1 :]))
+    tokens = sum(map(len, given["input_ids"]))
+    return {
+        "tokens_per_second": tokens / (options.steps + WARM) / median(seconds),
+        "step_seconds": median(seconds),
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0,
+        "loss": loss,
+        "tokens": tokens,
+    }
+
+
+def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Padded on the right to the longest."""
+    import torch
+
+    longest = max(len(row["input_ids"]) for row in rows)
+
+    def padded(name: str, fill: int) -> Any:
+        return torch.tensor([[*row[name], *[fill] * (longest - len(row[name]))] for row in rows])
+
+    mask = [[int(i < len(row["input_ids"])) for i in range(longest)] for row in rows]
+    ids, labels = padded("input_ids", 0), padded("labels", -100)
+    return {"input_ids": ids, "labels": labels, "attention_mask": torch.tensor(mask)}
+
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def base(folder: Path) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    config = json.loads((folder / "model" / "config.json").read_text())
+    quantized = {} if "quantization_config" in config else {
+        "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    }  # fmt: skip
+    device = 0 if torch.cuda.is_available() else "cpu"
+    return AutoModelForCausalLM.from_pretrained(
+        folder / "model", dtype=torch.bfloat16, device_map={"": device}, **quantized
+    )
+
+
+def with_lora(model: Any) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(r=16, lora_alpha=16, target_modules=TARGETS, task_type="CAUSAL_LM"))
+
+
+def plain(folder: Path, options: argparse.Namespace) -> Any:
+    """What one would write without qft."""
+    from peft import prepare_model_for_kbit_training
+
+    again = {"use_gradient_checkpointing": options.checkpointing}
+    model = prepare_model_for_kbit_training(
+        base(folder), **again, gradient_checkpointing_kwargs={"use_reentrant": False}
+    )
+    return with_lora(model)
+
+
+def liger(folder: Path, options: argparse.Namespace) -> Any:
+    from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+    model = base(folder)
+    apply_liger_kernel_to_llama(model=model)
+    if options.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    return with_lora(model)
+
+
+def unsloth(folder: Path, options: argparse.Namespace) -> Any:
+    os.environ |= {"UNSLOTH_DISABLE_STATISTICS": "1", "HF_HUB_OFFLINE": "1"}
+    from unsloth import FastLanguageModel
+
+    import torch  # isort: skip
+
+    length = max(map(len, json.loads((folder / "ids.json").read_text())["input_ids"]))
+    model, _ = FastLanguageModel.from_pretrained(
+        str(folder / "model"), max_seq_length=length, dtype=torch.bfloat16, load_in_4bit=True, local_files_only=True
+    )
+    again = "unsloth" if options.checkpointing else False
+    return FastLanguageModel.get_peft_model(
+        model,
+        r=16,
+        lora_alpha=16,
+        lora_dropout=0,
+        target_modules=TARGETS,
+        use_gradient_checkpointing=again,
+        bias="none",
+    )
+
+
+ARMS: dict[str, Any] = {"plain": plain, "qft": None, "liger": liger, "unsloth": unsloth}
+
+if __name__ == "__main__":
+    main()

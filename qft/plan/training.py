@@ -253,7 +253,7 @@ def _lora_arguments(recipe: Recipe) -> dict[str, Any]:
 
 # Fields of `train` that are qft's own, or that it hands over in another form.
 OWN_FIELDS = {"early_stopping_patience", "on_nonfinite", "gradient_checkpointing", "report_to", "bf16", "tf32"}
-OWN_FIELDS |= {"save_on_signal", "chunked_loss"}
+OWN_FIELDS |= {"save_on_signal", "chunked_loss", "kernels"}
 
 
 def _training_arguments(recipe: Recipe, device: Device) -> dict[str, Any]:

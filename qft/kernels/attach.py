@@ -1,0 +1,134 @@
+"""Kernels put in the place of a model's own code, part by part, and taken away again where they do not agree with it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from qft.kernels.check import Check
+from qft.kernels.layer import Stack
+from qft.kernels.mlp import Mlp
+from qft.kernels.norm import MOST, Norm
+from qft.kernels.project import project
+from qft.kernels.seams import GroupSeam, MlpSeam, NormSeam, find_groups, find_mlps, find_norms, watch
+
+MLP, LINEAR, NORM = "MLPs", "linear layers", "norms"
+
+
+@dataclass
+class Applied:
+    """What was fused, and what was not."""
+
+    fused: Counter[str] = field(default_factory=Counter)
+    """Modules by what they are."""
+    plain: Counter[str] = field(default_factory=Counter)
+    """Modules by why they take their own code."""
+    undo: dict[str, list[Callable[[], None]]] = field(default_factory=dict)
+
+    def put(self, kind: str, module: nn.Module, forward: Callable[..., Any]) -> None:
+        """Have `forward` in the place of the module's own."""
+        before = module.__dict__.get("forward")
+
+        def undo() -> None:
+            if before is None:
+                del module.forward
+            else:
+                module.forward = before
+
+        module.forward = forward
+        self.undo.setdefault(kind, []).append(undo)
+
+    def take_back(self, kind: str) -> None:
+        """Let the modules of that kind take their own code again."""
+        for undo in self.undo.pop(kind, []):
+            undo()
+
+
+def apply(model: nn.Module, blocks: nn.ModuleList, mixed: torch.dtype | None, device: torch.device) -> Applied:
+    """Fuse what can be in a model that is to be trained, under autocast in `mixed`. Its random numbers and weights are
+    left as they were."""
+    applied = Applied()
+    check = Check(model, blocks, mixed, device)
+    seen = watch(model, check.run)
+    mlps = find_mlps(blocks, seen, applied.plain)
+    taken = {layer.module for seam in mlps for layer in (seam.gate, seam.up, seam.down)}
+    groups = find_groups(blocks, seen, taken, applied.plain)
+    norms = find_norms(model, seen)
+    del seen
+    borders: dict[nn.Module, int] = {}
+    put: dict[str, Callable[[], None]] = {
+        MLP: lambda: [_put_mlp(seam, applied, borders) for seam in mlps] and None,
+        LINEAR: lambda: [_put_group(seam, applied, borders) for seam in groups] and None,
+        NORM: lambda: [_put_norm(seam, applied, borders) for seam in norms] and None,
+    }
+    for kind, count in ((MLP, len(mlps)), (LINEAR, sum(len(g.layers) for g in groups)), (NORM, len(norms))):
+        applied.fused[kind] = count
+        if count:
+            put[kind]()
+    check.keep_what_agrees(applied, put)
+    return applied
+
+
+def _put_mlp(seam: MlpSeam, applied: Applied, borders: dict[nn.Module, int]) -> None:
+    module, plain = seam.module, seam.module.forward
+    mlp = Mlp(Stack([seam.gate, seam.up]), Stack([seam.down]), seam.kind)
+    stacks, dtype = (mlp.first, mlp.down), mlp.first.dtype
+    borders[module] = mlp.first.border
+
+    def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs or not _may(module, x, dtype) or not all(stack.is_as_found() for stack in stacks):
+            return plain(x, *args, **kwargs)
+        return mlp(x)
+
+    applied.put(MLP, module, forward)
+
+
+def _put_group(seam: GroupSeam, applied: Applied, borders: dict[nn.Module, int]) -> None:
+    """The first layer that is called computes all of them, and the others are handed theirs."""
+    stack = Stack(seam.layers)
+    waiting: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def make(number: int, plain: Callable[..., Any]) -> Callable[..., Any]:
+        module = seam.layers[number].module
+
+        def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            given, made = waiting.pop(number, (None, None))
+            if given is x:
+                return made
+            waiting.clear()
+            if args or kwargs or not _may(module, x, stack.dtype) or not stack.is_as_found():
+                return plain(x, *args, **kwargs)
+            outs = project(x, stack)
+            waiting.update({i: (x, out) for i, out in enumerate(outs) if i != number})
+            return outs[number]
+
+        return forward
+
+    for number, layer in enumerate(seam.layers):
+        borders[layer.module] = stack.border
+        applied.put(LINEAR, layer.module, make(number, layer.module.forward))
+
+
+def _put_norm(seam: NormSeam, applied: Applied, borders: dict[nn.Module, int]) -> None:
+    module, plain = seam.module, seam.module.forward
+    weight: Any = next(module.parameters())
+    if len(weight) > MOST:
+        return
+    border = max((borders.get(fed, 0) for fed in seam.feeds), default=0)
+
+    def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs or not _may(module, x, x.dtype):
+            return plain(x, *args, **kwargs)
+        return Norm.apply(x, weight, seam.eps, seam.shift, seam.dtype, border)  # type: ignore[no-untyped-call]
+
+    applied.put(NORM, module, forward)
+
+
+def _may(module: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether a fused forward pass is asked for: of a training, on a GPU, of some tokens."""
+    return module.training and x.is_cuda and x.dtype == dtype and x.numel() > 0 and torch.is_grad_enabled()

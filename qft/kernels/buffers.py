@@ -1,0 +1,82 @@
+"""Memory with a border: columns behind those of a matrix, so that a product takes what stands there along.
+
+A tensor with a border is a view [rows, columns] of [rows, columns + border] whose storage is marked as made here: what
+lies behind the columns of anybody else's tensor is not ours to write.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+
+def bordered_empty(shape: Sequence[int], border: int, like: torch.Tensor) -> torch.Tensor:
+    """[..., columns] without contents, with a border; autograd sees no view of anything."""
+    *outer, columns = shape
+    whole = torch.empty(math.prod(outer), columns + border, dtype=like.dtype, device=like.device)
+    storage: Any = whole.untyped_storage()
+    storage.qft_border = border
+    strides = [(columns + border) * math.prod(outer[i + 1 :]) for i in range(len(outer))]
+    made = torch.empty(0, dtype=like.dtype, device=like.device)
+    return made.set_(storage, 0, tuple(shape), (*strides, 1))  # type: ignore[call-overload, no-any-return]
+
+
+def with_border(x: torch.Tensor, border: int) -> torch.Tensor | None:
+    """The whole [rows, columns + border] of a view [rows, columns] with such a border; None: it has none. What is
+    written there is seen by no version counter."""
+    columns = x.shape[-1]
+    if getattr(x.untyped_storage(), "qft_border", None) != border or x.stride() != (columns + border, 1):
+        return None
+    if x.storage_offset() or x.untyped_storage().nbytes() != len(x) * (columns + border) * x.element_size():
+        return None
+    return x.detach().as_strided((len(x), columns + border), (columns + border, 1)).data
+
+
+def rows_of(x: torch.Tensor) -> torch.Tensor:
+    """[..., columns] as [rows, columns], with rows one behind the other at any distance."""
+    if x.dim() == 2 and x.stride(1) == 1:
+        return x
+    try:
+        flat = x.view(-1, x.shape[-1])
+    except RuntimeError:
+        flat = x.reshape(-1, x.shape[-1])
+    return flat if flat.stride(1) == 1 else flat.contiguous()
+
+
+class Scratch:
+    """Two places on each device that weights are dequantized into, one matrix after the other: the largest matrices
+    into one, all others into the other. What lies there is nobody's once the next comes."""
+
+    def __init__(self) -> None:
+        self._largest: dict[Any, int] = {}
+        self._places: dict[Any, torch.Tensor] = {}
+
+    def expect(self, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> None:
+        """Say that matrices of this size will come."""
+        key = (device, dtype)
+        self._largest[key] = max(self._largest.get(key, 0), rows * columns)
+
+    def matrix(self, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """[rows, columns] of any contents."""
+        size = rows * columns
+        key = (device, dtype, size >= self._largest.get((device, dtype), 0))
+        place = self._places.get(key)
+        if place is None or place.numel() < size:
+            self._places.pop(key, None)
+            place = self._places[key] = torch.empty(size, dtype=dtype, device=device)
+        return place[:size].view(rows, columns)
+
+    def clear(self) -> None:
+        """Give the memory back."""
+        self._places.clear()
+
+
+SCRATCH = Scratch()
+
+
+def border_for(columns: int, multiple: int = 64) -> int:
+    """Columns of a border that has room for so many, a whole number of what tensor cores take at once."""
+    return math.ceil(columns / multiple) * multiple

@@ -1,0 +1,113 @@
+"""Fused parts against the model's own code, on one of its blocks, with an adapter that is not zero."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+TOLERANCE = 0.05
+"""Largest error of an output or a gradient, relative to what the model's own code makes of it in 16 bits."""
+
+
+class Check:
+    """Runs a model on a few tokens, and blocks of it both ways."""
+
+    def __init__(
+        self, model: nn.Module, blocks: nn.ModuleList, mixed: torch.dtype | None, device: torch.device
+    ) -> None:
+        self.model, self.blocks, self.mixed, self.device = model, blocks, mixed, device
+        self.asked: dict[nn.Module, tuple[Any, Any]] = {}
+
+    def run(self) -> None:
+        """The whole model, in evaluation, on two rows of an odd number of tokens."""
+        ids = (torch.arange(2 * 33, device=self.device) * 7 % 200).view(2, 33)
+        hooks = [block.register_forward_pre_hook(self._note, with_kwargs=True) for block in self.blocks]
+        was = [module for module in self.model.modules() if module.training]
+        self.model.eval()
+        try:
+            with torch.no_grad(), self._autocast():
+                self.model(input_ids=ids, use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for module in was:
+                module.training = True
+
+    def _note(self, block: nn.Module, args: Any, kwargs: Any) -> None:
+        self.asked[block] = (args, kwargs)
+
+    def _autocast(self) -> Any:
+        return torch.autocast(self.device.type, dtype=self.mixed or torch.bfloat16, enabled=self.mixed is not None)
+
+    def keep_what_agrees(self, applied: Any, put: dict[str, Callable[[], None]]) -> None:
+        """Take back every kind of part without which the others agree with the model's own code."""
+        kinds = list(applied.undo)
+        if not kinds:
+            return
+        with self._prepared():
+            fused = self._results()
+            for kind in kinds:
+                applied.take_back(kind)
+            wanted = self._results()
+            errors: dict[str, float] = {}
+            if self._error(fused, wanted) > TOLERANCE:
+                for kind in kinds:
+                    put[kind]()
+                    errors[kind] = self._error(self._results(), wanted)
+                    applied.take_back(kind)
+        for kind in kinds:
+            if errors.get(kind, 0.0) <= TOLERANCE:
+                put[kind]()
+            else:
+                applied.plain[f"{kind}: they differ from the model's own code by {errors[kind]:.1%}"] = (
+                    applied.fused.pop(kind)
+                )
+
+    @contextmanager
+    def _prepared(self) -> Iterator[None]:
+        """B is not zero, random numbers are of their own, and gradients are nobody's."""
+        kept = {}
+        generator = torch.Generator().manual_seed(0)
+        devices = [self.device] if self.device.type == "cuda" else []
+        for name, parameter in self.model.named_parameters():
+            if "lora_B" in name and parameter.requires_grad:
+                kept[parameter] = parameter.detach().clone()
+                parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+        was = [module for module in self.model.modules() if not module.training]
+        self.model.train()
+        try:
+            with torch.random.fork_rng(devices):
+                yield
+        finally:
+            for parameter, value in kept.items():
+                parameter.data.copy_(value)
+            for module in was:
+                module.training = False
+
+    def _results(self) -> list[torch.Tensor]:
+        """Output of the first block and the last, and all their gradients."""
+        found: list[torch.Tensor] = []
+        for block in dict.fromkeys((self.blocks[0], self.blocks[-1])):
+            torch.manual_seed(0)
+            args, kwargs = self.asked[block]
+            hidden = args[0].detach().clone().requires_grad_()
+            trained = [p for p in block.parameters() if p.requires_grad]
+            with torch.enable_grad(), self._autocast():
+                out = block(hidden, *args[1:], **kwargs)
+                out = out[0] if isinstance(out, tuple) else out
+                weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+                total = (out * weights).float().sum()
+            grads = torch.autograd.grad(total, [hidden, *trained], allow_unused=True)
+            found += [out.detach(), *(g for g in grads if g is not None)]
+        return found
+
+    def _error(self, found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
+        errors = [
+            float((a.float() - b.float()).norm() / b.float().norm().clamp_min(1e-30))
+            for a, b in zip(found, wanted, strict=True)
+        ]
+        return max(e if e == e else float("inf") for e in errors)  # noqa: PLR0124

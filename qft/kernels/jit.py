@@ -1,0 +1,37 @@
+"""Triton where it is installed, as it is with torch for a GPU; its kernels are defined without it all the same."""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+
+    HAS_TRITON = True
+except ImportError:
+    HAS_TRITON = False
+    tl = SimpleNamespace(constexpr=int)
+
+
+def jit(kernel: Any) -> Any:
+    """triton.jit; without Triton the function, which nobody may call then."""
+    return triton.jit(kernel) if HAS_TRITON else kernel
+
+
+def by_triton(x: torch.Tensor) -> bool:
+    """Whether kernels take this tensor: on a GPU, or on a CPU where Triton interprets them (TRITON_INTERPRET=1)."""
+    return HAS_TRITON and (x.is_cuda or (x.is_cpu and os.environ.get("TRITON_INTERPRET") == "1"))
+
+
+def ceil_div(count: int, size: int) -> int:
+    return -(-count // size)
+
+
+def power_of_2(count: int) -> int:
+    """The smallest that is no less."""
+    return 1 << max(count - 1, 0).bit_length()

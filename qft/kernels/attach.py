@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -15,9 +17,20 @@ from qft.kernels.layer import Stack
 from qft.kernels.mlp import Mlp
 from qft.kernels.norm import MOST, Norm
 from qft.kernels.project import project
-from qft.kernels.seams import GroupSeam, MlpSeam, NormSeam, find_groups, find_mlps, find_norms, watch
+from qft.kernels.rotary import Rotate, may_rotate
+from qft.kernels.seams import (
+    GroupSeam,
+    MlpSeam,
+    NormSeam,
+    RotarySeam,
+    find_groups,
+    find_mlps,
+    find_norms,
+    find_rotary,
+    watch,
+)
 
-MLP, LINEAR, NORM = "MLPs", "linear layers", "norms"
+MLP, LINEAR, NORM, ROTARY = "MLPs", "linear layers", "norms", "rotary positions"
 
 
 @dataclass
@@ -58,17 +71,19 @@ def apply(model: nn.Module, blocks: nn.ModuleList, mixed: torch.dtype | None, de
     mlps = find_mlps(blocks, seen, applied.plain)
     taken = {layer.module for seam in mlps for layer in (seam.gate, seam.up, seam.down)}
     groups = find_groups(blocks, seen, taken, applied.plain)
-    norms = find_norms(model, seen)
+    norms, rotary = find_norms(model, seen), find_rotary(blocks, seen)
     del seen
     borders: dict[nn.Module, int] = {}
     put: dict[str, Callable[[], None]] = {
         MLP: lambda: [_put_mlp(seam, applied, borders) for seam in mlps] and None,
         LINEAR: lambda: [_put_group(seam, applied, borders) for seam in groups] and None,
         NORM: lambda: [_put_norm(seam, applied, borders) for seam in norms] and None,
+        ROTARY: lambda: [_put_rotary(seam, applied) for seam in rotary] and None,
     }
-    for kind, count in ((MLP, len(mlps)), (LINEAR, sum(len(g.layers) for g in groups)), (NORM, len(norms))):
-        applied.fused[kind] = count
+    counts = {MLP: len(mlps), LINEAR: sum(len(g.layers) for g in groups), NORM: len(norms), ROTARY: len(rotary)}
+    for kind, count in counts.items():
         if count:
+            applied.fused[kind] = count
             put[kind]()
     check.keep_what_agrees(applied, put)
     return applied
@@ -129,6 +144,31 @@ def _put_norm(seam: NormSeam, applied: Applied, borders: dict[nn.Module, int]) -
     applied.put(NORM, module, forward)
 
 
+def _put_rotary(seam: RotarySeam, applied: Applied) -> None:
+    """The module's own code, in which one name is another function."""
+    module, plain = seam.module, seam.module.forward
+    code = inspect.unwrap(type(module).forward)
+
+    def turn(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *others: Any, **named: Any) -> Any:
+        if others or named or not _on_gpu(q) or not may_rotate(q, k, cos, sin):
+            return seam.rotate(q, k, cos, sin, *others, **named)
+        return Rotate.apply(q, k, cos, sin)  # type: ignore[no-untyped-call]
+
+    names = {**code.__globals__, seam.name: turn}
+    own = FunctionType(code.__code__, names, code.__name__, code.__defaults__, code.__closure__)
+    own.__kwdefaults__ = code.__kwdefaults__
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        fused = module.training and torch.is_grad_enabled()
+        return own(module, *args, **kwargs) if fused else plain(*args, **kwargs)
+
+    applied.put(ROTARY, module, forward)
+
+
 def _may(module: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> bool:
     """Whether a fused forward pass is asked for: of a training, on a GPU, of some tokens."""
-    return module.training and x.is_cuda and x.dtype == dtype and x.numel() > 0 and torch.is_grad_enabled()
+    return module.training and _on_gpu(x) and x.dtype == dtype and x.numel() > 0 and torch.is_grad_enabled()
+
+
+def _on_gpu(x: torch.Tensor) -> bool:
+    return x.is_cuda

@@ -3,11 +3,13 @@ are called."""
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import permutations
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from torch import nn
 
 from qft.kernels.activation import REFERENCES
 from qft.kernels.layer import Layer, layer_of
+from qft.kernels.rotary import rotate
 
 CLOSE, SAME = 3e-2, 1e-5
 """Largest error, relative: of 16-bit results, and of an activation in float32."""
@@ -50,6 +53,16 @@ class NormSeam:
     """Of its output."""
     feeds: list[nn.Module] = field(default_factory=list)
     """Linear layers, or modules around them, that are given its output."""
+
+
+@dataclass
+class RotarySeam:
+    """A module whose own code turns queries and keys by a function of its module's."""
+
+    module: nn.Module
+    name: str
+    """Of the function, in the module's code."""
+    rotate: Callable[..., Any]
 
 
 @dataclass
@@ -197,6 +210,38 @@ def _is_norm(seam: NormSeam, given: torch.Tensor) -> bool:
         if not _error(out, wanted) < 1e-2:
             return False
     return True
+
+
+def find_rotary(blocks: nn.Module, seen: Seen) -> list[RotarySeam]:
+    """Modules around linear layers whose code calls one function (q, k, cos, sin) that turns both by halves."""
+    found, tried = [], dict[Any, bool]()
+    for module in blocks.modules():
+        forward = inspect.unwrap(type(module).forward)
+        if "forward" in vars(module) or not isinstance(forward, FunctionType) or not next(linears(module), None):
+            continue
+        named = ((name, forward.__globals__.get(name)) for name in forward.__code__.co_names)
+        for name, function in named:
+            if not isinstance(function, FunctionType):
+                continue
+            if function not in tried:
+                tried[function] = _turns(function)
+            if tried[function]:
+                found.append(RotarySeam(module, name, function))
+    return found
+
+
+def _turns(function: Callable[..., Any]) -> bool:
+    asked = [p.default for p in inspect.signature(function).parameters.values() if p.kind == p.POSITIONAL_OR_KEYWORD]
+    if asked[:4] != [inspect.Parameter.empty] * 4 or inspect.Parameter.empty in asked[4:]:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    q, k, cos, sin = (torch.randn(shape, generator=generator) for shape in ((2, 4, 5, 8), (2, 2, 5, 8), *[(2, 5, 8)] * 2))
+    try:
+        found = function(q, k, cos, sin)
+        wanted = rotate(q, k, cos, sin)
+        return len(found) == 2 and all(a.shape == b.shape and _error(a, b) < SAME for a, b in zip(found, wanted))
+    except Exception:  # a function can be anything
+        return False
 
 
 def _error(found: torch.Tensor, wanted: torch.Tensor) -> float:

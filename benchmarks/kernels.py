@@ -1,7 +1,7 @@
 """Kernels on this GPU: each beside what it takes the place of, and a whole training step of an 8B shape, profiled.
 
-    python benchmarks/kernels.py micro
-    python benchmarks/kernels.py step [--layers 32] [--batch 4] [--length 2048] [--checkpointing] [--plain] [--profile]
+python benchmarks/kernels.py micro
+python benchmarks/kernels.py step [--layers 32] [--batch 4] [--length 2048] [--checkpointing] [--plain] [--profile]
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--plain", action="store_true")
+    parser.add_argument("--kinds", nargs="+", default=["MLPs", "linear layers", "norms", "rotary positions"])
     parser.add_argument("--profile", action="store_true")
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -166,7 +167,7 @@ def step(options: argparse.Namespace) -> None:
     told(made_s=round(time.perf_counter() - started, 1), held_gib=round(torch.cuda.memory_allocated() / 2**30, 2))
     if not options.plain:
         started = time.perf_counter()
-        applied = apply(model, base.model.layers, torch.bfloat16, torch.device("cuda"))
+        applied = apply(model, base.model.layers, options.kinds, torch.bfloat16)
         told(fused=applied.fused, plain=applied.plain, seconds=round(time.perf_counter() - started, 1))
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)

@@ -1,5 +1,5 @@
-"""Kernels for the training of adapters: parts of a model computed in fewer passes over memory, as its own code would."""
+"""Kernels for the training of adapters: parts of a model in fewer passes over memory than its own code takes."""
 
-from qft.kernels.attach import Applied, apply
+from qft.kernels.attach import LINEAR, MLP, NORM, ROTARY, Applied, apply
 
-__all__ = ["Applied", "apply"]
+__all__ = ["LINEAR", "MLP", "NORM", "ROTARY", "Applied", "apply"]

@@ -1,17 +1,19 @@
-"""Kernels put in the place of a model's own code, part by part, and taken away again where they do not agree with it."""
+"""Kernels put in the place of a model's own code, part by part, and taken away where they do not agree with it."""
 
 from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from functools import partial
 from types import FunctionType
 from typing import Any
 
 import torch
 from torch import nn
 
+from qft.errors import first_line
 from qft.kernels.check import Check
 from qft.kernels.layer import Stack
 from qft.kernels.mlp import Mlp
@@ -62,36 +64,53 @@ class Applied:
             undo()
 
 
-def apply(model: nn.Module, blocks: nn.ModuleList, mixed: torch.dtype | None, device: torch.device) -> Applied:
-    """Fuse what can be in a model that is to be trained, under autocast in `mixed`. Its random numbers and weights are
-    left as they were."""
+def apply(model: nn.Module, blocks: nn.ModuleList, kinds: Collection[str], mixed: torch.dtype | None) -> Applied:
+    """Fuse what can be of these kinds in a model that is to be trained, under autocast in `mixed`. Its weights and the
+    random numbers are left as they were."""
     applied = Applied()
-    check = Check(model, blocks, mixed, device)
-    seen = watch(model, check.run)
-    mlps = find_mlps(blocks, seen, applied.plain)
-    taken = {layer.module for seam in mlps for layer in (seam.gate, seam.up, seam.down)}
-    groups = find_groups(blocks, seen, taken, applied.plain)
-    norms, rotary = find_norms(model, seen), find_rotary(blocks, seen)
-    del seen
-    borders: dict[nn.Module, int] = {}
-    put: dict[str, Callable[[], None]] = {
-        MLP: lambda: [_put_mlp(seam, applied, borders) for seam in mlps] and None,
-        LINEAR: lambda: [_put_group(seam, applied, borders) for seam in groups] and None,
-        NORM: lambda: [_put_norm(seam, applied, borders) for seam in norms] and None,
-        ROTARY: lambda: [_put_rotary(seam, applied) for seam in rotary] and None,
-    }
-    counts = {MLP: len(mlps), LINEAR: sum(len(g.layers) for g in groups), NORM: len(norms), ROTARY: len(rotary)}
-    for kind, count in counts.items():
-        if count:
-            applied.fused[kind] = count
-            put[kind]()
+    check = Check(model, blocks, mixed)
+    found = _found(model, blocks, kinds, check, applied)
+    for kind in found:
+        applied.fused[kind] = len(found[kind])
+    put: dict[str, Callable[[], None]] = {kind: partial(_put_all, parts) for kind, parts in found.items()}
+    for all_of_kind in put.values():
+        all_of_kind()
     check.keep_what_agrees(applied, put)
     return applied
 
 
+def _put_all(parts: list[Callable[[], None]]) -> None:
+    for put in parts:
+        put()
+
+
+def _found(
+    model: nn.Module, blocks: nn.ModuleList, kinds: Collection[str], check: Check, applied: Applied
+) -> dict[str, list[Callable[[], None]]]:
+    """By kind, what puts a kernel in the place of each module; the kinds that others rest on first."""
+    try:
+        seen = watch(model, check.run)
+    except Exception as error:  # a model can be anything
+        applied.plain[f"the model runs on nothing but its own data: {first_line(error)}"] = 1
+        return {}
+    borders: dict[nn.Module, int] = {}
+    mlps = find_mlps(blocks, seen, applied.plain) if MLP in kinds else []
+    taken = {layer.module for seam in mlps for layer in seam.layers}
+    groups = find_groups(blocks, seen, taken, applied.plain) if LINEAR in kinds else []
+    norms = find_norms(model, seen) if NORM in kinds else []
+    rotary = find_rotary(blocks, seen) if ROTARY in kinds else []
+    found: dict[str, list[Callable[[], None]]] = {
+        MLP: [partial(_put_mlp, seam, applied, borders) for seam in mlps],
+        LINEAR: [put for seam in groups for put in _puts_of_group(seam, applied, borders)],
+        NORM: [partial(_put_norm, seam, applied, borders) for seam in norms],
+        ROTARY: [partial(_put_rotary, seam, applied) for seam in rotary],
+    }
+    return {kind: parts for kind, parts in found.items() if parts}
+
+
 def _put_mlp(seam: MlpSeam, applied: Applied, borders: dict[nn.Module, int]) -> None:
     module, plain = seam.module, seam.module.forward
-    mlp = Mlp(Stack([seam.gate, seam.up]), Stack([seam.down]), seam.kind)
+    mlp = Mlp(Stack(seam.layers[:2]), Stack(seam.layers[2:]), seam.kind)
     stacks, dtype = (mlp.first, mlp.down), mlp.first.dtype
     borders[module] = mlp.first.border
 
@@ -103,13 +122,15 @@ def _put_mlp(seam: MlpSeam, applied: Applied, borders: dict[nn.Module, int]) -> 
     applied.put(MLP, module, forward)
 
 
-def _put_group(seam: GroupSeam, applied: Applied, borders: dict[nn.Module, int]) -> None:
+def _puts_of_group(seam: GroupSeam, applied: Applied, borders: dict[nn.Module, int]) -> list[Callable[[], None]]:
     """The first layer that is called computes all of them, and the others are handed theirs."""
     stack = Stack(seam.layers)
     waiting: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def make(number: int, plain: Callable[..., Any]) -> Callable[..., Any]:
+    def put(number: int) -> None:
         module = seam.layers[number].module
+        plain = module.forward
+        borders[module] = stack.border
 
         def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             given, made = waiting.pop(number, (None, None))
@@ -122,11 +143,9 @@ def _put_group(seam: GroupSeam, applied: Applied, borders: dict[nn.Module, int])
             waiting.update({i: (x, out) for i, out in enumerate(outs) if i != number})
             return outs[number]
 
-        return forward
+        applied.put(LINEAR, module, forward)
 
-    for number, layer in enumerate(seam.layers):
-        borders[layer.module] = stack.border
-        applied.put(LINEAR, layer.module, make(number, layer.module.forward))
+    return [partial(put, number) for number in range(len(seam.layers))]
 
 
 def _put_norm(seam: NormSeam, applied: Applied, borders: dict[nn.Module, int]) -> None:

@@ -21,7 +21,7 @@ def bordered_empty(shape: Sequence[int], border: int, like: torch.Tensor) -> tor
     storage.qft_border = border
     strides = [(columns + border) * math.prod(outer[i + 1 :]) for i in range(len(outer))]
     made = torch.empty(0, dtype=like.dtype, device=like.device)
-    return made.set_(storage, 0, tuple(shape), (*strides, 1))  # type: ignore[call-overload, no-any-return]
+    return made.set_(storage, 0, tuple(shape), (*strides, 1))
 
 
 def with_border(x: torch.Tensor, border: int) -> torch.Tensor | None:

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-try:
-    import triton
-    import triton.language as tl
-
-    HAS_TRITON = True
-except ImportError:
-    HAS_TRITON = False
-    tl = SimpleNamespace(constexpr=int)
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+tl: Any = importlib.import_module("triton.language") if HAS_TRITON else SimpleNamespace(constexpr=int)
 
 
 def jit(kernel: Any) -> Any:
     """triton.jit; without Triton the function, which nobody may call then."""
-    return triton.jit(kernel) if HAS_TRITON else kernel
+    return importlib.import_module("triton").jit(kernel) if HAS_TRITON else kernel
 
 
 def by_triton(x: torch.Tensor) -> bool:

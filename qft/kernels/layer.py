@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import bitsandbytes as bnb
@@ -85,7 +86,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 def layer_of(module: nn.Module) -> Layer | str:
     """A module as a Layer, or why it is none that can be fused."""
-    base = module.get_base_layer() if isinstance(module, LoraLayer) else module
+    base: Any = module.get_base_layer() if isinstance(module, LoraLayer) else module
     kind = type(base)
     if kind not in (nn.Linear, bnb.nn.Linear4bit, bnb.nn.LinearNF4, bnb.nn.LinearFP4):
         return f"{kind.__name__} is computed by its own code"
@@ -136,10 +137,14 @@ class Stack:
         for layer in layers:
             starts.append(starts[-1] + layer.rows)
             offsets.append(offsets[-1] + layer.rank)
-        self.row_parts = [slice(a, b) for a, b in zip(starts, starts[1:], strict=False)]
-        self.rank_parts = [slice(a, b) for a, b in zip(offsets, offsets[1:], strict=False)]
-        self.pairs = [tensor for layer in layers for tensor in layer.pair]
+        self.row_parts = [slice(a, b) for a, b in pairwise(starts)]
+        self.rank_parts = [slice(a, b) for a, b in pairwise(offsets)]
         SCRATCH.expect(self.rows + self.border, self.columns + self.border, layers[0].base.weight.device, self.dtype)
+
+    @property
+    def pairs(self) -> list[torch.Tensor | None]:
+        """A and B of each layer."""
+        return [tensor for layer in self.layers for tensor in layer.pair]
 
     def matrix(self, *, forward: bool) -> torch.Tensor:
         """[rows + border, columns + border] in memory that the next one takes: W, B behind it and A below it, of which

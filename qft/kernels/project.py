@@ -22,7 +22,7 @@ def project(x: torch.Tensor, stack: Stack) -> tuple[torch.Tensor, ...]:
 
 
 def project_joint(x: torch.Tensor, stack: Stack) -> torch.Tensor:
-    """All outputs side by side, [..., rows of all]; kept for the backward pass of what comes next, see `Project.kept`."""
+    """All outputs side by side, [..., rows of all], which are kept for the backward pass of what comes next."""
     found: tuple[torch.Tensor] = Project.apply(x, stack, True, *stack.pairs)  # type: ignore[no-untyped-call]
     return found[0]
 
@@ -32,7 +32,7 @@ def in_dtype(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tens
     if dtype == a.dtype:
         return torch.mm(a, b)
     if a.is_cuda and dtype == torch.float32:
-        return torch.mm(a, b, out_dtype=dtype)  # type: ignore[call-overload, no-any-return]
+        return torch.mm(a, b, out_dtype=dtype)
     return torch.mm(a.to(dtype), b.to(dtype))
 
 

@@ -78,7 +78,7 @@ def rotate(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tenso
 
 def _like_rows(x: torch.Tensor) -> torch.Tensor:
     """[rows, heads, tokens, size], laid out as the [rows, tokens, heads, size] that a linear layer makes."""
-    rows, heads, tokens, size = x.shape
+    _, heads, tokens, size = x.shape
     strides = (tokens * heads * size, size, heads * size, 1)
     return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device)
 

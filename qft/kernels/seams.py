@@ -29,10 +29,10 @@ class MlpSeam:
     """A module that is down(act(gate(x)) · up(x))."""
 
     module: nn.Module
-    gate: Layer
-    up: Layer
-    down: Layer
+    layers: Sequence[Layer]
+    """gate, up and down."""
     kind: str
+    """Of the activation."""
 
 
 @dataclass
@@ -117,11 +117,12 @@ def find_mlps(blocks: nn.Module, seen: Seen, plain: Counter[str]) -> list[MlpSea
         order = next((order for order in permutations(own) if _composes(module, order, kind, seen)), None)
         if order is None:
             continue
-        layers = [layer_of(layer) for layer in order]
-        if reasons := [layer for layer in layers if isinstance(layer, str)]:
-            plain[f"MLP: {reasons[0]}"] += 1
-        elif len({layer.dtype for layer in layers if isinstance(layer, Layer)}) == 1:
-            found.append(MlpSeam(module, *layers, kind))  # type: ignore[arg-type]
+        tried = [layer_of(layer) for layer in order]
+        layers = [layer for layer in tried if isinstance(layer, Layer)]
+        if reason := next((layer for layer in tried if isinstance(layer, str)), None):
+            plain[f"MLPs: {reason}"] += 1
+        elif len({layer.dtype for layer in layers}) == 1:
+            found.append(MlpSeam(module, layers, kind))
     return found
 
 
@@ -235,11 +236,12 @@ def _turns(function: Callable[..., Any]) -> bool:
     if asked[:4] != [inspect.Parameter.empty] * 4 or inspect.Parameter.empty in asked[4:]:
         return False
     generator = torch.Generator().manual_seed(0)
-    q, k, cos, sin = (torch.randn(shape, generator=generator) for shape in ((2, 4, 5, 8), (2, 2, 5, 8), *[(2, 5, 8)] * 2))
+    shapes = (2, 4, 5, 8), (2, 2, 5, 8), (2, 5, 8), (2, 5, 8)
+    q, k, cos, sin = (torch.randn(shape, generator=generator) for shape in shapes)
     try:
         found = function(q, k, cos, sin)
         wanted = rotate(q, k, cos, sin)
-        return len(found) == 2 and all(a.shape == b.shape and _error(a, b) < SAME for a, b in zip(found, wanted))
+        return all(a.shape == b.shape and _error(a, b) < SAME for a, b in zip(found, wanted, strict=True))
     except Exception:  # a function can be anything
         return False
 

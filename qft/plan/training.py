@@ -19,6 +19,7 @@ from qft.documents.plan import AdapterArguments, DataPart, PlanDocument, Planned
 from qft.machine.device import Device
 from qft.machine.environment import allocator_settings
 from qft.memory.fit import Way
+from qft.plan.kernels import kernel_problems, planned_kernels
 from qft.plan.limits import answer_problems, require_known_tokens, require_special_tokens
 from qft.plan.memory import Forecast, decided, is_open, logit_bytes, too_large, undecidable
 from qft.plan.model import (
@@ -66,6 +67,16 @@ class Plan:
         return logit_bytes(self.model)
 
     @cached_property
+    def kernels(self) -> dict[str, str | None]:
+        """Of each kind of part, why the model's own code computes it; None: kernels do, where they agree with that."""
+        return planned_kernels(self.model, mixed=self.mixed is not None)
+
+    @property
+    def mixed(self) -> torch.dtype | None:
+        """Of autocast; None: there is none."""
+        return _mixed(self.model.recipe, self.model.device)
+
+    @cached_property
     def memory(self) -> PlannedMemory:
         """Predicted."""
         return _forecast(self.model, self.lora, self.data).document(list(self.ways), self.recomputed)
@@ -109,6 +120,7 @@ class Plan:
             matched=self.model.matched,
             adapter=AdapterArguments(**self.lora) if self.lora else None,
             offload=self.recipe.memory.offload,
+            kernels=self.kernels,
             training=TrainerArguments(**self.training),
             data=DataPart(
                 train_rows=len(rows.train),
@@ -145,7 +157,7 @@ def make_plan(loaded: LoadedRecipe, device: Device | None = None) -> Plan:
         refuse(loaded, [("eval.metrics", "the held-out rows are plain text, which has no answers to score; remove it")])
     model, found = _fitted(model, lora, data)
     plan = Plan(model, lora, _training_arguments(model.recipe, device), data, found)
-    refuse(loaded, _step_problems(plan))
+    refuse(loaded, [*_step_problems(plan), *kernel_problems(plan.recipe, plan.kernels)])
     return plan
 
 
@@ -162,9 +174,7 @@ def _fitted(model: ModelPlan, lora: dict[str, Any] | None, data: Prepared) -> tu
 
 
 def _forecast(model: ModelPlan, lora: dict[str, Any] | None, data: Prepared) -> Forecast:
-    bf16 = _mixed_bf16(model.recipe, model.device)
-    mixed = torch.bfloat16 if bf16 else torch.float16 if model.recipe.train.fp16 else None
-    return Forecast(model, lora, data, mixed)
+    return Forecast(model, lora, data, _mixed(model.recipe, model.device))
 
 
 def with_skip_modules(plan: Plan, names: Sequence[str]) -> Plan:
@@ -284,6 +294,10 @@ def _training_arguments(recipe: Recipe, device: Device) -> dict[str, Any]:
     if train.gradient_checkpointing:
         arguments[f"{name}_kwargs"] = {"use_reentrant": False}
     return arguments
+
+
+def _mixed(recipe: Recipe, device: Device) -> torch.dtype | None:
+    return torch.bfloat16 if _mixed_bf16(recipe, device) else torch.float16 if recipe.train.fp16 else None
 
 
 def _mixed_bf16(recipe: Recipe, device: Device) -> bool:

@@ -41,6 +41,7 @@ class Recorder:
         """Memory by the moment: before_load, after_load, after_adapters, after_first_step, at_end."""
         self.logit_bytes: int | None = None
         """What logits take at once where the loss is computed from few of them."""
+        self.kernels: documents.Kernels | None = None
         self.largest_micro_batch = 0
         """In tokens, with padding."""
         self.leak: Leak | None = None
@@ -145,6 +146,7 @@ class Recorder:
             memory=self._memory(),
             skipped_modules=self.skipped,
             settings=self._settings(),
+            kernels=self.kernels,
             checkpointing=self.recomputed and summary.checkpointing(*self.recomputed, steps),
             loss=summary.loss(steps),
             eval=documents.Evaluations(

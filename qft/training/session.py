@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft.helpers import disable_input_dtype_casting
 from transformers import (
     EarlyStoppingCallback,
@@ -14,10 +13,8 @@ from transformers import (
 )
 from transformers.integrations import TensorBoardCallback
 
-from qft.checkpoint.skeleton import find_blocks
 from qft.data.batch import Collator, pad_token_id
 from qft.errors import Interrupted, ModelError
-from qft.kernels import apply
 from qft.machine.signals import Signals
 from qft.memory.chunked_loss import chunk_loss, rows_at_once
 from qft.memory.guard import memory_guard
@@ -30,6 +27,7 @@ from qft.quant.share import measured_share
 from qft.run.checkpoint import is_over, step_of
 from qft.run.folder import Run, record_base
 from qft.training.evaluation import HeldOut
+from qft.training.fusing import fuse
 from qft.training.qat import RoundingStart
 from qft.training.recorder import Recorder
 from qft.training.surviving import SurvivingTrainer
@@ -110,11 +108,7 @@ def _load(recorder: Recorder, run: Run, offload: Offload | None) -> Any:
             recorder.view.note(
                 "The loss is computed from all logits of a batch at once, as the model's own code has it"
             )
-    if plan.recipe.train.kernels != "plain" and plan.lora is not None and plan.model.device.kind == "cuda":
-        mixed = torch.bfloat16 if plan.training["bf16"] else torch.float16 if plan.training["fp16"] else None
-        blocks = find_blocks(model.get_base_model(), plan.model.shape.layers)[1]
-        applied = apply(model, blocks, mixed, model.device)
-        recorder.view.note(f"fused {dict(applied.fused)}, plain {dict(applied.plain)}")
+    fuse(model, recorder)
     if _changes_base(plan) and not run.checkpoint:
         model.save_pretrained(str(run.initial_adapter))
     return model

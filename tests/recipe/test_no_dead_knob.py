@@ -170,6 +170,7 @@ CASES: dict[str, Case] = {
     "train.gradient_checkpointing": Case("true", training),
     "train.chunked_loss": Case("true", lambda plan: plan.logit_bytes),
     "memory.budget": Case("1GiB", lambda plan: plan.memory.budget_bytes),
+    "train.kernels": Case("plain", lambda plan: plan.kernels),
     "train.torch_compile": Case("true", training),
     "train.neftune_noise_alpha": Case("5", training),
     "train.label_smoothing_factor": Case("0.1", training),

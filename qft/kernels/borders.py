@@ -48,25 +48,22 @@ def _kernel(  # type: ignore[no-untyped-def]
         tl.store(target, value.to(out.dtype.element_ty), mask=row[:, None] < rows)
     else:
         column = (program - row_programs) * COLUMNS + tl.arange(0, COLUMNS)
-        whole = column[None, :] < columns
-        rank = 0
-        for i in tl.static_range(COUNT):
-            rank += r0 if i == 0 else r1 if i == 1 else r2 if i == 2 else r3
+        within = column[None, :] < columns
         for first in tl.static_range(0, BORDER, 16):
             line = first + tl.arange(0, 16)
-            value = tl.zeros((16, COLUMNS), dtype=tl.float32)
+            content = tl.zeros((16, COLUMNS), dtype=tl.float32)
             begin = 0
             for i in tl.static_range(COUNT):
                 a = a0 if i == 0 else a1 if i == 1 else a2 if i == 2 else a3
-                s = s0 if i == 0 else s1 if i == 1 else s2 if i == 2 else s3
-                r = r0 if i == 0 else r1 if i == 1 else r2 if i == 2 else r3
-                mine = (line[:, None] >= begin) & (line[:, None] < begin + r) & whole
-                found = tl.load(a + (line[:, None] - begin) * columns + column[None, :], mask=mine, other=0)
-                found = found.to(tl.float32)
-                value = tl.where(mine, found * s if SCALE_A else found, value)
-                begin += r
-            target = out + (rows + line).to(tl.int64)[:, None] * stride + column[None, :]
-            tl.store(target, value.to(out.dtype.element_ty), mask=whole)
+                factor = s0 if i == 0 else s1 if i == 1 else s2 if i == 2 else s3
+                width = r0 if i == 0 else r1 if i == 1 else r2 if i == 2 else r3
+                ours = (line[:, None] >= begin) & (line[:, None] < begin + width) & within
+                given = tl.load(a + (line[:, None] - begin) * columns + column[None, :], mask=ours, other=0)
+                given = given.to(tl.float32)
+                content = tl.where(ours, given * factor if SCALE_A else given, content)
+                begin += width
+            below = out + (rows + line).to(tl.int64)[:, None] * stride + column[None, :]
+            tl.store(below, content.to(out.dtype.element_ty), mask=within)
 
 
 def write(whole: torch.Tensor, stack: Any, *, forward: bool) -> None:

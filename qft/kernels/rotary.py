@@ -16,6 +16,22 @@ HEADS = 8
 
 
 @jit
+def _turn(  # type: ignore[no-untyped-def]
+    x, out, head, heads, there, x_head, out_head, column, half, cos1, cos2, sin1, sin2, BACK: tl.constexpr
+):
+    """Heads of one token, from x to out."""
+    line = head[:, None].to(tl.int64)
+    mask = there & (line < heads)
+    source, target = x + line * x_head + column, out + line * out_head + column
+    x1 = tl.load(source, mask=mask, other=0).to(tl.float32)
+    x2 = tl.load(source + half, mask=mask, other=0).to(tl.float32)
+    y1 = x1 * cos1 + x2 * sin2 if BACK else x1 * cos1 - x2 * sin1
+    y2 = x2 * cos2 - x1 * sin1 if BACK else x2 * cos2 + x1 * sin2
+    tl.store(target, y1.to(out.dtype.element_ty), mask=mask)
+    tl.store(target + half, y2.to(out.dtype.element_ty), mask=mask)
+
+
+@jit
 def _kernel(  # type: ignore[no-untyped-def]
     q, k, cos, sin, out_q, out_k, tokens, q_heads, k_heads, half, q_programs,
     q_row, q_head, q_token, k_row, k_head, k_token, cos_row, cos_token,
@@ -31,28 +47,15 @@ def _kernel(  # type: ignore[no-untyped-def]
     cos2 = tl.load(cos + angle + half, mask=there, other=0).to(tl.float32)
     sin1 = tl.load(sin + angle, mask=there, other=0).to(tl.float32)
     sin2 = tl.load(sin + angle + half, mask=there, other=0).to(tl.float32)
+    head = tl.arange(0, HEADS)
     if part < q_programs:
-        head = (part * HEADS + tl.arange(0, HEADS))[:, None].to(tl.int64)
-        there = there & (head < q_heads)
-        source = q + row * q_row + head * q_head + token * q_token + column
-        target = out_q + row * oq_row + head * oq_head + token * oq_token + column
-        x1 = tl.load(source, mask=there, other=0).to(tl.float32)
-        x2 = tl.load(source + half, mask=there, other=0).to(tl.float32)
-        y1 = x1 * cos1 + x2 * sin2 if BACK else x1 * cos1 - x2 * sin1
-        y2 = x2 * cos2 - x1 * sin1 if BACK else x2 * cos2 + x1 * sin2
-        tl.store(target, y1.to(out_q.dtype.element_ty), mask=there)
-        tl.store(target + half, y2.to(out_q.dtype.element_ty), mask=there)
+        x, out = q + row * q_row + token * q_token, out_q + row * oq_row + token * oq_token
+        at = part * HEADS + head
+        _turn(x, out, at, q_heads, there, q_head, oq_head, column, half, cos1, cos2, sin1, sin2, BACK)
     else:
-        head = ((part - q_programs) * HEADS + tl.arange(0, HEADS))[:, None].to(tl.int64)
-        there = there & (head < k_heads)
-        source = k + row * k_row + head * k_head + token * k_token + column
-        target = out_k + row * ok_row + head * ok_head + token * ok_token + column
-        x1 = tl.load(source, mask=there, other=0).to(tl.float32)
-        x2 = tl.load(source + half, mask=there, other=0).to(tl.float32)
-        y1 = x1 * cos1 + x2 * sin2 if BACK else x1 * cos1 - x2 * sin1
-        y2 = x2 * cos2 - x1 * sin1 if BACK else x2 * cos2 + x1 * sin2
-        tl.store(target, y1.to(out_k.dtype.element_ty), mask=there)
-        tl.store(target + half, y2.to(out_k.dtype.element_ty), mask=there)
+        x, out = k + row * k_row + token * k_token, out_k + row * ok_row + token * ok_token
+        at = (part - q_programs) * HEADS + head
+        _turn(x, out, at, k_heads, there, k_head, ok_head, column, half, cos1, cos2, sin1, sin2, BACK)
 
 
 Pair = tuple[torch.Tensor, torch.Tensor]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 
+import torch
+
 from qft.kernels import LINEAR, MLP, NORM, ROTARY
 from qft.machine.device import Device
 from qft.plan.model import ModelPlan
@@ -33,7 +35,7 @@ def _nowhere(recipe: Recipe, device: Device) -> str | None:
         return "train.kernels is plain"
     if device.kind != "cuda":
         return "the kernels are for a GPU"
-    if importlib.util.find_spec("triton") is None:
+    if torch.cuda.is_available() and importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
     if recipe.train.torch_compile:
         return "train.torch_compile makes kernels of its own"

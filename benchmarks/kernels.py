@@ -7,6 +7,8 @@ python benchmarks/kernels.py step [--layers 32] [--batch 4] [--length 2048] [--c
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -35,11 +37,11 @@ def main() -> None:
     micro() if options.what == "micro" else step(options)
 
 
-def timed(run: Callable[[], Any]) -> float:
+def timed(run: Callable[[], Any], repeat: int = 80) -> float:
     """Milliseconds, the median."""
     from triton.testing import do_bench
 
-    return round(float(do_bench(run, warmup=20, rep=80, return_mode="median")), 4)
+    return round(float(do_bench(run, warmup=repeat // 4, rep=repeat, return_mode="median")), 4)
 
 
 def random(*shape: int) -> torch.Tensor:
@@ -60,8 +62,8 @@ def micro() -> None:
         out = torch.empty(shape[0], shape[1] + 64, device="cuda", dtype=torch.bfloat16)[:, : shape[1]]
         wanted = bnb.functional.dequantize_4bit(packed, state)
         found = {"bnb": timed(lambda p=packed, s=state: bnb.functional.dequantize_4bit(p, s))}
-        for size in (512, 1024, 2048, 4096):
-            for warps in (1, 2, 4, 8):
+        for size in (1024, 4096):
+            for warps in (2, 4):
                 if size // 2 < warps * 32 * 2 or (shape[1] < size):
                     continue
                 out.fill_(float("nan"))
@@ -76,10 +78,17 @@ def micro() -> None:
     both, dh = random(rows, 2 * 14336 + 64)[:, : 2 * 14336], random(rows, 14336)
     told(
         act=timed(lambda: activation.activate(both, "silu", 64)),
-        act_back=timed(lambda: activation.activate_back(both, dh, "silu")),
         copy_T4096=timed(lambda: dh[:, :4096].clone()),
         copy_T14336=timed(lambda: dh.clone()),
     )
+    gb, inner = random(rows, 4160)[:, 4096:4112], random(rows, 32)
+    found = {}
+    for lines, size, splits, warps in itertools.product((16, 32, 64), (64, 128), (2, 4, 8), (4, 8)):
+        activation.LINES, activation.SIZE, activation.SPLITS, activation.WARPS = lines, size, splits, warps
+        run = functools.partial(activation.activate_back, both, dh, "silu", gb, inner, (16, 16))
+        found[f"{lines}/{size}/{splits}/{warps}"] = timed(run, 30)
+    told(act_back=dict(sorted(found.items(), key=lambda item: item[1])[:5]))
+    extended(rows)
     x, w, g = random(rows, 4096), random(4096), random(rows, 4096)
     _, scales = norm.normed(x, w, 1e-5, 0.0, torch.bfloat16, 64)
     told(
@@ -88,6 +97,23 @@ def micro() -> None:
         norm_back_trained=timed(lambda: norm.normed_back(g, x, w, scales, 0.0, trained=True)),
     )
     products(x)
+
+
+def extended(rows: int) -> None:
+    """A copy with a border, of which that product is; and the product alone, behind what has a border."""
+    from qft.kernels import narrow
+
+    for columns, rank, copies in ((4096, 16, True), (4096, 16, False), (4096, 48, False), (28672, 32, False)):
+        out = random(rows, columns + 64)
+        x = random(rows, columns) if copies else out[:, :columns]
+        inner = random(rows, rank)
+        for name, n in (("A", random(64, columns + 64)[:rank, :columns].t()), ("B", random(columns, 4160)[:, :rank])):
+            found = {}
+            for lines, size, warps in itertools.product((16, 32, 64), (64, 128, 256), (2, 4, 8)):
+                narrow.LINES, narrow.SIZE, narrow.WARPS = lines, size, warps
+                run = functools.partial(narrow.extend, x, out, n, columns, fill=64, inner=inner)
+                found[f"{lines}/{size}/{warps}"] = timed(run, 30)
+            told(extend=(columns, rank, copies, name), best=dict(sorted(found.items(), key=lambda item: item[1])[:4]))
 
 
 def products(x: torch.Tensor) -> None:

@@ -13,7 +13,7 @@ from qft.kernels.activation import activate, activate_back
 from qft.kernels.buffers import rows_of
 from qft.kernels.jit import by_triton
 from qft.kernels.layer import Stack
-from qft.kernels.project import back, extended, gradients, project_joint, with_lora
+from qft.kernels.project import back, gradients, project_joint, with_lora
 
 
 @dataclass
@@ -43,9 +43,8 @@ class Down(torch.autograd.Function):
             ctx.save_for_backward(both)
         h = activate(rows_of(both), mlp.kind, down.border)
         matrix = down.matrix(forward=True)
-        whole, inner = with_lora(h, down, matrix)
         # Some hundred KB, and no tensor that a checkpointed block would have to be computed again for.
-        ctx.inner = inner[:, : down.rank].clone()
+        whole, ctx.inner = with_lora(h, down, matrix)
         out = both.new_empty(*both.shape[:-1], down.rows)
         torch.mm(whole, matrix[: down.rows].t(), out=out.view(len(h), -1))
         return out
@@ -54,23 +53,25 @@ class Down(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
         mlp: Mlp = ctx.mlp
-        down, flat = mlp.down, rows_of(gradient)
-        both = _kept(ctx)
-        dh, gb = back(down, extended(flat, down.border), wanted=True)
+        down, (first, last) = mlp.down, mlp.first.layers
+        both, inner = _kept(ctx)
+        g, gb, dh = back(down, [rows_of(gradient)], rows_of(gradient), wanted=True)
         assert dh is not None
-        dboth, h = activate_back(rows_of(both), dh, mlp.kind)
-        found = gradients(down, flat, gb, h, ctx.inner)
-        return (dboth.view(both.shape), None, *found)
+        made = activate_back(rows_of(both), dh, mlp.kind, gb, inner, (first.rank, last.rank))
+        if ctx.first is not None:
+            ctx.first.kept += made.of_b
+        found = gradients(down, g, gb, made.h, ctx.inner, of_a=made.of_a)
+        return (made.both.view(both.shape), None, *found)
 
 
-def _kept(ctx: Any) -> torch.Tensor:
-    """gate and up; what was kept beside them is handed to the function that did: of a checkpointed block, it can be
-    asked for once."""
+def _kept(ctx: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """gate and up, and s x Aᵀ of both; what was kept beside them is handed to the function that did: of a checkpointed
+    block, it can be asked for once."""
     if ctx.first is None:
         both: torch.Tensor = ctx.saved_tensors[0]
-        return both.clone()
+        return both.clone(), both.new_empty(both.shape[:-1].numel(), 0)
     if ctx.first.spent:
         raise RuntimeError("gate and up are gone once their gradients took their place: no second backward pass")
     x, inner, both = ctx.first.saved_tensors
     ctx.first.kept, ctx.first.spent = (x, inner), by_triton(both)
-    return both
+    return both, inner

@@ -6,6 +6,7 @@ Forward it is [x | s x Aᵀ] [W | B]ᵀ, back [g | s g B] [W ; A]: nothing is ad
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ from torch.autograd.function import once_differentiable
 
 from qft.kernels.buffers import bordered_empty, rows_of, with_border
 from qft.kernels.layer import Stack
+from qft.kernels.narrow import extend
+
+Back = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 
 def project(x: torch.Tensor, stack: Stack) -> tuple[torch.Tensor, ...]:
@@ -36,51 +40,71 @@ def in_dtype(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tens
     return torch.mm(a.to(dtype), b.to(dtype))
 
 
-def extended(x: torch.Tensor, border: int) -> torch.Tensor:
-    """[rows, columns + border] that begins with x [rows, columns], of which the border is to be written: where x has
-    one already, x itself."""
-    whole = with_border(x, border)
-    if whole is None:
-        made = bordered_empty(x.shape, border, x)
-        made.copy_(x)
-        whole = with_border(made, border)
-        assert whole is not None
-    return whole
-
-
 def with_lora(x: torch.Tensor, stack: Stack, matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[x | s x Aᵀ | 1 for a bias], and s x Aᵀ [rows, border]."""
-    inner = torch.mm(x, matrix[stack.rows :, : stack.columns].t())
-    whole = extended(x, stack.border)
-    whole[:, stack.columns :] = inner
-    if stack.has_bias:
-        whole[:, stack.columns + stack.rank] = 1
+    """[x | s x Aᵀ | 1 for a bias], x itself where it has a border, and s x Aᵀ [rows, rank]."""
+    whole = with_border(x, stack.border)
+    if whole is None:
+        whole = bordered(x, stack.columns, stack.border)
+    inner, a = x.new_empty(len(x), stack.rank), matrix[stack.rows : stack.rows + stack.rank, : stack.columns].t()
+    one = stack.rank if stack.has_bias else -1
+    extend(x, whole, a, stack.columns, fill=stack.border, one=one, inner=inner)
     return whole, inner
 
 
-def gradients(stack: Stack, g: torch.Tensor, gb: torch.Tensor, x: torch.Tensor, inner: torch.Tensor) -> list[Any]:
-    """Of A and B of each layer: g [rows, rows of all], gb = s g B [rows, border], inner = s x Aᵀ."""
-    found: list[Any] = []
+def bordered(like: torch.Tensor, columns: int, border: int) -> torch.Tensor:
+    """The whole of a new tensor [rows, columns] with a border."""
+    made = with_border(bordered_empty((len(like), columns), border, like), border)
+    assert made is not None
+    return made
+
+
+def gradients(
+    stack: Stack,
+    g: torch.Tensor,
+    gb: torch.Tensor,
+    x: torch.Tensor,
+    inner: torch.Tensor,
+    of_a: torch.Tensor | None = None,
+    of_b: Sequence[torch.Tensor] = (),
+) -> list[torch.Tensor | None]:
+    """Of A and B of each layer: g [rows, rows of all], gb = s g B and inner = s x Aᵀ [rows, rank]; of all A together and
+    of each B, those that are known."""
+    found: list[torch.Tensor | None] = []
     a = next((a for a in stack.pairs[::2] if a is not None), None)
-    of_a = None if a is None else in_dtype(gb[:, : stack.rank].t(), x, a.dtype)
-    for layer, row, rank in zip(stack.layers, stack.row_parts, stack.rank_parts, strict=True):
+    if of_a is None and a is not None:
+        of_a = in_dtype(gb.t(), x, a.dtype)
+    for number, (layer, row, rank) in enumerate(zip(stack.layers, stack.row_parts, stack.rank_parts, strict=True)):
         _, b = layer.pair
         if b is None or of_a is None:
             found += [None, None]
         else:
-            found += [of_a[rank], in_dtype(g[:, row].t(), inner[:, rank], b.dtype)]
+            found += [of_a[rank], of_b[number] if of_b else in_dtype(g[:, row].t(), inner[:, rank], b.dtype)]
     return found
 
 
-def back(stack: Stack, whole: torch.Tensor, wanted: bool) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Of g in `whole` [rows, rows of all + border], whose border is written: g W + s (g B) A, if it is wanted, and
-    s g B [rows, border]."""
-    matrix = stack.matrix(forward=False)
-    gb = torch.mm(whole[:, : stack.rows], matrix[: stack.rows, stack.columns :])
-    if not wanted:
-        return None, gb
-    whole[:, stack.rows :] = gb
-    return torch.mm(whole, matrix[:, : stack.columns]), gb
+def back(stack: Stack, given: Sequence[torch.Tensor | None], rows: torch.Tensor, wanted: bool) -> Back:
+    """Of the gradients [rows, rows of a layer] of each layer's output, or of all side by side: themselves side by side,
+    s g B [rows, rank], and, if it is wanted, g W + s (g B) A [rows, columns]. `rows` is a tensor of as many rows."""
+    matrix, whole = stack.matrix(forward=False), None
+    if len(given) == 1 and given[0] is not None:
+        whole = with_border(given[0], stack.border)
+    if whole is None:
+        whole = bordered(rows, stack.rows, stack.border)
+    joint = len(given) < len(stack.layers)
+    row_parts, rank_parts = (
+        ([slice(0, stack.rows)], [slice(0, stack.rank)]) if joint else (stack.row_parts, stack.rank_parts)
+    )
+    for number, (gradient, row, rank) in enumerate(zip(given, row_parts, rank_parts, strict=True)):
+        part = whole[:, row.start :]
+        b = matrix[row, stack.columns + rank.start : stack.columns + rank.stop]
+        fill = 0 if number else stack.border
+        if gradient is None:
+            part[:, : row.stop - row.start] = 0
+            whole[:, stack.rows + rank.start : stack.rows + (rank.stop if number else stack.border)] = 0
+        else:
+            extend(gradient, part, b, stack.rows - row.start, rank.start, fill=fill)
+    dx = torch.mm(whole, matrix[:, : stack.columns]) if wanted else None
+    return whole[:, : stack.rows], whole[:, stack.rows : stack.rows + stack.rank], dx
 
 
 class Project(torch.autograd.Function):
@@ -109,26 +133,10 @@ class Project(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients_of: torch.Tensor | None) -> tuple[Any, ...]:
         stack: Stack = ctx.stack
-        x, inner = ctx.kept or ctx.saved_tensors[:2]
+        x, inner, *of_b = ctx.kept or ctx.saved_tensors[:2]
         ctx.kept = None
         flat = rows_of(x)
-        whole = _gathered(stack, gradients_of, flat)
-        wanted = ctx.needs_input_grad[0]
-        dx, gb = back(stack, whole, wanted)
-        found = gradients(stack, whole[:, : stack.rows], gb, flat, inner)
+        given = [None if g is None else rows_of(g) for g in gradients_of]
+        g, gb, dx = back(stack, given, flat, ctx.needs_input_grad[0])
+        found = gradients(stack, g, gb, flat, inner, of_b=of_b)
         return (dx.view(x.shape) if dx is not None else None, None, None, *found)
-
-
-def _gathered(stack: Stack, given: tuple[torch.Tensor | None, ...], like: torch.Tensor) -> torch.Tensor:
-    """Gradients of the outputs side by side, with a border."""
-    if len(given) == 1 and given[0] is not None:
-        return extended(rows_of(given[0]), stack.border)
-    made = bordered_empty((len(like), stack.rows), stack.border, like)
-    for part, gradient in zip(stack.row_parts, given, strict=True):
-        if gradient is None:
-            made[:, part] = 0
-        else:
-            made[:, part].view(gradient.shape).copy_(gradient)
-    whole = with_border(made, stack.border)
-    assert whole is not None
-    return whole

@@ -1,4 +1,4 @@
-"""The kernels on a GPU: as exact as the model's own code in 16 bits, whose error to float32 is what they are held to."""
+"""The kernels on a GPU: held to the error, to float32, of the model's own code in 16 bits."""
 
 from __future__ import annotations
 
@@ -136,9 +136,9 @@ def test_gate_and_up_that_are_gone_are_not_read_again() -> None:
     gate, up, down = layers((576, 256), (576, 256), (256, 576))
     mlp = Mlp(Stack([gate, up]), Stack([down]), "silu")
     out = mlp(torch.randn(5, 256, device="cuda", dtype=BF16, requires_grad=True))
-    out.sum().backward(retain_graph=True)
+    out.sum().backward(retain_graph=True)  # type: ignore[no-untyped-call]
     with pytest.raises(RuntimeError, match="no second backward pass"):
-        out.sum().backward()
+        out.sum().backward()  # type: ignore[no-untyped-call]
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 4096), (2, 33, 576), (2, 5, 4, 128), (3000, 64)])

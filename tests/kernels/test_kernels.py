@@ -21,7 +21,7 @@ from qft.kernels.project import project
 from qft.kernels.rotary import Rotate
 from qft.memory.checkpointing import enable_checkpointing
 from tests.support.architectures import MODELS
-from tests.support.families import FAMILIES, tiny
+from tests.support.families import tiny
 from tests.support.kernels import adapted, everywhere, fused, gradients, largest_error
 from tests.support.models import tiny_llama
 
@@ -84,7 +84,7 @@ def test_mlps_and_all_their_gradients(kind: str) -> None:
 @pytest.mark.parametrize(("shift", "border"), [(0.0, 0), (1.0, 64)])
 def test_norms_and_the_gradient_of_their_weight(shift: float, border: int) -> None:
     x, w = (torch.randn(shape, dtype=DOUBLE, requires_grad=True) for shape in ((2, 3, 7), (7,)))
-    found = Norm.apply(x, w, 1e-3, shift, DOUBLE, border)  # type: ignore[no-untyped-call]
+    found: torch.Tensor = Norm.apply(x, w, 1e-3, shift, DOUBLE, border)  # type: ignore[no-untyped-call]
     torch.testing.assert_close(found, nn.functional.rms_norm(x, (7,), w + shift, 1e-3))
     assert (with_border(found.view(6, 7), 64) is not None) == bool(border)
     assert torch.autograd.gradcheck(lambda x, w: Norm.apply(x, w, 1e-3, shift, DOUBLE, border), (x, w))
@@ -100,7 +100,7 @@ def test_the_border_of_somebody_elses_tensor_is_not_written_to() -> None:
     stack = Stack(layers((6, 8), ranks=(3,), bias=True))
     whole = torch.randn(4, 8 + stack.border, dtype=DOUBLE)
     before = whole.clone()
-    project(whole[:, :8].requires_grad_(), stack)[0].sum().backward()
+    torch.autograd.grad(project(whole[:, :8].requires_grad_(), stack)[0].sum(), stack.pairs)  # type: ignore[arg-type]
     assert torch.equal(whole, before)
     assert with_border(bordered_empty((2, 2, 8), 64, whole).view(4, 8), 64) is not None
 
@@ -179,7 +179,8 @@ def test_only_a_training_that_is_as_it_was_found_is_fused(monkeypatch: pytest.Mo
         return calls["fused"] > before
 
     assert fuses()
-    assert not [fuses() for _ in [model.eval()]][0]
+    model.eval()
+    assert not fuses()
     model.train()
     with torch.no_grad():
         assert not fuses()
@@ -225,12 +226,10 @@ def test_a_part_that_differs_from_the_models_own_code_is_taken_back(monkeypatch:
 def test_gradients_accumulate() -> None:
     model = adapted(tiny_llama())
     fused(model)
-    whole, halves = gradients(model, IDS), dict[str, torch.Tensor]()
-    for half in IDS.split(1):
-        for name, gradient in gradients(model, half).items():
-            halves[name] = halves[name] + gradient if name in halves else gradient
-    assert set(whole) == set(halves)
-
-
-def test_families_are_known() -> None:
-    assert "gemma3" in FAMILIES
+    model.zero_grad()
+    for half in (IDS[:1], IDS[1:]):
+        model(input_ids=half, use_cache=False).logits.square().sum().backward()
+    halves = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    model(input_ids=IDS, use_cache=False).logits.square().sum().backward()
+    assert largest_error({name: p.grad for name, p in model.named_parameters() if p.grad is not None}, halves) < 1e-5

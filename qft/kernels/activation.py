@@ -58,8 +58,8 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
 
 @jit
 def _backward_kernel(  # type: ignore[no-untyped-def]
-    both, gradient, gb, inner, of_a, of_gate, of_up, rows, columns, part, stride, gradient_stride, gb_stride, inner_stride,
-    down_rank, gate_rank, up_rank,
+    both, gradient, gb, inner, of_a, of_gate, of_up, rows, columns, part, stride, gradient_stride,
+    gb_stride, inner_stride, down_rank, gate_rank, up_rank,
     KIND: tl.constexpr, DOWN: tl.constexpr, GATE: tl.constexpr, UP: tl.constexpr,
     LINES: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip

@@ -17,9 +17,9 @@ from qft.errors import first_line
 from qft.kernels.check import Check
 from qft.kernels.layer import Stack
 from qft.kernels.mlp import Mlp
-from qft.kernels.norm import MOST, Norm
+from qft.kernels.norm import MOST, rms_norm
 from qft.kernels.project import project
-from qft.kernels.rotary import Rotate, may_rotate
+from qft.kernels.rotary import may_rotate, rotary
 from qft.kernels.seams import (
     GroupSeam,
     MlpSeam,
@@ -98,12 +98,12 @@ def _found(
     taken = {layer.module for seam in mlps for layer in seam.layers}
     groups = find_groups(blocks, seen, taken, applied.plain) if LINEAR in kinds else []
     norms = find_norms(model, seen) if NORM in kinds else []
-    rotary = find_rotary(blocks, seen) if ROTARY in kinds else []
+    turns = find_rotary(blocks, seen) if ROTARY in kinds else []
     found: dict[str, list[Callable[[], None]]] = {
         MLP: [partial(_put_mlp, seam, applied, borders) for seam in mlps],
         LINEAR: [put for seam in groups for put in _puts_of_group(seam, applied, borders)],
         NORM: [partial(_put_norm, seam, applied, borders) for seam in norms],
-        ROTARY: [partial(_put_rotary, seam, applied) for seam in rotary],
+        ROTARY: [partial(_put_rotary, seam, applied) for seam in turns],
     }
     return {kind: parts for kind, parts in found.items() if parts}
 
@@ -158,7 +158,7 @@ def _put_norm(seam: NormSeam, applied: Applied, borders: dict[nn.Module, int]) -
     def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs or not _may(module, x, x.dtype):
             return plain(x, *args, **kwargs)
-        return Norm.apply(x, weight, seam.eps, seam.shift, seam.dtype, border)  # type: ignore[no-untyped-call]
+        return rms_norm(x, weight, seam.eps, seam.shift, seam.dtype, border)
 
     applied.put(NORM, module, forward)
 
@@ -171,7 +171,7 @@ def _put_rotary(seam: RotarySeam, applied: Applied) -> None:
     def turn(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *others: Any, **named: Any) -> Any:
         if others or named or not _on_gpu(q) or not may_rotate(q, k, cos, sin):
             return seam.rotate(q, k, cos, sin, *others, **named)
-        return Rotate.apply(q, k, cos, sin)  # type: ignore[no-untyped-call]
+        return rotary(q, k, cos, sin)
 
     names = {**code.__globals__, seam.name: turn}
     own = FunctionType(code.__code__, names, code.__name__, code.__defaults__, code.__closure__)

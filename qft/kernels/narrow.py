@@ -54,9 +54,9 @@ def extend(
     one: int = -1,
     inner: torch.Tensor | None = None,
 ) -> None:
-    """Write x [rows, columns] into `out` [rows, more], unless it is what is there, and x N, for `narrow` [columns, rank],
-    into the columns from border + at on, and into `inner` [rows, rank] too. Of the `fill` columns from border on, the
-    others become 0, and the one numbered `one` 1."""
+    """Write x [rows, columns] into `out` [rows, more], unless it is what is there, and x N, for a `narrow` N [columns,
+    rank], into the columns from border + at on, and into `inner` [rows, rank] too. Of the `fill` columns from border
+    on, the others become 0, and the one numbered `one` 1."""
     copies, rank = x.data_ptr() != out.data_ptr(), narrow.shape[1]
     if not by_triton(x) or rank > WIDEST:
         _by_torch(x, out, narrow, border, at, fill, one, inner)

@@ -67,8 +67,8 @@ def gradients(
     of_a: torch.Tensor | None = None,
     of_b: Sequence[torch.Tensor] = (),
 ) -> list[torch.Tensor | None]:
-    """Of A and B of each layer: g [rows, rows of all], gb = s g B and inner = s x Aᵀ [rows, rank]; of all A together and
-    of each B, those that are known."""
+    """Of A and B of each layer: g [rows, rows of all], gb = s g B and inner = s x Aᵀ [rows, rank]. Of all A together
+    and of each B, those that are known are given."""
     found: list[torch.Tensor | None] = []
     a = next((a for a in stack.pairs[::2] if a is not None), None)
     if of_a is None and a is not None:

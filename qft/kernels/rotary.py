@@ -95,8 +95,14 @@ def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, back: bool) -
     return torch.cat(both, -1).to(x.dtype)
 
 
+def rotary(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Pair:
+    """q and k turned."""
+    found: Pair = Rotate.apply(q, k, cos, sin)  # type: ignore[no-untyped-call]
+    return found
+
+
 class Rotate(torch.autograd.Function):
-    """See the module."""
+    """See rotary."""
 
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Pair:

@@ -15,9 +15,9 @@ from qft.kernels.buffers import SCRATCH, with_border
 from qft.kernels.dequantize import dequantize_into
 from qft.kernels.layer import Layer, Stack, layer_of
 from qft.kernels.mlp import Mlp
-from qft.kernels.norm import Norm
+from qft.kernels.norm import rms_norm
 from qft.kernels.project import project
-from qft.kernels.rotary import Rotate
+from qft.kernels.rotary import rotary
 from qft.memory.checkpointing import enable_checkpointing
 from tests.support.architectures import MODELS
 from tests.support.kernels import adapted, fused, gradients, largest_error
@@ -153,7 +153,7 @@ def test_norms(shape: tuple[int, ...], shift: float, border: int) -> None:
         return ((shift + w.float()) * even).to(x.dtype) if shift else w * even.to(x.dtype)
 
     def run(x: torch.Tensor) -> torch.Tensor:
-        return Norm.apply(x, w, 1e-5, shift, BF16, border)  # type: ignore[no-untyped-call]
+        return rms_norm(x, w, 1e-5, shift, BF16, border)
 
     compared(run, plain, lambda x: nn.functional.rms_norm(x, shape[-1:], w.float() + shift, 1e-5), x, [w])
 
@@ -172,7 +172,7 @@ def test_rotary_positions(tokens: int) -> None:
 
     def run(x: torch.Tensor) -> torch.Tensor:
         q, k = heads(x[..., : 10 * 64]), heads(x[..., 10 * 64 :])
-        return torch.cat(Rotate.apply(q, k, cos, sin), 1)  # type: ignore[no-untyped-call]
+        return torch.cat(rotary(q, k, cos, sin), 1)
 
     x = torch.randn(2, tokens, 13 * 64, device="cuda", dtype=BF16)
     compared(run, lambda x: turned(heads(x), BF16), lambda x: turned(heads(x), torch.float32), x, [])
@@ -235,7 +235,7 @@ def test_checkpointed_is_not_checkpointed_to_the_bit() -> None:
 def test_a_bordered_norm_is_read_where_it_is() -> None:
     x = torch.randn(9, 256, device="cuda", dtype=BF16, requires_grad=True)
     w = torch.ones(256, device="cuda", dtype=BF16)
-    y = Norm.apply(x, w, 1e-5, 0.0, BF16, 64)  # type: ignore[no-untyped-call]
+    y = rms_norm(x, w, 1e-5, 0.0, BF16, 64)
     assert with_border(y, 64) is not None
     three = layers((512, 256), (128, 256), (192, 256))
     stack = Stack(three)

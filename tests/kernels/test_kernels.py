@@ -16,9 +16,9 @@ from qft.kernels.buffers import SCRATCH, bordered_empty, with_border
 from qft.kernels.dequantize import dequantized
 from qft.kernels.layer import Layer, Stack, layer_of
 from qft.kernels.mlp import Down, Mlp
-from qft.kernels.norm import Norm
+from qft.kernels.norm import Norm, rms_norm
 from qft.kernels.project import project
-from qft.kernels.rotary import Rotate
+from qft.kernels.rotary import Rotate, rotary
 from qft.memory.checkpointing import enable_checkpointing
 from tests.support.architectures import MODELS
 from tests.support.families import tiny
@@ -84,16 +84,16 @@ def test_mlps_and_all_their_gradients(kind: str) -> None:
 @pytest.mark.parametrize(("shift", "border"), [(0.0, 0), (1.0, 64)])
 def test_norms_and_the_gradient_of_their_weight(shift: float, border: int) -> None:
     x, w = (torch.randn(shape, dtype=DOUBLE, requires_grad=True) for shape in ((2, 3, 7), (7,)))
-    found: torch.Tensor = Norm.apply(x, w, 1e-3, shift, DOUBLE, border)  # type: ignore[no-untyped-call]
+    found: torch.Tensor = rms_norm(x, w, 1e-3, shift, DOUBLE, border)
     torch.testing.assert_close(found, nn.functional.rms_norm(x, (7,), w + shift, 1e-3))
     assert (with_border(found.view(6, 7), 64) is not None) == bool(border)
-    assert torch.autograd.gradcheck(lambda x, w: Norm.apply(x, w, 1e-3, shift, DOUBLE, border), (x, w))
+    assert torch.autograd.gradcheck(lambda x, w: rms_norm(x, w, 1e-3, shift, DOUBLE, border), (x, w))
 
 
 def test_rotary_positions_back_and_forth() -> None:
     q, k = (torch.randn(2, heads, 3, 8, dtype=DOUBLE, requires_grad=True) for heads in (4, 2))
     cos, sin = torch.randn(1, 3, 8, dtype=DOUBLE), torch.randn(1, 3, 8, dtype=DOUBLE)
-    assert torch.autograd.gradcheck(lambda q, k: Rotate.apply(q, k, cos, sin), (q, k))
+    assert torch.autograd.gradcheck(lambda q, k: rotary(q, k, cos, sin), (q, k))
 
 
 def test_the_border_of_somebody_elses_tensor_is_not_written_to() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from qft.kernels.buffers import bordered_empty
-from qft.kernels.jit import by_triton, ceil_div, jit, power_of_2, tl
+from qft.kernels.jit import by_triton, ceil_div, jit, launch, power_of_2, tl
 
 REFERENCES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": functional.silu,
@@ -121,7 +121,7 @@ def activate(both: torch.Tensor, kind: str, border: int) -> torch.Tensor:
     out = bordered_empty((rows, columns), border, both)
     if by_triton(both):
         grid = (rows, ceil_div(columns, COLUMNS))
-        _forward_kernel[grid](both, out, columns, both.stride(0), out.stride(0), KIND=KINDS[kind], SIZE=COLUMNS)
+        launch(_forward_kernel, grid, both, out, columns, both.stride(0), out.stride(0), KIND=KINDS[kind], SIZE=COLUMNS)
     else:
         gate, up = _wide(both).chunk(2, 1)
         out.copy_(REFERENCES[kind](gate) * up)
@@ -167,7 +167,7 @@ def activate_back(
         torch.empty(splits, *shape, dtype=torch.float32, device=both.device)
         for shape in ((gb.shape[1], columns), (columns, ranks[0]), (columns, ranks[1]))
     )
-    _backward_kernel[(ceil_div(columns, SIZE), splits)](
+    launch(_backward_kernel, (ceil_div(columns, SIZE), splits),
         both, gradient, gb, inner, of_a, of_gate, of_up, rows, columns, part,
         both.stride(0), gradient.stride(0), gb.stride(0), inner.stride(0), gb.shape[1], *ranks,
         KIND=KINDS[kind], DOWN=widths[0], GATE=widths[1], UP=widths[2], LINES=LINES, SIZE=SIZE, num_warps=WARPS,

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from qft.errors import first_line
 from qft.kernels.check import Check
@@ -69,7 +70,7 @@ def apply(model: nn.Module, blocks: nn.ModuleList, kinds: Collection[str], mixed
     random numbers are left as they were."""
     applied = Applied()
     check = Check(model, blocks, mixed)
-    found = _found(model, blocks, kinds, check, applied)
+    found = _found(model, blocks, kinds, check.run, applied)
     for kind in found:
         applied.fused[kind] = len(found[kind])
     put: dict[str, Callable[[], None]] = {kind: partial(_put_all, parts) for kind, parts in found.items()}
@@ -79,17 +80,29 @@ def apply(model: nn.Module, blocks: nn.ModuleList, kinds: Collection[str], mixed
     return applied
 
 
+def expect(model: nn.Module, blocks: nn.ModuleList, kinds: Collection[str]) -> Applied:
+    """What `apply` would do, if all parts agreed, to a model of tensors without contents: as far as shapes go."""
+    applied = Applied()
+    if not kinds:
+        return applied
+    check = Check(model, blocks, None)
+    for kind, parts in _found(model, blocks, kinds, check.run, applied).items():
+        applied.fused[kind] = len(parts)
+        _put_all(parts)
+    return applied
+
+
 def _put_all(parts: list[Callable[[], None]]) -> None:
     for put in parts:
         put()
 
 
 def _found(
-    model: nn.Module, blocks: nn.ModuleList, kinds: Collection[str], check: Check, applied: Applied
+    model: nn.Module, blocks: nn.ModuleList, kinds: Collection[str], run: Callable[[], Any], applied: Applied
 ) -> dict[str, list[Callable[[], None]]]:
     """By kind, what puts a kernel in the place of each module; the kinds that others rest on first."""
     try:
-        seen = watch(model, check.run)
+        seen = watch(model, run)
     except Exception as error:  # a model can be anything
         applied.plain[f"the model runs on nothing but its own data: {first_line(error)}"] = 1
         return {}
@@ -150,15 +163,14 @@ def _puts_of_group(seam: GroupSeam, applied: Applied, borders: dict[nn.Module, i
 
 def _put_norm(seam: NormSeam, applied: Applied, borders: dict[nn.Module, int]) -> None:
     module, plain = seam.module, seam.module.forward
-    weight: Any = next(module.parameters())
-    if len(weight) > MOST:
+    if len(next(module.parameters())) > MOST:
         return
     border = max((borders.get(fed, 0) for fed in seam.feeds), default=0)
 
     def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs or not _may(module, x, x.dtype):
             return plain(x, *args, **kwargs)
-        return rms_norm(x, weight, seam.eps, seam.shift, seam.dtype, border)
+        return rms_norm(x, next(module.parameters()), seam.eps, seam.shift, seam.dtype, border)
 
     applied.put(NORM, module, forward)
 
@@ -190,4 +202,4 @@ def _may(module: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> bool:
 
 
 def _on_gpu(x: torch.Tensor) -> bool:
-    return x.is_cuda
+    return x.is_cuda or isinstance(x, FakeTensor)

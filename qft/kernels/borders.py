@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from qft.kernels.jit import by_triton, ceil_div, jit, tl
+from qft.kernels.jit import by_triton, ceil_div, jit, launch, tl
 
 MOST = 4
 """Layers that one matrix may hold."""
@@ -82,7 +82,7 @@ def write(whole: torch.Tensor, stack: Any, *, forward: bool) -> None:
         arguments += [layer.scaling, rank, rows]
     biased = sum((layer.bias is not None) << i for i, layer in enumerate(stack.layers)) if forward else 0
     row_programs, column_programs = ceil_div(stack.rows, ROWS), ceil_div(stack.columns, COLUMNS)
-    _kernel[(row_programs + column_programs,)](
+    launch(_kernel, (row_programs + column_programs,),
         whole, stack.rows, stack.columns, whole.stride(0), row_programs, column_programs, *arguments,
         COUNT=len(stack.layers), BIAS=stack.rank, BIASED=biased, SCALE_A=forward,
         BORDER=stack.border, ROWS=ROWS, COLUMNS=COLUMNS,

@@ -7,7 +7,8 @@ lies behind the columns of anybody else's tensor is not ours to write.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,9 +20,7 @@ def bordered_empty(shape: Sequence[int], border: int, like: torch.Tensor) -> tor
     whole = torch.empty(math.prod(outer), columns + border, dtype=like.dtype, device=like.device)
     storage: Any = whole.untyped_storage()
     storage.qft_border = border
-    strides = [(columns + border) * math.prod(outer[i + 1 :]) for i in range(len(outer))]
-    made = torch.empty(0, dtype=like.dtype, device=like.device)
-    return made.set_(storage, 0, tuple(shape), (*strides, 1))
+    return whole.view(*outer, columns + border)[..., :columns].data
 
 
 def with_border(x: torch.Tensor, border: int) -> torch.Tensor | None:
@@ -51,18 +50,17 @@ class Scratch:
     into one, all others into the other. What lies there is nobody's once the next comes."""
 
     def __init__(self) -> None:
-        self._largest: dict[Any, int] = {}
+        self._largest = 0
         self._places: dict[Any, torch.Tensor] = {}
 
-    def expect(self, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> None:
+    def expect(self, rows: int, columns: int) -> None:
         """Say that matrices of this size will come."""
-        key = (device, dtype)
-        self._largest[key] = max(self._largest.get(key, 0), rows * columns)
+        self._largest = max(self._largest, rows * columns)
 
     def matrix(self, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
         """[rows, columns] of any contents."""
         size = rows * columns
-        key = (device, dtype, size >= self._largest.get((device, dtype), 0))
+        key = (device, dtype, size >= self._largest)
         place = self._places.get(key)
         if place is None or place.numel() < size:
             self._places.pop(key, None)
@@ -70,8 +68,18 @@ class Scratch:
         return place[:size].view(rows, columns)
 
     def clear(self) -> None:
-        """Give the memory back."""
+        """Give the memory back, and expect nothing."""
         self._places.clear()
+        self._largest = 0
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Other places meanwhile."""
+        before, self._places, self._largest = (self._places, self._largest), {}, 0
+        try:
+            yield
+        finally:
+            self._places, self._largest = before
 
 
 SCRATCH = Scratch()

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from qft.kernels.jit import ceil_div, jit, tl
+from qft.kernels.jit import ceil_div, jit, launch, tl
 
 COLUMNS = 1024
 """That one program makes of a row."""
@@ -51,7 +51,7 @@ def dequantize_into(packed: torch.Tensor, state: Any, out: torch.Tensor, size: i
     their device, in any 16-bit dtype, whose rows may lie apart."""
     rows, columns = out.shape
     second = state.state2 if state.nested else None
-    _kernel[(rows, ceil_div(columns, size))](
+    launch(_kernel, (rows, ceil_div(columns, size)),
         packed.view(torch.uint8), state.code, state.absmax,
         second.code if second else state.code, second.absmax if second else state.absmax,
         state.offset if second else state.code,

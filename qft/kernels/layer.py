@@ -11,6 +11,7 @@ import bitsandbytes as bnb
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from qft.kernels import borders
 from qft.kernels.buffers import SCRATCH, border_for
@@ -60,7 +61,8 @@ class Layer:
     @property
     def dtype(self) -> torch.dtype:
         """In which it multiplies."""
-        dtype: torch.dtype = self.base.compute_dtype if self.state is not None else self.base.weight.dtype
+        held = isinstance(self.base, bnb.nn.Linear4bit)
+        dtype: torch.dtype = self.base.compute_dtype if held else self.base.weight.dtype
         return dtype
 
     def is_as_found(self) -> bool:
@@ -73,6 +75,8 @@ class Layer:
     def write(self, out: torch.Tensor) -> None:
         """The weight into `out` [rows, columns]."""
         weight = self.base.weight
+        if isinstance(out, FakeTensor):
+            return
         if self.state is None:
             out.copy_(weight)
         elif by_triton(out):
@@ -88,7 +92,8 @@ def layer_of(module: nn.Module) -> Layer | str:
     """A module as a Layer, or why it is none that can be fused."""
     base: Any = module.get_base_layer() if isinstance(module, LoraLayer) else module
     kind = type(base)
-    if kind not in (nn.Linear, bnb.nn.Linear4bit, bnb.nn.LinearNF4, bnb.nn.LinearFP4):
+    stands_in = getattr(kind, "stands_in", False)
+    if not stands_in and kind not in (nn.Linear, bnb.nn.Linear4bit, bnb.nn.LinearNF4, bnb.nn.LinearFP4):
         return f"{kind.__name__} is computed by its own code"
     parameters = [base.weight] if base.bias is None else [base.weight, base.bias]
     if any(parameter.requires_grad for parameter in parameters):
@@ -97,7 +102,7 @@ def layer_of(module: nn.Module) -> Layer | str:
            for part in module.modules()):  # fmt: skip
         return "others watch or change its parts"
     state = getattr(base.weight, "quant_state", None)
-    if kind is not nn.Linear and (state is None or not fits(state, base.in_features)):
+    if kind is not nn.Linear and not stands_in and (state is None or not fits(state, base.in_features)):
         return "its blocks of 4-bit codes do not end with its rows"
     found = _adapted(module, base) if isinstance(module, LoraLayer) else Layer(module, base, None, 1.0, 0)
     if isinstance(found, Layer) and found.dtype not in HALF:
@@ -139,19 +144,17 @@ class Stack:
             offsets.append(offsets[-1] + layer.rank)
         self.row_parts = [slice(a, b) for a, b in pairwise(starts)]
         self.rank_parts = [slice(a, b) for a, b in pairwise(offsets)]
-        SCRATCH.expect(self.rows + self.border, self.columns + self.border, layers[0].base.weight.device, self.dtype)
+        SCRATCH.expect(self.rows + self.border, self.columns + self.border)
 
     @property
     def pairs(self) -> list[torch.Tensor | None]:
         """A and B of each layer."""
         return [tensor for layer in self.layers for tensor in layer.pair]
 
-    def matrix(self, *, forward: bool) -> torch.Tensor:
+    def matrix(self, device: torch.device, *, forward: bool) -> torch.Tensor:
         """[rows + border, columns + border] in memory that the next one takes: W, B behind it and A below it, of which
         one is scaled: A on the way forward, B on the way back. Forward, the column behind the ranks is the bias."""
-        weight = self.layers[0].base.weight
-        shape = (self.rows + self.border, self.columns + self.border)
-        whole = SCRATCH.matrix(*shape, weight.device, self.dtype)
+        whole = SCRATCH.matrix(self.rows + self.border, self.columns + self.border, device, self.dtype)
         for layer, part in zip(self.layers, self.row_parts, strict=True):
             layer.write(whole[part, : self.columns])
         borders.write(whole, self, forward=forward)

@@ -42,7 +42,7 @@ class Down(torch.autograd.Function):
         if ctx.first is None:
             ctx.save_for_backward(both)
         h = activate(rows_of(both), mlp.kind, down.border)
-        matrix = down.matrix(forward=True)
+        matrix = down.matrix(h.device, forward=True)
         # Some hundred KB, and no tensor that a checkpointed block would have to be computed again for.
         whole, ctx.inner = with_lora(h, down, matrix)
         out = both.new_empty(*both.shape[:-1], down.rows)

@@ -4,7 +4,7 @@
 
 import torch
 
-from qft.kernels.jit import by_triton, ceil_div, jit, power_of_2, tl
+from qft.kernels.jit import by_triton, ceil_div, jit, launch, power_of_2, tl
 
 WIDEST = 128
 """Columns of a narrow matrix that the kernel takes; others are multiplied by torch."""
@@ -61,7 +61,7 @@ def extend(
     if not by_triton(x) or rank > WIDEST:
         _by_torch(x, out, narrow, border, at, fill, one, inner)
         return
-    _kernel[(ceil_div(len(x), LINES),)](
+    launch(_kernel, (ceil_div(len(x), LINES),),
         x, out, narrow, out if inner is None else inner, *x.shape, rank, at, one,
         x.stride(0), out.stride(0), border, *narrow.stride(),
         COPY=copies, FILL=fill, KEEP=inner is not None, RANK=max(16, power_of_2(rank)), LINES=LINES, SIZE=SIZE,

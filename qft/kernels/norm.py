@@ -8,7 +8,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from qft.kernels.buffers import bordered_empty, rows_of
-from qft.kernels.jit import by_triton, ceil_div, jit, power_of_2, tl
+from qft.kernels.jit import by_triton, ceil_div, jit, launch, power_of_2, tl
 
 MOST = 32768
 """Columns that one program takes at once."""
@@ -82,7 +82,7 @@ def normed(
         return made, scale
     scales, shape = torch.empty(rows, dtype=torch.float32, device=x.device), _shape(columns)
     grid = (ceil_div(rows, shape["LINES"]),)
-    _forward_kernel[grid](x, w, y, scales, rows, columns, x.stride(0), y.stride(0), eps, shift, **shape)
+    launch(_forward_kernel, grid, x, w, y, scales, rows, columns, x.stride(0), y.stride(0), eps, shift, **shape)
     return made, scales
 
 
@@ -102,7 +102,9 @@ def normed_back(
     dx = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
     dw = torch.empty(programs, columns, dtype=torch.float32, device=x.device) if trained else scales
     strides = (g.stride(0), x.stride(0))
-    _backward_kernel[(programs,)](g, x, w, scales, dx, dw, rows, columns, *strides, shift, TRAINED=trained, **shape)
+    launch(
+        _backward_kernel, (programs,), g, x, w, scales, dx, dw, rows, columns, *strides, shift, TRAINED=trained, **shape
+    )
     return dx, dw.sum(0).to(w.dtype) if trained else None
 
 

@@ -85,7 +85,7 @@ def gradients(
 def back(stack: Stack, given: Sequence[torch.Tensor | None], rows: torch.Tensor, wanted: bool) -> Back:
     """Of the gradients [rows, rows of a layer] of each layer's output, or of all side by side: themselves side by side,
     s g B [rows, rank], and, if it is wanted, g W + s (g B) A [rows, columns]. `rows` is a tensor of as many rows."""
-    matrix, whole = stack.matrix(forward=False), None
+    matrix, whole = stack.matrix(rows.device, forward=False), None
     if len(given) == 1 and given[0] is not None:
         whole = with_border(given[0], stack.border)
     if whole is None:
@@ -114,7 +114,7 @@ class Project(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, stack: Stack, joint: bool, *pairs: torch.Tensor | None
     ) -> tuple[torch.Tensor, ...]:
-        flat, matrix = rows_of(x), stack.matrix(forward=True)
+        flat, matrix = rows_of(x), stack.matrix(x.device, forward=True)
         whole, inner = with_lora(flat, stack, matrix)
         ctx.stack, ctx.kept, ctx.spent = stack, None, False
         if joint:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from qft.kernels.jit import by_triton, ceil_div, jit, power_of_2, tl
+from qft.kernels.jit import by_triton, ceil_div, jit, launch, power_of_2, tl
 
 HEADS = 8
 """That one program turns, of one token."""
@@ -72,7 +72,7 @@ def rotate(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tenso
     strides = [stride for x in (q, k) for stride in x.stride()[:3]]
     strides += [cos.stride(0) if len(cos) > 1 else 0, cos.stride(1)]
     strides += [stride for x in outs for stride in x.stride()[:3]]
-    _kernel[(rows * tokens, sum(parts))](
+    launch(_kernel, (rows * tokens, sum(parts)),
         q, k, cos, sin, *outs, tokens, q.shape[1], k.shape[1], size // 2, parts[0], *strides,
         BACK=back, HEADS=HEADS, SIZE=power_of_2(size // 2), num_warps=4,
     )  # fmt: skip

@@ -21,6 +21,8 @@ from transformers import PreTrainedModel
 from transformers.trainer_pt_utils import LabelSmoother
 
 from qft.checkpoint.skeleton import find_blocks
+from qft.kernels import expect
+from qft.kernels.buffers import SCRATCH
 from qft.memory.checkpointing import enable_checkpointing
 from qft.memory.chunked_loss import has_parts, replace_forward, rows_at_once
 from qft.memory.ledger import Ledger, Peak
@@ -78,6 +80,8 @@ class Work:
     """What is evaluated."""
     answered: Batch | None = None
     """What is answered, the longest answers included."""
+    kernels: tuple[str, ...] = ()
+    """Kinds of parts that kernels of qft's own compute in training."""
 
 
 def trace(build: Callable[[], PreTrainedModel], layers: int, work: Work, step: Step) -> dict[str, Peak]:
@@ -124,7 +128,7 @@ def peaks(
     gpu = OnGpu(work.mixed) if work.on_gpu else None
     adapted = _adapted(model, work, gpu, checkpointed=step.checkpointed)
     ledger = Ledger(label_of)
-    with ExitStack() as entered:
+    with SCRATCH.apart(), ExitStack() as entered:
         entered.enter_context(tensors or FakeTensorMode(allow_non_fake_inputs=True))
         entered.enter_context(ledger)
         if gpu:
@@ -201,6 +205,7 @@ def _fill(model: nn.Module, blocks: nn.ModuleList, ledger: Ledger, work: Work) -
 def _run(model: nn.Module, blocks: nn.ModuleList, ledger: Ledger, work: Work, step: Step) -> None:
     """The second step of a training, when the optimizer has its state, and an evaluation."""
     slots = _fill(model, blocks, ledger, work)
+    expect(model, blocks, work.kernels)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     ledger.label = "optimizer_state"
     state = [torch.empty(n, dtype=torch.uint8) for p in trained for n in STATES[work.optim](p.shape)]

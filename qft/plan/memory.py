@@ -34,6 +34,8 @@ class Forecast:
     data: Prepared
     mixed: torch.dtype | None
     """Of autocast."""
+    kernels: tuple[str, ...] = ()
+    """Kinds of parts that kernels of qft's own compute."""
 
     @property
     def budget(self) -> int:
@@ -71,6 +73,7 @@ class Forecast:
             offloads=recipe.memory.offload != "none",
             held_out=held_out,
             answered=self._answered(),
+            kernels=self.kernels,
         )
         config = model.checkpoint.config.to_json_string() + str((model.dtype, recipe.model.attn_implementation))
         files = model.checkpoint.weight_files() if model.checkpoint.has_weights else []

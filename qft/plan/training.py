@@ -174,7 +174,9 @@ def _fitted(model: ModelPlan, lora: dict[str, Any] | None, data: Prepared) -> tu
 
 
 def _forecast(model: ModelPlan, lora: dict[str, Any] | None, data: Prepared) -> Forecast:
-    return Forecast(model, lora, data, _mixed(model.recipe, model.device))
+    mixed = _mixed(model.recipe, model.device)
+    planned = planned_kernels(model, mixed=mixed is not None)
+    return Forecast(model, lora, data, mixed, tuple(kind for kind, reason in planned.items() if reason is None))
 
 
 def with_skip_modules(plan: Plan, names: Sequence[str]) -> Plan:

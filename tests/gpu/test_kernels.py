@@ -23,7 +23,11 @@ from tests.support.architectures import MODELS
 from tests.support.kernels import adapted, fused, gradients, largest_error
 from tests.support.models import tiny_llama
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    # In the thread of the backward pass, where it is the first to ask for the device.
+    pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS, but there was no current CUDA context"),
+]
 
 BF16, SHARE = torch.bfloat16, 1.2
 """What an error may be of the plain path's."""

@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--stash", action="store_true", help="block inputs wait on the host")
     parser.add_argument("--plain", action="store_true")
     parser.add_argument("--kinds", nargs="+", default=["MLPs", "linear layers", "norms", "rotary positions"])
     parser.add_argument("--profile", action="store_true")
@@ -184,6 +185,7 @@ def step(options: argparse.Namespace) -> None:
 
     from qft.kernels import apply
     from qft.memory.chunked_loss import LOGITS, chunk_loss, rows_at_once
+    from qft.memory.stash import stash_inputs
 
     started = time.perf_counter()
     model = model_8b(options)
@@ -195,6 +197,8 @@ def step(options: argparse.Namespace) -> None:
         started = time.perf_counter()
         applied = apply(model, base.model.layers, options.kinds, torch.bfloat16)
         told(fused=applied.fused, plain=applied.plain, seconds=round(time.perf_counter() - started, 1))
+    if options.stash:
+        stash_inputs(model, torch.device("cuda"))
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
     shape = (options.batch, options.length)

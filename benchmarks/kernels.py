@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import argparse
 import functools
-import itertools
+import importlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,8 +31,13 @@ def main() -> None:
     parser.add_argument("--stash", action="store_true", help="block inputs wait on the host")
     parser.add_argument("--plain", action="store_true")
     parser.add_argument("--kinds", nargs="+", default=["MLPs", "linear layers", "norms", "rotary positions"])
+    parser.add_argument("--set", nargs="*", default=[], help="constants of kernels, as narrow.LINES=16")
     parser.add_argument("--profile", action="store_true")
     options = parser.parse_args()
+    for setting in options.set:
+        name, _, value = setting.partition("=")
+        module, _, constant = name.partition(".")
+        setattr(importlib.import_module(f"qft.kernels.{module}"), constant, int(value))
     torch.manual_seed(0)
     print(torch.cuda.get_device_name(), flush=True)
     micro() if options.what == "micro" else step(options)
@@ -83,12 +88,14 @@ def micro() -> None:
         copy_T14336=timed(lambda: dh.clone()),
     )
     gb, inner = random(rows, 4160)[:, 4096:4112], random(rows, 32)
-    found = {}
-    for lines, size, splits, warps in itertools.product((16, 32, 64), (64, 128), (2, 4, 8), (4, 8)):
-        activation.LINES, activation.SIZE, activation.SPLITS, activation.WARPS = lines, size, splits, warps
-        run = functools.partial(activation.activate_back, both, dh, "silu", gb, inner, (16, 16))
-        found[f"{lines}/{size}/{splits}/{warps}"] = timed(run, 30)
-    told(act_back=dict(sorted(found.items(), key=lambda item: item[1])[:5]))
+    run = functools.partial(activation.activate_back, both, dh, "silu", gb, inner, (16, 16))
+    names = ("LINES", "SIZE", "SPLITS", "WARPS")
+    told(act_back=tuned(activation, names, ((1, 1024, 1, 4),), run, WIDEST=0))
+    ways = (
+        *((32, 64, 4, 4), (64, 64, 4, 4), (64, 64, 4, 8), (128, 64, 4, 8), (32, 128, 8, 4), (64, 128, 8, 8)),
+        *((128, 128, 8, 8), (64, 128, 4, 8), (16, 128, 8, 4), (16, 256, 16, 8), (32, 256, 16, 8), (32, 128, 8, 8)),
+    )
+    told(act_back=tuned(activation, names, ways, run))
     extended(rows)
     x, w, g = random(rows, 4096), random(4096), random(rows, 4096)
     _, scales = norm.normed(x, w, 1e-5, 0.0, torch.bfloat16, 64)
@@ -109,12 +116,29 @@ def extended(rows: int) -> None:
         x = random(rows, columns) if copies else out[:, :columns]
         inner = random(rows, rank)
         for name, n in (("A", random(64, columns + 64)[:rank, :columns].t()), ("B", random(columns, 4160)[:, :rank])):
-            found = {}
-            for lines, size, warps in itertools.product((16, 32, 64), (64, 128, 256), (2, 4, 8)):
-                narrow.LINES, narrow.SIZE, narrow.WARPS = lines, size, warps
-                run = functools.partial(narrow.extend, x, out, n, columns, fill=64, inner=inner)
-                found[f"{lines}/{size}/{warps}"] = timed(run, 30)
-            told(extend=(columns, rank, copies, name), best=dict(sorted(found.items(), key=lambda item: item[1])[:4]))
+            run = functools.partial(narrow.extend, x, out, n, columns, fill=64, inner=inner)
+            names = ("LINES", "SIZE", "WARPS", "STAGES")
+            shapes = ((16, 128, 4), (16, 256, 4), (16, 512, 4), (16, 512, 8), (32, 128, 4), (32, 256, 4), (32, 512, 8))
+            ways = [(*shape, stages) for shape in shapes for stages in (1, 3)]
+            told(extend=(columns, rank, copies, name), **tuned(narrow, names, ways, run))
+
+
+def tuned(
+    module: Any, names: Sequence[str], ways: Iterable[Sequence[int]], run: Callable[[], Any], **fixed: int
+) -> dict[str, Any]:
+    """The best settings of a kernel."""
+    found: dict[str, float] = {}
+    before = {name: getattr(module, name) for name in (*names, *fixed)}
+    for way in ways:
+        for name, value in (*zip(names, way, strict=True), *fixed.items()):
+            setattr(module, name, value)
+        try:
+            found["/".join(map(str, way))] = timed(run, 30)
+        except Exception as error:
+            found["/".join(map(str, way)) + f" {type(error).__name__}"] = 99.0
+    for name, value in before.items():
+        setattr(module, name, value)
+    return dict(sorted(found.items(), key=lambda item: item[1])[:4])
 
 
 def products(x: torch.Tensor) -> None:

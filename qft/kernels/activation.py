@@ -44,7 +44,7 @@ def _act(x, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _forward_kernel(  # type: ignore[no-untyped-def]
+def _act_kernel(  # type: ignore[no-untyped-def]
     both, out, columns, stride, out_stride, KIND: tl.constexpr, SIZE: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -57,7 +57,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
 
 
 @jit
-def _backward_kernel(  # type: ignore[no-untyped-def]
+def _act_back_kernel(  # type: ignore[no-untyped-def]
     both, gradient, gb, inner, of_a, of_gate, of_up, rows, columns, part, stride, gradient_stride,
     gb_stride, inner_stride, down_rank, gate_rank, up_rank,
     KIND: tl.constexpr, DOWN: tl.constexpr, GATE: tl.constexpr, UP: tl.constexpr,
@@ -121,7 +121,7 @@ def activate(both: torch.Tensor, kind: str, border: int) -> torch.Tensor:
     out = bordered_empty((rows, columns), border, both)
     if by_triton(both):
         grid = (rows, ceil_div(columns, COLUMNS))
-        launch(_forward_kernel, grid, both, out, columns, both.stride(0), out.stride(0), KIND=KINDS[kind], SIZE=COLUMNS)
+        launch(_act_kernel, grid, both, out, columns, both.stride(0), out.stride(0), KIND=KINDS[kind], SIZE=COLUMNS)
     else:
         gate, up = _wide(both).chunk(2, 1)
         out.copy_(REFERENCES[kind](gate) * up)
@@ -167,7 +167,7 @@ def activate_back(
         torch.empty(splits, *shape, dtype=torch.float32, device=both.device)
         for shape in ((gb.shape[1], columns), (columns, ranks[0]), (columns, ranks[1]))
     )
-    launch(_backward_kernel, (ceil_div(columns, SIZE), splits),
+    launch(_act_back_kernel, (ceil_div(columns, SIZE), splits),
         both, gradient, gb, inner, of_a, of_gate, of_up, rows, columns, part,
         both.stride(0), gradient.stride(0), gb.stride(0), inner.stride(0), gb.shape[1], *ranks,
         KIND=KINDS[kind], DOWN=widths[0], GATE=widths[1], UP=widths[2], LINES=LINES, SIZE=SIZE, num_warps=WARPS,

@@ -14,7 +14,7 @@ ROWS, COLUMNS = 64, 512
 
 
 @jit
-def _kernel(  # type: ignore[no-untyped-def]
+def _border_kernel(  # type: ignore[no-untyped-def]
     out, rows, columns, stride, row_programs, column_programs,
     a0, b0, c0, s0, r0, m0, a1, b1, c1, s1, r1, m1, a2, b2, c2, s2, r2, m2, a3, b3, c3, s3, r3, m3,
     COUNT: tl.constexpr, BIAS: tl.constexpr, BIASED: tl.constexpr, SCALE_A: tl.constexpr,
@@ -82,7 +82,7 @@ def write(whole: torch.Tensor, stack: Any, *, forward: bool) -> None:
         arguments += [layer.scaling, rank, rows]
     biased = sum((layer.bias is not None) << i for i, layer in enumerate(stack.layers)) if forward else 0
     row_programs, column_programs = ceil_div(stack.rows, ROWS), ceil_div(stack.columns, COLUMNS)
-    launch(_kernel, (row_programs + column_programs,),
+    launch(_border_kernel, (row_programs + column_programs,),
         whole, stack.rows, stack.columns, whole.stride(0), row_programs, column_programs, *arguments,
         COUNT=len(stack.layers), BIAS=stack.rank, BIASED=biased, SCALE_A=forward,
         BORDER=stack.border, ROWS=ROWS, COLUMNS=COLUMNS,

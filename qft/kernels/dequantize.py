@@ -14,7 +14,7 @@ COLUMNS = 1024
 
 
 @jit
-def _kernel(  # type: ignore[no-untyped-def]
+def _dequantize_kernel(  # type: ignore[no-untyped-def]
     packed, code, absmax, code2, absmax2, offset, out, columns, stride,
     BLOCK: tl.constexpr, BLOCK2: tl.constexpr, NESTED: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
@@ -51,7 +51,7 @@ def dequantize_into(packed: torch.Tensor, state: Any, out: torch.Tensor, size: i
     their device, in any 16-bit dtype, whose rows may lie apart."""
     rows, columns = out.shape
     second = state.state2 if state.nested else None
-    launch(_kernel, (rows, ceil_div(columns, size)),
+    launch(_dequantize_kernel, (rows, ceil_div(columns, size)),
         packed.view(torch.uint8), state.code, state.absmax,
         second.code if second else state.code, second.absmax if second else state.absmax,
         state.offset if second else state.code,

@@ -12,7 +12,7 @@ LINES, SIZE, WARPS, STAGES = 32, 128, 4, 4
 
 
 @jit
-def _kernel(  # type: ignore[no-untyped-def]
+def _extend_kernel(  # type: ignore[no-untyped-def]
     x, out, narrow, inner, rows, columns, rank, at, one, x_stride, out_stride, border, narrow_row, narrow_column,
     COPY: tl.constexpr, FILL: tl.constexpr, KEEP: tl.constexpr,
     RANK: tl.constexpr, LINES: tl.constexpr, SIZE: tl.constexpr,
@@ -61,7 +61,7 @@ def extend(
     if not by_triton(x) or rank > WIDEST:
         _by_torch(x, out, narrow, border, at, fill, one, inner)
         return
-    launch(_kernel, (ceil_div(len(x), LINES),),
+    launch(_extend_kernel, (ceil_div(len(x), LINES),),
         x, out, narrow, out if inner is None else inner, *x.shape, rank, at, one,
         x.stride(0), out.stride(0), border, *narrow.stride(),
         COPY=copies, FILL=fill, KEEP=inner is not None, RANK=max(16, power_of_2(rank)), LINES=LINES, SIZE=SIZE,

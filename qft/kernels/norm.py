@@ -17,7 +17,7 @@ PROGRAMS = 512
 
 
 @jit
-def _forward_kernel(  # type: ignore[no-untyped-def]
+def _norm_kernel(  # type: ignore[no-untyped-def]
     x, w, y, scales, rows, columns, stride, out_stride, eps, shift, LINES: tl.constexpr, SIZE: tl.constexpr
 ):
     row = (tl.program_id(0) * LINES + tl.arange(0, LINES)).to(tl.int64)[:, None]
@@ -33,7 +33,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
 
 
 @jit
-def _backward_kernel(  # type: ignore[no-untyped-def]
+def _norm_back_kernel(  # type: ignore[no-untyped-def]
     g, x, w, scales, dx, dw, rows, columns, g_stride, stride, shift,
     LINES: tl.constexpr, SIZE: tl.constexpr, TRAINED: tl.constexpr,
 ):  # fmt: skip
@@ -82,7 +82,7 @@ def normed(
         return made, scale
     scales, shape = torch.empty(rows, dtype=torch.float32, device=x.device), _shape(columns)
     grid = (ceil_div(rows, shape["LINES"]),)
-    launch(_forward_kernel, grid, x, w, y, scales, rows, columns, x.stride(0), y.stride(0), eps, shift, **shape)
+    launch(_norm_kernel, grid, x, w, y, scales, rows, columns, x.stride(0), y.stride(0), eps, shift, **shape)
     return made, scales
 
 
@@ -101,10 +101,8 @@ def normed_back(
     programs = min(PROGRAMS, ceil_div(rows, shape["LINES"])) if trained else ceil_div(rows, shape["LINES"])
     dx = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
     dw = torch.empty(programs, columns, dtype=torch.float32, device=x.device) if trained else scales
-    strides = (g.stride(0), x.stride(0))
-    launch(
-        _backward_kernel, (programs,), g, x, w, scales, dx, dw, rows, columns, *strides, shift, TRAINED=trained, **shape
-    )
+    numbers = (rows, columns, g.stride(0), x.stride(0), shift)
+    launch(_norm_back_kernel, (programs,), g, x, w, scales, dx, dw, *numbers, TRAINED=trained, **shape)
     return dx, dw.sum(0).to(w.dtype) if trained else None
 
 

@@ -32,7 +32,7 @@ def _turn(  # type: ignore[no-untyped-def]
 
 
 @jit
-def _kernel(  # type: ignore[no-untyped-def]
+def _rotary_kernel(  # type: ignore[no-untyped-def]
     q, k, cos, sin, out_q, out_k, tokens, q_heads, k_heads, half, q_programs,
     q_row, q_head, q_token, k_row, k_head, k_token, cos_row, cos_token,
     oq_row, oq_head, oq_token, ok_row, ok_head, ok_token,
@@ -72,7 +72,7 @@ def rotate(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tenso
     strides = [stride for x in (q, k) for stride in x.stride()[:3]]
     strides += [cos.stride(0) if len(cos) > 1 else 0, cos.stride(1)]
     strides += [stride for x in outs for stride in x.stride()[:3]]
-    launch(_kernel, (rows * tokens, sum(parts)),
+    launch(_rotary_kernel, (rows * tokens, sum(parts)),
         q, k, cos, sin, *outs, tokens, q.shape[1], k.shape[1], size // 2, parts[0], *strides,
         BACK=back, HEADS=HEADS, SIZE=power_of_2(size // 2), num_warps=4,
     )  # fmt: skip

@@ -36,7 +36,7 @@ class Stash:
 
     def __init__(self, device: torch.device) -> None:
         self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._free: dict[Any, list[torch.Tensor]] = defaultdict(list)
+        self._free: defaultdict[tuple[torch.Size, torch.dtype], list[torch.Tensor]] = defaultdict(list)
         self._last: Callable[[], _Kept | None] = lambda: None
         self.bytes = 0
         """Of the host, in all."""

@@ -121,7 +121,7 @@ def test_products(held: str, bias: bool, rows: int) -> None:
 
 
 @pytest.mark.parametrize("kind", REFERENCES)
-@pytest.mark.parametrize("rows", [1, 77])
+@pytest.mark.parametrize("rows", [1, 333])
 def test_mlps(kind: str, rows: int) -> None:
     act = REFERENCES[kind]
     gate, up, down = layers((576, 256), (576, 256), (256, 576), bias=True)
@@ -218,7 +218,7 @@ def test_models_fused_or_not_learn_the_same(kind: str, checkpointed: bool) -> No
     ids = torch.arange(66, device="cuda").view(2, 33)
     wanted = gradients(model, ids, BF16)
     applied = fused(model, BF16)
-    assert applied.fused["linear layers"] >= 8
+    assert applied.fused["linear layers"] >= 8, applied.plain
     assert largest_error(gradients(model, ids, BF16), wanted) < 0.05
 
 

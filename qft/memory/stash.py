@@ -61,10 +61,9 @@ class Stash:
             self._bring(before)
         if kept.ready is not None:
             torch.cuda.current_stream().wait_event(kept.ready)
-        tensor, kept.tensor = kept.tensor, None
-        if kept.host is None:  # it never left, and may be asked for again
-            kept.tensor = tensor
-        assert tensor is not None
+        tensor: torch.Tensor = kept.tensor
+        if kept.host is not None:
+            kept.tensor = None
         return tensor
 
     def _put_away(self, kept: _Kept) -> None:

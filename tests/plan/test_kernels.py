@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,27 +31,26 @@ def test_all_is_fused_on_a_gpu_and_nothing_without_one(recipe_file: Callable[...
 
 
 @pytest.mark.parametrize(
-    ("overrides", "reason"),
+    ("sections", "reason"),
     [
-        (["adapter.lora_dropout=0.1"], "adapter.lora_dropout is 0.1"),
-        (["adapter.use_dora=true"], "adapter.use_dora"),
-        (["quant.mode=8bit"], "weights held as 8bit"),
-        (["quant.compute_dtype=float32"], "products are in float32"),
-        (["train.bf16=false"], "LoRA is computed in float32"),
-        (["memory.offload=cpu"], "memory.offload is cpu"),
-        (["adapter.kind=none", "quant.mode=none"], "all weights are trained"),
+        ({"adapter": {"lora_dropout": 0.1}}, "adapter.lora_dropout is 0.1"),
+        ({"adapter": {"use_dora": True}}, "adapter.use_dora"),
+        ({"quant": {"preset": ..., "mode": "8bit"}}, "weights held as 8bit"),
+        ({"quant": {"preset": ..., "mode": "4bit", "compute_dtype": "float32"}}, "products are in float32"),
+        ({"train": {"bf16": False}}, "LoRA is computed in float32"),
+        ({"memory": {"offload": "cpu"}}, "memory.offload is cpu"),
+        ({"adapter": {"kind": "none", "r": ...}, "quant": None}, "all weights are trained"),
     ],
 )
 def test_what_is_more_than_w_a_and_b_is_multiplied_by_its_own_code(
-    overrides: list[str], reason: str, recipe_file: Callable[..., Path]
+    sections: dict[str, Any], reason: str, recipe_file: Callable[..., Path]
 ) -> None:
-    path = recipe_file(quant={"preset": ..., "mode": "4bit", "compute_dtype": "bfloat16"}, adapter={"r": ...})
-    path.write_text(path.read_text().replace("  compute_dtype: bfloat16\n", "") if "4bit" not in str(overrides) else "")
-    kernels = planned(path, *overrides).kernels
+    path = recipe_file(**sections)
+    kernels = planned(path).kernels
     assert all(reason in (kernels[kind] or "") for kind in PRODUCTS)
     assert [kernels[kind] for kind in OTHERS] == [None, None]
     with pytest.raises(RecipeError, match=r"train\.kernels: MLPs, linear layers cannot be fused: .*set it to auto"):
-        planned(path, *overrides, "train.kernels=fused")
+        planned(path, "train.kernels=fused")
 
 
 def test_compiling_and_plain_fuse_nothing(recipe_file: Callable[..., Path]) -> None:

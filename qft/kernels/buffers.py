@@ -52,34 +52,43 @@ class Scratch:
     def __init__(self) -> None:
         self._largest = 0
         self._places: dict[Any, torch.Tensor] = {}
+        self._writers: dict[Any, tuple[int, int]] = {}
+        """Who wrote last, and in which backward pass; -1: in none."""
 
     def expect(self, rows: int, columns: int) -> None:
         """Say that matrices of this size will come."""
         self._largest = max(self._largest, rows * columns)
 
-    def matrix(self, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-        """[rows, columns] of any contents."""
+    def matrix(
+        self, rows: int, columns: int, device: torch.device, dtype: torch.dtype, owner: object
+    ) -> tuple[torch.Tensor, bool]:
+        """[rows, columns], and whether it holds what `owner` wrote there within the same backward pass: of a block that
+        is computed again, the last matrix is one that its gradients need. Else it is of any contents."""
         size = rows * columns
         key = (device, dtype, size >= self._largest)
         place = self._places.get(key)
         if place is None or place.numel() < size:
             self._places.pop(key, None)
             place = self._places[key] = torch.empty(size, dtype=dtype, device=device)
-        return place[:size].view(rows, columns)
+        now = (id(owner), torch._C._current_graph_task_id())
+        held, self._writers[key] = self._writers.get(key), now
+        return place[:size].view(rows, columns), held == now and now[1] != -1
 
     def clear(self) -> None:
         """Give the memory back, and expect nothing."""
         self._places.clear()
+        self._writers.clear()
         self._largest = 0
 
     @contextmanager
     def apart(self) -> Iterator[None]:
         """Other places meanwhile."""
-        before, self._places, self._largest = (self._places, self._largest), {}, 0
+        before = self._places, self._writers, self._largest
+        self._places, self._writers, self._largest = {}, {}, 0
         try:
             yield
         finally:
-            self._places, self._largest = before
+            self._places, self._writers, self._largest = before
 
 
 SCRATCH = Scratch()

@@ -154,9 +154,11 @@ class Stack:
     def matrix(self, device: torch.device, *, forward: bool) -> torch.Tensor:
         """[rows + border, columns + border] in memory that the next one takes: W, B behind it and A below it, of which
         one is scaled: A on the way forward, B on the way back. Forward, the column behind the ranks is the bias."""
-        whole = SCRATCH.matrix(self.rows + self.border, self.columns + self.border, device, self.dtype)
+        shape = (self.rows + self.border, self.columns + self.border)
+        whole, is_there = SCRATCH.matrix(*shape, device, self.dtype, self)
         for layer, part in zip(self.layers, self.row_parts, strict=True):
-            layer.write(whole[part, : self.columns])
+            if not is_there:
+                layer.write(whole[part, : self.columns])
         borders.write(whole, self, forward=forward)
         return whole
 

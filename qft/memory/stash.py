@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -25,6 +26,7 @@ class _Kept:
 
     def __init__(self, tensor: torch.Tensor, previous: _Kept | None) -> None:
         self.tensor: torch.Tensor | None = tensor
+        self.shape, self.dtype, self.away = tensor.shape, tensor.dtype, False
         self.host: torch.Tensor | None = None
         self.ready: Any = None
         """Event behind the copy to the device; None: it never left."""
@@ -32,24 +34,23 @@ class _Kept:
 
 
 class Stash:
-    """Keeps block inputs on the host, in page-locked memory that is used again and again."""
+    """Keeps block inputs on the host, in page-locked memory that is used again and again. Of tensors without contents,
+    what would be on the device is there."""
 
     def __init__(self, device: torch.device) -> None:
-        self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._side: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._free: defaultdict[tuple[torch.Size, torch.dtype], list[torch.Tensor]] = defaultdict(list)
         self._last: Callable[[], _Kept | None] = lambda: None
-        self.bytes = 0
-        """Of the host, in all."""
 
     def pack(self, tensor: torch.Tensor) -> Any:
         """For saved_tensors_hooks."""
-        if not tensor.is_cuda or tensor.nbytes < LEAST:
+        if tensor.nbytes < LEAST or not (tensor.is_cuda or isinstance(tensor, FakeTensor)):
             return tensor
         before = self._last()
         kept = _Kept(tensor.detach(), before)
         self._last = weakref.ref(kept)
-        if before and before.tensor is not None and before.host is None:
-            self._put_away(before)
+        if before and before.tensor is not None and not before.away:
+            self._put_away(before, before.tensor)
         return kept
 
     def unpack(self, kept: Any) -> torch.Tensor:
@@ -62,33 +63,33 @@ class Stash:
         if kept.ready is not None:
             torch.cuda.current_stream().wait_event(kept.ready)
         tensor: torch.Tensor = kept.tensor
-        if kept.host is not None:
+        if kept.away:
             kept.tensor = None
         return tensor
 
-    def _put_away(self, kept: _Kept) -> None:
-        tensor = kept.tensor
-        assert tensor is not None
+    def _put_away(self, kept: _Kept, tensor: torch.Tensor) -> None:
+        kept.away, kept.tensor = True, None
+        if not tensor.is_cuda:
+            return
         kept.host = self._place(tensor)
         weakref.finalize(kept, self._free[tensor.shape, tensor.dtype].append, kept.host)
         self._side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._side):
             kept.host.copy_(tensor, non_blocking=True)
         tensor.record_stream(self._side)
-        kept.tensor = None
 
     def _place(self, tensor: torch.Tensor) -> torch.Tensor:
         free = self._free[tensor.shape, tensor.dtype]
-        if free:
-            return free.pop()
-        self.bytes += tensor.nbytes
-        made: torch.Tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        made: torch.Tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) if not free else free.pop()
         return made
 
     def _bring(self, kept: _Kept) -> None:
-        if kept.tensor is not None or kept.host is None:
+        if kept.tensor is not None or not kept.away:
             return
-        kept.tensor = torch.empty(kept.host.shape, dtype=kept.host.dtype, device=self._side.device)
+        if kept.host is None:
+            kept.tensor = torch.empty(kept.shape, dtype=kept.dtype)
+            return
+        kept.tensor = torch.empty(kept.shape, dtype=kept.dtype, device=self._side.device)
         self._side.wait_stream(torch.cuda.current_stream())  # whoever had that memory before
         with torch.cuda.stream(self._side):
             kept.tensor.copy_(kept.host, non_blocking=True)
@@ -96,7 +97,7 @@ class Stash:
         kept.tensor.record_stream(self._side)
 
 
-def stash_inputs(model: nn.Module, device: torch.device) -> Stash:
+def stash_inputs(model: nn.Module, device: torch.device) -> None:
     """Have the inputs of all blocks for which checkpointing is enabled wait on the host."""
     stash = Stash(device)
 
@@ -107,4 +108,3 @@ def stash_inputs(model: nn.Module, device: torch.device) -> Stash:
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
             module._gradient_checkpointing_func = partial(stashed, module._gradient_checkpointing_func)
-    return stash

@@ -30,6 +30,7 @@ from qft.memory.offload import SLOTS
 from qft.memory.optimizers import STATES, step_bytes
 from qft.memory.repeated import Pattern, pattern
 from qft.memory.stand_in import OnGpu, fill, hold, peft_sees_autocast, set_attention
+from qft.memory.stash import stash_inputs
 from qft.quant.hold import Scheme
 
 MIDDLE = "other blocks"
@@ -80,6 +81,8 @@ class Work:
     """What is evaluated."""
     answered: Batch | None = None
     """What is answered, the longest answers included."""
+    stashes: bool = False
+    """Whether the inputs of checkpointed blocks wait on the host."""
     kernels: tuple[str, ...] = ()
     """Kinds of parts that kernels of qft's own compute in training."""
 
@@ -146,6 +149,8 @@ def _adapted(model: PreTrainedModel, work: Work, gpu: OnGpu | None, *, checkpoin
     again: dict[str, Any] = {"preserve_rng_state": False} | ({"context_fn": gpu.entered_again} if gpu else {})
     if checkpointed:
         enable_checkpointing(model, **again)
+        if work.stashes:
+            stash_inputs(model, torch.device("cpu"))
         model.enable_input_require_grads()
     if work.neftune:
         noisy = model.get_input_embeddings()

@@ -73,6 +73,7 @@ class Forecast:
             offloads=recipe.memory.offload != "none",
             held_out=held_out,
             answered=self._answered(),
+            stashes=stashes(model),
             kernels=self.kernels,
         )
         config = model.checkpoint.config.to_json_string() + str((model.dtype, recipe.model.attn_implementation))
@@ -139,6 +140,17 @@ def logit_bytes(model: ModelPlan) -> int | None:
     if asked is False or (asked == "auto" and not scarce):
         return None
     return FEW_LOGITS if offloads else LOGITS
+
+
+def stashes(model: ModelPlan) -> bool:
+    """Whether the inputs of checkpointed blocks wait on the host."""
+    return model.device.kind == "cuda" and model.recipe.memory.checkpoints != "device"
+
+
+def checkpoint_problems(model: ModelPlan) -> Iterator[Problem]:
+    """What of memory.checkpoints cannot be."""
+    if model.recipe.memory.checkpoints == "host" and model.device.kind == "cpu":
+        yield "memory.checkpoints", "the model runs on the CPU, in whose memory they are anyway; set it to auto"
 
 
 def is_open(recipe: Recipe) -> bool:

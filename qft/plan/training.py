@@ -21,7 +21,16 @@ from qft.machine.environment import allocator_settings
 from qft.memory.fit import Way
 from qft.plan.kernels import kernel_problems, planned_kernels
 from qft.plan.limits import answer_problems, require_known_tokens, require_special_tokens
-from qft.plan.memory import Forecast, decided, is_open, logit_bytes, too_large, undecidable
+from qft.plan.memory import (
+    Forecast,
+    checkpoint_problems,
+    decided,
+    is_open,
+    logit_bytes,
+    stashes,
+    too_large,
+    undecidable,
+)
 from qft.plan.model import (
     ModelPlan,
     Shape,
@@ -65,6 +74,11 @@ class Plan:
     def logit_bytes(self) -> int | None:
         """What logits may take at once; None: as much as all do."""
         return logit_bytes(self.model)
+
+    @property
+    def stashes(self) -> bool:
+        """Whether the inputs of checkpointed blocks wait on the host."""
+        return stashes(self.model)
 
     @cached_property
     def kernels(self) -> dict[str, str | None]:
@@ -146,7 +160,7 @@ def make_plan(loaded: LoadedRecipe, device: Device | None = None) -> Plan:
     lora = _lora_arguments(recipe) if recipe.adapter.kind == "lora" else None
     model = plan_model(loaded, lora, device=device)
     problems = [*model.scheme.problems(recipe), *_share_problems(model), *_length_problems(recipe, model.shape)]
-    refuse(loaded, [*problems, *offload_problems(model)])
+    refuse(loaded, [*problems, *offload_problems(model), *checkpoint_problems(model)])
     data = prepare(model.rows_for(recipe.data), model.tokenizer, recipe.seed)
     parts, shape = [part for part in (data.train, data.eval) if part is not None], model.shape
     require_known_tokens(parts, data.place, model.tokenizer, shape.embeddings)

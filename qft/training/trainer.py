@@ -17,6 +17,7 @@ from qft.errors import NonFiniteError
 from qft.machine.signals import Signals
 from qft.memory.checkpointing import CheckpointingProbe, checkpoint_first
 from qft.memory.meter import optimizer_bytes, tensor_bytes
+from qft.memory.stash import stash_inputs
 from qft.progress import Step
 from qft.training.qat import distilled_loss
 from qft.training.recorder import Recorder
@@ -208,6 +209,8 @@ class _StepWatch(TrainerCallback):
         all_since = any(event.field == "train.gradient_checkpointing" for event in recorder.out_of_memory)
         if recorder.plan.recomputed is not None and not all_since:
             checkpoint_first(self.trainer.model, recorder.plan.recomputed)
+        if recorder.plan.stashes:
+            stash_inputs(self.trainer.model, self.trainer.args.device)
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         self.trainer.before_update()

@@ -118,7 +118,7 @@ def find_mlps(blocks: nn.Module, seen: Seen, plain: Counter[str]) -> list[MlpSea
         order = next((order for order in permutations(own) if _composes(module, order, kind, seen)), None)
         if order is None:
             continue
-        tried = [layer_of(layer) for layer in order]
+        tried = [_layer(layer, seen) for layer in order]
         layers = [layer for layer in tried if isinstance(layer, Layer)]
         if reason := next((layer for layer in tried if isinstance(layer, str)), None):
             plain[f"MLPs: {reason}"] += 1
@@ -167,12 +167,21 @@ def find_groups(blocks: nn.Module, seen: Seen, taken: set[nn.Module], plain: Cou
     for module in seen.order:
         if module not in own or module in taken:
             continue
-        layer = layer_of(module) if seen.calls[module] == 1 else "it is called several times"
+        layer = _layer(module, seen) if seen.calls[module] == 1 else "it is called several times"
         if isinstance(layer, str):
             plain[f"linear layers: {layer}"] += 1
         else:
             groups.setdefault((id(seen.given[module]), id(parents.get(module))), []).append(layer)
     return [GroupSeam(part) for layers in groups.values() for part in _alike(layers)]
+
+
+def _layer(module: nn.Module, seen: Seen) -> Layer | str:
+    """As layer_of, if the layer is given and makes numbers of the dtype that it multiplies in."""
+    layer = layer_of(module)
+    if isinstance(layer, str):
+        return layer
+    dtypes = {layer.dtype, seen.given[module].dtype, seen.made[module].dtype}
+    return layer if len(dtypes) == 1 else f"it mixes {', '.join(sorted(str(d).removeprefix('torch.') for d in dtypes))}"
 
 
 def _alike(layers: list[Layer]) -> Iterator[list[Layer]]:

@@ -87,15 +87,7 @@ def micro() -> None:
         copy_T4096=timed(lambda: dh[:, :4096].clone()),
         copy_T14336=timed(lambda: dh.clone()),
     )
-    gb, inner = random(rows, 4160)[:, 4096:4112], random(rows, 32)
-    run = functools.partial(activation.activate_back, both, dh, "silu", gb, inner, (16, 16))
-    names = ("LINES", "SIZE", "SPLITS", "WARPS")
-    told(act_back=tuned(activation, names, ((1, 1024, 1, 4),), run, WIDEST=0))
-    ways = (
-        *((32, 64, 4, 4), (64, 64, 4, 4), (64, 64, 4, 8), (128, 64, 4, 8), (32, 128, 8, 4), (64, 128, 8, 8)),
-        *((128, 128, 8, 8), (64, 128, 4, 8), (16, 128, 8, 4), (16, 256, 16, 8), (32, 256, 16, 8), (32, 128, 8, 8)),
-    )
-    told(act_back=tuned(activation, names, ways, run))
+    told(act_back=timed(lambda: activation.activate_back(both, dh, "silu")))
     extended(rows)
     x, w, g = random(rows, 4096), random(4096), random(rows, 4096)
     _, scales = norm.normed(x, w, 1e-5, 0.0, torch.bfloat16, 64)
@@ -123,14 +115,12 @@ def extended(rows: int) -> None:
             told(extend=(columns, rank, copies, name), **tuned(narrow, names, ways, run))
 
 
-def tuned(
-    module: Any, names: Sequence[str], ways: Iterable[Sequence[int]], run: Callable[[], Any], **fixed: int
-) -> dict[str, Any]:
+def tuned(module: Any, names: Sequence[str], ways: Iterable[Sequence[int]], run: Callable[[], Any]) -> dict[str, Any]:
     """The best settings of a kernel."""
     found: dict[str, float] = {}
-    before = {name: getattr(module, name) for name in (*names, *fixed)}
+    before = {name: getattr(module, name) for name in names}
     for way in ways:
-        for name, value in (*zip(names, way, strict=True), *fixed.items()):
+        for name, value in zip(names, way, strict=True):
             setattr(module, name, value)
         try:
             found["/".join(map(str, way))] = timed(run, 30)

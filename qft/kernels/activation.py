@@ -4,13 +4,12 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
 
 from qft.kernels.buffers import bordered_empty
-from qft.kernels.jit import by_triton, ceil_div, jit, launch, power_of_2, tl
+from qft.kernels.jit import by_triton, ceil_div, jit, launch, tl
 
 REFERENCES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": functional.silu,
@@ -20,9 +19,6 @@ REFERENCES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 KINDS = {name: number for number, name in enumerate(REFERENCES)}
 COLUMNS = 1024
-WIDEST = 64
-"""Ranks that the kernel of the backward pass takes along."""
-LINES, SIZE, SPLITS, WARPS = 32, 64, 4, 4
 
 
 @jit
@@ -58,61 +54,22 @@ def _act_kernel(  # type: ignore[no-untyped-def]
 
 @jit
 def _act_back_kernel(  # type: ignore[no-untyped-def]
-    both, gradient, gb, inner, of_a, of_gate, of_up, rows, columns, part, stride, gradient_stride,
-    gb_stride, inner_stride, down_rank, gate_rank, up_rank,
-    KIND: tl.constexpr, DOWN: tl.constexpr, GATE: tl.constexpr, UP: tl.constexpr,
-    LINES: tl.constexpr, SIZE: tl.constexpr,
-):  # fmt: skip
-    """SIZE columns of `part` rows: gradients of gate and up in their place, h in that of its gradient, and these rows'
-    part of the gradients of A behind h and of B before gate and up, where DOWN, GATE and UP are not 0."""
-    column = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
-    begin = tl.program_id(1) * part
-    end = tl.minimum(begin + part, rows)
+    both, gradient, columns, stride, gradient_stride, KIND: tl.constexpr, SIZE: tl.constexpr
+):
+    """Gradients of gate and up in their place, and h in that of its gradient."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
+    there = column < columns
+    at_gate = both + row * stride + column
+    at_h = gradient + row * gradient_stride + column
+    gate = tl.load(at_gate, mask=there, other=0).to(tl.float32)
+    up = tl.load(at_gate + columns, mask=there, other=0).to(tl.float32)
+    g = tl.load(at_h, mask=there, other=0).to(tl.float32)
+    value, slope = _act(gate, KIND)
     kind = both.dtype.element_ty
-    sum_a = tl.zeros((DOWN if DOWN else 1, SIZE), dtype=tl.float32)
-    sum_gate = tl.zeros((SIZE, GATE if GATE else 1), dtype=tl.float32)
-    sum_up = tl.zeros((SIZE, UP if UP else 1), dtype=tl.float32)
-    for first in range(begin, end, LINES):
-        line = first + tl.arange(0, LINES)
-        row = line.to(tl.int64)[:, None]
-        there = (row < end) & (column[None, :] < columns)
-        at_gate = both + row * stride + column[None, :]
-        at_h = gradient + row * gradient_stride + column[None, :]
-        gate = tl.load(at_gate, mask=there, other=0).to(tl.float32)
-        up = tl.load(at_gate + columns, mask=there, other=0).to(tl.float32)
-        g = tl.load(at_h, mask=there, other=0).to(tl.float32)
-        value, slope = _act(gate, KIND)
-        of_gates, of_ups, h = (g * up * slope).to(kind), (g * value).to(kind), (value * up).to(kind)
-        tl.store(at_gate, of_gates, mask=there)
-        tl.store(at_gate + columns, of_ups, mask=there)
-        tl.store(at_h, h, mask=there)
-        if DOWN:
-            place = tl.arange(0, DOWN)[:, None]
-            mask = (place < down_rank) & (line[None, :] < end)
-            narrow = tl.load(gb + line.to(tl.int64)[None, :] * gb_stride + place, mask=mask, other=0)
-            sum_a = tl.dot(narrow, h, sum_a, input_precision="ieee")
-        if GATE:
-            place = tl.arange(0, GATE)[None, :]
-            narrow = tl.load(inner + row * inner_stride + place, mask=(place < gate_rank) & (row < end), other=0)
-            sum_gate = tl.dot(tl.trans(of_gates), narrow, sum_gate, input_precision="ieee")
-        if UP:
-            place = tl.arange(0, UP)[None, :]
-            at = inner + gate_rank + row * inner_stride + place
-            narrow = tl.load(at, mask=(place < up_rank) & (row < end), other=0)
-            sum_up = tl.dot(tl.trans(of_ups), narrow, sum_up, input_precision="ieee")
-    split = tl.program_id(1).to(tl.int64)
-    if DOWN:
-        place = tl.arange(0, DOWN)[:, None]
-        target = of_a + (split * down_rank + place) * columns + column[None, :]
-        tl.store(target, sum_a, mask=(place < down_rank) & (column[None, :] < columns))
-    if GATE:
-        place = tl.arange(0, GATE)[None, :]
-        target = of_gate + (split * columns + column[:, None]) * gate_rank + place
-        tl.store(target, sum_gate, mask=(place < gate_rank) & (column[:, None] < columns))
-    if UP:
-        place = tl.arange(0, UP)[None, :]
-        target = of_up + (split * columns + column[:, None]) * up_rank + place
-        tl.store(target, sum_up, mask=(place < up_rank) & (column[:, None] < columns))
+    tl.store(at_gate, (g * up * slope).to(kind), mask=there)
+    tl.store(at_gate + columns, (g * value).to(kind), mask=there)
+    tl.store(at_h, (value * up).to(kind), mask=there)
 
 
 def activate(both: torch.Tensor, kind: str, border: int) -> torch.Tensor:
@@ -128,53 +85,19 @@ def activate(both: torch.Tensor, kind: str, border: int) -> torch.Tensor:
     return out
 
 
-@dataclass
-class Backward:
-    """What the backward pass of an activation makes."""
-
-    both: torch.Tensor
-    """Gradients of gate and up, side by side [rows, 2 columns]."""
-    h: torch.Tensor
-    """[rows, columns]"""
-    of_a: torch.Tensor | None = None
-    """Gradient [rank, columns] of A of the layer behind, in float32; None: it is still to be computed."""
-    of_b: tuple[torch.Tensor, ...] = ()
-    """Those [columns, rank] of B of gate and up, in float32; empty: they are still to be computed."""
-
-
-def activate_back(
-    both: torch.Tensor,
-    gradient: torch.Tensor,
-    kind: str,
-    gb: torch.Tensor,
-    inner: torch.Tensor,
-    ranks: tuple[int, int],
-) -> Backward:
-    """Of gate and up in `both`, the gradient [rows, columns] of h, s g B [rows, rank] of the layer behind, and s x Aᵀ
-    [rows, ranks] of gate and up. On a GPU, the gradients and h take the place of what they are made of."""
+def activate_back(both: torch.Tensor, gradient: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of gate and up, side by side, and h, of gate and up in `both` and the gradient [rows, columns] of h. On
+    a GPU they take the place of what they are made of."""
     rows, columns = gradient.shape
-    if not by_triton(both):
-        with torch.enable_grad():
-            gate, up = (part.detach().requires_grad_() for part in _wide(both).chunk(2, 1))
-            h = REFERENCES[kind](gate) * up
-        found = torch.autograd.grad(h, (gate, up), gradient.to(h.dtype))
-        return Backward(torch.cat(found, 1).to(both.dtype), h.detach().to(both.dtype))
-    narrow = max(gb.shape[1], *ranks) <= WIDEST and both.dtype != torch.float64
-    widths = [max(16, power_of_2(rank)) if narrow and rank else 0 for rank in (gb.shape[1], *ranks)]
-    splits = min(SPLITS, ceil_div(rows, LINES))
-    part = ceil_div(ceil_div(rows, splits), LINES) * LINES
-    of_a, of_gate, of_up = (
-        torch.empty(splits, *shape, dtype=torch.float32, device=both.device)
-        for shape in ((gb.shape[1], columns), (columns, ranks[0]), (columns, ranks[1]))
-    )
-    launch(_act_back_kernel, (ceil_div(columns, SIZE), splits),
-        both, gradient, gb, inner, of_a, of_gate, of_up, rows, columns, part,
-        both.stride(0), gradient.stride(0), gb.stride(0), inner.stride(0), gb.shape[1], *ranks,
-        KIND=KINDS[kind], DOWN=widths[0], GATE=widths[1], UP=widths[2], LINES=LINES, SIZE=SIZE, num_warps=WARPS,
-    )  # fmt: skip
-    if not narrow:
-        return Backward(both, gradient)
-    return Backward(both, gradient, of_a.sum(0), (of_gate.sum(0), of_up.sum(0)))
+    if by_triton(both):
+        numbers, grid = (columns, both.stride(0), gradient.stride(0)), (rows, ceil_div(columns, COLUMNS))
+        launch(_act_back_kernel, grid, both, gradient, *numbers, KIND=KINDS[kind], SIZE=COLUMNS)
+        return both, gradient
+    with torch.enable_grad():
+        gate, up = (part.detach().requires_grad_() for part in _wide(both).chunk(2, 1))
+        h = REFERENCES[kind](gate) * up
+    found = torch.autograd.grad(h, (gate, up), gradient.to(h.dtype))
+    return torch.cat(found, 1).to(both.dtype), h.detach().to(both.dtype)
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 
 from qft.kernels.jit import ceil_div, jit, launch, tl
 
-COLUMNS = 1024
+COLUMNS = 2048
 """That one program makes of a row."""
 
 

@@ -53,25 +53,21 @@ class Down(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
         mlp: Mlp = ctx.mlp
-        down, (first, last) = mlp.down, mlp.first.layers
-        both, inner = _kept(ctx)
-        g, gb, dh = back(down, [rows_of(gradient)], rows_of(gradient), wanted=True)
+        both = _kept(ctx)
+        g, gb, dh = back(mlp.down, [rows_of(gradient)], rows_of(gradient), wanted=True)
         assert dh is not None
-        made = activate_back(rows_of(both), dh, mlp.kind, gb, inner, (first.rank, last.rank))
-        if ctx.first is not None:
-            ctx.first.kept += made.of_b
-        found = gradients(down, g, gb, made.h, ctx.inner, of_a=made.of_a)
-        return (made.both.view(both.shape), None, *found)
+        dboth, h = activate_back(rows_of(both), dh, mlp.kind)
+        return (dboth.view(both.shape), None, *gradients(mlp.down, g, gb, h, ctx.inner))
 
 
-def _kept(ctx: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """gate and up, and s x Aᵀ of both; what was kept beside them is handed to the function that did: of a checkpointed
-    block, it can be asked for once."""
+def _kept(ctx: Any) -> torch.Tensor:
+    """gate and up; what was kept beside them is handed to the function that did: of a checkpointed block, it can be
+    asked for once."""
     if ctx.first is None:
         both: torch.Tensor = ctx.saved_tensors[0]
-        return both.clone(), both.new_empty(both.shape[:-1].numel(), 0)
+        return both.clone()
     if ctx.first.spent:
         raise RuntimeError("gate and up are gone once their gradients took their place: no second backward pass")
     x, inner, both = ctx.first.saved_tensors
     ctx.first.kept, ctx.first.spent = (x, inner), by_triton(both)
-    return both, inner
+    return both

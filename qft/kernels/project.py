@@ -59,26 +59,18 @@ def bordered(like: torch.Tensor, columns: int, border: int) -> torch.Tensor:
 
 
 def gradients(
-    stack: Stack,
-    g: torch.Tensor,
-    gb: torch.Tensor,
-    x: torch.Tensor,
-    inner: torch.Tensor,
-    of_a: torch.Tensor | None = None,
-    of_b: Sequence[torch.Tensor] = (),
+    stack: Stack, g: torch.Tensor, gb: torch.Tensor, x: torch.Tensor, inner: torch.Tensor
 ) -> list[torch.Tensor | None]:
-    """Of A and B of each layer: g [rows, rows of all], gb = s g B and inner = s x Aᵀ [rows, rank]. Of all A together
-    and of each B, those that are known are given."""
+    """Of A and B of each layer: g [rows, rows of all], gb = s g B and inner = s x Aᵀ [rows, rank]."""
     found: list[torch.Tensor | None] = []
     a = next((a for a in stack.pairs[::2] if a is not None), None)
-    if of_a is None and a is not None:
-        of_a = in_dtype(gb.t(), x, a.dtype)
-    for number, (layer, row, rank) in enumerate(zip(stack.layers, stack.row_parts, stack.rank_parts, strict=True)):
+    of_a = None if a is None else in_dtype(gb.t(), x, a.dtype)
+    for layer, row, rank in zip(stack.layers, stack.row_parts, stack.rank_parts, strict=True):
         _, b = layer.pair
         if b is None or of_a is None:
             found += [None, None]
         else:
-            found += [of_a[rank], of_b[number] if of_b else in_dtype(g[:, row].t(), inner[:, rank], b.dtype)]
+            found += [of_a[rank], in_dtype(g[:, row].t(), inner[:, rank], b.dtype)]
     return found
 
 
@@ -133,10 +125,10 @@ class Project(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients_of: torch.Tensor | None) -> tuple[Any, ...]:
         stack: Stack = ctx.stack
-        x, inner, *of_b = ctx.kept or ctx.saved_tensors[:2]
+        x, inner = ctx.kept or ctx.saved_tensors[:2]
         ctx.kept = None
         flat = rows_of(x)
         given = [None if g is None else rows_of(g) for g in gradients_of]
         g, gb, dx = back(stack, given, flat, ctx.needs_input_grad[0])
-        found = gradients(stack, g, gb, flat, inner, of_b=of_b)
+        found = gradients(stack, g, gb, flat, inner)
         return (dx.view(x.shape) if dx is not None else None, None, None, *found)

@@ -173,3 +173,16 @@ def test_a_training_that_does_not_fit_is_refused_or_said_to_be_made_fit(recipe_f
     assert not Path(load(path).recipe.output_dir, "manifest.json").exists()
     train(load(path), view)
     assert any("predicted" in text and "smaller parts" in text for text in view.said)
+
+
+def test_inputs_of_blocks_on_the_host_are_not_on_the_device(
+    recipe_file: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qft.memory.stash.LEAST", 0)
+    path = recipe_file(train={"gradient_checkpointing": True, "report_to": []})
+    device, host = (planned(path, f"memory.checkpoints={place}") for place in ("device", "host"))
+    assert not device.stashes
+    inputs = {name: plan.memory.peaks["head"] for name, plan in (("device", device), ("host", host))}
+    assert inputs["host"] < inputs["device"]
+    with pytest.raises(RecipeError, match=r"memory\.checkpoints: the model runs on the CPU"):
+        make_plan(load(path, ["memory.checkpoints=host"]))

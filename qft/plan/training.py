@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -76,9 +76,11 @@ class Plan:
         return logit_bytes(self.model)
 
     @property
-    def stashes(self) -> bool:
-        """Whether the inputs of checkpointed blocks wait on the host."""
-        return stashes(self.model)
+    def checkpoints(self) -> Literal["device", "host"] | None:
+        """Where the inputs of checkpointed blocks wait; None: no blocks are checkpointed."""
+        if not self.recipe.train.gradient_checkpointing:
+            return None
+        return "host" if stashes(self.model) else "device"
 
     @cached_property
     def kernels(self) -> dict[str, str | None]:
@@ -134,6 +136,7 @@ class Plan:
             matched=self.model.matched,
             adapter=AdapterArguments(**self.lora) if self.lora else None,
             offload=self.recipe.memory.offload,
+            checkpoints=self.checkpoints,
             kernels=self.kernels,
             training=TrainerArguments(**self.training),
             data=DataPart(

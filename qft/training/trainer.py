@@ -209,7 +209,7 @@ class _StepWatch(TrainerCallback):
         all_since = any(event.field == "train.gradient_checkpointing" for event in recorder.out_of_memory)
         if recorder.plan.recomputed is not None and not all_since:
             checkpoint_first(self.trainer.model, recorder.plan.recomputed)
-        if recorder.plan.stashes:
+        if recorder.plan.checkpoints == "host":
             stash_inputs(self.trainer.model, self.trainer.args.device)
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:

@@ -169,7 +169,7 @@ CASES: dict[str, Case] = {
     "train.optim": Case("adamw_8bit", training),
     "train.gradient_checkpointing": Case("true", training),
     "train.chunked_loss": Case("true", lambda plan: plan.logit_bytes),
-    "memory.checkpoints": Case("host", lambda plan: plan.stashes),
+    "memory.checkpoints": Case("host", lambda plan: plan.checkpoints),
     "memory.budget": Case("1GiB", lambda plan: plan.memory.budget_bytes),
     "train.kernels": Case("plain", lambda plan: plan.kernels),
     "train.torch_compile": Case("true", training),

@@ -91,6 +91,8 @@ def _training(plan: PlanDocument) -> Facts:
         rows.add("chat template", known.get(data.chat_template) or Whole(data.chat_template))
     rows.add("optimizer", f"{training.optim}, {training.lr_scheduler_type} from {training.learning_rate:g}")
     rows.add("mixed precision", f"{precision}; gradient checkpointing {'on' if training.checkpointing else 'off'}")
+    if plan.checkpoints == "host":
+        rows.add("", "inputs of checkpointed blocks wait in the host's memory")
     if plan.device.kind != "cpu":
         _add_kernels(rows, plan.kernels)
     return rows

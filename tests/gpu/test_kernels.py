@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from qft.commands.train import train
 from qft.kernels.activation import REFERENCES
 from qft.kernels.buffers import SCRATCH, with_border
 from qft.kernels.dequantize import dequantize_into
@@ -20,9 +22,12 @@ from qft.kernels.norm import rms_norm
 from qft.kernels.project import project
 from qft.kernels.rotary import rotary
 from qft.memory.checkpointing import enable_checkpointing
+from qft.progress import View
+from qft.recipe import load
 from tests.support.architectures import MODELS
 from tests.support.kernels import adapted, fused, gradients
 from tests.support.models import tiny_llama
+from tests.support.runs import HARD
 
 pytestmark = [
     pytest.mark.gpu,
@@ -264,3 +269,20 @@ def test_a_bordered_norm_is_read_where_it_is() -> None:
     assert stack.border == 64
     outs = project(y, stack)
     assert torch.equal(torch.cat(outs, 1), torch.cat(project(y.detach().clone(), stack), 1))
+
+
+def test_a_training_says_what_was_fused_and_learns_as_the_plain_one(
+    recipe_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    reports = {}
+    for kernels in ("fused", "plain"):
+        asked = HARD | {"report_to": [], "kernels": kernels, "gradient_checkpointing": True}
+        path = recipe_file(model={"device": "cuda"}, train=asked, output_dir=str(tmp_path / kernels))
+        reports[kernels] = train(load(path), View())
+    fused, plain = reports["fused"], reports["plain"]
+    assert plain.kernels is None
+    assert fused.kernels is not None
+    assert fused.kernels.fused == {"MLPs": 2, "linear layers": 8, "norms": 5, "rotary positions": 2}
+    assert fused.kernels.plain == {}
+    assert fused.loss.first == pytest.approx(plain.loss.first, rel=1e-3)
+    assert fused.loss.last == pytest.approx(plain.loss.last, rel=0.02)

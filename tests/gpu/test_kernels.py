@@ -276,7 +276,7 @@ def test_a_training_says_what_was_fused_and_learns_as_the_plain_one(
 ) -> None:
     reports = {}
     for kernels in ("fused", "plain"):
-        asked = HARD | {"report_to": [], "kernels": kernels, "gradient_checkpointing": True}
+        asked: dict[str, Any] = HARD | {"report_to": [], "kernels": kernels, "gradient_checkpointing": True}
         path = recipe_file(model={"device": "cuda"}, train=asked, output_dir=str(tmp_path / kernels))
         reports[kernels] = train(load(path), View())
     fused, plain = reports["fused"], reports["plain"]

@@ -36,12 +36,7 @@ def with_border(x: torch.Tensor, border: int) -> torch.Tensor | None:
 
 def rows_of(x: torch.Tensor) -> torch.Tensor:
     """[..., columns] as [rows, columns], with rows one behind the other at any distance."""
-    if x.dim() == 2 and x.stride(1) == 1:
-        return x
-    try:
-        flat = x.view(-1, x.shape[-1])
-    except RuntimeError:
-        flat = x.reshape(-1, x.shape[-1])
+    flat = x.reshape(-1, x.shape[-1])
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
 

@@ -109,9 +109,13 @@ def normed_back(
 def rms_norm(
     x: torch.Tensor, w: torch.Tensor, eps: float, shift: float, dtype: torch.dtype, border: int = 0
 ) -> torch.Tensor:
-    """x [..., columns] -> [..., columns] in `dtype`, with a border of so many columns."""
-    found: torch.Tensor = Norm.apply(x, w, eps, shift, dtype, border)  # type: ignore[no-untyped-call]
-    return found
+    """x [..., columns] -> [..., columns] in `dtype`, with a border of so many columns; its rows lie in memory in the
+    order of those of x."""
+    order = sorted(range(x.dim() - 1), key=lambda i: x.stride()[i], reverse=True)
+    turned = order != list(range(x.dim() - 1))
+    given = x.permute(*order, x.dim() - 1) if turned else x
+    found: torch.Tensor = Norm.apply(given, w, eps, shift, dtype, border)  # type: ignore[no-untyped-call]
+    return found.permute(*(order.index(i) for i in range(x.dim() - 1)), x.dim() - 1) if turned else found
 
 
 class Norm(torch.autograd.Function):

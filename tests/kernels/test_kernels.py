@@ -86,6 +86,9 @@ def test_norms_and_the_gradient_of_their_weight(shift: float, border: int) -> No
     x, w = (torch.randn(shape, dtype=DOUBLE, requires_grad=True) for shape in ((2, 3, 7), (7,)))
     found: torch.Tensor = rms_norm(x, w, 1e-3, shift, DOUBLE, border)
     torch.testing.assert_close(found, nn.functional.rms_norm(x, (7,), w + shift, 1e-3))
+    turned = rms_norm(x.transpose(0, 1), w, 1e-3, shift, DOUBLE)
+    assert torch.equal(turned, found.transpose(0, 1))
+    assert turned.stride() == x.transpose(0, 1).stride()
     assert (with_border(found.view(6, 7), 64) is not None) == bool(border)
     assert torch.autograd.gradcheck(lambda x, w: rms_norm(x, w, 1e-3, shift, DOUBLE, border), (x, w))
 

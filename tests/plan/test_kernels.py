@@ -22,7 +22,7 @@ def planned(path: Path, *overrides: str) -> Plan:
 
 
 def test_all_is_fused_on_a_gpu_and_nothing_without_one(recipe_file: Callable[..., Path]) -> None:
-    path = recipe_file()
+    path = recipe_file(train={"per_device_train_batch_size": 16})
     plan = planned(path)
     assert plan.document().kernels == dict.fromkeys((*PRODUCTS, *OTHERS))
     fused, plain = (made.memory.predicted_peak_bytes or 0 for made in (plan, planned(path, "train.kernels=plain")))

@@ -33,7 +33,9 @@ from qft.memory.stand_in import OnGpu, fill, hold, peft_sees_autocast, set_atten
 from qft.memory.stash import stash_inputs
 from qft.quant.hold import Scheme
 
-MIDDLE = "other blocks"
+MIDDLE, PROBE = "other blocks", "probe"
+"""Parts of the work that are none of the worst: what lies between the first blocks and the last, and a look at few tokens
+before it begins."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ def peaks(
             entered.enter_context(peft_sees_autocast(work.mixed is not None))
         _watch(blocks, found, ledger)
         _run(adapted, blocks, ledger, work, step)
-    return ledger.peaks()
+    return {part: peak for part, peak in ledger.peaks().items() if part != PROBE}
 
 
 def _adapted(model: PreTrainedModel, work: Work, gpu: OnGpu | None, *, checkpointed: bool) -> nn.Module:
@@ -210,6 +212,7 @@ def _fill(model: nn.Module, blocks: nn.ModuleList, ledger: Ledger, work: Work) -
 def _run(model: nn.Module, blocks: nn.ModuleList, ledger: Ledger, work: Work, step: Step) -> None:
     """The second step of a training, when the optimizer has its state, and an evaluation."""
     slots = _fill(model, blocks, ledger, work)
+    ledger.part = PROBE
     expect(model, blocks, work.kernels)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     ledger.label = "optimizer_state"

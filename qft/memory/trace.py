@@ -34,8 +34,8 @@ from qft.memory.stash import stash_inputs
 from qft.quant.hold import Scheme
 
 MIDDLE, PROBE = "other blocks", "probe"
-"""Parts of the work that are none of the worst: what lies between the first blocks and the last, and a look at few tokens
-before it begins."""
+"""Parts of the work that are none of the worst: what lies between the first blocks and the last, and a look at few
+tokens before it begins."""
 
 
 @dataclass(frozen=True)

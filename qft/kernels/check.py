@@ -9,12 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from qft.errors import first_line
+
 TOLERANCE, NOISES = 0.03, 3
 """Largest error of an output or a gradient, relative to what the model's own code makes of it in 16 bits, and how many
 times what that changes by when its input does in the last bit."""
 
 LEAST_WORDS = 64
 """Of the vocabulary that is asked."""
+
+Results = dict[str, torch.Tensor]
 
 
 class Check:
@@ -56,17 +60,17 @@ class Check:
             for kind in kinds:
                 applied.take_back(kind)
             wanted, noisy = self._results(), self._results(noise=2**-8)
-            wrong: dict[str, str] = {}
+            wrong = dict.fromkeys(kinds, "")
             if _difference(fused, wanted, noisy):
                 for kind in kinds:
                     put[kind]()
                     wrong[kind] = _difference(self._results(), wanted, noisy)
                     applied.take_back(kind)
         for kind in kinds:
-            if not wrong.get(kind):
-                put[kind]()
+            if wrong[kind]:
+                applied.plain[f"{kind}: {wrong[kind]}"] = applied.fused.pop(kind)
             else:
-                applied.plain[f"{kind}: they differ from the model's own code {wrong[kind]}"] = applied.fused.pop(kind)
+                put[kind]()
 
     @contextmanager
     def _prepared(self) -> Iterator[None]:
@@ -89,9 +93,15 @@ class Check:
             for module in was:
                 module.training = False
 
-    def _results(self, noise: float = 0.0) -> dict[str, torch.Tensor]:
-        """Outputs of the first block and the last, and all their gradients; with so much noise on what they are given,
-        as a share of it."""
+    def _results(self, noise: float = 0.0) -> Results | str:
+        """Outputs of the first block and the last, and all their gradients, or why there are none; with so much noise
+        on what the blocks are given, as a share of it."""
+        try:
+            return self._computed(noise)
+        except Exception as error:  # a model can be anything, and so can what a compiler makes of a kernel
+            return f"one block alone cannot be computed: {first_line(error)}"
+
+    def _computed(self, noise: float) -> Results:
         found: dict[str, torch.Tensor] = {}
         for number in dict.fromkeys((0, len(self.blocks) - 1)):
             block = self.blocks[number]
@@ -113,14 +123,20 @@ class Check:
         return found
 
 
-def _difference(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], noisy: dict[str, torch.Tensor]) -> str:
+def _difference(found: Results | str, wanted: Results | str, noisy: Results | str) -> str:
     """How results differ, in words; empty: they agree."""
+    for results in (wanted, noisy, found):
+        if isinstance(results, str):
+            return results
+    assert isinstance(found, dict)
+    assert isinstance(wanted, dict)
+    assert isinstance(noisy, dict)
     if found.keys() != wanted.keys():
-        return "in what has a gradient"
+        return "they differ from the model's own code in what has a gradient"
     for name, value in wanted.items():
         error, noise = _error(found[name], value), _error(noisy[name], value)
         if not error <= max(TOLERANCE, NOISES * noise):
-            return f"by {error:.1%} in {name}"
+            return f"they differ from the model's own code by {error:.1%} in {name}"
     return ""
 
 

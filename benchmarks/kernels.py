@@ -241,7 +241,7 @@ def step(options: argparse.Namespace) -> None:
         best = sorted(times[2:])[len(times[2:]) // 2]
         told(
             step_ms=round(best[0] * 1e3, 1), launch_ms=round(best[1] * 1e3, 1),
-            fastest_ms=round(min(times)[0] * 1e3, 1),
+            times_ms=[round(time * 1e3) for time, _ in times[2:]],
             tok_s=round(options.batch * options.length / best[0]),
             peak_gib=round(torch.cuda.max_memory_allocated() / 2**30, 2), losses=[round(float(x), 3) for x in losses],
         )  # fmt: skip

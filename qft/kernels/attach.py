@@ -18,7 +18,7 @@ from qft.errors import first_line
 from qft.kernels.check import Check
 from qft.kernels.layer import Stack
 from qft.kernels.mlp import Mlp
-from qft.kernels.norm import MOST, rms_norm
+from qft.kernels.norm import rms_norm
 from qft.kernels.project import project
 from qft.kernels.rotary import may_rotate, rotary
 from qft.kernels.seams import (
@@ -163,8 +163,6 @@ def _puts_of_group(seam: GroupSeam, applied: Applied, borders: dict[nn.Module, i
 
 def _put_norm(seam: NormSeam, applied: Applied, borders: dict[nn.Module, int]) -> None:
     module, plain = seam.module, seam.module.forward
-    if len(next(module.parameters())) > MOST:
-        return
     border = max((borders.get(fed, 0) for fed in seam.feeds), default=0)
 
     def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from qft.kernels.activation import REFERENCES
 from qft.kernels.layer import Layer, layer_of
+from qft.kernels.norm import MOST as WIDEST_NORM
 from qft.kernels.rotary import rotate
 
 CLOSE, SAME = 3e-2, 1e-5
@@ -197,7 +198,9 @@ def find_norms(model: nn.Module, seen: Seen) -> list[NormSeam]:
     found = []
     for module in seen.calls:
         weights = list(module.parameters())
-        if len(weights) != 1 or weights[0].ndim != 1 or next(module.children(), None) or next(module.buffers(), None):
+        if len(weights) != 1 or next(module.children(), None) or next(module.buffers(), None):
+            continue
+        if weights[0].ndim != 1 or len(weights[0]) > WIDEST_NORM:
             continue
         if seen.given[module].shape != seen.made[module].shape or seen.made[module].shape[-1:] != weights[0].shape:
             continue

@@ -107,6 +107,7 @@ def _found(
         applied.plain[f"the model runs on nothing but its own data: {first_line(error)}"] = 1
         return {}
     borders: dict[nn.Module, int] = {}
+    stacks: dict[nn.Module | None, Stack] = {}
     mlps = find_mlps(blocks, seen, applied.plain) if MLP in kinds else []
     taken = {layer.module for seam in mlps for layer in seam.layers}
     groups = find_groups(blocks, seen, taken, applied.plain) if LINEAR in kinds else []
@@ -114,9 +115,9 @@ def _found(
     turns = find_rotary(blocks, seen) if ROTARY in kinds else []
     found: dict[str, list[Callable[[], None]]] = {
         MLP: [partial(_put_mlp, seam, applied, borders) for seam in mlps],
-        LINEAR: [put for seam in groups for put in _puts_of_group(seam, applied, borders)],
+        LINEAR: [put for seam in groups for put in _puts_of_group(seam, applied, borders, stacks)],
         NORM: [partial(_put_norm, seam, applied, borders) for seam in norms],
-        ROTARY: [partial(_put_rotary, seam, applied) for seam in turns],
+        ROTARY: [partial(_put_rotary, seam, applied, stacks.get(seam.module)) for seam in turns],
     }
     return {kind: parts for kind, parts in found.items() if parts}
 
@@ -135,9 +136,13 @@ def _put_mlp(seam: MlpSeam, applied: Applied, borders: dict[nn.Module, int]) -> 
     applied.put(MLP, module, forward)
 
 
-def _puts_of_group(seam: GroupSeam, applied: Applied, borders: dict[nn.Module, int]) -> list[Callable[[], None]]:
+def _puts_of_group(
+    seam: GroupSeam, applied: Applied, borders: dict[nn.Module, int], stacks: dict[nn.Module | None, Stack]
+) -> list[Callable[[], None]]:
     """The first layer that is called computes all of them, and the others are handed theirs."""
     stack = Stack(seam.layers)
+    if len(seam.layers) > 1:
+        stacks[seam.module] = stack
     waiting: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def put(number: int) -> None:
@@ -173,7 +178,7 @@ def _put_norm(seam: NormSeam, applied: Applied, borders: dict[nn.Module, int]) -
     applied.put(NORM, module, forward)
 
 
-def _put_rotary(seam: RotarySeam, applied: Applied) -> None:
+def _put_rotary(seam: RotarySeam, applied: Applied, stack: Stack | None) -> None:
     """The module's own code, in which one name is another function."""
     module, plain = seam.module, seam.module.forward
     code = inspect.unwrap(type(module).forward)
@@ -181,7 +186,7 @@ def _put_rotary(seam: RotarySeam, applied: Applied) -> None:
     def turn(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *others: Any, **named: Any) -> Any:
         if others or named or not _on_gpu(q) or not may_rotate(q, k, cos, sin):
             return seam.rotate(q, k, cos, sin, *others, **named)
-        return rotary(q, k, cos, sin)
+        return rotary(q, k, cos, sin, stack)
 
     names = {**code.__globals__, seam.name: turn}
     own = FunctionType(code.__code__, names, code.__name__, code.__defaults__, code.__closure__)

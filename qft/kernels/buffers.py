@@ -23,10 +23,10 @@ def bordered_empty(shape: Sequence[int], border: int, like: torch.Tensor) -> tor
     return whole.view(*outer, columns + border)[..., :columns].data
 
 
-def with_border(x: torch.Tensor, border: int) -> torch.Tensor | None:
-    """The whole [rows, columns + border] of a view [rows, columns] with such a border; None: it has none. What is
-    written there is seen by no version counter."""
-    columns = x.shape[-1]
+def with_border(x: torch.Tensor, border: int, columns: int | None = None) -> torch.Tensor | None:
+    """The whole [rows, columns + border] of a view with such a border of all its columns, or the first of `columns`;
+    None: it has none. What is written there is seen by no version counter."""
+    columns = columns or x.shape[-1]
     if getattr(x.untyped_storage(), "qft_border", None) != border or x.stride() != (columns + border, 1):
         return None
     if x.storage_offset() or x.untyped_storage().nbytes() != len(x) * (columns + border) * x.element_size():

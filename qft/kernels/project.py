@@ -78,8 +78,8 @@ def back(stack: Stack, given: Sequence[torch.Tensor | None], rows: torch.Tensor,
     """Of the gradients [rows, rows of a layer] of each layer's output, or of all side by side: themselves side by side,
     s g B [rows, rank], and, if it is wanted, g W + s (g B) A [rows, columns]. `rows` is a tensor of as many rows."""
     matrix, whole = stack.matrix(rows.device, forward=False), None
-    if len(given) == 1 and given[0] is not None:
-        whole = with_border(given[0], stack.border)
+    if given[0] is not None:
+        whole = with_border(given[0], stack.border, stack.rows)
     if whole is None:
         whole = bordered(rows, stack.rows, stack.border)
     joint = len(given) < len(stack.layers)

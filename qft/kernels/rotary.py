@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from qft.kernels.buffers import bordered_empty
 from qft.kernels.jit import by_triton, ceil_div, jit, launch, power_of_2, tl
+from qft.kernels.layer import Stack
 
 HEADS = 8
 """That one program turns, of one token."""
@@ -61,12 +63,21 @@ def _rotary_kernel(  # type: ignore[no-untyped-def]
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
-def rotate(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, back: bool = False) -> Pair:
-    """q and k turned; `back`: the gradients of both for those of what they were turned into."""
+def rotate(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    outs: Pair | None = None,
+    *,
+    back: bool = False,
+) -> Pair:
+    """q and k turned, into `outs` if they are given; `back`: the gradients of both for those of what they were turned
+    into."""
+    outs = outs or (_like_rows(q), _like_rows(k))
     if not by_triton(q):
-        return _turned(q, cos, sin, back), _turned(k, cos, sin, back)
+        return outs[0].copy_(_turned(q, cos, sin, back)), outs[1].copy_(_turned(k, cos, sin, back))
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
-    outs = _like_rows(q), _like_rows(k)
     rows, _, tokens, size = q.shape
     parts = ceil_div(q.shape[1], HEADS), ceil_div(k.shape[1], HEADS)
     strides = [stride for x in (q, k) for stride in x.stride()[:3]]
@@ -95,9 +106,9 @@ def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, back: bool) -
     return torch.cat(both, -1).to(x.dtype)
 
 
-def rotary(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Pair:
-    """q and k turned."""
-    found: Pair = Rotate.apply(q, k, cos, sin)  # type: ignore[no-untyped-call]
+def rotary(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, stack: Stack | None = None) -> Pair:
+    """q and k turned. If they come of the first two layers of a stack, its gradients are put where they are needed."""
+    found: Pair = Rotate.apply(q, k, cos, sin, stack)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -105,14 +116,31 @@ class Rotate(torch.autograd.Function):
     """See rotary."""
 
     @staticmethod
-    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Pair:
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, stack: Stack | None
+    ) -> Pair:
+        ctx.stack = stack
         ctx.save_for_backward(cos, sin)
         return rotate(q, k, cos, sin)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gq: torch.Tensor, gk: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return (*rotate(gq, gk, *ctx.saved_tensors, back=True), None, None)
+        cos, sin = ctx.saved_tensors
+        outs = _side_by_side(gq, gk, ctx.stack)
+        return (*rotate(gq, gk, cos, sin, outs, back=True), None, None, None)
+
+
+def _side_by_side(gq: torch.Tensor, gk: torch.Tensor, stack: Stack | None) -> Pair | None:
+    """Places for gradients of the outputs of the first two layers of a stack, behind which there is room for the
+    others and a border; None: they are none of these."""
+    rows, _, tokens, size = gq.shape
+    widths = [x.shape[1] * size for x in (gq, gk)]
+    if stack is None or gq.dtype != stack.dtype or [layer.rows for layer in stack.layers[:2]] != widths:
+        return None
+    made = bordered_empty((rows, tokens, stack.rows), stack.border, gq)
+    q, k = (made[..., part].view(rows, tokens, -1, size).transpose(1, 2) for part in stack.row_parts[:2])
+    return q, k
 
 
 def may_rotate(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:

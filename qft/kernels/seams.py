@@ -42,6 +42,8 @@ class GroupSeam:
     """Linear layers of one module that are given the same tensor, in the order in which they are called."""
 
     layers: list[Layer]
+    module: nn.Module | None
+    """Theirs."""
 
 
 @dataclass
@@ -162,7 +164,7 @@ def _composes(module: nn.Module, order: Sequence[nn.Module], kind: str, seen: Se
 
 def find_groups(blocks: nn.Module, seen: Seen, taken: set[nn.Module], plain: Counter[str]) -> list[GroupSeam]:
     """Linear layers by the tensor and the module that they are given it in, without those `taken`."""
-    groups: dict[tuple[int, int], list[Layer]] = {}
+    groups: dict[tuple[int, nn.Module | None], list[Layer]] = {}
     parents = {child: parent for parent in blocks.modules() for child in parent.children()}
     own = set(linears(blocks))
     for module in seen.order:
@@ -172,8 +174,8 @@ def find_groups(blocks: nn.Module, seen: Seen, taken: set[nn.Module], plain: Cou
         if isinstance(layer, str):
             plain[f"linear layers: {layer}"] += 1
         else:
-            groups.setdefault((id(seen.given[module]), id(parents.get(module))), []).append(layer)
-    return [GroupSeam(part) for layers in groups.values() for part in _alike(layers)]
+            groups.setdefault((id(seen.given[module]), parents.get(module)), []).append(layer)
+    return [GroupSeam(part, parent) for (_, parent), layers in groups.items() for part in _alike(layers)]
 
 
 def _layer(module: nn.Module, seen: Seen) -> Layer | str:

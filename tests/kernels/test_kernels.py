@@ -215,8 +215,8 @@ def test_an_adapter_that_is_more_than_a_and_b_is_plain(changes: dict[str, Any], 
     assert largest_error(gradients(model, IDS), wanted) < 1e-5
 
 
-def swapped(ctx: Any, q: Any, k: Any, cos: Any, sin: Any, real: Any = Rotate.forward) -> Any:
-    return real(ctx, q, k, sin, cos)
+def swapped(ctx: Any, q: Any, k: Any, cos: Any, sin: Any, stack: Any, real: Any = Rotate.forward) -> Any:
+    return real(ctx, q, k, sin, cos, stack)
 
 
 def broken(*_: Any) -> Any:

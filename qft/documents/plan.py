@@ -275,6 +275,11 @@ class PlanDocument(Stored):
     """None: all weights are trained."""
     offload: Literal["none", "cpu", "disk"] = "none"
     """Where the blocks of the base wait, of which two are on the device; none: all are."""
+    checkpoints: Literal["device", "host"] | None = None
+    """Where the inputs of checkpointed blocks wait for the backward pass; None: no blocks are checkpointed."""
+    kernels: dict[str, str | None] = {}
+    """Of each kind of part that kernels of qft's own can compute, why the model's own code does; None: they do, where
+    they agree with that on the loaded model."""
     training: TrainerArguments
     data: DataPart
     steps: int

@@ -139,6 +139,15 @@ class Settings(Part):
     taken at a time. The loss and the backward pass hold as much once or twice more for a moment."""
 
 
+class Kernels(Part):
+    """What kernels of qft's own computed in training."""
+
+    fused: dict[str, int]
+    """Modules that they computed, by what these are."""
+    plain: dict[str, int]
+    """Modules that the model's own code computed, by the reason."""
+
+
 class Checkpointing(Part):
     """What gradient checkpointing did, measured on one block and its first batch."""
 
@@ -286,6 +295,8 @@ class Report(Part):
     """None in reports from before it was told here."""
     stages: list[StageReport] = []
     """Empty without train.stages; else `model` and `settings` are the last one's."""
+    kernels: Kernels | None = None
+    """None where the plan had none, and in reports from before there were any."""
     checkpointing: Checkpointing | None = None
     """None where it is off."""
     loss: Loss

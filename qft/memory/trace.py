@@ -22,6 +22,8 @@ from transformers import PreTrainedModel
 from transformers.trainer_pt_utils import LabelSmoother
 
 from qft.checkpoint.skeleton import find_blocks
+from qft.kernels import expect
+from qft.kernels.buffers import SCRATCH
 from qft.memory.checkpointing import enable_checkpointing
 from qft.memory.chunked_loss import has_parts, replace_forward, rows_at_once
 from qft.memory.fused_loss import COUNTS, FusedLoss, replace_with, tail_of
@@ -31,11 +33,14 @@ from qft.memory.optimizers import STATES, step_bytes
 from qft.memory.repeated import Pattern, pattern
 from qft.memory.softmax import gradient_in_place
 from qft.memory.stand_in import OnGpu, fill, gradient_on_gpu, hold, peft_sees_autocast, set_attention
+from qft.memory.stash import stash_inputs
 from qft.memory.unmasked import one_row_each
 from qft.quant.hold import Qat, Scheme
 from qft.quant.rounded import round_as
 
-MIDDLE = "other blocks"
+MIDDLE, PROBE = "other blocks", "probe"
+"""Parts of the work that are none of the worst: what lies between the first blocks and the last, and a look at few
+tokens before it begins."""
 SMALL, FEW_TOKENS = 2**28, 2**12
 """Weights times tokens, and tokens: of no more, to compute with real tensors takes less than to follow their shapes."""
 
@@ -85,6 +90,10 @@ class Work:
     """What is evaluated."""
     answered: Batch | None = None
     """What is answered, the longest answers included."""
+    stashes: bool = False
+    """Whether the inputs of checkpointed blocks wait on the host."""
+    kernels: tuple[str, ...] = ()
+    """Kinds of parts that kernels of qft's own compute in training."""
 
 
 def trace(build: Callable[[], PreTrainedModel], layers: int, work: Work, step: Step) -> dict[str, Peak]:
@@ -153,7 +162,7 @@ def peaks(
     gpu = OnGpu(work.mixed) if work.on_gpu else None
     adapted = _adapted(model, work, gpu, checkpointed=step.checkpointed)
     ledger = Ledger(label_of)
-    with ExitStack() as entered:
+    with SCRATCH.apart(), ExitStack() as entered:
         entered.enter_context(torch.random.fork_rng(devices=[]))
         entered.enter_context(tensors)
         entered.enter_context(ledger)
@@ -163,7 +172,7 @@ def peaks(
             entered.enter_context(peft_sees_autocast(work.mixed is not None))
         _watch(blocks, found, ledger)
         _run(adapted, blocks, ledger, work, step, asked)
-    return ledger.peaks()
+    return {part: peak for part, peak in ledger.peaks().items() if part != PROBE}
 
 
 def _adapted(model: PreTrainedModel, work: Work, gpu: OnGpu | None, *, checkpointed: bool) -> nn.Module:
@@ -173,6 +182,8 @@ def _adapted(model: PreTrainedModel, work: Work, gpu: OnGpu | None, *, checkpoin
     again: dict[str, Any] = {"preserve_rng_state": False} | ({"context_fn": gpu.entered_again} if gpu else {})
     if checkpointed:
         enable_checkpointing(model, **again)
+        if work.stashes:
+            stash_inputs(model, torch.device("cpu"))
         model.enable_input_require_grads()
     if work.neftune:
         noisy = model.get_input_embeddings()
@@ -251,6 +262,8 @@ def _fill(model: nn.Module, blocks: nn.ModuleList, ledger: Ledger, work: Work) -
 def _run(model: nn.Module, blocks: nn.ModuleList, ledger: Ledger, work: Work, step: Step, attention_asked: str) -> None:
     """The second step of a training, when the optimizer has its state, and an evaluation."""
     slots = _fill(model, blocks, ledger, work)
+    ledger.part = PROBE
+    expect(model, blocks, work.kernels)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     ledger.label = "optimizer_state"
     state = [torch.empty(n, dtype=torch.uint8) for p in trained for n in STATES[work.optim](p.shape)]

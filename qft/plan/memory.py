@@ -39,6 +39,8 @@ class Forecast:
     data: Prepared
     mixed: torch.dtype | None
     """Of autocast."""
+    kernels: tuple[str, ...] = ()
+    """Kinds of parts that kernels of qft's own compute."""
 
     @property
     def budget(self) -> int:
@@ -76,6 +78,8 @@ class Forecast:
             offloads=recipe.memory.offload != "none",
             held_out=held_out,
             answered=self._answered(),
+            stashes=stashes(model),
+            kernels=self.kernels,
         )
         config = model.checkpoint.config.to_json_string() + str((model.dtype, recipe.model.attn_implementation))
         files = model.checkpoint.weight_files() if model.checkpoint.has_weights else []
@@ -175,6 +179,17 @@ def with_optimizer(forecast: Forecast) -> tuple[LoadedRecipe, str | None]:
                 + ("would slow the step down" if one.fits else "do not fit"),
             )
     return model.loaded.having(train={"optim": chosen}), f"{chosen}: {why}"
+
+
+def stashes(model: ModelPlan) -> bool:
+    """Whether the inputs of checkpointed blocks wait on the host."""
+    return model.device.kind == "cuda" and model.recipe.memory.checkpoints != "device"
+
+
+def checkpoint_problems(model: ModelPlan) -> Iterator[Problem]:
+    """What of memory.checkpoints cannot be."""
+    if model.recipe.memory.checkpoints == "host" and model.device.kind == "cpu":
+        yield "memory.checkpoints", "the model runs on the CPU, in whose memory they are anyway; set it to auto"
 
 
 def is_open(recipe: Recipe) -> bool:

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -21,8 +21,19 @@ from qft.documents.plan import AdapterArguments, DataPart, PlanDocument, Planned
 from qft.machine.device import Device
 from qft.machine.environment import allocator_settings
 from qft.memory.fit import Way
+from qft.plan.kernels import kernel_problems, planned_kernels
 from qft.plan.limits import answer_problems, require_known_tokens, require_special_tokens
-from qft.plan.memory import Forecast, decided, is_open, logit_bytes, too_large, undecidable, with_optimizer
+from qft.plan.memory import (
+    Forecast,
+    checkpoint_problems,
+    decided,
+    is_open,
+    logit_bytes,
+    stashes,
+    too_large,
+    undecidable,
+    with_optimizer,
+)
 from qft.plan.model import (
     ModelPlan,
     Shape,
@@ -90,6 +101,23 @@ class Plan:
         """What logits may take at once; None: as much as all do."""
         return logit_bytes(self.model)
 
+    @property
+    def checkpoints(self) -> Literal["device", "host"] | None:
+        """Where the inputs of checkpointed blocks wait; None: no blocks are checkpointed."""
+        if not self.recipe.train.gradient_checkpointing:
+            return None
+        return "host" if stashes(self.model) else "device"
+
+    @cached_property
+    def kernels(self) -> dict[str, str | None]:
+        """Of each kind of part, why the model's own code computes it; None: kernels do, where they agree with that."""
+        return planned_kernels(self.model, mixed=self.mixed is not None)
+
+    @property
+    def mixed(self) -> torch.dtype | None:
+        """Of autocast; None: there is none."""
+        return _mixed(self.model.recipe, self.model.device)
+
     @cached_property
     def memory(self) -> PlannedMemory:
         """Predicted, of this stage alone."""
@@ -135,6 +163,8 @@ class Plan:
             matched=self.model.matched,
             adapter=AdapterArguments(**self.lora) if self.lora else None,
             offload=self.recipe.memory.offload,
+            checkpoints=self.checkpoints,
+            kernels=self.kernels,
             training=TrainerArguments(**self.training),
             data=DataPart(
                 train_rows=len(rows.train),
@@ -170,12 +200,12 @@ def _plan(loaded: LoadedRecipe, device: Device, data: Prepared | None) -> Plan:
     lora = _lora_arguments(recipe) if recipe.adapter.kind == "lora" else None
     model = plan_model(loaded, lora, device=device)
     problems = [*model.scheme.problems(recipe), *_share_problems(model), *_length_problems(recipe, model.shape)]
-    refuse(loaded, [*problems, *offload_problems(model)])
+    refuse(loaded, [*problems, *offload_problems(model), *checkpoint_problems(model)])
     data = data or _rows(model)
     loaded, optimizer = with_optimizer(_forecast(model, lora, data))
     model, found = _fitted(dataclasses.replace(model, loaded=loaded), lora, data)
     plan = Plan(model, lora, _training_arguments(model.recipe, device), data, found, optimizer)
-    refuse(loaded, _step_problems(plan))
+    refuse(loaded, [*_step_problems(plan), *kernel_problems(plan.recipe, plan.kernels)])
     return plan
 
 
@@ -207,9 +237,9 @@ def _fitted(model: ModelPlan, lora: dict[str, Any] | None, data: Prepared) -> tu
 
 
 def _forecast(model: ModelPlan, lora: dict[str, Any] | None, data: Prepared) -> Forecast:
-    bf16 = _mixed_bf16(model.recipe, model.device)
-    mixed = torch.bfloat16 if bf16 else torch.float16 if model.recipe.train.fp16 else None
-    return Forecast(model, lora, data, mixed)
+    mixed = _mixed(model.recipe, model.device)
+    planned = planned_kernels(model, mixed=mixed is not None)
+    return Forecast(model, lora, data, mixed, tuple(kind for kind, reason in planned.items() if reason is None))
 
 
 def with_skip_modules(plan: Plan, names: Sequence[str]) -> Plan:
@@ -298,7 +328,7 @@ def _lora_arguments(recipe: Recipe) -> dict[str, Any]:
 
 # Fields of `train` that are qft's own, or that it hands over in another form.
 OWN_FIELDS = {"early_stopping_patience", "on_nonfinite", "gradient_checkpointing", "report_to", "bf16", "tf32"}
-OWN_FIELDS |= {"save_on_signal", "chunked_loss", "stages"}
+OWN_FIELDS |= {"save_on_signal", "chunked_loss", "stages", "kernels"}
 
 
 def _training_arguments(recipe: Recipe, device: Device) -> dict[str, Any]:
@@ -329,6 +359,10 @@ def _training_arguments(recipe: Recipe, device: Device) -> dict[str, Any]:
     if train.gradient_checkpointing:
         arguments[f"{name}_kwargs"] = {"use_reentrant": False}
     return arguments
+
+
+def _mixed(recipe: Recipe, device: Device) -> torch.dtype | None:
+    return torch.bfloat16 if _mixed_bf16(recipe, device) else torch.float16 if recipe.train.fp16 else None
 
 
 def _mixed_bf16(recipe: Recipe, device: Device) -> bool:

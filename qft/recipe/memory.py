@@ -54,6 +54,9 @@ class MemorySection(Section):
     is computed. none: they are on the device; cpu: in page-locked memory of the host; disk: in files."""
     offload_folder: str | None = Field(None, min_length=1)
     """Folder in which offload disk puts its files, which go when the training ends. None: output_dir."""
+    checkpoints: Literal["auto", "device", "host"] = "auto"
+    """Where the inputs of checkpointed blocks wait for the backward pass. device: where they are; host: in page-locked
+    memory of the host, copied while other blocks are computed. auto: host, with a GPU."""
     leak_threshold: Annotated[Size, Field(ge=1)] | None = 8 * 2**20
     """Bytes (8388608, 8MiB) in 100 steps from which memory that grows from step to step is told as a leak, with what
     grew. None: no leak is looked for."""

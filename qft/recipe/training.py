@@ -295,6 +295,9 @@ class TrainSection(Section):
     chunked_loss: bool | Literal["auto"] = "auto"
     """Compute output head and loss from the logits of some thousand tokens at a time, and again for the backward pass:
     of all tokens at once, they can outweigh the model. auto: on a GPU, and with memory.offload."""
+    kernels: Literal["auto", "fused", "plain"] = "auto"
+    """Compute MLPs, linear layers with LoRA and norms by kernels of qft's own, each part where it agrees with the
+    model's own code. auto: on a GPU, where the recipe allows it; fused: the same, and refused where it does not."""
     torch_compile: bool = False
     """Compile the model; an unquantized one only."""
     neftune_noise_alpha: float | None = Field(None, gt=0)

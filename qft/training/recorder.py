@@ -56,6 +56,7 @@ class Recorder:
         """Whether training needs no mask; see qft.memory.unmasked."""
         self.logit_bytes: int | None = None
         """What logits take at once where the loss is computed from few of them."""
+        self.kernels: documents.Kernels | None = None
         self.largest_micro_batch = 0
         """In tokens, with padding."""
         self.leak: Leak | None = None
@@ -181,6 +182,7 @@ class Recorder:
             skipped_modules=self.skipped,
             settings=self._settings(),
             stages=[self._stage(plan) for plan in self.stages if plan.span],
+            kernels=self.kernels,
             checkpointing=self.recomputed and summary.checkpointing(*self.recomputed, steps),
             loss=summary.loss(steps),
             eval=documents.Evaluations(

@@ -31,6 +31,7 @@ from qft.quant.share import measured_share
 from qft.run.checkpoint import is_over, step_of
 from qft.run.folder import Run, record_base
 from qft.training.evaluation import HeldOut
+from qft.training.fusing import fuse
 from qft.training.qat import RoundingSchedule, require_observed
 from qft.training.recorder import Recorder
 from qft.training.stages import Border, free, stages_left, told_of
@@ -127,6 +128,7 @@ def _load(recorder: Recorder, run: Run, offload: Offload | None) -> Any:
     if plan.model.device.kind == "cpu":
         join_adapters(model, offload.bring if offload else None)
     _divide_loss(model.get_base_model() if plan.lora else model, recorder)
+    fuse(model, recorder)
     if _changes_base(plan) and not run.checkpoint:
         model.save_pretrained(str(run.initial_adapter))
     return model

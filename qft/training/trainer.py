@@ -19,6 +19,7 @@ from qft.machine.signals import Signals
 from qft.memory.checkpointing import CheckpointingProbe, checkpoint_first
 from qft.memory.fused_loss import COUNTS
 from qft.memory.meter import optimizer_bytes, tensor_bytes
+from qft.memory.stash import stash_inputs
 from qft.memory.unmasked import one_row_each
 from qft.model.distill import distilled_loss
 from qft.model.on_cpu import short_attention
@@ -217,6 +218,8 @@ class _StepWatch(TrainerCallback):
         all_since = any(event.field == "train.gradient_checkpointing" for event in recorder.out_of_memory)
         if recorder.plan.recomputed is not None and not all_since:
             checkpoint_first(self.trainer.model, recorder.plan.recomputed)
+        if recorder.plan.checkpoints == "host":
+            stash_inputs(self.trainer.model, self.trainer.args.device)
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         self.trainer.before_update()

@@ -202,3 +202,16 @@ def test_a_resumed_run_goes_on_with_its_optimizer(recipe_file: MakeRecipe) -> No
     written = load(path).recipe.train
     loaded = settled(load(path, ["train.optim=auto"]), written)
     assert loaded.recipe.train.optim == "adamw_torch"
+
+
+def test_inputs_of_blocks_on_the_host_are_not_on_the_device(
+    recipe_file: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qft.memory.stash.LEAST", 0)
+    base = saved(tiny_llama(num_hidden_layers=6), tmp_path / "six")
+    path = recipe_file(model={"path": str(base)}, train={"gradient_checkpointing": True, "report_to": []})
+    device, host = (planned(path, f"memory.checkpoints={place}") for place in ("device", "host"))
+    assert (device.checkpoints, host.checkpoints) == ("device", "host")
+    assert host.memory.peaks["head"] < device.memory.peaks["head"]
+    with pytest.raises(RecipeError, match=r"memory\.checkpoints: the model runs on the CPU"):
+        make_plan(load(path, ["memory.checkpoints=host"]))

@@ -109,6 +109,8 @@ class Bnb4Bit(Scheme):
 class _StandIn(bnb.nn.Linear4bit):  # type: ignore[misc]
     """Such a layer on tensors without contents."""
 
+    stands_in = True
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shape = (self.out_features, self.in_features)
         cast, nested = x.to(self.compute_dtype), self.weight.compress_statistics

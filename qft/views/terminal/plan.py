@@ -95,6 +95,10 @@ def _training(plan: PlanDocument) -> Facts:
         rows.add("chat template", known.get(data.chat_template) or Whole(data.chat_template))
     rows.add("optimizer", f"{training.optim}, {training.lr_scheduler_type} from {training.learning_rate:g}")
     rows.add("mixed precision", f"{precision}; gradient checkpointing {'on' if training.checkpointing else 'off'}")
+    if plan.checkpoints == "host":
+        rows.add("", "inputs of checkpointed blocks wait in the host's memory")
+    if plan.device.kind != "cpu":
+        _add_kernels(rows, plan.kernels)
     return rows
 
 
@@ -114,6 +118,14 @@ def _stages(stages: Sequence[PlannedStage]) -> Rows:
             "unknown" if peak is None else size(peak) + ("" if memory and memory.fits else " does NOT fit"),
         )
     return table
+
+
+def _add_kernels(rows: Facts, kernels: dict[str, str | None]) -> None:
+    """Each reason once."""
+    for why in dict.fromkeys([None, *kernels.values()]):
+        names = ", ".join(name for name, own in kernels.items() if own == why)
+        if names:
+            rows.add("not fused" if why else "fused", f"{names}: {why}" if why else names)
 
 
 def _exports(exports: dict[str, str | None]) -> Facts:

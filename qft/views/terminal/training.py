@@ -47,6 +47,14 @@ def _model(report: Report) -> Facts:
     return rows
 
 
+def _add_kernels(rows: Facts, report: Report) -> None:
+    if report.kernels:
+        fused = ", ".join(f"{count} {name}" for name, count in report.kernels.fused.items())
+        rows.add("fused", fused or "nothing")
+        for reason, count in report.kernels.plain.items():
+            rows.add("", f"not {count} modules: {reason}")
+
+
 def _learning(report: Report) -> Rows:
     rows = Rows("Learning", "", "before", "after")
     before, after = report.eval.before, report.eval.after
@@ -87,6 +95,7 @@ def _speed(report: Report) -> Facts:
     rows.add("step", f"{throughput.step_seconds_p50:.3f} s median, {throughput.step_seconds_p95:.3f} s 95th percentile")
     shares = (f"{name} {share:.0%}" for name, share in phases.model_dump().items())
     rows.add("time in", ", ".join(shares))
+    _add_kernels(rows, report)
     rows.add("in all", f"{report.steps} steps, {report.tokens:,} tokens, {report.wall_seconds:.0f} s")
     if report.resumed_from:
         missing = f"; the first {report.unmeasured_steps} steps left no figures" if report.unmeasured_steps else ""

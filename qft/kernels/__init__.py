@@ -1,0 +1,5 @@
+"""Kernels for the training of adapters: parts of a model in fewer passes over memory than its own code takes."""
+
+from qft.kernels.attach import LINEAR, MLP, NORM, ROTARY, Applied, apply, expect
+
+__all__ = ["LINEAR", "MLP", "NORM", "ROTARY", "Applied", "apply", "expect"]

@@ -1,0 +1,102 @@
+"""The borders of a dequantized matrix: B of each layer behind its rows, A below all, zeros elsewhere."""
+
+# Triton reads annotations, which must be no strings.
+
+from typing import Any
+
+import torch
+
+from qft.kernels.jit import by_triton, ceil_div, jit, launch, tl
+
+MOST = 4
+"""Layers that one matrix may hold."""
+ROWS, COLUMNS = 64, 512
+
+
+@jit
+def _border_kernel(  # type: ignore[no-untyped-def]
+    out, rows, columns, stride, row_programs, column_programs,
+    a0, b0, c0, s0, r0, m0, a1, b1, c1, s1, r1, m1, a2, b2, c2, s2, r2, m2, a3, b3, c3, s3, r3, m3,
+    COUNT: tl.constexpr, BIAS: tl.constexpr, BIASED: tl.constexpr, SCALE_A: tl.constexpr,
+    BORDER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The first programs write the columns behind ROWS rows each, the others COLUMNS columns of the rows below. Of each
+    layer: A, B, bias, scaling, rank, rows."""
+    program = tl.program_id(0)
+    last = tl.arange(0, BORDER)
+    if program < row_programs:
+        row = program * ROWS + tl.arange(0, ROWS)
+        value = tl.zeros((ROWS, BORDER), dtype=tl.float32)
+        start, rank = 0, 0
+        for i in tl.static_range(COUNT):
+            b = b0 if i == 0 else b1 if i == 1 else b2 if i == 2 else b3
+            c = c0 if i == 0 else c1 if i == 1 else c2 if i == 2 else c3
+            s = s0 if i == 0 else s1 if i == 1 else s2 if i == 2 else s3
+            r = r0 if i == 0 else r1 if i == 1 else r2 if i == 2 else r3
+            m = m0 if i == 0 else m1 if i == 1 else m2 if i == 2 else m3
+            own = (row[:, None] >= start) & (row[:, None] < start + m)
+            mine = own & (last[None, :] >= rank) & (last[None, :] < rank + r)
+            place = (row[:, None] - start) * r + last[None, :] - rank
+            found = tl.load(b + place, mask=mine, other=0).to(tl.float32)
+            value = tl.where(mine, found if SCALE_A else found * s, value)
+            if (BIASED >> i) & 1:
+                at = own & (last[None, :] == BIAS)
+                value = tl.where(at, tl.load(c + row[:, None] - start, mask=at, other=0).to(tl.float32), value)
+            start += m
+            rank += r
+        target = out + row.to(tl.int64)[:, None] * stride + columns + last[None, :]
+        tl.store(target, value.to(out.dtype.element_ty), mask=row[:, None] < rows)
+    else:
+        column = (program - row_programs) * COLUMNS + tl.arange(0, COLUMNS)
+        within = column[None, :] < columns
+        for first in tl.static_range(0, BORDER, 16):
+            line = first + tl.arange(0, 16)
+            content = tl.zeros((16, COLUMNS), dtype=tl.float32)
+            begin = 0
+            for i in tl.static_range(COUNT):
+                a = a0 if i == 0 else a1 if i == 1 else a2 if i == 2 else a3
+                factor = s0 if i == 0 else s1 if i == 1 else s2 if i == 2 else s3
+                width = r0 if i == 0 else r1 if i == 1 else r2 if i == 2 else r3
+                ours = (line[:, None] >= begin) & (line[:, None] < begin + width) & within
+                given = tl.load(a + (line[:, None] - begin) * columns + column[None, :], mask=ours, other=0)
+                given = given.to(tl.float32)
+                content = tl.where(ours, given * factor if SCALE_A else given, content)
+                begin += width
+            below = out + (rows + line).to(tl.int64)[:, None] * stride + column[None, :]
+            tl.store(below, content.to(out.dtype.element_ty), mask=within)
+
+
+def write(whole: torch.Tensor, stack: Any, *, forward: bool) -> None:
+    """Into `whole` [rows + border, columns + border]: B of each layer of `stack` behind its rows and A below, one of
+    them scaled: A if `forward`, else B. If forward, biases behind the last rank, where there are any. What stands
+    behind A, in the corner, is never read."""
+    if not by_triton(whole):
+        _reference(whole, stack, forward=forward)
+        return
+    arguments: list[Any] = []
+    for i in range(MOST):
+        layer = stack.layers[min(i, len(stack.layers) - 1)]
+        a, b = layer.pair
+        rank, rows = (layer.rank, layer.rows) if i < len(stack.layers) else (0, 0)
+        arguments += [whole if tensor is None else tensor for tensor in (a, b, layer.bias)]
+        arguments += [layer.scaling, rank, rows]
+    biased = sum((layer.bias is not None) << i for i, layer in enumerate(stack.layers)) if forward else 0
+    row_programs, column_programs = ceil_div(stack.rows, ROWS), ceil_div(stack.columns, COLUMNS)
+    launch(_border_kernel, (row_programs + column_programs,),
+        whole, stack.rows, stack.columns, whole.stride(0), row_programs, column_programs, *arguments,
+        COUNT=len(stack.layers), BIAS=stack.rank, BIASED=biased, SCALE_A=forward,
+        BORDER=stack.border, ROWS=ROWS, COLUMNS=COLUMNS,
+    )  # fmt: skip
+
+
+def _reference(whole: torch.Tensor, stack: Any, *, forward: bool) -> None:
+    rows, columns = stack.rows, stack.columns
+    whole[:rows, columns:] = 0
+    whole[rows:, :columns] = 0
+    for layer, row, rank in zip(stack.layers, stack.row_parts, stack.rank_parts, strict=True):
+        a, b = layer.pair
+        if a is not None:
+            whole[rows:][rank, :columns] = a.detach() * layer.scaling if forward else a.detach()
+            whole[row, columns:][:, rank] = b.detach() if forward else b.detach() * layer.scaling
+        if forward and layer.bias is not None:
+            whole[row, columns + stack.rank] = layer.bias

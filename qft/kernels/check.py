@@ -1,0 +1,144 @@
+"""Fused parts against the model's own code, on one of its blocks, with an adapter that is not zero."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from qft.errors import first_line
+
+TOLERANCE, NOISES = 0.03, 3
+"""Largest error of an output or a gradient, relative to what the model's own code makes of it in 16 bits, and how many
+times what that changes by when its input does in the last bit."""
+
+LEAST_WORDS = 64
+"""Of the vocabulary that is asked."""
+
+Results = dict[str, torch.Tensor]
+
+
+class Check:
+    """Runs a model on a few tokens, and blocks of it both ways."""
+
+    def __init__(self, model: nn.Module, blocks: nn.ModuleList, mixed: torch.dtype | None) -> None:
+        self.model, self.blocks, self.mixed = model, blocks, mixed
+        self.device = next(blocks.parameters()).device
+        self.asked: dict[nn.Module, tuple[Any, Any]] = {}
+
+    def run(self) -> None:
+        """The whole model, in evaluation, on two rows of an odd number of tokens."""
+        ids = (torch.arange(2 * 33, device=self.device) * 7 % LEAST_WORDS).view(2, 33)
+        hooks = [block.register_forward_pre_hook(self._note, with_kwargs=True) for block in self.blocks]
+        was = [module for module in self.model.modules() if module.training]
+        self.model.eval()
+        try:
+            with torch.no_grad(), self._autocast():
+                self.model(input_ids=ids, use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for module in was:
+                module.training = True
+
+    def _note(self, block: nn.Module, args: Any, kwargs: Any) -> None:
+        self.asked[block] = (args, kwargs)
+
+    def _autocast(self) -> Any:
+        return torch.autocast(self.device.type, dtype=self.mixed or torch.bfloat16, enabled=self.mixed is not None)
+
+    def keep_what_agrees(self, applied: Any, put: dict[str, Callable[[], None]]) -> None:
+        """Take back every kind of part without which the others agree with the model's own code."""
+        kinds = list(applied.undo)
+        if not kinds:
+            return
+        with self._prepared():
+            fused = self._results()
+            for kind in kinds:
+                applied.take_back(kind)
+            wanted, noisy = self._results(), self._results(noise=2**-8)
+            wrong = dict.fromkeys(kinds, "")
+            if _difference(fused, wanted, noisy):
+                for kind in kinds:
+                    put[kind]()
+                    wrong[kind] = _difference(self._results(), wanted, noisy)
+                    applied.take_back(kind)
+        for kind in kinds:
+            if wrong[kind]:
+                applied.plain[f"{kind}: {wrong[kind]}"] = applied.fused.pop(kind)
+            else:
+                put[kind]()
+
+    @contextmanager
+    def _prepared(self) -> Iterator[None]:
+        """B is not zero, random numbers are of their own, and gradients are nobody's."""
+        kept = {}
+        generator = torch.Generator().manual_seed(0)
+        devices = [self.device] if self.device.type == "cuda" else []
+        for name, parameter in self.model.named_parameters():
+            if "lora_B" in name and parameter.requires_grad:
+                kept[parameter] = parameter.detach().clone()
+                parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+        was = [module for module in self.model.modules() if not module.training]
+        self.model.train()
+        try:
+            with torch.random.fork_rng(devices):
+                yield
+        finally:
+            for parameter, value in kept.items():
+                parameter.data.copy_(value)
+            for module in was:
+                module.training = False
+
+    def _results(self, noise: float = 0.0) -> Results | str:
+        """Outputs of the first block and the last, and all their gradients, or why there are none; with so much noise
+        on what the blocks are given, as a share of it."""
+        try:
+            return self._computed(noise)
+        except Exception as error:  # a model can be anything, and so can what a compiler makes of a kernel
+            return f"one block alone cannot be computed: {first_line(error)}"
+
+    def _computed(self, noise: float) -> Results:
+        found: dict[str, torch.Tensor] = {}
+        for number in dict.fromkeys((0, len(self.blocks) - 1)):
+            block = self.blocks[number]
+            torch.manual_seed(0)
+            args, kwargs = self.asked[block]
+            hidden = args[0].detach() * (1 + noise * torch.randn(args[0].shape).to(args[0]))
+            hidden = hidden.requires_grad_()
+            trained = {name: p for name, p in block.named_parameters() if p.requires_grad}
+            with torch.enable_grad(), self._autocast():
+                out = block(hidden, *args[1:], **kwargs)
+                out = out[0] if isinstance(out, tuple) else out
+                weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+                total = (out * weights).float().sum()
+            names = ("its input", *trained)
+            grads = torch.autograd.grad(total, [hidden, *trained.values()], allow_unused=True)
+            own = {"its output": out.detach()}
+            own |= {f"the gradient of {name}": g for name, g in zip(names, grads, strict=True) if g is not None}
+            found |= {f"{name} in block {number}": tensor for name, tensor in own.items()}
+        return found
+
+
+def _difference(found: Results | str, wanted: Results | str, noisy: Results | str) -> str:
+    """How results differ, in words; empty: they agree."""
+    for results in (wanted, noisy, found):
+        if isinstance(results, str):
+            return results
+    assert isinstance(found, dict)
+    assert isinstance(wanted, dict)
+    assert isinstance(noisy, dict)
+    if found.keys() != wanted.keys():
+        return "they differ from the model's own code in what has a gradient"
+    for name, value in wanted.items():
+        error, noise = _error(found[name], value), _error(noisy[name], value)
+        if not error <= max(TOLERANCE, NOISES * noise):
+            return f"they differ from the model's own code by {error:.1%} in {name}"
+    return ""
+
+
+def _error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found.float() - wanted.float()).norm() / wanted.float().norm().clamp_min(1e-30))

@@ -1,0 +1,166 @@
+"""A linear layer with its LoRA as one matrix: [[W, B], [A, 0]], made anew in shared memory for each product."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from qft.kernels import borders
+from qft.kernels.buffers import SCRATCH, border_for
+from qft.kernels.dequantize import dequantize_into, dequantized, fits
+from qft.kernels.jit import by_triton
+
+
+@dataclass
+class Layer:
+    """What is multiplied with: a frozen weight [out, in], and A [r, in] and B [out, r] of its adapter if it has one."""
+
+    module: nn.Module
+    """Of the model: peft's, or the linear layer itself."""
+    base: Any
+    adapter: str | None
+    scaling: float
+    rank: int
+
+    @property
+    def rows(self) -> int:
+        rows: int = self.base.out_features
+        return rows
+
+    @property
+    def columns(self) -> int:
+        columns: int = self.base.in_features
+        return columns
+
+    @property
+    def pair(self) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
+        """A and B."""
+        if self.adapter is None:
+            return None, None
+        module: Any = self.module
+        return module.lora_A[self.adapter].weight, module.lora_B[self.adapter].weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        bias: torch.Tensor | None = self.base.bias
+        return bias
+
+    @property
+    def state(self) -> Any:
+        """Of a 4-bit weight; None: it is held in 16 bits."""
+        return getattr(self.base.weight, "quant_state", None)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which it multiplies."""
+        held = isinstance(self.base, bnb.nn.Linear4bit)
+        dtype: torch.dtype = self.base.compute_dtype if held else self.base.weight.dtype
+        return dtype
+
+    def is_as_found(self) -> bool:
+        """Whether the adapter is still the one that is put on, alone, and not merged."""
+        module: Any = self.module
+        if self.adapter is None:
+            return True
+        return not module.disable_adapters and not module.merged_adapters and module.active_adapters == [self.adapter]
+
+    def write(self, out: torch.Tensor) -> None:
+        """The weight into `out` [rows, columns]."""
+        weight = self.base.weight
+        if isinstance(out, FakeTensor):
+            return
+        if self.state is None:
+            out.copy_(weight)
+        elif by_triton(out):
+            dequantize_into(weight.data, self.state, out)
+        else:
+            out.copy_(dequantized(weight.data, self.state, self.rows, self.columns))
+
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+def layer_of(module: nn.Module) -> Layer | str:
+    """A module as a Layer, or why it is none that can be fused."""
+    base: Any = module.get_base_layer() if isinstance(module, LoraLayer) else module
+    kind = type(base)
+    stands_in = getattr(kind, "stands_in", False)
+    if not stands_in and kind not in (nn.Linear, bnb.nn.Linear4bit, bnb.nn.LinearNF4, bnb.nn.LinearFP4):
+        return f"{kind.__name__} is computed by its own code"
+    parameters = [base.weight] if base.bias is None else [base.weight, base.bias]
+    if any(parameter.requires_grad for parameter in parameters):
+        return "its own weights or bias are trained"
+    if any(part._forward_hooks or part._forward_pre_hooks or nn.utils.parametrize.is_parametrized(part)
+           for part in module.modules()):  # fmt: skip
+        return "others watch or change its parts"
+    state = getattr(base.weight, "quant_state", None)
+    if kind is not nn.Linear and not stands_in and (state is None or not fits(state, base.in_features)):
+        return "its blocks of 4-bit codes do not end with its rows"
+    found = _adapted(module, base) if isinstance(module, LoraLayer) else Layer(module, base, None, 1.0, 0)
+    if isinstance(found, Layer) and found.dtype not in HALF:
+        return f"it multiplies in {str(found.dtype).removeprefix('torch.')}"
+    return found
+
+
+def _adapted(module: Any, base: nn.Module) -> Layer | str:
+    active = module.active_adapters
+    if len(active) != 1 or active[0] not in module.lora_A or len(module.lora_A) != 1:
+        return "it has not one adapter"
+    name = active[0]
+    if module.lora_variant or module.lora_bias.get(name):
+        return "its adapter is more than A and B"
+    if not isinstance(module.lora_dropout[name], nn.Identity):
+        return "its adapter has dropout"
+    if module.merged or module.disable_adapters:
+        return "its adapter is merged or off"
+    a, b = module.lora_A[name], module.lora_B[name]
+    if type(a) is not nn.Linear or type(b) is not nn.Linear:
+        return "its adapter is not of two linear layers"
+    if not (a.weight.requires_grad and b.weight.requires_grad):
+        return "its adapter is not trained"
+    return Layer(module, base, name, float(module.scaling[name]), a.weight.shape[0])
+
+
+class Stack:
+    """Layers of the same input, whose matrices lie one above the other, each with its own columns of the border."""
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self.layers = list(layers)
+        self.rows, self.columns, self.dtype = sum(x.rows for x in layers), layers[0].columns, layers[0].dtype
+        self.has_bias = any(x.bias is not None for x in layers)
+        self.rank = sum(x.rank for x in layers)
+        self.border = border_for(max(self.rank + self.has_bias, 1))
+        starts, offsets = [0], [0]
+        for layer in layers:
+            starts.append(starts[-1] + layer.rows)
+            offsets.append(offsets[-1] + layer.rank)
+        self.row_parts = [slice(a, b) for a, b in pairwise(starts)]
+        self.rank_parts = [slice(a, b) for a, b in pairwise(offsets)]
+        SCRATCH.expect(self.rows + self.border, self.columns + self.border)
+
+    @property
+    def pairs(self) -> list[torch.Tensor | None]:
+        """A and B of each layer."""
+        return [tensor for layer in self.layers for tensor in layer.pair]
+
+    def matrix(self, device: torch.device, *, forward: bool) -> torch.Tensor:
+        """[rows + border, columns + border] in memory that the next one takes: W, B behind it and A below it, of which
+        one is scaled: A on the way forward, B on the way back. Forward, the column behind the ranks is the bias."""
+        shape = (self.rows + self.border, self.columns + self.border)
+        whole, is_there = SCRATCH.matrix(*shape, device, self.dtype, self)
+        for layer, part in zip(self.layers, self.row_parts, strict=True):
+            if not is_there:
+                layer.write(whole[part, : self.columns])
+        borders.write(whole, self, forward=forward)
+        return whole
+
+    def is_as_found(self) -> bool:
+        return all(layer.is_as_found() for layer in self.layers)

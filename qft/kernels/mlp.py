@@ -1,0 +1,73 @@
+"""down(act(gate(x)) · up(x)) in two functions, of which the second keeps nothing of its own: what it needs, the first
+has kept. A checkpointed block whose MLP comes last is then computed again up to gate and up, and not beyond."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from qft.kernels.activation import activate, activate_back
+from qft.kernels.buffers import rows_of
+from qft.kernels.jit import by_triton
+from qft.kernels.layer import Stack
+from qft.kernels.project import back, gradients, project_joint, with_lora
+
+
+@dataclass
+class Mlp:
+    """Its layers, and the name of its activation in `activation`."""
+
+    first: Stack
+    """gate and up."""
+    down: Stack
+    kind: str
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., columns] -> [..., columns]"""
+        both = project_joint(x, self.first)
+        out: torch.Tensor = Down.apply(both, self, *self.down.pairs)  # type: ignore[no-untyped-call]
+        return out
+
+
+class Down(torch.autograd.Function):
+    """From gate and up to the output."""
+
+    @staticmethod
+    def forward(ctx: Any, both: torch.Tensor, mlp: Mlp, *pair: torch.Tensor | None) -> torch.Tensor:
+        down = mlp.down
+        ctx.mlp, ctx.first = mlp, both.grad_fn
+        if ctx.first is None:
+            ctx.save_for_backward(both)
+        h = activate(rows_of(both), mlp.kind, down.border)
+        matrix = down.matrix(h.device, forward=True)
+        # Some hundred KB, and no tensor that a checkpointed block would have to be computed again for.
+        whole, ctx.inner = with_lora(h, down, matrix)
+        out = both.new_empty(*both.shape[:-1], down.rows)
+        torch.mm(whole, matrix[: down.rows].t(), out=out.view(len(h), -1))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
+        mlp: Mlp = ctx.mlp
+        both = _kept(ctx)
+        g, gb, dh = back(mlp.down, [rows_of(gradient)], rows_of(gradient), wanted=True)
+        assert dh is not None
+        dboth, h = activate_back(rows_of(both), dh, mlp.kind)
+        return (dboth.view(both.shape), None, *gradients(mlp.down, g, gb, h, ctx.inner))
+
+
+def _kept(ctx: Any) -> torch.Tensor:
+    """gate and up; what was kept beside them is handed to the function that did: of a checkpointed block, it can be
+    asked for once."""
+    if ctx.first is None:
+        both: torch.Tensor = ctx.saved_tensors[0]
+        return both.clone()
+    if ctx.first.spent:
+        raise RuntimeError("gate and up are gone once their gradients took their place: no second backward pass")
+    x, inner, both = ctx.first.saved_tensors
+    ctx.first.kept, ctx.first.spent = (x, inner), by_triton(both)
+    return both

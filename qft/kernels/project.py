@@ -1,0 +1,134 @@
+"""Products of one input with one or several layers and their LoRA: out = x Wᵀ + s (x Aᵀ) Bᵀ + bias, exact but for how
+16-bit numbers round, with sums in float32.
+
+Forward it is [x | s x Aᵀ] [W | B]ᵀ, back [g | s g B] [W ; A]: nothing is added to an output in a pass of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from qft.kernels.buffers import bordered_empty, rows_of, with_border
+from qft.kernels.layer import Stack
+from qft.kernels.narrow import extend
+
+Back = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+
+
+def project(x: torch.Tensor, stack: Stack) -> tuple[torch.Tensor, ...]:
+    """The outputs [..., rows] of each layer of the stack, for x [..., columns]."""
+    found: tuple[torch.Tensor, ...] = Project.apply(x, stack, False, *stack.pairs)  # type: ignore[no-untyped-call]
+    return found
+
+
+def project_joint(x: torch.Tensor, stack: Stack) -> torch.Tensor:
+    """All outputs side by side, [..., rows of all], which are kept for the backward pass of what comes next."""
+    found: tuple[torch.Tensor] = Project.apply(x, stack, True, *stack.pairs)  # type: ignore[no-untyped-call]
+    return found[0]
+
+
+def in_dtype(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """a b, not rounded on the way to `dtype`."""
+    if dtype == a.dtype:
+        return torch.mm(a, b)
+    if a.is_cuda and dtype == torch.float32:
+        return torch.mm(a, b, out_dtype=dtype)
+    return torch.mm(a.to(dtype), b.to(dtype))
+
+
+def with_lora(x: torch.Tensor, stack: Stack, matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[x | s x Aᵀ | 1 for a bias], x itself where it has a border, and s x Aᵀ [rows, rank]."""
+    whole = with_border(x, stack.border)
+    if whole is None:
+        whole = bordered(x, stack.columns, stack.border)
+    inner, a = x.new_empty(len(x), stack.rank), matrix[stack.rows : stack.rows + stack.rank, : stack.columns].t()
+    one = stack.rank if stack.has_bias else -1
+    extend(x, whole, a, stack.columns, fill=stack.border, one=one, inner=inner)
+    return whole, inner
+
+
+def bordered(like: torch.Tensor, columns: int, border: int) -> torch.Tensor:
+    """The whole of a new tensor [rows, columns] with a border."""
+    made = with_border(bordered_empty((len(like), columns), border, like), border)
+    assert made is not None
+    return made
+
+
+def gradients(
+    stack: Stack, g: torch.Tensor, gb: torch.Tensor, x: torch.Tensor, inner: torch.Tensor
+) -> list[torch.Tensor | None]:
+    """Of A and B of each layer: g [rows, rows of all], gb = s g B and inner = s x Aᵀ [rows, rank]."""
+    found: list[torch.Tensor | None] = []
+    a = next((a for a in stack.pairs[::2] if a is not None), None)
+    of_a = None if a is None else in_dtype(gb.t(), x, a.dtype)
+    for layer, row, rank in zip(stack.layers, stack.row_parts, stack.rank_parts, strict=True):
+        _, b = layer.pair
+        if b is None or of_a is None:
+            found += [None, None]
+        else:
+            found += [of_a[rank], in_dtype(g[:, row].t(), inner[:, rank], b.dtype)]
+    return found
+
+
+def back(stack: Stack, given: Sequence[torch.Tensor | None], rows: torch.Tensor, wanted: bool) -> Back:
+    """Of the gradients [rows, rows of a layer] of each layer's output, or of all side by side: themselves side by side,
+    s g B [rows, rank], and, if it is wanted, g W + s (g B) A [rows, columns]. `rows` is a tensor of as many rows."""
+    matrix, whole = stack.matrix(rows.device, forward=False), None
+    if given[0] is not None:
+        whole = with_border(given[0], stack.border, stack.rows)
+    if whole is None:
+        whole = bordered(rows, stack.rows, stack.border)
+    joint = len(given) < len(stack.layers)
+    row_parts, rank_parts = (
+        ([slice(0, stack.rows)], [slice(0, stack.rank)]) if joint else (stack.row_parts, stack.rank_parts)
+    )
+    for number, (gradient, row, rank) in enumerate(zip(given, row_parts, rank_parts, strict=True)):
+        part = whole[:, row.start :]
+        b = matrix[row, stack.columns + rank.start : stack.columns + rank.stop]
+        fill = 0 if number else stack.border
+        if gradient is None:
+            part[:, : row.stop - row.start] = 0
+            whole[:, stack.rows + rank.start : stack.rows + (rank.stop if number else stack.border)] = 0
+        else:
+            extend(gradient, part, b, stack.rows - row.start, rank.start, fill=fill)
+    dx = torch.mm(whole, matrix[:, : stack.columns]) if wanted else None
+    return whole[:, : stack.rows], whole[:, stack.rows : stack.rows + stack.rank], dx
+
+
+class Project(torch.autograd.Function):
+    """See the module."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, stack: Stack, joint: bool, *pairs: torch.Tensor | None
+    ) -> tuple[torch.Tensor, ...]:
+        flat, matrix = rows_of(x), stack.matrix(x.device, forward=True)
+        whole, inner = with_lora(flat, stack, matrix)
+        ctx.stack, ctx.kept, ctx.spent = stack, None, False
+        if joint:
+            outs: tuple[torch.Tensor, ...] = (bordered_empty((*x.shape[:-1], stack.rows), stack.border, x),)
+            torch.mm(whole, matrix[: stack.rows].t(), out=rows_of(outs[0]))
+            ctx.save_for_backward(x, inner, *outs)
+        else:
+            outs = tuple(x.new_empty(*x.shape[:-1], layer.rows) for layer in stack.layers)
+            for made, part in zip(outs, stack.row_parts, strict=True):
+                torch.mm(whole, matrix[part].t(), out=made.view(len(flat), -1))
+            ctx.save_for_backward(x, inner)
+        ctx.set_materialize_grads(False)
+        return outs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients_of: torch.Tensor | None) -> tuple[Any, ...]:
+        stack: Stack = ctx.stack
+        x, inner = ctx.kept or ctx.saved_tensors[:2]
+        ctx.kept = None
+        flat = rows_of(x)
+        given = [None if g is None else rows_of(g) for g in gradients_of]
+        g, gb, dx = back(stack, given, flat, ctx.needs_input_grad[0])
+        found = gradients(stack, g, gb, flat, inner)
+        return (dx.view(x.shape) if dx is not None else None, None, None, *found)

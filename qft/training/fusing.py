@@ -1,0 +1,24 @@
+"""The kernels of a plan, put into the loaded model."""
+
+from typing import Any
+
+from qft.checkpoint.skeleton import find_blocks
+from qft.documents.training import Kernels
+from qft.errors import ModelError
+from qft.kernels import apply
+from qft.training.recorder import Recorder
+
+
+def fuse(model: Any, recorder: Recorder) -> None:
+    """Have the parts that the plan names computed by kernels, where they agree with the model's own code, and tell the
+    recorder. Raises ModelError where train.kernels demands it and a part does not agree."""
+    plan = recorder.plan
+    kinds = [kind for kind, reason in plan.kernels.items() if reason is None]
+    if not kinds:
+        return
+    blocks = find_blocks(model.get_base_model() if plan.lora else model, plan.model.shape.layers)[1]
+    applied = apply(model, blocks, kinds, plan.mixed)
+    recorder.kernels = Kernels(fused=dict(applied.fused), plain=dict(applied.plain))
+    if applied.plain and plan.recipe.train.kernels == "fused":
+        told = "; ".join(f"{count} modules: {reason}" for reason, count in applied.plain.items())
+        raise ModelError(f"{plan.model.checkpoint.path}: not all of it can be fused: {told}. Set train.kernels to auto")

@@ -1,0 +1,43 @@
+"""Inputs of checkpointed blocks on the host: the same gradients, to the bit, in less of the device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from qft.memory import stash
+from qft.memory.checkpointing import enable_checkpointing
+from tests.support.kernels import adapted, gradients
+from tests.support.models import tiny_llama
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS, but there was no current CUDA context"),
+]
+
+
+def made() -> Any:
+    torch.manual_seed(0)
+    model = tiny_llama(num_hidden_layers=6)
+    enable_checkpointing(model)
+    model.enable_input_require_grads()
+    return adapted(model, torch.float32).cuda()
+
+
+def test_gradients_are_the_same_and_the_device_holds_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stash, "LEAST", 2**16)
+    ids, peaks, found = torch.arange(8192, device="cuda").view(16, 512) % 264, [], []
+    for stashed in (False, True):
+        model = made()
+        if stashed:
+            stash.stash_inputs(model, torch.device("cuda"))
+        for _ in range(3):  # the memory on the host is used again
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            last = gradients(model, ids)
+        peaks.append(torch.cuda.max_memory_allocated())
+        found.append(last)
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    assert peaks[1] <= peaks[0] - 2 * ids.numel() * 64 * 4

@@ -1,0 +1,69 @@
+"""train.kernels in the plan: what is to be fused, and each reason why something is not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qft.errors import RecipeError
+from qft.machine.device import absent_gpu
+from qft.plan import Plan, make_plan
+from qft.recipe import load
+from tests.support.cli import qft
+
+PRODUCTS, OTHERS = ("MLPs", "linear layers"), ("norms", "rotary positions")
+
+
+def planned(path: Path, *overrides: str) -> Plan:
+    return make_plan(load(path, overrides), absent_gpu(2**33))
+
+
+def test_all_is_fused_on_a_gpu_and_nothing_without_one(recipe_file: Callable[..., Path]) -> None:
+    path = recipe_file(train={"per_device_train_batch_size": 16})
+    plan = planned(path)
+    assert plan.document().kernels == dict.fromkeys((*PRODUCTS, *OTHERS))
+    fused, plain = (made.memory.predicted_peak_bytes or 0 for made in (plan, planned(path, "train.kernels=plain")))
+    assert fused < plain
+    assert set(make_plan(load(path)).kernels.values()) == {"the kernels are for a GPU"}
+
+
+@pytest.mark.parametrize(
+    ("sections", "reason"),
+    [
+        ({"adapter": {"lora_dropout": 0.1}}, "adapter.lora_dropout is 0.1"),
+        ({"adapter": {"use_dora": True}}, "adapter.use_dora"),
+        ({"quant": {"preset": ..., "mode": "8bit"}}, "weights held as 8bit"),
+        ({"quant": {"preset": ..., "mode": "4bit", "compute_dtype": "float32"}}, "products are in float32"),
+        ({"train": {"bf16": False}}, "LoRA is computed in float32"),
+        ({"memory": {"offload": "cpu"}}, "memory.offload is cpu"),
+        ({"adapter": {"kind": "none", "r": ...}, "quant": None}, "all weights are trained"),
+    ],
+)
+def test_what_is_more_than_w_a_and_b_is_multiplied_by_its_own_code(
+    sections: dict[str, Any], reason: str, recipe_file: Callable[..., Path]
+) -> None:
+    path = recipe_file(**sections)
+    kernels = planned(path).kernels
+    assert all(reason in (kernels[kind] or "") for kind in PRODUCTS)
+    assert [kernels[kind] for kind in OTHERS] == [None, None]
+    with pytest.raises(RecipeError, match=r"train\.kernels: MLPs, linear layers cannot be fused: .*set it to auto"):
+        planned(path, "train.kernels=fused")
+
+
+def test_compiling_and_plain_fuse_nothing(recipe_file: Callable[..., Path]) -> None:
+    path = recipe_file(quant=None)
+    assert set(planned(path, "train.torch_compile=true").kernels.values()) == {
+        "train.torch_compile makes kernels of its own"
+    }
+    assert set(planned(path, "train.kernels=plain").kernels.values()) == {"train.kernels is plain"}
+
+
+def test_where_they_are_demanded_a_cpu_is_refused_with_the_line(recipe_file: Callable[..., Path]) -> None:
+    done = qft("check", str(recipe_file(train={"kernels": "fused"})))
+    assert done.exit_code == 2
+    assert "train.kernels: MLPs, linear layers, norms, rotary positions cannot be fused" in " ".join(
+        done.output.split()
+    )

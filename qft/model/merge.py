@@ -21,9 +21,9 @@ from qft.checkpoint.skeleton import without_contents
 from qft.checkpoint.weights import Weights, open_tensors, save_tensors, write_index
 from qft.errors import ModelError
 from qft.model.adapter import read_adapter_config
+from qft.model.by_block import generation_config
 from qft.model.delta import merged
 from qft.model.fill import Read
-from qft.model.load import generation_config
 from qft.plan import ModelPlan
 from qft.quant.hold import Qat, Scheme
 from qft.recipe.schema import MergeInto

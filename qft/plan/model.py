@@ -30,6 +30,7 @@ from qft.machine.device import Device, find_device
 from qft.plan.limits import table_of_positions
 from qft.plan.modules import Matches, is_all_linear, match_adapter, match_skips, whole_problems
 from qft.plan.template import set_template, template_problems
+from qft.quant.experts import owner
 from qft.quant.hold import Scheme, contradictions, find_scheme
 from qft.quant.layer import skip_entry
 from qft.quant.share import Held, count_weights
@@ -176,6 +177,7 @@ def weights_held(scheme: Scheme, recipe: Recipe, model: PreTrainedModel) -> Held
     layers, asked = scheme.holds(model), recipe.quant.named_skips
     if layers is None:
         return None
+    layers |= {owner(name) for name in scheme.holds_experts(model)}
     return Held.of(count_weights(model), layers, lambda name: not should_convert_module(name, list(asked)))
 
 

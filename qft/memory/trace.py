@@ -28,6 +28,7 @@ from qft.memory.offload import SLOTS
 from qft.memory.optimizers import STATES, step_bytes
 from qft.memory.repeated import Pattern, pattern
 from qft.memory.stand_in import OnGpu, fill, hold, peft_sees_autocast, set_attention
+from qft.quant.beside import compute_beside
 from qft.quant.hold import Scheme
 
 MIDDLE = "other blocks"
@@ -152,6 +153,7 @@ def _adapted(model: PreTrainedModel, work: Work, gpu: OnGpu | None, *, checkpoin
     if work.lora is not None:
         with torch.device("meta"):
             adapted = get_peft_model(model, LoraConfig(**work.lora | {"init_lora_weights": False}))
+        compute_beside(adapted)
     return adapted.train()
 
 

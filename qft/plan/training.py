@@ -108,6 +108,7 @@ class Plan:
             skip_modules=self.recipe.quant.skip_modules,
             matched=self.model.matched,
             adapter=AdapterArguments(**self.lora) if self.lora else None,
+            experts=self.model.experts.document if self.model.experts else None,
             offload=self.recipe.memory.offload,
             training=TrainerArguments(**self.training),
             data=DataPart(
@@ -133,6 +134,7 @@ def make_plan(loaded: LoadedRecipe, device: Device | None = None) -> Plan:
     refuse(loaded, [*device_problems(recipe, device), *_training_problems(recipe, device)])
     lora = _lora_arguments(recipe) if recipe.adapter.kind == "lora" else None
     model = plan_model(loaded, lora, device=device)
+    lora = model.experts.arguments(lora) if lora and model.experts else lora
     problems = [*model.scheme.problems(recipe), *_share_problems(model), *_length_problems(recipe, model.shape)]
     refuse(loaded, [*problems, *offload_problems(model)])
     data = prepare(model.rows_for(recipe.data), model.tokenizer, recipe.seed)
@@ -241,9 +243,12 @@ def _process_problems(recipe: Recipe) -> Iterator[Problem]:
             yield field, f"{asked} processes at once are more than this machine is for; give {most} or fewer"
 
 
+OWN_ADAPTER = {"kind", "target_experts"}
+
+
 def _lora_arguments(recipe: Recipe) -> dict[str, Any]:
     adapter = recipe.adapter
-    arguments: dict[str, Any] = {n: list(v) if isinstance(v, tuple) else v for n, v in adapter if n != "kind"}
+    arguments: dict[str, Any] = {n: list(v) if isinstance(v, tuple) else v for n, v in adapter if n not in OWN_ADAPTER}
     # loftq starts from the error of our own quantization, so model/adapter.py sets it once the weights are there.
     known = {"default": True, "loftq": True}
     arguments["init_lora_weights"] = known.get(adapter.init_lora_weights, adapter.init_lora_weights)

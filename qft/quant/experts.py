@@ -32,3 +32,17 @@ def _expert_counts(config: dict[str, Any]) -> set[int]:
     values = (value for key, value in config.items() if "expert" in key)
     numbers = (number for value in values for number in (value if isinstance(value, list) else [value]))
     return {number for number in numbers if isinstance(number, int) and number > 1}
+
+
+def routers(model: PreTrainedModel) -> list[str]:
+    """Modules beside experts that give each of these a score: [experts, hidden] weights."""
+    stacks = expert_parameters(model)
+    experts, width = {owner(name) for name in stacks}, model.config.get_text_config().hidden_size
+    sizes = {f"{owner(owner(name))}.": (stack.shape[0], width) for name, stack in stacks.items()}
+    found = []
+    for name, module in model.named_modules():
+        own = [tuple(parameter.shape) for parameter in module.parameters(recurse=False)]
+        beside = (size for place, size in sizes.items() if name.startswith(place) and name not in experts)
+        if any(size in own for size in beside):
+            found.append(name)
+    return found

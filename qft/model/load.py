@@ -16,6 +16,7 @@ from qft.errors import ModelError, QftError, first_line
 from qft.memory.guard import memory_guard, smaller_base
 from qft.model.by_block import load_by_block
 from qft.plan import ModelPlan
+from qft.plan.experts import set_balance
 
 
 def load_base(plan: ModelPlan, load: Callable[[ModelPlan], PreTrainedModel] | None = None) -> PreTrainedModel:
@@ -38,6 +39,7 @@ def load_base(plan: ModelPlan, load: Callable[[ModelPlan], PreTrainedModel] | No
         raise ModelError(f"{plan.checkpoint.path}: the quantized weights of {some(misfits)} are not of their shapes")
     _require_settings(plan, model.generation_config)
     plan.scheme.settle(model)
+    set_balance(plan.recipe, model)
     return model
 
 

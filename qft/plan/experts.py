@@ -17,6 +17,7 @@ from qft.documents.plan import PlannedExperts
 from qft.plan.modules import BLOCK, ends_with, is_all_linear
 from qft.quant.experts import expert_parameters, owner, routers
 from qft.quant.share import count_weights
+from qft.recipe import Recipe
 from qft.recipe.rules import Problem
 from qft.recipe.training import AdapterSection
 
@@ -81,6 +82,21 @@ def expert_problems(adapter: AdapterSection, model: PreTrainedModel) -> Iterator
         yield FIELD, "exclude_modules and layers_to_transform leave no experts"
     elif reason := _obstacle(adapter):
         yield FIELD, f"{reason}; change that, or set it to false"
+
+
+def set_balance(recipe: Recipe, model: Any) -> None:
+    """Have a model compute its balance loss as train.router_aux_loss_coef says."""
+    asked = recipe.train.router_aux_loss_coef
+    if asked is None:
+        return
+    model.config.output_router_logits, model.config.router_aux_loss_coef = asked > 0, asked
+    model.router_aux_loss_coef = asked
+
+
+def balance_problems(recipe: Recipe, model: Any) -> Iterator[Problem]:
+    """A balance loss that is asked of a model whose code has none."""
+    if recipe.train.router_aux_loss_coef is not None and getattr(model, "router_aux_loss_coef", None) is None:
+        yield "train.router_aux_loss_coef", f"{type(model).__name__} computes no loss of that kind; remove it"
 
 
 def _decided(adapter: AdapterSection, share: float, cost: float) -> str:

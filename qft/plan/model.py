@@ -28,7 +28,7 @@ from qft.documents.manifest import DevicePart
 from qft.documents.plan import PlannedModel, Quantization
 from qft.errors import ModelError, RecipeError, first_line
 from qft.machine.device import Device, find_device
-from qft.plan.experts import Experts, expert_problems, plan_experts
+from qft.plan.experts import Experts, expert_problems, plan_experts, set_balance
 from qft.plan.limits import table_of_positions
 from qft.plan.modules import Matches, is_all_linear, match_adapter, match_skips, whole_problems
 from qft.plan.template import set_template, template_problems
@@ -100,7 +100,10 @@ class ModelPlan:
         """The same with its weights in `dtype`, as it is loaded where nothing is quantized."""
         attention = self.recipe.model.attn_implementation
         chosen = {} if attention == "auto" else {"attn_implementation": attention}
-        return without_contents(self.checkpoint, self.recipe.model, dtype=getattr(torch, self.dtype), **chosen)
+        dtype = getattr(torch, self.dtype)
+        model = without_contents(self.checkpoint, self.recipe.model, dtype=dtype, **chosen)
+        set_balance(self.recipe, model)
+        return model
 
     @cached_property
     def linears(self) -> tuple[dict[str, int], str]:

@@ -19,6 +19,7 @@ from qft.documents.plan import AdapterArguments, DataPart, PlanDocument, Planned
 from qft.machine.device import Device
 from qft.machine.environment import allocator_settings
 from qft.memory.fit import Way
+from qft.plan.experts import balance_problems
 from qft.plan.limits import answer_problems, require_known_tokens, require_special_tokens
 from qft.plan.memory import Forecast, decided, is_open, logit_bytes, too_large, undecidable
 from qft.plan.model import (
@@ -136,6 +137,7 @@ def make_plan(loaded: LoadedRecipe, device: Device | None = None) -> Plan:
     model = plan_model(loaded, lora, device=device)
     lora = model.experts.arguments(lora) if lora and model.experts else lora
     problems = [*model.scheme.problems(recipe), *_share_problems(model), *_length_problems(recipe, model.shape)]
+    problems += balance_problems(recipe, model.skeleton)
     refuse(loaded, [*problems, *offload_problems(model)])
     data = prepare(model.rows_for(recipe.data), model.tokenizer, recipe.seed)
     parts, shape = [part for part in (data.train, data.eval) if part is not None], model.shape
@@ -258,7 +260,7 @@ def _lora_arguments(recipe: Recipe) -> dict[str, Any]:
 
 # Fields of `train` that are qft's own, or that it hands over in another form.
 OWN_FIELDS = {"early_stopping_patience", "on_nonfinite", "gradient_checkpointing", "report_to", "bf16", "tf32"}
-OWN_FIELDS |= {"save_on_signal", "chunked_loss"}
+OWN_FIELDS |= {"save_on_signal", "chunked_loss", "router_aux_loss_coef"}
 
 
 def _training_arguments(recipe: Recipe, device: Device) -> dict[str, Any]:

@@ -288,6 +288,9 @@ class TrainSection(Section):
     chunked_loss: bool | Literal["auto"] = "auto"
     """Compute output head and loss from the logits of some thousand tokens at a time, and again for the backward pass:
     of all tokens at once, they can outweigh the model. auto: on a GPU, and with memory.offload."""
+    router_aux_loss_coef: float | None = Field(None, ge=0)
+    """What the loss that keeps a mixture's experts evenly used counts beside the other. 0: it is not computed. None: as
+    the checkpoint's configuration says (output_router_logits)."""
     torch_compile: bool = False
     """Compile the model; an unquantized one only."""
     neftune_noise_alpha: float | None = Field(None, gt=0)

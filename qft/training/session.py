@@ -20,6 +20,7 @@ from qft.memory.chunked_loss import chunk_loss, rows_at_once
 from qft.memory.guard import memory_guard
 from qft.memory.offload import Offload
 from qft.model.adapter import CHANGES_BASE, attach_adapter, save_adapter, save_full
+from qft.model.balance import BalanceWatch
 from qft.model.load import load_base
 from qft.model.offload import load_offloaded, look_up_on_host, offloading
 from qft.plan import Plan
@@ -97,6 +98,7 @@ def _load(recorder: Recorder, run: Run, offload: Offload | None) -> Any:
         recorder.quantized_share = _share(plan, model)
     recorder.reach("after_load", "adapters")
     model = attach_adapter(model, plan, offload.bring if offload else None)
+    recorder.balance = BalanceWatch(model)
     if offload:
         recorder.bytes_elsewhere = offload.bytes_elsewhere + look_up_on_host(model, offload.device)
     if plan.logit_bytes:

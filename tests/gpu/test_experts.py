@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from qft.model.adapter import with_adapter
 from qft.model.load import load_base
@@ -45,15 +46,10 @@ def test_the_merged_model_is_what_was_trained(kind: str, tmp_path: Path) -> None
     )
     plan = plan_model(load(run / "recipe.yaml"))
     adapted = with_adapter(load_base(plan), run / "adapter")
-    read = MergedWeights(plan, run / "adapter", "bfloat16", "dequantized").reader()
+    MergedWeights(plan, run / "adapter", "bfloat16", "dequantized").write(tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.bfloat16, device_map="cuda")
     ids = torch.randint(3, 260, (2, 24), device="cuda")
     with torch.no_grad():
-        trained_logits = adapted(ids).logits.float()
-        merged = plan.skeleton_in_dtype().to_empty(device="cuda")
-        merged.load_state_dict({name: read(name) for name in merged.state_dict()}, strict=False)
-    for module in merged.modules():  # buffers that no file holds
-        merged._init_weights(module) if getattr(module, "_non_persistent_buffers_set", None) else None
-    with torch.no_grad():
-        logits = merged.eval()(ids).logits.float()
-    scale = trained_logits.abs().max()
-    assert ((logits - trained_logits).abs().mean() / scale).item() < 0.02
+        meant, made = (model(ids).logits.float() for model in (adapted, merged))
+    # Routers choose between scores that differ by less than bfloat16 rounds: some tokens go elsewhere.
+    assert ((made - meant).abs().mean() / meant.abs().mean()).item() < 0.1

@@ -59,11 +59,12 @@ class Codes:
             codes, (_, *shape) = self.codes[number, :, None], self.shape
             if isinstance(codes, FakeTensor):
                 return torch.empty(shape, dtype=dtype, device=codes.device)
-            own = {"blocksize": BLOCK, "code": self.book, "quant_type": self.quant_type, "dtype": dtype}
+            made = torch.float32 if dtype == torch.float64 else dtype  # which it has no kernel for
+            own = {"blocksize": BLOCK, "code": self.book, "quant_type": self.quant_type, "dtype": made}
             # On CPUs, bitsandbytes takes blocks of a matrix to end with its rows; those of a vector it reads right.
             state = bnb.QuantState(absmax=scales[number], shape=torch.Size([math.prod(shape)]), **own)
             weight: torch.Tensor = bnb.dequantize_4bit(codes, state)
-            return weight.view(*shape)
+            return weight.view(*shape).to(dtype)
 
         return read
 

@@ -41,7 +41,11 @@ def open_tensors(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except SafetensorError as error:
-        raise ModelError(f"{path}: is damaged or cut off ({error}); copy or download it again") from error
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: SafetensorError) -> ModelError:
+    return ModelError(f"{path}: is damaged or cut off ({error}); copy or download it again")
 
 
 class Weights:
@@ -86,10 +90,12 @@ class Weights:
     def _load(self, name: str) -> torch.Tensor:
         path = self.stored[name].path
         # A mixture has thousands in a file, whose header tells of them all.
-        if self._open is None or self._open[0] != path:
-            with open_tensors(path):
+        try:
+            if self._open is None or self._open[0] != path:
                 self._open = path, safe_open(path, framework="pt")
-        tensor: torch.Tensor = self._open[1].get_tensor(name)
+            tensor: torch.Tensor = self._open[1].get_tensor(name)
+        except SafetensorError as error:
+            raise _damaged(path, error) from error
         require_finite(path, [(name, tensor)])
         return tensor
 

@@ -114,6 +114,7 @@ def peaks(
     model.config.use_cache = False
     set_attention(model, padded=step.batch.padded)
     weights = {tuple(p.shape) for p in model.parameters() if p.dim() > 1}
+    weights |= {shape[1:] for shape in weights if len(shape) == 3}  # of one expert
     vocabulary = model.get_output_embeddings().weight.shape[0]
 
     def label_of(tensor: torch.Tensor, label: str) -> str:

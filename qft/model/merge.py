@@ -6,6 +6,7 @@ biases and modules that were saved whole; every other tensor of an adapter is re
 
 import copy
 import math
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from functools import cached_property, partial
@@ -84,7 +85,8 @@ class Adapter:
         elif "lora_" in key:
             raise ModelError(f"{self.name}: holds {key}, which only peft can apply; export --to adapter")
         else:
-            self.replaced[key.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = tensor
+            own = re.sub(r"(\.base_layer)+\.", ".", key)
+            self.replaced[own.replace(".modules_to_save.", ".")] = tensor
 
 
 def read_adapter(folder: Path) -> Adapter:
@@ -244,7 +246,7 @@ class MergedWeights:
     def _require_known_layers(self) -> None:
         if self.adapter is None:
             return
-        strange = [name for name in self.adapter.deltas.keys() - self.targets.keys() if name not in self.linears]
+        strange = [name for name in self.adapter.deltas if name not in self.targets and name not in self.linears]
         strange += [name for name in self.adapter.replaced if name not in self.known]
         if strange:
             text = "which is no linear layer of the base and cannot be merged; export --to adapter"

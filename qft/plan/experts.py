@@ -42,15 +42,15 @@ class Experts:
         return lora | own | ({"target_parameters": list(self.parameters)} if self.parameters else {})
 
 
-def plan_experts(adapter: AdapterSection, model: PreTrainedModel) -> Experts | None:
+def plan_experts(recipe: Recipe, model: PreTrainedModel) -> Experts | None:
     """None: the skeleton `model` has no experts, or is trained whole."""
-    stacks = expert_parameters(model)
+    stacks, adapter = expert_parameters(model), recipe.adapter
     if not stacks or adapter.kind == "none":
         return None
     taken = _taken(adapter, list(stacks))
     weights, whole = sum(p.numel() for p in stacks.values()), sum(count_weights(model).values())
     ranks = [adapter.r * stacks[name].shape[0] * sum(stacks[name].shape[1:]) for name in taken]
-    why = _decided(adapter, weights / whole, sum(ranks) / weights)
+    why = _decided(recipe, weights / whole, sum(ranks) / weights)
     adapts, unadapted = why.startswith("true"), list[str]()
     modules = None
     if is_all_linear(adapter.target_modules):
@@ -71,8 +71,9 @@ def plan_experts(adapter: AdapterSection, model: PreTrainedModel) -> Experts | N
     return Experts(document, modules, tuple(taken) if adapts else ())
 
 
-def expert_problems(adapter: AdapterSection, model: PreTrainedModel) -> Iterator[Problem]:
+def expert_problems(recipe: Recipe, model: PreTrainedModel) -> Iterator[Problem]:
     """What keeps experts from being adapted that are asked to be."""
+    adapter = recipe.adapter
     if adapter.target_experts is not True:
         return
     stacks = expert_parameters(model)
@@ -80,7 +81,7 @@ def expert_problems(adapter: AdapterSection, model: PreTrainedModel) -> Iterator
         yield FIELD, "the model has no experts that are held as parameters of three dimensions; remove it"
     elif not _taken(adapter, list(stacks)):
         yield FIELD, "exclude_modules and layers_to_transform leave no experts"
-    elif reason := _obstacle(adapter):
+    elif reason := _obstacle(recipe):
         yield FIELD, f"{reason}; change that, or set it to false"
 
 
@@ -99,13 +100,14 @@ def balance_problems(recipe: Recipe, model: Any) -> Iterator[Problem]:
         yield "train.router_aux_loss_coef", f"{type(model).__name__} computes no loss of that kind; remove it"
 
 
-def _decided(adapter: AdapterSection, share: float, cost: float) -> str:
+def _decided(recipe: Recipe, share: float, cost: float) -> str:
     """true or false, and why."""
+    adapter = recipe.adapter
     if adapter.target_experts != "auto":
         return f"{str(adapter.target_experts).lower()}, as the recipe says"
     if not is_all_linear(adapter.target_modules):
         return "false: target_modules names what is adapted"
-    if reason := _obstacle(adapter):
+    if reason := _obstacle(recipe):
         return f"false: {reason}"
     if share < LEAST:
         return f"false: experts are {share:.0%} of the weights"
@@ -113,8 +115,11 @@ def _decided(adapter: AdapterSection, share: float, cost: float) -> str:
     return f"false: {told}, more than {MOST:.0%}" if cost > MOST else f"true: {told}"
 
 
-def _obstacle(adapter: AdapterSection) -> str | None:
-    """What peft cannot do on parameters."""
+def _obstacle(recipe: Recipe) -> str | None:
+    """What cannot be done on parameters."""
+    adapter = recipe.adapter
+    if recipe.train.torch_compile:
+        return "train.torch_compile compiles no adapters on experts' parameters"
     if adapter.lora_dropout:
         return "peft has no lora_dropout on experts' parameters"
     if adapter.use_dora:

@@ -165,16 +165,17 @@ def plan_model(
     idle = require_weights(checkpoint, model, recipe)
     refuse(loaded, [("model.ignore_unexpected", f"{p!r} fits no tensor that would be unexpected") for p in idle])
     matched = _matched(loaded, model, lora)
-    refuse(loaded, expert_problems(recipe.adapter, model) if lora else ())
+    refuse(loaded, expert_problems(recipe, model) if lora else ())
     tokenizer = load_tokenizer(checkpoint, recipe)
     refuse(loaded, template_problems(tokenizer, recipe.data))
     set_template(tokenizer, recipe.data)
     scheme = _scheme(recipe, device, checkpoint, model)
     refuse(loaded, scheme.unfit(model))
-    experts = plan_experts(recipe.adapter, model) if lora else None
+    experts = plan_experts(recipe, model) if lora else None
     lora = experts.arguments(lora) if lora and experts else lora
     if lora:
-        refuse(loaded, whole_problems(recipe.adapter, scheme.holds(model) or ()))
+        held_layers = (scheme.holds(model) or set()) | {owner(name) for name in scheme.holds_experts(model)}
+        refuse(loaded, whole_problems(recipe.adapter, held_layers))
     held = weights_held(scheme, recipe, model)
     shape = _shape(loaded, model, lora, matched)
     if lora:

@@ -11,6 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from qft.memory.ledger import Ledger
+from qft.memory.meter import weight_bytes
 from qft.model.adapter import attach_adapter, save_adapter, with_adapter
 from qft.model.load import load_base
 from qft.model.merge import MergedWeights
@@ -109,3 +111,22 @@ def test_whether_experts_are_adapted_is_decided_and_told(
     rest = plan.model.shape.trainable_parameters - told.trainable_parameters
     assert told.trainable_parameters == adapted // 2 * 4 * adapter["r"] * (64 + 128 + 64 + 64)
     assert 0 < rest < 4 * 2 * adapter["r"] * 128 + 1  # of attention
+
+
+class OnHost(Ledger):
+    """Leaves out what has no contents."""
+
+    def note(self, tensor: torch.Tensor) -> None:
+        if not tensor.is_meta:
+            super().note(tensor)
+
+
+def test_loading_takes_a_layer_beside_what_is_held(tmp_path: Path, recipe_file: RecipeFile) -> None:
+    plan = planned(write_mixture(tmp_path / "deep", "qwen3_moe", num_hidden_layers=12), recipe_file)
+    ledger = OnHost(lambda tensor, label: label)
+    with ledger:
+        model = load_base(plan.model)
+    stack = 4 * plan.model.skeleton.get_parameter("model.layers.0.mlp.experts.gate_up_proj").numel()
+    held = sum(weight_bytes(model).values())
+    assert ledger.peaks()[""].total < held + 4 * stack  # as files have it, put together, and as it is quantized
+    assert held + 4 * stack < 12 * 1.5 * stack

@@ -113,7 +113,7 @@ def test_whether_experts_are_adapted_is_decided_and_told(
     assert 0 < rest < 4 * 2 * adapter["r"] * 128 + 1  # of attention
 
 
-class OnHost(Ledger):
+class OnHost(Ledger):  # type: ignore[no-untyped-call]
     """Leaves out what has no contents."""
 
     def note(self, tensor: torch.Tensor) -> None:

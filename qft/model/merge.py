@@ -30,7 +30,7 @@ from qft.model.stack_delta import merged_stack, targets
 from qft.plan import ModelPlan
 from qft.quant.experts import expert_parameters
 from qft.quant.hold import Qat, Scheme
-from qft.quant.stacked import Whole
+from qft.quant.product import Whole
 from qft.recipe.schema import MergeInto
 
 PREFIX = "base_model.model."

@@ -13,7 +13,8 @@ from peft.tuners.lora.layer import ParamWrapper
 from qft.checkpoint.skeleton import without_contents
 from qft.plan import ModelPlan
 from qft.quant.beside import factors
-from qft.quant.stacked import Factors, Read
+from qft.quant.grouped import Read
+from qft.quant.product import Factors
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def merged_stack(weight: torch.Tensor, read: Read, delta: Factors | None, dtype:
     """Weights [experts, a, b] as `read` has them, with what is added, in `dtype` on the host: one expert at a time."""
     out = torch.empty(weight.shape, dtype=dtype)
     for number in range(len(weight)):
-        own = read(number).float()
+        own = read(number, number + 1)[0].float()
         if delta:
             left, right = delta.left[number].to(own.device), delta.right[number].to(own.device)
             own = own + delta.scaling * (left @ right)

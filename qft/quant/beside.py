@@ -8,7 +8,8 @@ from typing import Any
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
-from qft.quant.stacked import Factors, Stacked, View, Whole
+from qft.quant.product import Factors, View, Whole
+from qft.quant.stacked import Stacked
 
 
 def compute_beside(model: nn.Module) -> None:

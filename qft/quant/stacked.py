@@ -2,112 +2,22 @@
 
 A `Stacked` says that it is a tensor of that shape, so the model's own code, peft and whoever counts parameters find
 what they expect. Taking one expert of it, or transposing it, makes no values. A product does: of one expert at a time,
-on the way back once more, and with the adapter's product beside it. Whatever else is computed with it is computed with
-all its values, which is right and takes their memory.
+or a few, on the way back once more, and with the adapter's product beside it. Whatever else is computed with it is
+computed with all its values, which is right and takes their memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_map
 
-Read = Callable[[int], torch.Tensor]
-"""From the number of an expert to its weight [a, b]."""
-Group = tuple[int, int, int]
-"""Of rows that one expert multiplies: its number, the first row, and the one behind the last."""
-
-
-class Store(Protocol):
-    """What the weights are held in."""
-
-    shape: tuple[int, int, int]
-
-    @property
-    def tensors(self) -> Mapping[str, torch.Tensor]:
-        """By the names of the attributes that they are."""
-        ...
-
-    def reader(self, dtype: torch.dtype) -> Read:
-        """Dequantizes."""
-        ...
-
-
-class Whole:
-    """Weights [experts, a, b] as they are."""
-
-    def __init__(self, weight: torch.Tensor) -> None:
-        experts, rows, columns = weight.shape
-        self.weight, self.shape = weight, (experts, rows, columns)
-
-    @property
-    def tensors(self) -> Mapping[str, torch.Tensor]:
-        return {"weight": self.weight}
-
-    def reader(self, dtype: torch.dtype) -> Read:
-        return lambda number: self.weight[number].to(dtype)
-
-
-@dataclass(frozen=True)
-class Factors:
-    """What an adapter adds to the weights: scaling * left @ right, of each expert."""
-
-    left: torch.Tensor
-    """[experts, a, r]"""
-    right: torch.Tensor
-    """[experts, r, b]"""
-    scaling: float
-
-    @property
-    def detached(self) -> Factors:
-        return replace(self, left=self.left.detach(), right=self.right.detach())
-
-
-@dataclass(frozen=True)
-class View:
-    """Which of the stored weights a tensor stands for, and how."""
-
-    store: Store
-    dtype: torch.dtype
-    """That it says it has."""
-    compute: torch.dtype | None = None
-    """In which it is multiplied; None: as autocast says, or in that of the other factor."""
-    factors: Factors | None = None
-    chosen: int | torch.Tensor | None = None
-    """One expert, [a, b]; or several, by their numbers [n]; None: all."""
-    flipped: bool = False
-    """Whether a and b have changed places."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        count, *matrix = self.store.shape
-        matrix = matrix[::-1] if self.flipped else matrix
-        if self.chosen is None:
-            return (count, *matrix)
-        return (*self.chosen.shape, *matrix) if isinstance(self.chosen, torch.Tensor) else tuple(matrix)
-
-    @property
-    def numbers(self) -> list[int]:
-        """Of the experts that it stands for."""
-        if self.chosen is None:
-            return list(range(self.store.shape[0]))
-        if isinstance(self.chosen, torch.Tensor):
-            return [0] * len(self.chosen) if isinstance(self.chosen, FakeTensor) else list(self.chosen.tolist())
-        return [self.chosen]
-
-    def whole(self) -> torch.Tensor:
-        """All values, the adapter's part of them with its gradient."""
-        read, numbers = self.store.reader(self.dtype), self.numbers
-        values = torch.stack([read(number) for number in numbers])
-        if self.factors:
-            delta = self.factors.scaling * (self.factors.left[numbers] @ self.factors.right[numbers])
-            values = values + delta.to(values.device, values.dtype)
-        values = values.mT if self.flipped else values
-        return values[0] if isinstance(self.chosen, int) else values
+from qft.quant.grouped import Group
+from qft.quant.product import View, product
 
 
 class _NeedsValues(Exception):
@@ -159,74 +69,6 @@ def _values(value: Any) -> Any:
     return value.view_of.whole() if isinstance(value, Stacked) else value
 
 
-class _Product(torch.autograd.Function):
-    """Rows x [n, in], those of each group times its expert's weight [in, out] and, with factors first [experts, in, r]
-    and second [experts, r, out], plus scaling * (x first) second. Weights are made one at a time, and again for the
-    gradient; rows of no group become zero."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, first: Any, second: Any, scaling: float, view: View, groups: Sequence[Group]
-    ) -> torch.Tensor:
-        ctx.save_for_backward(x if first is not None else None, first, second)
-        ctx.own = (scaling, view, groups)
-        out = x.new_empty(len(x), view.shape[-1])
-        read, end = _reader(view, x.dtype), 0
-        with torch.autocast(x.device.type, enabled=False):
-            for number, start, end in groups:
-                rows, part = x[start:end], out[start:end]
-                torch.mm(rows, read(number), out=part)
-                if first is not None:
-                    part.addmm_(rows @ first[number].to(x.dtype), second[number].to(x.dtype), alpha=scaling)
-        out[end:] = 0
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        (x, first, second), (scaling, view, groups) = ctx.saved_tensors, ctx.own
-        own = gradient.new_empty(len(gradient), view.shape[-2]) if ctx.needs_input_grad[0] else None
-        firsts: Any = None if first is None else torch.zeros_like(first)
-        seconds: Any = None if first is None else torch.zeros_like(second)
-        read, end = _reader(view, gradient.dtype), 0
-        for number, start, end in groups:
-            rows = gradient[start:end]
-            if own is not None:
-                torch.mm(rows, read(number).mT, out=own[start:end])
-            if first is not None:
-                a, b = first[number].to(x.dtype), second[number].to(x.dtype)
-                inner, inputs = scaling * (rows @ b.mT), x[start:end]
-                firsts[number] += inputs.mT @ inner
-                seconds[number] += scaling * ((inputs @ a).mT @ rows)
-                if own is not None:
-                    own[start:end].addmm_(inner, a.mT)
-        if own is not None:
-            own[end:] = 0
-        return own, firsts, seconds, None, None, None
-
-
-def _reader(view: View, dtype: torch.dtype) -> Read:
-    read = view.store.reader(dtype)
-    return (lambda number: read(number).mT) if view.flipped else read
-
-
-def product(x: torch.Tensor, view: View, groups: Sequence[Group]) -> torch.Tensor:
-    """Rows x [n, in] times the weights [in, out] of their groups: [n, out] in the dtype of x."""
-    mixed = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-    first = second = None
-    if view.factors:
-        first, second = view.factors.left, view.factors.right
-        first, second = (second.mT, first.mT) if view.flipped else (first, second)
-    scaling = view.factors.scaling if view.factors else 0.0
-    out: torch.Tensor = _Product.apply(  # type: ignore[no-untyped-call]
-        x.to(view.compute or mixed), first, second, scaling, view, groups
-    )
-    return out.to(x.dtype)
-
-
-def _flipped(view: View) -> View:
-    return replace(view, flipped=not view.flipped)
-
-
 def _linear(x: torch.Tensor, weight: Any, bias: torch.Tensor | None = None) -> Any:
     """functional.linear"""
     out = _matmul(x, weight.T) if isinstance(weight, Stacked) and weight.ndim == 2 else NotImplemented
@@ -246,14 +88,17 @@ def _matmul(x: Any, other: Any) -> Any:
         return NotImplemented
     rows, each = x.reshape(-1, x.shape[-1]), x.shape[1]
     groups = [(number, place * each, (place + 1) * each) for place, number in enumerate(view.numbers)]
-    return product(rows, view, groups).view(*x.shape[:-1], -1)
+    ends = None
+    if view.chosen is None:
+        ends = torch.arange(each, len(rows) + 1, each, dtype=torch.int32, device=x.device) if each else None
+    return product(rows, view, groups, ends).view(*x.shape[:-1], -1)
 
 
 def _grouped(x: torch.Tensor, other: Any, offs: Any = None, bias: Any = None, **_: Any) -> Any:
     """torch.nn.functional.grouped_mm: rows in the order of their experts, `offs` [experts] where each one's end."""
     if not isinstance(other, Stacked) or offs is None or bias is not None or other.view_of.chosen is not None:
         return NotImplemented
-    return product(x, other.view_of, list(_groups(offs, len(x), len(other))))
+    return product(x, other.view_of, list(_groups(offs, len(x), len(other))), offs)
 
 
 def _groups(offs: torch.Tensor, rows: int, experts: int) -> Iterator[Group]:
@@ -261,6 +106,7 @@ def _groups(offs: torch.Tensor, rows: int, experts: int) -> Iterator[Group]:
     given back by then."""
     if isinstance(offs, FakeTensor):
         yield 0, 0, -(-rows // experts)
+        yield experts - 1, rows, rows
         return
     start = 0
     for number, end in enumerate(offs.tolist()):
@@ -291,7 +137,7 @@ def _unbound(view: View, dim: int = 0) -> Any:
 def _transposed(view: View, *dims: Any) -> Any:
     count = len(view.shape)
     same = sorted(dim % count for dim in dims) == [count - 2, count - 1]
-    return _flipped(view) if same else NotImplemented
+    return view.turned if same else NotImplemented
 
 
 def _to(view: View, *args: Any, **kwargs: Any) -> Any:
@@ -322,7 +168,7 @@ VIEWS: dict[str, Callable[..., Any]] = {
     "swapaxes": _transposed,
     "t": lambda view: _transposed(view, 0, 1) if len(view.shape) == 2 else NotImplemented,
     "T": lambda view: _transposed(view, 0, 1) if len(view.shape) == 2 else NotImplemented,
-    "mT": _flipped,
+    "mT": lambda view: view.turned,
     "to": _to,
     "float": lambda view: replace(view, dtype=torch.float32),
     "bfloat16": lambda view: replace(view, dtype=torch.bfloat16),

@@ -10,8 +10,10 @@ import torch
 import transformers.integrations.moe  # noqa: F401  # registers its operator
 from torch.nn import functional
 
+from qft.quant import grouped
 from qft.quant.hold import SCHEMES
-from qft.quant.stacked import Factors, Stacked, View, Whole
+from qft.quant.product import Factors, View, Whole
+from qft.quant.stacked import Stacked
 from qft.recipe.training import QuantSection
 
 EXPERTS, A, B, RANK = 4, 10, 6, 3
@@ -75,7 +77,7 @@ def test_values_and_gradients_are_those_of_a_loop(how: str, way: str) -> None:
     torch.manual_seed(0)
     store = stack(how, torch.randn(EXPERTS, A, B))
     read = store.reader(torch.float64)
-    held = torch.stack([read(number) for number in range(EXPERTS)])
+    held = read(0, EXPERTS)
     left, right = torch.randn(EXPERTS, A, RANK).double(), torch.randn(EXPERTS, RANK, B).double()
     x = torch.randn(WAYS[way].inputs, dtype=torch.float64)
     leaves = [tensor.requires_grad_() for tensor in (left, right, x)]
@@ -93,7 +95,7 @@ def test_what_is_held_is_near_the_weights_and_takes_what_is_foretold(how: str) -
     torch.manual_seed(0)
     weight = torch.randn(3, 40, 50)  # whose rows end within blocks of 64
     store, foretold = stack(how, weight), stack(how, weight.to("meta"))
-    lost = torch.stack([store.reader(torch.float32)(n) for n in range(3)]) - weight
+    lost = store.reader(torch.float32)(0, 3) - weight
     assert lost.abs().mean() < {"nf4": 0.08, "fp4": 0.11, "8bit": 0.01}[how]
     sizes = [{name: (t.shape, t.dtype) for name, t in each.tensors.items()} for each in (store, foretold)]
     assert sizes[0] == sizes[1]
@@ -109,3 +111,22 @@ def test_a_parameter_says_what_it_stands_for() -> None:
     assert (held.shape, held.dtype, held.numel()) == ((3, 8, 64), torch.bfloat16, 3 * 8 * 64)
     assert module.weight is held
     assert not held.requires_grad
+
+
+@pytest.mark.parametrize("way", ["bmm", "grouped_mm", "grouped_mm transposed"])
+@pytest.mark.parametrize("at_once", [1, 400, 2**25])
+def test_the_kernel_of_a_gpu_comes_to_the_same(at_once: int, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16 and on a CPU, which has it too: one expert at a time, two, all."""
+    torch.manual_seed(0)
+    weight = torch.randn(EXPERTS, 8, 8, dtype=torch.bfloat16)
+    left, right = torch.randn(EXPERTS, 8, 8), torch.randn(EXPERTS, 8, 8)
+    x = torch.randn(*WAYS[way].inputs[:-1], 8, dtype=torch.bfloat16)
+    leaves = [tensor.requires_grad_() for tensor in (left, right, x)]
+    gradient = torch.randn(WAYS[way].plain(weight, x).shape, dtype=torch.bfloat16)
+    monkeypatch.setattr(grouped, "AT_ONCE", at_once)
+    found = []
+    for kernels in (set[str](), {"cpu"}):
+        monkeypatch.setattr(grouped, "KERNELS", kernels)
+        made = WAYS[way].asked(Stacked(View(stack("8bit", weight), x.dtype, None, Factors(left, right, 0.5))), x)
+        found.append((made, *torch.autograd.grad(made, leaves, gradient)))
+    torch.testing.assert_close(found[0], found[1], rtol=0.05, atol=0.1)

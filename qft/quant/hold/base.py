@@ -21,7 +21,8 @@ from qft.quant.experts import expert_parameters, owner
 from qft.quant.hold.plugin import Plugin
 from qft.quant.hold.prequantized import checkpoint_problems
 from qft.quant.layer import LayerScheme
-from qft.quant.stacked import Stacked, Store, View
+from qft.quant.product import Store, View
+from qft.quant.stacked import Stacked
 from qft.recipe import Recipe
 from qft.recipe.rules import Problem
 

@@ -14,7 +14,7 @@ from qft.quant.hold.base import Scheme
 from qft.quant.hold.codes import Codes
 from qft.quant.hold.prequantized import BNB_KEYS, skipped_layers
 from qft.quant.layer import LayerScheme
-from qft.quant.stacked import Store
+from qft.quant.product import Store
 from qft.recipe.training import QuantSection
 
 BLOCK = 64

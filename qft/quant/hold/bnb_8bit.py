@@ -11,10 +11,11 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from qft.quant.grouped import Read
 from qft.quant.hold.base import Scheme
 from qft.quant.hold.prequantized import skipped_layers
 from qft.quant.layer import LayerScheme
-from qft.quant.stacked import Read, Store
+from qft.quant.product import Store
 from qft.recipe.training import QuantSection
 
 
@@ -92,7 +93,7 @@ class _Rows:
         return {"codes": self.codes, "scales": self.scales}
 
     def reader(self, dtype: torch.dtype) -> Read:
-        return lambda number: (self.codes[number] * (self.scales[number, :, None] / 127)).to(dtype)
+        return lambda start, stop: (self.codes[start:stop] * (self.scales[start:stop, :, None] / 127)).to(dtype)
 
 
 OUTLIERS = 0.15

@@ -10,7 +10,7 @@ import torch
 from bitsandbytes import functional as bnb
 from torch._subclasses.fake_tensor import FakeTensor
 
-from qft.quant.stacked import Read
+from qft.quant.grouped import Read
 
 BLOCK, NESTED_BLOCK = 64, 256
 """Weights that share a scale, and scales that share one themselves."""
@@ -53,18 +53,21 @@ class Codes:
         return {name: getattr(self, name) for name in own}
 
     def reader(self, dtype: torch.dtype) -> Read:
-        scales = self._scales()
+        scales, (_, *shape) = self._scales(), self.shape
+        whole = math.prod(shape) % BLOCK == 0  # else the last block of an expert is a short one
 
-        def read(number: int) -> torch.Tensor:
-            codes, (_, *shape) = self.codes[number, :, None], self.shape
-            if isinstance(codes, FakeTensor):
-                return torch.empty(shape, dtype=dtype, device=codes.device)
+        def read(start: int, stop: int) -> torch.Tensor:
+            if stop - start > 1 and not whole:
+                return torch.cat([read(number, number + 1) for number in range(start, stop)])
+            if isinstance(self.codes, FakeTensor):
+                return torch.empty(stop - start, *shape, dtype=dtype, device=self.codes.device)
             made = torch.float32 if dtype == torch.float64 else dtype  # which it has no kernel for
             own = {"blocksize": BLOCK, "code": self.book, "quant_type": self.quant_type, "dtype": made}
             # On CPUs, bitsandbytes takes blocks of a matrix to end with its rows; those of a vector it reads right.
-            state = bnb.QuantState(absmax=scales[number], shape=torch.Size([math.prod(shape)]), **own)
-            weight: torch.Tensor = bnb.dequantize_4bit(codes, state)
-            return weight.view(*shape).to(dtype)
+            count = torch.Size([(stop - start) * math.prod(shape)])
+            state = bnb.QuantState(absmax=scales[start:stop].flatten(), shape=count, **own)
+            weights: torch.Tensor = bnb.dequantize_4bit(self.codes[start:stop].reshape(-1, 1), state)
+            return weights.view(-1, *shape).to(dtype)
 
         return read
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from peft import LoraConfig
+from peft.utils.other import get_pattern_key
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers import PreTrainedModel
@@ -49,9 +50,11 @@ def plan_experts(recipe: Recipe, model: PreTrainedModel) -> Experts | None:
         return None
     taken = _taken(adapter, list(stacks))
     weights, whole = sum(p.numel() for p in stacks.values()), sum(count_weights(model).values())
-    ranks = [adapter.r * stacks[name].shape[0] * sum(stacks[name].shape[1:]) for name in taken]
-    why = _decided(recipe, weights / whole, sum(ranks) / weights)
+    named = _named(adapter, model)
+    cost = _trainable(stacks, dict.fromkeys(taken, adapter.r) | named)
+    why = _decided(recipe, weights / whole, cost / weights, named)
     adapts, unadapted = why.startswith("true"), list[str]()
+    taken = taken if adapts and not (named and adapter.target_experts == "auto") else []
     modules = None
     if is_all_linear(adapter.target_modules):
         names = _linears(model)
@@ -62,18 +65,20 @@ def plan_experts(recipe: Recipe, model: PreTrainedModel) -> Experts | None:
         experts=max(p.shape[0] for p in stacks.values()),
         weights=weights,
         share=weights / whole,
-        adapted=len(taken) if adapts else 0,
-        trainable_parameters=sum(ranks) if adapts else 0,
+        adapted=len({*taken, *named}),
+        trainable_parameters=_trainable(stacks, dict.fromkeys(taken, adapter.r) | named),
         decided=why,
         router=_router(adapter, model),
         unadapted=unadapted,
     )
-    return Experts(document, modules, tuple(taken) if adapts else ())
+    return Experts(document, modules, tuple(taken))
 
 
 def expert_problems(recipe: Recipe, model: PreTrainedModel) -> Iterator[Problem]:
     """What keeps experts from being adapted that are asked to be."""
     adapter = recipe.adapter
+    if adapter.target_experts is False and (named := _named(adapter, model)):
+        yield FIELD, f"false, and peft takes names in target_modules for {min(named)} and its like; remove those"
     if adapter.target_experts is not True:
         return
     stacks = expert_parameters(model)
@@ -83,6 +88,26 @@ def expert_problems(recipe: Recipe, model: PreTrainedModel) -> Iterator[Problem]
         yield FIELD, "exclude_modules and layers_to_transform leave no experts"
     elif reason := _obstacle(recipe):
         yield FIELD, f"{reason}; change that, or set it to false"
+
+
+def _named(adapter: AdapterSection, model: PreTrainedModel) -> dict[str, int]:
+    """Experts' parameters that peft takes names in target_modules for, and the rank that it gives them."""
+    targets = adapter.target_modules
+    if is_all_linear(targets):
+        return {}
+    config = LoraConfig(r=adapter.r, target_modules=targets if isinstance(targets, str) else list(targets))
+    try:
+        convert_peft_config_for_transformers(config, model, None)
+    except ValueError:  # one of several that are fused: told as it is attached
+        return {}
+    ends, ranks = config.target_parameters or (), config.rank_pattern
+    found = [name for name in expert_parameters(model) if any(ends_with(name, end) for end in ends)]
+    return {name: int(ranks.get(get_pattern_key(list(ranks), name), adapter.r)) for name in found}
+
+
+def _trainable(stacks: Mapping[str, nn.Parameter], ranks: Mapping[str, int]) -> int:
+    """Parameters of adapters of these ranks."""
+    return sum(rank * stacks[name].shape[0] * sum(stacks[name].shape[1:]) for name, rank in ranks.items())
 
 
 def set_balance(recipe: Recipe, model: Any) -> None:
@@ -100,11 +125,13 @@ def balance_problems(recipe: Recipe, model: Any) -> Iterator[Problem]:
         yield "train.router_aux_loss_coef", f"{type(model).__name__} computes no loss of that kind; remove it"
 
 
-def _decided(recipe: Recipe, share: float, cost: float) -> str:
+def _decided(recipe: Recipe, share: float, cost: float, named: Collection[str]) -> str:
     """true or false, and why."""
     adapter = recipe.adapter
     if adapter.target_experts != "auto":
         return f"{str(adapter.target_experts).lower()}, as the recipe says"
+    if named:
+        return "true: target_modules names them"
     if not is_all_linear(adapter.target_modules):
         return "false: target_modules names what is adapted"
     if reason := _obstacle(recipe):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from qft.errors import RecipeError
 from qft.memory.ledger import Ledger
 from qft.memory.meter import weight_bytes
 from qft.model.adapter import attach_adapter, save_adapter, with_adapter
@@ -130,3 +131,40 @@ def test_loading_takes_a_layer_beside_what_is_held(tmp_path: Path, recipe_file: 
     held = sum(weight_bytes(model).values())
     assert ledger.peaks()[""].total < held + 4 * stack  # as files have it, put together, and as it is quantized
     assert held + 4 * stack < 12 * 1.5 * stack
+
+
+def test_names_that_peft_takes_for_experts_are_told_and_merged(
+    mixtures: Mixtures, recipe_file: RecipeFile, tmp_path: Path
+) -> None:
+    adapter = {"r": 4, "target_modules": ["w1", "w2", "w3"]}
+    plan = planned(mixtures("mixtral"), recipe_file, adapter=adapter)
+    told = plan.document().experts
+    assert (told.adapted, told.decided) == (4, "true: target_modules names them")
+    assert told.trainable_parameters == plan.model.shape.trainable_parameters
+    model = attach_adapter(load_base(plan.model), plan)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    save_adapter(model, plan, tmp_path / "adapter", None)
+    MergedWeights(plan.model, tmp_path / "adapter", "float32", "dequantized").write(tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(merged(IDS).logits, model(IDS).logits, rtol=1e-3, atol=1e-4)
+    with pytest.raises(RecipeError, match="peft takes names in target_modules for"):
+        planned(mixtures("mixtral"), recipe_file, adapter=adapter | {"target_experts": False})
+
+
+@pytest.mark.parametrize(
+    ("kind", "sections", "told"),
+    [
+        ("qwen3_moe", {"adapter": {"target_experts": True, "lora_dropout": 0.1}}, "no lora_dropout"),
+        ("qwen3_moe", {"adapter": {"target_experts": True, "use_dora": True}}, "no use_dora"),
+        ("qwen3_moe", {"adapter": {"modules_to_save": ["experts"]}}, "is quantized, and cannot be trained whole"),
+        ("glm4_moe", {"train": {"router_aux_loss_coef": 0.1}}, "computes no loss of that kind"),
+    ],
+)
+def test_what_experts_cannot_have_is_refused(
+    kind: str, sections: dict[str, Any], told: str, mixtures: Mixtures, recipe_file: RecipeFile
+) -> None:
+    with pytest.raises(RecipeError, match=told):
+        planned(mixtures(kind), recipe_file, **sections)

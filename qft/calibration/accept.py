@@ -20,7 +20,7 @@ from qft.measure.likelihood import Likelihood
 from qft.measure.scores import answer_rows, score
 from qft.measure.statistics import interval
 from qft.memory.guard import memory_guard, smaller_calibration
-from qft.model.load import generation_config
+from qft.model.by_block import generation_config
 from qft.plan import CalibrationPlan
 from qft.progress import View
 

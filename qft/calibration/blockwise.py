@@ -23,6 +23,7 @@ from qft.calibration.distill import distill, requantized
 from qft.calibration.finite import require_finite, require_finite_states, require_finite_windows
 from qft.calibration.layer_errors import block_errors, inputs_seen
 from qft.calibration.quantizer import EngineProcess, QuantizeTask, Schemes, Trial
+from qft.calibration.reached import watch_experts
 from qft.calibration.remedy import RAISED_BY, remedies
 from qft.calibration.streamed import StreamedModel
 from qft.checkpoint.stored import read_metadata
@@ -32,6 +33,7 @@ from qft.files import write_json
 from qft.measure.likelihood import Verification, compare
 from qft.progress import View
 from qft.quant.engines import Block, Engine, QuantizedLayer, find_engine, linear_of
+from qft.quant.experts import expert_parameters, owner
 from qft.quant.layer import LayerScheme
 
 Hidden = list[torch.Tensor]
@@ -123,6 +125,17 @@ class BlockQuantizer:
         paths = sorted(self.folder.glob("errors-*.json"))
         return [LayerError(**error) for path in paths for error in json.loads(path.read_text("utf-8"))]
 
+    @property
+    def unreached(self) -> list[str]:
+        """What experts no window reached, in words."""
+        return [each for path in sorted(self.folder.glob("experts-*.json")) for each in json.loads(path.read_text())]
+
+    def _experts(self, number: int) -> dict[str, int]:
+        """Modules of experts, by their names in the block, and how many each has."""
+        prefix = f"{self.model.name(number)}."
+        stacks = expert_parameters(self.model.model).items()
+        return {owner(n).removeprefix(prefix): s.shape[0] for n, s in stacks if n.startswith(prefix)}
+
     def again(self, schemes: Schemes, attempt: int) -> Verification:
         """The same with some layers held otherwise; those that are not stay as they are."""
         hidden = [self.model.enter(row["input_ids"]) for row in self.task.rows]
@@ -210,7 +223,10 @@ class BlockQuantizer:
 
         errors = block_errors(pairs, run)
         streams.verify = after
-        streams.windows = [model.run(block, number, h) for h in streams.windows]
+        with watch_experts(block, self._experts(number)) as missed:
+            streams.windows = [model.run(block, number, h) for h in streams.windows]
+        told = [f"{model.name(number)}.{each}" for each in missed()]
+        write_json(self.folder / f"experts-{number:05}.json", told)
         require_finite_windows(streams.windows)
         self._write(number, 0, block, layers)
         for name, layer in layers.items():

@@ -76,6 +76,10 @@ class Quantizer(Protocol):
     def skipped_layers(self) -> list[str]:
         """Of all other linear layers."""
 
+    @property
+    def unreached(self) -> list[str]:
+        """What experts of a mixture no calibration window reached, in words; empty where nobody looks."""
+
     def trials(self) -> Iterator[Trial]:
         """The layers as they are to be held, then, with a remedy, some of them in more bits: as long as it is asked on.
         Raises ModelError if the engine fails."""

@@ -52,6 +52,10 @@ class WholeQuantizer:
         self.rows = list(self.plan.data.verify)
         self._errors: list[LayerError] = []
 
+    @property
+    def unreached(self) -> list[str]:
+        return []
+
     def trials(self) -> Iterator[Trial]:
         """One: single layers are not held otherwise here."""
         verification = self.quantize()

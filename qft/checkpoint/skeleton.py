@@ -1,5 +1,6 @@
 """A checkpoint's model on the meta device: tensors have shapes and no contents."""
 
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ def without_contents(checkpoint: Checkpoint, section: ModelSection, **arguments:
     try:
         with disk_failures(checkpoint.folder), torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                checkpoint.config, trust_remote_code=section.trust_remote_code, **arguments
+                deepcopy(checkpoint.config), trust_remote_code=section.trust_remote_code, **arguments
             )
     except QftError:
         raise

@@ -41,7 +41,11 @@ def open_tensors(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except SafetensorError as error:
-        raise ModelError(f"{path}: is damaged or cut off ({error}); copy or download it again") from error
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: SafetensorError) -> ModelError:
+    return ModelError(f"{path}: is damaged or cut off ({error}); copy or download it again")
 
 
 class Weights:
@@ -57,6 +61,7 @@ class Weights:
         self.stored = {} if checkpoint.gguf_file else checkpoint.tensors()
         self.conversion = Conversion(model, {name: tensor.empty() for name, tensor in self.stored.items()})
         self._last: tuple[Group, dict[str, torch.Tensor]] | None = None
+        self._open: tuple[Path, Any] | None = None
 
     @property
     def rules(self) -> list[Any] | None:
@@ -83,9 +88,15 @@ class Weights:
         return tensor
 
     def _load(self, name: str) -> torch.Tensor:
-        with open_tensors(self.stored[name].path) as file:
-            tensor: torch.Tensor = file.get_tensor(name)
-        require_finite(self.stored[name].path, [(name, tensor)])
+        path = self.stored[name].path
+        # A mixture has thousands in a file, whose header tells of them all.
+        try:
+            if self._open is None or self._open[0] != path:
+                self._open = path, safe_open(path, framework="pt")
+            tensor: torch.Tensor = self._open[1].get_tensor(name)
+        except SafetensorError as error:
+            raise _damaged(path, error) from error
+        require_finite(path, [(name, tensor)])
         return tensor
 
 

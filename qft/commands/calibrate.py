@@ -148,7 +148,7 @@ def _report(
         quantized_share=plan.quantized_share({*quantizer.quantized_layers} - raised),
         skipped_layers=quantizer.skipped_layers,
         calibration=plan.data.audit.model_dump() if plan.data.audit else None,
-        warnings=list(plan.data.warnings),
+        warnings=[*plan.data.warnings, *quantizer.unreached],
         verify_rows=len(plan.data.verify),
         verify_tokens=int(unquantized.tokens.sum()),
         perplexity_before=perplexity(unquantized, plan.seed),

@@ -62,6 +62,27 @@ class AdapterArguments(Stored):
     target_modules: str | list[str]
 
 
+class PlannedExperts(Stored):
+    """The experts of a mixture, and what of them is trained."""
+
+    experts: int
+    """Of a layer."""
+    weights: int
+    """Of all experts."""
+    share: Share
+    """Of the weights outside embeddings and head, by count."""
+    adapted: int
+    """Parameters [experts, a, b] that get adapters (peft's target_parameters), each for all experts of a layer."""
+    trainable_parameters: int
+    """Of these adapters."""
+    decided: str
+    """adapter.target_experts, true or false, and why."""
+    router: str
+    """What becomes of what picks the experts: frozen, adapted or trained in full."""
+    unadapted: list[str] = []
+    """Linear layers that all-linear leaves without adapters, since peft takes their names for those of experts."""
+
+
 class TrainerArguments(Stored):
     """Arguments of transformers.TrainingArguments, under its names."""
 
@@ -273,6 +294,8 @@ class PlanDocument(Stored):
     matched: Matched = {}
     adapter: AdapterArguments | None
     """None: all weights are trained."""
+    experts: PlannedExperts | None = None
+    """None without experts, without adapters, and in documents from before it was told here."""
     offload: Literal["none", "cpu", "disk"] = "none"
     """Where the blocks of the base wait, of which two are on the device; none: all are."""
     checkpoints: Literal["device", "host"] | None = None

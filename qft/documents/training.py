@@ -170,6 +170,18 @@ class Loss(Part):
     """[step, loss, learning rate, gradient norm before clipping]."""
 
 
+class BalanceLoss(Part):
+    """The loss that keeps a mixture's experts evenly used, per forward pass; it grows with unevenness. Of the last part
+    of a resumed run."""
+
+    coefficient: float
+    """What it counts in the loss that is trained on."""
+    first: float
+    last: float
+    mean: float
+    micro_batches: int
+
+
 class Evaluation(Part):
     step: int
     loss: Nats
@@ -299,6 +311,8 @@ class Report(Part):
     """None where the plan had none, and in reports from before there were any."""
     checkpointing: Checkpointing | None = None
     """None where it is off."""
+    balance: BalanceLoss | None = None
+    """None: the model computes none, or the report is from before it was told here."""
     loss: Loss
     eval: Evaluations
     lengths: list[tuple[Tokens, int]]

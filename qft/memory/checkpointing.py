@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from qft.memory.meter import wait_for_device
+from qft.memory.meter import parts_of, wait_for_device
 
 
 def enable_checkpointing(model: Any, **arguments: Any) -> None:
@@ -46,7 +46,8 @@ class CheckpointingProbe:
             return 0, 0.0
         (args, kwargs), self.inputs = self.inputs, None
         block = self.blocks[0]
-        known = {tensor.untyped_storage().data_ptr() for tensor in (*block.parameters(), *block.buffers())}
+        own = (part for tensor in (*block.parameters(), *block.buffers()) for part in parts_of(tensor))
+        known = {tensor.untyped_storage().data_ptr() for tensor in own}
         known |= {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
         kept: dict[int, int] = {}
 

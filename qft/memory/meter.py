@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from qft.documents.memory import MomentMemory, PhaseMemory
+from qft.quant.stacked import Stacked
 
 
 @dataclass(frozen=True)
@@ -217,19 +218,22 @@ def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
     storages = {
         part.untyped_storage().data_ptr(): part.untyped_storage().nbytes()
         for tensor in tensors
-        for part in _parts(tensor)
+        for part in parts_of(tensor)
         if part.device.type != "meta"
     }
     return sum(storages.values())
 
 
-def _parts(tensor: Any) -> Iterator[torch.Tensor]:
-    """The tensors that one of torchao's classes is made of, and any other tensor itself."""
+def parts_of(tensor: Any) -> Iterator[torch.Tensor]:
+    """The tensors that one of torchao's classes, or experts in few bits, are made of, and any other tensor itself."""
+    if isinstance(tensor, Stacked):
+        yield from tensor.view_of.store.tensors.values()
+        return
     if not is_traceable_wrapper_subclass(tensor):
         yield tensor
         return
     for name in tensor.__tensor_flatten__()[0]:
-        yield from _parts(getattr(tensor, name))
+        yield from parts_of(getattr(tensor, name))
 
 
 def _scales(parameter: Any) -> list[torch.Tensor]:

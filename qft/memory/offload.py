@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from qft.memory.offload_store import Layout, Store
+from qft.quant.stacked import Stacked
 
 SLOTS = 2
 
@@ -49,6 +50,11 @@ def pieces_of(block: nn.Module, stays: Callable[[str], bool]) -> Iterator[Piece]
 
 
 def _weight(name: str, parameter: Any, module: Any) -> Iterator[Piece]:
+    if isinstance(parameter, Stacked):
+        store = parameter.view_of.store
+        for part, tensor in store.tensors.items():
+            yield Piece(f"{name}.{part}", tensor, module, ((store, part),))
+        return
     places: tuple[tuple[Any, str], ...] = ((parameter, "data"),)
     if getattr(parameter, "CB", None) is not None:
         module.init_8bit_state()  # as its first forward pass would

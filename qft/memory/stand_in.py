@@ -19,7 +19,9 @@ from transformers.pytorch_utils import Conv1D
 
 from qft.memory.attention import attention
 from qft.memory.softmax import Tail
+from qft.quant.experts import owner
 from qft.quant.hold import Scheme
+from qft.quant.stacked import Stacked
 
 HALF = (torch.float16, torch.bfloat16)
 IN_FLOAT32 = [
@@ -112,6 +114,8 @@ def hold(model: PreTrainedModel, scheme: Scheme) -> None:
         if layer is not None:
             layer.weight.requires_grad_(False)
             setattr(parent, name.rpartition(".")[2], layer)
+    for name, weight in [(name, model.get_parameter(name)) for name in scheme.holds_experts(model)]:
+        setattr(model.get_submodule(owner(name)), name.rpartition(".")[2], scheme.stacked(weight))
     for bits in ("8bit", "4bit"):  # as from_pretrained says; peft's layers ask
         if scheme.name == bits:
             setattr(model, f"is_loaded_in_{bits}", True)
@@ -129,7 +133,11 @@ def fill(model: nn.Module, scheme: Scheme, note: Callable[[torch.Tensor, nn.Modu
             module.__dict__["packed"] = torch.empty(size, dtype=torch.uint8)
             note(module.packed, module, False)
         for name, parameter in own.items():
-            if parameter is not None and id(parameter) not in made:
+            if isinstance(parameter, Stacked):
+                made[id(parameter)] = scheme.stacked(torch.empty(parameter.shape, dtype=parameter.dtype))
+                for part in made[id(parameter)].view_of.store.tensors.values():
+                    note(part, module, False)
+            elif parameter is not None and id(parameter) not in made:
                 filled = torch.zeros(parameter.shape, dtype=parameter.dtype)
                 note(filled, module, parameter.requires_grad)
                 made[id(parameter)] = nn.Parameter(filled, requires_grad=parameter.requires_grad)

@@ -35,6 +35,7 @@ from qft.memory.softmax import gradient_in_place
 from qft.memory.stand_in import OnGpu, fill, gradient_on_gpu, hold, peft_sees_autocast, set_attention
 from qft.memory.stash import stash_inputs
 from qft.memory.unmasked import one_row_each
+from qft.quant.beside import compute_beside
 from qft.quant.hold import Qat, Scheme
 from qft.quant.rounded import round_as
 
@@ -151,6 +152,7 @@ def peaks(
     asked = model.config._attn_implementation
     set_attention(model, asked, padded=step.batch.padded and _masked(model))
     weights = {tuple(p.shape) for p in model.parameters() if p.dim() > 1}
+    weights |= {shape[1:] for shape in weights if len(shape) == 3}  # of one expert
     vocabulary = model.get_output_embeddings().weight.shape[0]
 
     def label_of(tensor: torch.Tensor, label: str) -> str:
@@ -195,6 +197,7 @@ def _adapted(model: PreTrainedModel, work: Work, gpu: OnGpu | None, *, checkpoin
     if work.lora is not None:
         with torch.device("meta"):
             adapted = get_peft_model(model, LoraConfig(**work.lora | {"init_lora_weights": False}))
+        compute_beside(adapted)
     if isinstance(work.scheme, Qat):
         traced = work.scheme.target.traced
         round_as(adapted, work.scheme, dict.fromkeys(roundings, traced) if traced else roundings)

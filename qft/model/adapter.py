@@ -28,6 +28,7 @@ from qft.files import atomic_folder, read_json_text
 from qft.memory.guard import memory_guard, smaller_base
 from qft.model.rounded import round_weights, write_learnt
 from qft.plan import ModelPlan, Plan
+from qft.quant.beside import compute_beside
 from qft.quant.dequantize import dequantized_weight, is_quantized
 
 Bring = Callable[[nn.Module], None]
@@ -48,6 +49,7 @@ def attach_adapter(model: PreTrainedModel, plan: Plan, bring: Bring | None = Non
 def _with_new_adapter(model: PreTrainedModel, plan: Plan, bring: Bring | None) -> PeftModel:
     with memory_guard("attaching the adapters", smaller_base(plan.recipe, plan.model.scheme)):
         adapted: PeftModel = get_peft_model(model, LoraConfig(**plan.lora or {}))
+        compute_beside(adapted)
         if plan.model.checkpoint.gguf_file:
             # Else peft would ask the hub for the base's config at each checkpoint.
             adapted.peft_config["default"].base_model_name_or_path = ""
@@ -145,6 +147,7 @@ def with_adapter(model: Any, adapter: Path) -> Any:
             raise ModelError(f"{adapter}: is damaged or cut off: {first_line(error)}") from error
         except Exception as error:  # its files are data: whatever is wrong with them, peft stumbles over it
             raise ModelError(_misfit(adapter, first_line(error))) from error
+    compute_beside(adapted)
     require_finite(adapter, ((name, p) for name, p in adapted.named_parameters() if ".default." in name))
     return adapted
 

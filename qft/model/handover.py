@@ -12,7 +12,7 @@ from typing import Any, Literal, Self, get_args
 from qft.data.prepare import Prepared
 from qft.errors import QftError, RecipeError, first_line
 from qft.gguf.llamacpp import KINDS, end_tokens
-from qft.model.load import generation_config
+from qft.model.by_block import generation_config
 from qft.model.merge import Adapter, MergedWeights, planned_adapter
 from qft.plan import ModelPlan, Plan, plan_calibration, plan_layers, refuse
 from qft.quant.hold import Qat

@@ -14,7 +14,9 @@ from qft.checkpoint.weights import dequantized, stored_weights
 from qft.disk import disk_failures
 from qft.errors import ModelError, QftError, first_line
 from qft.memory.guard import memory_guard, smaller_base
+from qft.model.by_block import load_by_block
 from qft.plan import ModelPlan
+from qft.plan.experts import set_balance
 
 
 def load_base(plan: ModelPlan, load: Callable[[ModelPlan], PreTrainedModel] | None = None) -> PreTrainedModel:
@@ -24,7 +26,7 @@ def load_base(plan: ModelPlan, load: Callable[[ModelPlan], PreTrainedModel] | No
         try:
             # Caches, and code that comes with a model, are written on the way.
             with disk_failures(plan.checkpoint.folder):
-                model = (load or load_whole)(plan)
+                model = (load or _load)(plan)
         except (QftError, MemoryError):
             raise
         except Exception as error:  # transformers, safetensors and the quantizers fail in as many ways as they are
@@ -37,7 +39,16 @@ def load_base(plan: ModelPlan, load: Callable[[ModelPlan], PreTrainedModel] | No
         raise ModelError(f"{plan.checkpoint.path}: the quantized weights of {some(misfits)} are not of their shapes")
     _require_settings(plan, model.generation_config)
     plan.scheme.settle(model)
+    set_balance(plan.recipe, model)
     return model
+
+
+def _load(plan: ModelPlan) -> PreTrainedModel:
+    """By transformers; experts that are held in few bits, which it knows not, block by block."""
+    if not plan.scheme.holds_experts(plan.skeleton):
+        return load_whole(plan)
+    device = torch.device("cuda", torch.cuda.current_device()) if plan.device.kind == "cuda" else torch.device("cpu")
+    return load_by_block(plan, str(device))
 
 
 def _require_settings(plan: ModelPlan, settings: GenerationConfig | None) -> None:
@@ -86,11 +97,3 @@ def _unconverted(plan: ModelPlan, error: Exception) -> str:
     lacking = incomplete_layers(plan.checkpoint.tensors())
     where = "".join(f"; {layer} lacks {some(names)}" for layer, names in list(lacking.items())[:3])
     return f"its quantized weights cannot be put together: {first_line(error).partition(' For details')[0]}{where}"
-
-
-def generation_config(plan: ModelPlan) -> GenerationConfig:
-    """The base's own, or what its configuration says of generation."""
-    checkpoint = plan.checkpoint
-    if checkpoint.gguf_file is None and (checkpoint.folder / "generation_config.json").is_file():
-        return GenerationConfig.from_pretrained(checkpoint.folder)
-    return GenerationConfig.from_model_config(checkpoint.config)

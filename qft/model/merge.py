@@ -1,11 +1,12 @@
 """A base and the tensors of an adapter -> the weights of the merged model, one block after the other.
 
-The delta is peft's own. Known are LoRA, rsLoRA and DoRA on linear layers, trained biases and modules that were saved
-whole; every other tensor of an adapter is refused.
+The delta is peft's own. Known are LoRA, rsLoRA and DoRA on linear layers, LoRA on the parameters of experts, trained
+biases and modules that were saved whole; every other tensor of an adapter is refused.
 """
 
 import copy
 import math
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from functools import cached_property, partial
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft.utils.other import get_pattern_key
 from torch import nn
 
 from qft.checkpoint.layout import Layout, written_names
@@ -21,22 +23,22 @@ from qft.checkpoint.skeleton import without_contents
 from qft.checkpoint.weights import Weights, open_tensors, save_tensors, write_index
 from qft.errors import ModelError
 from qft.model.adapter import read_adapter_config
+from qft.model.by_block import generation_config
 from qft.model.fill import Read
-from qft.model.load import generation_config
+from qft.model.stack_delta import merged_stack, targets
 from qft.plan import ModelPlan
 from qft.quant.delta import merged
+from qft.quant.experts import expert_parameters
 from qft.quant.hold import Qat, Scheme
+from qft.quant.product import Whole
 from qft.recipe.schema import MergeInto
 
 PREFIX = "base_model.model."
-UNKNOWN = ("rank_pattern", "alpha_pattern", "fan_in_fan_out", "lora_bias", "layer_replication", "use_qalora",
-           "use_bdlora", "target_parameters", "trainable_token_indices", "alora_invocation_tokens", "arrow_config",
+UNKNOWN = ("fan_in_fan_out", "lora_bias", "layer_replication", "use_qalora",
+           "use_bdlora", "trainable_token_indices", "alora_invocation_tokens", "arrow_config",
            "kasa_config", "monteclora_config", "velora_config", "lora_ga_config")  # fmt: skip
 """Settings of peft.LoraConfig that would change the delta, and that qft does not set; peft itself sets some of them."""
-SET_BY_PEFT = {
-    "fan_in_fan_out": "fan_in_fan_out (it is on Conv1D layers)",
-    "target_parameters": "target_parameters (it is on experts' parameters)",
-}
+SET_BY_PEFT = {"fan_in_fan_out": "fan_in_fan_out (it is on Conv1D layers)"}
 """Why."""
 
 
@@ -52,10 +54,10 @@ class Adapter:
             kind = ", ".join([str(config.get("peft_type")), *other])
             text = "only LoRA, rsLoRA and DoRA of linear layers can be merged; export --to adapter"
             raise ModelError(f"{name}: is of kind {kind}; {text}")
-        rank = config["r"]
-        self.scaling: float = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        self.config = config
         self.deltas: dict[str, dict[str, torch.Tensor]] = {}
-        """Of each linear layer: lora_A [r, in], lora_B [out, r], and lora_magnitude_vector [out] with DoRA."""
+        """Of each linear layer, lora_A [r, in], lora_B [out, r], and lora_magnitude_vector [out] with DoRA; of experts,
+        by peft's names, as peft saves them."""
         self.replaced: dict[str, torch.Tensor] = {}
         """Parameters that were trained themselves, by their names in the base."""
         for key, tensor in tensors.items():
@@ -64,7 +66,16 @@ class Adapter:
     def apply(self, module: str, weight: torch.Tensor) -> torch.Tensor:
         """Weight [out, in] of a linear layer with its delta, in float32."""
         parts = self.deltas[module]
-        return merged(weight, self.scaling, parts["lora_A"], parts["lora_B"], parts.get("lora_magnitude_vector"))
+        return merged(
+            weight, self._scaling(module), parts["lora_A"], parts["lora_B"], parts.get("lora_magnitude_vector")
+        )
+
+    def _scaling(self, module: str) -> float:
+        patterns = {field: self.config.get(f"{field}_pattern") or {} for field in ("rank", "alpha")}
+        key = {field: get_pattern_key(list(own), module) for field, own in patterns.items()}
+        rank: float = patterns["rank"].get(key["rank"], self.config["r"])
+        alpha: float = patterns["alpha"].get(key["alpha"], self.config["lora_alpha"])
+        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
     def _take(self, key: str, tensor: torch.Tensor) -> None:
         name = key.removesuffix(".weight").removesuffix(".default")
@@ -74,7 +85,8 @@ class Adapter:
         elif "lora_" in key:
             raise ModelError(f"{self.name}: holds {key}, which only peft can apply; export --to adapter")
         else:
-            self.replaced[key.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = tensor
+            own = re.sub(r"(\.base_layer)+\.", ".", key)
+            self.replaced[own.replace(".modules_to_save.", ".")] = tensor
 
 
 def read_adapter(folder: Path) -> Adapter:
@@ -106,6 +118,8 @@ class MergedWeights:
         self.model = plan.skeleton
         self.linears = {name: m for name, m in self.model.named_modules() if isinstance(m, nn.Linear)}
         self.scheme = _scheme(plan, onto)
+        self.targets = targets(plan, self.adapter.config) if self.adapter else {}
+        self.stacks = {target.name: layer for layer, target in self.targets.items()}
         self._require_known_layers()
 
     def reader(self) -> Read:
@@ -151,6 +165,11 @@ class MergedWeights:
         return dict(self.model.state_dict(keep_vars=True))
 
     @cached_property
+    def experts(self) -> set[str]:
+        """Parameters that hold the experts of a layer."""
+        return set(expert_parameters(self.model))
+
+    @cached_property
     def names(self) -> list[str]:
         """Of every tensor that is written; of tied ones the first."""
         return written_names(self.model, untied=self.unties)
@@ -189,6 +208,8 @@ class MergedWeights:
         value = self._source(base, name)
         if value.shape != meta.shape:
             raise ModelError(f"{self.plan.checkpoint.path}: {name} is {list(value.shape)}, not {list(meta.shape)}")
+        if name in self.experts:
+            return self._merged_stack(name, value)
         if kind != "weight":
             return self._cast(value, meta)
         if self.scheme and type(self.linears.get(module)) is nn.Linear and self.scheme.quantizes(module):
@@ -199,6 +220,14 @@ class MergedWeights:
         if self.adapter and module in self.adapter.deltas:
             value = self.adapter.apply(module, value)
         return self._cast(value, meta)
+
+    def _merged_stack(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        """Of experts [experts, a, b]."""
+        held = self.scheme is not None and name in self.scheme.holds_experts(self.model)
+        store = self.scheme.stack(value.to(self.plan.device.kind)) if self.scheme and held else Whole(value)
+        layer = self.stacks.get(name)
+        delta = self.targets[layer].factors(self.adapter.deltas[layer]) if self.adapter and layer else None
+        return merged_stack(value, store.reader(value.dtype), delta, self.dtype)
 
     def _source(self, base: Read, name: str) -> torch.Tensor:
         """The original weight in the dtype in which the base was loaded; of tied ones, whichever the files have."""
@@ -217,7 +246,7 @@ class MergedWeights:
     def _require_known_layers(self) -> None:
         if self.adapter is None:
             return
-        strange = [name for name in self.adapter.deltas if name not in self.linears]
+        strange = [name for name in self.adapter.deltas if name not in self.targets and name not in self.linears]
         strange += [name for name in self.adapter.replaced if name not in self.known]
         if strange:
             text = "which is no linear layer of the base and cannot be merged; export --to adapter"

@@ -12,23 +12,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
 from accelerate.hooks import remove_hook_from_submodules  # type: ignore[import-untyped]
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
-from transformers.quantizers import AutoHfQuantizer
 
-from qft.checkpoint.require import require_weights
-from qft.checkpoint.skeleton import find_blocks, without_contents
-from qft.checkpoint.weights import Weights
+from qft.checkpoint.skeleton import find_blocks
 from qft.disk import disk_failures, require_free_space
 from qft.files import remove_leftovers, scratch_folder
 from qft.memory.offload import Offload
 from qft.memory.offload_store import FileStore, HostStore
-from qft.model.fill import fill
-from qft.model.load import generation_config, load_base, load_whole
+from qft.model.by_block import load_by_block
+from qft.model.load import load_base, load_whole
 from qft.plan import ModelPlan
 
 
@@ -80,48 +75,13 @@ def _quantized(plan: ModelPlan, offload: Offload) -> PreTrainedModel:
 
 def _unquantized(plan: ModelPlan, offload: Offload) -> PreTrainedModel:
     """Of unquantized weights: block by block from the files."""
-    checkpoint, section, dtype = plan.checkpoint.with_weights(), plan.recipe.model, getattr(torch, plan.dtype)
-    if checkpoint.hub_id:  # nobody has seen its files before
-        require_weights(checkpoint, without_contents(checkpoint, section), plan.recipe)
-    model = plan.skeleton_in_dtype().eval()
-    read = Weights(checkpoint, plan.skeleton)
-    quantizer = _prepared(plan, model)
-    name, blocks = find_blocks(model, plan.shape.layers)
-    place = (str(offload.device), dtype)
-    fill(model, model, "", read, place, skip=f"{name}.", hold=_held)
-    model.tie_weights()
-    for number, block in enumerate(blocks):
-        fill(model, block, f"{name}.{number}.", read, place, hold=_held)
-        offload.take(block, _stays(plan, f"{name}.{number}"))
+
+    def take(block: nn.Module, name: str) -> None:
+        offload.take(block, _stays(plan, name))
+
+    model = load_by_block(plan, str(offload.device), take)
     offload.start()
-    if quantizer:
-        model.hf_quantizer = quantizer
-        quantizer.postprocess_model(model)
-    model.generation_config = generation_config(plan)
     return model
-
-
-def _prepared(plan: ModelPlan, model: PreTrainedModel) -> Any:
-    """The quantizer that has put its layers into the model without contents; None: nothing is quantized."""
-    arguments = plan.scheme.load_arguments()
-    if not arguments:
-        return None
-    quantizer = AutoHfQuantizer.from_config(arguments["quantization_config"], pre_quantized=False)
-    quantizer.preprocess_model(model, dtype=getattr(torch, plan.dtype), device_map={"": plan.device.kind})
-    return quantizer
-
-
-def _held(module: Any, key: str, value: torch.Tensor) -> torch.Tensor | None:
-    """As transformers' Bnb4bitQuantize and Bnb8bitQuantize have it, on the device of `value`."""
-    if key != "weight" or not isinstance(module, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt):
-        return None
-    value = value.T if issubclass(module.source_cls, Conv1D) else value
-    settings = {name: own for name, own in module.weight.__dict__.items() if name != "SCB"}
-    if isinstance(module, bnb.nn.Linear4bit):
-        held: torch.Tensor = bnb.nn.Params4bit(value, requires_grad=False, **settings).to(value.device)
-    else:  # bitsandbytes rounds on the way from the host to the device, and weights that are there already not at all
-        held = bnb.nn.Int8Params(value.cpu(), requires_grad=False, **settings).to(value.device)
-    return held
 
 
 def _stays(plan: ModelPlan, block: str) -> Callable[[str], bool]:

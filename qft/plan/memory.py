@@ -81,7 +81,8 @@ class Forecast:
             stashes=stashes(model),
             kernels=self.kernels,
         )
-        config = model.checkpoint.config.to_json_string() + str((model.dtype, recipe.model.attn_implementation))
+        chosen = (model.dtype, recipe.model.attn_implementation, train.router_aux_loss_coef)
+        config = model.checkpoint.config.to_json_string() + str(chosen)
         files = model.checkpoint.weight_files() if model.checkpoint.has_weights else []
         size = sum(path.stat().st_size for path in files)
         source = Source(config, model.skeleton_in_dtype, model.shape.layers, size)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,9 +28,11 @@ from qft.documents.manifest import DevicePart
 from qft.documents.plan import PlannedModel, Quantization
 from qft.errors import ModelError, RecipeError, first_line
 from qft.machine.device import Device, find_device
+from qft.plan.experts import Experts, expert_problems, plan_experts, set_balance
 from qft.plan.limits import table_of_positions
 from qft.plan.modules import Matches, is_all_linear, match_adapter, match_skips, whole_problems
 from qft.plan.template import set_template, template_problems
+from qft.quant.experts import owner
 from qft.quant.hold import Scheme, contradictions, find_scheme
 from qft.quant.layer import skip_entry
 from qft.quant.share import Held, count_weights
@@ -81,6 +84,8 @@ class ModelPlan:
     """Of the names of modules that the recipe gives, by field: how many each matches."""
     held: Held | None
     """Of its weights, what the scheme holds in few bits; None: only other code knows."""
+    experts: Experts | None = None
+    """None: it has none, or gets no adapters."""
 
     @property
     def recipe(self) -> Recipe:
@@ -95,7 +100,10 @@ class ModelPlan:
         """The same with its weights in `dtype`, as it is loaded where nothing is quantized."""
         attention = self.recipe.model.attn_implementation
         chosen = {} if attention == "auto" else {"attn_implementation": attention}
-        return without_contents(self.checkpoint, self.recipe.model, dtype=getattr(torch, self.dtype), **chosen)
+        dtype = getattr(torch, self.dtype)
+        model = without_contents(self.checkpoint, self.recipe.model, dtype=dtype, **chosen)
+        set_balance(self.recipe, model)
+        return model
 
     @cached_property
     def linears(self) -> tuple[dict[str, int], str]:
@@ -157,20 +165,24 @@ def plan_model(
     idle = require_weights(checkpoint, model, recipe)
     refuse(loaded, [("model.ignore_unexpected", f"{p!r} fits no tensor that would be unexpected") for p in idle])
     matched = _matched(loaded, model, lora)
+    refuse(loaded, expert_problems(recipe, model) if lora else ())
     tokenizer = load_tokenizer(checkpoint, recipe)
     refuse(loaded, template_problems(tokenizer, recipe.data))
     set_template(tokenizer, recipe.data)
     scheme = _scheme(recipe, device, checkpoint, model)
     refuse(loaded, scheme.unfit(model))
+    experts = plan_experts(recipe, model) if lora else None
+    lora = experts.arguments(lora) if lora and experts else lora
     if lora:
-        refuse(loaded, whole_problems(recipe.adapter, scheme.holds(model) or ()))
+        held_layers = (scheme.holds(model) or set()) | {owner(name) for name in scheme.holds_experts(model)}
+        refuse(loaded, whole_problems(recipe.adapter, held_layers))
     held = weights_held(scheme, recipe, model)
     beside = scheme.learnt_beside(model)
     shape = _shape(loaded, model, lora, matched)
     shape = replace(shape, trainable_parameters=shape.trainable_parameters + beside)
     if lora:
         refuse(loaded, _size_problems(shape, device))
-    return ModelPlan(loaded, device, checkpoint, tokenizer, shape, dtype, scheme, matched, held)
+    return ModelPlan(loaded, device, checkpoint, tokenizer, shape, dtype, scheme, matched, held, experts)
 
 
 def weights_held(scheme: Scheme, recipe: Recipe, model: PreTrainedModel) -> Held | None:
@@ -178,6 +190,7 @@ def weights_held(scheme: Scheme, recipe: Recipe, model: PreTrainedModel) -> Held
     layers, asked = scheme.holds(model), recipe.quant.named_skips
     if layers is None:
         return None
+    layers |= {owner(name) for name in scheme.holds_experts(model)}
     return Held.of(count_weights(model), layers, lambda name: not should_convert_module(name, list(asked)))
 
 
@@ -297,9 +310,9 @@ def _trainable(loaded: LoadedRecipe, model: nn.Module, lora: dict[str, Any], mat
             adapted = get_peft_model(model, LoraConfig(**lora | {"init_lora_weights": False}))
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise RecipeError(loaded.problem("adapter.target_modules", first_line(error))) from error
-    if is_all_linear(lora["target_modules"]):
-        count = sum(isinstance(module, BaseTunerLayer) for module in adapted.modules())
-        matched["adapter.target_modules"] = {lora["target_modules"]: count}
+    if is_all_linear(targets := loaded.recipe.adapter.target_modules):
+        tuners = [module for module in adapted.modules() if isinstance(module, BaseTunerLayer)]
+        matched["adapter.target_modules"] = {str(targets): sum(not isinstance(m, ParamWrapper) for m in tuners)}
     refuse(loaded, _rank_problems(loaded.recipe.adapter, adapted))
     return sum(p.numel() for p in adapted.parameters() if p.requires_grad)
 

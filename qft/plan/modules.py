@@ -189,8 +189,11 @@ def _target_problems(adapter: AdapterSection, model: nn.Module, matches: Matches
 
 
 def _fused_problems(adapter: AdapterSection, model: nn.Module) -> Iterator[Problem]:
-    """Fields that would narrow the parameters of a mixture of experts: peft reads them for modules alone."""
+    """Fields that would narrow the parameters of a mixture of experts: peft reads them for modules alone. What
+    all-linear is to a mixture is told peft module by module."""
     targets = adapter.target_modules
+    if is_all_linear(targets):
+        return
     config = LoraConfig(target_modules=targets if isinstance(targets, str) else list(targets))
     try:
         names = set(_adapted(config, model)) - dict(model.named_modules()).keys()

@@ -21,6 +21,7 @@ from qft.documents.plan import AdapterArguments, DataPart, PlanDocument, Planned
 from qft.machine.device import Device
 from qft.machine.environment import allocator_settings
 from qft.memory.fit import Way
+from qft.plan.experts import balance_problems
 from qft.plan.kernels import kernel_problems, planned_kernels
 from qft.plan.limits import answer_problems, require_known_tokens, require_special_tokens
 from qft.plan.memory import (
@@ -162,6 +163,7 @@ class Plan:
             skip_modules=self.recipe.quant.skip_modules,
             matched=self.model.matched,
             adapter=AdapterArguments(**self.lora) if self.lora else None,
+            experts=self.model.experts.document if self.model.experts else None,
             offload=self.recipe.memory.offload,
             checkpoints=self.checkpoints,
             kernels=self.kernels,
@@ -199,7 +201,9 @@ def _plan(loaded: LoadedRecipe, device: Device, data: Prepared | None) -> Plan:
     refuse(loaded, [*device_problems(recipe, device), *_training_problems(recipe, device)])
     lora = _lora_arguments(recipe) if recipe.adapter.kind == "lora" else None
     model = plan_model(loaded, lora, device=device)
+    lora = model.experts.arguments(lora) if lora and model.experts else lora
     problems = [*model.scheme.problems(recipe), *_share_problems(model), *_length_problems(recipe, model.shape)]
+    problems += balance_problems(recipe, model.skeleton)
     refuse(loaded, [*problems, *offload_problems(model), *checkpoint_problems(model)])
     data = data or _rows(model)
     loaded, optimizer = with_optimizer(_forecast(model, lora, data))
@@ -316,9 +320,12 @@ def _process_problems(recipe: Recipe) -> Iterator[Problem]:
             yield field, f"{asked} processes at once are more than this machine is for; give {most} or fewer"
 
 
+OWN_ADAPTER = {"kind", "target_experts"}
+
+
 def _lora_arguments(recipe: Recipe) -> dict[str, Any]:
     adapter = recipe.adapter
-    arguments: dict[str, Any] = {n: list(v) if isinstance(v, tuple) else v for n, v in adapter if n != "kind"}
+    arguments: dict[str, Any] = {n: list(v) if isinstance(v, tuple) else v for n, v in adapter if n not in OWN_ADAPTER}
     # loftq starts from the error of our own quantization, so model/adapter.py sets it once the weights are there.
     known = {"default": True, "loftq": True}
     arguments["init_lora_weights"] = known.get(adapter.init_lora_weights, adapter.init_lora_weights)
@@ -328,7 +335,7 @@ def _lora_arguments(recipe: Recipe) -> dict[str, Any]:
 
 # Fields of `train` that are qft's own, or that it hands over in another form.
 OWN_FIELDS = {"early_stopping_patience", "on_nonfinite", "gradient_checkpointing", "report_to", "bf16", "tf32"}
-OWN_FIELDS |= {"save_on_signal", "chunked_loss", "stages", "kernels"}
+OWN_FIELDS |= {"save_on_signal", "chunked_loss", "stages", "kernels", "router_aux_loss_coef"}
 
 
 def _training_arguments(recipe: Recipe, device: Device) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qft.quant.dequantize import is_quantized
+from qft.quant.experts import expert_parameters, owner
+from qft.quant.stacked import Stacked
 
 LEAST = 0.9
 """Of the weights that are not asked to be left out, the share that a scheme should hold to go by its name."""
@@ -67,4 +69,5 @@ def count_weights(model: PreTrainedModel) -> dict[str, int]:
 def measured_share(model: PreTrainedModel) -> float:
     """The share of a loaded model that bitsandbytes or a plugin holds."""
     linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear) and is_quantized(module)}
-    return Held.of(count_weights(model), linears, lambda name: False).share
+    experts = {owner(name) for name, held in expert_parameters(model).items() if isinstance(held, Stacked)}
+    return Held.of(count_weights(model), linears | experts, lambda name: False).share

@@ -118,15 +118,16 @@ class QuantSection(Section):
     compute_dtype: Literal[Dtype, "auto"] = "auto"
     """Dtype in which dequantized weights are multiplied. auto: model.dtype. Only with mode 4bit."""
     quant_storage: Literal["uint8", "float16", "bfloat16", "float32"] = "uint8"
-    """Dtype of the tensors that hold the packed 4-bit weights; FSDP wants the compute dtype. Only with mode 4bit."""
+    """Dtype of the tensors that hold the packed 4-bit weights of linear layers (experts': uint8); FSDP wants the
+    compute dtype. Only with mode 4bit."""
     threshold: float = Field(6.0, ge=0)
     """Activations above this magnitude are multiplied in 16 bits (LLM.int8()'s outliers). Only with mode 8bit."""
     skip_modules: Literal["auto"] | Many[str] = ()
     """Names of linear layers to leave unquantized, beside the output head that is always left. auto: those whose output
     quantizing harms most, measured on training rows before the training, within one of the budgets below."""
     allow_partial: bool = False
-    """Take a 4bit or 8bit base of which less than 90% of the weights outside embeddings and head are held so, as of a
-    mixture of experts, whose experts are no layers of torch.nn.Linear. What skip_modules leaves out needs no leave."""
+    """Take a 4bit or 8bit base of which less than 90% of the weights outside embeddings and head are held so: the
+    others are neither layers of torch.nn.Linear nor experts. What skip_modules leaves out needs no leave."""
     skip_budget_bits: float | None = Field(None, gt=0)
     """Bits that a linear weight may take more on average, for skip_modules auto."""
     skip_budget_bytes: int | None = Field(None, ge=1)
@@ -151,6 +152,9 @@ class AdapterSection(Section):
     """Dropout probability in front of the update."""
     target_modules: str | Many[str] = "all-linear"
     """all-linear (every linear layer but the head), a list of layer names, or one regular expression."""
+    target_experts: bool | Literal["auto"] = "auto"
+    """Whether the experts of a mixture get adapters, on the parameters that hold those of a layer. auto: with
+    all-linear, where experts are half of the weights or more and the adapters no more than a tenth of theirs."""
     exclude_modules: str | Many[str] | None = None
     """Layer names, or one regular expression, to leave out of target_modules."""
     layers_to_transform: Many[int] | None = None
@@ -298,6 +302,9 @@ class TrainSection(Section):
     kernels: Literal["auto", "fused", "plain"] = "auto"
     """Compute MLPs, linear layers with LoRA and norms by kernels of qft's own, each part where it agrees with the
     model's own code. auto: on a GPU, where the recipe allows it; fused: the same, and refused where it does not."""
+    router_aux_loss_coef: float | None = Field(None, ge=0)
+    """What the loss that keeps a mixture's experts evenly used counts beside the other. 0: it is not computed. None: as
+    the checkpoint's configuration says (output_router_logits)."""
     torch_compile: bool = False
     """Compile the model; an unquantized one only."""
     neftune_noise_alpha: float | None = Field(None, gt=0)

@@ -30,8 +30,8 @@ TABLE: dict[str, dict[Class, str]] = {
             quant.target quant.fake_quant_after_steps quant.freeze_observers_after_steps quant.learn_scales
             quant.distill
             adapter.kind adapter.r adapter.lora_alpha adapter.lora_dropout adapter.target_modules
-            adapter.exclude_modules adapter.layers_to_transform adapter.use_rslora adapter.use_dora
-            adapter.init_lora_weights adapter.bias adapter.modules_to_save
+            adapter.target_experts adapter.exclude_modules adapter.layers_to_transform adapter.use_rslora
+            adapter.use_dora adapter.init_lora_weights adapter.bias adapter.modules_to_save
             data.train data.eval data.eval_fraction data.format data.max_length data.on_too_long data.on_bad_row
             data.loss_on data.ignore_fields data.template data.chat_template data.template_kwargs
             train.per_device_train_batch_size train.gradient_accumulation_steps train.train_sampling_strategy
@@ -43,7 +43,7 @@ TABLE: dict[str, dict[Class, str]] = {
             model.device
             train.num_train_epochs train.max_steps train.learning_rate train.weight_decay train.adam_beta1
             train.adam_beta2 train.adam_epsilon train.max_grad_norm train.neftune_noise_alpha
-            train.label_smoothing_factor train.on_nonfinite train.load_best_model_at_end
+            train.label_smoothing_factor train.router_aux_loss_coef train.on_nonfinite train.load_best_model_at_end
             train.early_stopping_patience train.tf32 train.gradient_checkpointing train.chunked_loss train.torch_compile
             train.full_determinism train.kernels
         """,

@@ -14,6 +14,7 @@ from qft.machine.environment import allocator_settings
 from qft.measure.scores import Answer
 from qft.memory.leaks import FEWEST_STEPS, LeakWatch, growth_per_100_steps
 from qft.memory.meter import Meter, Snapshot, child_peak, larger, resident_peak, weight_bytes
+from qft.model.balance import BalanceWatch
 from qft.plan import Plan
 from qft.plan.stages import most_memory
 from qft.progress import Step, View
@@ -57,6 +58,8 @@ class Recorder:
         self.logit_bytes: int | None = None
         """What logits take at once where the loss is computed from few of them."""
         self.kernels: documents.Kernels | None = None
+        self.balance: BalanceWatch | None = None
+        """None: nothing is loaded yet."""
         self.largest_micro_batch = 0
         """In tokens, with padding."""
         self.leak: Leak | None = None
@@ -185,6 +188,7 @@ class Recorder:
             kernels=self.kernels,
             checkpointing=self.recomputed and summary.checkpointing(*self.recomputed, steps),
             loss=summary.loss(steps),
+            balance=self.balance and self.balance.document(),
             eval=documents.Evaluations(
                 before=evaluations.pop("before", None),
                 after=evaluations.pop("after", None),

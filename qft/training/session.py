@@ -22,6 +22,7 @@ from qft.memory.guard import memory_guard
 from qft.memory.offload import Offload
 from qft.memory.unmasked import needs_no_mask
 from qft.model.adapter import CHANGES_BASE, attach_adapter, save_adapter, save_full
+from qft.model.balance import BalanceWatch
 from qft.model.load import load_base
 from qft.model.offload import load_offloaded, look_up_on_host, offloading
 from qft.model.on_cpu import join_adapters
@@ -122,6 +123,7 @@ def _load(recorder: Recorder, run: Run, offload: Offload | None) -> Any:
         recorder.quantized_share = _share(plan, model)
     recorder.reach("after_load", "adapters")
     model = attach_adapter(model, plan, offload.bring if offload else None)
+    recorder.balance = BalanceWatch(model)
     if offload:
         recorder.bytes_elsewhere = offload.bytes_elsewhere + look_up_on_host(model, offload.device)
     recorder.unmasked = needs_no_mask(model)

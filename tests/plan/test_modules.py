@@ -107,7 +107,12 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
     ("gpt2", sections(target_modules=["q_proj"]), "adapter.target_modules", "called c_attn, c_fc, c_proj, lm_head"),
     ("mixtral", sections(target_modules=["q_proj", "w1"]), "adapter.target_modules", "without also targeting w3"),
     ("mixtral", sections(target_modules=["experts"]), "adapter.target_modules", "MixtralExperts"),
-    ("mixtral", sections(exclude_modules=["experts"]), "adapter.exclude_modules", "nevertheless"),
+    (
+        "mixtral",
+        sections(target_modules=["w1", "w2", "w3"], exclude_modules=["experts"]),
+        "adapter.exclude_modules",
+        "nevertheless",
+    ),
     ("llama", sections(exclude_modules=["gate"]), "adapter.exclude_modules", "did you mean gate_proj"),
     ("llama", sections(exclude_modules=["self_attn"]), "adapter.exclude_modules", "holds no weights but"),
     ("llama", sections(exclude_modules="*proj"), "adapter.exclude_modules", "is no regular expression"),

@@ -66,6 +66,13 @@ def trainable(plan: Plan) -> Any:
     return {name: p.detach().double().norm().item() for name, p in made.named_parameters() if p.requires_grad}
 
 
+def balance(plan: Plan) -> Any:
+    """The model's loss on some tokens, that of the balance included."""
+    ids = torch.tensor([[1, 40, 41, 42]])
+    with torch.no_grad():
+        return load_base(plan.model)(input_ids=ids, labels=ids).loss.item()
+
+
 def rounded(plan: Plan) -> Any:
     """What the model as it is trained makes of some tokens."""
     made = attach_adapter(load_base(plan.model), plan)
@@ -121,12 +128,13 @@ CASES: dict[str, Case] = {
     "quant.threshold": Case("3.0", quantization, (EIGHT,)),
     "quant.skip_modules": Case("[up_proj]", model, (FOUR,)),
     "quant.target": Case("int4-g64", rounded, (*QAT, "quant.target=int4-g32")),
-    "quant.allow_partial": Case("true", quantization, (FOUR, "model.path=experts")),
+    "quant.allow_partial": Case("true", quantization, (FOUR, "model.path=own-layers")),
     "adapter.kind": Case("none", trainable, (FLOAT,)),
     "adapter.r": Case("3", lora),
     "adapter.lora_alpha": Case("5", lora),
     "adapter.lora_dropout": Case("0.5", lora),
     "adapter.target_modules": Case("[q_proj]", trainable),
+    "adapter.target_experts": Case("true", trainable, ("model.path=experts",)),
     "adapter.exclude_modules": Case("[q_proj]", trainable),
     "adapter.layers_to_transform": Case("[1]", trainable, ("adapter.target_modules=[q_proj]",)),
     "adapter.use_rslora": Case("true", lora),
@@ -172,6 +180,7 @@ CASES: dict[str, Case] = {
     "memory.checkpoints": Case("host", lambda plan: plan.checkpoints),
     "memory.budget": Case("1GiB", lambda plan: plan.memory.budget_bytes),
     "train.kernels": Case("plain", lambda plan: plan.kernels),
+    "train.router_aux_loss_coef": Case("0.5", balance, ("model.path=experts",)),
     "train.torch_compile": Case("true", training),
     "train.neftune_noise_alpha": Case("5", training),
     "train.label_smoothing_factor": Case("0.1", training),
@@ -327,6 +336,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path
     byte_tokenizer().save_pretrained(folder / "other-model")
     write_remote_code_model(folder / "remote")
     write_model(folder / "experts", "mixtral")
+    write_model(folder / "own-layers", "falcon")
     code = SHIPPED.read_text()
     (folder / "int8_symmetric.py").write_text(code)
     (folder / "coarse.py").write_text(code.replace("LEVELS = 127", "LEVELS = 3"))

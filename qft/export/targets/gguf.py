@@ -11,7 +11,7 @@ from qft.export.targets.quantized import Bnb4Bit, Bnb8Bit
 from qft.files import write_text
 from qft.gguf.llamacpp import KINDS, LlamaCpp, end_tokens, quantize
 from qft.gguf.modelfile import modelfile
-from qft.model.load import generation_config
+from qft.model.by_block import generation_config
 
 UNQUANTIZED = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 """Kind of file that holds weights of a dtype as they are."""

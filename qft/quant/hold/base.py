@@ -17,9 +17,12 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qft.quant.dequantize import dequantized_weight
 from qft.quant.engines import Block, find_engine, linear_of
+from qft.quant.experts import expert_parameters, owner
 from qft.quant.hold.plugin import Plugin
 from qft.quant.hold.prequantized import checkpoint_problems
 from qft.quant.layer import LayerScheme
+from qft.quant.product import Store, View
+from qft.quant.stacked import Stacked
 from qft.recipe import Recipe
 from qft.recipe.rules import Problem
 
@@ -144,6 +147,28 @@ class Scheme:
     def learnt_beside(self, model: PreTrainedModel) -> int:
         """Numbers that are trained beside the parameters of `model` and its adapters."""
         return 0
+
+    def holds_experts(self, model: PreTrainedModel) -> set[str]:
+        """Parameters of the unquantized `model` that hold the weights of all experts of a layer, and are held in few
+        bits; those of a checkpoint that comes quantized are as it has them."""
+        if self.engine is None or self.checkpoint:
+            return set()
+        kept = [*self.skipped, *(model._keep_in_fp32_modules or ())]
+        return {name for name in expert_parameters(model) if should_convert_module(owner(name), kept)}
+
+    def stack(self, weight: torch.Tensor) -> Store:
+        """The weights [experts, a, b] held in few bits, on their device. Only of schemes with an engine."""
+        raise NotImplementedError
+
+    def stacked(self, weight: torch.Tensor) -> nn.Parameter:
+        """The same as a parameter, which says that it is of their shape and dtype."""
+        store = self.stack(weight)
+        return nn.Parameter(Stacked(View(store, weight.dtype, self.product_dtype)), requires_grad=False)
+
+    @property
+    def product_dtype(self) -> torch.dtype | None:
+        """In which experts' weights are multiplied; None: as what they are multiplied with."""
+        return None
 
     def weight_bytes(self, rows: int, columns: int) -> int | None:
         """What the weight [rows, columns] of a layer that is held so takes on the device, its scales and code books

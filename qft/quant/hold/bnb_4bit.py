@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from qft.quant.hold.base import Scheme
+from qft.quant.hold.codes import Codes
 from qft.quant.hold.prequantized import BNB_KEYS, skipped_layers
 from qft.quant.layer import LayerScheme
+from qft.quant.product import Store
 from qft.recipe.training import QuantSection
 
 BLOCK = 64
@@ -92,6 +94,14 @@ class Bnb4Bit(Scheme):
             return codes + 4 * blocks
         # 8 bits a scale, a float32 scale of theirs for each of their blocks, and the mean that was taken off them.
         return codes + blocks + 4 * _ceil(blocks, NESTED_BLOCK) + 4 * NESTED_CODES + 4
+
+    def stack(self, weight: torch.Tensor) -> Store:
+        return Codes(weight, self.quant_type, nested=self.double_quant)
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.compute_dtype)
+        return dtype
 
     def stand_in(self, rows: int, columns: int, bias: nn.Parameter | None) -> nn.Linear:
         layer = _StandIn(

@@ -9,10 +9,13 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
+from qft.quant.grouped import Read
 from qft.quant.hold.base import Scheme
 from qft.quant.hold.prequantized import skipped_layers
 from qft.quant.layer import LayerScheme
+from qft.quant.product import Store
 from qft.recipe.training import QuantSection
 
 
@@ -59,11 +62,38 @@ class Bnb8Bit(Scheme):
     def weight_bytes(self, rows: int, columns: int) -> int:
         return rows * columns + 4 * rows
 
+    def stack(self, weight: torch.Tensor) -> Store:
+        return _Rows(weight)
+
     def stand_in(self, rows: int, columns: int, bias: nn.Parameter | None) -> nn.Linear:
         sizes = (columns, rows, bias is not None)
         layer = _StandIn(*sizes, has_fp16_weights=False, threshold=self.threshold, device="meta")
         layer.bias = bias
         return layer
+
+
+class _Rows:
+    """Weights [experts, a, b] as int8 with a float32 scale for each row of each, LLM.int8()'s. They are multiplied in
+    16 bits: activations stay as they are."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        experts, rows, columns = weight.shape
+        self.shape = (experts, rows, columns)
+        self.codes = torch.empty(self.shape, dtype=torch.int8, device=weight.device)
+        self.scales = torch.empty(self.shape[:2], dtype=torch.float32, device=weight.device)
+        if isinstance(weight, FakeTensor) or weight.is_meta:
+            return
+        for number, own in enumerate(each.float() for each in weight):
+            self.scales[number] = own.abs().amax(dim=1)
+            steps = 127 / self.scales[number].clamp(min=torch.finfo(torch.float32).tiny)
+            self.codes[number] = (own * steps[:, None]).round()
+
+    @property
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        return {"codes": self.codes, "scales": self.scales}
+
+    def reader(self, dtype: torch.dtype) -> Read:
+        return lambda start, stop: (self.codes[start:stop] * (self.scales[start:stop, :, None] / 127)).to(dtype)
 
 
 OUTLIERS = 0.15

@@ -4,7 +4,13 @@ from collections.abc import Sequence
 
 from rich.console import Group, RenderableType
 
-from qft.documents.plan import CalibrationCheck, CalibrationPlanDocument, PlanDocument, PlannedStage
+from qft.documents.plan import (
+    CalibrationCheck,
+    CalibrationPlanDocument,
+    PlanDocument,
+    PlannedExperts,
+    PlannedStage,
+)
 from qft.views.terminal.memory import render_memory
 from qft.views.terminal.rows import Shown, render_data
 from qft.views.terminal.table import Facts, Rows, Whole, bullets, spaced
@@ -69,11 +75,24 @@ def _model(plan: PlanDocument) -> Facts:
     share = model.trainable_parameters / model.parameters
     kind = f"LoRA r={adapter.r} on {_names(adapter.target_modules)}" if adapter else "all weights"
     rows.add("trained", f"{kind}: {si(model.trainable_parameters)} parameters ({share:.2%})")
+    if plan.experts:
+        _add_experts(rows, plan.experts)
     _add_matches(rows, plan.matched)
     rows.add("on", plan.device.name)
     if plan.gpu_allocator:
         rows.add("", f"its allocator: {plan.gpu_allocator}")
     return rows
+
+
+def _add_experts(rows: Facts, experts: PlannedExperts) -> None:
+    """What of a mixture is trained."""
+    rows.add("experts", f"{experts.experts} a layer, {si(experts.weights)} weights ({experts.share:.1%})")
+    adapters = f"{experts.adapted} of their parameters adapted: {si(experts.trainable_parameters)} parameters"
+    rows.add("", f"{adapters if experts.adapted else 'not adapted'} (target_experts {experts.decided})")
+    rows.add("router", experts.router)
+    if lost := experts.unadapted:
+        names = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in lost))
+        rows.add("", f"{len(lost)} linear layers without adapters, as peft takes {names} for experts")
 
 
 def _add_matches(rows: Facts, matched: dict[str, dict[str, int]]) -> None:

@@ -65,6 +65,9 @@ def _learning(report: Report) -> Rows:
         for name, score in after.scores.items():
             first = before.scores.get(name)  # a resumed run may be asked for more
             rows.add(name.replace("_", " "), "" if first is None else f"{first:.1%}", f"{score:.1%}")
+    if balance := report.balance:
+        told = f"balance loss of the experts (x {balance.coefficient:g})"
+        rows.add(told, f"{balance.first:.4f}", f"{balance.last:.4f}")
     line = sparkline([loss for _, loss, _, _ in report.loss.history], 24)
     rows.add("curve", line, f"{report.loss.spikes} spikes in {report.steps} steps")
     return rows

@@ -131,8 +131,7 @@ def make_plan(loaded: LoadedRecipe, device: Device | None = None) -> Plan:
         refuse(loaded, [("data.train", "holds no rows to train on; calibrate.data is for `qft calibrate` alone")])
     device = device or require_device(loaded)
     refuse(loaded, [*device_problems(recipe, device), *_training_problems(recipe, device)])
-    lora = _lora_arguments(recipe) if recipe.adapter.kind == "lora" else None
-    model = plan_model(loaded, lora, device=device)
+    model, lora = plan_adapter(loaded, device)
     problems = [*model.scheme.problems(recipe), *_share_problems(model), *_length_problems(recipe, model.shape)]
     refuse(loaded, [*problems, *offload_problems(model)])
     data = prepare(model.rows_for(recipe.data), model.tokenizer, recipe.seed)
@@ -147,6 +146,14 @@ def make_plan(loaded: LoadedRecipe, device: Device | None = None) -> Plan:
     plan = Plan(model, lora, _training_arguments(model.recipe, device), data, found)
     refuse(loaded, _step_problems(plan))
     return plan
+
+
+def plan_adapter(loaded: LoadedRecipe, device: Device | None = None) -> tuple[ModelPlan, dict[str, Any] | None]:
+    """The model of a training, and the arguments of its adapter, None without one: all that it plans without looking at
+    data. Raises as `plan_model`."""
+    lora = _lora_arguments(loaded.recipe) if loaded.recipe.adapter.kind == "lora" else None
+    model = plan_model(loaded, lora, device=device)
+    return model, lora and lora | {"exclude_modules": model.unadapted}
 
 
 def _fitted(model: ModelPlan, lora: dict[str, Any] | None, data: Prepared) -> tuple[ModelPlan, tuple[Way, ...]]:
@@ -243,7 +250,9 @@ def _process_problems(recipe: Recipe) -> Iterator[Problem]:
 
 def _lora_arguments(recipe: Recipe) -> dict[str, Any]:
     adapter = recipe.adapter
-    arguments: dict[str, Any] = {n: list(v) if isinstance(v, tuple) else v for n, v in adapter if n != "kind"}
+    arguments: dict[str, Any] = {
+        n: list(v) if isinstance(v, tuple) else v for n, v in adapter if n not in ("kind", "target_towers")
+    }
     # loftq starts from the error of our own quantization, so model/adapter.py sets it once the weights are there.
     known = {"default": True, "loftq": True}
     arguments["init_lora_weights"] = known.get(adapter.init_lora_weights, adapter.init_lora_weights)

@@ -32,10 +32,12 @@ def test_towers_and_projectors_are_told_from_the_language_part(kind: str) -> Non
 
 
 def test_the_class_that_the_configuration_names_loads_the_model() -> None:
-    config = tiny_config("qwen3_5")  # of which there is a language model alone, too
-    assert type(tiny_skeleton("qwen3_5")).__name__ == "Qwen3_5ForCausalLM"
-    config.architectures = ["Qwen3_5ForConditionalGeneration"]
-    assert auto_class(config).__name__ == "AutoModelForImageTextToText"
+    assert beside_language(tiny_skeleton("qwen3_5")) == ["model.visual"]
+    alone = tiny_skeleton("qwen3_5", architectures=["Qwen3_5ForCausalLM"])
+    assert type(alone).__name__ == "Qwen3_5ForCausalLM"
+    assert beside_language(alone) == []
+    assert auto_class(tiny_config("qwen3_vl")).__name__ == "AutoModelForImageTextToText"
+    assert auto_class(tiny_config("gemma3")).__name__ == "AutoModelForCausalLM"  # which makes that class, too
     assert auto_class(PretrainedConfig()).__name__ == "AutoModelForCausalLM"
 
 

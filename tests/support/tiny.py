@@ -123,7 +123,10 @@ def image_types() -> list[str]:
 
 def tiny_config(kind: str) -> PretrainedConfig:
     """Of a model type. Raises whatever its class does for sizes that do not fit each other."""
-    return CONFIG_MAPPING[kind](**_settings(CONFIG_MAPPING[kind], kind))
+    made: PretrainedConfig = CONFIG_MAPPING[kind](**_settings(CONFIG_MAPPING[kind], kind))
+    if name := MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(kind):  # of those that have a language model alone, too
+        made.architectures = [name]
+    return made
 
 
 def tiny_model(kind: str) -> Any:

@@ -191,6 +191,10 @@ def _rounded_weights(job: Job, scheme: Qat, read: Read) -> GateCheck:
         for name, merged in tensors.items():
             rounding, given = roundings.get(name.removesuffix(".weight")), read(name)
             wanted = rounding(merged).values if rounding else merged
+            if (
+                given is not None and name in job.weights.beside
+            ):  # which has the dtype of its files, or of a loaded model
+                wanted = wanted.to(given.dtype)
             different += wanted.numel() if given is None else int((given.float() != wanted.float()).sum())
     return GateCheck(name="different_weights", value=different, threshold=0, passed=different == 0)
 

@@ -29,13 +29,14 @@ REFUSED = {
 
 def auto_class(config: PretrainedConfig) -> Any:
     """What loads the model whole: the one that makes the class that the configuration names in `architectures`, else
-    the first that knows the type. One that loads a part (the language model of a checkpoint for images) comes last."""
+    one that comes with it, else the first that knows the type, which may load a part (the language model of a
+    checkpoint for images)."""
     own = getattr(config, "auto_map", None) or {}
     written = set(config.architectures or ())
     known = [(auto, names.get(config.model_type)) for auto, names in AUTO.values()]
     exact = [auto for auto, made in known if made in written]
     remote = [auto for name, (auto, _) in AUTO.items() if name in own]
-    return next(iter([*remote, *exact, *(auto for auto, made in known if made)]), AutoModelForCausalLM)
+    return next(iter([*exact, *remote, *(auto for auto, made in known if made)]), AutoModelForCausalLM)
 
 
 def text_problem(model: PreTrainedModel) -> str | None:

@@ -13,7 +13,7 @@ RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recip
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in output_dir.")]
 DOCUMENT = (
     "recipe, report, eval, calibration, export, plan, calibration-plan, calibration-record, manifest, training-state, "
-    "checkpoint, registry or history."
+    "checkpoint, registry, history or abilities."
 )
 
 

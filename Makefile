@@ -7,7 +7,7 @@ THREADS := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 # Oversubscribed cores make small-model training ten times slower.
 export OMP_NUM_THREADS ?= $(THREADS)
 
-.PHONY: setup quickstart test fuzz kills check bench picture schema clean
+.PHONY: setup quickstart test fuzz kills check sweep bench picture schema clean
 
 setup: $(VENV)/.installed
 
@@ -41,6 +41,10 @@ check: setup
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Every model type of transformers, tiny, through everything; docs/models-supported.md is its table.
+sweep: setup
+	$(BIN)/python benchmarks/sweep.py --write
 
 bench: setup
 	$(BIN)/python benchmarks/speed.py

@@ -130,7 +130,7 @@ class Acceptance:
             with atomic_folder(final) as folder:
                 self.quantizer.assemble(folder, trial)
                 generation_config(self.plan.model).save_pretrained(folder)
-                self.plan.model.tokenizer.save_pretrained(folder)
+                self.plan.model.checkpoint.save_reader(self.plan.model.tokenizer, folder)
                 add(folder)
                 if (limit := self.plan.calibrate.accept.score_drop) is not None:
                     self._check_scores(folder, limit)

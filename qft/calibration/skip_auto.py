@@ -80,7 +80,9 @@ def _task(plan: Plan) -> QuantizeTask:
     scheme = plan.model.scheme
     assert scheme.engine is not None
     inputs, blocks = plan.model.linears
-    schemes = {name: scheme.layer if name.startswith(f"{blocks}.") else None for name in inputs}
+    schemes = {
+        name: scheme.layer if name.startswith(f"{blocks}.") and scheme.quantizes(name) else None for name in inputs
+    }
     return QuantizeTask(CalibrateSection(engine=scheme.engine), schemes, list(_rows(plan.data.train)), plan.data.place)
 
 

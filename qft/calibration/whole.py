@@ -67,7 +67,7 @@ class WholeQuantizer:
         engine fails, or if what it wrote does not load."""
         with atomic_folder(self._result) as folder:
             self.process = WHOLE_ENGINES[self.plan.calibrate.engine](self, folder)
-            self.plan.model.tokenizer.save_pretrained(folder)
+            self.plan.model.checkpoint.save_reader(self.plan.model.tokenizer, folder)
         gc.collect()  # models refer to themselves
         self.view.note(f"Comparing the result with the unquantized model on {len(self.rows)} rows")
         before, after = self.source.load().eval(), load_result(self.plan, self._result).eval()

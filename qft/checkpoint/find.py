@@ -19,6 +19,7 @@ from qft.checkpoint.digest import DESCRIBED, described, digest
 from qft.checkpoint.gguf_file import gguf_config, gguf_tokenizer
 from qft.checkpoint.header import header
 from qft.checkpoint.limits import require_counts
+from qft.checkpoint.processor import processor_template, save_reader
 from qft.checkpoint.stored import NEITHER, Stored, chosen_file, some, stored_tensors, weight_files, weight_names
 from qft.disk import disk_failures, refusal
 from qft.documents.manifest import Base
@@ -73,6 +74,13 @@ class Checkpoint:
         with suppress(MissingError):
             return weight_names(self.folder, self.config)
         return [getattr(self.config, "transformers_weights", None) or SAFE_WEIGHTS_NAME]
+
+    def save_reader(self, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+        """Write what a model made of it reads its input with: the tokenizer, and the processor's files."""
+        if self.gguf_file:
+            tokenizer.save_pretrained(str(folder))
+        else:
+            save_reader(tokenizer, self.folder, folder)
 
     def base(self) -> Base:
         """What it is, for who builds on it. Hashes its files."""
@@ -138,6 +146,8 @@ def _tokenizer(checkpoint: Checkpoint, trusted: bool) -> PreTrainedTokenizerBase
         tokenizer = gguf_tokenizer(checkpoint.folder / checkpoint.gguf_file, checkpoint.config)
     else:
         tokenizer = AutoTokenizer.from_pretrained(**checkpoint.load_arguments, trust_remote_code=trusted)
+    if not tokenizer.chat_template and not checkpoint.gguf_file:
+        tokenizer.chat_template = processor_template(checkpoint.folder)
     tokenizer("a")  # some of its settings are looked at by the first call
     return tokenizer
 

@@ -2,6 +2,7 @@
 those that its checkpoints are published in, and that other engines read."""
 
 from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -23,10 +24,12 @@ class Layout:
     blocks, then each block."""
 
     def __init__(self, model: PreTrainedModel, count: int, names: Sequence[str], rules: list[Any] | None) -> None:
-        """`rules` as of `as_saved`. Raises ModelError if there is no such stack, or if nothing that could be written of
-        its groups would load as the model."""
+        """`rules` as of `as_saved`. Without such a stack all is one group. Raises ModelError if nothing that could be
+        written of its groups would load as the model."""
         self.model, self.rules, self.names = model, rules, names
-        self.prefix, self.stack = find_blocks(model, count)
+        self.prefix, self.stack = "", nn.ModuleList()
+        with suppress(ModelError):
+            self.prefix, self.stack = find_blocks(model, count)
         if self._misfit() and rules != []:
             self.rules = []  # by the names of the modules, which transformers takes too
         if misfit := self._misfit():
@@ -35,7 +38,7 @@ class Layout:
 
     def groups(self) -> Iterator[list[str]]:
         """Names of what is outside the blocks, then of each block."""
-        yield [name for name in self.names if not name.startswith(f"{self.prefix}.")]
+        yield [name for name in self.names if not (self.prefix and name.startswith(f"{self.prefix}."))]
         for number in range(len(self.stack)):
             yield [name for name in self.names if name.startswith(f"{self.prefix}.{number}.")]
 
@@ -109,8 +112,14 @@ def unmergeable(checkpoint: Checkpoint, model: PreTrainedModel) -> str | None:
     return None
 
 
-def written_names(model: nn.Module, *, untied: bool = False) -> list[str]:
-    """Of every tensor that is written; of tied ones the first, unless they are no longer the same."""
+def written_names(model: nn.Module, *, untied: bool = False, stored: Container[str] = ()) -> list[str]:
+    """Of every tensor that is written; of tied ones those that are `stored`, or else the first, unless they are no
+    longer the same."""
     known = model.state_dict(keep_vars=True)
+    kept = {id(tensor) for name, tensor in known.items() if name in stored}
     first = {id(tensor): name for name, tensor in reversed(list(known.items()))}
-    return [name for name, tensor in known.items() if untied or first[id(tensor)] == name]
+
+    def is_written(name: str, tensor: torch.Tensor) -> bool:
+        return name in stored or (first[id(tensor)] == name and id(tensor) not in kept)
+
+    return [name for name, tensor in known.items() if untied or is_written(name, tensor)]

@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from qft.checkpoint.find import Checkpoint
+from qft.checkpoint.language import auto_class, text_problem
 from qft.checkpoint.limits import require_parameters
 from qft.disk import disk_failures
 from qft.errors import ModelError, QftError, first_line
@@ -20,13 +21,15 @@ def without_contents(checkpoint: Checkpoint, section: ModelSection, **arguments:
     Raises ModelError if transformers cannot build it, or its files cannot hold it."""
     try:
         with disk_failures(checkpoint.folder), torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            model: PreTrainedModel = auto_class(checkpoint.config).from_config(
                 deepcopy(checkpoint.config), trust_remote_code=section.trust_remote_code, **arguments
             )
     except QftError:
         raise
     except Exception as error:  # a configuration is data: whatever is wrong with it, it is the model's
         raise ModelError(f"{checkpoint.path}: {_problem(checkpoint, error)}") from error
+    if problem := text_problem(model):
+        raise ModelError(f"{checkpoint.path}: {type(model).__name__} {problem}")
     files = checkpoint.weight_files() if checkpoint.has_weights else []
     require_parameters(checkpoint.path, sum(p.numel() for p in model.parameters()), files)
     model.tie_weights()
@@ -37,7 +40,7 @@ def _problem(checkpoint: Checkpoint, error: Exception) -> str:
     config = checkpoint.config
     name = (getattr(config, "architectures", None) or [f"model_type {config.model_type}"])[0]
     if "Unrecognized configuration class" in str(error):
-        return f"{name} is not supported: transformers has no causal language model of its kind (AutoModelForCausalLM)"
+        return f"{name} is not supported: transformers has no model of its kind that writes text"
     return f"{name} cannot be built from its configuration: {first_line(error)}"
 
 

@@ -9,11 +9,12 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from qft.checkpoint.conversion import Conversion, Group
 from qft.checkpoint.find import Checkpoint
 from qft.checkpoint.finite import require_finite
+from qft.checkpoint.language import auto_class
 from qft.checkpoint.require import require_loaded
 from qft.checkpoint.stored import read_header
 from qft.errors import ModelError
@@ -26,7 +27,7 @@ def dequantized(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     if hasattr(transformers, "GgufConfig"):  # from 5.23 on, GGUF weights stay packed unless told otherwise
         arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model: PreTrainedModel
-    model, info = AutoModelForCausalLM.from_pretrained(
+    model, info = auto_class(checkpoint.config).from_pretrained(
         **arguments, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
     )
     require_loaded(checkpoint, model, info)

@@ -13,7 +13,7 @@ RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recip
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in output_dir.")]
 DOCUMENT = (
     "recipe, report, eval, calibration, export, plan, calibration-plan, calibration-record, manifest, training-state, "
-    "checkpoint, registry or history."
+    "checkpoint, registry, history or abilities."
 )
 
 
@@ -47,7 +47,9 @@ def init(
 
 
 def check(
-    recipe: RecipePath,
+    recipe: Annotated[
+        Path, typer.Argument(metavar="RECIPE|MODEL", help="A YAML recipe, or a model.", show_default=False)
+    ],
     overrides: Overrides = None,
     show: Annotated[int, typer.Option("--show", min=0, help="Rows of each source to print, token by token.")] = 0,
     gpu: Annotated[
@@ -59,8 +61,13 @@ def check(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Say what a recipe would do, and whether it can, before anything is loaded."""
+    """Say what a recipe would do, and whether it can, before anything is loaded; or what can be done with a MODEL, by
+    what model.path takes."""
     with messages(debug):
+        if recipe.suffix.lower() not in (".yaml", ".yml") and not _is_plain_file(recipe):
+            _require_alone(overrides, show, gpu)
+            _tell_abilities(str(recipe), as_json)
+            return
         from qft.recipe import load
 
         loaded = load(recipe, overrides or [])
@@ -70,6 +77,24 @@ def check(
         from qft.views.terminal.plan import render_plan
 
         tell(planned(loaded, show, size), render_plan, as_json=as_json)
+
+
+def _is_plain_file(path: Path) -> bool:
+    """Whether it is read as a recipe though it is not called so."""
+    return path.is_file() and path.suffix != ".gguf"
+
+
+def _require_alone(overrides: list[str] | None, show: int, gpu: str | None) -> None:
+    if overrides or show or gpu:
+        raise typer.BadParameter("a model alone takes no --set, --show or --gpu: write a recipe that names it")
+
+
+def _tell_abilities(model: str, as_json: bool) -> None:
+    prepare_libraries()
+    from qft.commands.abilities import abilities
+    from qft.views.terminal.abilities import render_abilities
+
+    tell(abilities(model), render_abilities, as_json=as_json)
 
 
 def train(

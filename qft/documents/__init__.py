@@ -1,5 +1,6 @@
 """Every document that is written, as pydantic models with units."""
 
+from qft.documents.abilities import Abilities
 from qft.documents.calibration import CalibrationRecord, CalibrationReport
 from qft.documents.evaluation import EvalDocument
 from qft.documents.export import ExportDocument
@@ -16,6 +17,7 @@ DOCUMENTS: dict[str, type[Part]] = {
     "calibration": CalibrationReport,
     "export": ExportDocument,
     "plan": PlanDocument,
+    "abilities": Abilities,
     "calibration-plan": CalibrationPlanDocument,
     "calibration-record": CalibrationRecord,
     "manifest": Manifest,

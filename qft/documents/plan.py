@@ -39,6 +39,9 @@ class PlannedModel(Stored):
     embeddings: Tokens | None = None
     """Tokens that its input embeddings know; None in documents from before it was told here."""
     heads: list[str]
+    beside: list[str] = []
+    """Modules beside the language part (towers for images, what projects their output), which stay as they are: not
+    quantized, without adapters, and handed over to the bit. Empty in documents from before they were told here."""
 
 
 class Quantization(Stored):

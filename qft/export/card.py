@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from qft.checkpoint.language import auto_class
 from qft.documents.export import ExportDocument
 from qft.documents.manifest import Manifest
 from qft.documents.plan import PlanDocument
@@ -132,6 +133,15 @@ def _cell(text: str) -> str:
     return f"`{flat[:60]}`"
 
 
+CAUSAL, PEFT_IMPORT = "AutoModelForCausalLM", "from peft import AutoPeftModelForCausalLM"
+PEFT_LOADS = 'AutoPeftModelForCausalLM.from_pretrained("FOLDER")  # finds the base by itself'
+"""In the usage of targets, which is that of models of text alone."""
+
+
 def _usage(job: Job, exporter: Exporter) -> str:
     told = {"SCHEME": job.plan.scheme.short_words(), "BASE": _base(job), "NAME": job.run.folder.resolve().name}
-    return re.sub("|".join(told), lambda found: told[found[0]], exporter.usage)
+    if (loader := auto_class(job.plan.checkpoint.config).__name__) != CAUSAL:
+        found = f'PeftModel.from_pretrained({loader}.from_pretrained("{told["BASE"]}"), "FOLDER")'
+        told |= {CAUSAL: loader, PEFT_IMPORT: f"from peft import PeftModel\nfrom transformers import {loader}"}
+        told |= {PEFT_LOADS: found}
+    return re.sub("|".join(map(re.escape, told)), lambda found: told[found[0]], exporter.usage)

@@ -17,6 +17,7 @@ from peft import (
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from qft.checkpoint.conversion import FLOATS
 from qft.checkpoint.finite import require_finite
@@ -94,7 +95,7 @@ def save_full(model: PreTrainedModel, plan: Plan, folder: Path) -> None:
     with atomic_folder(folder) as temporary:
         model.save_pretrained(str(temporary))
         write_learnt(model, temporary)
-        plan.model.tokenizer.save_pretrained(str(temporary))
+        plan.model.checkpoint.save_reader(plan.model.tokenizer, temporary)
 
 
 def require_fit(adapter: Path, plan: ModelPlan) -> None:
@@ -176,7 +177,10 @@ def _start_from_quantization_error(model: PeftModel, plan: Plan, bring: Bring | 
         if bring:
             bring(base)
         held = dequantized_weight(base).float()
-        error = original(f"{name.removeprefix('base_model.model.')}.weight").to(held.device, torch.float32) - held
+        weight = original(f"{name.removeprefix('base_model.model.')}.weight").to(held.device, torch.float32)
+        if getattr(base, "source_cls", None) is Conv1D:
+            weight = weight.T  # its own is [in, out], and bitsandbytes holds it as that of a linear layer
+        error = weight - held
         u, s, v = torch.linalg.svd(error, full_matrices=False)
         r = module.r["default"]
         root = (s[:r] / module.scaling["default"]).sqrt()

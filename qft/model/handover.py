@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from typing import Any, Literal, Self, get_args
 
+from qft.checkpoint.layout import unmergeable
 from qft.data.prepare import Prepared
-from qft.errors import QftError, RecipeError, first_line
+from qft.errors import ModelError, QftError, RecipeError, first_line
 from qft.gguf.llamacpp import KINDS, end_tokens
 from qft.model.by_block import generation_config
 from qft.model.merge import Adapter, MergedWeights, planned_adapter
@@ -174,6 +175,8 @@ def _require_possible(name: str, handover: Handover, rows: Prepared | None) -> N
             raise RecipeError("adapter: the run trains all weights and has no adapter; export --to merged")
         return
     weights = handover.settled(form).weights
+    if problem := unmergeable(handover.plan.checkpoint, weights.model):
+        raise ModelError(f"{handover.plan.checkpoint.path}: {problem}")
     if form.kind:
         from qft.gguf.file import require_rows
 
@@ -189,7 +192,14 @@ def _require_possible(name: str, handover: Handover, rows: Prepared | None) -> N
 
 def foreseen(plan: Plan, names: Iterable[str] = tuple(FORMS), rows: Prepared | None = None) -> dict[str, str | None]:
     """Each of `names`, of FORMS, with what keeps the planned training from being handed over so; None: nothing does."""
-    base, lora, asked = plan.model, plan.lora, plan.recipe.export.merge_into
+    return foreseen_of(plan.model, plan.lora, names, rows)
+
+
+def foreseen_of(
+    base: ModelPlan, lora: dict[str, Any] | None, names: Iterable[str] = tuple(FORMS), rows: Prepared | None = None
+) -> dict[str, str | None]:
+    """The same of a model and the arguments of its adapter."""
+    asked = base.recipe.export.merge_into
     merge_into = decided(asked, base, has_adapter=lora is not None)
     adapter = cache(partial(planned_adapter, base, lora)) if lora else lambda: None
     handover = Handover(base.loaded, base, adapter, asked, merge_into)

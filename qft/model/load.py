@@ -4,9 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from qft.checkpoint.finite import require_finite
+from qft.checkpoint.language import auto_class
 from qft.checkpoint.require import incomplete_layers, require_loaded, require_weights
 from qft.checkpoint.skeleton import without_contents
 from qft.checkpoint.stored import some
@@ -84,7 +85,7 @@ def load_whole(plan: ModelPlan, device: str | None = None) -> PreTrainedModel:
         require_weights(checkpoint, without_contents(checkpoint, model), plan.recipe)
     # Else transformers would say of one tensor's shape that it is wrong, and of none's which.
     arguments |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    loaded, info = AutoModelForCausalLM.from_pretrained(**checkpoint.load_arguments, **arguments)
+    loaded, info = auto_class(checkpoint.config).from_pretrained(**checkpoint.load_arguments, **arguments)
     require_loaded(checkpoint, loaded, info, plan.recipe)
     # What few bits hold says no more what it was made of.
     held = stored_weights(checkpoint) if not plan.scheme.keeps_weights else loaded.named_parameters()

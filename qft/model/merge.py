@@ -17,7 +17,9 @@ import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.utils.other import get_pattern_key
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
+from qft.checkpoint.language import tensors_beside
 from qft.checkpoint.layout import Layout, written_names
 from qft.checkpoint.skeleton import without_contents
 from qft.checkpoint.weights import Weights, open_tensors, save_tensors, write_index
@@ -34,12 +36,10 @@ from qft.quant.product import Whole
 from qft.recipe.schema import MergeInto
 
 PREFIX = "base_model.model."
-UNKNOWN = ("fan_in_fan_out", "lora_bias", "layer_replication", "use_qalora",
+UNKNOWN = ("lora_bias", "layer_replication", "use_qalora",
            "use_bdlora", "trainable_token_indices", "alora_invocation_tokens", "arrow_config",
            "kasa_config", "monteclora_config", "velora_config", "lora_ga_config")  # fmt: skip
-"""Settings of peft.LoraConfig that would change the delta, and that qft does not set; peft itself sets some of them."""
-SET_BY_PEFT = {"fan_in_fan_out": "fan_in_fan_out (it is on Conv1D layers)"}
-"""Why."""
+"""Settings of peft.LoraConfig that would change the delta, and that qft does not set."""
 
 
 class Adapter:
@@ -49,7 +49,7 @@ class Adapter:
         """`name` is for messages; `config` has the fields of peft.LoraConfig, `tensors` those that peft saves, which
         may be without contents. Raises ModelError for an adapter that is more than LoRA, rsLoRA or DoRA."""
         self.name = name
-        other = [SET_BY_PEFT.get(field, field) for field in UNKNOWN if config.get(field)]
+        other = [field for field in UNKNOWN if config.get(field)]
         if config.get("peft_type") != "LORA" or other:
             kind = ", ".join([str(config.get("peft_type")), *other])
             text = "only LoRA, rsLoRA and DoRA of linear layers can be merged; export --to adapter"
@@ -116,7 +116,9 @@ class MergedWeights:
         self.plan, self.dtype = plan, getattr(torch, dtype)
         self.adapter = read_adapter(adapter) if isinstance(adapter, Path) else adapter
         self.model = plan.skeleton
-        self.linears = {name: m for name, m in self.model.named_modules() if isinstance(m, nn.Linear)}
+        self.linears = {name: m for name, m in self.model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+        self.beside = tensors_beside(self.model)
+        """Tensors that stay as they are in the files, to the bit, unless the adapter says otherwise."""
         self.scheme = _scheme(plan, onto)
         self.targets = targets(plan, self.adapter.config) if self.adapter else {}
         self.stacks = {target.name: layer for layer, target in self.targets.items()}
@@ -146,7 +148,7 @@ class MergedWeights:
         write_index(folder)
         self.config.save_pretrained(folder)
         generation_config(self.plan).save_pretrained(folder)
-        self.plan.tokenizer.save_pretrained(folder)
+        self.plan.checkpoint.save_reader(self.plan.tokenizer, folder)
         if self.plan.recipe.model.trust_remote_code:
             for path in self.plan.checkpoint.folder.glob("*.py"):
                 shutil.copyfile(path, folder / path.name)
@@ -156,7 +158,7 @@ class MergedWeights:
         """The configuration of the merged model."""
         config = copy.deepcopy(self.model.config)
         config.dtype, config.architectures = self.dtype, [self.plan.shape.architecture]
-        config.tie_word_embeddings = config.tie_word_embeddings and not self.unties
+        config.tie_word_embeddings = getattr(config, "tie_word_embeddings", False) and not self.unties
         return config
 
     @cached_property
@@ -184,6 +186,11 @@ class MergedWeights:
         touched = {name.rpartition(".")[0] for name in self.adapter.replaced} | self.adapter.deltas.keys()
         return bool(shared & touched)
 
+    @cached_property
+    def quantized(self) -> set[str]:
+        """Modules whose weights training held in few bits."""
+        return (self.scheme and self.scheme.holds(self.model)) or set()
+
     @property
     def folder_bytes(self) -> int:
         """What `write` needs: the weights, and 16 MiB that stand for everything else."""
@@ -194,7 +201,8 @@ class MergedWeights:
         return Weights(self.plan.checkpoint.with_weights(), self.model)
 
     def _layout(self, base: Weights) -> Layout:
-        return Layout(self.model, self.plan.shape.layers, self.names, base.rules)
+        names = written_names(self.model, untied=self.unties, stored=base.conversion.source)
+        return Layout(self.model, self.plan.shape.layers, names, base.rules)
 
     def _groups(self, base: Weights, layout: Layout) -> Iterator[dict[str, torch.Tensor]]:
         for names in layout.groups():
@@ -205,6 +213,8 @@ class MergedWeights:
         module, _, kind = name.rpartition(".")
         if self.adapter and name in self.adapter.replaced:
             return self._cast(self.adapter.replaced[name], meta)
+        if name in self.beside and not (self.adapter and module in self.adapter.deltas):
+            return self._found(base, name).contiguous()
         value = self._source(base, name)
         if value.shape != meta.shape:
             raise ModelError(f"{self.plan.checkpoint.path}: {name} is {list(value.shape)}, not {list(meta.shape)}")
@@ -212,14 +222,18 @@ class MergedWeights:
             return self._merged_stack(name, value)
         if kind != "weight":
             return self._cast(value, meta)
-        if self.scheme and type(self.linears.get(module)) is nn.Linear and self.scheme.quantizes(module):
-            # As training held it: on the same kind of device.
+        transposed = isinstance(self.linears.get(module), Conv1D)  # whose weight is [in, out]
+        value = self._trained(module, value.T.contiguous() if transposed else value)
+        return self._cast(value.T if transposed else value, meta)
+
+    def _trained(self, module: str, value: torch.Tensor) -> torch.Tensor:
+        """The weight [out, in] of a module as training held it, with its delta."""
+        if self.scheme and module in self.quantized:
+            # On the same kind of device.
             value = self.scheme.round_trip(value.to(self.plan.device.kind)).cpu()
         if isinstance(self.plan.scheme, Qat):
             value = value.to(self.plan.device.kind)  # likewise
-        if self.adapter and module in self.adapter.deltas:
-            value = self.adapter.apply(module, value)
-        return self._cast(value, meta)
+        return self.adapter.apply(module, value) if self.adapter and module in self.adapter.deltas else value
 
     def _merged_stack(self, name: str, value: torch.Tensor) -> torch.Tensor:
         """Of experts [experts, a, b]."""
@@ -229,15 +243,19 @@ class MergedWeights:
         delta = self.targets[layer].factors(self.adapter.deltas[layer]) if self.adapter and layer else None
         return merged_stack(value, store.reader(value.dtype), delta, self.dtype)
 
-    def _source(self, base: Read, name: str) -> torch.Tensor:
-        """The original weight in the dtype in which the base was loaded; of tied ones, whichever the files have."""
+    def _found(self, base: Read, name: str) -> torch.Tensor:
+        """The original weight; of tied ones, whichever the files have."""
         try:
-            value = base(name)
+            return base(name)
         except ModelError:
             twins = [twin for twin, meta in self.known.items() if meta is self.known[name] and twin != name]
             if not twins:
                 raise
-            value = base(twins[0])
+            return base(twins[0])
+
+    def _source(self, base: Read, name: str) -> torch.Tensor:
+        """The same in the dtype in which the base was loaded."""
+        value = self._found(base, name)
         return value.to(getattr(torch, self.plan.dtype)) if value.is_floating_point() else value
 
     def _cast(self, value: torch.Tensor, meta: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from qft.checkpoint.bypassed import bypassed_linears
+from qft.checkpoint.language import beside_language
 from qft.data.calibration import CalibrationData, calibration_data
 from qft.data.prepare import Prepared
 from qft.documents.plan import CalibrationPart, CalibrationPlanDocument, LayerPart
@@ -154,11 +156,14 @@ def plan_layers(loaded: LoadedRecipe, model: ModelPlan | None = None) -> tuple[M
     assert calibrate is not None
     if CATALOGUE[calibrate.engine].by_plugin:
         return model, Layers()
+    if CATALOGUE[calibrate.engine].whole_model and model.shape.beside:
+        text = f"{calibrate.engine} loads language models alone, and {model.shape.architecture} is more"
+        refuse(loaded, [("calibrate.engine", f"{text}; use autoround or rtn")])
     skeleton = model.skeleton
     matched, problems = match_own("calibrate.skip_modules", calibrate.skip_modules, skeleton)
     refuse(loaded, problems)
     linears, blocks = model.linears
-    able = {name for name in _plain_linears(skeleton) if name.startswith(f"{blocks}.")}
+    able = {name for name in _plain_linears(skeleton) if name.startswith(f"{blocks}.")} - {*bypassed_linears(skeleton)}
     if not able:
         text = f"no layer of {model.shape.architecture}'s blocks is a torch.nn.Linear, and no other can be quantized"
         refuse(loaded, [("model.path", text)])
@@ -166,16 +171,20 @@ def plan_layers(loaded: LoadedRecipe, model: ModelPlan | None = None) -> tuple[M
     scheme = _scheme(calibrate, [linears[name] for name in taken])
     schemes = {name: scheme if name in taken else None for name in linears}
     weights = count_weights(skeleton)
-    refuse(loaded, [*_layer_problems(calibrate, schemes, linears), *_share_problems(calibrate, weights, taken)])
+    beside = tuple(f"{name}." for name in beside_language(skeleton))
+    shares = _share_problems(calibrate, weights, taken, beside)
+    refuse(loaded, [*_layer_problems(calibrate, schemes, linears), *shares])
     return model, Layers(schemes, matched, weights)
 
 
 def _share_problems(
-    calibrate: CalibrateSection, weights: Mapping[str, int], taken: Collection[str]
+    calibrate: CalibrateSection, weights: Mapping[str, int], taken: Collection[str], beside: tuple[str, ...]
 ) -> Iterator[Problem]:
-    """A model that would be called quantized and is not, for the most part."""
+    """A model that would be called quantized and is not, for the most part. What begins with `beside` is no part of the
+    language model, and stays as it is."""
     if taken and not calibrate.allow_partial:
-        held = Held.of(weights, taken, lambda name: _is_skipped(name, calibrate.skip_modules))
+        kept = calibrate.skip_modules
+        held = Held.of(weights, taken, lambda name: _is_skipped(name, kept) or f"{name}.".startswith(beside))
         yield from partial_problem(held, "calibrate", "calibrate.allow_partial")
 
 

@@ -12,6 +12,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from qft.checkpoint.language import beside_language
 from qft.data.batch import pad_token_id
 from qft.errors import DataError, ModelError
 from qft.recipe.rules import Problem
@@ -19,8 +20,6 @@ from qft.recipe.schema import EvalSection
 
 Place = Callable[[int, int], str]
 """`file:line` of a row, by its columns `source` and `row`."""
-OTHER_SENSES = re.compile("vision|visual|image|audio|speech")
-"""In names of modules that see or hear, whose positions are not those of tokens."""
 BATCH = 1000
 """Rows that are looked through at once."""
 
@@ -28,9 +27,9 @@ BATCH = 1000
 def table_of_positions(model: PreTrainedModel) -> int | None:
     """Longest sequence, in tokens, that the tables of positions of a skeleton have room for; None: it has none."""
     built_for = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    words, rooms = model.get_input_embeddings(), []
+    words, rooms, beside = model.get_input_embeddings(), [], tuple(f"{name}." for name in beside_language(model))
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Embedding) or module is words or OTHER_SENSES.search(name):
+        if not isinstance(module, nn.Embedding) or module is words or f"{name}.".startswith(beside):
             continue
         if re.search("wpe|pos", name.rpartition(".")[2]) or module.num_embeddings == built_for:
             # Some leave the first rows out: OPT and its like by `offset`, RoBERTa those up to the padding's.

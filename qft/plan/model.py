@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -20,7 +19,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from qft.checkpoint.bypassed import bypassed_linears, common_ends
 from qft.checkpoint.find import Checkpoint, find_checkpoint, load_tokenizer, require_written
+from qft.checkpoint.language import beside_language
 from qft.checkpoint.layout import unmergeable
 from qft.checkpoint.require import require_weights
 from qft.checkpoint.skeleton import find_blocks, without_contents
@@ -31,6 +32,7 @@ from qft.machine.device import Device, find_device
 from qft.plan.experts import Experts, expert_problems, plan_experts, set_balance
 from qft.plan.limits import table_of_positions
 from qft.plan.modules import Matches, is_all_linear, match_adapter, match_skips, whole_problems
+from qft.plan.targets import Excluded, exclusion, lost_problems, rank_problems
 from qft.plan.template import set_template, template_problems
 from qft.quant.experts import owner
 from qft.quant.hold import Scheme, contradictions, find_scheme
@@ -39,9 +41,8 @@ from qft.quant.share import Held, count_weights
 from qft.recipe import LoadedRecipe, Recipe
 from qft.recipe.load import from_values
 from qft.recipe.rules import Problem
-from qft.recipe.training import AdapterSection, DataSection, ModelSection, QuantSection
+from qft.recipe.training import DataSection, ModelSection, QuantSection
 
-DECOMPOSED = ("pissa", "olora", "loftq")
 MAX_LENGTH = 2048
 """Of a row, in tokens, where nobody says and the model takes as many."""
 
@@ -65,6 +66,8 @@ class Shape:
     """Tokens that its input embeddings know."""
     heads: tuple[str, ...]
     """Names of the output head."""
+    beside: tuple[str, ...]
+    """Modules beside the language part: towers for images, and what projects their output."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,8 @@ class ModelPlan:
     """Of the names of modules that the recipe gives, by field: how many each matches."""
     held: Held | None
     """Of its weights, what the scheme holds in few bits; None: only other code knows."""
+    unadapted: Excluded = None
+    """What gets no adapter, as peft reads it."""
     experts: Experts | None = None
     """None: it has none, or gets no adapters."""
 
@@ -166,6 +171,8 @@ def plan_model(
     refuse(loaded, [("model.ignore_unexpected", f"{p!r} fits no tensor that would be unexpected") for p in idle])
     matched = _matched(loaded, model, lora)
     refuse(loaded, expert_problems(recipe, model) if lora else ())
+    unadapted = exclusion(recipe.adapter, model) if lora else None
+    lora = lora and lora | {"exclude_modules": unadapted}
     tokenizer = load_tokenizer(checkpoint, recipe)
     refuse(loaded, template_problems(tokenizer, recipe.data))
     set_template(tokenizer, recipe.data)
@@ -182,12 +189,20 @@ def plan_model(
     shape = replace(shape, trainable_parameters=shape.trainable_parameters + beside)
     if lora:
         refuse(loaded, _size_problems(shape, device))
-    return ModelPlan(loaded, device, checkpoint, tokenizer, shape, dtype, scheme, matched, held, experts)
+    return ModelPlan(loaded, device, checkpoint, tokenizer, shape, dtype, scheme, matched, held, unadapted, experts)
+
+
+def _kept_whole(model: PreTrainedModel) -> list[str]:
+    """What is never held in few bits, as transformers matches it: what sees, which would lose precision for which
+    nothing that is learnt from text makes up, and layers whose weights other code reads."""
+    bypassed = bypassed_linears(model)
+    others = [name for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and name not in bypassed]
+    return [*beside_language(model), *common_ends(bypassed, others)]
 
 
 def weights_held(scheme: Scheme, recipe: Recipe, model: PreTrainedModel) -> Held | None:
     """What of the weights of a skeleton the scheme holds in few bits; None: only other code knows."""
-    layers, asked = scheme.holds(model), recipe.quant.named_skips
+    layers, asked = scheme.holds(model), (*recipe.quant.named_skips, *beside_language(model))
     if layers is None:
         return None
     layers |= {owner(name) for name in scheme.holds_experts(model)}
@@ -244,7 +259,8 @@ def _dtype(section: ModelSection, device: Device, *, whole: bool) -> str:
 def _scheme(recipe: Recipe, device: Device, checkpoint: Checkpoint, model: PreTrainedModel) -> Scheme:
     """How the model is held. Weights that are rounded in training are rounded in the dtype in which they will be
     evaluated and exported, and within the blocks alone: what quantizes for an export goes block by block."""
-    dtype, heads = _dtype(recipe.model, device, whole=recipe.adapter.kind == "none"), _heads(model)
+    dtype = _dtype(recipe.model, device, whole=recipe.adapter.kind == "none")
+    heads = (*_heads(model), *_kept_whole(model))
     if recipe.quant.mode == "qat" and not checkpoint.quantization:
         dtype = _dtype(recipe.model, device, whole=False)
         linears = [name for name, module in model.named_modules() if type(module) is nn.Linear]
@@ -278,8 +294,12 @@ def _matched(loaded: LoadedRecipe, model: nn.Module, lora: dict[str, Any] | None
 
 def _shape(loaded: LoadedRecipe, model: PreTrainedModel, lora: dict[str, Any] | None, matched: Matches) -> Shape:
     """Count what the skeleton is made of, and what of it is trained once adapters are attached to it."""
-    head, kinds = model.get_output_embeddings(), (nn.Linear, Conv1D)
-    linears = [module for module in model.modules() if isinstance(module, kinds) and module is not head]
+    head, beside = model.get_output_embeddings(), tuple(f"{name}." for name in beside_language(model))
+    linears = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head and not f"{name}.".startswith(beside)
+    ]
     text, table = model.config.get_text_config(), table_of_positions(model)
     built_for = [length for length in (getattr(text, "max_position_embeddings", None), table) if length]
     parameters = sum(p.numel() for p in model.parameters())  # before there are adapters
@@ -294,6 +314,7 @@ def _shape(loaded: LoadedRecipe, model: PreTrainedModel, lora: dict[str, Any] | 
         position_table=table,
         embeddings=model.get_input_embeddings().weight.shape[0],
         heads=_heads(model),
+        beside=tuple(beside_language(model)),
     )
 
 
@@ -310,25 +331,12 @@ def _trainable(loaded: LoadedRecipe, model: nn.Module, lora: dict[str, Any], mat
             adapted = get_peft_model(model, LoraConfig(**lora | {"init_lora_weights": False}))
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise RecipeError(loaded.problem("adapter.target_modules", first_line(error))) from error
-    if is_all_linear(targets := loaded.recipe.adapter.target_modules):
+    if is_all_linear(lora["target_modules"]):
         tuners = [module for module in adapted.modules() if isinstance(module, BaseTunerLayer)]
-        matched["adapter.target_modules"] = {str(targets): sum(not isinstance(m, ParamWrapper) for m in tuners)}
-    refuse(loaded, _rank_problems(loaded.recipe.adapter, adapted))
+        count = sum(not isinstance(module, ParamWrapper) for module in tuners)
+        matched["adapter.target_modules"] = {lora["target_modules"]: count}
+    refuse(loaded, [*rank_problems(loaded.recipe.adapter, adapted), *lost_problems(adapted)])
     return sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-
-
-def _rank_problems(adapter: AdapterSection, adapted: nn.Module) -> Iterator[Problem]:
-    """Initialisations that take the adapter from a decomposition of the weight, which has no more than its rank."""
-    if not adapter.init_lora_weights.startswith(DECOMPOSED):
-        return
-    for name, module in adapted.named_modules():
-        if isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), nn.Linear):
-            most = min(module.in_features, module.out_features)
-            if adapter.r > most:
-                layer = name.removeprefix("base_model.model.")
-                text = f"{adapter.r}, and {layer} has a rank of at most {most}, which init_lora_weights"
-                yield "adapter.r", f"{text} {adapter.init_lora_weights} cannot exceed; lower it"
-                return
 
 
 def _size_problems(shape: Shape, device: Device) -> Iterator[Problem]:

@@ -16,9 +16,12 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from qft.checkpoint.language import beside_language
+from qft.plan.targets import exclusion, unfit_linears
 from qft.recipe import Recipe
 from qft.recipe.rules import Problem
 from qft.recipe.training import AdapterSection
@@ -38,6 +41,7 @@ BLOCK = re.compile(r".*?\.[^.]*\.(\d+)\.")
 ALTERNATIVES = re.compile(r"\((?:\?:|(?!\?))((?:[^()\[\]\\]|\\.)*\|(?:[^()\[\]\\]|\\.)*)\)")
 """A group of a pattern that holds alternatives and no other group."""
 NAMED = "list in target_modules what is to be adapted"
+TOWERS = "set adapter.target_towers to true if it is meant"
 SHOWN = 3
 """Names that a message offers."""
 
@@ -52,7 +56,7 @@ def match_own(field: str, ends: Sequence[str], model: nn.Module) -> tuple[Matche
     return _matched(field, ends, partial(_ending, _owners(model)), model)
 
 
-def match_adapter(adapter: AdapterSection, model: nn.Module) -> tuple[Matches, list[Problem]]:
+def match_adapter(adapter: AdapterSection, model: PreTrainedModel) -> tuple[Matches, list[Problem]]:
     """What the fields of a LoRA adapter match; of its targets, what the other fields leave. `all-linear` is not among
     them: what that is to a model is known once peft has attached it."""
     matches: Matches = {}
@@ -64,6 +68,8 @@ def match_adapter(adapter: AdapterSection, model: nn.Module) -> tuple[Matches, l
         if isinstance(getattr(adapter, field.partition(".")[2]), str) and not found:
             idle = _idle_branches(entries[0], find)
             problems += [(field, f"{each} in {entries[0]} adds nothing: {_near(each, model)}") for each in idle]
+    if adapter.target_towers and not beside_language(model):
+        problems.append(("adapter.target_towers", "the model is a language model alone; remove it"))
     if not problems:
         problems = [*_target_problems(adapter, model, matches), *_save_problems(adapter, model)]
     return matches, problems
@@ -163,25 +169,28 @@ def _adapted(config: LoraConfig, model: nn.Module) -> list[str]:
     return [*modules, *(name for name, _ in model.named_parameters() if any(ends_with(name, end) for end in ends))]
 
 
-def _target_problems(adapter: AdapterSection, model: nn.Module, matches: Matches) -> Iterator[Problem]:
+def _target_problems(adapter: AdapterSection, model: PreTrainedModel, matches: Matches) -> Iterator[Problem]:
     """Targets that peft cannot adapt, or that other fields leave nothing of; their counts become those of what is
     left."""
-    field, modules = "adapter.target_modules", dict(model.named_modules())
+    field, modules, unfit = "adapter.target_modules", dict(model.named_modules()), unfit_linears(model)
     narrowing = {
         name: list(value) if isinstance(value, tuple) else value
         for name in NARROWING
         if (value := getattr(adapter, name))
     }
+    kept = {"exclude_modules": excluded} if (excluded := exclusion(adapter, model)) else {}
     if not adapter.target_modules:
         yield field, "names no module; remove it for all linear layers"
     yield from _fused_problems(adapter, model)
     for entry in matches.get(field, {}):
-        left = _targets(adapter, model, entry, **narrowing)
+        left = _targets(adapter, model, entry, **narrowing | kept)
         matches[field][entry] = len(left)
-        strange = [name for name in left if name in modules and not isinstance(modules[name], ADAPTABLE)]
+        strange = [n for n in left if n in unfit or (n in modules and not isinstance(modules[n], ADAPTABLE))]
         if strange:
             kind = type(modules[strange[0]]).__name__
             yield field, f"{entry} matches {strange[0]} ({kind}), and LoRA goes on linear layers and embeddings"
+        elif not left and _targets(adapter, model, entry, **narrowing):
+            yield field, f"{entry} matches nothing of the language part, and rows of text reach no other; {TOWERS}"
         elif not left:
             yield field, f"{entry}: {' and '.join(narrowing)} leave none of its modules"
     if adapter.layers_to_transform is not None and not isinstance(adapter.target_modules, str):

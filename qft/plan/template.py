@@ -14,6 +14,15 @@ from qft.data.rendering import reads
 from qft.recipe.rules import Problem
 from qft.recipe.training import DataSection
 
+PROBE = "a question"
+PARTS = (
+    "{% set said = namespace(messages=[]) %}{% for message in messages %}"
+    "{% if message['content'] is string %}"
+    "{% set message = dict(message, content=[{'type': 'text', 'text': message['content']}]) %}{% endif %}"
+    "{% set said.messages = said.messages + [message] %}{% endfor %}{% set messages = said.messages %}"
+)
+"""In front of a template that reads what is said as parts: plain text becomes one."""
+
 
 def template_problems(tokenizer: PreTrainedTokenizerBase, data: DataSection) -> Iterator[Problem]:
     """Arguments that no template reads."""
@@ -34,11 +43,27 @@ def set_template(tokenizer: PreTrainedTokenizerBase, data: DataSection) -> None:
         f"{{% set {name} = {name} if {name} is defined else {_literal(value)} %}}"
         for name, value in data.template_kwargs
     )
-    made = {name: defaults + text.removeprefix("\ufeff") for name, text in _templates(tokenizer).items()}
+    given = {name: text.removeprefix("\ufeff") for name, text in _templates(tokenizer).items()}
+    made = {name: (PARTS if _wants_parts(tokenizer, text) else "") + defaults + text for name, text in given.items()}
     if data.template == "none":
         tokenizer.chat_template = None
     elif made:
         tokenizer.chat_template = made if isinstance(tokenizer.chat_template, dict) else made["default"]
+
+
+def _wants_parts(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
+    """Whether a chat template prints what is said as parts, as those for images have it, and no plain text."""
+    if "'type'" not in template and '"type"' not in template and ".type" not in template:
+        return False
+
+    def prints(content: Any) -> bool:
+        try:
+            messages = [{"role": "user", "content": content}]
+            return PROBE in tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+        except Exception:  # a template is a program: it can fail with more than jinja's own errors
+            return False
+
+    return not prints(PROBE) and prints([{"type": "text", "text": PROBE}])
 
 
 def template_of(tokenizer: PreTrainedTokenizerBase, data: DataSection) -> str:

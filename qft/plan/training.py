@@ -199,9 +199,7 @@ def _plan(loaded: LoadedRecipe, device: Device, data: Prepared | None) -> Plan:
     """Of one stage, or of a training without any; `data` are its rows, if another stage has encoded them."""
     recipe = loaded.recipe
     refuse(loaded, [*device_problems(recipe, device), *_training_problems(recipe, device)])
-    lora = _lora_arguments(recipe) if recipe.adapter.kind == "lora" else None
-    model = plan_model(loaded, lora, device=device)
-    lora = model.experts.arguments(lora) if lora and model.experts else lora
+    model, lora = plan_adapter(loaded, device)
     problems = [*model.scheme.problems(recipe), *_share_problems(model), *_length_problems(recipe, model.shape)]
     problems += balance_problems(recipe, model.skeleton)
     refuse(loaded, [*problems, *offload_problems(model), *checkpoint_problems(model)])
@@ -226,6 +224,15 @@ def _rows(model: ModelPlan) -> Prepared:
         text = "the held-out rows are plain text, which has no answers to score; remove it"
         refuse(model.loaded, [("eval.metrics", text)])
     return data
+
+
+def plan_adapter(loaded: LoadedRecipe, device: Device | None = None) -> tuple[ModelPlan, dict[str, Any] | None]:
+    """The model of a training, and the arguments of its adapter, None without one: all that it plans without looking at
+    data. Raises as `plan_model`."""
+    lora = _lora_arguments(loaded.recipe) if loaded.recipe.adapter.kind == "lora" else None
+    model = plan_model(loaded, lora, device=device)
+    lora = lora and lora | {"exclude_modules": model.unadapted}
+    return model, model.experts.arguments(lora) if lora and model.experts else lora
 
 
 def _fitted(model: ModelPlan, lora: dict[str, Any] | None, data: Prepared) -> tuple[ModelPlan, tuple[Way, ...]]:
@@ -320,7 +327,7 @@ def _process_problems(recipe: Recipe) -> Iterator[Problem]:
             yield field, f"{asked} processes at once are more than this machine is for; give {most} or fewer"
 
 
-OWN_ADAPTER = {"kind", "target_experts"}
+OWN_ADAPTER = {"kind", "target_experts", "target_towers"}
 
 
 def _lora_arguments(recipe: Recipe) -> dict[str, Any]:

@@ -157,6 +157,9 @@ class AdapterSection(Section):
     all-linear, where experts are half of the weights or more and the adapters no more than a tenth of theirs."""
     exclude_modules: str | Many[str] | None = None
     """Layer names, or one regular expression, to leave out of target_modules."""
+    target_towers: bool = False
+    """Let target_modules match beside the language part too: towers for images, and what projects their output. Rows of
+    text never reach those."""
     layers_to_transform: Many[int] | None = None
     """Indices of the blocks that get adapters. None: all. Needs target_modules as a list."""
     use_rslora: bool = False

@@ -30,8 +30,8 @@ TABLE: dict[str, dict[Class, str]] = {
             quant.target quant.fake_quant_after_steps quant.freeze_observers_after_steps quant.learn_scales
             quant.distill
             adapter.kind adapter.r adapter.lora_alpha adapter.lora_dropout adapter.target_modules
-            adapter.target_experts adapter.exclude_modules adapter.layers_to_transform adapter.use_rslora
-            adapter.use_dora adapter.init_lora_weights adapter.bias adapter.modules_to_save
+            adapter.target_experts adapter.exclude_modules adapter.target_towers adapter.layers_to_transform
+            adapter.use_rslora adapter.use_dora adapter.init_lora_weights adapter.bias adapter.modules_to_save
             data.train data.eval data.eval_fraction data.format data.max_length data.on_too_long data.on_bad_row
             data.loss_on data.ignore_fields data.template data.chat_template data.template_kwargs
             train.per_device_train_batch_size train.gradient_accumulation_steps train.train_sampling_strategy

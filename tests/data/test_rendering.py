@@ -19,6 +19,7 @@ from qft.errors import DataError
 from qft.plan.template import set_template
 from qft.recipe.training import DataSection
 from tests.support.models import CHATML, byte_tokenizer
+from tests.support.rows import chat
 
 USER = {"role": "user", "content": "weather in Oslo?"}
 ASSISTANT = {"role": "assistant", "content": "it is cold"}
@@ -435,3 +436,25 @@ def test_every_leaf_of_a_row_is_rendered_or_named(template: str) -> None:
 
 def test_a_conversation_without_turns_has_one_leaf() -> None:
     assert list(leaves(Conversation(text="x"))) == [("text", "x")]
+
+
+IN_PARTS = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for part in m['content'] | selectattr('type', 'equalto', "
+    "'text') %}{{ part['text'] }}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""As templates for images have it: plain text is nothing to it."""
+
+
+def test_a_template_that_takes_parts_alone_is_given_text_as_one() -> None:
+    said = chat("what is it?", "a spider")["messages"]
+    tokenizer, plain = byte_tokenizer(IN_PARTS), byte_tokenizer()
+    assert "spider" not in tokenizer.apply_chat_template(said, tokenize=False)
+    set_template(tokenizer, DataSection())
+    set_template(plain, DataSection())
+    for more in (False, True):
+        texts = [t.apply_chat_template(said, tokenize=False, add_generation_prompt=more) for t in (tokenizer, plain)]
+        assert texts[0] == texts[1]
+    parts = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is it?"}]}]
+    assert tokenizer.apply_chat_template(parts, tokenize=False) == "<|im_start|>user\nwhat is it?<|im_end|>\n"
+    assert plain.chat_template == CHATML

@@ -48,7 +48,7 @@ def names_in(folder: Path) -> set[str]:
     return set(tensors_in(folder.glob("*.safetensors")))
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gpt2"])  # whose layers are no linear
+@pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_trained_on_nf4_merges_to_what_it_was(family: str, families: Path, tmp_path: Path) -> None:
     adapter = {"r": 4, "target_modules": ATTENTION.get(family, ["q_proj", "v_proj"])}
     held = {

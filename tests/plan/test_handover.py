@@ -82,7 +82,7 @@ RUNS: dict[str, tuple[Callable[[], Any], dict[str, Any], set[str]]] = {
         {},
         {"bnb-4bit", "bnb-8bit", "compressed-tensors", "torchao", *GGUF},
     ),
-    "Conv1D": (gpt2, {}, set(EXPORTERS) - {"adapter"}),
+    "Conv1D": (gpt2, {}, {"bnb-4bit", "bnb-8bit", "compressed-tensors", *GGUF}),
     "all weights of Conv1D": (
         gpt2,
         {"adapter": {"kind": "none"}},
@@ -188,7 +188,7 @@ def test_tokenizers_that_gguf_cannot_hold_are_known(kind: str, tmp_path: Path) -
 
 
 def test_what_is_asked_for_and_impossible_is_refused_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write_recipe(tmp_path, gpt2(), export={"target": ["adapter", "merged", "gguf"]})
+    path = write_recipe(tmp_path, gpt2(), export={"target": ["adapter", "bnb-4bit", "gguf"]})
     line = next(i for i, text in enumerate(path.read_text().splitlines(), 1) if "target:" in text)
     monkeypatch.setattr("qft.training.session.load_base", lambda plan: pytest.fail("loads weights"))
     for command in ("check", "train"):
@@ -196,9 +196,10 @@ def test_what_is_asked_for_and_impossible_is_refused_first(tmp_path: Path, monke
         assert ran.exit_code == 2, ran.output
         refused = [text for text in ran.stderr.splitlines() if ": export.target: " in text]
         assert [text.split(": ")[:3] for text in refused] == [
-            [f"{path}:{line}", "export.target", name] for name in ("merged", "gguf")
+            [f"{path}:{line}", "export.target", name] for name in ("bnb-4bit", "gguf")
         ]
-        assert all("Conv1D" in text and "possible are adapter)" in text for text in refused)
+        assert all("possible are adapter, merged)" in text for text in refused)
+        assert "torch.nn.Linear" in refused[0]
     assert not (tmp_path / "run").exists()
 
 

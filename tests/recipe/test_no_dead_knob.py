@@ -32,6 +32,7 @@ from tests.support.models import CHATML, byte_tokenizer, tiny_llama, write_remot
 from tests.support.paths import ROOT
 from tests.support.plugins import SHIPPED
 from tests.support.rows import chat, write_jsonl
+from tests.support.tiny import write_tiny_model
 
 
 def training(plan: Plan) -> Any:
@@ -136,6 +137,7 @@ CASES: dict[str, Case] = {
     "adapter.target_modules": Case("[q_proj]", trainable),
     "adapter.target_experts": Case("true", trainable, ("model.path=experts",)),
     "adapter.exclude_modules": Case("[q_proj]", trainable),
+    "adapter.target_towers": Case("true", trainable, ("model.path=pictures",)),
     "adapter.layers_to_transform": Case("[1]", trainable, ("adapter.target_modules=[q_proj]",)),
     "adapter.use_rslora": Case("true", lora),
     "adapter.use_dora": Case("true", trainable),
@@ -337,6 +339,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path
     write_remote_code_model(folder / "remote")
     write_model(folder / "experts", "mixtral")
     write_model(folder / "own-layers", "falcon")
+    write_tiny_model(folder / "pictures", "gemma3")
     code = SHIPPED.read_text()
     (folder / "int8_symmetric.py").write_text(code)
     (folder / "coarse.py").write_text(code.replace("LEVELS = 127", "LEVELS = 3"))

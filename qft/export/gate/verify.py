@@ -199,6 +199,8 @@ def _rounded_weights(job: Job, scheme: Qat, read: Read) -> GateCheck:
             rounding, given = roundings.get(name.removesuffix(".weight")), read(name)
             # Where it was trained: bitsandbytes rounds the scales of nf4 on a GPU in another order than on a CPU.
             wanted = rounding(merged.to(job.plan.device.kind)).values.cpu() if rounding else merged
+            if given is not None and name in job.weights.beside:
+                wanted = wanted.to(given.dtype)  # of its files, or of a loaded model
             different += wanted.numel() if given is None else int((given.float() != wanted.float()).sum())
     return GateCheck(name="different_weights", value=different, threshold=0, passed=different == 0)
 

@@ -40,7 +40,7 @@ weights it is not quite the same model.
         for path in job.adapter.iterdir():
             if path.is_file() and path.name != "README.md":
                 shutil.copyfile(path, folder / path.name)
-        job.plan.tokenizer.save_pretrained(folder)
+        job.plan.checkpoint.save_reader(job.plan.tokenizer, folder)
 
     def load(self, job: Job, folder: Path) -> Any:
         """On the base as it was trained."""

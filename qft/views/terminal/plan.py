@@ -65,6 +65,8 @@ def _model(plan: PlanDocument) -> Facts:
     rows.add("held as", f"{plan.quantization.described}; the rest in {model.dtype}")
     if plan.quantization.scheme != "none" and (held := share_held(plan.quantization.quantized_share)):
         rows.add("", held)
+    if model.beside:
+        rows.add("beside text", f"{', '.join(model.beside)}: as they are, in {model.dtype}, and handed over to the bit")
     if plan.offload != "none":
         place = {"cpu": "in the host's memory", "disk": "on disk"}[plan.offload]
         rows.add("", f"its blocks wait {place}, and two at a time are on the device")
@@ -148,13 +150,18 @@ def _add_kernels(rows: Facts, kernels: dict[str, str | None]) -> None:
 
 
 def _exports(exports: dict[str, str | None]) -> Facts:
-    """What the training could be handed over as, and each reason why not, once."""
+    """What the training could be handed over as."""
     rows = Facts("Exports")
+    add_reasons(rows, exports)
+    return rows
+
+
+def add_reasons(rows: Facts, exports: dict[str, str | None]) -> None:
+    """What is possible, and of the others each reason why not, once."""
     for why in dict.fromkeys([None, *exports.values()]):
         names = ", ".join(name for name, own in exports.items() if own == why)
         if names:
             rows.add("impossible" if why else "possible", f"{names}: {why}" if why else names)
-    return rows
 
 
 def _names(targets: str | list[str]) -> str:

@@ -19,7 +19,7 @@ from qft.data.template import Encoder
 from qft.documents.plan import SourceFacts
 from qft.errors import DataError
 from qft.recipe import Source
-from qft.recipe.training import DataSection
+from qft.recipe.data import DataSection
 
 SHOWN = 10
 """Bad rows that a message lists."""

@@ -13,7 +13,7 @@ from qft.data.formats import FORMATS, detect
 from qft.data.sources import BadRow, Rows, decode
 from qft.data.template import IGNORED, Encoded, Encoder, TooLong
 from qft.errors import DataError
-from qft.recipe.training import DataSection
+from qft.recipe.data import DataSection
 
 FEATURES = Features({**COLUMNS, "status": Value("string"), "reason": Value("string"), "unread": List(Value("string"))})
 

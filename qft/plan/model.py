@@ -39,9 +39,10 @@ from qft.quant.hold import Scheme, contradictions, find_scheme
 from qft.quant.layer import skip_entry
 from qft.quant.share import Held, count_weights
 from qft.recipe import LoadedRecipe, Recipe
+from qft.recipe.data import DataSection
 from qft.recipe.load import from_values
 from qft.recipe.rules import Problem
-from qft.recipe.training import DataSection, ModelSection, QuantSection
+from qft.recipe.training import ModelSection, QuantSection
 
 MAX_LENGTH = 2048
 """Of a row, in tokens, where nobody says and the model takes as many."""

@@ -11,8 +11,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from qft.data.rendering import reads
+from qft.recipe.data import DataSection
 from qft.recipe.rules import Problem
-from qft.recipe.training import DataSection
 
 PROBE = "a question"
 PARTS = (

@@ -1,7 +1,7 @@
 """What is asked: YAML -> Recipe."""
 
+from qft.recipe.data import Source
 from qft.recipe.load import LoadedRecipe, dump, json_schema, load
 from qft.recipe.schema import Recipe
-from qft.recipe.training import Source
 
 __all__ = ["LoadedRecipe", "Recipe", "Source", "dump", "json_schema", "load"]

@@ -18,10 +18,10 @@ from qft.recipe import source
 from qft.recipe.presets import PRESETS
 from qft.recipe.rules import broken_rules, unread_fields
 from qft.recipe.schema import Recipe
+from qft.recipe.section import plain
 from qft.recipe.source import Place, Tree
 from qft.recipe.stages import Stage, require_stages, with_paths
 from qft.recipe.stages import schema as stage_schema
-from qft.recipe.training import plain
 
 MAX_EXTENDS = 16
 MAX_SHOWN = 100

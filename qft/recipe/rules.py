@@ -7,7 +7,8 @@ from qft.recipe.catalogue import CATALOGUE, export_problem
 from qft.recipe.memory import MemorySection
 from qft.recipe.presets import PRESETS
 from qft.recipe.schema import AcceptSection, CalibrateSection, Recipe
-from qft.recipe.training import AdapterSection, QuantSection, Section
+from qft.recipe.section import Section
+from qft.recipe.training import AdapterSection, QuantSection
 
 Problem = tuple[str, str]
 """A field, and what is wrong with it."""

@@ -5,17 +5,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from qft.recipe.data import DataSection, Sources
 from qft.recipe.memory import MemorySection
-from qft.recipe.training import (
-    AdapterSection,
-    DataSection,
-    Many,
-    ModelSection,
-    QuantSection,
-    Section,
-    Sources,
-    TrainSection,
-)
+from qft.recipe.section import Many, Section
+from qft.recipe.training import AdapterSection, ModelSection, QuantSection, TrainSection
 
 ExportTarget = Literal[
     "adapter", "merged", "bnb-4bit", "bnb-8bit", "compressed-tensors", "torchao",

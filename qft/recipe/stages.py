@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from qft.errors import RecipeError
 from qft.recipe.presets import PRESETS
 from qft.recipe.rules import contradictions, unread_fields
+from qft.recipe.section import plain
 from qft.recipe.source import Place, Tree
-from qft.recipe.training import QuantSection, TrainSection, plain
+from qft.recipe.training import QuantSection, TrainSection
 
 if TYPE_CHECKING:
     from qft.recipe.load import LoadedRecipe

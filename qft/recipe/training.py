@@ -5,60 +5,17 @@ Field names follow the library that honours them: `train` those of `transformers
 error. `auto` is decided by the plan, never here.
 """
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, Strict
-from pydantic_core import PydanticCustomError
+from pydantic import Field
+
+from qft.recipe.section import Fraction, Many, Overrides, Section
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 QatTarget = Literal[
     "int4-g32", "int4-g64", "int4-g128", "int8", "w8a8", "w8a8-static", "int8-dynamic-act-int4-weight", "8da4w",
     "mxfp4", "nvfp4", "nf4", "q4_0", "q4_k", "q8_0",
 ]  # fmt: skip
-Format = Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text"]
-T = TypeVar("T")
-Many = Annotated[tuple[T, ...], Strict(False)]
-"""A YAML list, held as a tuple so that a recipe stays frozen."""
-
-
-def _as_pairs(value: Any) -> tuple[tuple[Any, Any], ...]:
-    if not isinstance(value, Mapping):
-        raise PydanticCustomError("mapping", "Input should be a mapping of names to values")
-    return tuple(value.items())
-
-
-Switch = bool | int | float | str
-Switches = Annotated[
-    tuple[tuple[str, Switch], ...],
-    BeforeValidator(_as_pairs, json_schema_input_type=dict[str, Switch]),
-    PlainSerializer(dict),
-]
-"""A YAML mapping of names to values, held as pairs so that a recipe stays frozen."""
-Overrides = Annotated[tuple[tuple[str, Any], ...], BeforeValidator(_as_pairs), PlainSerializer(dict)]
-"""A YAML mapping of fields to values of any kind."""
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Section(BaseModel):
-    """A part of a recipe: unknown fields are errors, values are never converted, nothing changes after loading."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
-
-    def having(self, **changes: Any) -> Self:
-        """The same section with other values, validated like the first."""
-        return self.model_validate(self.model_dump(exclude_unset=True) | {n: plain(v) for n, v in changes.items()})
-
-
-def plain(value: Any) -> Any:
-    """Sections, wherever in `value` they are, as mappings of the fields that they set."""
-    if isinstance(value, BaseModel):
-        return value.model_dump(exclude_unset=True)
-    if isinstance(value, Mapping):
-        return {name: plain(inner) for name, inner in value.items()}
-    return [plain(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 class ModelSection(Section):
@@ -175,72 +132,6 @@ class AdapterSection(Section):
     """Which biases are trained."""
     modules_to_save: Many[str] = ()
     """Modules trained in full and saved with the adapter, such as embed_tokens and lm_head."""
-
-
-class Source(Section):
-    """One place where rows come from."""
-
-    path: str = Field(min_length=1)
-    """A local .jsonl, .json, .csv, .parquet, .txt or .md file, or a hub dataset id."""
-    format: Format = "auto"
-    """Format of this source's rows. auto: data.format."""
-    weight: float = Field(1.0, gt=0)
-    """How many times the rows count in one epoch: 0.5 takes a random half, 2 takes each row twice."""
-    name: str | None = None
-    """Configuration of a hub dataset."""
-    split: str = "train"
-    """Split of a hub dataset."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub dataset."""
-    sample_by: Literal["line", "paragraph", "document"] = "line"
-    """What one row of a text file is."""
-
-
-def _as_sources(value: Any) -> Any:
-    """A path, one source or a list of either, as a list of sources."""
-    if value is None:
-        return []
-    items = value if isinstance(value, list | tuple) else [value]
-    return [{"path": item} if isinstance(item, str) else item for item in items]
-
-
-Sources = Annotated[
-    tuple[Source, ...],
-    Field(strict=False),
-    BeforeValidator(_as_sources, json_schema_input_type=str | Source | list[str | Source] | None),
-]
-
-
-class DataSection(Section):
-    """What is learnt from."""
-
-    train: Sources = ()
-    """Training rows: a path, one source ({path, format, weight, …}), or a list of either."""
-    eval: Sources = ()
-    """Held-out rows, in the same form."""
-    eval_fraction: Fraction = 0.0
-    """Share of the training rows to hold out instead of eval, drawn with the recipe's seed."""
-    format: Format = "auto"
-    """How rows are laid out. auto: seen from the first row's fields, and shown."""
-    max_length: Literal["auto"] | Annotated[int, Field(ge=2)] = "auto"
-    """Longest row, in tokens. auto: 2048, or what the model was built for where that is less."""
-    on_too_long: Literal["stop", "skip", "truncate"] = "stop"
-    """What happens to a row of more than max_length tokens; skipped and truncated rows are counted."""
-    on_bad_row: Literal["stop", "skip"] = "stop"
-    """What happens to a row that cannot be read; skipped rows are counted."""
-    loss_on: Literal["assistant", "all"] = "assistant"
-    """Which tokens are learnt: the assistant's turns with their end-of-turn token, or every token."""
-    ignore_fields: Many[str] = ()
-    """Fields of rows to leave out as if they were not there, by dotted names (`messages.reasoning_content`)."""
-    template: Literal["auto", "none"] = "auto"
-    """auto: rows are rendered by the chat template. none: question and answer stand one behind the other, with the end
-    token; so it is for a model without a template, too."""
-    chat_template: str | None = None
-    """A Jinja file to use instead of the model's own chat template, or for a model that has none."""
-    template_kwargs: Switches = Field((), json_schema_extra={"default": {}})
-    """Arguments of the chat template, such as enable_thinking. They become its defaults, wherever the model goes."""
-    num_proc: int = Field(1, ge=1)
-    """Processes that tokenize."""
 
 
 class TrainSection(Section):

@@ -13,9 +13,10 @@ from qft.documents.manifest import Manifest
 from qft.documents.plan import CalibrationPlanDocument, PlanDocument
 from qft.errors import RunError
 from qft.recipe import LoadedRecipe, Recipe
+from qft.recipe.data import Source
 from qft.recipe.rules import Problem
+from qft.recipe.section import Section
 from qft.recipe.stages import effective, field_of
-from qft.recipe.training import Section, Source
 
 Planned = PlanDocument | CalibrationPlanDocument
 Class = Literal["fixed", "honoured", "free"]

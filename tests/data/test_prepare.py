@@ -17,7 +17,7 @@ from qft.data.batch import Collator, pad_token_id
 from qft.data.encoded import EncodedRows, read_rows, write_rows
 from qft.data.prepare import KEPT, Prepared, held_out, prepare
 from qft.errors import DataError
-from qft.recipe.training import DataSection
+from qft.recipe.data import DataSection
 from tests.support.models import byte_tokenizer
 from tests.support.rows import chat, write_jsonl
 

@@ -17,7 +17,7 @@ from qft.data.sources import BadRow, decode
 from qft.data.template import IGNORED, Encoded, Encoder
 from qft.errors import DataError
 from qft.plan.template import set_template
-from qft.recipe.training import DataSection
+from qft.recipe.data import DataSection
 from tests.support.models import CHATML, byte_tokenizer
 from tests.support.rows import chat
 

@@ -17,7 +17,7 @@ from qft.data.prepare import Prepared, held_out, prepare
 from qft.data.shown import shown_rows
 from qft.data.template import IGNORED
 from qft.errors import DataError
-from qft.recipe.training import DataSection
+from qft.recipe.data import DataSection
 from tests.support.cli import qft
 from tests.support.models import CHATML, byte_tokenizer
 from tests.support.rows import chat, write_jsonl

@@ -12,8 +12,8 @@ from qft.documents.manifest import Manifest
 from qft.documents.plan import PlanDocument
 from qft.plan import make_plan
 from qft.recipe import LoadedRecipe, load
+from qft.recipe.data import Source
 from qft.recipe.schema import CalibrateSection, Recipe
-from qft.recipe.training import Source
 from qft.run.resume import CLASSES, Before, Planned, class_of, compare
 
 

@@ -1,0 +1,75 @@
+"""What is asked of the rows: where they come from, and what is learnt of them."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from qft.recipe.section import Fraction, Many, Section, Switches
+
+Format = Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text"]
+
+
+class Source(Section):
+    """One place where rows come from."""
+
+    path: str = Field(min_length=1)
+    """A local .jsonl, .json, .csv, .parquet, .txt or .md file, or a hub dataset id."""
+    format: Format = "auto"
+    """Format of this source's rows. auto: data.format."""
+    weight: float = Field(1.0, gt=0)
+    """How many times the rows count in one epoch: 0.5 takes a random half, 2 takes each row twice."""
+    name: str | None = None
+    """Configuration of a hub dataset."""
+    split: str = "train"
+    """Split of a hub dataset."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub dataset."""
+    sample_by: Literal["line", "paragraph", "document"] = "line"
+    """What one row of a text file is."""
+
+
+def _as_sources(value: Any) -> Any:
+    """A path, one source or a list of either, as a list of sources."""
+    if value is None:
+        return []
+    items = value if isinstance(value, list | tuple) else [value]
+    return [{"path": item} if isinstance(item, str) else item for item in items]
+
+
+Sources = Annotated[
+    tuple[Source, ...],
+    Field(strict=False),
+    BeforeValidator(_as_sources, json_schema_input_type=str | Source | list[str | Source] | None),
+]
+
+
+class DataSection(Section):
+    """What is learnt from."""
+
+    train: Sources = ()
+    """Training rows: a path, one source ({path, format, weight, …}), or a list of either."""
+    eval: Sources = ()
+    """Held-out rows, in the same form."""
+    eval_fraction: Fraction = 0.0
+    """Share of the training rows to hold out instead of eval, drawn with the recipe's seed."""
+    format: Format = "auto"
+    """How rows are laid out. auto: seen from the first row's fields, and shown."""
+    max_length: Literal["auto"] | Annotated[int, Field(ge=2)] = "auto"
+    """Longest row, in tokens. auto: 2048, or what the model was built for where that is less."""
+    on_too_long: Literal["stop", "skip", "truncate"] = "stop"
+    """What happens to a row of more than max_length tokens; skipped and truncated rows are counted."""
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    """What happens to a row that cannot be read; skipped rows are counted."""
+    loss_on: Literal["assistant", "all"] = "assistant"
+    """Which tokens are learnt: the assistant's turns with their end-of-turn token, or every token."""
+    ignore_fields: Many[str] = ()
+    """Fields of rows to leave out as if they were not there, by dotted names (`messages.reasoning_content`)."""
+    template: Literal["auto", "none"] = "auto"
+    """auto: rows are rendered by the chat template. none: question and answer stand one behind the other, with the end
+    token; so it is for a model without a template, too."""
+    chat_template: str | None = None
+    """A Jinja file to use instead of the model's own chat template, or for a model that has none."""
+    template_kwargs: Switches = Field((), json_schema_extra={"default": {}})
+    """Arguments of the chat template, such as enable_thinking. They become its defaults, wherever the model goes."""
+    num_proc: int = Field(1, ge=1)
+    """Processes that tokenize."""

@@ -115,6 +115,11 @@ class Plan:
         return planned_kernels(self.model, mixed=self.mixed is not None)
 
     @property
+    def fewer_passes(self) -> bool:
+        """Whether a CPU computes adapters with their layers, and writes out attention of short rows."""
+        return self.model.device.kind == "cpu" and self.recipe.train.kernels != "plain"
+
+    @property
     def mixed(self) -> torch.dtype | None:
         """Of autocast; None: there is none."""
         return _mixed(self.model.recipe, self.model.device)

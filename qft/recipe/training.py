@@ -195,7 +195,8 @@ class TrainSection(Section):
     of all tokens at once, they can outweigh the model. auto: on a GPU, and with memory.offload."""
     kernels: Literal["auto", "fused", "plain"] = "auto"
     """Compute MLPs, linear layers with LoRA and norms by kernels of qft's own, each part where it agrees with the
-    model's own code. auto: on a GPU, where the recipe allows it; fused: the same, and refused where it does not."""
+    model's own code. auto: on a GPU, where the recipe allows it, and on a CPU adapters with their layers and attention
+    of short rows in fewer passes; fused: on a GPU, and refused where the recipe does not allow it."""
     router_aux_loss_coef: float | None = Field(None, ge=0)
     """What the loss that keeps a mixture's experts evenly used counts beside the other. 0: it is not computed. None: as
     the checkpoint's configuration says (output_router_logits)."""

@@ -99,7 +99,8 @@ class Recorder:
             return
         self.plan, self.leaks, self.moments = plan, _leak_watch(plan), {}
         self.bytes, self.bytes_elsewhere = dict.fromkeys(self.bytes, 0), 0
-        self.logit_bytes = self.quantized_share = None
+        self.logit_bytes = self.quantized_share = self.kernels = None
+        self.fused_loss = self.unmasked = False
         if self.steps and self.steps[-1].step <= plan.start:
             self.recomputed = None
 

@@ -127,7 +127,7 @@ def _load(recorder: Recorder, run: Run, offload: Offload | None) -> Any:
     if offload:
         recorder.bytes_elsewhere = offload.bytes_elsewhere + look_up_on_host(model, offload.device)
     recorder.unmasked = needs_no_mask(model)
-    if plan.model.device.kind == "cpu":
+    if plan.fewer_passes:
         join_adapters(model, offload.bring if offload else None)
     _divide_loss(model.get_base_model() if plan.lora else model, recorder)
     fuse(model, recorder)

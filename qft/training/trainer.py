@@ -80,7 +80,7 @@ class QftTrainer(StoppingTrainer):
         self.update.counts.append(torch.stack([inputs["attention_mask"].sum(), (inputs["labels"][:, 1:] >= 0).sum()]))
         self.update.padded_tokens += inputs["input_ids"].numel()
         self.recorder.largest_micro_batch = max(self.recorder.largest_micro_batch, inputs["input_ids"].numel())
-        with short_attention() if self.args.device.type == "cpu" else nullcontext(), one_row_each():
+        with short_attention() if self.recorder.plan.fewer_passes else nullcontext(), one_row_each():
             loss = super().training_step(model, inputs, num_items_in_batch)
         self.update.losses.append(loss)
         # The Trainer keeps a running sum, which one NaN would spoil for good; the watch below has seen it already.

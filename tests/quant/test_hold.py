@@ -131,3 +131,19 @@ def test_a_checkpoint_of_another_method_is_told_by_its_name() -> None:
     assert (scheme.layer, scheme.weight_bytes(8, 8), scheme.engine) == (None, None, None)
     assert scheme.facts() == {"scheme": "gptq", **config, "plugin": None}
     assert SCHEMES.keys() == {"none", "8bit", "4bit", "custom", "qat"}
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("shape", [(96, 80), (128, 48), (33, 100), (4, 64)])
+def test_a_row_need_be_no_whole_number_of_blocks(kind: str, shape: tuple[int, int]) -> None:
+    """bitsandbytes' own kernel for CPUs gives other values then, without a word."""
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    made = bnb.nn.Linear4bit(shape[1], shape[0], bias=False, quant_type=kind, compute_dtype=torch.float32)
+    made.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type=kind, compress_statistics=False).to("cpu")
+    state = made.weight.quant_state
+    codes = made.weight.data.flatten()
+    table = state.code[torch.stack([codes >> 4, codes & 15], 1).flatten().long()][: weight.numel()]
+    wanted = (table * state.absmax.repeat_interleave(64)[: weight.numel()]).reshape(shape)
+    assert torch.allclose(dequantized_weight(made), wanted, atol=1e-6)
+    inputs = torch.randn(3, shape[1], generator=torch.Generator().manual_seed(1))
+    assert torch.allclose(made(inputs), inputs @ wanted.T, atol=1e-4)

@@ -57,7 +57,7 @@ def extend(
     """Write x [rows, columns] into `out` [rows, more], unless it is what is there, and x N, for a `narrow` N [columns,
     rank], into the columns from border + at on, and into `inner` [rows, rank] too. Of the `fill` columns from border
     on, the others become 0, and the one numbered `one` 1."""
-    copies, rank = x.data_ptr() != out.data_ptr(), narrow.shape[1]
+    copies, rank = not _begins_with(out, x), narrow.shape[1]
     if not by_triton(x) or rank > WIDEST:
         _by_torch(x, out, narrow, border, at, fill, one, inner)
         return
@@ -81,7 +81,7 @@ def _by_torch(
 ) -> None:
     """The reference."""
     product = torch.mm(x, narrow)
-    if x.data_ptr() != out.data_ptr():
+    if not _begins_with(out, x):
         out[:, : x.shape[1]] = x
     out[:, border : border + fill] = 0
     out[:, border + at : border + at + narrow.shape[1]] = product
@@ -89,3 +89,9 @@ def _by_torch(
         out[:, border + one] = 1
     if inner is not None:
         inner.copy_(product)
+
+
+def _begins_with(out: torch.Tensor, x: torch.Tensor) -> bool:
+    """Whether x is what is there."""
+    same: bool = out.untyped_storage()._cdata == x.untyped_storage()._cdata
+    return same and out.storage_offset() == x.storage_offset()

@@ -83,7 +83,7 @@ def _matmul(x: Any, other: Any) -> Any:
     view: View = other.view_of
     if other.ndim == 2 and isinstance(view.chosen, int):
         rows = x.reshape(-1, x.shape[-1])
-        return product(rows, view, [(view.chosen, 0, len(rows))]).view(*x.shape[:-1], -1)
+        return product(rows, view, [(view.chosen, 0, len(rows))]).view(*x.shape[:-1], view.shape[-1])
     if x.ndim != 3 or other.ndim != 3 or len(x) != len(other):
         return NotImplemented
     rows, each = x.reshape(-1, x.shape[-1]), x.shape[1]
@@ -91,7 +91,7 @@ def _matmul(x: Any, other: Any) -> Any:
     ends = None
     if view.chosen is None:
         ends = torch.arange(each, len(rows) + 1, each, dtype=torch.int32, device=x.device) if each else None
-    return product(rows, view, groups, ends).view(*x.shape[:-1], -1)
+    return product(rows, view, groups, ends).view(*x.shape[:-1], view.shape[-1])
 
 
 def _grouped(x: torch.Tensor, other: Any, offs: Any = None, bias: Any = None, **_: Any) -> Any:

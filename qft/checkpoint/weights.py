@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from qft.checkpoint.conversion import Conversion, Group
 from qft.checkpoint.find import Checkpoint
 from qft.checkpoint.finite import require_finite
+from qft.checkpoint.quick_gguf import quick_gguf
 from qft.checkpoint.require import require_loaded
 from qft.checkpoint.stored import read_header
 from qft.errors import ModelError
@@ -26,9 +27,10 @@ def dequantized(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     if hasattr(transformers, "GgufConfig"):  # from 5.23 on, GGUF weights stay packed unless told otherwise
         arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model: PreTrainedModel
-    model, info = AutoModelForCausalLM.from_pretrained(
-        **arguments, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
-    )
+    with quick_gguf():
+        model, info = AutoModelForCausalLM.from_pretrained(
+            **arguments, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
     require_loaded(checkpoint, model, info)
     require_finite(checkpoint.path, model.named_parameters())
     return model

@@ -10,6 +10,7 @@ import bitsandbytes as bnb
 import torch
 from torch import nn
 
+import qft.quant.round_4bit  # noqa: F401 -- bitsandbytes rounds with it from here on
 from qft.quant.hold.base import Scheme
 from qft.quant.hold.prequantized import BNB_KEYS, skipped_layers
 from qft.quant.layer import LayerScheme

@@ -30,7 +30,7 @@ import torch
 import yaml
 
 from tests.support.disks import small_disk
-from tests.support.gguf import remember_files, save_package_model
+from tests.support.gguf import save_package_model
 from tests.support.models import byte_tokenizer, tiny_llama
 from tests.support.once import once
 from tests.support.plugins import SHIPPED
@@ -105,9 +105,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def package_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of the package model, dequantized to float32 by transformers, where its GGUF file is not the point."""
-    with pytest.MonkeyPatch.context() as patch:
-        remember_files(patch)
-        return once(tmp_path_factory, "package-model", save_package_model)
+    return once(tmp_path_factory, "package-model", save_package_model)
 
 
 @pytest.fixture(autouse=True)
@@ -122,13 +120,6 @@ def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     """How fast a model writes is measured over few tokens: no test asserts a time; and a gate compares as few."""
     monkeypatch.setattr("qft.commands.evaluate.SPEED_ANSWER", 2)
     monkeypatch.setattr("qft.export.gate.verify.NEW_TOKENS", 4)
-
-
-@pytest.fixture(autouse=True)
-def files_read_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The gguf package reads the 49,152 tokens of the package model in three seconds, each time."""
-    if request.node.get_closest_marker("real"):
-        remember_files(monkeypatch)
 
 
 @pytest.fixture

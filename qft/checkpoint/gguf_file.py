@@ -1,7 +1,6 @@
 """What transformers makes of a GGUF file beside its weights: each is read once, and then kept."""
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from qft.checkpoint.cache import companions, kept
+from qft.checkpoint.quick_gguf import quick_gguf
 from qft.files import write_json
 
 
@@ -16,7 +16,8 @@ def gguf_config(path: Path) -> PretrainedConfig:
     """The configuration. Raises what transformers does."""
 
     def read() -> PretrainedConfig:
-        config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+        with quick_gguf():
+            config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
         # transformers notes the packing of the file; the weights are dequantized when they are loaded.
         if hasattr(config, "quantization_config"):
             del config.quantization_config
@@ -39,7 +40,10 @@ def gguf_tokenizer(path: Path, config: PretrainedConfig) -> PreTrainedTokenizerB
         arguments = made["arguments"] | {"name_or_path": str(path.parent)}
         return getattr(transformers, made["class"])(tokenizer_file=str(folder / "tokenizer.json"), **arguments)
 
-    read = partial(_tokenizer_class(path, config).from_pretrained, str(path.parent), gguf_file=path.name)
+    def read() -> PreTrainedTokenizerBase:
+        with quick_gguf():
+            return _tokenizer_class(path, config).from_pretrained(str(path.parent), gguf_file=path.name)
+
     return kept(path, "tokenizer", read, _write_tokenizer, restore)
 
 

@@ -15,6 +15,7 @@ from qft.checkpoint.conversion import Conversion, Group
 from qft.checkpoint.find import Checkpoint
 from qft.checkpoint.finite import require_finite
 from qft.checkpoint.language import auto_class
+from qft.checkpoint.quick_gguf import quick_gguf
 from qft.checkpoint.require import require_loaded
 from qft.checkpoint.stored import read_header
 from qft.errors import ModelError
@@ -27,9 +28,10 @@ def dequantized(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     if hasattr(transformers, "GgufConfig"):  # from 5.23 on, GGUF weights stay packed unless told otherwise
         arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model: PreTrainedModel
-    model, info = auto_class(checkpoint.config).from_pretrained(
-        **arguments, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
-    )
+    with quick_gguf():
+        model, info = auto_class(checkpoint.config).from_pretrained(
+            **arguments, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
     require_loaded(checkpoint, model, info)
     require_finite(checkpoint.path, model.named_parameters())
     return model

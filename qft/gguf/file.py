@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from qft.checkpoint.quick_gguf import quick_gguf
 from qft.checkpoint.stored import stored_tensors
 from qft.checkpoint.weights import open_tensors
 from qft.disk import require_free_space
@@ -199,7 +200,8 @@ def _is_derived(name: str, config: Any) -> bool:
 def read_gguf(path: Path, config: Any) -> Callable[[str], torch.Tensor | None]:
     """A function from the name of a weight to its values, float32 in the order of Hugging Face; None if the file has no
     such weight. `config` is the model's."""
-    held = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    with quick_gguf():
+        held = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     arch, names = architecture(config), _names(config)
 
     def read(name: str) -> torch.Tensor | None:

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from qft.checkpoint import cache
 from qft.checkpoint.find import Checkpoint, find_checkpoint, load_tokenizer
+from qft.checkpoint.quick_gguf import quick_gguf
 from qft.checkpoint.weights import dequantized
 from qft.gguf.file import write_gguf
 from qft.recipe import load
@@ -53,11 +54,12 @@ def readings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Each file that the slow reader of transformers goes through."""
     found: list[str] = []
 
-    def reading(path: Any, *arguments: Any) -> Any:
-        found.append(Path(path).name)
-        return GGUFReader(path, *arguments)
+    class Reading(GGUFReader):  # type: ignore[misc]
+        def __init__(self, path: Any, *arguments: Any) -> None:
+            found.append(Path(path).name)
+            super().__init__(path, *arguments)
 
-    monkeypatch.setattr(gguf, "GGUFReader", reading)
+    monkeypatch.setattr(gguf, "GGUFReader", Reading)
     return found
 
 
@@ -125,8 +127,9 @@ def test_what_is_kept_is_what_is_read(
     monkeypatch.setenv("QFT_CACHE", "off")
     assert facts(*read(path)) == first == again
     source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
-    checkpoint = Checkpoint(str(path), path.parent, AutoConfig.from_pretrained(**source), gguf_file=path.name)
-    theirs = facts(checkpoint, AutoTokenizer.from_pretrained(**source))
+    with quick_gguf():
+        config, tokenizer = (kind.from_pretrained(**source) for kind in (AutoConfig, AutoTokenizer))
+    theirs = facts(Checkpoint(str(path), path.parent, config, gguf_file=path.name), tokenizer)
     theirs["config"][1].pop("quantization_config", None)
     assert first | {"arguments": None} == theirs | {"arguments": None}
 

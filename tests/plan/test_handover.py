@@ -51,7 +51,7 @@ def write_recipe(folder: Path, model: Any, tokenizer: Any = None, **sections: An
     model.save_pretrained(folder / "base")
     (tokenizer or byte_tokenizer()).save_pretrained(folder / "base")
     rows = [{"messages": [{"role": "system", "content": "be brief"}, *chat(f"say {i}", f"{i * 7}")["messages"]]}
-            for i in range(40)]  # fmt: skip
+            for i in range(10)]  # fmt: skip
     write_jsonl(folder / "rows.jsonl", rows)
     values = {
         "model": {"path": str(folder / "base"), "device": "cpu"},

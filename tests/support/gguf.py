@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from qft.checkpoint.quick_gguf import quick_gguf
 from tests.support.models import CHATML, package_model
 
 
@@ -51,37 +50,19 @@ def qwen(kind: str, **changes: Any) -> Any:
 
 
 def read_back(path: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(
-        path.parent,
-        gguf_file=path.name,
-        dtype=torch.float32,
-        quantization_config=transformers.GgufConfig(dequantize=True),
-    ).eval()
+    with quick_gguf():
+        return AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            gguf_file=path.name,
+            dtype=torch.float32,
+            quantization_config=transformers.GgufConfig(dequantize=True),
+        ).eval()
 
 
 def save_package_model(folder: Path) -> None:
     """The package model and its tokenizer, as transformers reads them of the GGUF file."""
     source = package_model()
-    model, tokenizer = read_back(source), AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    with quick_gguf():
+        model, tokenizer = read_back(source), AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     model.config.architectures = ["LlamaForCausalLM"]
     saved(model, folder, tokenizer)
-
-
-@functools.lru_cache(maxsize=2)
-def _parsed(path: Path, *_: int) -> Any:
-    from gguf.gguf_reader import GGUFReader
-
-    return GGUFReader(path)
-
-
-def remember_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GGUF file that has not changed is parsed once, and the names of an architecture's tensors are made once."""
-    import gguf
-
-    def reader(path: str | Path, mode: str = "r") -> Any:
-        assert mode == "r"
-        found = Path(path).stat()
-        return _parsed(Path(path), found.st_ino, found.st_size, found.st_mtime_ns)
-
-    monkeypatch.setattr(gguf, "GGUFReader", reader)
-    monkeypatch.setattr(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map))

@@ -24,6 +24,7 @@ from qft.training.trainer import QftTrainer
 RecipeFile = Callable[..., Path]
 MIB = 2**20
 STEPS = 12
+SHORT = {"max_steps": STEPS, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "report_to": []}
 
 
 class Node:
@@ -88,7 +89,7 @@ def leak_of(path: Path, view: View) -> Leak | None:
 def test_a_planted_leak_is_found_and_named(
     leak: Callable[[Keeper, Step], None], suspect: str, where: str, recipe_file: RecipeFile
 ) -> None:
-    found = leak_of(recipe_file(train={"max_steps": STEPS}), Keeper(leak))
+    found = leak_of(recipe_file(train=SHORT), Keeper(leak))
     assert found is not None
     assert (found.suspect, where in found.evidence) == (suspect, True), found
     assert found.bytes_per_100_steps == pytest.approx(100 * MIB, rel=0.05)
@@ -107,7 +108,7 @@ def test_a_retained_graph_is_found(summed: bool, recipe_file: RecipeFile, monkey
         return loss
 
     monkeypatch.setattr(QftTrainer, "compute_loss", compute_loss)
-    found = leak_of(recipe_file(train={"max_steps": STEPS}), keeper)
+    found = leak_of(recipe_file(train=SHORT), keeper)
     assert found is not None
     assert found.suspect == "retained graph"
     assert "loss.detach()" in found.evidence
@@ -124,14 +125,14 @@ def test_a_run_that_keeps_nothing_is_silent(recipe_file: RecipeFile, monkeypatch
     monkeypatch.setattr(leaks, "take_census", noted)
     heaps = iter(range(2**30, 2**40, 2**30))
     monkeypatch.setattr(leaks, "heap_in_use", lambda: next(heaps))  # so that it looks
-    settings = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": 3}
+    settings = SHORT | {"save_strategy": "steps", "save_steps": 3}
     assert leak_of(recipe_file(train=settings), Keeper(nothing)) is None
     assert looks == [4, 6, STEPS]
 
 
 def test_the_threshold_is_the_recipes(recipe_file: RecipeFile) -> None:
     for threshold, is_found in (("90MiB", True), ("110MiB", False), (None, False)):
-        path = recipe_file(train={"max_steps": STEPS}, memory={"leak_threshold": threshold})
+        path = recipe_file(train=SHORT, memory={"leak_threshold": threshold})
         report = train(load(path, ["output_dir=" + str(path.parent / str(threshold))]), Keeper(keep_tensors))
         assert (report.memory.leak is not None) is is_found
         assert report.memory.growing is is_found

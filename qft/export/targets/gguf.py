@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from qft.checkpoint.quick_gguf import quick_gguf
 from qft.export.job import Job
 from qft.export.targets.base import QUESTION, Exporter, Facts, Read, rendered
 from qft.export.targets.merged import Merged, merged_folder
@@ -56,10 +57,12 @@ class Gguf(Exporter):
         """As llama.cpp sees the file: its tokens, where it stops, and the chat template that it carries."""
         import gguf
 
+        with quick_gguf():
+            names = {tensor.name for tensor in gguf.GGUFReader(_file(folder)).tensors}
         bos, asked = job.plan.tokenizer.bos_token_id, model.tokenize(QUESTION[0]["content"])
         ends, stops = end_tokens(generation_config(job.plan)), set(model.stops)
         return {
-            "tied_embeddings": all(t.name != "output.weight" for t in gguf.GGUFReader(_file(folder)).tensors),
+            "tied_embeddings": "output.weight" not in names,
             "embedding_rows": model.config.vocab_size,
             "vocabulary_size": model.vocabulary_size,
             "added_tokens": dict(sorted(model.added_tokens.items())),

@@ -10,6 +10,7 @@ import bitsandbytes as bnb
 import torch
 from torch import nn
 
+import qft.quant.round_4bit  # noqa: F401 -- bitsandbytes rounds with it from here on
 from qft.quant.blocks_on_cpu import mend_dequantization
 from qft.quant.hold.base import Scheme
 from qft.quant.hold.codes import Codes

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from qft.kernels.buffers import bordered_empty, rows_of, with_border
@@ -35,6 +36,8 @@ def in_dtype(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tens
     """a b, not rounded on the way to `dtype`."""
     if dtype == a.dtype:
         return torch.mm(a, b)
+    if isinstance(a, FakeTensor):  # which stands for one on a GPU
+        return a.new_empty(len(a), b.shape[1], dtype=dtype)
     if a.is_cuda and dtype == torch.float32:
         return torch.mm(a, b, out_dtype=dtype)
     return torch.mm(a.to(dtype), b.to(dtype))

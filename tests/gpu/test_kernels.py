@@ -235,7 +235,10 @@ def test_models_are_as_exact_fused_as_they_are_plain(kind: str, checkpointed: bo
     ids = torch.arange(66, device="cuda").view(2, 33)
     exactly, plain = gradients(in_float32(model), ids), gradients(model, ids, BF16)
     applied = fused(model, BF16)
-    assert applied.fused["linear layers"] >= 8, applied.plain
+    if kind in ("gpt_neox", "phi"):  # whose layer norms give float32 under autocast, and linear layers 16 bits
+        assert all("it mixes" in reason for reason in applied.plain)
+    else:
+        assert applied.fused["linear layers"] >= 8, applied.plain
     found = gradients(model, ids, BF16)
     assert found.keys() == plain.keys() == exactly.keys()
     errors = [

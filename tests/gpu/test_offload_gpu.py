@@ -81,7 +81,9 @@ def test_far_less_is_allocated_while_loading_and_training(
 
 
 def test_a_run_comes_to_the_same_loss_and_less_memory(base: Path, recipe_file: RecipeFile, chat_file: Path) -> None:
-    asked = sections("nf4", base, gradient_checkpointing=True, full_determinism=True, max_steps=4)
+    # Weights that come and go are multiplied by their own code, and kernels of the same sums round otherwise.
+    plain = {"full_determinism": True, "kernels": "plain"}
+    asked = sections("nf4", base, gradient_checkpointing=True, max_steps=4, **plain)
     asked |= {"data": {"eval": str(chat_file)}, "eval": {"metrics": ["exact_match"], "max_new_tokens": 4, "samples": 2}}
     reports = []
     for offload in ("none", "cpu", "disk"):

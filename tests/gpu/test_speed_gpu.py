@@ -64,6 +64,7 @@ def test_errors_are_no_larger_than_those_of_the_plain_path(model: Any) -> None:
     assert (fused - exact).norm() <= 1.2 * (plain - exact).norm()
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_a_step_of_padded_rows_waits_for_nothing(model: Any) -> None:
     assert needs_no_mask(model)
     assert fuse_loss(model, 2**26)

@@ -38,6 +38,7 @@ def test_gradients_are_the_same_and_the_device_holds_less(monkeypatch: pytest.Mo
             torch.cuda.reset_peak_memory_stats()
             last = gradients(model, ids)
         peaks.append(torch.cuda.max_memory_allocated())
-        found.append(last)
+        found.append({name: tensor.cpu() for name, tensor in last.items()})
+        del last, model
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
     assert peaks[1] <= peaks[0] - 2 * ids.numel() * 64 * 4

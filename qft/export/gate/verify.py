@@ -193,12 +193,13 @@ def _reader(model: nn.Module) -> Read:
 def _rounded_weights(job: Job, scheme: Qat, read: Read) -> GateCheck:
     """How many weights of the artifact are not, to the bit, what those as trained are rounded to."""
     known, different = scheme.roundings(job.weights.model), 0
+    # bitsandbytes rounds the scales of nf4 on a GPU in another order than on a CPU; all others are the same there.
+    there = job.plan.device.kind if scheme.target.layer and scheme.target.layer.data_type == "nf4" else "cpu"
     for tensors in job.weights.groups():
         roundings = scheme.settled(known, tensors, job.learnt.scales if job.learnt else {})
         for name, merged in tensors.items():
             rounding, given = roundings.get(name.removesuffix(".weight")), read(name)
-            # Where it was trained: bitsandbytes rounds the scales of nf4 on a GPU in another order than on a CPU.
-            wanted = rounding(merged.to(job.plan.device.kind)).values.cpu() if rounding else merged
+            wanted = rounding(merged.to(there)).values.cpu() if rounding else merged
             if given is not None and name in job.weights.beside:
                 wanted = wanted.to(given.dtype)  # of its files, or of a loaded model
             different += wanted.numel() if given is None else int((given.float() != wanted.float()).sum())

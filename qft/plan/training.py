@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import TrainingArguments
 
 from qft.checkpoint.skeleton import find_blocks
 from qft.data.prepare import Prepared, prepare
@@ -21,6 +20,7 @@ from qft.documents.plan import AdapterArguments, DataPart, PlanDocument, Planned
 from qft.machine.device import Device
 from qft.machine.environment import allocator_settings
 from qft.memory.fit import Way
+from qft.plan.arguments import lora_arguments, mixed_dtype, training_arguments
 from qft.plan.experts import balance_problems
 from qft.plan.kernels import kernel_problems, planned_kernels
 from qft.plan.limits import answer_problems, require_known_tokens, require_special_tokens
@@ -122,7 +122,7 @@ class Plan:
     @property
     def mixed(self) -> torch.dtype | None:
         """Of autocast; None: there is none."""
-        return _mixed(self.model.recipe, self.model.device)
+        return mixed_dtype(self.model.recipe, self.model.device)
 
     @cached_property
     def memory(self) -> PlannedMemory:
@@ -211,7 +211,7 @@ def _plan(loaded: LoadedRecipe, device: Device, data: Prepared | None) -> Plan:
     data = data or _rows(model)
     loaded, optimizer = with_optimizer(_forecast(model, lora, data))
     model, found = _fitted(dataclasses.replace(model, loaded=loaded), lora, data)
-    plan = Plan(model, lora, _training_arguments(model.recipe, device), data, found, optimizer)
+    plan = Plan(model, lora, training_arguments(model.recipe, device), data, found, optimizer)
     refuse(loaded, [*_step_problems(plan), *kernel_problems(plan.recipe, plan.kernels)])
     return plan
 
@@ -234,7 +234,7 @@ def _rows(model: ModelPlan) -> Prepared:
 def plan_adapter(loaded: LoadedRecipe, device: Device | None = None) -> tuple[ModelPlan, dict[str, Any] | None]:
     """The model of a training, and the arguments of its adapter, None without one: all that it plans without looking at
     data. Raises as `plan_model`."""
-    lora = _lora_arguments(loaded.recipe) if loaded.recipe.adapter.kind == "lora" else None
+    lora = lora_arguments(loaded.recipe) if loaded.recipe.adapter.kind == "lora" else None
     model = plan_model(loaded, lora, device=device)
     lora = lora and lora | {"exclude_modules": model.unadapted}
     return model, model.experts.arguments(lora) if lora and model.experts else lora
@@ -253,7 +253,7 @@ def _fitted(model: ModelPlan, lora: dict[str, Any] | None, data: Prepared) -> tu
 
 
 def _forecast(model: ModelPlan, lora: dict[str, Any] | None, data: Prepared) -> Forecast:
-    mixed = _mixed(model.recipe, model.device)
+    mixed = mixed_dtype(model.recipe, model.device)
     planned = planned_kernels(model, mixed=mixed is not None)
     return Forecast(model, lora, data, mixed, tuple(kind for kind, reason in planned.items() if reason is None))
 
@@ -330,61 +330,3 @@ def _process_problems(recipe: Recipe) -> Iterator[Problem]:
     ):
         if asked > most:
             yield field, f"{asked} processes at once are more than this machine is for; give {most} or fewer"
-
-
-OWN_ADAPTER = {"kind", "target_experts", "target_towers"}
-
-
-def _lora_arguments(recipe: Recipe) -> dict[str, Any]:
-    adapter = recipe.adapter
-    arguments: dict[str, Any] = {n: list(v) if isinstance(v, tuple) else v for n, v in adapter if n not in OWN_ADAPTER}
-    # loftq starts from the error of our own quantization, so model/adapter.py sets it once the weights are there.
-    known = {"default": True, "loftq": True}
-    arguments["init_lora_weights"] = known.get(adapter.init_lora_weights, adapter.init_lora_weights)
-    arguments["modules_to_save"] = list(adapter.modules_to_save) or None
-    return arguments | {"task_type": "CAUSAL_LM"}
-
-
-# Fields of `train` that are qft's own, or that it hands over in another form.
-OWN_FIELDS = {"early_stopping_patience", "on_nonfinite", "gradient_checkpointing", "report_to", "bf16", "tf32"}
-OWN_FIELDS |= {"save_on_signal", "chunked_loss", "stages", "kernels", "router_aux_loss_coef"}
-
-
-def _training_arguments(recipe: Recipe, device: Device) -> dict[str, Any]:
-    train = recipe.train
-    arguments = {name: value for name, value in train if name not in OWN_FIELDS}
-    arguments |= {
-        "bf16": _mixed_bf16(recipe, device),
-        "tf32": device.tf32 if train.tf32 == "auto" else train.tf32,
-        "seed": recipe.seed,
-        "use_cpu": device.kind == "cpu",
-        "dataloader_pin_memory": device.kind == "cuda" and train.dataloader_pin_memory is not False,
-        # TensorBoard's events belong in the run folder, which only its own callback can be told.
-        "report_to": [name for name in train.report_to if name != "tensorboard"],
-        "disable_tqdm": True,
-        "remove_unused_columns": False,
-        "logging_nan_inf_filter": False,
-        "prediction_loss_only": True,
-        "label_names": ["labels"],
-    }
-    if not device.tf32 and arguments["tf32"] is False:
-        arguments["tf32"] = None  # False is an error to transformers where there is nothing to turn off
-    if train.load_best_model_at_end:
-        arguments |= {"metric_for_best_model": "eval_loss", "greater_is_better": False}
-    # transformers renamed gradient checkpointing; the recipe keeps the name that people know.
-    known = {field.name for field in dataclasses.fields(TrainingArguments)}
-    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
-    arguments[name] = train.gradient_checkpointing
-    if train.gradient_checkpointing:
-        arguments[f"{name}_kwargs"] = {"use_reentrant": False}
-    return arguments
-
-
-def _mixed(recipe: Recipe, device: Device) -> torch.dtype | None:
-    return torch.bfloat16 if _mixed_bf16(recipe, device) else torch.float16 if recipe.train.fp16 else None
-
-
-def _mixed_bf16(recipe: Recipe, device: Device) -> bool:
-    if recipe.train.bf16 != "auto":
-        return recipe.train.bf16
-    return device.bf16 and not (recipe.train.fp16 or "float32" in (recipe.quant.compute_dtype, recipe.model.dtype))

@@ -382,10 +382,10 @@ def test_what_cannot_be_done_is_refused_with_one_message(run: Path, tiny_model: 
     assert refusal(cut, "merged").exit_code == 7
     (cut / "manifest.json").write_text(json.dumps(manifest))
     config = json.loads((cut / "adapter" / "adapter_config.json").read_text())
-    (cut / "adapter" / "adapter_config.json").write_text(json.dumps(config | {"alpha_pattern": {"q_proj": 3}}))
+    (cut / "adapter" / "adapter_config.json").write_text(json.dumps(config | {"use_qalora": True}))
     assert "adapter_config.json: is not what was written" in str(refusal(cut, "merged"))
     accept(cut)
-    assert "alpha_pattern" in str(refusal(cut, "merged"))
+    assert "use_qalora" in str(refusal(cut, "merged"))
     unquantized = trained(tmp_path, tiny_model, quant=None, train={"max_steps": 1})
     assert "--merge-into" in str(refusal(unquantized, "merged", merge_into="original"))
 

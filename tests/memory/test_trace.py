@@ -75,7 +75,9 @@ def test_a_step_without_contents_takes_what_a_real_one_does(kind: str, step: Ste
     # On a CPU, the library multiplies experts as one in 16 bits alone.
     asked = work(mixed=torch.bfloat16 if kind == "mixtral" else None, held_out=BATCH if step == ONCE else None)
     layers = 3 if kind == "gemma3_text" else 2  # of both kinds
-    assert totals(of(kind, asked, step, layers)) == totals(of(kind, asked, step, layers, real=True))
+    real = totals(of(kind, asked, step, layers, real=True))
+    # How many rows an expert is given, numbers say; without any, each is given as many.
+    assert totals(of(kind, asked, step, layers)) == pytest.approx(real, rel=0.03 if kind == "mixtral" else 0, abs=0)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +139,7 @@ def test_few_blocks_tell_of_many(kind: str, step: Step, on_gpu: bool) -> None:
     asked = work(on_gpu=on_gpu, mixed=torch.bfloat16, held_out=BATCH if kind == "llama" else None)
     whole = totals(of(kind, asked, step, layers))
     found = trace(lambda: skeleton(kind, layers, torch.bfloat16), layers, asked, step)
-    assert totals(found) == pytest.approx({part: size for part, size in whole.items() if part != MIDDLE}, abs=512)
+    assert totals(found) == pytest.approx({part: size for part, size in whole.items() if part != MIDDLE}, abs=2048)
     assert whole[MIDDLE] <= max(size for part, size in whole.items() if part != MIDDLE)
 
 

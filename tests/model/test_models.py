@@ -245,8 +245,10 @@ def test_what_the_recipe_has_done_is_no_remedy(recipe_file: RecipeFile) -> None:
     assert remedies(train=small, quant=once) == ["quant.double_quant", "data.max_length"]
     assert remedies(train=small, quant={"mode": "8bit", "preset": ...}) == ["quant.mode", "data.max_length"]
     whole = {"quant": None, "adapter": {"kind": "none", "r": ...}}
-    assert remedies(train=small, **whole) == ["adapter.kind", "train.optim", "data.max_length"]
-    assert "train.optim" not in remedies(train={"optim": "adamw_8bit"}, **whole)
+    wide = small | {"optim": "adamw_torch"}
+    assert remedies(train=wide, **whole) == ["adapter.kind", "train.optim", "data.max_length"]
+    for optim in ("adamw_8bit", "auto"):  # which comes to it where it must
+        assert "train.optim" not in remedies(train={"optim": optim}, **whole)
     recipe = load(recipe_file()).recipe
     assert not list(smaller_base(recipe, find_scheme(recipe.quant, {}, "float32", ())))
     # A checkpoint that comes quantized cannot be held in 4 bits by the recipe.

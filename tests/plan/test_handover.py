@@ -82,7 +82,7 @@ RUNS: dict[str, tuple[Callable[[], Any], dict[str, Any], set[str]]] = {
         {},
         {"bnb-4bit", "bnb-8bit", "compressed-tensors", "torchao", *GGUF},
     ),
-    "Conv1D": (gpt2, {}, {"bnb-4bit", "bnb-8bit", "compressed-tensors", *GGUF}),
+    "Conv1D": (gpt2, {}, {"bnb-4bit", "bnb-8bit", "compressed-tensors", "torchao", *GGUF}),
     "all weights of Conv1D": (
         gpt2,
         {"adapter": {"kind": "none"}},

@@ -172,8 +172,7 @@ def test_a_disk_that_fails_while_a_model_is_read_is_not_the_models_fault(
     def refuse(*_: Any, **__: Any) -> None:
         raise error from (None if getattr(error, "errno", 1) else OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)))
 
-    place = "qft.model.load" if door == "AutoModelForCausalLM" else "qft.checkpoint.find"
-    monkeypatch.setattr(f"{place}.{door}.from_pretrained", refuse)
+    monkeypatch.setattr(f"transformers.{door}.from_pretrained", refuse)
     with pytest.raises(RunError, match=told) as caught:
         run(recipe_file())
     assert caught.value.exit_code == 7

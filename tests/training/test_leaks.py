@@ -108,7 +108,7 @@ def test_a_retained_graph_is_found(summed: bool, recipe_file: RecipeFile, monkey
         return loss
 
     monkeypatch.setattr(QftTrainer, "compute_loss", compute_loss)
-    found = leak_of(recipe_file(train=SHORT), keeper)
+    found = leak_of(recipe_file(train=SHORT, memory={"leak_threshold": "1MiB"}), keeper)
     assert found is not None
     assert found.suspect == "retained graph"
     assert "loss.detach()" in found.evidence

@@ -60,12 +60,12 @@ def test_check_shows_each_and_what_the_largest_takes(path: Path) -> None:
 
 def test_memory_is_made_to_fit_in_each(recipe_file: RecipeFile, tmp_path: Path) -> None:
     """What `auto` comes to is each stage's own, and stands in the recipe that the run keeps."""
-    tiny_llama(num_hidden_layers=6, hidden_size=256, intermediate_size=1024).save_pretrained(tmp_path / "large")
+    tiny_llama(hidden_size=128, intermediate_size=1024).save_pretrained(tmp_path / "large")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         source = Path(load(recipe_file()).recipe.model.path) / name
         if source.exists():
             (tmp_path / "large" / name).write_bytes(source.read_bytes())
-    train = {"max_steps": 1, "per_device_train_batch_size": "auto", "gradient_accumulation_steps": 8}
+    train = {"max_steps": 1, "per_device_train_batch_size": "auto", "gradient_accumulation_steps": 2}
     stages = [{"quant.mode": "none"}, {"quant.mode": "4bit"}]
     sections: dict[str, Any] = {"quant": None, "model": {"path": str(tmp_path / "large")}}
     sections["train"] = train | {"stages": stages}
@@ -74,7 +74,7 @@ def test_memory_is_made_to_fit_in_each(recipe_file: RecipeFile, tmp_path: Path) 
     tight = make_plan(load(recipe_file(**sections, memory={"budget": sum(peaks) // 2})))
     rows = [stage.recipe.train.micro_batch for stage in tight.stages]
     assert rows[0] < rows[1]
-    assert [stage.recipe.train.step_rows for stage in tight.stages] == [8, 8]
+    assert [stage.recipe.train.step_rows for stage in tight.stages] == [2, 2]
     written = [dict(pairs) for pairs in tight.recipe.train.stages]
     assert written[0]["per_device_train_batch_size"] == rows[0]
     assert tight.recipe.train.per_device_train_batch_size == rows[1]

@@ -1,7 +1,7 @@
 """Kernels on this GPU: each beside what it takes the place of, and a whole training step of an 8B shape, profiled.
 
-python benchmarks/kernels.py micro
-python benchmarks/kernels.py step [--layers 32] [--batch 4] [--length 2048] [--checkpointing] [--plain] [--profile]
+python benchmarks/step.py micro
+python benchmarks/step.py step [--layers 32] [--batch 4] [--length 2048] [--checkpointing] [--plain] [--profile]
 """
 
 from __future__ import annotations

@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,9 @@ ARMS: dict[str, dict[str, Any]] = {
     "8bit": {"quant": {"mode": "8bit"}},
     "beside": {"model": {"dtype": "bfloat16"}},
 }
+
+PLAIN = {"tokens_per_second": "tokens_per_second", "peak_gib": "peak_gpu_gib", "loss": "loss"}
+"""What is told of plain training, by what modes.py calls it."""
 
 
 def main() -> None:
@@ -110,32 +112,9 @@ def run_arm(arm: str, folder: Path, options: argparse.Namespace) -> dict[str, An
 
 def plain(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """What one would write without qft."""
-    import torch
-    from datasets import Dataset
     from peft import LoraConfig, get_peft_model
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoTokenizer,
-        BitsAndBytesConfig,
-        Trainer,
-        TrainerCallback,
-        TrainingArguments,
-    )
 
-    on_gpu = torch.cuda.is_available()
-    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    lines = (folder / "rows.jsonl").read_text().splitlines()
-    ids = [[*tokenizer(json.loads(line)["text"]).input_ids, tokenizer.eos_token_id] for line in lines]
-    rows = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * len(i) for i in ids], "labels": ids})
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
-    model = AutoModelForCausalLM.from_pretrained(
-        folder / "model", dtype=torch.bfloat16, device_map={"": 0 if on_gpu else "cpu"}, quantization_config=config
-    )
+    model = modes.in_4_bits(folder)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.enable_input_require_grads()
     lora = LoraConfig(
@@ -145,38 +124,8 @@ def plain(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
         task_type="CAUSAL_LM",
     )
-    model = get_peft_model(model, lora)
-    times: list[float] = []
-
-    class Clock(TrainerCallback):  # type: ignore[misc]
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if on_gpu:
-                torch.cuda.synchronize()
-                if state.global_step == 1:
-                    torch.cuda.reset_peak_memory_stats()
-            times.append(time.perf_counter())
-
-    arguments = TrainingArguments(
-        output_dir=str(folder / "plain"),
-        per_device_train_batch_size=options.batch,
-        max_steps=options.steps,
-        optim="adamw_8bit",
-        learning_rate=2e-4,
-        bf16=True,
-        use_cpu=not on_gpu,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        logging_steps=1000,
-    )
-    trainer = Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[Clock()])
-    loss = trainer.train().training_loss
-    seconds = sorted(b - a for a, b in pairwise(times))
-    return {
-        "tokens_per_second": options.batch * options.length * len(seconds) / sum(seconds),
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0,
-        "loss": loss,
-    }
+    found = modes.timed(get_peft_model(model, lora), folder, options)
+    return {name: found[own] for name, own in PLAIN.items()}
 
 
 if __name__ == "__main__":

@@ -173,50 +173,74 @@ def run_arm(arm: str, folder: Path, options: argparse.Namespace) -> dict[str, An
 
 def plain(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """What one would write without qft."""
-    import torch
-    from datasets import Dataset
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoTokenizer,
-        BitsAndBytesConfig,
-        Trainer,
-        TrainerCallback,
-        TrainingArguments,
-    )
 
-    on_gpu = torch.cuda.is_available()
-    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    lines = (folder / "rows.jsonl").read_text().splitlines()
-    ids = [[*tokenizer(json.loads(line)["text"]).input_ids, tokenizer.eos_token_id] for line in lines]
-    rows = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * len(i) for i in ids], "labels": ids})
-    config = BitsAndBytesConfig(
+    model = prepare_model_for_kbit_training(
+        in_4_bits(folder),
+        use_gradient_checkpointing=options.checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+    )
+    lora = LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    return timed(get_peft_model(model, lora), folder, options)
+
+
+def four_bits() -> Any:
+    """nf4 with double quantization, as transformers is told of it."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
-    model = AutoModelForCausalLM.from_pretrained(
-        folder / "model", dtype=torch.bfloat16, device_map={"": 0 if on_gpu else "cpu"}, quantization_config=config
-    )
-    model = prepare_model_for_kbit_training(
-        model,
-        use_gradient_checkpointing=options.checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
-    )
-    lora = LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(model, lora)
 
-    times: list[float] = []
+
+def in_4_bits(folder: Path) -> Any:
+    """FOLDER/model in nf4, quantized while it is loaded unless its files are."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    quantized = "quantization_config" in json.loads((folder / "model" / "config.json").read_text())
+    told = {} if quantized else {"quantization_config": four_bits()}
+    device: Any = 0 if torch.cuda.is_available() else "cpu"
+    return AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.bfloat16, device_map={"": device}, **told)
+
+
+def token_ids(folder: Path) -> list[list[int]]:
+    """FOLDER/rows.jsonl as tokens."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    lines = (folder / "rows.jsonl").read_text().splitlines()
+    return [[*tokenizer(json.loads(line)["text"]).input_ids, tokenizer.eos_token_id] for line in lines]
+
+
+def clock(times: list[float], warm: int) -> Any:
+    """A Trainer's callback that notes the time behind each step, and forgets the peak of memory behind step `warm`."""
+    import torch
+    from transformers import TrainerCallback
 
     class Clock(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if on_gpu:
+            if torch.cuda.is_available():
                 torch.cuda.synchronize()
-                if state.global_step == 1:
+                if state.global_step == warm:
                     torch.cuda.reset_peak_memory_stats()
             times.append(time.perf_counter())
 
+    return Clock()
+
+
+def timed(model: Any, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """The training of a model with its adapters by the plain Trainer."""
+    import torch
+    from datasets import Dataset
+    from transformers import Trainer, TrainingArguments
+
+    on_gpu, ids, times = torch.cuda.is_available(), token_ids(folder), list[float]()
+    rows = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * len(i) for i in ids], "labels": ids})
     arguments = TrainingArguments(
         output_dir=str(folder / "plain"),
         per_device_train_batch_size=options.batch,
@@ -230,7 +254,7 @@ def plain(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         disable_tqdm=True,
         logging_steps=1000,
     )
-    trainer = Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[Clock()])
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[clock(times, 1)])
     loss = trainer.train().training_loss
     seconds = sorted(b - a for a, b in pairwise(times))
     return {

@@ -22,7 +22,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -99,8 +98,7 @@ def spread(values: list[float], digits: int) -> str:
 
 
 def make(folder: Path, options: argparse.Namespace) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+    from transformers import AutoTokenizer
 
     if options.size == "quickstart":
         make_quickstart(folder, options)
@@ -108,23 +106,13 @@ def make(folder: Path, options: argparse.Namespace) -> None:
     size, rows, length = SHAPES[options.size]
     asked = argparse.Namespace(size=size, batch=rows, length=length, steps=options.steps + WARM)
     modes.make_inputs(folder, asked)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    quantized = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    model = AutoModelForCausalLM.from_pretrained(
-        folder / "model", dtype=torch.bfloat16, device_map={"": device}, quantization_config=quantized
-    )
+    model = modes.in_4_bits(folder)
     for file in (folder / "model").iterdir():
         file.unlink()
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    lines = (folder / "rows.jsonl").read_text().splitlines()
-    ids = [[*tokenizer(json.loads(line)["text"]).input_ids, tokenizer.eos_token_id] for line in lines]
+    ids = modes.token_ids(folder)
     (folder / "ids.json").write_text(json.dumps({"rows": rows, "input_ids": ids, "labels": ids}))
 
 
@@ -163,7 +151,6 @@ def run(arm: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 def recipe(folder: Path, options: argparse.Namespace) -> Path:
     from qft.recipe import load
-    from qft.recipe.training import TrainSection
 
     if options.size == "quickstart":
         values = load(ROOT / "recipes" / "quickstart.yaml").recipe.model_dump(exclude_unset=True, mode="json")
@@ -188,8 +175,7 @@ def recipe(folder: Path, options: argparse.Namespace) -> Path:
     if options.budget:
         values["train"]["gradient_checkpointing"] = "auto"
         values["memory"] = {"budget": f"{options.budget}GiB"}
-    if "kernels" in TrainSection.model_fields:
-        values["train"]["kernels"] = "auto"
+    values["train"]["kernels"] = "auto"
     values["output_dir"] = str(folder / "qft")
     path = folder / "qft.yaml"
     path.write_text(json.dumps(values))
@@ -213,18 +199,10 @@ def peer(arm: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     model = ARMS[arm](folder, options)
     import torch
     from datasets import Dataset
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers import Trainer, TrainingArguments
 
     on_gpu, given = torch.cuda.is_available(), json.loads((folder / "ids.json").read_text())
     times: list[float] = []
-
-    class Clock(TrainerCallback):  # type: ignore[misc]
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if on_gpu:
-                torch.cuda.synchronize()
-                if state.global_step == 2:
-                    torch.cuda.reset_peak_memory_stats()
-            times.append(time.perf_counter())
 
     class InOrder(Trainer):  # type: ignore[misc]
         def _get_train_sampler(self, *_: Any, **__: Any) -> Any:
@@ -246,7 +224,9 @@ def peer(arm: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         remove_unused_columns=False,
     )
     rows = Dataset.from_dict({name: given[name] for name in ("input_ids", "labels")})
-    trainer = InOrder(model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[Clock()])
+    trainer = InOrder(
+        model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[modes.clock(times, 2)]
+    )
     loss = trainer.train().training_loss
     seconds = sorted(b - a for a, b in pairwise(times[WARM - 1 :]))
     tokens = sum(map(len, given["input_ids"]))
@@ -276,23 +256,6 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def base(folder: Path) -> Any:
-    import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    config = json.loads((folder / "model" / "config.json").read_text())
-    quantized = {} if "quantization_config" in config else {
-        "quantization_config": BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )
-    }  # fmt: skip
-    device = 0 if torch.cuda.is_available() else "cpu"
-    return AutoModelForCausalLM.from_pretrained(
-        folder / "model", dtype=torch.bfloat16, device_map={"": device}, **quantized
-    )
-
-
 def with_lora(model: Any) -> Any:
     from peft import LoraConfig, get_peft_model
 
@@ -305,7 +268,7 @@ def plain(folder: Path, options: argparse.Namespace) -> Any:
 
     again = {"use_gradient_checkpointing": options.checkpointing}
     model = prepare_model_for_kbit_training(
-        base(folder), **again, gradient_checkpointing_kwargs={"use_reentrant": False}
+        modes.in_4_bits(folder), **again, gradient_checkpointing_kwargs={"use_reentrant": False}
     )
     return with_lora(model)
 
@@ -313,7 +276,7 @@ def plain(folder: Path, options: argparse.Namespace) -> Any:
 def liger(folder: Path, options: argparse.Namespace) -> Any:
     from liger_kernel.transformers import apply_liger_kernel_to_llama
 
-    model = base(folder)
+    model = modes.in_4_bits(folder)
     apply_liger_kernel_to_llama(model=model)
     if options.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -22,10 +22,10 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.utils import ModelOutput
 
+from qft.data.template import IGNORED
 from qft.memory.chunked_loss import decoded, has_parts, in_place_of, rows_at_once, vocabulary
 from qft.memory.softmax import Gradient, Tail, gradient_in_place
 
-IGNORED = -100
 WHOLE_TILES = 128
 """What a chunk's rows are a multiple of, if there are so many."""
 COUNTS = "learnt_tokens"

@@ -4,18 +4,17 @@ wrong scales where rows are no whole number of blocks (seen in 0.50): such a wei
 import math
 import warnings
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import bitsandbytes  # noqa: F401  # registers what is mended here
 import torch
+from torch.library import Library, get_kernel
 
 
-@cache
-def mend_dequantization() -> Any:
-    """For this process, once. Returns what holds it, None where bitsandbytes has no kernel of its own for a CPU."""
+def _mend() -> Any:
+    """For this process. Returns what holds it, None where bitsandbytes has no kernel of its own for a CPU."""
     try:
-        own = torch.library.get_kernel("bitsandbytes::dequantize_4bit", "CPU")
+        own = get_kernel("bitsandbytes::dequantize_4bit", "CPU")
     except RuntimeError:
         return None
 
@@ -27,8 +26,12 @@ def mend_dequantization() -> Any:
         found: torch.Tensor = own.call_boxed(keys, codes, absmax, blocksize, kind, asked, dtype)
         return found if whole else found.reshape(shape)
 
-    library = torch.library.Library("bitsandbytes", "IMPL")  # type: ignore[no-untyped-call]
+    library = Library("bitsandbytes", "IMPL")  # type: ignore[no-untyped-call]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it is replaced is meant
         library.impl("dequantize_4bit", dequantize, "CPU", with_keyset=True, allow_override=True)  # type: ignore[no-untyped-call]
     return library
+
+
+MENDED = _mend()
+"""Once it is gone, so is what it registered."""

@@ -8,10 +8,6 @@ from peft.utils.integrations import dequantize_bnb_weight
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from qft.quant.blocks_on_cpu import mend_dequantization
-
-mend_dequantization()
-
 
 def is_quantized(linear: nn.Module) -> bool:
     """Whether the layer is held by bitsandbytes or by a plugin, and so takes inputs of any dtype."""

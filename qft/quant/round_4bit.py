@@ -6,6 +6,7 @@ import functools
 
 import bitsandbytes as bnb
 import torch
+from torch.library import register_kernel
 
 CHUNK = 2**16
 """Weights compared at once: they and what is counted of them fit into a core's cache."""
@@ -51,4 +52,4 @@ def _bounds(quant_type: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 if not torch._C._dispatch_has_kernel_for_dispatch_key("bitsandbytes::quantize_4bit", "CPU"):
-    torch.library.register_kernel("bitsandbytes::quantize_4bit", "cpu")(round_4bit)
+    register_kernel("bitsandbytes::quantize_4bit", "cpu")(round_4bit)

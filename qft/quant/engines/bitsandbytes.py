@@ -12,11 +12,8 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
 
-from qft.quant.blocks_on_cpu import mend_dequantization
 from qft.quant.engines.base import Block, Engine, QuantizedLayer, Tensors, only_scheme
 from qft.quant.layer import LayerScheme, skip_entry
-
-mend_dequantization()
 
 
 class BitsAndBytes(Engine):

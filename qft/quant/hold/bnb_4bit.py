@@ -10,16 +10,12 @@ import bitsandbytes as bnb
 import torch
 from torch import nn
 
-import qft.quant.round_4bit  # noqa: F401 -- bitsandbytes rounds with it from here on
-from qft.quant.blocks_on_cpu import mend_dequantization
 from qft.quant.hold.base import Scheme
 from qft.quant.hold.codes import Codes
 from qft.quant.hold.prequantized import BNB_KEYS, skipped_layers
 from qft.quant.layer import LayerScheme
 from qft.quant.product import Store
 from qft.recipe.training import QuantSection
-
-mend_dequantization()
 
 BLOCK = 64
 """Weights that share a scale."""

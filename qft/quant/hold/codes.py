@@ -10,10 +10,7 @@ import torch
 from bitsandbytes import functional as bnb
 from torch._subclasses.fake_tensor import FakeTensor
 
-from qft.quant.blocks_on_cpu import mend_dequantization
 from qft.quant.grouped import Read
-
-mend_dequantization()
 
 BLOCK, NESTED_BLOCK = 64, 256
 """Weights that share a scale, and scales that share one themselves."""

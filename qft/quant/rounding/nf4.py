@@ -3,10 +3,7 @@
 import torch
 from bitsandbytes import functional
 
-from qft.quant.blocks_on_cpu import mend_dequantization
 from qft.quant.rounding.base import Rounded
-
-mend_dequantization()
 
 
 def nf4(weight: torch.Tensor) -> Rounded:

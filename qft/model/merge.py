@@ -191,6 +191,11 @@ class MergedWeights:
         """Modules whose weights training held in few bits."""
         return (self.scheme and self.scheme.holds(self.model)) or set()
 
+    @cached_property
+    def quantized_experts(self) -> set[str]:
+        """Parameters of experts that it held so."""
+        return self.scheme.holds_experts(self.model) if self.scheme else set()
+
     @property
     def folder_bytes(self) -> int:
         """What `write` needs: the weights, and 16 MiB that stand for everything else."""
@@ -237,7 +242,7 @@ class MergedWeights:
 
     def _merged_stack(self, name: str, value: torch.Tensor) -> torch.Tensor:
         """Of experts [experts, a, b]."""
-        held = self.scheme is not None and name in self.scheme.holds_experts(self.model)
+        held = self.scheme and name in self.quantized_experts
         store = self.scheme.stack(value.to(self.plan.device.kind)) if self.scheme and held else Whole(value)
         layer = self.stacks.get(name)
         delta = self.targets[layer].factors(self.adapter.deltas[layer]) if self.adapter and layer else None

@@ -18,6 +18,23 @@ class GateCheck(Part):
     passed: bool
 
 
+class Served(Part):
+    """The verdict of the engine that will serve the artifact, in an environment of its own."""
+
+    engine: str
+    version: str | None
+    """None: it did not come so far."""
+    base: str | None
+    """What an adapter was put on; None: the artifact is no adapter."""
+    likeliest: int
+    """The engine tells the log probabilities of so many tokens beside the taught one; in kl all others count as one, so
+    that it is a lower bound."""
+    seconds_to_start: float | None
+    generated_per_second: float | None
+    """Tokens, of all continuations at once."""
+    checks: list[GateCheck]
+
+
 class Gate(Part):
     """The verdict over an artifact."""
 
@@ -32,6 +49,15 @@ class Gate(Part):
     worst_weight: str | None = None
     """Where a comparison missed: the weight that is farthest from what it should be, with its signal-to-noise ratio."""
     checks: list[GateCheck]
+    served: Served | None = None
+    """The same comparison by the engine of export.engine_python; None: it was not asked."""
+
+    def missed(self) -> list[GateCheck]:
+        """What did not pass; what the serving engine found has its name before it."""
+        served = self.served
+        of_engine = served.checks if served else []
+        named = [check.model_copy(update={"name": f"{served.engine}'s {check.name}"}) for check in of_engine if served]
+        return [check for check in (*self.checks, *named) if not check.passed]
 
 
 class Registered(Part):

@@ -12,6 +12,7 @@ from qft.documents.export import ExportDocument, Gate
 from qft.documents.recorded import SIDE
 from qft.errors import GateError
 from qft.export.card import model_card
+from qft.export.gate.served import find_engine, is_served, judge_served
 from qft.export.gate.verify import Reference, judge, reference
 from qft.export.job import ExportOptions, Job, find_job, load_run
 from qft.export.place import require_replaceable
@@ -36,6 +37,7 @@ def export(folder: Path, options: ExportOptions, view: View) -> list[ExportDocum
     cannot be done, most of it before any work; QftError for what was written and could not be pushed."""
     loaded = load_run(folder, options.overrides)
     names = asked_targets(loaded, options)
+    loaded = find_engine(loaded, options, names)
     registration = find_registration(loaded.recipe.export, options.register, options.registry)
     require_pushable(options.push_to_hub, private=options.private, gate=options.gate, targets=names)
     job = find_job(folder, loaded, options, view)
@@ -99,6 +101,10 @@ def _export(job: Job, name: str, expected: Reference | None) -> ExportDocument:
         if expected:
             job.view.note(f"Loading {name} again")
             gate = judge(job, name, folder, expected)
+            if gate.passed and is_served(job, name):
+                served = judge_served(job, name, folder, expected)
+                passed = all(check.passed for check in served.checks)
+                gate = gate.model_copy(update={"served": served, "passed": passed})
         told = final if gate.passed is not False else failed
         document = _document(job, name, folder, told, gate, quantization)
         write_text(folder / "README.md", model_card(job, exporter, document))
@@ -151,10 +157,10 @@ def _document(
 
 
 def _refusal(gate: Gate, failed: Path) -> str:
-    missed = [f"{c.name} is {_short(c.value)}, not {_short(c.threshold)}" for c in gate.checks if not c.passed]
+    missed = [f"{c.name} is {_short(c.value)}, not {_short(c.threshold)}" for c in gate.missed()]
     where = f" (farthest from what it should be: {gate.worst_weight})" if gate.worst_weight else ""
     return f"{failed}: is not the model that was trained: {'; '.join(missed)}{where}. It was left there to look at"
 
 
 def _short(value: float | str | None) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else repr(value)[:80]
+    return f"{value:.4g}" if isinstance(value, float) else repr(value)[:400]

@@ -31,6 +31,8 @@ class ExportOptions:
     """Folder of the artifacts' folders. None: RUN/export."""
     merge_into: MergeInto | None = None
     gate: bool = True
+    engine_python: Path | None = None
+    """A Python that has vllm."""
     overwrite: bool = False
     """Replace artifacts of an earlier export."""
     overrides: tuple[str, ...] = ()

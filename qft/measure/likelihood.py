@@ -20,6 +20,8 @@ from qft.measure.statistics import Interval, change_interval
 
 Floats = NDArray[np.float64]
 Counts = NDArray[np.int64]
+LEAST = 1e-7
+"""Of probability: less is what rounding leaves of a sum."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,15 @@ class LogProbs:
         kl = kl_div(log_probs, reference, reduction="none", log_target=True).sum(-1)
         farthest = (log_probs - reference).abs().amax(-1)
         return kl.clamp(min=0), reference.argmax(-1) == log_probs.argmax(-1), farthest
+
+
+def grouped_divergence(reference: NDArray[np.float32], ids: Sequence[int], log_probs: Sequence[float]) -> float:
+    """KL in nats from a reference's log probabilities [vocabulary] to a model of which those of `ids` alone are known:
+    all other tokens count as one, so it is a lower bound."""
+    known, told = reference[list(ids)].astype(np.float64), np.array(log_probs)
+    rest = [np.log(np.maximum(1 - np.exp(some).sum(), LEAST)) for some in (known, told)]
+    before, after = np.append(known, rest[0]), np.append(told, rest[1])
+    return float(max((np.exp(before) * (before - after)).sum(), 0.0))
 
 
 def measure(

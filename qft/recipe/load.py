@@ -214,6 +214,7 @@ def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
     change("calibrate", "data", each_source)
     change("calibrate", "engine_python", lambda value: _program(value, folder))
     change("eval", "harness", each_task)
+    change("export", "engine_python", lambda value: _program(value, folder))
     change("export", "registry", local)
     change(None, "output_dir", local)
 

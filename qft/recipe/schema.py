@@ -152,6 +152,9 @@ class ExportSection(Section):
     that the base came from would round the adapter away. Only with a quantized base."""
     gate: ExportGate = ExportGate()
     """What an artifact must hold, or it is refused."""
+    engine_python: str | None = Field(None, min_length=1)
+    """A Python that has vllm, in an environment of its own: vLLM then loads each artifact too (GGUF files aside, which
+    llama.cpp loads), and must find what the model as trained does, by the same limits. --engine-python replaces it."""
     register_as: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     """Add each artifact that is written and not refused to a registry, as the next version of this model; see
     `qft models`. --register replaces it."""

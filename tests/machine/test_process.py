@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from qft.machine import elsewhere
 from qft.machine.process import Silent, started
-from qft.quant.engines import llmcompressor
 from qft.quant.engines.llmcompressor import find_problem
 from tests.support.paths import ROOT
 
@@ -99,6 +99,6 @@ def test_a_killed_parent_takes_it_along() -> None:
     ],
 )
 def test_a_python_that_is_none(text: str, problem: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llmcompressor, "ASK_SECONDS", 2)
+    monkeypatch.setattr(elsewhere, "ASK_SECONDS", 2)
     found = find_problem(program(tmp_path / "python", text))
     assert found is None if problem is None else problem in str(found)

@@ -29,7 +29,7 @@ from qft.export.job import Job
 from qft.export.targets import EXPORTERS, Exporter
 from qft.export.targets.base import Facts, Limits, Read, facts_of
 from qft.measure.likelihood import Likelihood, LogProbs, Passage, measure
-from qft.measure.scores import answer_rows
+from qft.measure.scores import answer_rows, generation_config
 from qft.memory.guard import memory_guard
 from qft.model.handover import FORMS
 from qft.model.target import load_target
@@ -58,6 +58,8 @@ class Reference:
     likelihood: Likelihood
     log_probs: LogProbs
     answers: list[str]
+    stops: list[int]
+    """Ids that ended them."""
     texts: list[str]
     """The rows as text."""
     facts: Facts
@@ -78,19 +80,19 @@ def reference(job: Job, scratch: Path) -> Iterator[Reference]:
         pad = pad_token_id(job.plan.tokenizer)
         likelihood = measure(model, passages, batch_size=BATCH, pad=pad, write=store)
         answers = _answers(model, job, rows)
+        stops = generation_config(model, job.plan.tokenizer, NEW_TOKENS, passages[0].labels).eos_token_id
         texts = [job.plan.tokenizer.decode(row["input_ids"]) for row in rows]
         facts = facts_of(model, job.plan.tokenizer, texts)
         del model
         gc.collect()
-        yield Reference(rows, passages, likelihood, store, answers, texts, facts)
+        yield Reference(rows, passages, likelihood, store, answers, stops, texts, facts)
 
 
 def judge(job: Job, target: str, folder: Path, expected: Reference) -> Gate:
     """Load the artifact in `folder` by its engine and compare, by the limits of target and recipe; what cannot be
     loaded does not pass."""
     exporter = EXPORTERS[target]
-    original = FORMS[target].merges and job.merge_into == "original"
-    limits = (exporter.limits_original if original else exporter.limits).under(job.loaded.recipe.export.gate)
+    limits = limits_of(job, target)
     checks = list(_checks(job, exporter, folder, expected, limits))
     missed = any(check.name in vars(limits) and not check.passed for check in checks)
     read = exporter.reader(job, folder) if missed else None
@@ -102,6 +104,13 @@ def judge(job: Job, target: str, folder: Path, expected: Reference) -> Gate:
         worst_weight=_worst_weight(job, read) if read else None,
         checks=checks,
     )
+
+
+def limits_of(job: Job, target: str) -> Limits:
+    """Of target and recipe."""
+    exporter = EXPORTERS[target]
+    original = FORMS[target].merges and job.merge_into == "original"
+    return (exporter.limits_original if original else exporter.limits).under(job.loaded.recipe.export.gate)
 
 
 def _checks(job: Job, exporter: Exporter, folder: Path, expected: Reference, limits: Limits) -> Iterator[GateCheck]:
@@ -124,7 +133,7 @@ def _checks(job: Job, exporter: Exporter, folder: Path, expected: Reference, lim
                 yield _input_scales(job, read)
     for name, wanted in expected.facts.items():
         given = facts[name]
-        yield GateCheck(name=name, value=_shown(given), threshold=_shown(wanted), passed=given == wanted)
+        yield GateCheck(name=name, value=shown(given), threshold=shown(wanted), passed=given == wanted)
 
 
 def _rows(job: Job) -> Dataset:
@@ -153,6 +162,18 @@ def _quality(model: Any, job: Job, expected: Reference, limits: Limits, *, exact
     """How far the artifact is from the model as trained; `exact`: no farther than products in another order are."""
     pad = pad_token_id(job.plan.tokenizer)
     found = measure(model, expected.passages, batch_size=BATCH, pad=pad, against=expected.log_probs)
+    yield from closeness(found, expected, limits)
+    if expected.answers:
+        given = _answers(model, job, expected.rows)
+        yield same_continuations(given, expected, exact=exact)
+    if exact and found.divergence and found.divergence.farthest is not None:
+        farthest, most = float(found.divergence.farthest.max()), ROUNDING * torch.finfo(getattr(torch, job.dtype)).eps
+        value = farthest if math.isfinite(farthest) else str(farthest)
+        yield GateCheck(name="largest_difference", value=value, threshold=most, passed=farthest <= most)
+
+
+def closeness(found: Likelihood, expected: Reference, limits: Limits) -> Iterator[GateCheck]:
+    """Of what an artifact makes of the reference's passages, with its divergence."""
     assert found.divergence is not None
     measured = {
         "kl": float(found.divergence.kl.mean()),
@@ -163,18 +184,16 @@ def _quality(model: Any, job: Job, expected: Reference, limits: Limits, *, exact
         limit: float = getattr(limits, name)
         # False for NaN, so a model that computes no numbers does not pass.
         passed = value >= limit if name == "top1_agreement" else value <= limit
-        shown = value if math.isfinite(value) else str(value)  # JSON has no NaN
-        yield GateCheck(name=name, value=shown, threshold=limit, passed=passed)
-    if expected.answers:
-        given = _answers(model, job, expected.rows)
-        same = sum(a == b for a, b in zip(given, expected.answers, strict=True)) / len(given)
-        yield GateCheck(
-            name="same_continuations", value=same, threshold=1 if exact else None, passed=same == 1 or not exact
-        )
-    if exact and found.divergence.farthest is not None:
-        farthest, most = float(found.divergence.farthest.max()), ROUNDING * torch.finfo(getattr(torch, job.dtype)).eps
-        shown = farthest if math.isfinite(farthest) else str(farthest)
-        yield GateCheck(name="largest_difference", value=shown, threshold=most, passed=farthest <= most)
+        told = value if math.isfinite(value) else str(value)  # JSON has no NaN
+        yield GateCheck(name=name, value=told, threshold=limit, passed=passed)
+
+
+def same_continuations(given: list[str], expected: Reference, *, exact: bool = False) -> GateCheck:
+    """The share of continuations that are the reference's; told only, unless they are to be `exact`."""
+    same = sum(a == b for a, b in zip(given, expected.answers, strict=True)) / len(given)
+    return GateCheck(
+        name="same_continuations", value=same, threshold=1 if exact else None, passed=same == 1 or not exact
+    )
 
 
 def _reader(model: nn.Module) -> Read:
@@ -216,7 +235,7 @@ def _input_scales(job: Job, read: Read) -> GateCheck:
     return GateCheck(name="different_input_scales", value=different, threshold=0, passed=different == 0)
 
 
-def _shown(value: Any) -> float | str:
+def shown(value: Any) -> float | str:
     if isinstance(value, list) and value and isinstance(value[0], list):
         digest = hashlib.sha256(json.dumps(value).encode()).hexdigest()
         return f"{sum(map(len, value))} tokens, SHA-256 {digest[:12]}"

@@ -4,53 +4,25 @@ It asks for older releases of transformers and compressed-tensors than qft, so i
 another process: a job goes there as a JSON file, and a folder in the compressed-tensors format comes back.
 """
 
-import json
-import os
 import re
-from collections.abc import Callable, Iterable, Mapping
-from itertools import islice
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from qft.errors import ModelError, first_line
 from qft.files import write_json
-from qft.machine.process import Silent, end_group, started
+from qft.machine import elsewhere
+from qft.machine.elsewhere import Package, environment_of, run_script
 
-OLDEST = (0, 14)
-"""The release whose names llmcompressor_job.py knows, and on which it was tested."""
 ASK = "import llmcompressor, importlib.metadata as m; print('version', m.version('llmcompressor'))"
-ASK_SECONDS = 300
-"""For torch and transformers to be imported once, from a slow disk."""
-ASK_LINES = 1000
-"""Of an answer; what says more is no Python."""
+PACKAGE = Package("llmcompressor", (0, 14), ASK)
 SILENT_SECONDS = 6 * 3600
 """That the job may say nothing, not even by a progress bar, before it is ended."""
 PART = re.compile(r"\((\d+)/(\d+)\): Calibrating")
-BAR = re.compile(r"\d+%\|")
 
 
 def find_problem(python: str) -> str | None:
     """What keeps the Python at that path from running llm-compressor, and what to do; None if nothing does."""
-    install = f"install it there: {python} -m pip install 'llmcompressor>={OLDEST[0]}.{OLDEST[1]}'"
-    if not Path(python).is_file():
-        return f"{python} does not exist: name the Python of an environment that has llmcompressor"
-    try:
-        # Isolated: neither PYTHONPATH nor the folder of the job's file may stand in for the environment's packages.
-        with started([python, "-I", "-c", ASK], silence=ASK_SECONDS, all_words=True) as asked:
-            said = list(islice(asked.lines(), ASK_LINES))
-            if len(said) == ASK_LINES:
-                end_group(asked.running)
-    except Silent:
-        return f"{python} cannot be run: it gave no answer in {ASK_SECONDS} s"
-    except OSError as error:
-        return f"{python} cannot be run: {first_line(error)}"
-    release = re.search(r"^version (\S+)$", "".join(said), re.MULTILINE)
-    if asked.running.returncode and len(said) < ASK_LINES:
-        return f"{python} cannot import llmcompressor ({_last(said)}); {install}"
-    if not release:
-        return f"{python} is no Python that answers; name the one of an environment that has llmcompressor"
-    numbers = tuple(map(int, re.findall(r"\d+", release[1])))
-    return f"{python} has llmcompressor {release[1]}, which is too old; {install}" if numbers < OLDEST else None
+    return elsewhere.find_problem(python, PACKAGE)
 
 
 def run_job(
@@ -61,37 +33,20 @@ def run_job(
     report = folder / "report.json"
     write_json(folder / "job.json", {**job, "report": str(report)})
     command = [python, "-I", str(Path(__file__).with_name("llmcompressor_job.py")), str(folder / "job.json")]
-    # qft silences progress bars; of these it reads the parts of the model.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("TQDM_")}
-    if not on_gpu:
-        environment["CUDA_VISIBLE_DEVICES"] = ""
-    try:
-        with started(command, silence=SILENT_SECONDS, cwd=folder, env=environment) as job_process:
-            said = _follow(job_process.lines(), tell)
-    except Silent:
-        hours = SILENT_SECONDS / 3600
-        raise ModelError(f"calibrate.engine: llmcompressor has said nothing for {hours:g} h, and was ended") from None
-    code = job_process.running.returncode
-    if code or not report.is_file():
-        raise ModelError(f"calibrate.engine: llmcompressor failed ({code}): {_last(said)}")
-    written: dict[str, Any] = json.loads(report.read_text("utf-8"))
-    return written
+    who, environment = "calibrate.engine: llmcompressor", environment_of(on_gpu=on_gpu)
+    heard = _parts(tell)
+    return run_script(command, report, who=who, silence=SILENT_SECONDS, environment=environment, heard=heard)
 
 
-def _follow(lines: Iterable[str], tell: Callable[[str], None]) -> list[str]:
-    """The last of its lines, but for progress bars, of which the parts of the model are last_part."""
-    said: list[str] = []
+def _parts(tell: Callable[[str], None]) -> Callable[[str], None]:
+    """What reads its progress bars, of which each new part of the model is told."""
     last_part = ""
-    for line in lines:
+
+    def heard(line: str) -> None:
+        nonlocal last_part
         part = PART.search(line)
         if part and part[0] != last_part:
             last_part = part[0]
             tell(f"llm-compressor: part {part[1]} of {part[2]}")
-        if not BAR.search(line):
-            said = [*said[-20:], line]
-    return said
 
-
-def _last(lines: list[str]) -> str:
-    """The last of them that says something."""
-    return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+    return heard

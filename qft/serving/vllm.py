@@ -1,0 +1,84 @@
+"""vLLM, run by the Python of another environment on one model: what it makes of token ids, texts and prompts."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from qft.errors import ModelError
+from qft.files import write_json
+from qft.machine import elsewhere
+from qft.machine.elsewhere import Package, environment_of, run_script
+
+ASK = "import vllm; from vllm import LLM, SamplingParams; print('version', vllm.__version__)"
+PACKAGE = Package("vllm", (0, 11), ASK)
+SILENT_SECONDS = 3600
+"""That it may say nothing: it loads a model meanwhile."""
+CPU_CACHE_GIB = "1"
+"""Of keys and values on a CPU, where it asks for it by a variable; the rows of a gate fit."""
+QUIET = {"VLLM_NO_USAGE_STATS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TOKENIZERS_PARALLELISM": "false"}
+"""Nothing is sent anywhere; and one process, so that its failure is told where it is asked."""
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""That vLLM takes for --max-lora-rank."""
+
+
+class Refused(ModelError):
+    """vLLM runs, and does not load or run this model."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What vLLM is asked about one model; the fields of vllm_job.py's file."""
+
+    model: str
+    """Folder of the weights."""
+    tokenizer: str
+    adapter: str | None
+    rank: int
+    """Of the adapter, at most."""
+    dtype: str
+    trust_remote_code: bool
+    max_length: int
+    """Tokens of the longest row, and what is to be generated after it."""
+    seed: int
+    rows: list[list[int]]
+    """Token ids."""
+    scored: list[list[int]]
+    """Of each row the places whose tokens' log probabilities are asked for, from 1 on."""
+    likeliest: int
+    """Tokens whose log probabilities are told beside the taught one's."""
+    texts: list[str]
+    messages: list[dict[str, str]]
+    """A conversation to be rendered by the chat template; empty: there is none."""
+    prompts: list[list[int]]
+    stops: list[int]
+    """Ids that end a continuation, beside vLLM's own."""
+    new_tokens: int
+
+
+def rank_limit(rank: int) -> int:
+    """The --max-lora-rank that takes an adapter of this rank. Raises ModelError above the largest."""
+    found = next((limit for limit in RANKS if rank <= limit), None)
+    if found is None:
+        raise ModelError(f"vLLM takes adapters of rank {RANKS[-1]} at most, this one has {rank}; export --to merged")
+    return found
+
+
+def find_problem(python: str) -> str | None:
+    """What keeps the Python at that path from running vLLM, and what to do; None if nothing does."""
+    return elsewhere.find_problem(python, PACKAGE)
+
+
+def ask(python: str, question: Question, folder: Path, *, on_gpu: bool) -> Mapping[str, Any]:
+    """vLLM's answer, as vllm_job.py writes it; the job lies in `folder`. Raises Refused for a model that it does not
+    load, ModelError for all else that fails."""
+    report = folder / "vllm.json"
+    write_json(folder / "vllm_job.json", asdict(question) | {"report": str(report)})
+    command = [python, "-I", str(Path(__file__).with_name("vllm_job.py")), str(folder / "vllm_job.json")]
+    environment = environment_of(on_gpu=on_gpu) | QUIET
+    if not on_gpu:
+        environment = {"VLLM_CPU_KVCACHE_SPACE": CPU_CACHE_GIB} | environment
+    answer = run_script(command, report, who="vllm", silence=SILENT_SECONDS, environment=environment)
+    if "error" in answer:
+        raise Refused(answer["error"])
+    return answer

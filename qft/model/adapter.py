@@ -169,7 +169,8 @@ def read_adapter_config(adapter: Path) -> dict[str, Any]:
 def largest_rank(adapter: Path) -> int:
     """Of any of its layers, by its adapter_config.json. Raises ModelError if that is no JSON object."""
     config = read_adapter_config(adapter)
-    return max(int(config.get("r") or 1), *(config.get("rank_pattern") or {}).values(), 1)
+    ranks: list[int] = [config.get("r") or 1, *(config.get("rank_pattern") or {}).values()]
+    return max(ranks)
 
 
 def _start_from_quantization_error(model: PeftModel, plan: Plan, bring: Bring | None) -> None:

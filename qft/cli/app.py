@@ -11,6 +11,7 @@ from qft.cli.export import export
 from qft.cli.models import models
 from qft.cli.recipes import calibrate, check, init, schema, train
 from qft.cli.report import report
+from qft.cli.serve import serve
 from qft.cli.shell import register
 from qft.cli.targets import chat, evaluate
 
@@ -51,5 +52,5 @@ def options(
     pass
 
 
-register(app, check, train, calibrate, evaluate, export, chat, report, init, schema)
+register(app, check, train, calibrate, evaluate, export, serve, chat, report, init, schema)
 app.add_typer(models, name="models", short_help=models.info.help)

@@ -1,13 +1,14 @@
 """README.md of an artifact: its model card, with the metadata that the Hub reads."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from qft.checkpoint.language import auto_class
-from qft.documents.export import ExportDocument
+from qft.documents.export import ExportDocument, GateCheck
 from qft.documents.manifest import Manifest
 from qft.documents.plan import PlanDocument
 from qft.documents.training import read_report
@@ -119,13 +120,24 @@ def _gate(document: ExportDocument) -> str:
     if gate.passed is None:
         return "**Not verified**: it was exported with the gate switched off."
     verdict = "Passed" if gate.passed else "**Refused**"
+    told = f"{verdict}: loaded by {gate.engine} and compared with the model as trained on {gate.rows} rows."
+    parts = [told, _table(gate.checks)]
+    if served := gate.served:
+        on = f", on {served.base}," if served.base else ""
+        parts += [
+            f"Then loaded by {served.engine} {served.version or ''}{on} and compared likewise:",
+            _table(served.checks),
+        ]
+    return "\n\n".join(parts)
+
+
+def _table(checks: Sequence[GateCheck]) -> str:
     lines = ["| check | value | threshold | passed |", "| --- | --- | --- | --- |"]
-    for check in gate.checks:
+    for check in checks:
         value = f"{check.value:.4g}" if isinstance(check.value, float) else _cell(check.value)
         limit = f"{check.threshold:.4g}" if isinstance(check.threshold, float) else ""
         lines.append(f"| {check.name} | {value} | {limit} | {'yes' if check.passed else 'no'} |")
-    told = f"{verdict}: loaded by {gate.engine} and compared with the model as trained on {gate.rows} rows."
-    return f"{told}\n\n" + "\n".join(lines)
+    return "\n".join(lines)
 
 
 def _cell(text: str) -> str:

@@ -166,13 +166,6 @@ def read_adapter_config(adapter: Path) -> dict[str, Any]:
     return config
 
 
-def largest_rank(adapter: Path) -> int:
-    """Of any of its layers, by its adapter_config.json. Raises ModelError if that is no JSON object."""
-    config = read_adapter_config(adapter)
-    ranks: list[int] = [config.get("r") or 1, *(config.get("rank_pattern") or {}).values()]
-    return max(ranks)
-
-
 def _start_from_quantization_error(model: PeftModel, plan: Plan, bring: Bring | None) -> None:
     """LoftQ's first step (arXiv:2310.08659): the adapter starts as the best rank-r fit of what quantizing lost."""
     checkpoint = plan.model.checkpoint

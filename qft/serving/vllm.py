@@ -64,6 +64,12 @@ def rank_limit(rank: int) -> int:
     return found
 
 
+def rank_of(config: Mapping[str, Any]) -> int:
+    """The largest rank of any layer, by an adapter_config.json."""
+    ranks: list[int] = [config.get("r") or 1, *(config.get("rank_pattern") or {}).values()]
+    return max(ranks)
+
+
 def find_problem(python: str) -> str | None:
     """What keeps the Python at that path from running vLLM, and what to do; None if nothing does."""
     return elsewhere.find_problem(python, PACKAGE)

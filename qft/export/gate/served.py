@@ -28,11 +28,11 @@ from qft.export.targets.base import QUESTION, Limits
 from qft.export.targets.merged import Merged
 from qft.files import atomic_folder
 from qft.measure.likelihood import Divergence, Likelihood, Passage, grouped_divergence
-from qft.model.adapter import largest_rank
+from qft.model.adapter import read_adapter_config
 from qft.model.handover import FORMS
 from qft.model.merge import MergedWeights
 from qft.recipe import LoadedRecipe
-from qft.serving.vllm import Question, Refused, ask, find_problem, rank_limit
+from qft.serving.vllm import Question, Refused, ask, find_problem, rank_limit, rank_of
 
 ENGINE = "vllm"
 LIKELIEST = 64
@@ -110,7 +110,7 @@ def _question(job: Job, folder: Path, expected: Reference, *, adapter: bool) -> 
         model=str(_base(job) if adapter else folder),
         tokenizer=str(folder),
         adapter=str(folder) if adapter else None,
-        rank=rank_limit(largest_rank(folder)) if adapter else 0,
+        rank=rank_limit(rank_of(read_adapter_config(folder))) if adapter else 0,
         dtype=job.dtype,
         trust_remote_code=job.plan.recipe.model.trust_remote_code,
         max_length=longest + NEW_TOKENS,

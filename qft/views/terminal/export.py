@@ -22,12 +22,25 @@ def render_exports(documents: Sequence[ExportDocument]) -> Group:
         verdict = {True: "passed", False: "refused", None: "NOT VERIFIED"}[document.gate.passed]
         figures = (_figure(checks.get(name), form) for name, form in FORMS.items())
         rows.add(document.target, size(document.bytes), *figures, verdict)
+    served = [_served(documents)] if any(document.gate.served for document in documents) else []
     about = [Text(_quantized(document)) for document in documents if document.quantization]
     about += [Text(line) for document in documents for line in _exact(document)]
     if any(document.gate.passed is None for document in documents):
         off = "The gate was off: nothing proves that these are the model that was trained."
         about.append(Text(off, style="bold red"))
-    return spaced(rows, Group(*about, *(Whole(line) for document in documents for line in _places(document))))
+    return spaced(rows, *served, Group(*about, *(Whole(line) for document in documents for line in _places(document))))
+
+
+def _served(documents: Sequence[ExportDocument]) -> Rows:
+    """What the engine that will serve them found."""
+    rows = Rows("Served by", "target", "engine", "KL", "same top", "perplexity", "same answers", "start", "tokens/s")
+    for document in documents:
+        if served := document.gate.served:
+            checks = {check.name: check.value for check in served.checks}
+            figures = (_figure(checks.get(name), form) for name, form in FORMS.items())
+            speed = (_figure(served.seconds_to_start, ".0f"), _figure(served.generated_per_second, ",.0f"))
+            rows.add(document.target, f"{served.engine} {served.version or ''}", *figures, f"{speed[0]} s", speed[1])
+    return rows
 
 
 def _places(document: ExportDocument) -> Iterator[str]:

@@ -1,0 +1,163 @@
+"""The command line that starts an engine's own server on one model; nothing is started here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from qft.errors import MissingError, ModelError, RecipeError, first_line
+from qft.files import read_json_text
+from qft.serving.vllm import rank_limit, rank_of
+
+ServingEngine = Literal["vllm", "llama.cpp", "ollama"]
+ROOMS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "n_ctx", "seq_length")
+"""Names by which configurations tell how many tokens a model is built for."""
+TEMPLATE = "chat_template.jinja"
+
+
+@dataclass(frozen=True)
+class Served:
+    """What is to be served."""
+
+    path: Path
+    """A folder of safetensors, an adapter's folder, or a GGUF file."""
+    name: str
+    """By which it is asked for."""
+    dtype: str | None = None
+    """Of weights and activations; None: what its configuration says."""
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Where:
+    """How it is served."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    context: int | None = None
+    """Tokens of the longest request with its answer. None: what the model was built for."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a server is started."""
+
+    command: list[str]
+    """A program and its arguments."""
+    modelfile: str | None = None
+    """For Ollama, which the command reads from a file."""
+    notes: list[str] = field(default_factory=list)
+    """What its user should know."""
+
+
+def start(engine: ServingEngine, served: Served, where: Where) -> Start:
+    """Raises RecipeError for what the engine does not serve, MissingError or ModelError for what is not there."""
+    if engine == "vllm":
+        return _vllm(served, where)
+    if served.path.suffix != ".gguf":
+        raise RecipeError(f"{served.path}: {engine} serves GGUF files alone; export --to gguf, or serve it by vllm")
+    return _llamacpp(served, where) if engine == "llama.cpp" else _ollama(served, where)
+
+
+def fitting(path: Path) -> ServingEngine:
+    """The engine that serves a thing of this kind without more."""
+    return "llama.cpp" if path.suffix == ".gguf" else "vllm"
+
+
+def _vllm(served: Served, where: Where) -> Start:
+    if served.path.suffix == ".gguf":
+        raise RecipeError(f"{served.path}: is a GGUF file; serve it by llama.cpp or ollama, or export --to merged")
+    is_adapter = (served.path / "adapter_config.json").is_file()
+    model, words = _adapter(served) if is_adapter else (str(served.path), ["--served-model-name", served.name])
+    template, notes = served.path / TEMPLATE, []
+    if template.is_file():
+        words += ["--chat-template", str(template)]
+    elif not _has_template(served.path):
+        notes.append("it has no chat template: ask /v1/completions, for /v1/chat/completions has nothing to render by")
+    words += ["--dtype", served.dtype] if served.dtype else []
+    words += ["--trust-remote-code"] if served.trust_remote_code else []
+    room = built_for(Path(model)) if Path(model).is_dir() else None
+    words += _context(where.context, room, served.path, "--max-model-len")
+    return Start(["vllm", "serve", model, *words, "--host", where.host, "--port", str(where.port)], notes=notes)
+
+
+def _adapter(served: Served) -> tuple[str, list[str]]:
+    """The base that an adapter names, and how it is put on it."""
+    config = _json(served.path / "adapter_config.json")
+    base, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if not isinstance(base, str) or not base:
+        raise ModelError(f"{served.path}: its adapter_config.json names no base; export --to merged")
+    if base.startswith("package:") or base.endswith(".gguf"):
+        raise RecipeError(f"{served.path}: its base is a GGUF file ({base}), on which vLLM puts none; export merged")
+    if Path(base).is_absolute() and not Path(base).is_dir():
+        raise MissingError(f"{served.path}: its base {base} is not there")
+    lora = ["--enable-lora", "--lora-modules", f"{served.name}={served.path}"]
+    rank = ["--max-lora-rank", str(rank_limit(rank_of(config)))]
+    pinned = ["--revision", revision] if revision else []
+    return base, [*pinned, "--tokenizer", str(served.path), *lora, *rank]
+
+
+def _llamacpp(served: Served, where: Where) -> Start:
+    words = ["-m", str(served.path), "--alias", served.name, "--jinja"]
+    context = _context(where.context, gguf_room(served.path), served.path, "--ctx-size")
+    return Start(["llama-server", *words, *context, "--host", where.host, "--port", str(where.port)])
+
+
+def _ollama(served: Served, where: Where) -> Start:
+    """Ollama's own default is a context of a few thousand tokens, whatever the model."""
+    beside = served.path.parent / "Modelfile"
+    if not beside.is_file():
+        raise MissingError(f"{beside}: does not exist; `qft export --to gguf` writes it beside the file")
+    text = beside.read_text("utf-8").replace(f"FROM ./{served.path.name}", f"FROM {served.path}", 1)
+    context = _context(where.context, gguf_room(served.path), served.path, "PARAMETER num_ctx")
+    text += "".join([" ".join(context), "\n"] if context else [])
+    return Start(["ollama", "create", served.name, "-f", "Modelfile"], text, [f"then: ollama run {served.name}"])
+
+
+def _context(asked: int | None, room: int | None, path: Path, option: str) -> list[str]:
+    """Raises RecipeError for more than the model was built for."""
+    if asked and room and asked > room:
+        raise RecipeError(f"--context {asked}: {path} is built for {room} tokens; give that or less")
+    number = asked or room
+    return [option, str(number)] if number else []
+
+
+def built_for(folder: Path) -> int | None:
+    """Tokens that a model is built for, by its config.json; None if that does not say."""
+    config = _json(folder / "config.json")
+    text = config.get("text_config")
+    places = [text, config] if isinstance(text, dict) else [config]
+    found = (place.get(name) for place in places for name in ROOMS)
+    return next((number for number in found if isinstance(number, int) and number > 0), None)
+
+
+def gguf_room(file: Path) -> int | None:
+    """The same of a GGUF file, by its header."""
+    from gguf import GGUFReader
+
+    try:
+        fields = GGUFReader(file).fields
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise ModelError(f"{file}: is no GGUF file that can be read: {first_line(error)}") from error
+    found = (one for name, one in fields.items() if name.endswith(".context_length"))
+    return next((int(one.parts[one.data[0]][0]) for one in found), None)
+
+
+def _has_template(folder: Path) -> bool:
+    path = folder / "tokenizer_config.json"
+    told = path.is_file() and bool(_json(path).get("chat_template"))
+    return told or (folder / "additional_chat_templates").is_dir()
+
+
+def _json(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        raise MissingError(f"{path}: does not exist")
+    try:
+        found = read_json_text(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: cannot be read: {first_line(error)}") from error
+    if not isinstance(found, dict):
+        raise ModelError(f"{path}: is no JSON object")
+    return found

@@ -79,7 +79,7 @@ def judge_served(job: Job, target: str, folder: Path, expected: Reference) -> Se
     adapter = target == "adapter"
     job.view.note(f"Loading {target} by the vLLM of {python}")
     with TemporaryDirectory(dir=job.scratch) as work:
-        question = _question(job, folder, expected, adapter=adapter)
+        question = question_of(job, folder, expected, adapter=adapter)
         _free_device()
         try:
             answer = ask(python, question, Path(work), on_gpu=job.plan.device.kind == "cuda")
@@ -103,7 +103,8 @@ def _limits(job: Job, target: str) -> Limits:
     return Merged.limits_original.under(job.loaded.recipe.export.gate) if unseen else limits_of(job, target)
 
 
-def _question(job: Job, folder: Path, expected: Reference, *, adapter: bool) -> Question:
+def question_of(job: Job, folder: Path, expected: Reference, *, adapter: bool) -> Question:
+    """What vLLM is asked of the artifact in `folder`. Raises ModelError for an adapter that it does not take."""
     prompts = _prompts(expected)
     longest = max(map(len, (*(passage.input_ids for passage in expected.passages), *prompts)))
     return Question(

@@ -33,13 +33,14 @@ def render_exports(documents: Sequence[ExportDocument]) -> Group:
 
 def _served(documents: Sequence[ExportDocument]) -> Rows:
     """What the engine that will serve them found."""
-    rows = Rows("Served by", "target", "engine", "KL", "same top", "perplexity", "same answers", "start", "tokens/s")
-    for document in documents:
-        if served := document.gate.served:
-            checks = {check.name: check.value for check in served.checks}
-            figures = (_figure(checks.get(name), form) for name, form in FORMS.items())
-            speed = (_figure(served.seconds_to_start, ".0f"), _figure(served.generated_per_second, ",.0f"))
-            rows.add(document.target, f"{served.engine} {served.version or ''}", *figures, f"{speed[0]} s", speed[1])
+    verdicts = {document.target: document.gate.served for document in documents if document.gate.served}
+    by = ", ".join(sorted({f"{served.engine} {served.version or ''}".strip() for served in verdicts.values()}))
+    rows = Rows(f"Served by {by}", "target", "KL", "same top", "perplexity", "same answers", "start, s", "tokens/s")
+    for target, served in verdicts.items():
+        checks = {check.name: check.value for check in served.checks}
+        figures = (_figure(checks.get(name), form) for name, form in FORMS.items())
+        start, speed = _figure(served.seconds_to_start, ".0f"), _figure(served.generated_per_second, ",.0f")
+        rows.add(target, *figures, start, speed)
     return rows
 
 

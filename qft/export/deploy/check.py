@@ -171,7 +171,11 @@ def _obstacles(rule: Rule, weights: str, dtype: str, environment: Environment) -
     if not rule.loads:
         yield False, refusal, ""
     elif environment.device == "cpu" and not rule.cpu:
-        yield False, f"{refusal} on a CPU", f"a GPU of compute capability {rule.cuda} or newer"
+        yield (
+            False,
+            f"{refusal} on a CPU",
+            f"a GPU of compute capability {rule.cuda} or newer" if rule.cuda else "a GPU",
+        )
     elif environment.device and environment.device != "cpu":
         yield from _gpu_obstacles(rule, weights, dtype, environment.device)
     yield from _package_obstacles(rule, environment)

@@ -1,0 +1,182 @@
+"""`qft serve`: the command line fits what is served, and nothing is served that no gate has passed."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qft.documents.export import ExportDocument, Gate
+from qft.documents.manifest import Base, Manifest
+from qft.documents.registry import VersionManifest
+from qft.registry import add, promote
+from tests.support.cli import qft
+from tests.support.forked import command, ended
+
+
+def artifact(folder: Path, target: str, *, passed: bool | None = True, config: Any = None, name: str = "") -> Path:
+    """An export as far as `qft serve` reads it."""
+    folder.mkdir(parents=True)
+    (folder / (name or "config.json")).write_text(json.dumps(config or {"max_position_embeddings": 2048}))
+    document = ExportDocument(
+        target=target,
+        path=str(folder),
+        run="run",
+        passed=passed,
+        bytes=1,
+        sha256={},
+        base=Base(path="base"),
+        merge_into=None,
+        dtype="bfloat16",
+        gate=Gate(passed=passed, engine="transformers", rows=1, tokens=1, checks=[]),
+        versions={},
+    )
+    (folder / "export.json").write_text(json.dumps(document.model_dump(mode="json")))
+    return folder
+
+
+def gguf(file: Path, context: int) -> None:
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(str(file), "llama")
+    writer.add_context_length(context)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def line(*words: object) -> list[str]:
+    ran = qft("serve", *words)
+    assert ran.exit_code == 0, ran.stderr
+    return shlex.split(ran.stdout)
+
+
+def value(words: list[str], option: str) -> str:
+    return words[words.index(option) + 1]
+
+
+def test_a_merged_model_is_served_by_vllm_with_its_template_and_room(tmp_path: Path) -> None:
+    folder = artifact(tmp_path / "a run" / "export" / "merged", "merged")
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    words = line(folder, "--port", 9000)
+    assert words[:3] == ["vllm", "serve", str(folder)]
+    assert value(words, "--served-model-name") == "a run-merged"
+    assert value(words, "--chat-template") == str(folder / "chat_template.jinja")
+    assert value(words, "--dtype") == "bfloat16"
+    assert value(words, "--max-model-len") == "2048"
+    assert value(words, "--port") == "9000"
+    assert "--enable-lora" not in words
+    assert value(line(folder, "--context", 512, "--name", "mine"), "--max-model-len") == "512"
+
+
+@pytest.mark.parametrize(
+    ("config", "room"),
+    [
+        ({"n_positions": 1024}, "1024"),
+        ({"text_config": {"max_position_embeddings": 64}, "max_position_embeddings": 7}, "64"),
+        ({"model_type": "mamba"}, None),
+    ],
+)
+def test_the_context_is_what_the_model_was_built_for(config: Any, room: str | None, tmp_path: Path) -> None:
+    words = line(artifact(tmp_path / "merged", "merged", config=config))
+    assert (value(words, "--max-model-len") if room else None) == room
+    assert ("--max-model-len" in words) == (room is not None)
+
+
+def test_an_adapter_is_served_on_its_base_with_its_own_tokenizer(tmp_path: Path) -> None:
+    base = artifact(tmp_path / "base", "merged", config={"max_position_embeddings": 300})
+    config = {"base_model_name_or_path": str(base), "r": 4, "rank_pattern": {"q_proj": 24}}
+    folder = artifact(tmp_path / "adapter", "adapter", config=config, name="adapter_config.json")
+    words = line(folder, "--name", "mine")
+    assert words[:3] == ["vllm", "serve", str(base)]
+    assert value(words, "--tokenizer") == str(folder)
+    assert value(words, "--lora-modules") == f"mine={folder}"
+    assert value(words, "--max-lora-rank") == "32"
+    assert value(words, "--max-model-len") == "300"
+    by_hub = config | {"base_model_name_or_path": "some/model", "revision": "abc"}
+    words = line(artifact(tmp_path / "hub", "adapter", config=by_hub, name="adapter_config.json"))
+    assert words[2] == "some/model"
+    assert value(words, "--revision") == "abc"
+
+
+def test_a_gguf_file_is_served_by_llamacpp_or_ollama(tmp_path: Path) -> None:
+    folder = artifact(tmp_path / "gguf", "gguf", name="Modelfile")
+    gguf(folder / "mine-q8_0.gguf", 4096)
+    (folder / "Modelfile").write_text("FROM ./mine-q8_0.gguf\nTEMPLATE x\n")
+    words = line(folder, "--name", "mine")
+    assert words[:3] == ["llama-server", "-m", str(folder / "mine-q8_0.gguf")]
+    assert "--jinja" in words
+    assert (value(words, "--alias"), value(words, "--ctx-size")) == ("mine", "4096")
+    ran = qft("serve", folder, "--engine", "ollama", "--context", 128)
+    assert ran.stdout == f"FROM {folder / 'mine-q8_0.gguf'}\nTEMPLATE x\nPARAMETER num_ctx 128\n"
+    assert "ollama create" in ran.stderr
+
+
+def test_a_run_and_a_model_of_the_registry_lead_to_their_artifact(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    artifact(run / "export" / "merged", "merged")
+    artifact(run / "export" / "adapter.failed", "adapter", passed=False, name="adapter_config.json")
+    (run / "manifest.json").write_text(Manifest(status="complete").model_dump_json())
+    assert line(run)[2] == str(run / "export" / "merged")
+    artifact(run / "export" / "bnb-4bit", "bnb-4bit")
+    assert "say which by --to" in qft("serve", run).stderr
+    assert line(run, "--to", "bnb-4bit")[2] == str(run / "export" / "bnb-4bit")
+    assert "has no export gguf" in qft("serve", run, "--to", "gguf").stderr
+
+    shelf = tmp_path / "models"
+    for _ in range(2):
+        add(shelf, "mine", run / "export" / "merged", VersionManifest.model_validate({"gate": {"passed": True}}))
+    assert "nothing is current yet" in qft("serve", "mine", "--registry", shelf).stderr
+    promote(shelf, "mine", 1)
+    assert line("mine", "--registry", shelf)[2] == str(shelf / "mine" / "v1" / "artifact")
+    words = line("mine", "--registry", shelf, "--version", 2)
+    assert words[2] == str(shelf / "mine" / "v2" / "artifact")
+    assert value(words, "--served-model-name") == "mine"
+
+
+NO_BASE = {"base_model_name_or_path": "/nowhere/base", "r": 4}
+REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...], int, str]] = {
+    "refused by its gate": ({"passed": False}, (), 4, "its gate refused it"),
+    "not looked at": ({"passed": None}, (), 4, "its gate was switched off"),
+    "too long": ({}, ("--context", "4096"), 2, "is built for 2048 tokens"),
+    "no GGUF file": ({}, ("--engine", "ollama"), 2, "ollama serves GGUF files alone"),
+    "no base": ({"config": NO_BASE, "name": "adapter_config.json"}, (), 3, "/nowhere/base is not there"),
+    "base is a GGUF file": (
+        {"config": {"base_model_name_or_path": "package:a/b.gguf", "r": 4}, "name": "adapter_config.json"},
+        (),
+        2,
+        "its base is a GGUF file",
+    ),
+    "no server": ({}, ("--run", "--engine-python", "/nowhere/python"), 3, "/nowhere/vllm: is not installed"),
+    "a Python and no --run": ({}, ("--engine-python", "/nowhere/python"), 2, "give --run too"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_served_is_refused_with_the_reason(case: str, tmp_path: Path) -> None:
+    made, words, code, text = REFUSED[case]
+    target = "adapter" if "name" in made else "merged"
+    ran = qft("serve", artifact(tmp_path / "it", target, **made), *words)
+    assert (ran.exit_code, ran.stdout) == (code, "")
+    assert text in ran.stderr.replace("\n", " ")
+
+
+def test_force_serves_what_no_gate_has_passed_and_says_so(tmp_path: Path) -> None:
+    ran = qft("serve", artifact(tmp_path / "it", "merged", passed=None), "--force")
+    assert ran.stdout.startswith("vllm serve")
+    assert "its gate was switched off" in ran.stderr
+
+
+def test_run_becomes_the_server(tmp_path: Path) -> None:
+    """Of a program that stands beside the Python, with the words that are printed without --run."""
+    folder = artifact(tmp_path / "it", "merged")
+    program = tmp_path / "bin" / "vllm"
+    program.parent.mkdir()
+    program.write_text('#!/bin/sh\necho "served: $@"\n')
+    program.chmod(0o755)
+    done = ended(command("serve", folder, "--run", "--engine-python", program.with_name("python")))
+    assert done.stdout.decode().strip() == "served: " + " ".join(line(folder)[1:])

@@ -38,6 +38,8 @@ class PlannedModel(Stored):
     from before it was told here."""
     embeddings: Tokens | None = None
     """Tokens that its input embeddings know; None in documents from before it was told here."""
+    added_tokens: dict[str, int] = {}
+    """Tokens that the recipe adds, and their numbers."""
     heads: list[str]
     beside: list[str] = []
     """Modules beside the language part (towers for images, what projects their output), which stay as they are: not
@@ -141,6 +143,8 @@ class DataPart(Stored):
     None in documents from before it was told."""
     max_length: Tokens | None = None
     """Of a row; None in documents from before it was decided here."""
+    added_tokens: dict[str, int] = {}
+    """How often each token that the recipe adds stands in the training rows."""
     sources: list[SourceFacts]
 
 

@@ -37,6 +37,15 @@ class ModelSection(Section):
     ignore_unexpected: Many[str] = ()
     """Regular expressions for names of tensors that the checkpoint holds, its model does not have and transformers does
     not know as such: they are left out. Any other unexpected tensor is an error."""
+    add_tokens: Many[str] = ()
+    """Texts that become one token each. Their rows of embeddings and output head start as the mean of what they were
+    split into, and are trained; with adapter.modules_to_save: [embed_tokens, lm_head], all rows are."""
+    add_special_tokens: Many[str] = ()
+    """Likewise, of tokens that stand for no text, such as the marks of a chat template."""
+
+
+OF_FILES = ("path", "revision", "ignore_unexpected", "add_tokens", "add_special_tokens")
+"""Fields of `model` that say which files it is made of; a model that qft has made of them asks for none again."""
 
 
 class QuantSection(Section):

@@ -128,7 +128,9 @@ class SourceFacts(Stored):
     supervised_tokens: Tokens
     longest: Tokens
     digest: str | None
-    """SHA-256 of its file; None if it has none of its own."""
+    """SHA-256 of its file, and of its images' where it has some; None if it has none of its own."""
+    images: int = 0
+    """In these rows, of whose tokens theirs are a part."""
     unit: str
     """What a row's number counts: line or row."""
     weight: float

@@ -25,6 +25,7 @@ from qft.checkpoint.language import beside_language
 from qft.checkpoint.layout import unmergeable
 from qft.checkpoint.require import require_weights
 from qft.checkpoint.skeleton import find_blocks, without_contents
+from qft.data.pictures import Pictures
 from qft.documents.manifest import DevicePart
 from qft.documents.plan import PlannedModel, Quantization
 from qft.errors import ModelError, RecipeError
@@ -32,6 +33,7 @@ from qft.machine.device import Device, find_device
 from qft.plan.experts import Experts, expert_problems, plan_experts, set_balance
 from qft.plan.limits import table_of_positions
 from qft.plan.modules import Matches, is_all_linear, match_adapter, match_skips, whole_problems
+from qft.plan.shape import Shape
 from qft.plan.targets import Excluded, exclusion, lost_problems, rank_problems, size_problems
 from qft.plan.template import set_template, template_problems
 from qft.plan.token_rows import not_adapted, row_arguments, row_problems, with_added
@@ -47,29 +49,6 @@ from qft.recipe.training import OF_FILES, ModelSection, QuantSection
 
 MAX_LENGTH = 2048
 """Of a row, in tokens, where nobody says and the model takes as many."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What the model is made of, counted without its weights."""
-
-    architecture: str
-    layers: int
-    hidden_size: int
-    parameters: int
-    linear_parameters: int
-    """Weights of the linear layers that quantization applies to (all but the output head)."""
-    trainable_parameters: int
-    max_positions: int | None
-    """Longest sequence, in tokens, that the model was built for."""
-    position_table: int | None
-    """Longest sequence, in tokens, that its tables of positions have room for. None: it computes its positions."""
-    embeddings: int
-    """Tokens that its input embeddings know."""
-    heads: tuple[str, ...]
-    """Names of the output head."""
-    beside: tuple[str, ...]
-    """Modules beside the language part: towers for images, and what projects their output."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +81,14 @@ class ModelPlan:
     def skeleton(self) -> PreTrainedModel:
         """The model without contents, made once: to be looked at, and never changed."""
         return without_contents(self.checkpoint, self.recipe.model)
+
+    @property
+    def pictures(self) -> Pictures | None:
+        """What reads the images of rows; None: the model is one of text alone."""
+        found = self.checkpoint
+        if not self.shape.beside or found.gguf_file:
+            return None
+        return Pictures(found.folder, self.tokenizer, self.dtype, self.recipe.model.trust_remote_code)
 
     def skeleton_in_dtype(self) -> PreTrainedModel:
         """The same with its weights in `dtype`, as it is loaded where nothing is quantized."""

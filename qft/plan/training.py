@@ -37,7 +37,6 @@ from qft.plan.memory import (
 )
 from qft.plan.model import (
     ModelPlan,
-    Shape,
     device_problems,
     partial_problem,
     plan_model,
@@ -47,6 +46,7 @@ from qft.plan.model import (
 )
 from qft.plan.offload import offload_problems
 from qft.plan.packages import missing_packages
+from qft.plan.shape import Shape
 from qft.plan.stages import Span, joined, most_memory, stage_parts
 from qft.plan.template import template_of
 from qft.plan.token_rows import occurrences, row_arguments
@@ -221,7 +221,7 @@ def _plan(loaded: LoadedRecipe, device: Device, data: Prepared | None) -> Plan:
 def _rows(model: ModelPlan) -> Prepared:
     """The rows as tokens, which the model must know. Raises RecipeError, DataError."""
     recipe, shape = model.recipe, model.shape
-    data = prepare(model.rows_for(recipe.data), model.tokenizer, recipe.seed)
+    data = prepare(model.rows_for(recipe.data), model.tokenizer, recipe.seed, model.pictures)
     parts = [part for part in (data.train, data.eval) if part is not None]
     require_known_tokens(parts, data.place, model.tokenizer, shape.embeddings)
     require_special_tokens(model.tokenizer, shape.embeddings, generates=bool(recipe.eval.metrics))

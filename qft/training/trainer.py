@@ -27,6 +27,9 @@ from qft.progress import Step
 from qft.training.recorder import Recorder
 from qft.training.stopping import StoppingTrainer
 
+OF_TEXT = {"input_ids", "attention_mask", "labels", COUNTS}
+"""What a batch without images is made of."""
+
 
 @dataclass
 class _Update:
@@ -99,7 +102,7 @@ class QftTrainer(StoppingTrainer):
             finally:
                 self.label_smoother = smoother
         self.update.rows.append(rows)
-        if self.recorder.unmasked:
+        if self.recorder.unmasked and inputs.keys() <= OF_TEXT:
             del inputs["attention_mask"]
         if share := self.recorder.plan.recipe.quant.distill:
             loss = distilled_loss(model, inputs, kwargs.get("num_items_in_batch"), float(share))

@@ -8,6 +8,7 @@ that the model reads: that is looked at for every row.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -59,7 +60,10 @@ class Pictures:
             raise DataError(f"{self.folder}: its processor needs what is not installed: {EXTRA}") from error
         except Exception as error:  # its files are data: whatever is wrong with them
             raise DataError(f"{self.folder}: its processor cannot be loaded: {first_line(error)}") from error
-        made.tokenizer = _Listening(self.tokenizer)
+        own = deepcopy(self.tokenizer)
+        if own.pad_token is None:  # what is padded is cut off again
+            own.pad_token = own.eos_token or own.convert_ids_to_tokens(0)
+        made.tokenizer = _Listening(own)
         return made
 
     def __getstate__(self) -> dict[str, Any]:
@@ -69,14 +73,14 @@ class Pictures:
     def marks(self) -> list[str]:
         """What a template may write in the place of an image, the likeliest first."""
         named = [name for name in vars(self.processor) if name.endswith("_token") and "video" not in name]
-        first = [name for name in ("image_token", "boi_token") if name in named]
+        first = [name for name in ("image_token", "boi_token") if hasattr(self.processor, name)]
         found = (getattr(self.processor, name) for name in dict.fromkeys([*first, *named]))
-        return list(dict.fromkeys(str(mark) for mark in found if mark))
+        known = self.tokenizer.get_vocab()
+        return [mark for mark in dict.fromkeys(map(str, found)) if mark in known]
 
     def stands_for_image(self, ids: Sequence[int]) -> str | None:
         """The first token among `ids` that stands for an image; None: there is none."""
-        named = {getattr(self.processor, name, None) for name in ("image_token_id", "image_token")}
-        named |= {self.tokenizer.convert_tokens_to_ids(str(mark)) for mark in self.marks[:1]}
+        named = set(self.tokenizer.convert_tokens_to_ids(self.marks[:2]))
         return next((self.tokenizer.convert_ids_to_tokens(number) for number in ids if number in named), None)
 
     def expand(self, text: str, images: Sequence[Any]) -> Expanded:

@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -157,9 +157,19 @@ def _encode_all(
         used = encoded.select(np.flatnonzero(np.isin(status, ["ok", "truncated"])))
         usable.append(used.select_columns([*COLUMNS]))
         facts.append(_facts(rows, "train" if number < len(data.train) else "eval", name, status, used))
+    if pictures and any(source.images for source in facts):
+        bad += _unseen(usable, chosen, pictures)
     if bad:
         _refuse(bad)
     return usable, facts
+
+
+def _unseen(usable: Sequence[Dataset], chosen: Mapping[int, Chosen], pictures: Pictures) -> Iterator[str]:
+    """Rows of text that say what stands for an image: beside rows that have some, nobody could tell whose it is."""
+    for rows, examples in zip((rows for rows, _ in chosen.values()), usable, strict=True):
+        for example in examples:
+            if not example["images"] and (mark := pictures.stands_for_image(example["input_ids"])):
+                yield f"{rows.place(example['row'])}: its text says {mark}, which stands for an image, and it has none"
 
 
 def _encode(rows: Rows, indices: Sequence[int], num_proc: int, reader: RowReader) -> Dataset:

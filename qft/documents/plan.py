@@ -231,6 +231,8 @@ class ShownRow(Stored):
     text: str
     learnt: list[str]
     """The spans of the text that are learnt, in their order."""
+    images: list[str] = []
+    """Paths, or the beginnings of data URIs, in their order."""
     pieces: list[ShownToken] = Field([], exclude=True)
     """Token by token, for views."""
 

@@ -100,7 +100,8 @@ class Encoder:
             if self.on_too_long != "truncate":
                 raise TooLong(f"{len(encoded.input_ids)} tokens, and data.max_length is {self.max_length}")
             if encoded.seen > self.max_length:
-                raise TooLong(f"its images take up {encoded.seen} tokens, and data.max_length is {self.max_length}")
+                text = f"{encoded.seen} tokens up to its last image, and data.max_length is {self.max_length}"
+                raise BadRow(f"{text}: no image can be cut")
             encoded.truncated = True
             encoded.answer_start = -1
             del encoded.input_ids[self.max_length :], encoded.labels[self.max_length :]

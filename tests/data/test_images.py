@@ -209,7 +209,9 @@ def test_tokens_of_images_count(seeing: Seeing, tmp_path: Path) -> None:
     assert cut["input_ids"] == whole["input_ids"][:-3]
     assert Collator(2, pictures=plan.pictures)([cut])["pixel_values"].shape[0] == 1
     most = len(whole["input_ids"]) - whole["input_ids"][::-1].index(261)
-    with pytest.raises(DataError, match=rf"its images take up {most} tokens, and data.max_length is {most - 1}"):
+    with pytest.raises(
+        DataError, match=rf"rows.jsonl:1: {most} tokens up to its last image, and data.max_length is {most - 1}"
+    ):
         encoded(plan, tmp_path, MIXED[2:], max_length=most - 1, on_too_long="truncate")
 
 

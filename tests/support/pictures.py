@@ -103,7 +103,7 @@ def _processor(family: str) -> Any:
             transformers.PixtralImageProcessor(size={"longest_edge": 56}, patch_size={"height": 14, "width": 14}),
             tokenizer,
             patch_size=14,
-            spatial_merge_size=2,
+            spatial_merge_size=1,
         ),
     }
     return made[family]()
@@ -144,7 +144,7 @@ def _mistral3() -> Any:
     text = {"model_type": "mistral", **TEXT}
     vision = {"model_type": "pixtral", "head_dim": 16, **TOWER, "image_size": 56}
     return transformers.Mistral3Config(
-        vision_config=vision, text_config=text, image_token_index=261, spatial_merge_size=2, tie_word_embeddings=True
+        vision_config=vision, text_config=text, image_token_index=261, spatial_merge_size=1, tie_word_embeddings=True
     )
 
 

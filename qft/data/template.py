@@ -299,17 +299,21 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
-    """Token ids of a conversation up to where the assistant's next turn begins, as training has them.
+def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
+    """A conversation up to where the assistant's next turn begins, as training has it; without special tokens to add.
 
     Raises DataError if the tokenizer has no chat template, or if that refuses the conversation."""
     try:
-        text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+        return str(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False))
     except TemplateLimit:
         raise
     except Exception as error:  # a template is a program: it can fail with more than jinja's own errors
         raise DataError(f"the chat template refuses the conversation: {error}") from None
-    return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+    """Its token ids. Raises DataError likewise."""
+    return list(tokenizer(render_prompt(tokenizer, messages), add_special_tokens=False).input_ids)
 
 
 class TooLong(BadRow):

@@ -125,7 +125,7 @@ class AdapterSection(Section):
     """Layer names, or one regular expression, to leave out of target_modules."""
     target_towers: bool = False
     """Let target_modules match beside the language part too: towers for images, and what projects their output. Rows of
-    text never reach those."""
+    text never reach those; rows with images do."""
     layers_to_transform: Many[int] | None = None
     """Indices of the blocks that get adapters. None: all. Needs target_modules as a list."""
     use_rslora: bool = False

@@ -12,10 +12,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from qft.checkpoint.language import beside_language
+from qft.commands.conversation import ChatOptions, Conversation
 from qft.commands.evaluate import EvalOptions, evaluate
 from qft.documents.training import Report
+from qft.errors import DataError
 from qft.model.merge import MergedWeights
-from qft.plan import plan_model
+from qft.model.target import load_target, parse_target
+from qft.plan import make_plan, plan_model
 from qft.progress import View
 from qft.recipe import load
 from tests.support.once import once
@@ -62,6 +65,24 @@ def test_a_model_of_random_weights_learns_the_colours_of_shapes(learnt: Path) ->
     assert report.eval.after.scores["exact_match"] >= 0.6  # of four colours; without seeing it would be a quarter
     document = evaluate([str(learnt / "run")], EvalOptions(batch_size=3), View())
     assert document.targets[0].scores["exact_match"].value == pytest.approx(report.eval.after.scores["exact_match"])
+
+
+def test_a_conversation_asks_about_an_image_as_training_does(learnt: Path) -> None:
+    target = parse_target(str(learnt / "run"), adapter=None, data=None)
+    plan = target.plan()
+    row = make_plan(load(learnt / "recipe.yaml")).data.train[0]
+    talk = Conversation(plan.tokenizer, ChatOptions(max_new_tokens=8), pictures=plan.pictures)
+    with pytest.raises(DataError, match=r"none.png: no such image"):
+        talk.show_image(str(learnt / "none.png"))
+    talk.show_image(row["images"][0])
+    assert talk.prompt("What colour is it?") == row["input_ids"][: row["answer_start"]]
+    model = load_target(target, plan)
+    reply = talk.ask(model, "What colour is it?", lambda piece: None)
+    assert reply.text in ("red", "green", "blue", "yellow")
+    talk.ask(model, "And now?", lambda piece: None)  # the image is still in the conversation
+    said = talk.row()["messages"]
+    assert said[0]["content"][0] == {"type": "image", "image": row["images"][0]}
+    assert said[2]["content"] == "And now?"
 
 
 def test_what_sees_is_handed_over_to_the_bit(learnt: Path, tmp_path: Path) -> None:

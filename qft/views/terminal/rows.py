@@ -21,7 +21,8 @@ def render_data(data: DataPart) -> Group:
         tokens = (source.tokens, source.supervised_tokens, source.longest)
         counts = (source.rows, *tokens, source.skipped, source.truncated)
         rows.add(_name(source), source.format, *(f"{number:,}" for number in counts))
-    seen = (f"{_name(source)}: {count(source.images, 'image')}" for source in data.sources if source.images)
+    unforeseen = "what a tower takes while it looks at them is not in the predicted memory"
+    seen = (f"{_name(s)}: {count(s.images, 'image')}; {unforeseen}" for s in data.sources if s.images)
     told = [*seen, *map(_split, filter(_is_split, data.sources))]
     return Group(rows, *bullets(told), *bullets(_unread(data), "yellow"))
 

@@ -28,10 +28,9 @@ from statistics import median
 from typing import Any
 
 import modes
+from shapes import SHAPES, make_model, place
 
 ROOT = Path(__file__).parent.parent
-SHAPES: dict[str, tuple[str, int, int]] = {"tiny": ("small", 2, 256), "1.5b": ("1b", 8, 2048), "8b": ("8b", 4, 2048)}
-"""Size of modes.py, rows, tokens of a row."""
 WARM = 3
 """Steps that are not counted."""
 
@@ -62,7 +61,7 @@ def is_installed(arm: str) -> bool:
 
 
 def compare(options: argparse.Namespace) -> None:
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=place()) as folder:
         subprocess.run([sys.executable, *sys.argv, "--make", folder], check=True)
         found: dict[str, list[dict[str, Any]]] = {arm: [] for arm in options.arms}
         for _ in range(options.repeats):
@@ -98,20 +97,12 @@ def spread(values: list[float], digits: int) -> str:
 
 
 def make(folder: Path, options: argparse.Namespace) -> None:
-    from transformers import AutoTokenizer
-
     if options.size == "quickstart":
         make_quickstart(folder, options)
         return
-    size, rows, length = SHAPES[options.size]
-    asked = argparse.Namespace(size=size, batch=rows, length=length, steps=options.steps + WARM)
-    modes.make_inputs(folder, asked)
-    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    model = modes.in_4_bits(folder)
-    for file in (folder / "model").iterdir():
-        file.unlink()
-    model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
+    _, rows, length, _ = SHAPES[options.size]
+    make_model(folder / "model", options.size)
+    modes.make_rows(folder / "rows.jsonl", rows * (options.steps + WARM), length)
     ids = modes.token_ids(folder)
     (folder / "ids.json").write_text(json.dumps({"rows": rows, "input_ids": ids, "labels": ids}))
 
@@ -158,7 +149,7 @@ def recipe(folder: Path, options: argparse.Namespace) -> Path:
         values["data"].pop("eval")
         values["data"]["train"] = str(ROOT / "recipes" / "quickstart" / "train.jsonl")
     else:
-        _, rows, length = SHAPES[options.size]
+        _, rows, length, _ = SHAPES[options.size]
         asked = argparse.Namespace(batch=rows, length=length, steps=0, checkpointing=options.checkpointing)
         values = modes.recipe("bf16", folder, asked)
         values["train"].pop("optim")

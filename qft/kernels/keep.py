@@ -3,11 +3,13 @@ over memory away from what is kept anyway, gate and up a product."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from qft.documents.plan import Kept
 
 
 @dataclass
@@ -21,6 +23,14 @@ class Keep:
     stash: Any = None
     """Where inputs of norms wait whose outputs are not kept: has pack(tensor) and unpack(what pack gave). None: where
     they are."""
+
+
+def keep(blocks: Sequence[Keep], kept: Sequence[Kept], stash: Any = None) -> None:
+    """Have each block keep what is said of it. Checkpointing is not looked after here, and what a checkpointed block
+    makes again, it keeps."""
+    for own, what in zip(blocks, kept, strict=True):
+        own.norms, own.gates = what in ("inputs", "all"), what != "attention"
+        own.stash = None if own.norms else stash
 
 
 class Source:

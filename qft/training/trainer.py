@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 
 from qft.data.sources import some_places
 from qft.errors import NonFiniteError
+from qft.kernels import keep
 from qft.machine.signals import Signals
 from qft.memory.checkpointing import CheckpointingProbe, checkpoint_first
 from qft.memory.fused_loss import COUNTS
@@ -216,10 +217,13 @@ class _StepWatch(TrainerCallback):
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         recorder = self.trainer.recorder
         all_since = any(event.field == "train.gradient_checkpointing" for event in recorder.out_of_memory)
-        if recorder.plan.recomputed is not None and not all_since:
-            checkpoint_first(self.trainer.model, recorder.plan.recomputed)
-        if recorder.plan.checkpoints == "host":
-            stash_inputs(self.trainer.model, self.trainer.args.device)
+        kept = recorder.plan.kept
+        if recorder.plan.ways and not all_since:
+            checkpoint_first(self.trainer.model, kept.count("inputs"))
+        on_host = recorder.plan.checkpoints == "host"
+        stash = stash_inputs(self.trainer.model, self.trainer.args.device) if on_host else None
+        if recorder.keeps and not all_since:
+            keep(recorder.keeps, kept, stash)
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         self.trainer.before_update()

@@ -85,7 +85,7 @@ def test_sizes_that_were_not_traced_are_what_tracing_says(recipe_file: MakeRecip
     forecast = dataclasses.replace(forecast, model=model)
     for way in forecast.ways():
         assert way.peak == pytest.approx(
-            forecast.predict(Step(forecast.batch(way.rows), False, way.accumulated > 1)).taken, rel=0.001
+            forecast.predict(Step(forecast.batch(way.rows), "all", way.accumulated > 1)).taken, rel=0.001
         )
     assert [way.rows for way in forecast.ways()] == [12, 6, 4, 3, 2, 1]
 

@@ -161,9 +161,9 @@ def _puts_of_group(
             if given is x:
                 return made
             waiting.clear()
-            if args or kwargs or not _may(module, x, stack.dtype) or not stack.is_as_found():
+            if args or kwargs or not _may(module, x, stack.given) or not stack.is_as_found():
                 return plain(x, *args, **kwargs)
-            outs = project(x, stack)
+            outs = project(x.to(stack.dtype), stack)
             waiting.update({i: (x, out) for i, out in enumerate(outs) if i != number})
             return outs[number]
 

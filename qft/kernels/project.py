@@ -47,10 +47,8 @@ def each(x: torch.Tensor, stack: Stack) -> tuple[tuple[torch.Tensor, ...], torch
     """The outputs one by one, and s x Aᵀ."""
     flat, matrix = rows_of(x), stack.matrix(x.device, forward=True)
     whole, inner = with_lora(flat, stack, matrix)
-    outs = tuple(x.new_empty(*x.shape[:-1], layer.rows) for layer in stack.layers)
-    for made, part in zip(outs, stack.row_parts, strict=True):
-        torch.mm(whole, matrix[part].t(), out=made.view(len(flat), -1))
-    return outs, inner
+    products = (in_dtype(whole, matrix[part].t(), stack.made) for part in stack.row_parts)
+    return tuple(product.view(*x.shape[:-1], -1) for product in products), inner
 
 
 def in_dtype(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -155,7 +153,7 @@ class Project(torch.autograd.Function):
         x, inner = ctx.given or Project.kept(ctx)[:2]
         ctx.given = None
         flat = rows_of(x)
-        given = [None if g is None else rows_of(g) for g in gradients_of]
+        given = [None if g is None else rows_of(g.to(stack.dtype)) for g in gradients_of]
         g, gb, dx = back(stack, given, flat, ctx.needs_input_grad[0])
         found = gradients(stack, g, gb, flat, inner)
         return (dx.view(x.shape) if dx is not None else None, None, None, *found)

@@ -115,9 +115,7 @@ def _found(
     taken = {layer.module for seam in mlps for layer in seam.layers}
     groups = find_groups(blocks, seen, taken, applied.plain) if LINEAR in kinds else []
     norms = find_norms(model, seen) if NORM in kinds else []
-    keep_of = {
-        module: keep for block, keep in zip(blocks, applied.keeps, strict=True) for module in block.modules()
-    }
+    keep_of = {module: keep for block, keep in zip(blocks, applied.keeps, strict=True) for module in block.modules()}
     turns = find_rotary(blocks, seen) if ROTARY in kinds else []
     found: dict[str, list[Callable[[], None]]] = {
         MLP: [partial(_put_mlp, seam, applied, borders, keep_of[seam.module]) for seam in mlps],

@@ -2,13 +2,18 @@
 
 # Triton reads annotations, which must be no strings.
 
+from functools import cache
+from typing import Any
+
 import torch
 
 from qft.kernels.jit import by_triton, ceil_div, jit, launch, power_of_2, tl
 
 WIDEST = 128
 """Columns of a narrow matrix that the kernel takes; others are multiplied by torch."""
-LINES, SIZE, WARPS, STAGES = 32, 128, 4, 4
+LINES, SIZE, WARPS, STAGES = 64, 128, 4, 5
+SPARED = 2**13
+"""Bytes of a program's shared memory that are not for tiles."""
 
 
 @jit
@@ -61,12 +66,32 @@ def extend(
     if not by_triton(x) or rank > WIDEST:
         _by_torch(x, out, narrow, border, at, fill, one, inner)
         return
-    launch(_extend_kernel, (ceil_div(len(x), LINES),),
+    wide = max(16, power_of_2(rank))
+    lines, stages = _shape(x, wide)
+    launch(_extend_kernel, (ceil_div(len(x), lines),),
         x, out, narrow, out if inner is None else inner, *x.shape, rank, at, one,
         x.stride(0), out.stride(0), border, *narrow.stride(),
-        COPY=copies, FILL=fill, KEEP=inner is not None, RANK=max(16, power_of_2(rank)), LINES=LINES, SIZE=SIZE,
-        num_warps=WARPS, num_stages=STAGES,
+        COPY=copies, FILL=fill, KEEP=inner is not None, RANK=wide, LINES=lines, SIZE=SIZE,
+        num_warps=WARPS, num_stages=stages,
     )  # fmt: skip
+
+
+def _shape(x: torch.Tensor, wide: int) -> tuple[int, int]:
+    """Rows of a program, and tiles that are on their way to it at once, as many as its shared memory has room for."""
+    if not x.is_cuda:
+        return LINES, STAGES
+    room = _shared_bytes(x.device) - SPARED
+    for lines in (LINES, LINES // 2):
+        stages = min(STAGES, room // ((lines + wide) * SIZE * x.element_size()))
+        if stages > 2:
+            return lines, stages
+    return LINES // 4, 2
+
+
+@cache
+def _shared_bytes(device: torch.device) -> int:
+    found: Any = torch.cuda.get_device_properties(device)
+    return int(getattr(found, "shared_memory_per_block_optin", found.shared_memory_per_block))
 
 
 def _by_torch(

@@ -128,7 +128,12 @@ class Forecast:
             return ["inputs" if again else "all"]
         # Outputs of norms, gate and up are made again by kernels alone.
         made = {NORM, LINEAR} <= {*self.kernels}
-        return ["inputs", *(["attention"] if made and MLP in self.kernels else []), *(["products"] if made else []), "all"]
+        return [
+            "inputs",
+            *(["attention"] if made and MLP in self.kernels else []),
+            *(["products"] if made else []),
+            "all",
+        ]
 
     def ways(self, more: int = 0) -> list[Way]:
         """What may be chosen, the best first, if `more` bytes than the budget might be taken."""
@@ -215,7 +220,9 @@ def undecidable(forecast: Forecast) -> Iterator[Problem]:
     """Why an `auto` cannot be decided."""
     for field in ("per_device_train_batch_size", "gradient_checkpointing"):
         asked = getattr(forecast.model.recipe.train, field)
-        if forecast.unknown and (asked == "auto" or (field == "gradient_checkpointing" and not isinstance(asked, bool))):
+        if forecast.unknown and (
+            asked == "auto" or (field == "gradient_checkpointing" and not isinstance(asked, bool))
+        ):
             yield f"train.{field}", f"{asked} goes by predicted memory, and {forecast.unknown}; give another value"
 
 

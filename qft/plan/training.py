@@ -16,8 +16,7 @@ from torch import nn
 
 from qft.checkpoint.skeleton import find_blocks
 from qft.data.prepare import Prepared, prepare
-from qft.documents.plan import AdapterArguments, DataPart, PlanDocument, PlannedMemory, TrainerArguments
-from qft.documents.plan import Kept
+from qft.documents.plan import AdapterArguments, DataPart, Kept, PlanDocument, PlannedMemory, TrainerArguments
 from qft.machine.device import Device
 from qft.machine.environment import allocator_settings
 from qft.memory.fit import Way

@@ -16,7 +16,8 @@ SHAPES: dict[str, tuple[str, int, int, dict[str, Any]]] = {
     "8b": ("Llama", 4, 2048, modes.SIZES["8b"] | LLAMA),
     # Biased products, a vocabulary of 152k
     "qwen": ("Qwen2", 8, 2048, {"vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960,
-             "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2, "tie_word_embeddings": True}),
+             "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2,
+             "tie_word_embeddings": True}),
     # A vocabulary of 256k, soft caps, norms behind attention and MLP
     "gemma": ("Gemma2", 4, 2048, {"vocab_size": 256000, "hidden_size": 2304, "intermediate_size": 9216,
               "num_hidden_layers": 26, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256}),
@@ -33,7 +34,7 @@ SHAPES: dict[str, tuple[str, int, int, dict[str, Any]]] = {
 
 def place() -> str | None:
     """A folder in memory if there is one with room, else where temporary files are."""
-    shared = Path("/dev/shm")
+    shared = Path("/dev/shm")  # noqa: S108
     return str(shared) if shared.is_dir() and shutil.disk_usage(shared).free > 2**35 else tempfile.gettempdir()
 
 

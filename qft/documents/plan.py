@@ -270,8 +270,8 @@ class PlannedMemory(Stored):
     unknown: str | None = None
     """Why nothing is predicted."""
     recomputed_blocks: int | None = None
-    """Of the blocks, the first ones that are computed again in the backward pass, or that keep less than the others (the
-    first of `ways` says what); None: as gradient_checkpointing says."""
+    """Of the blocks, the first ones that are computed again in the backward pass, or that keep less than the others
+    (the first of `ways` says what); None: as gradient_checkpointing says."""
     optimizer: str | None = None
     """What `auto` of train.optim came to, and why; None: the recipe says which."""
     ways: list[PlannedWay] = []

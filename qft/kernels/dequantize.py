@@ -41,9 +41,9 @@ def _dequantize_kernel(  # type: ignore[no-untyped-def]
 
 
 def _eight_codes(dtype: torch.dtype) -> str:
-    """PTX: from eight codes in $4, a scale in $5 and the code book at $6, eight numbers of 16 bits in $0 to $3. Each lane
-    of a warp holds one number of the book (twice over), and is asked for it: a load of each would take an address of
-    each, and the kernel is bound by how many instructions it has."""
+    """PTX: from eight codes in $4, a scale in $5 and the code book at $6, eight numbers of 16 bits in $0 to $3. Each
+    lane of a warp holds one number of the book (twice over), and is asked for it: a load of each would take an address
+    of each, and the kernel is bound by how many instructions it has."""
     kind = "bf16" if dtype == torch.bfloat16 else "f16"
     lines = [
         ".reg .b32 lane, at, high, low; .reg .b64 offset, place; .reg .f32 book;",
@@ -68,7 +68,6 @@ def _fast_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """The same for what lies in memory as words of 32 bits: eight codes, or two numbers."""
     row = tl.program_id(0).to(tl.int64)
-    WORDS: tl.constexpr = BLOCK // 8
     block = tl.program_id(1) * (SIZE // BLOCK) + tl.arange(0, SIZE // BLOCK)
     blocks = columns // BLOCK
     there = block < blocks
@@ -77,17 +76,17 @@ def _fast_kernel(  # type: ignore[no-untyped-def]
     if NESTED:
         outer = tl.load(absmax2 + number // BLOCK2, mask=there, other=0.0)
         scale = tl.load(code2 + scale.to(tl.int32)) * outer + tl.load(offset)
-    word = block[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
+    word = block[:, None] * (BLOCK // 8) + tl.arange(0, BLOCK // 8)[None, :]
     source = packed.to(tl.pointer_type(tl.int32)) + row * (columns // 8)
     codes = tl.load(source + word, mask=there[:, None], other=0)
-    scales = tl.broadcast_to(scale[:, None], (SIZE // BLOCK, WORDS))
+    scales = tl.broadcast_to(scale[:, None], (SIZE // BLOCK, BLOCK // 8))
     book = code.to(tl.int64) + tl.zeros_like(codes)
     a, b, c, d = tl.inline_asm_elementwise(
         EIGHT, "=r,=r,=r,=r,r,r,l", [codes, scales, book],
         dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
     )  # fmt: skip
-    pairs = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (SIZE // BLOCK, WORDS * 4))
-    pair = block[:, None] * (WORDS * 4) + tl.arange(0, WORDS * 4)[None, :]
+    pairs = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (SIZE // BLOCK, BLOCK // 2))
+    pair = block[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
     target = out.to(tl.pointer_type(tl.int32)) + row * (stride // 2)
     tl.store(target + pair, pairs, mask=there[:, None])
 

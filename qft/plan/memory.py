@@ -105,7 +105,7 @@ class Forecast:
         """As the recipe stands; of one row and with nothing computed again where that is still to be decided."""
         train = self.model.recipe.train
         rows = 1 if train.per_device_train_batch_size == "auto" else train.micro_batch
-        kept = "inputs" if train.gradient_checkpointing is True else "all"
+        kept: Kept = "inputs" if train.gradient_checkpointing is True else "all"
         return Step(self.batch(rows), kept, train.gradient_accumulation_steps > 1)
 
     def having(self, **train: Any) -> Forecast:
@@ -127,13 +127,9 @@ class Forecast:
         if isinstance(again, bool):
             return ["inputs" if again else "all"]
         # Outputs of norms, gate and up are made again by kernels alone.
-        made = {NORM, LINEAR} <= {*self.kernels}
-        return [
-            "inputs",
-            *(["attention"] if made and MLP in self.kernels else []),
-            *(["products"] if made else []),
-            "all",
-        ]
+        if not {NORM, LINEAR} <= {*self.kernels}:
+            return ["inputs", "all"]
+        return ["inputs", "attention", "products", "all"] if MLP in self.kernels else ["inputs", "products", "all"]
 
     def ways(self, more: int = 0) -> list[Way]:
         """What may be chosen, the best first, if `more` bytes than the budget might be taken."""

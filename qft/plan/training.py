@@ -105,8 +105,8 @@ class Plan:
 
     @property
     def checkpoints(self) -> Literal["device", "host"] | None:
-        """Where the inputs of blocks wait that keep no more, and those of norms whose outputs are made again; None: there
-        are none."""
+        """Where the inputs of blocks wait that keep no more, and those of norms whose outputs are made again; None:
+        there are none."""
         if {*self.kept} == {"all"}:
             return None
         return "host" if stashes(self.model) else "device"

@@ -159,8 +159,8 @@ def model_8b(options: argparse.Namespace) -> Any:
 
     config = LlamaConfig(
         vocab_size=128256, hidden_size=options.hidden, intermediate_size=options.inner,
-        num_hidden_layers=options.layers, num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=8192, rms_norm_eps=1e-5,
-        tie_word_embeddings=False,
+        num_hidden_layers=options.layers, num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=8192,
+        rms_norm_eps=1e-5, tie_word_embeddings=False,
     )  # fmt: skip
     with torch.device("meta"):
         model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)

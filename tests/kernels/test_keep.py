@@ -42,8 +42,8 @@ class Elsewhere:
         return kept
 
 
-def kept_numbers(model: Any) -> tuple[int, dict[str, torch.Tensor]]:
-    """Bytes of activations that a forward pass keeps by autograd, and gradients."""
+def kept_bytes(model: Any) -> int:
+    """Of activations that a forward pass keeps by autograd."""
     kept: dict[int, Any] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -51,32 +51,28 @@ def kept_numbers(model: Any) -> tuple[int, dict[str, torch.Tensor]]:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        found = {name: value.clone() for name, value in gradients(model, IDS).items()}
-    return sum(storage.nbytes() for storage in kept.values()), found
+        model(input_ids=IDS, use_cache=False)
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 def test_what_is_made_again_is_what_was_kept() -> None:
     model = adapted(tiny_llama())
     applied = fused(model)
     assert len(applied.keeps) == 2
-    stash, results = Elsewhere(), list[tuple[int, dict[str, torch.Tensor]]]()
-    ways: list[tuple[list[Kept], Any]] = [
-        (["all"] * 2, None),
-        (["products"] * 2, None),
-        (["attention", "products"], stash),
-        (["attention"] * 2, None),
-        (["inputs"] * 2, stash),
-    ]
-    for kept, where in ways:
-        keep(applied.keeps, kept, where)
-        results.append(kept_numbers(model))
-    wanted = results[0][1]
-    for _, found in results[1:]:
+    wanted = {name: value.clone() for name, value in gradients(model, IDS).items()}
+    kept = [kept_bytes(model)]
+    ways: list[list[Kept]] = [["products"] * 2, ["attention", "products"], ["attention"] * 2, ["inputs"] * 2]
+    for way in ways:
+        keep(applied.keeps, way)
+        kept.append(kept_bytes(model))
+        stash = Elsewhere()
+        keep(applied.keeps, way, stash)
+        found = gradients(model, IDS)
         assert all(torch.equal(found[name], value) for name, value in wanted.items())
-    numbers = [number for number, _ in results]
-    assert numbers[0] > numbers[1] > numbers[2] > numbers[3]
-    assert numbers[4] == numbers[0]  # a block that is computed again keeps, the second time, what it makes
-    assert stash.packed == stash.unpacked == 4  # two norms of two blocks, once each
+        # Two norms of each block; one that is computed again keeps what it makes, and its input waits by itself.
+        assert stash.packed == stash.unpacked == 2 * sum(each != "inputs" for each in way)
+    assert kept[0] > kept[1] > kept[2] > kept[3]
+    assert kept[4] == kept[0]
 
 
 def test_what_is_gone_is_not_made_of_anything_else() -> None:

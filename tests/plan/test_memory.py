@@ -60,7 +60,7 @@ def test_the_fastest_way_within_the_budget_is_taken(recipe_file: MakeRecipe) -> 
 def test_no_more_blocks_are_computed_again_than_must_be(recipe_file: MakeRecipe, tmp_path: Path) -> None:
     base = saved(tiny_llama(num_hidden_layers=6), tmp_path / "six")
     train = AUTO | {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
-    path = recipe_file(model={"path": str(base)}, train=train)
+    path = recipe_file(model={"path": str(base)}, train=train | {"kernels": "plain"})
     none, most = (planned(path, f"train.gradient_checkpointing={on}").memory for on in ("false", "true"))
     assert none.predicted_peak_bytes
     assert most.predicted_peak_bytes
@@ -71,6 +71,25 @@ def test_no_more_blocks_are_computed_again_than_must_be(recipe_file: MakeRecipe,
     assert plan.kept == ["inputs"] * 4 + ["all"] * 2
     assert plan.recipe.train.gradient_checkpointing is True
     assert [way.recomputed for way in plan.ways if way.fits] == [4, 6]
+
+
+def test_blocks_keep_as_much_as_may_be_spent(recipe_file: MakeRecipe, tmp_path: Path) -> None:
+    """The dearest first: outputs of norms cost next to nothing to be made again, and are the first to go."""
+    base = saved(tiny_llama(num_hidden_layers=6), tmp_path / "six")
+    train = AUTO | {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+    path = recipe_file(model={"path": str(base)}, train=train)
+    least, most = (planned(path, f"train.gradient_checkpointing={on}") for on in ("true", "false"))
+    peaks = [plan.memory.predicted_peak_bytes or 0 for plan in (least, most)]
+    assert ({*least.kept}, {*most.kept}) == ({"inputs"}, {"all"})
+    found = [
+        planned(path, f"train.gradient_checkpointing={part}") for part in (2**20, peaks[1] - peaks[0] - 2**20, 2**33)
+    ]
+    assert [sorted({*plan.kept}) for plan in found] == [["attention", "inputs"], ["attention", "products"], ["all"]]
+    assert [plan.checkpoints for plan in found] == ["host", "host", None]
+    for plan, spent in zip(found, (2**20, peaks[1] - peaks[0] - 2**20, 2**33), strict=True):
+        assert peaks[0] < (plan.memory.predicted_peak_bytes or 0) <= peaks[0] + spent
+    within = planned(path, f"memory.budget={found[1].ways[0].peak}B")
+    assert within.kept == found[1].kept
 
 
 def test_what_cannot_fit_is_refused_with_what_helps(recipe_file: MakeRecipe) -> None:

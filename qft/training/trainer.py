@@ -25,7 +25,7 @@ from qft.model.on_cpu import short_attention
 from qft.progress import Step
 from qft.training.recorder import Recorder
 from qft.training.stopping import StoppingTrainer
-from qft.training.update import Moment, Update, skips_by_itself
+from qft.training.update import LogEntry, Moment, Sent, Update, skips_by_itself
 
 
 class QftTrainer(StoppingTrainer):
@@ -174,10 +174,29 @@ class QftTrainer(StoppingTrainer):
         self._waiting.append(update)
         if recorder.recomputed is None:
             recorder.recomputed = self.measure_checkpointing()
-        control = self.control
-        asked = control.should_log or control.should_save or control.should_evaluate or control.should_training_stop
-        last = self.state.global_step >= self.state.max_steps
+        control, last = self.control, self.state.global_step >= self.state.max_steps
+        asked = control.should_save or control.should_evaluate or control.should_training_stop
         self.tell(all_but=0 if asked or last or not self._waits_for_nothing() else 1)
+
+    def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        """The Trainer's, which would wait for the loss: of a step that is told later, so is the log's entry."""
+        steps = self.state.global_step - self._globalstep_last_logged
+        if self._waiting and self.control.should_log and steps:
+            self._waiting[-1].entry = LogEntry(Sent(tr_loss), steps, args[5], self.state.epoch)
+            tr_loss -= tr_loss
+            self._globalstep_last_logged, self.control.should_log = self.state.global_step, False
+        super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
+
+    def _log(self, update: Update, entry: LogEntry) -> None:
+        """As the Trainer would have, had it waited."""
+        now, loss = (self.state.global_step, self.state.epoch), entry.loss.read()
+        self._total_loss_scalar += loss
+        self.store_flos()
+        self.state.global_step, self.state.epoch = update.step, entry.epoch
+        norm = update.numbers[len(update.losses)]
+        told = {"loss": loss / entry.steps, "grad_norm": norm, "learning_rate": update.learning_rate}
+        self.log(told, entry.start_time)
+        self.state.global_step, self.state.epoch = now
 
     def tell(self, all_but: int = 0) -> None:
         """The recorder of what was done, but for so many steps. Raises NonFiniteError as _look_at does."""
@@ -204,6 +223,8 @@ class QftTrainer(StoppingTrainer):
                     skipped=update.skipped,
                 )
             )
+            if update.entry:
+                self._log(update, update.entry)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         self.tell()

@@ -31,6 +31,33 @@ class Moment:
             self._mark.synchronize()
 
 
+class Sent:
+    """Numbers on their way to the host."""
+
+    def __init__(self, numbers: torch.Tensor) -> None:
+        self._numbers = numbers.detach()
+        if numbers.is_cuda:
+            self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            self._numbers.copy_(numbers.detach(), non_blocking=True)
+        self._there = Moment(numbers.is_cuda)
+
+    def read(self) -> Any:
+        """Waits for them, if they are not there yet."""
+        self._there.wait()
+        return self._numbers.tolist()
+
+
+@dataclass
+class LogEntry:
+    """What is to be logged once it is known."""
+
+    loss: Sent
+    """The sum of the losses since the last entry."""
+    steps: int
+    start_time: float
+    epoch: float | None
+
+
 @dataclass
 class Update:
     """What the micro-batches of a step give stays on the device until it is read."""
@@ -51,24 +78,20 @@ class Update:
     numbers: list[float] = field(default_factory=list)
     """The losses, the norm, and the two sums of the counts, once they are read."""
     skipped: bool = False
+    entry: LogEntry | None = None
 
     def ask(self) -> torch.Tensor:
         """Have the numbers sent to the host, all together; returns them where they are."""
         losses = torch.stack(self.losses).double()
         norm = torch.as_tensor(self.grad_norm).to(losses).reshape(1)
         numbers = torch.cat([losses, norm, torch.stack(self.counts).sum(0).to(losses)])
-        self._sent = numbers
-        if numbers.is_cuda:
-            self._sent = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
-            self._sent.copy_(numbers, non_blocking=True)
-        self._there = Moment(numbers.is_cuda)
+        self._sent = Sent(numbers)
         return numbers
 
     def read(self) -> None:
         """Wait for them, if they are not there yet."""
         if not self.numbers:
-            self._there.wait()
-            self.numbers = self._sent.tolist()
+            self.numbers = self._sent.read()
 
     def is_bad(self, *, scaled: bool) -> bool:
         """Whether a loss, or the norm, is not finite. Under loss scaling (`scaled`) an overflowing gradient is

@@ -180,7 +180,7 @@ class QftTrainer(StoppingTrainer):
 
     def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         """The Trainer's, which would wait for the loss: of a step that is told later, so is the log's entry."""
-        steps = self.state.global_step - self._globalstep_last_logged
+        steps = self.state.global_step - self._globalstep_last_logged  # type: ignore[has-type]
         if self._waiting and self.control.should_log and steps:
             self._waiting[-1].entry = LogEntry(Sent(tr_loss), steps, args[5], self.state.epoch)
             tr_loss -= tr_loss

@@ -209,13 +209,17 @@ def test_what_is_told_a_step_later_is_the_same(
 ) -> None:
     """As on a GPU, which leaves an update out before the host knows of it."""
     settings = {"learning_rate": 1e30, "warmup_steps": 0.0, "max_steps": 4, "max_grad_norm": 0.0, "weight_decay": 0.1}
-    skipping = recipe_file(train=settings | {"on_nonfinite": "skip"})
+    saving = {"on_nonfinite": "skip", "save_strategy": "steps", "save_steps": 3}
+    skipping, state = recipe_file(train=settings | saving), tmp_path / "run/checkpoints/checkpoint-3/trainer_state.json"
     at_once, adapters = run(skipping), [adapter(tmp_path / "run")]
+    logged = json.loads(state.read_text())["log_history"]
     monkeypatch.setattr(QftTrainer, "_waits_for_nothing", lambda self: True)
     later = run(skipping, overwrite=True)
     adapters.append(adapter(tmp_path / "run"))
     assert at_once.skipped_steps == later.skipped_steps == 3
     assert at_once.loss == later.loss
+    assert len(logged) == 3
+    assert str(json.loads(state.read_text())["log_history"]) == str(logged)  # NaN is not equal to itself
     assert all(torch.equal(adapters[1][name], value) for name, value in adapters[0].items())
     with pytest.raises(NonFiniteError, match=r"step 2: the (loss|gradient norm) is not finite.*chats\.jsonl:\d+"):
         run(recipe_file(train=settings), overwrite=True)

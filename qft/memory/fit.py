@@ -13,7 +13,7 @@ from itertools import combinations
 
 from qft.documents.plan import Kept
 from qft.memory.predict import Prediction, Predictor
-from qft.memory.trace import Batch, Step
+from qft.memory.work import Batch, Step
 
 MOST_ROWS = 64
 """Of a micro-batch that is looked at."""

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from qft.machine.device import Device
 from qft.memory.ledger import Peak
-from qft.memory.trace import Step, Traced, Work, trace
+from qft.memory.trace import trace
+from qft.memory.work import Step, Traced, Work
 
 MIB = 2**20
 WORKSPACES = 2 * 8 * MIB + 2 * MIB // 8

@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,13 +21,12 @@ from transformers import PreTrainedModel
 from transformers.trainer_pt_utils import LabelSmoother
 
 from qft.checkpoint.skeleton import find_blocks
-from qft.documents.plan import Kept
 from qft.kernels import expect, keep
 from qft.kernels.buffers import SCRATCH
 from qft.memory.checkpointing import enable_checkpointing
 from qft.memory.chunked_loss import has_parts, replace_forward, rows_at_once
 from qft.memory.fused_loss import COUNTS, FusedLoss, replace_with, tail_of
-from qft.memory.ledger import Ledger, Peak
+from qft.memory.ledger import Ledger
 from qft.memory.offload import SLOTS
 from qft.memory.optimizers import STATES, step_bytes
 from qft.memory.repeated import Pattern, pattern
@@ -36,84 +34,17 @@ from qft.memory.softmax import gradient_in_place
 from qft.memory.stand_in import OnGpu, fill, gradient_on_gpu, hold, peft_sees_autocast, set_attention
 from qft.memory.stash import Stash, stash_inputs
 from qft.memory.unmasked import one_row_each
+from qft.memory.work import MIDDLE, Batch, Step, Traced, Work
 from qft.quant.beside import compute_beside
-from qft.quant.hold import Qat, Scheme
+from qft.quant.hold import Qat
 from qft.quant.rounded import round_as
 
-MIDDLE, PROBE = "other blocks", "probe"
-"""Parts of the work that are none of the worst: what lies between the first blocks and the last, and a look at few
-tokens before it begins."""
+PROBE = "probe"
+"""Part of the work that is none of the worst: a look at few tokens before it begins."""
 BESIDE = (PROBE, "update", "evaluation", "answers")
 """Parts that are no forward or backward pass of a step."""
 SMALL, FEW_TOKENS = 2**28, 2**12
 """Weights times tokens, and tokens: of no more, to compute with real tensors takes less than to follow their shapes."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What one forward pass is given."""
-
-    rows: int
-    tokens: int
-    """Of the longest row, padding included."""
-    padded: bool
-    """Whether any row is shorter."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """How an optimizer step is made."""
-
-    batch: Batch
-    """Of a micro-batch."""
-    kept: Kept
-    """What each block keeps for the backward pass."""
-    accumulates: bool
-    """Whether it has several micro-batches."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """What the memory of a training depends on, beside its model and its steps."""
-
-    scheme: Scheme
-    lora: dict[str, Any] | None
-    """Arguments of peft.LoraConfig; None: all weights are trained."""
-    optim: str
-    """By its name in the recipe, as the two below are what train says."""
-    label_smoothing_factor: float
-    neftune: bool
-    mixed: torch.dtype | None
-    """Of autocast; None: there is none."""
-    on_gpu: bool
-    logit_bytes: int | None
-    """What logits may take at once where the loss is computed from few of them; None: it is computed from all."""
-    offloads: bool
-    """Whether the frozen weights of the blocks wait elsewhere."""
-    held_out: Batch | None
-    """What is evaluated."""
-    answered: Batch | None = None
-    """What is answered, the longest answers included."""
-    stashes: bool = False
-    """Whether the inputs of checkpointed blocks wait on the host."""
-    kernels: tuple[str, ...] = ()
-    """Kinds of parts that kernels of qft's own compute in training."""
-
-
-@dataclass(frozen=True)
-class Traced:
-    """One step and an evaluation."""
-
-    peaks: dict[str, Peak]
-    """By part of the work: forward, head, the blocks of the backward pass, update, evaluation."""
-    work: int
-    """Of the step: multiplications with additions, those of attention as so many more as they take longer."""
-
-    def extrapolated(self, longer: Traced, times: int) -> Traced:
-        """Between the first blocks and the last, peaks rise or fall from one to the next: none is the highest."""
-        ends = (part for part in longer.peaks if part != MIDDLE)
-        peaks = {part: self.peaks[part].extrapolated(longer.peaks[part], times) for part in ends}
-        return Traced(peaks, longer.work + times * (longer.work - self.work))
 
 
 def trace(build: Callable[[], PreTrainedModel], layers: int, work: Work, step: Step) -> Traced:

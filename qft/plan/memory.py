@@ -19,7 +19,7 @@ from qft.memory.chunked_loss import FEW_LOGITS, LOGITS
 from qft.memory.fit import Choice, Way, row_counts, ways
 from qft.memory.guard import smaller_training
 from qft.memory.predict import Predictor, Source, predictor
-from qft.memory.trace import Batch, Step, Work
+from qft.memory.work import Batch, Step, Work
 from qft.plan.model import ModelPlan
 from qft.recipe import LoadedRecipe, Recipe
 from qft.recipe.rules import Problem

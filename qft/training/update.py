@@ -35,10 +35,8 @@ class Sent:
     """Numbers on their way to the host."""
 
     def __init__(self, numbers: torch.Tensor) -> None:
-        self._numbers = numbers.detach()
-        if numbers.is_cuda:
-            self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
-            self._numbers.copy_(numbers.detach(), non_blocking=True)
+        self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=numbers.is_cuda)
+        self._numbers.copy_(numbers.detach(), non_blocking=True)
         self._there = Moment(numbers.is_cuda)
 
     def read(self) -> Any:

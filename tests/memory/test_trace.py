@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from qft.checkpoint.skeleton import find_blocks
 from qft.memory.ledger import Ledger, Peak
 from qft.memory.repeated import Pattern, pattern
-from qft.memory.trace import MIDDLE, Batch, Step, Work, trace, traced
+from qft.memory.trace import trace, traced
+from qft.memory.work import MIDDLE, Batch, Step, Work
 from qft.quant.hold import SCHEMES
 from qft.recipe.training import QuantSection
 

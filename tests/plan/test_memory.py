@@ -13,7 +13,7 @@ import pytest
 from qft.commands.train import train
 from qft.errors import OutOfMemoryError, RecipeError
 from qft.machine.device import absent_gpu
-from qft.memory.trace import Step
+from qft.memory.work import Step
 from qft.plan import Plan, make_plan
 from qft.plan.memory import Forecast, settled
 from qft.progress import View

@@ -189,14 +189,14 @@ class QftTrainer(StoppingTrainer):
 
     def _log(self, update: Update, entry: LogEntry) -> None:
         """As the Trainer would have, had it waited."""
-        now, loss = (self.state.global_step, self.state.epoch), entry.loss.read()
+        now, asked, loss = (self.state.global_step, self.state.epoch), self.control.should_log, entry.loss.read()
         self._total_loss_scalar += loss
         self.store_flos()
         self.state.global_step, self.state.epoch = update.step, entry.epoch
         norm = update.numbers[len(update.losses)]
         told = {"loss": loss / entry.steps, "grad_norm": norm, "learning_rate": update.learning_rate}
         self.log(told, entry.start_time)
-        self.state.global_step, self.state.epoch = now
+        (self.state.global_step, self.state.epoch), self.control.should_log = now, asked  # which an entry takes back
 
     def tell(self, all_but: int = 0) -> None:
         """The recorder of what was done, but for so many steps. Raises NonFiniteError as _look_at does."""

@@ -19,6 +19,7 @@ from qft.plan.memory import Forecast, settled
 from qft.progress import View
 from qft.recipe import load
 from tests.support.cli import qft
+from tests.support.families import tiny
 from tests.support.gguf import saved
 from tests.support.models import tiny_llama
 from tests.support.rows import chat, write_jsonl
@@ -235,3 +236,8 @@ def test_inputs_of_blocks_on_the_host_are_not_on_the_device(
     assert host.memory.peaks["head"] < device.memory.peaks["head"]
     with pytest.raises(RecipeError, match=r"memory\.checkpoints: the model runs on the CPU"):
         make_plan(load(path, ["memory.checkpoints=host"]))
+
+
+def test_a_gpu_is_known_of_a_model_with_buffers_within_its_blocks(recipe_file: MakeRecipe, tmp_path: Path) -> None:
+    base = saved(tiny("gemma3"), tmp_path / "base")
+    assert planned(recipe_file(model={"path": str(base)}, train={"max_steps": 2})).memory.unknown is None

@@ -39,7 +39,7 @@ class Source:
     def __init__(self, x: torch.Tensor, make: Callable[[torch.Tensor, int], torch.Tensor], stash: Any) -> None:
         """`make`: from x and the columns of a border."""
         self._make, self._stash = make, stash
-        self._held = stash.pack(x.detach()) if stash else x.detach()
+        self._held, self._version = stash.pack(x.detach()) if stash else x.detach(), x._version
         self._x: torch.Tensor | None = None
 
     @property
@@ -48,6 +48,8 @@ class Source:
             if self._held is None:
                 raise RuntimeError("the input of a norm is gone once its gradient was taken: no second backward pass")
             self._x = self._stash.unpack(self._held) if self._stash else self._held
+            if not self._stash and self._x._version != self._version:
+                raise RuntimeError("the input of a norm was changed in its place before the backward pass")
         return self._x
 
     def again(self, border: int) -> torch.Tensor:

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from qft.documents.plan import Kept
 from qft.kernels import keep
 from qft.kernels.buffers import SCRATCH
-from tests.support.architectures import MODELS
+from tests.support.architectures import MODELS, WIDE
 from tests.support.kernels import adapted, everywhere, fused, gradients
 from tests.support.models import tiny_llama
 
@@ -73,6 +74,21 @@ def test_what_is_made_again_is_what_was_kept() -> None:
         assert stash.packed == stash.unpacked == 2 * sum(each != "inputs" for each in way)
     assert kept[0] > kept[1] > kept[2] > kept[3]
     assert kept[4] == kept[0]
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "qwen2", "qwen3", "olmo2", "mixtral", "cohere", "stablelm"])
+def test_so_it_is_in_other_families(kind: str) -> None:
+    """Norms behind attention and MLP, of queries and keys, biased products, experts, layer norms."""
+    torch.manual_seed(0)
+    asked = WIDE | {"num_key_value_heads": 2, "head_dim": 16, "attention_bias": False}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **asked))
+    model = adapted(model, torch.float32 if kind == "mixtral" else torch.float64)
+    applied = fused(model)
+    wanted = {name: value.clone() for name, value in gradients(model, IDS).items()}
+    for way in ("products", "attention"):
+        keep(applied.keeps, [way] * len(applied.keeps), Elsewhere())
+        found = gradients(model, IDS)
+        assert all(torch.equal(found[name], value) for name, value in wanted.items())
 
 
 def test_what_is_gone_is_not_made_of_anything_else() -> None:

@@ -249,7 +249,7 @@ def decided(loaded: LoadedRecipe, way: Way) -> LoadedRecipe:
     chosen = {
         "per_device_train_batch_size": way.rows,
         "gradient_accumulation_steps": way.accumulated,
-        # Of a run that is resumed, nothing more is known: then all blocks are, which takes no more than what was decided.
+        # A resumed run knows no more than this: all blocks computed again take no more than what was decided.
         "gradient_checkpointing": way.recomputed > 0 or way.most != "all",
     }
     return loaded.having(train=chosen)

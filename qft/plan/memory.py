@@ -249,7 +249,8 @@ def decided(loaded: LoadedRecipe, way: Way) -> LoadedRecipe:
     chosen = {
         "per_device_train_batch_size": way.rows,
         "gradient_accumulation_steps": way.accumulated,
-        "gradient_checkpointing": way.recomputed > 0 and way.least == "inputs",
+        # A resumed run knows no more than this: all blocks computed again take no more than what was decided.
+        "gradient_checkpointing": way.recomputed > 0 or way.most != "all",
     }
     return loaded.having(train=chosen)
 

@@ -37,7 +37,7 @@ class QftTrainer(StoppingTrainer):
     def __init__(self, recorder: Recorder, signals: Signals, **arguments: Any) -> None:
         super().__init__(recorder, signals, **arguments)
         self.on_nonfinite = recorder.plan.recipe.train.on_nonfinite
-        self.probe = CheckpointingProbe(self.model) if recorder.plan.recipe.train.gradient_checkpointing else None
+        self.probe = CheckpointingProbe(self.model) if "inputs" in recorder.plan.kept else None
         self.update = self._new_update()
         self._waiting: list[Update] = []
         """Updates that were made, or left out, and not told yet."""

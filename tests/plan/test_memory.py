@@ -87,6 +87,7 @@ def test_blocks_keep_as_much_as_may_be_spent(recipe_file: MakeRecipe, tmp_path: 
     assert "inputs" in found[0].kept
     assert [{*plan.kept} for plan in found[1:]] == [{"attention", "products"}, {"all"}]
     assert [plan.checkpoints for plan in found] == ["host", "host", None]
+    assert [plan.recipe.train.gradient_checkpointing for plan in found] == [True, True, False]
     for plan, spent in zip(found, parts, strict=True):
         assert peaks[0] < (plan.memory.predicted_peak_bytes or 0) <= peaks[0] + spent
     within = planned(path, f"memory.budget={found[1].ways[0].peak}B")

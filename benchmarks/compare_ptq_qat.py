@@ -7,20 +7,17 @@ quantizes what was not rounded (to the nearest, and by auto-round), and asks all
 KL divergence from the same training unquantized, the recipe's score, each with its 95% interval. `recovered` is the
 share of the perplexity lost by rounding to the nearest afterwards that is not lost. Artifacts are loaded as they are
 deployed. With --rows, rows of RECIPE are replaced by orders as in the quick start, each seen once, or by text that
-every Python has: docstrings of its standard library, whole files held out. What FOLDER holds complete is not made
-again.
+every machine with torch has (texts.py), whole files held out. What FOLDER holds complete is not made again. Several
+GPUs are used in turn, if --jobs says so.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
 import copy
 import json
-import random
 import subprocess
 import sys
-import sysconfig
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,6 +28,8 @@ from runpy import run_path
 from typing import Any
 
 import numpy as np
+import torch
+from texts import library_texts
 
 from qft.data.batch import pad_token_id
 from qft.data.encoded import read_rows
@@ -44,8 +43,8 @@ from qft.run.folder import Run
 
 QAT = {"quant": {"mode": "qat", "target": "int4-g32"}}
 ROUNDED = {"bits": 4, "group_size": 32, "verify_samples": 8}
-STEP, HELD_OUT, LONGEST = 10, 150, 1800
-"""Rows in a step and held-out ones that --rows makes; characters of a text."""
+HELD_OUT = 150
+"""Rows that --rows makes."""
 
 
 @dataclass
@@ -201,44 +200,6 @@ def replace_rows(comparison: Comparison) -> None:
     for part, path in files.items():
         most = count if part == "train" else HELD_OUT
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[part][:most]), "utf-8")
-
-
-def library_texts() -> dict[str, list[str]]:
-    """Docstrings of the standard library, those of a file joined to some LONGEST characters; each of them once."""
-    root, found, seen = Path(sysconfig.get_paths()["stdlib"]), [], set[str]()
-    for path in sorted(root.rglob("*.py")):
-        if not {"site-packages", "dist-packages", "test", "tests", "lib2to3"} & set(path.parts):
-            own = [text for text in _docstrings(path) if len(text) >= 300 and text not in seen]
-            seen.update(own)
-            found.append(own)
-    draw = random.Random(0)
-    draw.shuffle(found)
-    parts = {"eval": found[::8], "train": [texts for i, texts in enumerate(found) if i % 8]}
-    joined = {part: [text for texts in files for text in _joined(texts)] for part, files in parts.items()}
-    for texts in joined.values():
-        draw.shuffle(texts)
-    return joined
-
-
-def _docstrings(path: Path) -> Iterator[str]:
-    try:
-        tree = ast.parse(path.read_text("utf-8"))
-    except (SyntaxError, ValueError):
-        return
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (text := ast.get_docstring(node)):
-            yield text
-
-
-def _joined(texts: list[str]) -> Iterator[str]:
-    text = ""
-    for each in texts:
-        text += f"{each[:LONGEST]}\n\n"
-        if len(text) > LONGEST * 2 // 3:
-            yield text[:LONGEST]
-            text = ""
-    if text:
-        yield text
 
 
 def print_table(comparison: Comparison) -> None:

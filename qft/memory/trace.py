@@ -26,6 +26,7 @@ from qft.kernels import expect
 from qft.kernels.buffers import SCRATCH
 from qft.memory.checkpointing import enable_checkpointing
 from qft.memory.chunked_loss import has_parts, replace_forward, rows_at_once
+from qft.memory.distilled_loss import divergence
 from qft.memory.fused_loss import COUNTS, FusedLoss, replace_with, tail_of
 from qft.memory.ledger import Ledger, Peak
 from qft.memory.offload import SLOTS
@@ -55,6 +56,8 @@ class Batch:
     """Of the longest row, padding included."""
     padded: bool
     """Whether any row is shorter."""
+    learnt: int = 0
+    """Tokens whose predictions are compared, where Work.distill is."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,8 @@ class Work:
     """Whether the inputs of checkpointed blocks wait on the host."""
     kernels: tuple[str, ...] = ()
     """Kinds of parts that kernels of qft's own compute in training."""
+    distill: float = 0.0
+    """The share of the loss that is the divergence from the unrounded model; 0: none is."""
 
 
 def trace(build: Callable[[], PreTrainedModel], layers: int, work: Work, step: Step) -> dict[str, Peak]:
@@ -276,7 +281,7 @@ def _run(model: nn.Module, blocks: nn.ModuleList, ledger: Ledger, work: Work, st
             parameter.grad = torch.empty_like(parameter)
     ledger.label, ledger.part = "activations", "forward"
     with disable_input_dtype_casting(model, active=work.mixed is not None):
-        loss = _loss(model, step.batch, work)
+        loss = _distilled(model, step.batch, work) if work.distill else _loss(model, step.batch, work)
         ledger.part = "head"
         loss.backward()  # type: ignore[no-untyped-call]
         del loss
@@ -312,14 +317,17 @@ def _innermost(model: Any) -> Any:
     return base
 
 
-def _loss(model: nn.Module, batch: Batch, work: Work) -> torch.Tensor:
-    """As the Trainer computes it: under autocast, what the model returns in float32."""
-    shape = (batch.rows, batch.tokens)
-    ids, labels = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
-    smoothing = work.label_smoothing_factor if model.training else 0.0
+def _inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
+    ids = torch.zeros((batch.rows, batch.tokens), dtype=torch.int64)
     padded = batch.padded and (not model.training or _masked(model))
     mask = torch.cat([torch.ones_like(ids[:, 1:]), ids[:, :1]], dim=1) if padded else None
-    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _loss(model: nn.Module, batch: Batch, work: Work) -> torch.Tensor:
+    """As the Trainer computes it: under autocast, what the model returns in float32."""
+    inputs, labels = _inputs(model, batch), torch.zeros((batch.rows, batch.tokens), dtype=torch.int64)
+    smoothing = work.label_smoothing_factor if model.training else 0.0
     if not smoothing:
         inputs |= {"labels": labels, "num_items_in_batch": torch.ones((), dtype=torch.int64)}
         if isinstance(_innermost(model).forward, FusedLoss):
@@ -333,6 +341,20 @@ def _loss(model: nn.Module, batch: Batch, work: Work) -> torch.Tensor:
         return smoothed
     loss: torch.Tensor = out["loss"]
     return loss
+
+
+def _distilled(model: nn.Module, batch: Batch, work: Work) -> torch.Tensor:
+    """As the Trainer computes it, of as many tokens as are learnt."""
+    inputs, places = _inputs(model, batch), torch.zeros(batch.learnt, dtype=torch.int64)
+
+    def ask() -> Any:
+        with _autocast(work.mixed):
+            out = model(**inputs, use_cache=False)
+        if work.mixed is not None:
+            out["logits"] = out["logits"].float()
+        return out
+
+    return divergence(model, ask, (places, places), places, work.distill)
 
 
 def _autocast(dtype: torch.dtype | None) -> AbstractContextManager[Any]:

@@ -59,7 +59,8 @@ SETTINGS = [
     "llama-2048x8/full/2x1024/kept", "llama-2048x8/qat-nf4/4x2048", "llama-2048x8/qat-nf4/2x2048/kept",
     "llama-2048x8/qat-int4-g32/4x2048", "llama-2048x8/qat-int4-g32/2x2048/kept", "llama-2048x8/qat-q8_0/4x2048",
     "llama-2048x8/qat-mxfp4/2x2048/kept", "llama-2048x8/qat-nvfp4/4x2048", "llama-2048x8/qat-learnt/4x2048",
-    "llama-2048x8/qat-distill/4x2048", "llama-2048x8/qat-distill/2x2048/kept", "llama-2048x8/qat-nf4-full/2x1024", "llama-2048x8/qat-int4-g32-full/2x1024/kept",
+    "llama-2048x8/qat-distill/4x2048", "llama-2048x8/qat-distill/2x2048/kept",
+    "llama-2048x8/qat-nf4-full/2x1024", "llama-2048x8/qat-int4-g32-full/2x1024/kept",
 ]  # fmt: skip
 MODES: dict[str, dict[str, Any]] = {
     "nf4": {"quant": {"mode": "4bit", "compute_dtype": "bfloat16"}},

@@ -86,7 +86,7 @@ class Qat(Scheme):
     def unfit(self, model: PreTrainedModel) -> Iterator[Problem]:
         block = self.target.block
         if not self.holds(model):
-            text = "no linear layer is left to be rounded (a torch.nn.Linear within a block), and its files hold no others so"
+            text = "no linear layer is left to be rounded (a torch.nn.Linear within a block)"
             yield "quant.target", f"{text}: leave fewer out (quant.skip_modules), or set quant.mode to none"
         for name in sorted(self.roundings(model)):
             if (columns := model.get_submodule(name).weight.shape[-1]) % block:

@@ -19,7 +19,7 @@ from torch.nn import functional
 from qft.quant.dequantize import dequantized_weight
 from qft.quant.engines import Block, find_engine, linear_of
 from qft.quant.hold import Qat
-from qft.quant.rounding import TARGETS, Target, straight_through
+from qft.quant.rounding import TARGETS, Target, ggml, straight_through
 from qft.quant.rounding.integer import Integer, dynamic_int8, static_int8
 from qft.quant.rounding.q4_k import q4_k
 from qft.recipe.training import QuantSection
@@ -99,6 +99,14 @@ def test_what_is_not_finite_stays_so(name: str, number: float) -> None:
     assert not torch.isfinite(values[1]).all()
     if TARGETS[name].block > 1 and not TARGETS[name].shares:
         assert torch.isfinite(values[0]).all()
+
+
+@pytest.mark.parametrize("shape", [(7, 64), (2, 3, 96)], ids=str)
+def test_a_large_weight_is_rounded_in_parts(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(shape, dtype=torch.float64).bfloat16()
+    whole = TARGETS["q8_0"].rounding(weight).values
+    monkeypatch.setattr(ggml, "AT_ONCE", 200)
+    assert torch.equal(TARGETS["q8_0"].rounding(weight).values, whole)
 
 
 def test_blocks_of_256_hold_what_they_can() -> None:

@@ -61,7 +61,7 @@ class Scheme:
         return None
 
     @property
-    def learnt_as(self) -> Any:
+    def learnt_as(self) -> tuple[Any, ...] | None:
         """What a training learns of layers beside their weights; it goes on in a stage that has the same here. None:
         nothing."""
         return None

@@ -58,7 +58,7 @@ class Qat(Scheme):
         return self.learns_scales or self.target.observes
 
     @property
-    def learnt_as(self) -> Any:
+    def learnt_as(self) -> tuple[Any, ...] | None:
         return (self.quant_type, self.learns_scales, self.skipped) if self.learns else None
 
     def words(self) -> str:

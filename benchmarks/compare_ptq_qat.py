@@ -72,14 +72,16 @@ def _quantized(of: str, words: str, family: str = "lora") -> Iterator[Arm]:
 
 
 FULL: dict[str, Any] = {"adapter": {"kind": "none"}}
-DISTILLED = {"quant": QAT["quant"] | {"distill": True}}
-MIXED = {"quant": QAT["quant"] | {"distill": 0.5}}
+LEARNT = {"quant": QAT["quant"] | {"learn_scales": True}}
+DISTILLED = {"quant": LEARNT["quant"] | {"distill": True}}
+MIXED = {"quant": LEARNT["quant"] | {"distill": 0.5}}
 ARMS = [
     Arm("lora", {"quant": {}}, form="merged", words="LoRA in 16 bits (not quantized)"),
     *_quantized("lora", "LoRA in 16 bits"),
     Arm("qlora", {"quant": {"preset": "finetune"}}),
     *_quantized("qlora", "QLoRA on nf4, merged"),
     Arm("qat-lora", QAT, form="compressed-tensors", words="QAT, LoRA"),
+    Arm("qat-learnt", LEARNT, form="compressed-tensors", words="QAT, LoRA, scales learnt"),
     Arm("distilled", DISTILLED, "lora", "compressed-tensors", "LoRA in 16 bits, then distilled"),
     Arm("mixed", MIXED, "lora", "compressed-tensors", "LoRA in 16 bits, then distilled, half of the loss the data's"),
     Arm("full", {"quant": {}} | FULL, words="all weights in 16 bits (not quantized)", family="full"),
@@ -193,6 +195,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/compare"))
     parser.add_argument("--jobs", type=int, default=1, help="arms made at once: times are then no measure")
     parser.add_argument("--arms", nargs="+", choices=[arm.name for arm in ARMS], help="only these, and what they need")
+    parser.add_argument("--table", action="store_true", help="make nothing, and print what FOLDER holds")
     parser.add_argument("--ask", help=argparse.SUPPRESS)
     options = parser.parse_args()
     prepare_libraries()
@@ -209,7 +212,8 @@ def main() -> None:
     if options.ask:
         ask(comparison, comparison.arms[options.ask])
         return
-    comparison.make()
+    if not options.table:
+        comparison.make()
     print_table(comparison)
 
 
@@ -222,7 +226,7 @@ def replace_rows(comparison: Comparison) -> None:
     if kind == "text":
         data |= {"format": "text", "on_too_long": "truncate"}
         values["eval"] = {}
-    if comparison.options.ask:
+    if comparison.options.ask or comparison.options.table:
         return
     if kind == "orders":
         made = run_path(str(Path(__file__).parent.parent / "recipes" / "quickstart" / "make_data.py"))
@@ -273,7 +277,7 @@ def print_table(comparison: Comparison) -> None:
     print(f"| {' | '.join(columns)} |\n| --- | --- |{' ---: |' * (len(columns) - 2)}")
     with (comparison.folder / "table.jsonl").open("w", encoding="utf-8") as stream:
         for arm in comparison.arms.values():
-            if not arm.words:
+            if not arm.words or (comparison.options.table and not comparison.told(arm).exists()):
                 continue
             line = figures(comparison, arm)
             stream.write(json.dumps({"arm": arm.name} | line) + "\n")
@@ -292,7 +296,8 @@ def configuration(comparison: Comparison, arm: Arm) -> str:
 def figures(comparison: Comparison, arm: Arm) -> dict[str, Any]:
     """Of one arm, those with intervals as [value, low, high]."""
     told = json.loads(comparison.told(arm).read_text("utf-8"))
-    own, plain, rounded = (_likelihood(comparison, name) for name in (arm.name, arm.family, f"{arm.family}-rtn"))
+    own, plain, nearest = _likelihood(comparison, arm.name), _likelihood(comparison, arm.family), f"{arm.family}-rtn"
+    rounded = _likelihood(comparison, nearest)
 
     def recovered(drawn: Any = None) -> Any:
         lost = rounded.perplexity(drawn) - plain.perplexity(drawn)
@@ -306,7 +311,7 @@ def figures(comparison: Comparison, arm: Arm) -> dict[str, Any]:
 
     return {
         "perplexity": bounds(own.perplexity),
-        "recovered": None if arm.name in (arm.family, f"{arm.family}-rtn") else bounds(recovered),
+        "recovered": None if arm.name in (arm.family, nearest) else bounds(recovered),
         "kl": bounds(mean_kl) if told["kl"] else None,
         "bytes": _weight_files(comparison, arm),
         "seconds": comparison.seconds(arm),

@@ -215,3 +215,16 @@ def test_inputs_of_blocks_on_the_host_are_not_on_the_device(
     assert host.memory.peaks["head"] < device.memory.peaks["head"]
     with pytest.raises(RecipeError, match=r"memory\.checkpoints: the model runs on the CPU"):
         make_plan(load(path, ["memory.checkpoints=host"]))
+
+
+def test_distilling_takes_what_the_learnt_tokens_take(recipe_file: MakeRecipe, tmp_path: Path) -> None:
+    """Of rows as long, those with long answers; two models' logits of them are held in float32."""
+    quant = {"preset": None, "mode": "qat", "target": "int4-g32", "distill": True}
+    found = []
+    for name, row in (("few", chat("x" * 80, "y")), ("many", chat("x", "y" * 80))):
+        rows = write_jsonl(tmp_path / f"{name}.jsonl", [row] * 8)
+        found.append(planned(recipe_file(quant=quant, train=AUTO, data={"train": str(rows)})).memory)
+    few, many = (memory.predicted_peak_bytes for memory in found)
+    assert few
+    assert many
+    assert many - few > 2 * 8 * 79 * 264 * 4

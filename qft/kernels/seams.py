@@ -200,7 +200,7 @@ def find_norms(model: nn.Module, seen: Seen) -> list[NormSeam]:
     found = []
     for module in seen.calls:
         weights = list(module.parameters())
-        if len(weights) != 1 or next(module.children(), None) or next(module.buffers(), None):
+        if len(weights) != 1 or any(True for _ in (*module.children(), *module.buffers())):
             continue
         if weights[0].ndim != 1 or len(weights[0]) > WIDEST_NORM:
             continue

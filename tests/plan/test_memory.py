@@ -19,6 +19,7 @@ from qft.plan.memory import Forecast, settled
 from qft.progress import View
 from qft.recipe import load
 from tests.support.cli import qft
+from tests.support.families import tiny
 from tests.support.gguf import saved
 from tests.support.models import tiny_llama
 from tests.support.rows import chat, write_jsonl
@@ -228,3 +229,8 @@ def test_distilling_takes_what_the_learnt_tokens_take(recipe_file: MakeRecipe, t
     assert few
     assert many
     assert many - few > 2 * 8 * 79 * 264 * 4
+
+
+def test_a_gpu_is_known_of_a_model_with_buffers_within_its_blocks(recipe_file: MakeRecipe, tmp_path: Path) -> None:
+    base = saved(tiny("gemma3"), tmp_path / "base")
+    assert planned(recipe_file(model={"path": str(base)}, train={"max_steps": 2})).memory.unknown is None

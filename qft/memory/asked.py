@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,9 +12,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 from qft.memory.distilled_loss import divergence
 from qft.memory.fused_loss import COUNTS, FusedLoss
-
-if TYPE_CHECKING:
-    from qft.memory.trace import Batch, Work
+from qft.memory.work import Batch, Work
 
 
 def masked(model: Any) -> bool:

@@ -16,11 +16,11 @@ from qft.errors import NonFiniteError
 from qft.kernels import keep
 from qft.machine.signals import Signals
 from qft.memory.checkpointing import CheckpointingProbe, checkpoint_first
+from qft.memory.distilled_loss import distilled_loss
 from qft.memory.fused_loss import COUNTS
 from qft.memory.meter import optimizer_bytes, tensor_bytes
 from qft.memory.stash import stash_inputs
 from qft.memory.unmasked import one_row_each
-from qft.model.distill import distilled_loss
 from qft.model.on_cpu import short_attention
 from qft.progress import Step
 from qft.training.recorder import Recorder

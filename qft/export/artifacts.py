@@ -12,7 +12,7 @@ from qft.documents.export import ExportDocument, Gate
 from qft.documents.recorded import SIDE
 from qft.errors import GateError
 from qft.export.card import model_card
-from qft.export.gate.served import find_engine, is_served, judge_served
+from qft.export.gate.served import find_engine, is_served, judge_served, require_text
 from qft.export.gate.verify import Reference, judge, reference
 from qft.export.job import ExportOptions, Job, find_job, load_run
 from qft.export.place import require_replaceable
@@ -57,6 +57,8 @@ def _exported(
     repository = find_repository(options.push_to_hub, private=options.private) if options.push_to_hub else None
     documents, refusals = [], []
     with _reference(job, gate=options.gate) as expected:
+        if expected:
+            require_text(job, expected)
         for name, own in jobs.items():
             try:
                 documents.append(_handed_on(own, _export(own, name, expected), registration, repository))

@@ -71,6 +71,13 @@ def is_served(job: Job, target: str) -> bool:
     return job.loaded.recipe.export.engine_python is not None and _is_asked(target)
 
 
+def require_text(job: Job, expected: Reference) -> None:
+    """Raise RecipeError if vLLM is to be asked about rows with images: it gets token ids alone."""
+    if job.loaded.recipe.export.engine_python is not None and any(passage.images for passage in expected.passages):
+        text = "vLLM is asked about rows of text, and the run's held-out rows have images; leave it out"
+        raise RecipeError(job.loaded.problem("export.engine_python", text))
+
+
 def judge_served(job: Job, target: str, folder: Path, expected: Reference) -> Served:
     """Load the artifact in `folder` by the vLLM of export.engine_python and compare; what it does not load does not
     pass. Raises ModelError if vLLM itself cannot be asked."""

@@ -103,11 +103,7 @@ def test_what_the_serving_engine_finds_is_in_the_document_and_the_card(
     own = {check["name"]: check["value"] for check in gate["checks"]}
     assert 0 <= float(figures["kl"]) <= own["kl"] + 1e-6
     assert figures["perplexity_increase"] == pytest.approx(own["perplexity_increase"], abs=2e-3)
-    assert figures["same_continuations"] == 1, (
-        own["same_continuations"],
-        answered(question)["answers"],
-        question.prompts,
-    )
+    assert figures["same_continuations"] == own["same_continuations"]
     assert all(check.passed for check in told.checks)
     assert "Then loaded by vllm 1.2.3 and compared likewise" in (tmp_path / "merged" / "README.md").read_text()
     assert json.loads((tmp_path / "gguf" / "export.json").read_text())["gate"]["served"] is None

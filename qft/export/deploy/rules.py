@@ -52,6 +52,7 @@ COMPRESSED = WNA16 + ZERO_POINTS + INT8 + FP8
 
 PEFT = {"peft": "0.21"}
 NEEDS_BNB = {"bitsandbytes": "0.46.1"}
+NEEDS_BNB_NEW = {"bitsandbytes": "0.49.2"}
 NEEDS_BNB_CPU = {"bitsandbytes": "0.49.0"}
 
 HF = "transformers 5.24.0: transformers"
@@ -103,9 +104,7 @@ RULES = (
     Rule("vllm", (ADAPTER_4BIT,), f"{VLLM_QLORA} {VLLM_GPU}", "7.5", False, "0.11.0", None, NEEDS_BNB),
     Rule("vllm", SPECIAL, f"{VLLM}/blob/main/vllm/lora/peft_helper.py", loads=False),
     Rule("vllm", BNB, VLLM_BNB, "7.0", False, "0.11.0", "0.21.0", NEEDS_BNB),
-    Rule(
-        "vllm", BNB, f"{VLLM_BNB_NEW} {VLLM_GPU} {VLLM_RAN}", "7.5", False, "0.21.0", None, {"bitsandbytes": "0.49.2"}
-    ),
+    Rule("vllm", BNB, f"{VLLM_BNB_NEW} {VLLM_GPU} {VLLM_RAN}", "7.5", False, "0.21.0", None, NEEDS_BNB_NEW),
     Rule("vllm", WNA16, f"{VLLM_DOCS}/v0.8.0/_sources/features/quantization/int4.md", "8.0", None, "0.8.0"),
     Rule("vllm", WNA16, f"{VLLM}/pull/31000", "7.5", None, "0.23.0"),
     Rule("vllm", WNA16[:1] + ZERO_POINTS[:1], VLLM_RAN, None, True, "0.32.0"),

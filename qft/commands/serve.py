@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from shlex import join
 
-from qft.documents.export import ExportDocument, export_in
+from qft.documents.export import export_in
 from qft.errors import GateError, MissingError, RecipeError
 from qft.registry import find_shelf
 from qft.run.folder import Run
-from qft.serving.command import Served, ServingEngine, Start, Where, fitting, start
+from qft.serving.command import Model, ServingEngine, Start, Where, fitting, start
 
 Tell = Callable[[str], None]
 LEFT = (".failed", ".hub")
@@ -46,8 +46,8 @@ def find_start(target: str, options: ServeOptions, tell: Tell) -> Start:
     folder = _found(target, options)
     path, dtype = _proven(folder, options, tell)
     name = options.name or _name(target)
-    served = Served(path.resolve(), name, dtype, options.trust_remote_code)
-    found = start(options.engine or fitting(served.path), served, options.where)
+    model = Model(path.resolve(), name, dtype, options.trust_remote_code)
+    found = start(options.engine or fitting(model.path), model, options.where)
     for note in found.notes:
         tell(note)
     return found
@@ -112,7 +112,7 @@ def _exports(run: Path) -> list[Path]:
 
 def _proven(folder: Path, options: ServeOptions, tell: Tell) -> tuple[Path, str | None]:
     """The file or folder that an engine is given, and its dtype. Raises GateError for what did not pass its gate."""
-    mark = export_in(folder) if folder.is_dir() else None
+    mark = export_in(folder if folder.is_dir() else folder.parent)
     if mark is None:
         tell(f"{folder} is no export of qft: nothing is known of it but its files")
         return _model(folder), None
@@ -121,8 +121,7 @@ def _proven(folder: Path, options: ServeOptions, tell: Tell) -> tuple[Path, str 
         if not options.force:
             raise GateError(f"{folder}: its gate {why}; export it again, or give --force")
         tell(f"{folder}: its gate {why}")
-    document = ExportDocument.model_validate_json((folder / "export.json").read_bytes())
-    return _model(folder), document.dtype
+    return _model(folder), mark.dtype
 
 
 def _model(path: Path) -> Path:

@@ -113,6 +113,7 @@ class ExportMark(Stored):
     target: str
     passed: bool | None
     sha256: dict[str, str]
+    dtype: str | None = None
 
 
 def export_in(folder: Path) -> ExportMark | None:

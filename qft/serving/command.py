@@ -18,8 +18,8 @@ TEMPLATE = "chat_template.jinja"
 
 
 @dataclass(frozen=True)
-class Served:
-    """What is to be served."""
+class Model:
+    """What is to be model."""
 
     path: Path
     """A folder of safetensors, an adapter's folder, or a GGUF file."""
@@ -32,7 +32,7 @@ class Served:
 
 @dataclass(frozen=True)
 class Where:
-    """How it is served."""
+    """How it is model."""
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -52,13 +52,13 @@ class Start:
     """What its user should know."""
 
 
-def start(engine: ServingEngine, served: Served, where: Where) -> Start:
+def start(engine: ServingEngine, model: Model, where: Where) -> Start:
     """Raises RecipeError for what the engine does not serve, MissingError or ModelError for what is not there."""
     if engine == "vllm":
-        return _vllm(served, where)
-    if served.path.suffix != ".gguf":
-        raise RecipeError(f"{served.path}: {engine} serves GGUF files alone; export --to gguf, or serve it by vllm")
-    return _llamacpp(served, where) if engine == "llama.cpp" else _ollama(served, where)
+        return _vllm(model, where)
+    if model.path.suffix != ".gguf":
+        raise RecipeError(f"{model.path}: {engine} serves GGUF files alone; export --to gguf, or serve it by vllm")
+    return _llamacpp(model, where) if engine == "llama.cpp" else _ollama(model, where)
 
 
 def fitting(path: Path) -> ServingEngine:
@@ -66,54 +66,54 @@ def fitting(path: Path) -> ServingEngine:
     return "llama.cpp" if path.suffix == ".gguf" else "vllm"
 
 
-def _vllm(served: Served, where: Where) -> Start:
-    if served.path.suffix == ".gguf":
-        raise RecipeError(f"{served.path}: is a GGUF file; serve it by llama.cpp or ollama, or export --to merged")
-    is_adapter = (served.path / "adapter_config.json").is_file()
-    model, words = _adapter(served) if is_adapter else (str(served.path), ["--served-model-name", served.name])
-    template, notes = served.path / TEMPLATE, []
+def _vllm(model: Model, where: Where) -> Start:
+    if model.path.suffix == ".gguf":
+        raise RecipeError(f"{model.path}: is a GGUF file; serve it by llama.cpp or ollama, or export --to merged")
+    is_adapter = (model.path / "adapter_config.json").is_file()
+    base, words = _adapter(model) if is_adapter else (str(model.path), ["--served-model-name", model.name])
+    template, notes = model.path / TEMPLATE, []
     if template.is_file():
         words += ["--chat-template", str(template)]
-    elif not _has_template(served.path):
+    elif not _has_template(model.path):
         notes.append("it has no chat template: ask /v1/completions, for /v1/chat/completions has nothing to render by")
-    words += ["--dtype", served.dtype] if served.dtype else []
-    words += ["--trust-remote-code"] if served.trust_remote_code else []
-    room = built_for(Path(model)) if Path(model).is_dir() else None
-    words += _context(where.context, room, served.path, "--max-model-len")
-    return Start(["vllm", "serve", model, *words, "--host", where.host, "--port", str(where.port)], notes=notes)
+    words += ["--dtype", model.dtype] if model.dtype else []
+    words += ["--trust-remote-code"] if model.trust_remote_code else []
+    room = built_for(Path(base)) if Path(base).is_dir() else None
+    words += _context(where.context, room, model.path, "--max-model-len")
+    return Start(["vllm", "serve", base, *words, "--host", where.host, "--port", str(where.port)], notes=notes)
 
 
-def _adapter(served: Served) -> tuple[str, list[str]]:
+def _adapter(model: Model) -> tuple[str, list[str]]:
     """The base that an adapter names, and how it is put on it."""
-    config = _json(served.path / "adapter_config.json")
+    config = _json(model.path / "adapter_config.json")
     base, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not isinstance(base, str) or not base:
-        raise ModelError(f"{served.path}: its adapter_config.json names no base; export --to merged")
+        raise ModelError(f"{model.path}: its adapter_config.json names no base; export --to merged")
     if base.startswith("package:") or base.endswith(".gguf"):
-        raise RecipeError(f"{served.path}: its base is a GGUF file ({base}), on which vLLM puts none; export merged")
+        raise RecipeError(f"{model.path}: its base is a GGUF file ({base}), on which vLLM puts none; export merged")
     if Path(base).is_absolute() and not Path(base).is_dir():
-        raise MissingError(f"{served.path}: its base {base} is not there")
-    lora = ["--enable-lora", "--lora-modules", f"{served.name}={served.path}"]
+        raise MissingError(f"{model.path}: its base {base} is not there")
+    lora = ["--enable-lora", "--lora-modules", f"{model.name}={model.path}"]
     rank = ["--max-lora-rank", str(rank_limit(rank_of(config)))]
     pinned = ["--revision", revision] if revision else []
-    return base, [*pinned, "--tokenizer", str(served.path), *lora, *rank]
+    return base, [*pinned, "--tokenizer", str(model.path), *lora, *rank]
 
 
-def _llamacpp(served: Served, where: Where) -> Start:
-    words = ["-m", str(served.path), "--alias", served.name, "--jinja"]
-    context = _context(where.context, gguf_room(served.path), served.path, "--ctx-size")
+def _llamacpp(model: Model, where: Where) -> Start:
+    words = ["-m", str(model.path), "--alias", model.name, "--jinja"]
+    context = _context(where.context, gguf_room(model.path), model.path, "--ctx-size")
     return Start(["llama-server", *words, *context, "--host", where.host, "--port", str(where.port)])
 
 
-def _ollama(served: Served, where: Where) -> Start:
+def _ollama(model: Model, where: Where) -> Start:
     """Ollama's own default is a context of a few thousand tokens, whatever the model."""
-    beside = served.path.parent / "Modelfile"
+    beside = model.path.parent / "Modelfile"
     if not beside.is_file():
         raise MissingError(f"{beside}: does not exist; `qft export --to gguf` writes it beside the file")
-    text = beside.read_text("utf-8").replace(f"FROM ./{served.path.name}", f"FROM {served.path}", 1)
-    context = _context(where.context, gguf_room(served.path), served.path, "PARAMETER num_ctx")
+    text = beside.read_text("utf-8").replace(f"FROM ./{model.path.name}", f"FROM {model.path}", 1)
+    context = _context(where.context, gguf_room(model.path), model.path, "PARAMETER num_ctx")
     text += "".join([" ".join(context), "\n"] if context else [])
-    return Start(["ollama", "create", served.name, "-f", "Modelfile"], text, [f"then: ollama run {served.name}"])
+    return Start(["ollama", "create", model.name, "-f", "Modelfile"], text, [f"then: ollama run {model.name}"])
 
 
 def _context(asked: int | None, room: int | None, path: Path, option: str) -> list[str]:

@@ -16,8 +16,14 @@ SILENT_SECONDS = 3600
 """That it may say nothing: it loads a model meanwhile."""
 CPU_CACHE_GIB = "1"
 """Of keys and values on a CPU, where it asks for it by a variable; the rows of a gate fit."""
-QUIET = {"VLLM_NO_USAGE_STATS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TOKENIZERS_PARALLELISM": "false"}
-"""Nothing is sent anywhere; and one process, so that its failure is told where it is asked."""
+VARIABLES = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+"""Nothing is sent anywhere; one process, so that its failure is told where it is asked; and a row may be as long as the
+model was built for: what it is asked to generate after that is never read."""
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """That vLLM takes for --max-lora-rank."""
 
@@ -81,7 +87,7 @@ def ask(python: str, question: Question, folder: Path, *, on_gpu: bool) -> Mappi
     report = folder / "vllm.json"
     write_json(folder / "vllm_job.json", asdict(question) | {"report": str(report)})
     command = [python, "-I", str(Path(__file__).with_name("vllm_job.py")), str(folder / "vllm_job.json")]
-    environment = environment_of(on_gpu=on_gpu) | QUIET
+    environment = environment_of(on_gpu=on_gpu) | VARIABLES
     if not on_gpu:
         environment = {"VLLM_CPU_KVCACHE_SPACE": CPU_CACHE_GIB} | environment
     answer = run_script(command, report, who="vllm", silence=SILENT_SECONDS, environment=environment)

@@ -11,12 +11,14 @@ Engine = Literal["vllm", "llama.cpp", "ollama"]
 WHAT = "A run, the folder of an export or a model, a .gguf file, or a model's name in the registry."
 ENGINE = "By default vllm, and llama.cpp for GGUF files; ollama prints a Modelfile."
 CONTEXT = "Tokens of the longest request with its answer; by default what the model was built for."
+MORE = "Options of the server's own, added at the end."
 RUN = "Start it, in this process's place."
 PYTHON = "The Python of the environment that has the engine, for --run."
 
 
 def serve(
     target: Annotated[str, typer.Argument(metavar="TARGET", help=WHAT, show_default=False)],
+    more: Annotated[list[str] | None, typer.Argument(metavar="[-- OPTION...]", help=MORE)] = None,
     to: Annotated[str | None, typer.Option(metavar="TARGET", help="Which export of a run.")] = None,
     engine: Annotated[Engine | None, typer.Option(help=ENGINE)] = None,
     registry: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder of the registry.")] = Path("models"),
@@ -40,7 +42,18 @@ def serve(
         if engine_python and not run:
             raise typer.BadParameter("--engine-python says what --run starts; give --run too")
         where = Where(host, port, context)
-        options = ServeOptions(to, engine, registry, version, name, where, engine_python, trust_remote_code, force)
+        options = ServeOptions(
+            to=to,
+            engine=engine,
+            registry=registry,
+            version=version,
+            name=name,
+            where=where,
+            more=tuple(more or ()),
+            engine_python=engine_python,
+            trust_remote_code=trust_remote_code,
+            force=force,
+        )
         found = find_start(target, options, lambda text: say(f"note: {text}"))
         if run:
             run_server(found, options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from shlex import join
 
@@ -33,6 +33,8 @@ class ServeOptions:
     """Of a model of the registry: a number, or current."""
     name: str | None = None
     where: Where = field(default_factory=Where)
+    more: tuple[str, ...] = ()
+    """Options of the server's own."""
     engine_python: Path | None = None
     """Beside which the engine's program lies; None: on the search path."""
     trust_remote_code: bool = False
@@ -50,7 +52,7 @@ def find_start(target: str, options: ServeOptions, tell: Tell) -> Start:
     found = start(options.engine or fitting(model.path), model, options.where)
     for note in found.notes:
         tell(note)
-    return found
+    return replace(found, command=[*found.command, *options.more])
 
 
 def shown(found: Start) -> str:

@@ -70,6 +70,7 @@ def test_a_merged_model_is_served_by_vllm_with_its_template_and_room(tmp_path: P
     assert value(words, "--max-model-len") == "2048"
     assert value(words, "--port") == "9000"
     assert "--enable-lora" not in words
+    assert line(folder, "--", "--enforce-eager", "--seed", 3)[-3:] == ["--enforce-eager", "--seed", "3"]
     assert value(line(folder, "--context", 512, "--name", "mine"), "--max-model-len") == "512"
 
 

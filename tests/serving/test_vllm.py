@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
+import sys
+import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,9 +26,11 @@ from qft.export.deploy.check import check_loads, environments
 from qft.export.gate.served import judge_served
 from qft.export.gate.verify import Reference, reference
 from qft.export.job import Job, find_job, load_run
+from qft.machine.process import end_group, started
 from qft.progress import View
 from tests.support.exports import options
 from tests.support.models import byte_tokenizer, tiny_llama
+from tests.support.paths import ROOT
 from tests.support.runs import trained
 
 PYTHON = os.environ.get("QFT_VLLM_PYTHON")
@@ -121,6 +127,39 @@ def test_a_broken_export_is_refused_by_vllm(name: str, run: Path, asked: tuple[J
     BROKEN[name](folder)
     _, missed = judged(asked, target, folder)
     assert missed & {"kl", "top1_agreement", "perplexity_increase"}
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[str]:
+    """vLLM's own server, as `qft serve --run` starts it; its address."""
+    assert PYTHON
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ("serve", folder, "--force", "--run", "--name", "mine", "--port", port, "--engine-python", PYTHON)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    command = [sys.executable, "-m", "qft", *map(str, words), "--", "--enforce-eager"]
+    with started(command, silence=240, all_words=True, env=environment) as server:
+        assert any("startup complete" in line for line in server.lines())
+        yield f"http://127.0.0.1:{port}/v1"
+        end_group(server.running)
+
+
+@pytest.mark.parametrize("name", ["merged", "adapter"])
+def test_the_server_that_qft_serve_starts_answers_as_trained(
+    name: str, run: Path, asked: tuple[Job, Reference], tmp_path: Path
+) -> None:
+    target, folder = written(run, name, tmp_path)
+    row = asked[1].rows[0]
+    prompt = asked[0].plan.tokenizer.decode(row["input_ids"][: row["answer_start"]])
+    question = prompt.split("user\n")[1].split("<|im_end|>")[0]
+    messages = [{"role": "user", "content": question}]
+    body = json.dumps({"model": "mine", "messages": messages, "max_tokens": 16, "temperature": 0}).encode()
+    with serving(folder) as address:
+        request = urllib.request.Request(f"{address}/chat/completions", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            given = json.loads(answer.read())["choices"][0]["message"]["content"]
+    assert given == asked[1].answers[0], target
 
 
 @pytest.mark.parametrize("name", ["merged", "adapter"])

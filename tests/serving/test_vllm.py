@@ -38,6 +38,7 @@ pytestmark = [
     pytest.mark.vllm,
     pytest.mark.skipif(not PYTHON, reason="QFT_VLLM_PYTHON names no Python that has vllm (make test-vllm)"),
 ]
+LOOSE = {"kl": 0.3, "top1_agreement": 0.6, "perplexity_increase": 0.5}
 RTN = "calibrate.engine=rtn"
 WRITTEN: dict[str, tuple[str, tuple[str, ...]]] = {
     "merged": ("merged", ()),
@@ -55,11 +56,13 @@ WRITTEN: dict[str, tuple[str, tuple[str, ...]]] = {
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter on a 16-bit base whose heads are as wide as vLLM's smallest on a CPU."""
+    """An adapter on a 16-bit base whose heads are as wide as vLLM's smallest on a CPU, and whose weights are large
+    enough to matter."""
     folder = tmp_path_factory.mktemp("vllm")
-    tiny_llama(hidden_size=128, intermediate_size=256).save_pretrained(folder / "base")
+    wide = {"hidden_size": 128, "intermediate_size": 256, "initializer_range": 0.08}
+    tiny_llama(**wide).save_pretrained(folder / "base")
     byte_tokenizer().save_pretrained(folder / "base")
-    return trained(folder, folder / "base", quant=None, model={"dtype": "bfloat16"})
+    return trained(folder, folder / "base", quant=None, model={"dtype": "bfloat16"}, train={"max_steps": 40})
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +82,10 @@ def written(run: Path, name: str, out: Path) -> tuple[str, Path]:
 
 
 def judged(asked: tuple[Job, Reference], target: str, folder: Path) -> tuple[Served, set[str]]:
-    found = judge_served(asked[0], target, folder, asked[1])
+    job, expected = asked
+    if target not in ("merged", "adapter"):  # what rounding costs so small a model is not asked here
+        job = replace(job, loaded=job.loaded.having(export={"gate": LOOSE}))
+    found = judge_served(job, target, folder, expected)
     return found, {check.name for check in found.checks if not check.passed}
 
 

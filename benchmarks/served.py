@@ -22,7 +22,7 @@ RTN = "calibrate.engine=rtn"
 CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "merged": ("merged", ()),
     "adapter": ("adapter", ()),
-    "W4A16": ("compressed-tensors", (RTN,)),
+    "W4A16": ("compressed-tensors", ("calibrate.engine=autoround",)),
     "W8A8 dynamic": ("compressed-tensors", ("calibrate.preset=w8a8-dynamic", RTN)),
     "W8A16": ("compressed-tensors", ("calibrate.preset=w8a16", RTN)),
 }
@@ -62,7 +62,7 @@ def rows(case: str, document: ExportDocument) -> list[Sequence[str]]:
     if served:
         speed = f"{served.generated_per_second or 0:,.0f}"
         start = f"{served.seconds_to_start or 0:.0f} s"
-        engines.append((f"{served.engine} {served.version or ''}".strip(), served.checks, speed, start))
+        engines.append((f"{served.engine} {served.version}", served.checks, speed, start))
     made: list[Sequence[str]] = []
     for engine, checks, speed, start in engines:
         found = {check.name: check.value for check in checks}

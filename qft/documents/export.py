@@ -22,8 +22,7 @@ class Served(Part):
     """The verdict of the engine that will serve the artifact, in an environment of its own."""
 
     engine: str
-    version: str | None
-    """None: it did not come so far."""
+    version: str
     base: str | None
     """What an adapter was put on; None: the artifact is no adapter."""
     likeliest: int

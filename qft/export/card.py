@@ -125,7 +125,7 @@ def _gate(document: ExportDocument) -> str:
     if served := gate.served:
         on = f", on {served.base}," if served.base else ""
         parts += [
-            f"Then loaded by {served.engine} {served.version or ''}{on} and compared likewise:",
+            f"Then loaded by {served.engine} {served.version}{on} and compared likewise:",
             _table(served.checks),
         ]
     return "\n\n".join(parts)

@@ -31,6 +31,10 @@ RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 class Refused(ModelError):
     """vLLM runs, and does not load or run this model."""
 
+    def __init__(self, reason: str, version: str) -> None:
+        super().__init__(f"vLLM {version}: {reason}")
+        self.version = version
+
 
 @dataclass(frozen=True)
 class Question:
@@ -92,5 +96,5 @@ def ask(python: str, question: Question, folder: Path, *, on_gpu: bool) -> Mappi
         environment = {"VLLM_CPU_KVCACHE_SPACE": CPU_CACHE_GIB} | environment
     answer = run_script(command, report, who="vllm", silence=SILENT_SECONDS, environment=environment)
     if "error" in answer:
-        raise Refused(answer["error"])
+        raise Refused(answer["error"], answer["version"])
     return answer

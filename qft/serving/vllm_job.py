@@ -13,7 +13,7 @@ of qft/serving/vllm.py and `report`, a JSON file to write:
     log_probs             of each row, of each scored place: ids and their log probabilities, the taught token's first
     answers               ids of each continuation
     generated_per_second  tokens, of all continuations at once
-    error                 alone: why it does not load or run the model
+    error                 with the version alone: why it does not load or run the model
 """
 
 import json
@@ -34,7 +34,7 @@ def main(path: str) -> None:
         report = asked(job)
     except Exception as error:  # whatever it has against the model
         traceback.print_exc()
-        report = {"error": f"vLLM {vllm.__version__}: {_reason(error)}"}
+        report = {"error": _reason(error), "version": vllm.__version__}
     Path(job["report"]).write_text(json.dumps(report), "utf-8")
 
 

@@ -149,7 +149,7 @@ def not_a_number(answer: dict[str, Any]) -> None:
 
 
 def refused(answer: dict[str, Any]) -> None:
-    raise Refused("vLLM 1.2.3: ValueError: no kernel for it")
+    raise Refused("ValueError: no kernel for it", "1.2.3")
 
 
 BROKEN: dict[Callable[[dict[str, Any]], None], set[str]] = {
@@ -189,7 +189,7 @@ def test_a_refusal_of_the_engine_sets_the_artifact_aside(
     run: Path, tmp_path: Path, engine: list[Question], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def ask(*_: Any, **__: Any) -> dict[str, Any]:
-        raise Refused("vLLM 1.2.3: ValueError: no kernel for it")
+        raise Refused("ValueError: no kernel for it", "1.2.3")
 
     monkeypatch.setattr(served, "ask", ask)
     error = refusal(run, "merged", out=tmp_path, engine_python=Path(PYTHON))
@@ -197,7 +197,7 @@ def test_a_refusal_of_the_engine_sets_the_artifact_aside(
     assert "vllm's loads is 'vLLM 1.2.3: ValueError: no kernel for it', not 'yes'" in str(error)
     document = json.loads((tmp_path / "merged.failed" / "export.json").read_text())
     assert document["passed"] is document["gate"]["passed"] is False
-    assert document["gate"]["served"]["version"] is None
+    assert document["gate"]["served"]["version"] == "1.2.3"
 
 
 def test_who_cannot_be_asked_is_refused_before_anything_is_written(run: Path, tmp_path: Path) -> None:

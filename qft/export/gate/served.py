@@ -92,10 +92,11 @@ def judge_served(job: Job, target: str, folder: Path, expected: Reference) -> Se
             answer = ask(python, question, Path(work), on_gpu=job.plan.device.kind == "cuda")
             checks = list(_checks(job, answer, question, expected, _limits(job, target)))
         except Refused as error:
-            answer, checks = {}, [GateCheck(name="loads", value=str(error), threshold="yes", passed=False)]
+            answer = {"version": error.version}
+            checks = [GateCheck(name="loads", value=str(error), threshold="yes", passed=False)]
     return Served(
         engine=ENGINE,
-        version=answer.get("version"),
+        version=answer["version"],
         base="the original weights" if adapter else None,
         likeliest=LIKELIEST,
         seconds_to_start=answer.get("seconds_to_start"),

@@ -34,7 +34,7 @@ def render_exports(documents: Sequence[ExportDocument]) -> Group:
 def _served(documents: Sequence[ExportDocument]) -> Rows:
     """What the engine that will serve them found."""
     verdicts = {document.target: document.gate.served for document in documents if document.gate.served}
-    by = ", ".join(sorted({f"{served.engine} {served.version or ''}".strip() for served in verdicts.values()}))
+    by = ", ".join(sorted({f"{served.engine} {served.version}" for served in verdicts.values()}))
     rows = Rows(f"Served by {by}", "target", "KL", "same top", "perplexity", "same answers", "start, s", "tokens/s")
     for target, served in verdicts.items():
         checks = {check.name: check.value for check in served.checks}

@@ -22,7 +22,7 @@ RTN = "calibrate.engine=rtn"
 CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "merged": ("merged", ()),
     "adapter": ("adapter", ()),
-    "W4A16": ("compressed-tensors", ("calibrate.engine=autoround",)),
+    "W4A16": ("compressed-tensors", ("calibrate.engine=autoround", "calibrate.samples=16", "calibrate.max_length=128")),
     "W8A8 dynamic": ("compressed-tensors", ("calibrate.preset=w8a8-dynamic", RTN)),
     "W8A16": ("compressed-tensors", ("calibrate.preset=w8a16", RTN)),
 }

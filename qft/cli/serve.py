@@ -24,8 +24,8 @@ def serve(
     registry: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder of the registry.")] = Path("models"),
     version: Annotated[str, typer.Option(help="Of a model of the registry: a number, or current.")] = "current",
     name: Annotated[str | None, typer.Option(help="By which requests name it; by default its own.")] = None,
-    host: Annotated[str, typer.Option(help="Address that it listens on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port that it listens on.")] = 8000,
+    host: Annotated[str | None, typer.Option(help="Address that it listens on; by default 127.0.0.1.")] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="And its port; by default 8000.")] = None,
     context: Annotated[int | None, typer.Option(min=1, help=CONTEXT)] = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Of the model's own code.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Although no gate has passed it.")] = False,
@@ -41,7 +41,7 @@ def serve(
 
         if engine_python and not run:
             raise typer.BadParameter("--engine-python says what --run starts; give --run too")
-        where = Where(host, port, context)
+        where = Where(host, port, context, tuple(more or ()))
         options = ServeOptions(
             to=to,
             engine=engine,
@@ -49,7 +49,6 @@ def serve(
             version=version,
             name=name,
             where=where,
-            more=tuple(more or ()),
             engine_python=engine_python,
             trust_remote_code=trust_remote_code,
             force=force,

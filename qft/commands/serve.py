@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from shlex import join
 
@@ -33,8 +33,6 @@ class ServeOptions:
     """Of a model of the registry: a number, or current."""
     name: str | None = None
     where: Where = field(default_factory=Where)
-    more: tuple[str, ...] = ()
-    """Options of the server's own."""
     engine_python: Path | None = None
     """Beside which the engine's program lies; None: on the search path."""
     trust_remote_code: bool = False
@@ -52,7 +50,7 @@ def find_start(target: str, options: ServeOptions, tell: Tell) -> Start:
     found = start(options.engine or fitting(model.path), model, options.where)
     for note in found.notes:
         tell(note)
-    return replace(found, command=[*found.command, *options.more])
+    return found
 
 
 def shown(found: Start) -> str:
@@ -78,7 +76,13 @@ def _found(target: str, options: ServeOptions) -> Path:
     path = Path(target)
     if not path.exists():
         return _of_registry(target, options)
-    return _of_run(path, options.to) if Run(path).manifest() else path
+    if options.version != "current":
+        raise RecipeError(f"--version: {path} is there, and is no model of the registry; leave it out")
+    if Run(path).manifest():
+        return _of_run(path, options.to)
+    if options.to:
+        raise RecipeError(f"--to: says which export of a run, and {path} is none; leave it out")
+    return path
 
 
 def _of_registry(name: str, options: ServeOptions) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import join
 from typing import Any, Literal
 
 from qft.errors import MissingError, ModelError, RecipeError, first_line
@@ -34,10 +35,17 @@ class Model:
 class Where:
     """How it is model."""
 
-    host: str = "127.0.0.1"
-    port: int = 8000
+    host: str | None = None
+    port: int | None = None
+    """None, of both: 127.0.0.1, port 8000."""
     context: int | None = None
     """Tokens of the longest request with its answer. None: what the model was built for."""
+    more: tuple[str, ...] = ()
+    """Options of the server's own."""
+
+    @property
+    def options(self) -> list[str]:
+        return ["--host", self.host or "127.0.0.1", "--port", str(self.port or 8000), *self.more]
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,8 @@ def start(engine: ServingEngine, model: Model, where: Where) -> Start:
         return _vllm(model, where)
     if model.path.suffix != ".gguf":
         raise RecipeError(f"{model.path}: {engine} serves GGUF files alone; export --to gguf, or serve it by vllm")
+    if model.trust_remote_code:
+        raise RecipeError(f"--trust-remote-code: a GGUF file has no code, and {engine} runs none; leave it out")
     return _llamacpp(model, where) if engine == "llama.cpp" else _ollama(model, where)
 
 
@@ -80,7 +90,7 @@ def _vllm(model: Model, where: Where) -> Start:
     words += ["--trust-remote-code"] if model.trust_remote_code else []
     room = built_for(Path(base)) if Path(base).is_dir() else None
     words += _context(where.context, room, model.path, "--max-model-len")
-    return Start(["vllm", "serve", base, *words, "--host", where.host, "--port", str(where.port)], notes=notes)
+    return Start(["vllm", "serve", base, *words, *where.options], notes=notes)
 
 
 def _adapter(model: Model) -> tuple[str, list[str]]:
@@ -96,24 +106,28 @@ def _adapter(model: Model) -> tuple[str, list[str]]:
     lora = ["--enable-lora", "--lora-modules", f"{model.name}={model.path}"]
     rank = ["--max-lora-rank", str(rank_limit(rank_of(config)))]
     pinned = ["--revision", revision] if revision else []
-    return base, [*pinned, "--tokenizer", str(model.path), *lora, *rank]
+    own = ["--tokenizer", str(model.path)] if (model.path / "tokenizer_config.json").is_file() else []
+    return base, [*pinned, *own, *lora, *rank]
 
 
 def _llamacpp(model: Model, where: Where) -> Start:
     words = ["-m", str(model.path), "--alias", model.name, "--jinja"]
     context = _context(where.context, gguf_room(model.path), model.path, "--ctx-size")
-    return Start(["llama-server", *words, *context, "--host", where.host, "--port", str(where.port)])
+    return Start(["llama-server", *words, *context, *where.options])
 
 
 def _ollama(model: Model, where: Where) -> Start:
     """Ollama's own default is a context of a few thousand tokens, whatever the model."""
+    if where.host or where.port or where.more:
+        raise RecipeError("--host, --port and options of a server: Ollama is told them elsewhere; leave them out")
     beside = model.path.parent / "Modelfile"
     if not beside.is_file():
         raise MissingError(f"{beside}: does not exist; `qft export --to gguf` writes it beside the file")
     text = beside.read_text("utf-8").replace(f"FROM ./{model.path.name}", f"FROM {model.path}", 1)
     context = _context(where.context, gguf_room(model.path), model.path, "PARAMETER num_ctx")
     text += "".join([" ".join(context), "\n"] if context else [])
-    return Start(["ollama", "create", model.name, "-f", "Modelfile"], text, [f"then: ollama run {model.name}"])
+    command = ["ollama", "create", model.name, "-f", "Modelfile"]
+    return Start(command, text, [f"write it as Modelfile, then: {join(command)}"])
 
 
 def _context(asked: int | None, room: int | None, path: Path, option: str) -> list[str]:

@@ -92,6 +92,8 @@ def test_an_adapter_is_served_on_its_base_with_its_own_tokenizer(tmp_path: Path)
     base = artifact(tmp_path / "base", "merged", config={"max_position_embeddings": 300})
     config = {"base_model_name_or_path": str(base), "r": 4, "rank_pattern": {"q_proj": 24}}
     folder = artifact(tmp_path / "adapter", "adapter", config=config, name="adapter_config.json")
+    assert "--tokenizer" not in line(folder)
+    (folder / "tokenizer_config.json").write_text("{}")
     words = line(folder, "--name", "mine")
     assert words[:3] == ["vllm", "serve", str(base)]
     assert value(words, "--tokenizer") == str(folder)
@@ -115,6 +117,8 @@ def test_a_gguf_file_is_served_by_llamacpp_or_ollama(tmp_path: Path) -> None:
     ran = qft("serve", folder, "--engine", "ollama", "--context", 128)
     assert ran.stdout == f"FROM {folder / 'mine-q8_0.gguf'}\nTEMPLATE x\nPARAMETER num_ctx 128\n"
     assert "ollama create" in ran.stderr
+    for unread in (("--port", 9000), ("--trust-remote-code",), ("--", "--verbose")):
+        assert qft("serve", folder, "--engine", "ollama", *unread).exit_code == 2
 
 
 def test_a_run_and_a_model_of_the_registry_lead_to_their_artifact(tmp_path: Path) -> None:
@@ -145,6 +149,8 @@ REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...], int, str]] = {
     "not looked at": ({"passed": None}, (), 4, "its gate was switched off"),
     "too long": ({}, ("--context", "4096"), 2, "is built for 2048 tokens"),
     "no GGUF file": ({}, ("--engine", "ollama"), 2, "ollama serves GGUF files alone"),
+    "of no run": ({}, ("--to", "merged"), 2, "--to: says which export of a run"),
+    "of no registry": ({}, ("--version", "2"), 2, "is no model of the registry"),
     "no base": ({"config": NO_BASE, "name": "adapter_config.json"}, (), 3, "/nowhere/base is not there"),
     "base is a GGUF file": (
         {"config": {"base_model_name_or_path": "package:a/b.gguf", "r": 4}, "name": "adapter_config.json"},

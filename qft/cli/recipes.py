@@ -113,6 +113,9 @@ def train(
         loaded = load(recipe, overrides or [])
         require_one_of(resume=resume, overwrite=overwrite)
         prepare_libraries()
+        from qft.commands.launching import launched
+
+        launched(loaded, resume=resume)
         from qft.commands.train import train as run_training
         from qft.views.live import choose_view
         from qft.views.terminal.training import render

@@ -16,7 +16,8 @@ from torch import nn
 
 from qft.checkpoint.skeleton import find_blocks
 from qft.data.prepare import Prepared, prepare
-from qft.documents.plan import AdapterArguments, DataPart, PlanDocument, PlannedMemory, TrainerArguments
+from qft.distributed.world import Ranks, world
+from qft.documents.plan import AdapterArguments, DataPart, PlanDocument, PlannedMemory, SourceFacts, TrainerArguments
 from qft.machine.device import Device
 from qft.machine.environment import allocator_settings
 from qft.memory.fit import Way
@@ -47,8 +48,10 @@ from qft.plan.model import (
 )
 from qft.plan.offload import offload_problems
 from qft.plan.packages import missing_packages
+from qft.plan.placement import ALONE, Placement, compute_dtype, placement_problems, shared, sharding_problems
 from qft.plan.stages import Span, joined, most_memory, stage_parts
 from qft.plan.template import template_of
+from qft.errors import RecipeError
 from qft.recipe import LoadedRecipe, Recipe
 from qft.recipe.rules import MOST, Problem
 from qft.recipe.stages import stages_of
@@ -75,6 +78,7 @@ class Plan:
     """None: it is no stage."""
     before: tuple[Plan, ...] = ()
     """The stages that lead to it, which is then the last."""
+    placement: Placement = ALONE
 
     @property
     def stages(self) -> tuple[Plan, ...]:
@@ -112,12 +116,13 @@ class Plan:
     @cached_property
     def kernels(self) -> dict[str, str | None]:
         """Of each kind of part, why the model's own code computes it; None: kernels do, where they agree with that."""
-        return planned_kernels(self.model, mixed=self.mixed is not None)
+        return planned_kernels(self.model, mixed=self.mixed is not None, sharded=self.placement.sharded)
 
     @property
     def fewer_passes(self) -> bool:
         """Whether a CPU computes adapters with their layers, and writes out attention of short rows."""
-        return self.model.device.kind == "cpu" and self.recipe.train.kernels != "plain"
+        whole = not self.placement.sharded
+        return whole and self.model.device.kind == "cpu" and self.recipe.train.kernels != "plain"
 
     @property
     def mixed(self) -> torch.dtype | None:
@@ -127,7 +132,9 @@ class Plan:
     @cached_property
     def memory(self) -> PlannedMemory:
         """Predicted, of this stage alone."""
-        return _forecast(self.model, self.lora, self.data).document(list(self.ways), self.recomputed, self.optimizer)
+        return _forecast(self.model, self.lora, self.data, self.placement).document(
+            list(self.ways), self.recomputed, self.optimizer
+        )
 
     @property
     def recipe(self) -> Recipe:
@@ -187,20 +194,70 @@ class Plan:
         )
 
 
-def make_plan(loaded: LoadedRecipe, device: Device | None = None) -> Plan:
-    """Decide everything, for another device than this machine's if one is given. Raises RecipeError for what model,
+def make_plan(loaded: LoadedRecipe, device: Device | None = None, found: Ranks | None = None) -> Plan:
+    """Decide everything, for another device than this machine's if one is given, and other processes than those that
+    there are. Raises RecipeError for what model,
     data or device cannot do; MissingError, DataError, ModelError as the layers below."""
-    recipe = loaded.recipe
+    recipe, found = loaded.recipe, found or world().ranks
     if not recipe.data.train:
         refuse(loaded, [("data.train", "holds no rows to train on; calibrate.data is for `qft calibrate` alone")])
     device = device or require_device(loaded)
+    if found.size > 1:
+        return _placed(loaded, device, found)
     plans: list[Plan] = []
-    for stage in stages_of(loaded):
+    for stage in stages_of(shared(loaded)):
         plans.append(_plan(stage, device, plans[0].data if plans else None))
     return joined(plans) if recipe.train.stages else plans[0]
 
 
-def _plan(loaded: LoadedRecipe, device: Device, data: Prepared | None) -> Plan:
+def _placed(loaded: LoadedRecipe, device: Device, found: Ranks) -> Plan:
+    """Of a training by several processes: ddp, if auto, where it fits, or where weights cannot be sharded."""
+    refuse(loaded, placement_problems(loaded, found))
+    loaded = shared(loaded.having(memory={"on_oom": "fail"}))
+    strategy = loaded.recipe.distributed.strategy
+    if strategy == "fsdp2":
+        refuse(loaded, sharding_problems(loaded))
+        return _plan(_sharded(loaded), device, None, Placement("fsdp2", found.size, found.nodes))
+    ddp = Placement("ddp", found.size, found.nodes)
+    try:
+        plan = _plan(loaded, device, None, ddp)
+        if strategy == "ddp" or plan.memory.fits is not False or any(sharding_problems(loaded)):
+            return plan
+        data = plan.data
+    except RecipeError:  # an auto of memory may have nothing that fits
+        if strategy == "ddp" or any(sharding_problems(loaded)):
+            raise
+        data = None
+    return _plan(_sharded(loaded), device, data, dataclasses.replace(ddp, strategy="fsdp2"))
+
+
+def _sharded(loaded: LoadedRecipe) -> LoadedRecipe:
+    """The recipe with 4-bit weights packed in a dtype that shards."""
+    four = loaded.recipe.quant.mode == "4bit"
+    return loaded.having(quant={"quant_storage": compute_dtype(loaded.recipe)}) if four else loaded
+
+
+@dataclass(frozen=True)
+class Decided:
+    """What the first process tells the others of its plan: they make the same of it, without reading rows."""
+
+    loaded: LoadedRecipe
+    placement: Placement
+    ways: tuple[Way, ...]
+    optimizer: str | None
+    sources: tuple[SourceFacts, ...]
+
+    @classmethod
+    def of(cls, plan: Plan) -> Decided:
+        return cls(plan.model.loaded, plan.placement, plan.ways, plan.optimizer, plan.data.sources)
+
+    def plan(self, data: Prepared) -> Plan:
+        """In another process."""
+        made = _plan(self.loaded, require_device(self.loaded), data, self.placement)
+        return dataclasses.replace(made, ways=self.ways, optimizer=self.optimizer)
+
+
+def _plan(loaded: LoadedRecipe, device: Device, data: Prepared | None, placement: Placement = ALONE) -> Plan:
     """Of one stage, or of a training without any; `data` are its rows, if another stage has encoded them."""
     recipe = loaded.recipe
     refuse(loaded, [*device_problems(recipe, device), *_training_problems(recipe, device)])
@@ -209,9 +266,10 @@ def _plan(loaded: LoadedRecipe, device: Device, data: Prepared | None) -> Plan:
     problems += balance_problems(recipe, model.skeleton)
     refuse(loaded, [*problems, *offload_problems(model), *checkpoint_problems(model)])
     data = data or _rows(model)
-    loaded, optimizer = with_optimizer(_forecast(model, lora, data))
-    model, found = _fitted(dataclasses.replace(model, loaded=loaded), lora, data)
-    plan = Plan(model, lora, training_arguments(model.recipe, device), data, found, optimizer)
+    loaded, optimizer = with_optimizer(_forecast(model, lora, data, placement))
+    model, ways = _fitted(dataclasses.replace(model, loaded=loaded), lora, data, placement)
+    training = training_arguments(model.recipe, device, placement)
+    plan = Plan(model, lora, training, data, ways, optimizer, placement=placement)
     refuse(loaded, [*_step_problems(plan), *kernel_problems(plan.recipe, plan.kernels)])
     return plan
 
@@ -240,22 +298,25 @@ def plan_adapter(loaded: LoadedRecipe, device: Device | None = None) -> tuple[Mo
     return model, model.experts.arguments(lora) if lora and model.experts else lora
 
 
-def _fitted(model: ModelPlan, lora: dict[str, Any] | None, data: Prepared) -> tuple[ModelPlan, tuple[Way, ...]]:
+def _fitted(
+    model: ModelPlan, lora: dict[str, Any] | None, data: Prepared, placement: Placement
+) -> tuple[ModelPlan, tuple[Way, ...]]:
     """The model's plan with every `auto` of memory decided, and what it was chosen from. Raises RecipeError if nothing
     fits."""
     if not is_open(model.recipe):
         return model, ()
-    forecast = _forecast(model, lora, data)
+    forecast = _forecast(model, lora, data, placement)
     refuse(model.loaded, undecidable(forecast))
     found = forecast.ways()
     refuse(model.loaded, too_large(found, forecast))
-    return dataclasses.replace(model, loaded=decided(model.loaded, found[0])), tuple(found)
+    return dataclasses.replace(model, loaded=decided(model.loaded, found[0], placement.size)), tuple(found)
 
 
-def _forecast(model: ModelPlan, lora: dict[str, Any] | None, data: Prepared) -> Forecast:
+def _forecast(model: ModelPlan, lora: dict[str, Any] | None, data: Prepared, placement: Placement) -> Forecast:
     mixed = mixed_dtype(model.recipe, model.device)
-    planned = planned_kernels(model, mixed=mixed is not None)
-    return Forecast(model, lora, data, mixed, tuple(kind for kind, reason in planned.items() if reason is None))
+    planned = planned_kernels(model, mixed=mixed is not None, sharded=placement.sharded)
+    kernels = tuple(kind for kind, reason in planned.items() if reason is None)
+    return Forecast(model, lora, data, mixed, kernels, placement)
 
 
 def with_skip_modules(plan: Plan, names: Sequence[str]) -> Plan:

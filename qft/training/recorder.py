@@ -1,11 +1,13 @@
 """What one training measures, noted as it happens, and the report that comes of it."""
 
+import platform
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
 from torch import nn
 
+from qft.distributed.gate import BitGate
 from qft.documents import training as documents
 from qft.documents.manifest import Manifest
 from qft.documents.memory import Leak, PhaseMemory
@@ -62,6 +64,10 @@ class Recorder:
         """None: nothing is loaded yet."""
         self.largest_micro_batch = 0
         """In tokens, with padding."""
+        self.ranks: list[documents.RankReport] = []
+        """What each of several processes measured, once they have told."""
+        self.gate: BitGate | None = None
+        """Over packed weights that are sharded."""
         self.leak: Leak | None = None
         self.bytes = dict.fromkeys(("frozen", "trainable", "gradients", "optimizer_state"), 0)
         """Of each part; of gradients and optimizer state, as they were when there first were any."""
@@ -140,9 +146,15 @@ class Recorder:
         if span := self.plan.span:
             self.models[str(span.number)] = self._model()
 
-    def begin(self, done: int) -> None:
+    def begin(self, done: int, phase: str = "train") -> None:
         """The training goes on behind `done` steps."""
         self.view.begin(self.stages[-1].steps, done)
+        self.meter.enter(phase)
+
+    def sharded(self, model: nn.Module) -> None:
+        """Each process has its part of the weights, and no more."""
+        self.bytes |= weight_bytes(model)
+        self.meter.settled()
         self.meter.enter("train")
 
     def look(self) -> Snapshot:
@@ -172,6 +184,42 @@ class Recorder:
         self.evaluations[moment], self.answers[moment] = evaluation, answers
         self.view.evaluated(evaluation.step, evaluation.loss, evaluation.perplexity, evaluation.scores)
 
+    def of_rank(self) -> documents.RankReport:
+        """What this process measured, for the report of all."""
+        phases = self._phases()
+        peak, train = self._peak(phases), phases["train"]
+        return documents.RankReport(
+            device=self.plan.model.device.name,
+            host=platform.node(),
+            peak_gpu_bytes=peak.gpu,
+            peak_gpu_reserved_bytes=peak.gpu_reserved,
+            peak_host_bytes=peak.host,
+            train_peak_bytes=(train.gpu_allocated_bytes or 0) if self.meter.on_gpu else train.host_resident_bytes,
+            phase_seconds=dict(self.clock.seconds),
+            wall_seconds=self._wall_seconds(),
+        )
+
+    def _distributed(self) -> documents.Distributed | None:
+        """None: one process trained alone."""
+        if len(self.ranks) < 2:
+            return None
+        # Whoever is slow computes, while the others wait for its gradients in their backward passes.
+        computed = [rank.phase_seconds["forward"] + rank.phase_seconds["data"] for rank in self.ranks]
+        gate = self.gate and documents.BitGate(
+            layers=self.gate.seen,
+            layers_changed=len(self.gate.changed),
+            bytes=self.gate.bytes,
+            seconds=self.gate.seconds,
+        )
+        placement = self.plan.placement
+        return documents.Distributed(
+            strategy=placement.strategy,
+            nodes=placement.nodes,
+            ranks=self.ranks,
+            slowest_rank=max(range(len(computed)), key=computed.__getitem__),
+            bit_gate=gate,
+        )
+
     def report(self, run: Run, result: Path) -> documents.Report:
         """The report of a run that wrote its model to `result`."""
         steps = self.steps
@@ -181,6 +229,7 @@ class Recorder:
             result=str(result),
             model=self._model(),
             throughput=summary.throughput(steps),
+            distributed=self._distributed(),
             phases=documents.Phases(**self.clock.shares()),
             memory=self._memory(),
             skipped_modules=self.skipped,

@@ -14,7 +14,10 @@ import torch
 from transformers import TrainerCallback
 
 from qft.data.sources import some_places
-from qft.errors import NonFiniteError
+from qft.distributed.rows import Filled, FilledBatches, real
+from qft.distributed.sharded import whole
+from qft.distributed.world import world
+from qft.errors import Elsewhere, NonFiniteError
 from qft.machine.signals import Signals
 from qft.memory.checkpointing import CheckpointingProbe, checkpoint_first
 from qft.memory.fused_loss import COUNTS
@@ -35,20 +38,33 @@ class _Update:
     started: float = field(default_factory=time.perf_counter)
     losses: list[torch.Tensor] = field(default_factory=list)
     counts: list[torch.Tensor] = field(default_factory=list)
-    """Tokens, and supervised ones."""
+    """Tokens, supervised ones, and rows."""
     rows: list[torch.Tensor] = field(default_factory=list)
     padded_tokens: int = 0
     grad_norm: Any = 0.0
     learning_rate: float = 0.0
     numbers: list[float] = field(default_factory=list)
     """The losses, the norm, and the two sums of the counts, once they are read."""
+    sums: list[float] = field(default_factory=list)
+    """Of all processes: losses, whether a number is not finite, signals, tokens, supervised ones, padded ones, rows."""
     skipped: bool = False
+    asked: bool = False
+    """Whether a signal has come to any process."""
 
     def read(self) -> None:
         """Fetch the numbers together, waiting for the device once."""
         losses = torch.stack(self.losses).double()
         norm = torch.as_tensor(self.grad_norm).to(losses).reshape(1)
-        self.numbers = torch.cat([losses, norm, torch.stack(self.counts).sum(0).to(losses)]).tolist()
+        counts = torch.stack(self.counts).sum(0).to(losses)
+        self.numbers = torch.cat([losses, norm, counts]).tolist()
+
+    def tell(self, *, wrong: bool, asked: bool) -> None:
+        """Add up with the other processes what was read. The loss of each is times their number, as the Trainer has it,
+        whose gradients are averaged."""
+        *losses, _, tokens, supervised, rows = self.numbers
+        own = [sum(losses) / world().size, wrong, asked, tokens, supervised, self.padded_tokens, rows]
+        self.sums = world().sums(own)
+        self.asked = bool(self.sums[2])
 
 
 class QftTrainer(StoppingTrainer):
@@ -56,6 +72,8 @@ class QftTrainer(StoppingTrainer):
 
     def __init__(self, recorder: Recorder, signals: Signals, **arguments: Any) -> None:
         super().__init__(recorder, signals, **arguments)
+        self.mixed = recorder.plan.mixed if recorder.plan.placement.sharded else None
+        """Of the autocast that accelerate leaves to FSDP2, which must cast nothing."""
         self.on_nonfinite = recorder.plan.recipe.train.on_nonfinite
         self.probe = CheckpointingProbe(self.model) if recorder.plan.recipe.train.gradient_checkpointing else None
         self.update = _Update()
@@ -75,9 +93,21 @@ class QftTrainer(StoppingTrainer):
         self.recorder.clock.enter("data")
         return super().get_batch_samples(*args, **kwargs)
 
+    def _get_dataloader(self, dataset: Any, *args: Any, sampler_fn: Any = None, **kwargs: Any) -> Any:
+        """The library's, of which each process takes its batches: as many as the others, each row once."""
+        if world().size == 1:
+            return super()._get_dataloader(dataset, *args, sampler_fn=sampler_fn, **kwargs)
+        draw = sampler_fn and (lambda filled: sampler_fn(filled.rows))
+        loader = super()._get_dataloader(Filled(dataset), *args, sampler_fn=draw, **kwargs)
+        shard = loader.batch_sampler
+        shard.batch_sampler = FilledBatches(shard.batch_sampler, world().size)
+        return loader
+
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         self.recorder.clock.enter("forward")
-        self.update.counts.append(torch.stack([inputs["attention_mask"].sum(), (inputs["labels"][:, 1:] >= 0).sum()]))
+        rows = real(inputs["rows"])
+        tokens = (inputs["attention_mask"].sum(1) * rows).sum()
+        self.update.counts.append(torch.stack([tokens, (inputs["labels"][:, 1:] >= 0).sum(), rows.sum()]))
         self.update.padded_tokens += inputs["input_ids"].numel()
         self.recorder.largest_micro_batch = max(self.recorder.largest_micro_batch, inputs["input_ids"].numel())
         with short_attention() if self.recorder.plan.fewer_passes else nullcontext(), one_row_each():
@@ -108,6 +138,12 @@ class QftTrainer(StoppingTrainer):
         self.recorder.clock.enter("backward")
         return loss
 
+    def compute_loss_context_manager(self) -> Any:
+        entered = super().compute_loss_context_manager()
+        if self.mixed:
+            entered.enter_context(torch.autocast(self.args.device.type, dtype=self.mixed))
+        return entered
+
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         tokens = int((inputs["labels"][:, 1:] >= 0).sum())
         rows = inputs["rows"]
@@ -123,55 +159,76 @@ class QftTrainer(StoppingTrainer):
         """The Trainer's loop, with the loss averaged over tokens: a mean over batches would count short rows more.
         Raises NonFiniteError."""
         self._evaluated, self._not_finite = [0.0, 0], []
+        self.evaluation_model_is_whole()
         self.recorder.clock.enter("")
         with self.untouched_random():  # so that when it is evaluated changes nothing of what is learnt
             output = super().evaluation_loop(dataloader, description, *args, **kwargs)
-        if self._not_finite:
-            raise NonFiniteError(
-                f"step {self.state.global_step}: the loss of held-out rows is not finite. "
-                f"{self._rows_told(self._not_finite)}. Look at them, or hold the model in another model.dtype"
+        total, tokens, wrong = world().sums([*self._evaluated, len(self._not_finite)])
+        if wrong:
+            self._refuse(
+                f"step {self.state.global_step}: the loss of held-out rows is not finite. {{}}. "
+                "Look at them, or hold the model in another model.dtype",
+                self._not_finite,
             )
-        total, tokens = self._evaluated
         output.metrics.update(eval_loss=total / tokens if tokens else math.nan, eval_tokens=tokens)
         return output
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """The Trainer's norm before clipping, noted."""
-        self.update.grad_norm = super()._get_grad_norm(model, grad_norm)
+        self.update.grad_norm = whole(super()._get_grad_norm(model, grad_norm))
         return self.update.grad_norm
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if self.recorder.gate:
+            self.recorder.gate.arm()
+            self.recorder.sharded(self.model)
+        return prepared
+
+    def evaluation_model_is_whole(self) -> None:
+        """Before the training, each process has all weights: accelerate must not be asked to shard them."""
+        if self.recorder.plan.placement.sharded and not self.accelerator._models:
+            self.accelerator._models.append(self.model)
 
     def before_update(self) -> None:
         """Look at what the step came to, and refuse its update if that is not finite."""
         update, recorder = self.update, self.recorder
         recorder.clock.enter("optimizer")
+        if recorder.gate and not recorder.steps[len(recorder.earlier.steps) :]:
+            recorder.gate.require()
         if not recorder.bytes["gradients"]:
             gradients = (p.grad for p in self.model.parameters() if p.grad is not None)
             recorder.bytes["gradients"] = tensor_bytes(gradients)
         update.learning_rate = self.lr_scheduler.get_last_lr()[0]
         update.read()
         recorder.clock.settle()
-        *losses, norm, _, _ = update.numbers
+        *losses, norm, _, _, _ = update.numbers
         bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
+        update.tell(wrong=bool(bad), asked=self.signals.asked is not None)
         # Under loss scaling an overflowing gradient is everyday: the scaler itself skips the step and lowers its scale.
-        if bad or (not math.isfinite(norm) and not self.args.fp16):
-            self._refuse_update(bad)
+        if update.sums[1] or (not math.isfinite(norm) and not self.args.fp16):
+            self._refuse_update([update.rows[i] for i in bad] if update.sums[1] else update.rows)
 
-    def _refuse_update(self, bad: list[int]) -> None:
-        """Skip the update, or end the training; `bad` are the micro-batches whose loss is not finite."""
+    def _refuse_update(self, rows: list[torch.Tensor]) -> None:
+        """Skip the update, or end the training; `rows` are those of this process whose loss is not finite, or all."""
         if self.on_nonfinite == "stop":
-            step, rows = self.state.global_step + 1, self.update.rows
-            what = "the loss" if bad else "the gradient norm"
-            told = self._rows_told([rows[i] for i in bad] if bad else rows)
-            raise NonFiniteError(
-                f"step {step}: {what} is not finite, and the update was not made. {told}. "
-                "Look at them, lower train.learning_rate, or set train.on_nonfinite: skip"
+            what = "the loss" if self.update.sums[1] else "the gradient norm"
+            self._refuse(
+                f"step {self.state.global_step + 1}: {what} is not finite, and the update was not made. {{}}. "
+                "Look at them, lower train.learning_rate, or set train.on_nonfinite: skip",
+                rows,
             )
         self.update.skipped = True
         self.model.zero_grad(set_to_none=True)  # without gradients the optimizer changes nothing, decay included
 
-    def _rows_told(self, rows: list[torch.Tensor]) -> str:
+    def _refuse(self, text: str, rows: list[torch.Tensor]) -> None:
+        """End all processes; the first says `text`, with the rows of all."""
+        own = [tuple(row) for part in rows for row in part[real(part)].tolist()]
+        found = [each for of_rank in world().gather(own) for each in of_rank]
+        if not world().first:
+            raise Elsewhere(NonFiniteError.exit_code)
         place = self.recorder.plan.data.place
-        return f"Rows of the batch: {some_places([place(source, row) for source, row in torch.cat(rows).tolist()])}"
+        raise NonFiniteError(text.format(f"Rows of the batch: {some_places([place(*each) for each in found])}"))
 
     def after_update(self) -> None:
         """Tell the recorder of the step."""
@@ -179,16 +236,16 @@ class QftTrainer(StoppingTrainer):
         recorder.clock.enter("")
         if not recorder.bytes["optimizer_state"]:
             recorder.bytes["optimizer_state"] = optimizer_bytes(self.optimizer.optimizer)
-        *losses, norm, tokens, supervised = update.numbers
+        loss, _, _, tokens, supervised, padded, rows = update.sums
         step = Step(
             step=self.state.global_step,
-            loss=sum(losses),
+            loss=loss,
             learning_rate=update.learning_rate,
-            grad_norm=norm,
+            grad_norm=update.numbers[-4],
             tokens=int(tokens),
-            padded_tokens=update.padded_tokens,
+            padded_tokens=int(padded),
             supervised_tokens=int(supervised),
-            rows=sum(len(rows) for rows in update.rows),
+            rows=int(rows),
             seconds=time.perf_counter() - update.started,
             memory=recorder.look().device,
             peak_memory=recorder.meter.peak().device,

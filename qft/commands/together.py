@@ -1,0 +1,87 @@
+"""One training by several processes: the first reads, encodes, decides and writes; the others are told, and train."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets import Dataset
+
+from qft.data.prepare import Prepared
+from qft.distributed.world import exit_code, world
+from qft.errors import Elsewhere, RunError
+from qft.files import scratch_folder
+from qft.machine.signals import Signals
+from qft.plan import Plan
+from qft.plan.training import Decided
+from qft.progress import View
+from qft.run.folder import Run
+from qft.training.recorder import Recorder
+from qft.training.session import train_model
+
+
+@dataclass(frozen=True)
+class Start:
+    """What the first process tells the others."""
+
+    decided: Decided
+    checkpoint: Path | None
+    rows: Path
+    """A folder of the encoded rows, which are mapped and not read into memory."""
+
+
+class Lead:
+    """The first process, beside which others may wait."""
+
+    def __init__(self) -> None:
+        self.has_told = world().size == 1
+
+    @contextmanager
+    def heard(self) -> Iterator[None]:
+        """Within it, what fails before the others were told anything ends them too."""
+        try:
+            yield
+        except BaseException as error:
+            if not self.has_told:
+                world().tell(exit_code(error))
+            raise
+
+    @contextmanager
+    def told(self, plan: Plan, run: Run) -> Iterator[None]:
+        """Within it the others train by the same plan."""
+        if self.has_told:
+            yield
+            return
+        with scratch_folder(_made(run.checkpoints), "rows") as rows:
+            plan.data.train.save_to_disk(str(rows / "train"))
+            if plan.data.eval is not None:
+                plan.data.eval.save_to_disk(str(rows / "eval"))
+            self.has_told = True
+            world().tell(Start(Decided.of(plan), run.checkpoint, rows))
+            yield
+
+
+def follow(signals: Signals) -> None:
+    """What another process does. Raises Elsewhere if the first has ended."""
+    start = world().tell(None)
+    if not isinstance(start, Start):
+        raise Elsewhere(int(start or 1))
+    if not start.rows.is_dir():
+        raise RunError(f"{start.rows} is not seen here: all nodes must share output_dir")
+    folders = [start.rows / part for part in ("train", "eval")]
+    train, held_out = (Dataset.load_from_disk(str(folder)) if folder.is_dir() else None for folder in folders)
+    assert train is not None
+    plan = start.decided.plan(Prepared(train, held_out, start.decided.sources))
+    run = Run(Path(plan.recipe.output_dir), writes=False)
+    run.checkpoint = start.checkpoint
+    recorder = Recorder(plan, View(), time.perf_counter(), None)
+    train_model(run, recorder, signals)
+    world().gather(recorder.of_rank())
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

@@ -1,0 +1,30 @@
+"""What a recipe asks of several GPUs."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from qft.recipe.section import Section
+
+
+class DistributedSection(Section):
+    """On how many GPUs a training runs, and what each of them holds. The rows of an update are the recipe's, however
+    many GPUs share them: train.gradient_accumulation_steps are the forward passes of all of them together."""
+
+    strategy: Literal["auto", "none", "ddp", "fsdp2"] = "auto"
+    """none: one GPU; ddp: each GPU holds the whole base; fsdp2: each holds its part of every weight, and gathers a block
+    while it is computed. auto: ddp where the whole base fits beside the rest, else fsdp2."""
+    gpus: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    """GPUs of a node; on a CPU, processes. auto: as many of this machine's as divide the forward passes of an update, one
+    where the recipe asks for what only one can do; as many as were started under torchrun. 1 on a CPU."""
+    nodes: int = Field(1, ge=1)
+    """Machines, each of which runs the same command by torchrun, accelerate launch, Slurm or Ray; they must share
+    output_dir."""
+    global_batch: int | None = Field(None, ge=1)
+    """Rows of an update, of all GPUs together; train.gradient_accumulation_steps follows. None: as that says."""
+    max_restarts: int = Field(0, ge=0)
+    """How often `qft train` starts all processes again when one has ended, from the newest checkpoint."""
+    timeout: int = Field(1800, ge=1)
+    """Seconds that processes wait for each other in a step."""

@@ -11,13 +11,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
 from qft.data.sources import some_places
 from qft.distributed.rows import Filled, FilledBatches, real
 from qft.distributed.sharded import whole
 from qft.distributed.world import world
-from qft.errors import Elsewhere, NonFiniteError
+from qft.errors import Elsewhere, ModelError, NonFiniteError
 from qft.machine.signals import Signals
 from qft.memory.checkpointing import CheckpointingProbe, checkpoint_first
 from qft.memory.fused_loss import COUNTS
@@ -72,8 +74,9 @@ class QftTrainer(StoppingTrainer):
 
     def __init__(self, recorder: Recorder, signals: Signals, **arguments: Any) -> None:
         super().__init__(recorder, signals, **arguments)
-        self.mixed = recorder.plan.mixed if recorder.plan.placement.sharded else None
-        """Of the autocast that accelerate leaves to FSDP2, which must cast nothing."""
+        self.mixed = recorder.plan.mixed if world().size > 1 else None
+        """Of an autocast beside accelerate's, which leaves it to FSDP2, that must cast nothing, and which is not asked
+        for an evaluation before the training."""
         self.on_nonfinite = recorder.plan.recipe.train.on_nonfinite
         self.probe = CheckpointingProbe(self.model) if recorder.plan.recipe.train.gradient_checkpointing else None
         self.update = _Update()
@@ -147,7 +150,11 @@ class QftTrainer(StoppingTrainer):
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         tokens = int((inputs["labels"][:, 1:] >= 0).sum())
         rows = inputs["rows"]
-        loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)
+        shared, self.args.average_tokens_across_devices = self.args.average_tokens_across_devices, False
+        try:  # of this process's rows alone: sums are added up in the end
+            loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)
+        finally:
+            self.args.average_tokens_across_devices = shared
         if tokens:
             self._evaluated[0] += float(loss) * tokens
             self._evaluated[1] += tokens
@@ -159,7 +166,7 @@ class QftTrainer(StoppingTrainer):
         """The Trainer's loop, with the loss averaged over tokens: a mean over batches would count short rows more.
         Raises NonFiniteError."""
         self._evaluated, self._not_finite = [0.0, 0], []
-        self.evaluation_model_is_whole()
+        self._leave_unprepared()
         self.recorder.clock.enter("")
         with self.untouched_random():  # so that when it is evaluated changes nothing of what is learnt
             output = super().evaluation_loop(dataloader, description, *args, **kwargs)
@@ -180,14 +187,17 @@ class QftTrainer(StoppingTrainer):
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_for_training(*args, **kwargs)
+        if world().size > 1 and not isinstance(prepared[0], DistributedDataParallel | FSDPModule):
+            raise ModelError("accelerate has left the model as it is, and no gradients would be shared")
         if self.recorder.gate:
             self.recorder.gate.arm()
             self.recorder.sharded(self.model)
         return prepared
 
-    def evaluation_model_is_whole(self) -> None:
-        """Before the training, each process has all weights: accelerate must not be asked to shard them."""
-        if self.recorder.plan.placement.sharded and not self.accelerator._models:
+    def _leave_unprepared(self) -> None:
+        """Before the training each process evaluates with all weights: of a model that it has prepared for that,
+        accelerate would later share no gradients, nor shard it."""
+        if world().size > 1 and not self.accelerator._models:
             self.accelerator._models.append(self.model)
 
     def before_update(self) -> None:

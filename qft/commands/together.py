@@ -12,15 +12,18 @@ from datasets import Dataset
 
 from qft.data.prepare import Prepared
 from qft.distributed.world import exit_code, world
-from qft.errors import Elsewhere, RunError
+from qft.errors import Elsewhere, Interrupted, RunError
 from qft.files import scratch_folder
 from qft.machine.signals import Signals
 from qft.plan import Plan
 from qft.plan.training import Decided
 from qft.progress import View
+from qft.run.checkpoint import checkpoints_in
 from qft.run.folder import Run
 from qft.training.recorder import Recorder
 from qft.training.session import train_model
+
+RESUMABLE = Interrupted("SIGTERM", resumable=True).exit_code
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,11 @@ def follow(signals: Signals) -> None:
     run = Run(Path(plan.recipe.output_dir), writes=False)
     run.checkpoint = start.checkpoint
     recorder = Recorder(plan, View(), time.perf_counter(), None)
-    train_model(run, recorder, signals)
+    try:
+        train_model(run, recorder, signals)
+    except Interrupted as interrupted:  # of which the first process says how to go on
+        resumable = checkpoints_in(run.checkpoints) and not interrupted.hard
+        raise Elsewhere(RESUMABLE if resumable else interrupted.exit_code) from None
     world().gather(recorder.of_rank())
 
 

@@ -16,8 +16,8 @@ from qft.machine.signals import Signals
 from qft.memory.guard import smaller_training
 from qft.model.handover import require_exports
 from qft.plan import Plan, make_plan, with_skip_modules
-from qft.plan.model import require_device
 from qft.plan.memory import is_open, settled
+from qft.plan.model import require_device
 from qft.progress import View
 from qft.recipe import LoadedRecipe, load
 from qft.recipe.stages import staged, stages_of

@@ -1,5 +1,5 @@
-"""Whether packed weights come out of a gather as they went in: a checksum of each before it is sharded, and in its first
-forward pass.
+"""Whether packed weights come out of a gather as they went in: a checksum of each before it is sharded, and in its
+first forward pass.
 
 A gather that takes packed codes for numbers rewrites those that look like a NaN, and the loss stays plausible."""
 

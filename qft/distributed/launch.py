@@ -1,4 +1,4 @@
-"""Processes that train together, started by torch's own elastic launcher, which starts them again where that is asked."""
+"""Processes that train together, started, and started again if that is asked, by torch's own elastic launcher."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import signal
 import uuid
 from collections.abc import Sequence
+from typing import Any
 
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -24,6 +25,7 @@ def launch(command: Sequence[str], processes: int, restarts: int) -> tuple[int, 
     with what code (of a signal, its negative number); (0, 0) if none did. Raises Interrupted for a signal, which all of
     them have heard."""
     known = {field.name for field in dataclasses.fields(LaunchConfig)}
+    patience: Any = {"shutdown_timeout": PATIENCE} if "shutdown_timeout" in known else {}
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -33,7 +35,7 @@ def launch(command: Sequence[str], processes: int, restarts: int) -> tuple[int, 
         rdzv_endpoint="localhost:0",
         max_restarts=restarts,
         monitor_interval=0.2,
-        **({"shutdown_timeout": PATIENCE} if "shutdown_timeout" in known else {}),
+        **patience,
     )
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // processes, 1)))
     logging.disable(logging.ERROR)  # what fails says so itself

@@ -17,7 +17,7 @@ FILLER = -1
 
 
 class Filled(Dataset[Any]):
-    """The rows, and at the index behind the last one a filler: the beginning of the first row, with nothing to learn."""
+    """The rows, and at the index behind the last a filler: the beginning of the first row, with nothing to learn."""
 
     def __init__(self, rows: Any) -> None:
         self.rows = rows

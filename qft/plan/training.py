@@ -18,6 +18,7 @@ from qft.checkpoint.skeleton import find_blocks
 from qft.data.prepare import Prepared, prepare
 from qft.distributed.world import Ranks, world
 from qft.documents.plan import AdapterArguments, DataPart, PlanDocument, PlannedMemory, SourceFacts, TrainerArguments
+from qft.errors import RecipeError
 from qft.machine.device import Device
 from qft.machine.environment import allocator_settings
 from qft.memory.fit import Way
@@ -48,10 +49,9 @@ from qft.plan.model import (
 )
 from qft.plan.offload import offload_problems
 from qft.plan.packages import missing_packages
-from qft.plan.placement import ALONE, Placement, compute_dtype, placement_problems, shared, sharding_problems
+from qft.plan.placement import ALONE, Placement, compute_dtype, placement_problems, sharding_problems, shared
 from qft.plan.stages import Span, joined, most_memory, stage_parts
 from qft.plan.template import template_of
-from qft.errors import RecipeError
 from qft.recipe import LoadedRecipe, Recipe
 from qft.recipe.rules import MOST, Problem
 from qft.recipe.stages import stages_of

@@ -14,11 +14,11 @@ class DistributedSection(Section):
     many GPUs share them: train.gradient_accumulation_steps are the forward passes of all of them together."""
 
     strategy: Literal["auto", "none", "ddp", "fsdp2"] = "auto"
-    """none: one GPU; ddp: each GPU holds the whole base; fsdp2: each holds its part of every weight, and gathers a block
-    while it is computed. auto: ddp where the whole base fits beside the rest, else fsdp2."""
+    """none: one GPU; ddp: each GPU holds the whole base; fsdp2: each holds its part of every weight, and gathers a
+    block while it is computed. auto: ddp where the whole base fits beside the rest, else fsdp2."""
     gpus: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
-    """GPUs of a node; on a CPU, processes. auto: as many of this machine's as divide the forward passes of an update, one
-    where the recipe asks for what only one can do; as many as were started under torchrun. 1 on a CPU."""
+    """GPUs of a node; on a CPU, processes. auto: as many of this machine's as divide the forward passes of an update,
+    and one where the recipe asks for what only one can do; under torchrun, as many as were started; on a CPU, 1."""
     nodes: int = Field(1, ge=1)
     """Machines, each of which runs the same command by torchrun, accelerate launch, Slurm or Ray; they must share
     output_dir."""

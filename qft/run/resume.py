@@ -53,7 +53,7 @@ TABLE: dict[str, dict[Class, str]] = {
             train.run_name train.per_device_eval_batch_size train.dataloader_num_workers train.dataloader_pin_memory
             train.logging_steps train.eval_strategy train.eval_steps train.save_strategy train.save_steps
             train.save_total_limit train.save_on_signal train.report_to
-            eval calibrate export output_dir
+            eval calibrate export distributed output_dir
         """,
     },
     "calibration-plan": {
@@ -72,7 +72,8 @@ TABLE: dict[str, dict[Class, str]] = {
             calibrate.max_bytes
         """,
         "free": """
-            data.num_proc calibrate.preset calibrate.allow_partial quant adapter train memory eval export output_dir
+            data.num_proc calibrate.preset calibrate.allow_partial quant adapter train memory distributed eval export
+            output_dir
         """,
     },
 }

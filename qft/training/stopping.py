@@ -11,7 +11,6 @@ from qft.machine.signals import Deaf, Signals
 from qft.training.recorder import Recorder
 from qft.training.resuming import ResumingTrainer
 
-
 OTHERS = "SIGTERM"
 """What is said to have come where it came to another process."""
 

@@ -147,7 +147,7 @@ def plant(path: Path) -> None:
     from qft.cli import main as qft
     from qft.training import session
 
-    own = session.plugin_arguments
+    own = vars(session)["plugin_arguments"]
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16)
     vars(session)["plugin_arguments"] = lambda blocks: own(blocks) | {"mixed_precision_policy": policy}
     sys.argv = ["qft", "train", str(path), "--quiet", "--overwrite"]

@@ -134,7 +134,7 @@ def test_a_loss_that_is_not_finite_on_one_process_stops_both_and_names_its_rows(
             loss = compute(trainer, model, inputs, *args, **kwargs)
             return loss * torch.nan if rank == 1 and model.training and trainer.state.global_step == 1 else loss
 
-        QftTrainer.compute_loss = spoilt  # type: ignore[method-assign]
+        QftTrainer.compute_loss = spoilt  # type: ignore[method-assign, assignment]
 
     path = recipe(tmp_path, one / "model", "two", data={"eval_fraction": 0.0})
     first, second = together(path, before=spoil)

@@ -62,6 +62,6 @@ def at_step(number: int, of_rank: int, act: Callable[[], None]) -> Before:
             if rank == of_rank and each.step == number:
                 act()
 
-        Recorder.step = made  # type: ignore[method-assign]
+        Recorder.step = made  # type: ignore[method-assign, assignment]
 
     return before

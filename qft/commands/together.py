@@ -5,21 +5,27 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from datasets import Dataset
 
 from qft.data.prepare import Prepared
 from qft.distributed.world import exit_code, world
+from qft.documents.plan import SourceFacts
 from qft.errors import Elsewhere, Interrupted, RunError
 from qft.files import scratch_folder
 from qft.machine.signals import Signals
+from qft.memory.fit import Way
 from qft.plan import Plan
-from qft.plan.training import Decided
+from qft.plan.model import require_device
+from qft.plan.placement import Placement
+from qft.plan.training import plan_one
 from qft.progress import View
+from qft.recipe import LoadedRecipe
 from qft.run.checkpoint import checkpoints_in
 from qft.run.folder import Run
+from qft.training.ranks import of_rank
 from qft.training.recorder import Recorder
 from qft.training.session import train_model
 
@@ -28,9 +34,13 @@ RESUMABLE = Interrupted("SIGTERM", resumable=True).exit_code
 
 @dataclass(frozen=True)
 class Start:
-    """What the first process tells the others."""
+    """What the first process tells the others: they make the same plan of it, without reading rows."""
 
-    decided: Decided
+    loaded: LoadedRecipe
+    placement: Placement
+    ways: tuple[Way, ...]
+    optimizer: str | None
+    sources: tuple[SourceFacts, ...]
     checkpoint: Path | None
     rows: Path
     """A folder of the encoded rows, which are mapped and not read into memory."""
@@ -63,7 +73,8 @@ class Lead:
             if plan.data.eval is not None:
                 plan.data.eval.save_to_disk(str(rows / "eval"))
             self.has_told = True
-            world().tell(Start(Decided.of(plan), run.checkpoint, rows))
+            own = (plan.model.loaded, plan.placement, plan.ways, plan.optimizer, plan.data.sources)
+            world().tell(Start(*own, run.checkpoint, rows))
             yield
 
 
@@ -74,10 +85,7 @@ def follow(signals: Signals) -> None:
         raise Elsewhere(int(start or 1))
     if not start.rows.is_dir():
         raise RunError(f"{start.rows} is not seen here: all nodes must share output_dir")
-    folders = [start.rows / part for part in ("train", "eval")]
-    train, held_out = (Dataset.load_from_disk(str(folder)) if folder.is_dir() else None for folder in folders)
-    assert train is not None
-    plan = start.decided.plan(Prepared(train, held_out, start.decided.sources))
+    plan = _planned(start)
     run = Run(Path(plan.recipe.output_dir), writes=False)
     run.checkpoint = start.checkpoint
     recorder = Recorder(plan, View(), time.perf_counter(), None)
@@ -86,7 +94,15 @@ def follow(signals: Signals) -> None:
     except Interrupted as interrupted:  # of which the first process says how to go on
         resumable = checkpoints_in(run.checkpoints) and not interrupted.hard
         raise Elsewhere(RESUMABLE if resumable else interrupted.exit_code) from None
-    world().gather(recorder.of_rank())
+    world().gather(of_rank(recorder))
+
+
+def _planned(start: Start) -> Plan:
+    folders = [start.rows / part for part in ("train", "eval")]
+    train, held_out = (Dataset.load_from_disk(str(folder)) if folder.is_dir() else None for folder in folders)
+    assert train is not None
+    rows, device = Prepared(train, held_out, start.sources), require_device(start.loaded)
+    return replace(plan_one(start.loaded, device, rows, start.placement), ways=start.ways, optimizer=start.optimizer)
 
 
 def _made(folder: Path) -> Path:

@@ -9,7 +9,8 @@ from qft.data.encoded import write_rows
 from qft.distributed.launch import restarted
 from qft.distributed.world import joined, ranks, world
 from qft.documents.manifest import Manifest
-from qft.documents.training import Report, SkippedModules
+from qft.documents.skipped import SkippedModules
+from qft.documents.training import Report
 from qft.errors import Elsewhere, OutOfMemoryError
 from qft.files import write_json, write_text
 from qft.machine.signals import Signals
@@ -25,6 +26,7 @@ from qft.run.checkpoint import checkpoints_in
 from qft.run.claim import claimed
 from qft.run.folder import Run, start_run
 from qft.run.interrupted import way_on
+from qft.training.ranks import of_all, of_rank
 from qft.training.recorder import Recorder
 from qft.training.session import train_model
 from qft.views.html.page import side_by_side, training_page
@@ -71,7 +73,7 @@ def _train(loaded: LoadedRecipe, view: View, signals: Signals, lead: Lead, *, re
         write_rows(run.rows, plan.data.asked())
         with lead.told(plan, run):
             result = train_model(run, recorder, signals)
-        recorder.ranks = world().gather(recorder.of_rank())
+        recorder.distributed = of_all(recorder, world().gather(of_rank(recorder)))
         signals.wait("the report is written, which completes the run")
         report = recorder.report(run, result)
         write_json(run.report, report.model_dump(mode="json"))

@@ -6,8 +6,10 @@ from typing import Literal
 from pydantic import ValidationError
 
 from qft.disk import room
+from qft.documents.distributed import Distributed
 from qft.documents.memory import Leak, MomentMemory, PhaseMemory
 from qft.documents.part import Bits, Bytes, Nats, Part, Seconds, Share, Tokens, TokensPerSecond
+from qft.documents.skipped import SkippedModules
 from qft.errors import MissingError, RunError
 from qft.files import require_regular
 
@@ -211,26 +213,6 @@ class Phases(Part):
     optimizer: Share
 
 
-class SkippedModules(Part):
-    """Layers that quant.skip_modules auto left unquantized, and what that is expected to buy. Bytes throughout."""
-
-    names: list[str]
-    budget_bytes: Bytes
-    linear_bytes_before: Bytes
-    """Of all quantized linear layers, as measured."""
-    linear_bytes_after: Bytes
-    """The same with `names` in 16 bits, predicted."""
-    rows: int
-    """Training rows on which it was measured."""
-    kl_before: Nats
-    """Mean KL divergence from the unquantized model's next-token distributions, in nats, all layers quantized."""
-    kl_after: Nats
-    """The same with `names` unquantized."""
-    perplexity_unquantized: float
-    perplexity_before: float
-    perplexity_after: float
-
-
 class OutOfMemory(Part):
     """Memory ran out, and what was changed so that the training went on."""
 
@@ -286,47 +268,6 @@ class StageReport(Part):
     """Of the device that trains, in its steps; of the host: resident set of the process."""
     predicted_peak_bytes: Bytes | None
     """Of the device, before anything was loaded."""
-
-
-class RankReport(Part):
-    """What one process of several measured."""
-
-    device: str
-    host: str
-    peak_gpu_bytes: Bytes
-    """0 without a GPU. Of all phases, as are the next two."""
-    peak_gpu_reserved_bytes: Bytes
-    peak_host_bytes: Bytes
-    train_peak_bytes: Bytes
-    """Of the device, in the steps alone; of the host: resident set."""
-    phase_seconds: dict[str, Seconds]
-    """Of data, forward, backward and optimizer; who is ahead waits for the others in the backward pass."""
-    wall_seconds: Seconds
-
-
-class BitGate(Part):
-    """Whether packed weights came out of FSDP2's gathers as they were loaded; else the run has ended."""
-
-    layers: int
-    """That were looked at."""
-    layers_changed: int
-    bytes: Bytes
-    """Of packed weights."""
-    seconds: Seconds
-    """That looking took, on the first process."""
-
-
-class Distributed(Part):
-    """A training by several processes."""
-
-    strategy: str
-    nodes: int
-    ranks: list[RankReport]
-    """In their order."""
-    slowest_rank: int
-    """Which took the longest to read and to compute."""
-    bit_gate: BitGate | None = None
-    """None: no packed weights were sharded."""
 
 
 class Report(Part):

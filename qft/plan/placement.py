@@ -73,9 +73,11 @@ def placement_problems(loaded: LoadedRecipe, found: Ranks) -> Iterator[Problem]:
     """What the recipe asks and the processes that were started cannot do."""
     recipe, asked = loaded.recipe, loaded.recipe.distributed
     if asked.gpus not in ("auto", found.local_size):
-        yield "distributed.gpus", f"{asked.gpus}, and {found.local_size} processes were started on this machine"
-    if asked.nodes != found.nodes and found.size > 1:
-        yield "distributed.nodes", f"{asked.nodes}, and processes were started on {found.nodes}"
+        text = f"{asked.gpus}, and {found.local_size} started on this machine: start as many by `qft train` or torchrun"
+        yield "distributed.gpus", text
+    if asked.nodes != found.nodes:
+        text = f"{asked.nodes}, and processes were started on {found.nodes}: start them on all (docs/scale.md)"
+        yield "distributed.nodes", text
     if found.size == 1:
         return
     if asked.strategy == "none":

@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
@@ -17,8 +17,7 @@ from torch import nn
 from qft.checkpoint.skeleton import find_blocks
 from qft.data.prepare import Prepared, prepare
 from qft.distributed.world import Ranks, world
-from qft.documents.plan import AdapterArguments, DataPart, PlanDocument, PlannedMemory, SourceFacts, TrainerArguments
-from qft.errors import RecipeError
+from qft.documents.plan import AdapterArguments, DataPart, PlanDocument, PlannedMemory, TrainerArguments
 from qft.machine.device import Device
 from qft.machine.environment import allocator_settings
 from qft.memory.fit import Way
@@ -49,7 +48,8 @@ from qft.plan.model import (
 )
 from qft.plan.offload import offload_problems
 from qft.plan.packages import missing_packages
-from qft.plan.placement import ALONE, Placement, compute_dtype, placement_problems, sharding_problems, shared
+from qft.plan.placed import placed
+from qft.plan.placement import ALONE, Placement, placement_problems, shared
 from qft.plan.stages import Span, joined, most_memory, stage_parts
 from qft.plan.template import template_of
 from qft.recipe import LoadedRecipe, Recipe
@@ -195,69 +195,23 @@ class Plan:
 
 
 def make_plan(loaded: LoadedRecipe, device: Device | None = None, found: Ranks | None = None) -> Plan:
-    """Decide everything, for another device than this machine's if one is given, and other processes than those that
-    there are. Raises RecipeError for what model,
-    data or device cannot do; MissingError, DataError, ModelError as the layers below."""
+    """Decide everything, for another device than this machine's if one is given, and `found`, other processes than
+    there are. Raises RecipeError for what model, data or device cannot do; MissingError, DataError, ModelError as the
+    layers below."""
     recipe, found = loaded.recipe, found or world().ranks
     if not recipe.data.train:
         refuse(loaded, [("data.train", "holds no rows to train on; calibrate.data is for `qft calibrate` alone")])
     device = device or require_device(loaded)
+    refuse(loaded, placement_problems(loaded, found))
     if found.size > 1:
-        return _placed(loaded, device, found)
+        return placed(loaded, found, partial(plan_one, device=device))
     plans: list[Plan] = []
     for stage in stages_of(shared(loaded)):
-        plans.append(_plan(stage, device, plans[0].data if plans else None))
+        plans.append(plan_one(stage, device, plans[0].data if plans else None))
     return joined(plans) if recipe.train.stages else plans[0]
 
 
-def _placed(loaded: LoadedRecipe, device: Device, found: Ranks) -> Plan:
-    """Of a training by several processes: ddp, if auto, where it fits, or where weights cannot be sharded."""
-    refuse(loaded, placement_problems(loaded, found))
-    loaded = shared(loaded.having(memory={"on_oom": "fail"}))
-    strategy = loaded.recipe.distributed.strategy
-    if strategy == "fsdp2":
-        refuse(loaded, sharding_problems(loaded))
-        return _plan(_sharded(loaded), device, None, Placement("fsdp2", found.size, found.nodes))
-    ddp = Placement("ddp", found.size, found.nodes)
-    try:
-        plan = _plan(loaded, device, None, ddp)
-        if strategy == "ddp" or plan.memory.fits is not False or any(sharding_problems(loaded)):
-            return plan
-        data = plan.data
-    except RecipeError:  # an auto of memory may have nothing that fits
-        if strategy == "ddp" or any(sharding_problems(loaded)):
-            raise
-        data = None
-    return _plan(_sharded(loaded), device, data, dataclasses.replace(ddp, strategy="fsdp2"))
-
-
-def _sharded(loaded: LoadedRecipe) -> LoadedRecipe:
-    """The recipe with 4-bit weights packed in a dtype that shards."""
-    four = loaded.recipe.quant.mode == "4bit"
-    return loaded.having(quant={"quant_storage": compute_dtype(loaded.recipe)}) if four else loaded
-
-
-@dataclass(frozen=True)
-class Decided:
-    """What the first process tells the others of its plan: they make the same of it, without reading rows."""
-
-    loaded: LoadedRecipe
-    placement: Placement
-    ways: tuple[Way, ...]
-    optimizer: str | None
-    sources: tuple[SourceFacts, ...]
-
-    @classmethod
-    def of(cls, plan: Plan) -> Decided:
-        return cls(plan.model.loaded, plan.placement, plan.ways, plan.optimizer, plan.data.sources)
-
-    def plan(self, data: Prepared) -> Plan:
-        """In another process."""
-        made = _plan(self.loaded, require_device(self.loaded), data, self.placement)
-        return dataclasses.replace(made, ways=self.ways, optimizer=self.optimizer)
-
-
-def _plan(loaded: LoadedRecipe, device: Device, data: Prepared | None, placement: Placement = ALONE) -> Plan:
+def plan_one(loaded: LoadedRecipe, device: Device, data: Prepared | None, placement: Placement = ALONE) -> Plan:
     """Of one stage, or of a training without any; `data` are its rows, if another stage has encoded them."""
     recipe = loaded.recipe
     refuse(loaded, [*device_problems(recipe, device), *_training_problems(recipe, device)])

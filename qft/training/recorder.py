@@ -1,6 +1,5 @@
 """What one training measures, noted as it happens, and the report that comes of it."""
 
-import platform
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,8 +8,10 @@ from torch import nn
 
 from qft.distributed.gate import BitGate
 from qft.documents import training as documents
+from qft.documents.distributed import Distributed
 from qft.documents.manifest import Manifest
 from qft.documents.memory import Leak, PhaseMemory
+from qft.documents.skipped import SkippedModules
 from qft.documents.state import TrainingState, read_state
 from qft.machine.environment import allocator_settings
 from qft.measure.scores import Answer
@@ -41,7 +42,7 @@ class Recorder:
 
     It outlives a Trainer: a run that trains with several, one after another, has one recorder."""
 
-    def __init__(self, plan: Plan, view: View, started: float, skipped: documents.SkippedModules | None) -> None:
+    def __init__(self, plan: Plan, view: View, started: float, skipped: SkippedModules | None) -> None:
         self.plan, self.view, self.started, self.skipped = plan, view, started, skipped
         self.stages = plan.stages
         self.meter = Meter(plan.model.device.kind, phase="prepare")
@@ -64,7 +65,7 @@ class Recorder:
         """None: nothing is loaded yet."""
         self.largest_micro_batch = 0
         """In tokens, with padding."""
-        self.ranks: list[documents.RankReport] = []
+        self.distributed: Distributed | None = None
         """What each of several processes measured, once they have told."""
         self.gate: BitGate | None = None
         """Over packed weights that are sharded."""
@@ -116,14 +117,14 @@ class Recorder:
 
     def state(self) -> TrainingState:
         """What has been measured so far."""
-        phases = self._phases()
-        peak = self._peak(phases)
+        phases = self.phases()
+        peak = self.peak(phases)
         return TrainingState(
             steps=self.steps,
             unmeasured_steps=self.earlier.unmeasured_steps,
             evaluations=self.evaluations,
             phase_seconds=self.clock.seconds,
-            wall_seconds=self._wall_seconds(),
+            wall_seconds=self.wall_seconds(),
             peak_gpu_bytes=peak.gpu,
             peak_gpu_reserved_bytes=peak.gpu_reserved,
             peak_host_bytes=peak.host,
@@ -184,42 +185,6 @@ class Recorder:
         self.evaluations[moment], self.answers[moment] = evaluation, answers
         self.view.evaluated(evaluation.step, evaluation.loss, evaluation.perplexity, evaluation.scores)
 
-    def of_rank(self) -> documents.RankReport:
-        """What this process measured, for the report of all."""
-        phases = self._phases()
-        peak, train = self._peak(phases), phases["train"]
-        return documents.RankReport(
-            device=self.plan.model.device.name,
-            host=platform.node(),
-            peak_gpu_bytes=peak.gpu,
-            peak_gpu_reserved_bytes=peak.gpu_reserved,
-            peak_host_bytes=peak.host,
-            train_peak_bytes=(train.gpu_allocated_bytes or 0) if self.meter.on_gpu else train.host_resident_bytes,
-            phase_seconds=dict(self.clock.seconds),
-            wall_seconds=self._wall_seconds(),
-        )
-
-    def _distributed(self) -> documents.Distributed | None:
-        """None: one process trained alone."""
-        if len(self.ranks) < 2:
-            return None
-        # Whoever is slow computes, while the others wait for its gradients in their backward passes.
-        computed = [rank.phase_seconds["forward"] + rank.phase_seconds["data"] for rank in self.ranks]
-        gate = self.gate and documents.BitGate(
-            layers=self.gate.seen,
-            layers_changed=len(self.gate.changed),
-            bytes=self.gate.bytes,
-            seconds=self.gate.seconds,
-        )
-        placement = self.plan.placement
-        return documents.Distributed(
-            strategy=placement.strategy,
-            nodes=placement.nodes,
-            ranks=self.ranks,
-            slowest_rank=max(range(len(computed)), key=computed.__getitem__),
-            bit_gate=gate,
-        )
-
     def report(self, run: Run, result: Path) -> documents.Report:
         """The report of a run that wrote its model to `result`."""
         steps = self.steps
@@ -229,7 +194,7 @@ class Recorder:
             result=str(result),
             model=self._model(),
             throughput=summary.throughput(steps),
-            distributed=self._distributed(),
+            distributed=self.distributed,
             phases=documents.Phases(**self.clock.shares()),
             memory=self._memory(),
             skipped_modules=self.skipped,
@@ -253,19 +218,19 @@ class Recorder:
             samples=sum(step.rows for step in steps),
             tokens=sum(step.tokens for step in steps),
             supervised_tokens=sum(step.supervised_tokens for step in steps),
-            wall_seconds=self._wall_seconds(),
+            wall_seconds=self.wall_seconds(),
             advice=[],
         )
         return report.model_copy(update={"advice": advise(report)})
 
-    def _wall_seconds(self) -> float:
+    def wall_seconds(self) -> float:
         return self.earlier.wall_seconds + time.perf_counter() - self.started
 
-    def _phases(self) -> dict[str, PhaseMemory]:
+    def phases(self) -> dict[str, PhaseMemory]:
         """Largest values of all parts."""
         return larger(self.earlier.memory_phases, self.meter.phases())
 
-    def _peak(self, phases: Mapping[str, PhaseMemory]) -> Snapshot:
+    def peak(self, phases: Mapping[str, PhaseMemory]) -> Snapshot:
         """Largest values of all parts, in all phases."""
         earlier, all_phases = self.earlier, phases.values()
         return Snapshot(
@@ -330,8 +295,8 @@ class Recorder:
         )
 
     def _memory(self) -> documents.Memory:
-        steps, moments, phases = self.steps, self.moments, self._phases()
-        peak = self._peak(phases)
+        steps, moments, phases = self.steps, self.moments, self.phases()
+        peak = self.peak(phases)
         part = steps[len(self.earlier.steps) :] or steps  # of another process nothing can leak into this one
         part = [step for step in part if step.step > self.plan.start] or part
         planned = most_memory(self.stages[-1])

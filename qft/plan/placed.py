@@ -13,10 +13,11 @@ from qft.plan.placement import Placement, compute_dtype, sharding_problems, shar
 from qft.recipe import LoadedRecipe
 
 if TYPE_CHECKING:
+    from qft.data.prepare import Prepared
     from qft.plan.training import Plan
 
 
-def placed(loaded: LoadedRecipe, found: Ranks, plan: Callable[..., Plan]) -> Plan:
+def placed(loaded: LoadedRecipe, found: Ranks, plan: Callable[..., Plan], data: Prepared | None = None) -> Plan:
     """By ddp, if that is left open, where it fits and where weights cannot be sharded; else by fsdp2. `plan` makes the
     plan of a recipe with its rows, if they are encoded, and its placement."""
     loaded = shared(loaded.having(memory={"on_oom": "fail"}))
@@ -27,13 +28,13 @@ def placed(loaded: LoadedRecipe, found: Ranks, plan: Callable[..., Plan]) -> Pla
     if strategy != "fsdp2":
         cannot = strategy == "ddp" or any(sharding_problems(loaded))
         try:
-            first = plan(loaded, data=None, placement=ddp)
+            first = plan(loaded, data=data, placement=ddp)
         except RecipeError:  # an auto of memory may have nothing that fits
             if cannot:
                 raise
         if first and (cannot or first.memory.fits is not False):
             return first
-    return plan(_packed(loaded), data=first and first.data, placement=replace(ddp, strategy="fsdp2"))
+    return plan(_packed(loaded), data=first.data if first else data, placement=replace(ddp, strategy="fsdp2"))
 
 
 def _packed(loaded: LoadedRecipe) -> LoadedRecipe:

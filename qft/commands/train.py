@@ -40,6 +40,7 @@ def train(loaded: LoadedRecipe, view: View, *, resume: bool = False, overwrite: 
     checkpoint is kept in every case. Started by torchrun or its like as one of several processes, it trains with the
     others; behind the first it writes nothing, and raises Elsewhere once there is nothing left to do or to say."""
     signals, found = Signals(), ranks()
+    signals.same_within = 10.0 if found else 0.0
     kind = require_device(loaded).kind if found else "cpu"
     with signals.caught(), joined(found, kind, loaded.recipe.distributed.timeout):
         if world().first:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from qft.recipe.section import Section
+from qft.recipe.training import TrainSection
 
 
 class DistributedSection(Section):
@@ -28,3 +30,25 @@ class DistributedSection(Section):
     """How often `qft train` starts all processes again when one has ended, from the newest checkpoint."""
     timeout: int = Field(1800, ge=1)
     """Seconds that processes wait for each other in a step."""
+
+
+def batch_rules(distributed: DistributedSection, train: TrainSection) -> Iterator[tuple[str, str]]:
+    """An update of a number of rows that forward passes do not come to."""
+    batch, rows = distributed.global_batch, train.per_device_train_batch_size
+    if batch and rows != "auto" and batch % rows:
+        text = f"{batch} rows are no whole number of forward passes of {rows} (train.per_device_train_batch_size)"
+        yield "distributed.global_batch", f"{text}; give a multiple of {rows}"
+
+
+def two_batches(distributed: DistributedSection, train: TrainSection) -> Iterator[tuple[str, str]]:
+    """Where the recipe gives both, an update that has two sizes."""
+    batch = distributed.global_batch
+    if batch and batch != train.step_rows:
+        text = f"{batch}, and train.gradient_accumulation_steps makes updates of {train.step_rows} rows"
+        yield "distributed.global_batch", f"{text}; remove one of the two"
+
+
+def unread_alone(distributed: DistributedSection) -> dict[str, str]:
+    """Fields that nothing reads where one GPU is asked for, and why."""
+    fields = ("gpus", "nodes", "max_restarts", "timeout") if distributed.strategy == "none" else ()
+    return {f"distributed.{name}": "has no meaning with distributed.strategy none" for name in fields}

@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--strategies", nargs="+", default=["ddp", "fsdp2"])
+    parser.add_argument("--accumulated", type=int, default=1, help="micro-batches of each GPU in a step")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--planted", action="store_true")
     parser.add_argument("--faults", action="store_true")
@@ -55,7 +56,7 @@ def main() -> None:
 
 @contextmanager
 def inputs(options: argparse.Namespace) -> Iterator[Path]:
-    rows = argparse.Namespace(**vars(options) | {"batch": options.batch * max(options.gpus)})
+    rows = argparse.Namespace(**vars(options) | {"batch": options.batch * max(options.gpus) * options.accumulated})
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         folder.mkdir(exist_ok=True)
@@ -75,7 +76,7 @@ def recipe(folder: Path, options: argparse.Namespace, gpus: int, strategy: str, 
         "train": {
             "max_steps": options.steps,
             "per_device_train_batch_size": options.batch,
-            "gradient_accumulation_steps": gpus,
+            "gradient_accumulation_steps": gpus * options.accumulated,
             "optim": "adamw_torch_fused",
             "gradient_checkpointing": options.checkpointing,
             "save_strategy": "no",
@@ -115,11 +116,13 @@ def measured(run: Path) -> dict[str, Any]:
     together, memory, gib = report["distributed"], report["memory"], 2**30
     ranks = together["ranks"] if together else []
     peaks = [rank["train_peak_bytes"] for rank in ranks] or [memory["phases"]["train"]["gpu_allocated_bytes"] or 0]
+    phases = report["phases"]
     gate = together and together["bit_gate"]
     return {
         "tokens_per_second": round(report["throughput"]["tokens_per_second"]),
         "step_p50": report["throughput"]["step_seconds_p50"],
         "loss": [round(each[1], 4) for each in report["loss"]["history"]][:: max(report["steps"] // 5, 1)],
+        "phase_ms": {name: round(1e3 * report["throughput"]["step_seconds_p50"] * s) for name, s in phases.items()},
         "peak_gib": round(max(peaks) / gib, 2),
         "predicted_gib": round((memory["predicted_peak_bytes"] or 0) / gib, 2),
         "load_gib": round((memory["phases"]["load"]["gpu_allocated_bytes"] or 0) / gib, 2),
@@ -160,8 +163,9 @@ def faults(folder: Path, options: argparse.Namespace) -> None:
     for strategy in options.strategies:
         for fault, number in (("a rank killed", signal.SIGKILL), ("the launcher told to end", signal.SIGTERM)):
             path = recipe(folder, options, gpus, strategy, save_strategy="steps", save_steps=2)
-            run, began = folder / f"{strategy}-{gpus}", time.perf_counter()
-            process = subprocess.Popen(command(path, "--overwrite"), stderr=subprocess.PIPE, text=True)
+            run, began = folder / f"{strategy}-{gpus}-{number.name}", time.perf_counter()
+            there = ["--set", f"output_dir={run}"]
+            process = subprocess.Popen(command(path, *there), stderr=subprocess.PIPE, text=True)
             while not [*run.glob("checkpoints/checkpoint-[4-9]/qft_checkpoint.json")] and process.poll() is None:
                 time.sleep(0.1)
             at = time.perf_counter()
@@ -170,9 +174,8 @@ def faults(folder: Path, options: argparse.Namespace) -> None:
             said = (process.communicate()[1] or "").strip()[-300:]
             code, ended = process.returncode, round(time.perf_counter() - at, 1)
             fewer = ["--set", f"distributed.gpus={gpus // 2}"]
-            fewer += ["--set", "distributed.strategy=none"] if gpus == 2 else []
-            fewer += ["--set", "quant.quant_storage=bfloat16"] if strategy == "fsdp2" and gpus == 2 else []
-            done = subprocess.run(command(path, "--resume", *fewer), capture_output=True, text=True, check=False)
+            again = command(path, "--resume", *there, *fewer)
+            done = subprocess.run(again, capture_output=True, text=True, check=False)
             result = json.loads((run / "report.json").read_text()) if not done.returncode else {}
             told(
                 strategy=strategy,

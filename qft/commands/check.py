@@ -4,6 +4,7 @@ import torch
 
 from qft.commands.calibrate import find_plan
 from qft.data.shown import shown_rows
+from qft.distributed.asked import processes
 from qft.documents.plan import CalibrationCheck, PlanDocument
 from qft.machine.device import absent_gpu
 from qft.measure.harness import asked_tasks, check_tasks
@@ -11,7 +12,6 @@ from qft.model.handover import foreseen, require_exports
 from qft.plan import make_plan, refuse
 from qft.plan.gpus import plan_gpus
 from qft.plan.model import require_device
-from qft.plan.placement import processes
 from qft.recipe import LoadedRecipe
 
 

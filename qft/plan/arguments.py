@@ -55,7 +55,8 @@ def training_arguments(recipe: Recipe, device: Device, placement: Placement = AL
     if placement.size > 1:
         # Else DDP would look through the graph of each step for weights that nothing came of.
         unused = recipe.adapter.target_towers or recipe.adapter.target_experts is True
-        arguments |= {"ddp_find_unused_parameters": unused, "ddp_timeout": recipe.distributed.timeout}
+        arguments |= {"ddp_find_unused_parameters": unused, "ddp_broadcast_buffers": False}
+        arguments["ddp_timeout"] = recipe.distributed.timeout
         arguments["ddp_backend"] = "gloo" if device.kind == "cpu" else None
     if train.load_best_model_at_end:
         arguments |= {"metric_for_best_model": "eval_loss", "greater_is_better": False}

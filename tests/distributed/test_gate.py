@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import bitsandbytes as bnb
 import pytest
 import torch
@@ -11,7 +13,7 @@ from qft.distributed.gate import BitGate, checksum
 from qft.errors import ModelError
 
 
-def layers() -> nn.Sequential:
+def layers() -> Any:
     torch.manual_seed(0)
     made = [bnb.nn.Linear4bit(64, 64, bias=False, quant_storage=torch.bfloat16, quant_type="nf4") for _ in range(3)]
     return nn.Sequential(*made).to("cpu")

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
+from qft.distributed.asked import processes
 from qft.distributed.world import Ranks, ranks
 from qft.errors import RecipeError, RunError
 from qft.machine.device import absent_gpu
 from qft.plan import Plan, make_plan
 from qft.plan.gpus import plan_gpus
-from qft.plan.placement import processes
 from qft.recipe import load
 
 RecipeFile = Callable[..., Path]

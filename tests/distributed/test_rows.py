@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from accelerate.data_loader import BatchSamplerShard
+from accelerate.data_loader import BatchSamplerShard  # type: ignore[import-untyped]
 from datasets import Dataset
 from torch.utils.data import BatchSampler, SequentialSampler
 
@@ -17,10 +17,7 @@ from qft.distributed.rows import FILLER, Filled, FilledBatches
 def test_processes_take_what_one_does(count: int, processes: int) -> None:
     rows = Filled(Dataset.from_dict({"input_ids": [[i] * 9 for i in range(count)], "source": [0] * count}).map(learnt))
     batches = BatchSampler(SequentialSampler(range(count)), 3, drop_last=False)
-    shards = [
-        [*BatchSamplerShard(FilledBatches(batches, processes), processes, rank)]  # type: ignore[arg-type]
-        for rank in range(processes)
-    ]
+    shards = [[*BatchSamplerShard(FilledBatches(batches, processes), processes, rank)] for rank in range(processes)]
     assert len({len(shard) for shard in shards}) == 1
     assert all(len(batch) == 3 for shard in shards for batch in shard)
     taken = [rows.__getitems__(batch) for turn in zip(*shards, strict=True) for batch in turn]

@@ -60,7 +60,8 @@ def inputs(options: argparse.Namespace) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         folder.mkdir(exist_ok=True)
-        make_inputs(folder, rows)
+        if not (folder / "rows.jsonl").exists():  # another of these may read it
+            make_inputs(folder, rows)
         yield folder
 
 

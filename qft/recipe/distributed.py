@@ -33,7 +33,9 @@ class DistributedSection(Section):
 
 
 def batch_rules(distributed: DistributedSection, train: TrainSection) -> Iterator[tuple[str, str]]:
-    """An update of a number of rows that forward passes do not come to."""
+    """GPUs beside one that is meant to be alone, and updates of rows that forward passes do not come to."""
+    if distributed.strategy == "none" and distributed.gpus not in ("auto", 1):
+        yield "distributed.gpus", f"{distributed.gpus}, and distributed.strategy none is for one: set it to auto or 1"
     batch, rows = distributed.global_batch, train.per_device_train_batch_size
     if batch and rows != "auto" and batch % rows:
         text = f"{batch} rows are no whole number of forward passes of {rows} (train.per_device_train_batch_size)"
@@ -50,5 +52,5 @@ def two_batches(distributed: DistributedSection, train: TrainSection) -> Iterato
 
 def unread_alone(distributed: DistributedSection) -> dict[str, str]:
     """Fields that nothing reads where one GPU is asked for, and why."""
-    fields = ("gpus", "nodes", "max_restarts", "timeout") if distributed.strategy == "none" else ()
+    fields = ("nodes", "max_restarts", "timeout") if distributed.strategy == "none" else ()
     return {f"distributed.{name}": "has no meaning with distributed.strategy none" for name in fields}

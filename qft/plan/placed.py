@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ from qft.errors import RecipeError
 from qft.plan.model import refuse
 from qft.plan.placement import Placement, compute_dtype, sharding_problems, shared
 from qft.recipe import LoadedRecipe
+from qft.recipe.rules import Problem
 
 if TYPE_CHECKING:
     from qft.data.prepare import Prepared
@@ -32,9 +33,20 @@ def placed(loaded: LoadedRecipe, found: Ranks, plan: Callable[..., Plan], data: 
         except RecipeError:  # an auto of memory may have nothing that fits
             if cannot:
                 raise
-        if first and (cannot or first.memory.fits is not False):
+        if first and (cannot or first.memory.fits is not False or any(_whole_experts(first))):
             return first
-    return plan(_packed(loaded), data=first.data if first else data, placement=replace(ddp, strategy="fsdp2"))
+    second = plan(_packed(loaded), data=first.data if first else data, placement=replace(ddp, strategy="fsdp2"))
+    refuse(second.model.loaded, _whole_experts(second))
+    return second
+
+
+def _whole_experts(plan: Plan) -> Iterator[Problem]:
+    """What of a mixture does not shard."""
+    ddp, model = "or distributed.strategy to ddp", plan.model
+    if model.scheme.holds_experts(model.skeleton):
+        yield "quant.mode", f"experts in few bits do not shard under fsdp2: set it to none, {ddp}"
+    elif model.experts and model.experts.document.adapted:
+        yield "adapter.target_experts", f"is not tried with sharded weights: set it to false, {ddp}"
 
 
 def _packed(loaded: LoadedRecipe) -> LoadedRecipe:

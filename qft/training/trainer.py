@@ -26,6 +26,7 @@ from qft.memory.fused_loss import COUNTS
 from qft.memory.meter import optimizer_bytes, tensor_bytes
 from qft.memory.stash import stash_inputs
 from qft.memory.unmasked import one_row_each
+from qft.model.adapter import CHANGES_BASE
 from qft.model.distill import distilled_loss
 from qft.model.on_cpu import short_attention
 from qft.progress import Step
@@ -186,6 +187,12 @@ class QftTrainer(StoppingTrainer):
         return self.update.grad_norm
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        plan = self.recorder.plan
+        if plan.placement.strategy == "ddp" and not plan.recipe.adapter.init_lora_weights.startswith(CHANGES_BASE):
+            # Each process has loaded the same: DDP would send all of it from one to the others.
+            frozen = [name for name, p in self.model.named_parameters() if not p.requires_grad]
+            names = [*frozen, *(name for name, _ in self.model.named_buffers())]
+            vars(self.model)["_ddp_params_and_buffers_to_ignore"] = names
         prepared = super()._prepare_for_training(*args, **kwargs)
         if world().size > 1 and not isinstance(prepared[0], DistributedDataParallel | FSDPModule):
             raise ModelError("accelerate has left the model as it is, and no gradients would be shared")

@@ -10,7 +10,7 @@ from torch import nn
 from qft.checkpoint.skeleton import find_blocks
 from qft.memory.ledger import Peak
 from qft.memory.predict import Prediction, Predictor
-from qft.memory.trace import Step
+from qft.memory.work import Step
 from qft.plan.model import ModelPlan
 from qft.plan.placement import Placement
 

@@ -6,6 +6,7 @@ from pydantic import Field
 
 from qft.documents.manifest import DevicePart, PluginFile
 from qft.documents.part import Bytes, Share, Stored, Tokens
+from qft.documents.placement import PlannedGpus
 
 Matched = Annotated[
     dict[str, dict[str, int]],
@@ -335,6 +336,9 @@ class PlanDocument(Stored):
     """Told by `qft check` alone, where the recipe has a section for it."""
     shown: list[ShownRow] = []
     """Of each source, as many rows as `qft check --show` asks for."""
+    gpus: PlannedGpus | None = None
+    """Told by `qft check` alone, of several GPUs; `memory` and `training` are then those of each of them, as is chosen.
+    None: there is one."""
     exports: dict[str, str | None] = {}
     """Told by `qft check` alone: of each form of export.target, why the training could not be handed over so; None:
     nothing is known to stand in the way."""

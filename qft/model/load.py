@@ -77,7 +77,7 @@ def _as_stored(plan: ModelPlan, checkpoint: Checkpoint, device: str | None) -> P
     model, kind = plan.recipe.model, device or plan.device.kind
     arguments: dict[str, Any] = {
         "dtype": getattr(torch, plan.dtype),
-        "device_map": {"": 0 if kind == "cuda" else "cpu"},
+        "device_map": {"": torch.cuda.current_device() if kind == "cuda" else "cpu"},
         "trust_remote_code": model.trust_remote_code,
     }
     if model.attn_implementation != "auto":

@@ -22,6 +22,8 @@ from qft.memory.guard import smaller_training
 from qft.memory.predict import Predictor, Source, predictor
 from qft.memory.work import Batch, Step, Work
 from qft.plan.model import ModelPlan
+from qft.plan.placement import ALONE, Placement
+from qft.plan.sharding import by_placement
 from qft.recipe import LoadedRecipe, Recipe
 from qft.recipe.rules import Problem
 from qft.recipe.training import TrainSection
@@ -43,6 +45,7 @@ class Forecast:
     """Of autocast."""
     kernels: tuple[str, ...] = ()
     """Kinds of parts that kernels of qft's own compute."""
+    placement: Placement = ALONE
 
     @property
     def budget(self) -> int:
@@ -87,7 +90,7 @@ class Forecast:
         files = model.checkpoint.weight_files() if model.checkpoint.has_weights else []
         size = sum(path.stat().st_size for path in files)
         source = Source(config, model.skeleton_in_dtype, model.shape.layers, size)
-        return predictor(source, work, model.device)
+        return by_placement(predictor(source, work, model.device), model, self.placement)
 
     def _answered(self) -> Batch | None:
         """The longest batch of held-out rows with their answers, where answers are scored."""
@@ -113,7 +116,7 @@ class Forecast:
         train = self.model.recipe.train
         rows = 1 if train.per_device_train_batch_size == "auto" else train.micro_batch
         kept: Kept = "inputs" if train.gradient_checkpointing is True else "all"
-        return Step(self.batch(rows), kept, train.gradient_accumulation_steps > 1)
+        return Step(self.batch(rows), kept, train.gradient_accumulation_steps > self.placement.size)
 
     def having(self, **train: Any) -> Forecast:
         """With other values of `train`."""
@@ -125,8 +128,8 @@ class Forecast:
             return self.ways(more)[0]
         train, taken = self.model.recipe.train, self.predict(self.step()).taken
         again = self.model.shape.layers if train.gradient_checkpointing else 0
-        fits = taken <= self.budget + more
-        return Way(train.micro_batch, train.gradient_accumulation_steps, again, taken, fits, 1.0)
+        fits, accumulated = taken <= self.budget + more, train.gradient_accumulation_steps // self.placement.size
+        return Way(train.micro_batch, accumulated, again, taken, fits, 1.0)
 
     def _may_keep(self) -> list[Kept]:
         """What blocks may, the least first."""
@@ -143,8 +146,9 @@ class Forecast:
         train, layers = self.model.recipe.train, self.model.shape.layers
         spent = None if isinstance(train.gradient_checkpointing, bool | str) else train.gradient_checkpointing
         rows = train.per_device_train_batch_size
-        sizes = row_counts(train.step_rows, len(self.data.train)) if rows == "auto" else [rows]
-        choice = Choice(sizes, train.step_rows, self._may_keep(), layers, self.budget + more, self.batch, spent)
+        own = train.step_rows // self.placement.size
+        sizes = row_counts(own, len(self.data.train)) if rows == "auto" else [rows]
+        choice = Choice(sizes, own, self._may_keep(), layers, self.budget + more, self.batch, spent)
         return ways(choice, self.predict)
 
     def document(self, chosen: list[Way], optimizer: str | None) -> PlannedMemory:
@@ -190,7 +194,7 @@ def with_optimizer(forecast: Forecast) -> tuple[LoadedRecipe, str | None]:
     wide, less = (f"{each * count / 2**30:,.2f} GiB" for each in (8, 2))
     chosen, why = FUSED, f"its state takes {wide}, and that of {SMALL} {less}"
     fused = forecast.having(optim=FUSED)
-    if model.device.kind == "cuda" and fused.unknown is None:
+    if model.device.kind == "cuda" and not forecast.placement.sharded and fused.unknown is None:
         # With 6 bytes a parameter less, as if so many more might be taken.
         one, other = fused.best(), fused.best(6 * count)
         if not one.fits or one.speed < other.speed * (1 - WAITS):
@@ -251,11 +255,11 @@ def settled(loaded: LoadedRecipe, train: TrainSection) -> LoadedRecipe:
     return loaded.having(train=chosen) if chosen else loaded
 
 
-def decided(loaded: LoadedRecipe, way: Way) -> LoadedRecipe:
-    """The recipe once its `auto` fields are what the way has."""
+def decided(loaded: LoadedRecipe, way: Way, processes: int = 1) -> LoadedRecipe:
+    """The recipe once its `auto` fields are what the way, which is of one of the processes, has."""
     chosen = {
         "per_device_train_batch_size": way.rows,
-        "gradient_accumulation_steps": way.accumulated,
+        "gradient_accumulation_steps": way.accumulated * processes,
         # A resumed run knows no more than this: all blocks computed again take no more than what was decided.
         "gradient_checkpointing": way.recomputed > 0 or way.most != "all",
     }

@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
@@ -16,6 +16,7 @@ from torch import nn
 
 from qft.checkpoint.skeleton import find_blocks
 from qft.data.prepare import Prepared, prepare
+from qft.distributed.world import Ranks, world
 from qft.documents.plan import AdapterArguments, DataPart, Kept, PlanDocument, PlannedMemory, TrainerArguments
 from qft.machine.device import Device
 from qft.machine.environment import allocator_settings
@@ -46,6 +47,8 @@ from qft.plan.model import (
 )
 from qft.plan.offload import offload_problems
 from qft.plan.packages import missing_packages
+from qft.plan.placed import placed
+from qft.plan.placement import ALONE, Placement, placement_problems, shared
 from qft.plan.shape import Shape
 from qft.plan.stages import Span, joined, most_memory, stage_parts
 from qft.plan.template import template_of
@@ -76,6 +79,7 @@ class Plan:
     """None: it is no stage."""
     before: tuple[Plan, ...] = ()
     """The stages that lead to it, which is then the last."""
+    placement: Placement = ALONE
 
     @property
     def stages(self) -> tuple[Plan, ...]:
@@ -115,12 +119,13 @@ class Plan:
     @cached_property
     def kernels(self) -> dict[str, str | None]:
         """Of each kind of part, why the model's own code computes it; None: kernels do, where they agree with that."""
-        return planned_kernels(self.model, mixed=self.mixed is not None)
+        return planned_kernels(self.model, mixed=self.mixed is not None, sharded=self.placement.sharded)
 
     @property
     def fewer_passes(self) -> bool:
         """Whether a CPU computes adapters with their layers, and writes out attention of short rows."""
-        return self.model.device.kind == "cpu" and self.recipe.train.kernels != "plain"
+        whole = not self.placement.sharded
+        return whole and self.model.device.kind == "cpu" and self.recipe.train.kernels != "plain"
 
     @property
     def mixed(self) -> torch.dtype | None:
@@ -130,7 +135,7 @@ class Plan:
     @cached_property
     def memory(self) -> PlannedMemory:
         """Predicted, of this stage alone."""
-        return _forecast(self.model, self.lora, self.data).document(list(self.ways), self.optimizer)
+        return _forecast(self.model, self.lora, self.data, self.placement).document(list(self.ways), self.optimizer)
 
     @property
     def recipe(self) -> Recipe:
@@ -191,20 +196,24 @@ class Plan:
         )
 
 
-def make_plan(loaded: LoadedRecipe, device: Device | None = None) -> Plan:
-    """Decide everything, for another device than this machine's if one is given. Raises RecipeError for what model,
-    data or device cannot do; MissingError, DataError, ModelError as the layers below."""
-    recipe = loaded.recipe
+def make_plan(loaded: LoadedRecipe, device: Device | None = None, found: Ranks | None = None) -> Plan:
+    """Decide everything, for another device than this machine's if one is given, and `found`, other processes than
+    there are. Raises RecipeError for what model, data or device cannot do; MissingError, DataError, ModelError as the
+    layers below."""
+    recipe, found = loaded.recipe, found or world().ranks
     if not recipe.data.train:
         refuse(loaded, [("data.train", "holds no rows to train on; calibrate.data is for `qft calibrate` alone")])
     device = device or require_device(loaded)
+    refuse(loaded, placement_problems(loaded, found))
+    if found.size > 1:
+        return placed(loaded, found, partial(plan_one, device=device))
     plans: list[Plan] = []
-    for stage in stages_of(loaded):
-        plans.append(_plan(stage, device, plans[0].data if plans else None))
+    for stage in stages_of(shared(loaded)):
+        plans.append(plan_one(stage, device, plans[0].data if plans else None))
     return joined(plans) if recipe.train.stages else plans[0]
 
 
-def _plan(loaded: LoadedRecipe, device: Device, data: Prepared | None) -> Plan:
+def plan_one(loaded: LoadedRecipe, device: Device, data: Prepared | None, placement: Placement = ALONE) -> Plan:
     """Of one stage, or of a training without any; `data` are its rows, if another stage has encoded them."""
     recipe = loaded.recipe
     refuse(loaded, [*device_problems(recipe, device), *_training_problems(recipe, device)])
@@ -213,9 +222,10 @@ def _plan(loaded: LoadedRecipe, device: Device, data: Prepared | None) -> Plan:
     problems += balance_problems(recipe, model.skeleton)
     refuse(loaded, [*problems, *offload_problems(model), *checkpoint_problems(model)])
     data = data or _rows(model)
-    loaded, optimizer = with_optimizer(_forecast(model, lora, data))
-    model, found = _fitted(dataclasses.replace(model, loaded=loaded), lora, data)
-    plan = Plan(model, lora, training_arguments(model.recipe, device), data, found, optimizer)
+    loaded, optimizer = with_optimizer(_forecast(model, lora, data, placement))
+    model, ways = _fitted(dataclasses.replace(model, loaded=loaded), lora, data, placement)
+    training = training_arguments(model.recipe, device, placement)
+    plan = Plan(model, lora, training, data, ways, optimizer, placement=placement)
     refuse(loaded, [*_step_problems(plan), *kernel_problems(plan.recipe, plan.kernels)])
     return plan
 
@@ -245,22 +255,25 @@ def plan_adapter(loaded: LoadedRecipe, device: Device | None = None) -> tuple[Mo
     return model, model.experts.arguments(lora) if lora and model.experts else lora
 
 
-def _fitted(model: ModelPlan, lora: dict[str, Any] | None, data: Prepared) -> tuple[ModelPlan, tuple[Way, ...]]:
+def _fitted(
+    model: ModelPlan, lora: dict[str, Any] | None, data: Prepared, placement: Placement
+) -> tuple[ModelPlan, tuple[Way, ...]]:
     """The model's plan with every `auto` of memory decided, and what it was chosen from. Raises RecipeError if nothing
     fits."""
     if not is_open(model.recipe):
         return model, ()
-    forecast = _forecast(model, lora, data)
+    forecast = _forecast(model, lora, data, placement)
     refuse(model.loaded, undecidable(forecast))
     found = forecast.ways()
     refuse(model.loaded, too_large(found, forecast))
-    return dataclasses.replace(model, loaded=decided(model.loaded, found[0])), tuple(found)
+    return dataclasses.replace(model, loaded=decided(model.loaded, found[0], placement.size)), tuple(found)
 
 
-def _forecast(model: ModelPlan, lora: dict[str, Any] | None, data: Prepared) -> Forecast:
+def _forecast(model: ModelPlan, lora: dict[str, Any] | None, data: Prepared, placement: Placement) -> Forecast:
     mixed = mixed_dtype(model.recipe, model.device)
-    planned = planned_kernels(model, mixed=mixed is not None)
-    return Forecast(model, lora, data, mixed, tuple(kind for kind, reason in planned.items() if reason is None))
+    planned = planned_kernels(model, mixed=mixed is not None, sharded=placement.sharded)
+    kernels = tuple(kind for kind, reason in planned.items() if reason is None)
+    return Forecast(model, lora, data, mixed, kernels, placement)
 
 
 def with_skip_modules(plan: Plan, names: Sequence[str]) -> Plan:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterator
 
 from qft.recipe.catalogue import CATALOGUE, export_problem
+from qft.recipe.distributed import batch_rules, two_batches, unread_alone
 from qft.recipe.memory import MemorySection
 from qft.recipe.presets import PRESETS
 from qft.recipe.schema import AcceptSection, CalibrateSection, Recipe
@@ -33,6 +34,8 @@ def broken_rules(recipe: Recipe, given: Callable[[str], bool]) -> Iterator[Probl
     for field, reason in unread_fields(recipe).items():
         if given(field):
             yield field, f"{reason}; remove it"
+    if given("train.gradient_accumulation_steps"):
+        yield from two_batches(recipe.distributed, recipe.train)
     yield from contradictions(recipe)
 
 
@@ -47,6 +50,7 @@ def contradictions(recipe: Recipe) -> Iterator[Problem]:
     yield from _data_rules(recipe)
     yield from _train_rules(recipe)
     yield from _offload_rules(recipe)
+    yield from batch_rules(recipe.distributed, recipe.train)
     yield from _eval_rules(recipe)
     if recipe.adapter.kind == "none" and "adapter" in recipe.export.target:
         yield "export.target", "adapter: there is none with adapter.kind none; export merged, or a quantized form"
@@ -82,7 +86,7 @@ def _huge_numbers(recipe: Recipe) -> Iterator[Problem]:
 def unread_fields(recipe: Recipe) -> dict[str, str]:
     """Fields that nothing reads beside the others' values, and why: to set one of them is an error."""
     train, unread = recipe.train, _unread_by_quant(recipe.quant) | _unread_by_data(recipe)
-    unread |= _unread_by_memory(recipe.memory)
+    unread |= _unread_by_memory(recipe.memory) | unread_alone(recipe.distributed)
     if recipe.adapter.kind == "none":
         fields = (f"adapter.{name}" for name in AdapterSection.model_fields if name != "kind")
         unread |= dict.fromkeys(fields, "has no meaning with adapter.kind none")

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from qft.recipe.data import DataSection, Sources
+from qft.recipe.distributed import DistributedSection
 from qft.recipe.memory import MemorySection
 from qft.recipe.section import Many, Section
 from qft.recipe.training import AdapterSection, ModelSection, QuantSection, TrainSection
@@ -171,6 +172,7 @@ class Recipe(Section):
     data: DataSection = DataSection()
     train: TrainSection = TrainSection()
     memory: MemorySection = MemorySection()
+    distributed: DistributedSection = DistributedSection()
     eval: EvalSection = EvalSection()
     calibrate: CalibrateSection | None = None
     export: ExportSection = ExportSection()

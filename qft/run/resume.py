@@ -27,7 +27,7 @@ TABLE: dict[str, dict[Class, str]] = {
         "fixed": """
             model.path model.revision model.ignore_unexpected model.dtype model.attn_implementation
             model.add_tokens model.add_special_tokens
-            quant.mode quant.plugin quant.quant_type quant.double_quant quant.compute_dtype quant.quant_storage
+            quant.mode quant.plugin quant.quant_type quant.double_quant quant.compute_dtype
             quant.threshold quant.skip_modules quant.skip_budget_bits quant.skip_budget_bytes
             quant.target quant.fake_quant_after_steps quant.freeze_observers_after_steps quant.learn_scales
             quant.distill
@@ -50,11 +50,11 @@ TABLE: dict[str, dict[Class, str]] = {
             train.full_determinism train.kernels
         """,
         "free": """
-            model.trust_remote_code quant.preset quant.allow_partial data.num_proc memory
+            model.trust_remote_code quant.preset quant.quant_storage quant.allow_partial data.num_proc memory
             train.run_name train.per_device_eval_batch_size train.dataloader_num_workers train.dataloader_pin_memory
             train.logging_steps train.eval_strategy train.eval_steps train.save_strategy train.save_steps
             train.save_total_limit train.save_on_signal train.report_to
-            eval calibrate export output_dir
+            eval calibrate export distributed output_dir
         """,
     },
     "calibration-plan": {
@@ -73,7 +73,8 @@ TABLE: dict[str, dict[Class, str]] = {
             calibrate.max_bytes
         """,
         "free": """
-            data.num_proc calibrate.preset calibrate.allow_partial quant adapter train memory eval export output_dir
+            data.num_proc calibrate.preset calibrate.allow_partial quant adapter train memory distributed eval export
+            output_dir
         """,
     },
 }

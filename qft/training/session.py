@@ -13,7 +13,11 @@ from transformers import (
 )
 from transformers.integrations import TensorBoardCallback
 
+from qft.checkpoint.skeleton import find_blocks
 from qft.data.batch import Collator, pad_token_id
+from qft.distributed.gate import BitGate
+from qft.distributed.sharded import gathered, plugin_arguments
+from qft.distributed.world import world
 from qft.errors import Interrupted, ModelError
 from qft.machine.signals import Signals
 from qft.memory.chunked_loss import chunk_loss, rows_at_once
@@ -75,7 +79,7 @@ def _train_stage(run: Run, recorder: Recorder, signals: Signals, offload: Offloa
             if checkpoint:
                 trainer.take_up(checkpoint)
             held_out.evaluate("before")
-        recorder.begin(step_of(checkpoint))
+        recorder.begin(step_of(checkpoint), "shard" if plan.placement.sharded else "train")
         try:
             _take_steps(trainer, checkpoint)
             recorder.end()
@@ -102,7 +106,7 @@ def _take_steps(trainer: SurvivingTrainer, checkpoint: Path | None) -> None:
         trainer.finish(checkpoint)
     else:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    trainer.signals.check()
+    trainer.agree()
 
 
 def training_arguments(plan: Plan, run: Run) -> TrainingArguments:
@@ -111,6 +115,9 @@ def training_arguments(plan: Plan, run: Run) -> TrainingArguments:
     made = TrainingArguments(**plan.training | arguments, output_dir=str(run.checkpoints))
     if made.n_gpu > 1:
         made._n_gpu = 1  # with several GPUs in sight the Trainer would wrap the model in DataParallel
+    if plan.placement.sharded:
+        blocks = find_blocks(plan.model.skeleton, plan.model.shape.layers)[1]
+        made.fsdp_plugin_args = plugin_arguments(blocks)
     return made
 
 
@@ -132,7 +139,9 @@ def _load(recorder: Recorder, run: Run, offload: Offload | None) -> Any:
     _divide_loss(model.get_base_model() if plan.lora else model, recorder)
     fuse(model, recorder)
     if _changes_base(plan) and not run.checkpoint:
-        model.save_pretrained(str(run.initial_adapter))
+        world().first_does(lambda: model.save_pretrained(str(run.initial_adapter)))
+    if plan.placement.sharded:
+        recorder.gate = BitGate(model)
     return model
 
 
@@ -175,6 +184,7 @@ def _trainer(model: Any, run: Run, recorder: Recorder, signals: Signals) -> Surv
         raise ModelError(
             f"{plan.model.shape.architecture} averages its loss over each micro-batch, so accumulated gradients "
             "would weigh short rows more: set train.gradient_accumulation_steps to 1"
+            + (", and distributed.gpus" if world().size > 1 else "")
         )
     return trainer
 
@@ -198,9 +208,11 @@ def _save(trainer: SurvivingTrainer, run: Run) -> Path:
     if learnt := state_of(model):
         require_observed(learnt)
     if plan.lora is None:
-        save_full(model, plan, run.full_model)
+        world().first_does(lambda: save_full(model, plan, run.full_model))
         return run.full_model
-    save_adapter(model, plan, run.adapter, run.initial_adapter if _changes_base(plan) else None)
+    initial = run.initial_adapter if _changes_base(plan) else None
+    weights = gathered(model) if plan.placement.sharded else None
+    world().first_does(lambda: save_adapter(model, plan, run.adapter, initial, weights))
     return run.adapter
 
 

@@ -20,6 +20,7 @@ from peft import LoraConfig
 from pydantic import BaseModel
 from transformers import BitsAndBytesConfig
 
+from qft.distributed.world import Ranks
 from qft.errors import QftError
 from qft.model.adapter import attach_adapter
 from qft.model.load import load_base
@@ -86,6 +87,12 @@ def calibration(plan: Plan) -> Any:
     planned = plan_calibration(plan.model.loaded)
     document = planned.document().model_dump(exclude={"data": {"sources"}})
     return document, planned.data.windows, planned.data.verify.to_list()
+
+
+def together(plan: Plan) -> Any:
+    """The same by two processes: how each holds the model, and TrainingArguments."""
+    both = make_plan(plan.model.loaded, found=Ranks(0, 2, 0, 2))
+    return both.placement, both.training
 
 
 class Case(NamedTuple):
@@ -181,6 +188,11 @@ CASES: dict[str, Case] = {
     "train.optim": Case("adamw_8bit", training),
     "train.gradient_checkpointing": Case("true", training),
     "train.chunked_loss": Case("true", lambda plan: plan.logit_bytes),
+    "distributed.strategy": Case("fsdp2", together),
+    "distributed.gpus": Case("2", training),
+    "distributed.nodes": Case("2", training),
+    "distributed.global_batch": Case("4", training),
+    "distributed.timeout": Case("60", together),
     "memory.checkpoints": Case("host", lambda plan: plan.checkpoints),
     "memory.budget": Case("1GiB", lambda plan: plan.memory.budget_bytes),
     "train.kernels": Case("plain", lambda plan: plan.kernels),
@@ -251,6 +263,9 @@ ELSEWHERE = {
     },
     "training/test_surviving.py": {
         "memory.on_oom": "test_fail_stops_at_the_first_time_and_says_what_helps",
+    },
+    "distributed/test_launch.py": {
+        "distributed.max_restarts": "test_max_restarts_starts_all_again",
     },
     "training/test_qat.py": {
         "quant.fake_quant_after_steps": "test_rounding_begins_when_it_is_asked_to",

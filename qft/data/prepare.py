@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from qft.data.encoded import COLUMNS, EncodedRows
+from qft.data.packing import PackedRows, best_fit
 from qft.data.reader import FEATURES, RowReader, find_format
 from qft.data.sources import Rows, open_source, place
 from qft.data.template import Encoder
@@ -41,6 +42,13 @@ class Prepared:
     train: Dataset
     eval: Dataset | None
     sources: tuple[SourceFacts, ...]
+    batched: Dataset | PackedRows
+    """The training rows as batches are made of them: packed, if the recipe says so."""
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each row of `batched`."""
+        return self.batched.lengths if isinstance(self.batched, PackedRows) else np.array(self.batched["length"])
 
     @cached_property
     def places(self) -> dict[int, tuple[str, str]]:
@@ -72,7 +80,14 @@ def prepare(data: DataSection, tokenizer: PreTrainedTokenizerBase, seed: int) ->
     for name, rows in (("data.train", train), ("data.eval", kept_out)):
         if rows is not None:
             _require_rows(name, [rows])
-    return Prepared(train, kept_out, tuple(facts))
+    return Prepared(train, kept_out, tuple(facts), _batched(train, data))
+
+
+def _batched(train: Dataset, data: DataSection) -> Dataset | PackedRows:
+    if data.packing:
+        assert data.max_length != "auto"  # the plan has decided
+        return PackedRows(train, best_fit(train["length"], data.max_length))
+    return PackedRows(train, [[number] for number in range(len(train))]) if data.padding_free else train
 
 
 def held_out(data: DataSection, tokenizer: PreTrainedTokenizerBase, seed: int) -> EncodedRows | None:

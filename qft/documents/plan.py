@@ -135,6 +135,8 @@ class SourceFacts(Stored):
 class DataPart(Stored):
     train_rows: int
     """Examples, after weighting and splitting."""
+    packed_rows: int | None = None
+    """Rows of several examples that they share; None: each has its own."""
     eval_rows: int
     chat_template: str | None = None
     """What renders the rows: `model`, a file, or `none` (question and answer one behind the other, then the end token).

@@ -95,6 +95,8 @@ class Work:
     """Whether the inputs of checkpointed blocks wait on the host."""
     kernels: tuple[str, ...] = ()
     """Kinds of parts that kernels of qft's own compute in training."""
+    masks: bool = False
+    """Whether training is given masks, which tell apart what shares a row."""
 
 
 def trace(build: Callable[[], PreTrainedModel], layers: int, work: Work, step: Step) -> dict[str, Peak]:
@@ -150,7 +152,7 @@ def peaks(
     """Of a model on the meta device as it stands, computed with `tensors`: real ones, or such without contents."""
     model.config.use_cache = False
     asked = model.config._attn_implementation
-    set_attention(model, asked, padded=step.batch.padded and _masked(model))
+    set_attention(model, asked, padded=step.batch.padded and (work.masks or _masked(model)))
     weights = {tuple(p.shape) for p in model.parameters() if p.dim() > 1}
     weights |= {shape[1:] for shape in weights if len(shape) == 3}  # of one expert
     vocabulary = model.get_output_embeddings().weight.shape[0]
@@ -317,7 +319,7 @@ def _loss(model: nn.Module, batch: Batch, work: Work) -> torch.Tensor:
     shape = (batch.rows, batch.tokens)
     ids, labels = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
     smoothing = work.label_smoothing_factor if model.training else 0.0
-    padded = batch.padded and (not model.training or _masked(model))
+    padded = batch.padded and (not model.training or work.masks or _masked(model))
     mask = torch.cat([torch.ones_like(ids[:, 1:]), ids[:, :1]], dim=1) if padded else None
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
     if not smoothing:

@@ -16,13 +16,13 @@ def distilled_loss(
     """KL divergence from the same model without rounding and adapter, in nats: the sum over the learnt tokens of
     `inputs`, by their number in the whole step (`tokens`; None: of these inputs). Of a `share` below one the rest is
     the loss of the tokens themselves."""
-    asked = {name: value for name, value in inputs.items() if name != "labels"}
+    asked = {name: value for name, value in inputs.items() if name != "labels"} | {"use_cache": False}
     at = inputs["labels"][:, 1:] != IGNORED
     with torch.no_grad(), without_rounding(model):
         model.eval()
-        taught = log_softmax(model(**asked, use_cache=False).logits[:, :-1][at].float(), -1)
+        taught = log_softmax(model(**asked).logits[:, :-1][at].float(), -1)
         model.train()
-    learnt = log_softmax(model(**asked, use_cache=False).logits[:, :-1][at].float(), -1)
+    learnt = log_softmax(model(**asked).logits[:, :-1][at].float(), -1)
     total = share * kl_div(learnt, taught, reduction="sum", log_target=True)
     if share < 1:
         total = total + (1 - share) * nll_loss(learnt, inputs["labels"][:, 1:][at], reduction="sum")

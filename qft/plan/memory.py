@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
-from datasets import Dataset
+from numpy.typing import NDArray
 
 from qft.data.batch import Collator
 from qft.data.prepare import Prepared
@@ -17,6 +18,7 @@ from qft.errors import first_line
 from qft.memory.chunked_loss import FEW_LOGITS, LOGITS
 from qft.memory.fit import Choice, Way, row_counts, ways
 from qft.memory.guard import smaller_training
+from qft.memory.packed import needs_masks
 from qft.memory.predict import Predictor, Source, predictor
 from qft.memory.trace import Batch, Step, Work
 from qft.plan.model import ModelPlan
@@ -64,7 +66,8 @@ class Forecast:
     @cached_property
     def predict(self) -> Predictor:
         model, recipe = self.model, self.model.recipe
-        held_out = batch_of(self.data.eval, recipe.train.per_device_eval_batch_size) if self.data.eval else None
+        rows, at_once = self.data.eval, recipe.train.per_device_eval_batch_size
+        held_out = batch_of(rows["length"], at_once) if rows else None
         train = recipe.train
         work = Work(
             model.scheme,
@@ -80,6 +83,7 @@ class Forecast:
             answered=self._answered(),
             stashes=stashes(model),
             kernels=self.kernels,
+            masks=recipe.data.is_packed and self._masked,
         )
         chosen = (model.dtype, recipe.model.attn_implementation, train.router_aux_loss_coef)
         config = model.checkpoint.config.to_json_string() + str(chosen)
@@ -98,7 +102,22 @@ class Forecast:
 
     def batch(self, rows: int) -> Batch:
         """The longest of so many training rows."""
-        return batch_of(self.data.train, rows)
+        lengths, data = self.data.lengths, self.model.recipe.data
+        if not data.is_packed:
+            return batch_of(lengths, rows)
+        if data.padding_free:
+            together = int(np.sort(lengths)[-rows:].sum())
+            return Batch(1, together, padded=self._masked)
+        return replace(batch_of(lengths, rows), padded=self._masked)
+
+    @property
+    def _masked(self) -> bool:
+        """Whether masks tell apart what shares a row."""
+        model = self.model
+        dtype = self.mixed or getattr(torch, model.dtype)
+        attention = model.skeleton.config.get_text_config()._attn_implementation
+        asked = model.recipe.model.attn_implementation
+        return needs_masks(attention if asked == "auto" else asked, dtype, on_gpu=model.device.kind == "cuda")
 
     def step(self) -> Step:
         """As the recipe stands; of one row and with nothing computed again where that is still to be decided."""
@@ -123,7 +142,7 @@ class Forecast:
         """What may be chosen, the best first, if `more` bytes than the budget might be taken."""
         train, again = self.model.recipe.train, self.model.recipe.train.gradient_checkpointing
         rows = train.per_device_train_batch_size
-        sizes = row_counts(train.step_rows, len(self.data.train)) if rows == "auto" else [rows]
+        sizes = row_counts(train.step_rows, len(self.data.batched)) if rows == "auto" else [rows]
         recomputed = [True, False] if again == "auto" else [bool(again)]
         choice = Choice(sizes, train.step_rows, recomputed, self.model.shape.layers, self.budget + more, self.batch)
         return ways(choice, self.predict)
@@ -237,9 +256,9 @@ def decided(loaded: LoadedRecipe, way: Way) -> LoadedRecipe:
     return loaded.having(train=chosen)
 
 
-def batch_of(rows: Dataset, size: int) -> Batch:
-    """The longest batch that may be drawn from `rows`: the longest row among any others, as the collator pads it."""
-    lengths, multiple = rows["length"], Collator.multiple
-    longest, shortest = max(lengths), min(lengths)
+def batch_of(lengths: Sequence[int] | NDArray[np.int64], size: int) -> Batch:
+    """The longest batch that may be drawn from rows of these lengths: the longest among any others, as the collator
+    pads it."""
+    multiple, longest, shortest = Collator.multiple, int(max(lengths)), int(min(lengths))
     tokens = -(-longest // multiple) * multiple
-    return Batch(min(size, len(rows)), tokens, padded=(shortest if size > 1 else longest) < tokens)
+    return Batch(min(size, len(lengths)), tokens, padded=(shortest if size > 1 else longest) < tokens)

@@ -47,6 +47,7 @@ from qft.plan.model import (
 )
 from qft.plan.offload import offload_problems
 from qft.plan.packages import missing_packages
+from qft.plan.packing import packing_problems
 from qft.plan.stages import Span, joined, most_memory, stage_parts
 from qft.plan.template import template_of
 from qft.recipe import LoadedRecipe, Recipe
@@ -137,7 +138,7 @@ class Plan:
     def steps_per_epoch(self) -> int:
         """Optimizer steps in one pass over the training rows."""
         train = self.recipe.train
-        micro_batches = math.ceil(len(self.data.train) / train.micro_batch)
+        micro_batches = math.ceil(len(self.data.batched) / train.micro_batch)
         return max(math.ceil(micro_batches / train.gradient_accumulation_steps), 1)
 
     @cached_property
@@ -175,6 +176,7 @@ class Plan:
             training=TrainerArguments(**self.training),
             data=DataPart(
                 train_rows=len(rows.train),
+                packed_rows=len(rows.batched) if self.recipe.data.packing else None,
                 eval_rows=len(rows.eval) if rows.eval else 0,
                 chat_template=template_of(self.model.tokenizer, self.recipe.data),
                 max_length=self.model.longest_row(self.recipe.data),
@@ -206,7 +208,7 @@ def _plan(loaded: LoadedRecipe, device: Device, data: Prepared | None) -> Plan:
     refuse(loaded, [*device_problems(recipe, device), *_training_problems(recipe, device)])
     model, lora = plan_adapter(loaded, device)
     problems = [*model.scheme.problems(recipe), *_share_problems(model), *_length_problems(recipe, model.shape)]
-    problems += balance_problems(recipe, model.skeleton)
+    problems += [*balance_problems(recipe, model.skeleton), *packing_problems(recipe, model.skeleton)]
     refuse(loaded, [*problems, *offload_problems(model), *checkpoint_problems(model)])
     data = data or _rows(model)
     loaded, optimizer = with_optimizer(_forecast(model, lora, data))

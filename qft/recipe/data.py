@@ -60,6 +60,11 @@ class DataSection(Section):
     """What happens to a row of more than max_length tokens; skipped and truncated rows are counted."""
     on_bad_row: Literal["stop", "skip"] = "stop"
     """What happens to a row that cannot be read; skipped rows are counted."""
+    packing: bool = False
+    """Fill training rows up to max_length with several examples each, none of which sees another: with positions that
+    begin anew and attention within its borders. A step is then made of that many full rows."""
+    padding_free: bool = False
+    """Lay the rows of a micro-batch one behind the other, without padding, instead of one below the other."""
     loss_on: Literal["assistant", "all"] = "assistant"
     """Which tokens are learnt: the assistant's turns with their end-of-turn token, or every token."""
     ignore_fields: Many[str] = ()
@@ -73,3 +78,8 @@ class DataSection(Section):
     """Arguments of the chat template, such as enable_thinking. They become its defaults, wherever the model goes."""
     num_proc: int = Field(1, ge=1)
     """Processes that tokenize."""
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether several examples lie in one row of a batch."""
+        return self.packing or self.padding_free

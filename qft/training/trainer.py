@@ -6,7 +6,7 @@ stays the Trainer's.
 
 import math
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from qft.machine.signals import Signals
 from qft.memory.checkpointing import CheckpointingProbe, checkpoint_first
 from qft.memory.fused_loss import COUNTS
 from qft.memory.meter import optimizer_bytes, tensor_bytes
+from qft.memory.packed import sequences_apart
 from qft.memory.stash import stash_inputs
 from qft.memory.unmasked import one_row_each
 from qft.model.distill import distilled_loss
@@ -26,6 +27,9 @@ from qft.model.on_cpu import short_attention
 from qft.progress import Step
 from qft.training.recorder import Recorder
 from qft.training.stopping import StoppingTrainer
+
+Places = tuple[tuple[int, int], ...]
+"""Source and row of each."""
 
 
 @dataclass
@@ -36,7 +40,8 @@ class _Update:
     losses: list[torch.Tensor] = field(default_factory=list)
     counts: list[torch.Tensor] = field(default_factory=list)
     """Tokens, and supervised ones."""
-    rows: list[torch.Tensor] = field(default_factory=list)
+    rows: list[Places] = field(default_factory=list)
+    """Of each micro-batch, the rows that it has."""
     padded_tokens: int = 0
     grad_norm: Any = 0.0
     learning_rate: float = 0.0
@@ -60,7 +65,7 @@ class QftTrainer(StoppingTrainer):
         self.probe = CheckpointingProbe(self.model) if recorder.plan.recipe.train.gradient_checkpointing else None
         self.update = _Update()
         self._evaluated = [0.0, 0]
-        self._not_finite: list[torch.Tensor] = []
+        self._not_finite: list[Places] = []
         """Held-out rows, of a batch whose loss is not finite."""
         self.add_callback(_StepWatch(self))
 
@@ -80,11 +85,21 @@ class QftTrainer(StoppingTrainer):
         self.update.counts.append(torch.stack([inputs["attention_mask"].sum(), (inputs["labels"][:, 1:] >= 0).sum()]))
         self.update.padded_tokens += inputs["input_ids"].numel()
         self.recorder.largest_micro_batch = max(self.recorder.largest_micro_batch, inputs["input_ids"].numel())
-        with short_attention() if self.recorder.plan.fewer_passes else nullcontext(), one_row_each():
+        short = short_attention() if self.recorder.plan.fewer_passes else nullcontext()
+        with short, self._told_apart(inputs) as told:
+            inputs.update(told)
             loss = super().training_step(model, inputs, num_items_in_batch)
         self.update.losses.append(loss)
         # The Trainer keeps a running sum, which one NaN would spoil for good; the watch below has seen it already.
         return torch.nan_to_num(loss, 0.0, 0.0, 0.0) if self.on_nonfinite == "skip" else loss
+
+    def _told_apart(self, inputs: dict[str, Any]) -> AbstractContextManager[dict[str, Any]]:
+        """In which no row, nor any sequence of a packed one, is seen by another; gives what else the model is told."""
+        lengths = inputs.pop("lengths", None)
+        if lengths is None:
+            return one_row_each()
+        rows, width = inputs["input_ids"].shape
+        return sequences_apart([sum(lengths, ())] if rows < len(lengths) else lengths, self.model, width)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         rows, counts = inputs.pop("rows"), inputs.pop("learnt_tokens")
@@ -98,9 +113,12 @@ class QftTrainer(StoppingTrainer):
                 return super().compute_loss(model, inputs, *args, **kwargs)
             finally:
                 self.label_smoother = smoother
-        self.update.rows.append(rows)
-        if self.recorder.unmasked:
+        self.update.rows.append(sum(rows, ()))
+        packed = "position_ids" in inputs
+        if self.recorder.unmasked or packed:
             del inputs["attention_mask"]
+        if packed:
+            inputs["use_cache"] = False  # with one, transformers takes a row for one sequence
         if share := self.recorder.plan.recipe.quant.distill:
             loss = distilled_loss(model, inputs, kwargs.get("num_items_in_batch"), float(share))
         else:
@@ -116,7 +134,7 @@ class QftTrainer(StoppingTrainer):
             self._evaluated[0] += float(loss) * tokens
             self._evaluated[1] += tokens
         if tokens and not math.isfinite(loss):
-            self._not_finite.append(rows)
+            self._not_finite.append(sum(rows, ()))
         return loss, logits, labels
 
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
@@ -169,9 +187,9 @@ class QftTrainer(StoppingTrainer):
         self.update.skipped = True
         self.model.zero_grad(set_to_none=True)  # without gradients the optimizer changes nothing, decay included
 
-    def _rows_told(self, rows: list[torch.Tensor]) -> str:
+    def _rows_told(self, rows: list[Places]) -> str:
         place = self.recorder.plan.data.place
-        return f"Rows of the batch: {some_places([place(source, row) for source, row in torch.cat(rows).tolist()])}"
+        return f"Rows of the batch: {some_places([place(source, row) for source, row in sum(rows, ())])}"
 
     def after_update(self) -> None:
         """Tell the recorder of the step."""

@@ -52,6 +52,11 @@ def rows(plan: Plan) -> Any:
     return [part.to_list() if part else None for part in (plan.data.train, plan.data.eval)]
 
 
+def batched(plan: Plan) -> Any:
+    """What shares a row, and what rows of a batch are laid out as."""
+    return [getattr(plan.data.batched, "packs", None), plan.recipe.data.is_packed]
+
+
 def model(plan: Plan) -> Any:
     """Kind, dtype and contents of the loaded base."""
     base = load_base(plan.model)
@@ -155,6 +160,8 @@ CASES: dict[str, Case] = {
     "data.max_length": Case("34", rows, ("data.on_too_long=truncate",)),
     "data.on_too_long": Case("truncate", rows, ("data.max_length=34", "data.on_too_long=skip")),
     "data.on_bad_row": Case("skip", rows, ("data.train=bad.jsonl",)),
+    "data.packing": Case("true", batched),
+    "data.padding_free": Case("true", batched),
     "data.loss_on": Case("all", rows),
     "data.ignore_fields": Case("[messages.aside]", rows, ("data.chat_template=aside.jinja", "data.train=asides.jsonl")),
     "data.template": Case("none", rows, ("data.train=both.jsonl", "data.format=alpaca")),

@@ -37,7 +37,7 @@ def learnt(model: Any, given: dict[str, Any], borders: Any) -> tuple[float, torc
         named = {name: given[name] for name in ("input_ids", "position_ids", "labels")}
         loss = model(**named, num_items_in_batch=count, use_cache=False, **told).loss
         loss.backward()
-    return float(loss), torch.cat([p.grad.float().flatten() for p in model.parameters() if p.grad is not None])
+    return float(loss.detach()), torch.cat([p.grad.float().flatten() for p in model.parameters() if p.grad is not None])
 
 
 def alone(model: Any, given: dict[str, Any]) -> tuple[float, torch.Tensor]:
@@ -54,7 +54,7 @@ def alone(model: Any, given: dict[str, Any]) -> tuple[float, torch.Tensor]:
             if length > 1:
                 loss = model(**own, num_items_in_batch=count, use_cache=False).loss
                 loss.backward()
-                total += float(loss)
+                total += float(loss.detach())
             start += length
     return total, torch.cat([p.grad.float().flatten() for p in model.parameters() if p.grad is not None])
 

@@ -1,20 +1,23 @@
 """The data section of a recipe -> encoded train and eval rows, and what was found on the way."""
 
 import os
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
-from datasets import Dataset, concatenate_datasets, disable_caching
+from datasets import Dataset, concatenate_datasets, disable_caching, disable_progress_bars, enable_progress_bars
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from qft.data.encoded import COLUMNS, EncodedRows
+from qft.data.kept import FEWEST, fingerprint, kept
 from qft.data.packing import PackedRows, best_fit
-from qft.data.reader import FEATURES, RowReader, find_format
+from qft.data.reader import FEATURES, LOOKED, RowReader, find_format
 from qft.data.sources import Rows, open_source, place
 from qft.data.template import Encoder
 from qft.documents.plan import SourceFacts
@@ -27,6 +30,8 @@ SHOWN = 10
 
 MOST = 10**8
 """Rows of a source, once its weight has repeated them; train.num_train_epochs repeats all of them."""
+OF_A_PROCESS = 2000
+"""Rows that are worth one more process, and a progress bar."""
 KEPT = 32
 """Training rows that stand in for held-out rows where none are held out."""
 
@@ -44,6 +49,8 @@ class Prepared:
     sources: tuple[SourceFacts, ...]
     batched: Dataset | PackedRows
     """The training rows as batches are made of them: packed, if the recipe says so."""
+    looked: Dataset
+    """Of each row of the sources that is used, once: source, row and LOOKED."""
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -69,7 +76,7 @@ class Prepared:
 def prepare(data: DataSection, tokenizer: PreTrainedTokenizerBase, seed: int) -> Prepared:
     """Read, encode, split and weight every row. Raises DataError listing the bad rows, MissingError without a file."""
     chosen = {number: _whole(source) for number, source in enumerate((*data.train, *data.eval))}
-    encoded, facts = _encode_all(data, tokenizer, chosen)
+    encoded, facts, looked = _encode_all(data, tokenizer, chosen)
     train = concatenate_datasets(encoded[: len(data.train)])
     kept_out = concatenate_datasets(encoded[len(data.train) :]) if data.eval else None
     if data.eval_fraction:
@@ -80,7 +87,7 @@ def prepare(data: DataSection, tokenizer: PreTrainedTokenizerBase, seed: int) ->
     for name, rows in (("data.train", train), ("data.eval", kept_out)):
         if rows is not None:
             _require_rows(name, [rows])
-    return Prepared(train, kept_out, tuple(facts), _batched(train, data))
+    return Prepared(train, kept_out, tuple(facts), _batched(train, data), concatenate_datasets(looked))
 
 
 def _batched(train: Dataset, data: DataSection) -> Dataset | PackedRows:
@@ -99,7 +106,7 @@ def held_out(data: DataSection, tokenizer: PreTrainedTokenizerBase, seed: int) -
         return prepare(data, tokenizer, seed).asked()
     whole = {number: _whole(source) for number, source in enumerate(data.eval, len(data.train))}
     chosen = whole or _drawn(data, seed)
-    encoded, _ = _encode_all(data, tokenizer, chosen)
+    encoded, _, _ = _encode_all(data, tokenizer, chosen)
     _require_rows("data.eval", encoded)
     places = {number: (rows.source.path, rows.unit) for number, (rows, _) in chosen.items()}
     return EncodedRows("eval", concatenate_datasets(encoded), places)
@@ -143,32 +150,59 @@ def _require_rows(name: str, rows: Sequence[Dataset]) -> None:
 
 def _encode_all(
     data: DataSection, tokenizer: PreTrainedTokenizerBase, chosen: Mapping[int, Chosen]
-) -> tuple[list[Dataset], list[SourceFacts]]:
-    """Of each source, by its number, the chosen rows that can be used, and its facts. Raises DataError listing the rows
-    that must stop the run."""
+) -> tuple[list[Dataset], list[SourceFacts], list[Dataset]]:
+    """Of each source, by its number, the chosen rows that can be used, its facts, and what a look at these rows showed.
+    Raises DataError listing the rows that must stop the run."""
     disable_caching()
     assert data.max_length != "auto"  # the plan has decided
     encoder = Encoder(tokenizer, data.max_length, data.on_too_long, data.loss_on, data.chat_template)
     stops = [kind for kind, policy in (("bad", data.on_bad_row), ("too long", data.on_too_long)) if policy == "stop"]
-    usable, facts, bad = [], [], []
+    template = fingerprint(tokenizer)
+    usable, facts, looked, bad = [], [], [], []
     for number, (rows, indices) in chosen.items():
         name = find_format(rows, data)
         reader = RowReader(encoder, name, frozenset(data.ignore_fields), number)
-        encoded = _encode(rows, indices, data.num_proc, reader)
+        make = partial(_encode, rows, indices, data.num_proc, reader)
+        encoded = kept(_made_of(data, rows, indices, reader, template), make)
         status = np.array(encoded["status"], dtype=object)
         stopping = encoded.select(np.flatnonzero(np.isin(status, stops)))
         bad += [f"{rows.place(row['row'])}: {row['reason']}" for row in stopping]
-        used = encoded.select(np.flatnonzero(np.isin(status, ["ok", "truncated"])))
+        used = _where(encoded, np.isin(status, ["ok", "truncated"]))
         usable.append(used.select_columns([*COLUMNS]))
+        wholes = np.isin(np.arange(len(used)), _last_examples(used))
+        looked.append(_where(used, wholes).select_columns(["source", "row", *LOOKED]))
         facts.append(_facts(rows, "train" if number < len(data.train) else "eval", name, status, used))
     if bad:
         _refuse(bad)
-    return usable, facts
+    return usable, facts, looked
 
 
-def _encode(rows: Rows, indices: Sequence[int], num_proc: int, reader: RowReader) -> Dataset:
+def _where(rows: Dataset, chosen: NDArray[np.bool_]) -> Dataset:
+    """Those that are chosen; all of them as they are, which is faster to read."""
+    return rows if chosen.all() else rows.select(np.flatnonzero(chosen))
+
+
+READ_BY = ("loss_on", "max_length", "on_too_long", "ignore_fields", "template")
+"""Fields of `data` that decide what a row becomes, beside those that the tokenizer has."""
+
+
+def _made_of(
+    data: DataSection, rows: Rows, indices: Sequence[int], reader: RowReader, template: str | None
+) -> dict[str, Any] | None:
+    """All that encoded rows come of; None: they are few, or of what has no digest."""
+    if len(indices) < FEWEST or not isinstance(indices, range) or rows.digest is None or template is None:
+        return None
+    asked = {name: getattr(data, name) for name in READ_BY}
+    of_source = {"format": reader.format, "unit": rows.unit, "rows": len(indices), "number": reader.source}
+    return asked | of_source | {"digest": rows.digest, "source": str(rows.source), "tokenizer": template}
+
+
+def _encode(rows: Rows, indices: Sequence[int], num_proc: int | Literal["auto"], reader: RowReader) -> Dataset:
     """The examples of the rows at `indices`, as records of FEATURES."""
     environment = os.environ
+    processes = min(_cores(), len(indices) // OF_A_PROCESS) if num_proc == "auto" else min(num_proc, len(indices))
+    if len(indices) >= OF_A_PROCESS and sys.stderr.isatty():
+        enable_progress_bars()
     try:
         return rows.dataset.select(indices).map(
             reader,
@@ -177,16 +211,29 @@ def _encode(rows: Rows, indices: Sequence[int], num_proc: int, reader: RowReader
             fn_kwargs={"indices": indices},
             remove_columns=rows.dataset.column_names,
             features=FEATURES,
-            num_proc=processes if (processes := min(num_proc, len(indices))) > 1 else None,
+            num_proc=processes if processes > 1 else None,
             load_from_cache_file=False,
+            desc=f"Encoding {Path(rows.source.path).name}",
         )
     finally:
+        disable_progress_bars()
         os.environ = environment  # noqa: B003  # after several processes datasets leaves a copy in its place
+
+
+def _cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _last_examples(used: Dataset) -> Ints:
+    """Indices of the last example of each row, which holds all of it."""
+    found: Ints = np.flatnonzero(np.diff(_row_numbers(used), append=-1))
+    return found
 
 
 def _facts(rows: Rows, part: str, name: str, status: NDArray[Any], used: Dataset) -> SourceFacts:
     lengths = np.array(used["length"], dtype=np.int64)
-    wholes = np.flatnonzero(np.diff(_row_numbers(used), append=-1))  # of each row, the last example
+    wholes = _last_examples(used)
     return SourceFacts(
         path=rows.source.path,
         part=part,

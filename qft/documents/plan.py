@@ -132,6 +132,32 @@ class SourceFacts(Stored):
     weight: float
 
 
+class Finding(Stored):
+    """Something about the rows that is worth a look before they are learnt."""
+
+    name: str
+    """Of the field of data.audit."""
+    level: Literal["error", "warn"]
+    rows: int
+    """That have it; 0 where it is about all."""
+    places: list[str] = []
+    """File and line of the first of them."""
+    text: str
+    remedy: str
+
+
+class RowLengths(Stored):
+    """Of training rows, packed ones as such."""
+
+    p5: Tokens
+    p50: Tokens
+    p95: Tokens
+    p99: Tokens
+    longest: Tokens
+    padding_share: Share
+    """Of the tokens that batches of them compute, estimated."""
+
+
 class DataPart(Stored):
     train_rows: int
     """Examples, after weighting and splitting."""
@@ -143,6 +169,9 @@ class DataPart(Stored):
     None in documents from before it was told."""
     max_length: Tokens | None = None
     """Of a row; None in documents from before it was decided here."""
+    lengths: RowLengths | None = None
+    """None in documents from before they were told here."""
+    findings: list[Finding] = []
     sources: list[SourceFacts]
 
 

@@ -50,7 +50,7 @@ TABLE: dict[str, dict[Class, str]] = {
             train.full_determinism train.kernels
         """,
         "free": """
-            model.trust_remote_code quant.preset quant.allow_partial data.num_proc memory
+            model.trust_remote_code quant.preset quant.allow_partial data.num_proc data.audit memory
             train.run_name train.per_device_eval_batch_size train.dataloader_num_workers train.dataloader_pin_memory
             train.logging_steps train.eval_strategy train.eval_steps train.save_strategy train.save_steps
             train.save_total_limit train.save_on_signal train.report_to
@@ -73,7 +73,7 @@ TABLE: dict[str, dict[Class, str]] = {
             calibrate.max_bytes
         """,
         "free": """
-            data.num_proc data.packing data.padding_free
+            data.num_proc data.audit data.packing data.padding_free
             calibrate.preset calibrate.allow_partial quant adapter train memory eval export output_dir
         """,
     },

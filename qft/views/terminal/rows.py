@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
-from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 
 from qft.documents.plan import DataPart, ShownRow, ShownToken, SourceFacts
 from qft.views.terminal.table import Rows, Whole, bullets
@@ -18,7 +18,26 @@ def render_data(data: DataPart) -> Group:
         tokens = (source.tokens, source.supervised_tokens, source.longest)
         counts = (source.rows, *tokens, source.skipped, source.truncated)
         rows.add(_name(source), source.format, *(f"{number:,}" for number in counts))
-    return Group(rows, *bullets(map(_split, filter(_is_split, data.sources))), *bullets(_unread(data), "yellow"))
+    return Group(
+        rows,
+        *bullets(map(_split, filter(_is_split, data.sources))),
+        *bullets(_lengths(data)),
+        *_findings(data),
+        *bullets(_unread(data), "yellow"),
+    )
+
+
+def _lengths(data: DataPart) -> Iterator[str]:
+    if lengths := data.lengths:
+        shares = ", ".join(f"{name} {getattr(lengths, name):,}" for name in ("p5", "p50", "p95", "p99", "longest"))
+        yield f"tokens of a row: {shares}; {lengths.padding_share:.0%} of what batches compute is padding"
+
+
+def _findings(data: DataPart) -> Iterator[RenderableType]:
+    for finding in data.findings:
+        places = f" ({', '.join(finding.places)})" if finding.places else ""
+        text = f"{finding.name}: {finding.text}{places}: {finding.remedy}"
+        yield from bullets([text], "red" if finding.level == "error" else "yellow")
 
 
 def _name(source: SourceFacts) -> str:

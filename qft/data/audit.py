@@ -4,9 +4,11 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import pyarrow.compute as pc
 from datasets import Dataset
 from numpy.typing import NDArray
 
+from qft.data.encoded import column
 from qft.data.look import SKETCH
 from qft.data.prepare import Prepared
 from qft.documents.plan import Finding, RowLengths
@@ -109,7 +111,7 @@ def padding_finding(lengths: RowLengths, rows: int) -> list[Finding]:
 
 def _of_rows(prepared: Prepared) -> Iterator[Finding]:
     rows = prepared.looked
-    sources, numbers = np.array(rows["source"]), np.array(rows["row"])
+    sources, numbers = column(rows, "source"), column(rows, "row")
     counts: Counter[str] = Counter()
     places: defaultdict[str, list[str]] = defaultdict(list)
 
@@ -118,8 +120,8 @@ def _of_rows(prepared: Prepared) -> Iterator[Finding]:
         if len(places[name]) < PLACES:
             places[name].append(prepared.place(int(sources[index]), int(numbers[index])) + (where and f": {where}"))
 
-    for index, findings in enumerate(rows["findings"]):
-        for name, _, where in {each.partition(" ")[0]: each.partition(" ") for each in findings}.values():
+    for index, findings in _marked(rows):
+        for name, where in findings.items():
             note(name, index, where)
     for name, indices in _repeated(prepared, rows):
         for index in indices.tolist():
@@ -128,6 +130,14 @@ def _of_rows(prepared: Prepared) -> Iterator[Finding]:
         if counts[name]:
             text = f"{counts[name]:,} of {len(rows):,} rows {what}"
             yield Finding(name=name, level="warn", rows=counts[name], places=places[name], text=text, remedy=remedy)
+
+
+def _marked(rows: Dataset) -> Iterator[tuple[int, dict[str, str]]]:
+    """Of each row that has findings, its index, and their names with where they are first."""
+    lists = rows.select_columns(["findings"]).with_format("arrow")[:]["findings"]
+    for index in np.flatnonzero(pc.list_value_length(lists).to_numpy()).tolist():
+        found = [each.partition(" ") for each in lists[index].as_py()]
+        yield index, {name: where for name, _, where in reversed(found)}
 
 
 def _of_sources(prepared: Prepared) -> Iterator[Finding]:
@@ -147,7 +157,7 @@ def _of_sources(prepared: Prepared) -> Iterator[Finding]:
 def _repeated(prepared: Prepared, rows: Dataset) -> Iterator[tuple[str, Ints]]:
     """Indices of rows that say again, or almost, what one before them says: within their part, then held-out rows that
     training rows say."""
-    digests = np.array(rows["digest"], dtype=np.int64)
+    digests = column(rows, "digest")
     held = _held(prepared, rows)
     sketches, known = _sketches(rows)
     again, alike = np.zeros(len(rows), bool), np.zeros(len(rows), bool)
@@ -174,16 +184,16 @@ def _held(prepared: Prepared, rows: Dataset) -> NDArray[np.bool_]:
 
 def _keys(rows: Dataset) -> Ints:
     """A number for where each stands."""
-    made: Ints = np.array(rows["source"], dtype=np.int64) * 2**40 + np.array(rows["row"], dtype=np.int64)
+    made: Ints = column(rows, "source").astype(np.int64) * 2**40 + column(rows, "row")
     return made
 
 
 def _sketches(rows: Dataset) -> tuple[NDArray[np.uint32], NDArray[np.bool_]]:
     """uint32 [rows, SKETCH], and which rows have one."""
-    column = rows["sketch"]
-    known = np.array([bool(each) for each in column], dtype=bool)
+    each = column(rows, "sketch")
+    known = np.array([bool(one) for one in each], dtype=bool)
     empty = bytes(4 * SKETCH)
-    flat = np.frombuffer(b"".join(each or empty for each in column), dtype="<u4")
+    flat = np.frombuffer(b"".join(one or empty for one in each), dtype="<u4")
     return flat.reshape(-1, SKETCH), known
 
 

@@ -5,8 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, Features, List, Value
+from numpy.typing import NDArray
 
 from qft.data.sources import place
 from qft.errors import DataError
@@ -26,6 +28,13 @@ COLUMNS = Features(
 """Of encoded rows, or of each example that a row became. input_ids and labels: [tokens]; length and supervised, in
 tokens; answer_start: index of the first token of the last turn that is learnt, -1 if that is cut and in plain text;
 source and row: where it stands."""
+
+
+def column(rows: Dataset, name: str) -> NDArray[Any]:
+    """A column of numbers or of texts, at once."""
+    found = rows.select_columns([name]).with_format("arrow")[:]
+    values: NDArray[Any] = found[name].to_numpy()
+    return values
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,12 @@ import numpy as np
 from datasets import Dataset
 from numpy.typing import NDArray
 
+from qft.data.encoded import column
+
 Packs = list[list[int]]
 
 
-def best_fit(lengths: Sequence[int], room: int) -> Packs:
+def best_fit(lengths: Sequence[int] | NDArray[np.int64], room: int) -> Packs:
     """Indices of `lengths` that share a row of `room` tokens, by best-fit decreasing: the longest first, each into the
     fullest row that has room for it. Rows, and what is in each, go by their first index."""
     waiting: dict[int, list[list[int]]] = {}
@@ -47,7 +49,7 @@ class PackedRows:
 
     def __init__(self, examples: Dataset, packs: Packs) -> None:
         self.examples, self.packs = examples, packs
-        of_each = np.array(examples["length"], dtype=np.int64)
+        of_each = column(examples, "length")
         self.lengths: NDArray[np.int64] = np.array([of_each[pack].sum() for pack in packs], dtype=np.int64)
         """Tokens of each row."""
 

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 from datasets import Dataset, concatenate_datasets, disable_caching, disable_progress_bars, enable_progress_bars
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from qft.data.encoded import COLUMNS, EncodedRows
+from qft.data.encoded import COLUMNS, EncodedRows, column
 from qft.data.kept import FEWEST, fingerprint, kept
 from qft.data.packing import PackedRows, best_fit
 from qft.data.reader import FEATURES, LOOKED, RowReader, find_format
@@ -55,7 +56,7 @@ class Prepared:
     @property
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each row of `batched`."""
-        return self.batched.lengths if isinstance(self.batched, PackedRows) else np.array(self.batched["length"])
+        return self.batched.lengths if isinstance(self.batched, PackedRows) else column(self.batched, "length")
 
     @cached_property
     def places(self) -> dict[int, tuple[str, str]]:
@@ -93,7 +94,7 @@ def prepare(data: DataSection, tokenizer: PreTrainedTokenizerBase, seed: int) ->
 def _batched(train: Dataset, data: DataSection) -> Dataset | PackedRows:
     if data.packing:
         assert data.max_length != "auto"  # the plan has decided
-        return PackedRows(train, best_fit(train["length"], data.max_length))
+        return PackedRows(train, best_fit(column(train, "length"), data.max_length))
     return PackedRows(train, [[number] for number in range(len(train))]) if data.padding_free else train
 
 
@@ -138,7 +139,7 @@ def _draw(count: int, fraction: float, seed: int) -> Ints:
 
 def _row_numbers(examples: Dataset) -> Ints:
     """For each example, which row it comes from, counted from 0: those of one row lie together."""
-    places = np.array([examples["source"], examples["row"]])
+    places = np.array([column(examples, name) for name in ("source", "row")])
     numbers: Ints = np.cumsum(np.any(places[:, 1:] != places[:, :-1], axis=0)) if len(examples) else np.zeros(0, int)
     return np.concatenate([[0], numbers])[: len(examples)]
 
@@ -164,7 +165,7 @@ def _encode_all(
         reader = RowReader(encoder, name, frozenset(data.ignore_fields), number)
         make = partial(_encode, rows, indices, data.num_proc, reader)
         encoded = kept(_made_of(data, rows, indices, reader, template), make)
-        status = np.array(encoded["status"], dtype=object)
+        status = column(encoded, "status")
         stopping = encoded.select(np.flatnonzero(np.isin(status, stops)))
         bad += [f"{rows.place(row['row'])}: {row['reason']}" for row in stopping]
         used = _where(encoded, np.isin(status, ["ok", "truncated"]))
@@ -232,7 +233,7 @@ def _last_examples(used: Dataset) -> Ints:
 
 
 def _facts(rows: Rows, part: str, name: str, status: NDArray[Any], used: Dataset) -> SourceFacts:
-    lengths = np.array(used["length"], dtype=np.int64)
+    lengths = column(used, "length").astype(np.int64)
     wholes = _last_examples(used)
     return SourceFacts(
         path=rows.source.path,
@@ -241,16 +242,24 @@ def _facts(rows: Rows, part: str, name: str, status: NDArray[Any], used: Dataset
         rows=len(wholes),
         examples=len(used),
         repeated_tokens=int(lengths.sum() - lengths[wholes].sum()),
-        unread=dict(Counter(name for names in used.select(wholes)["unread"] for name in names).most_common()),
+        unread=_unread(used, wholes),
         skipped=int(np.isin(status, ["bad", "too long"]).sum()),
-        truncated=len(np.unique(np.array(used["row"])[np.array(used["status"], dtype=object) == "truncated"])),
+        truncated=len(np.unique(column(used, "row")[column(used, "status") == "truncated"])),
         tokens=int(lengths.sum()),
-        supervised_tokens=int(np.array(used["supervised"], dtype=np.int64).sum()),
+        supervised_tokens=int(column(used, "supervised").sum(dtype=np.int64)),
         longest=int(lengths.max(initial=0)),
         digest=rows.digest,
         unit=rows.unit,
         weight=rows.source.weight,
     )
+
+
+def _unread(used: Dataset, wholes: Ints) -> dict[str, int]:
+    """Rows that have each field which nobody reads."""
+    names = used.select_columns(["unread"]).with_format("arrow")[:]["unread"].combine_chunks()
+    if len(wholes) < len(used):
+        names = names.take(pa.array(wholes))
+    return dict(Counter(names.flatten().to_pylist()).most_common())
 
 
 def _refuse(bad: Sequence[str]) -> None:
@@ -266,7 +275,7 @@ def _weigh(rows: Dataset, facts: Sequence[SourceFacts], seed: int) -> Dataset:
     """Repeat, or draw a part of, each source's rows as its weight says."""
     if all(source.weight == 1 for source in facts):
         return rows
-    sources, numbers = np.array(rows["source"]), _row_numbers(rows)
+    sources, numbers = column(rows, "source"), _row_numbers(rows)
     generator = np.random.default_rng(seed)
     chosen: list[Ints] = []
     for number, source in enumerate(facts):

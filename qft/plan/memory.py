@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from qft.data.batch import Collator
+from qft.data.encoded import column
 from qft.data.prepare import Prepared
 from qft.documents.plan import PlannedMemory, PlannedWay
 from qft.errors import first_line
@@ -67,7 +68,7 @@ class Forecast:
     def predict(self) -> Predictor:
         model, recipe = self.model, self.model.recipe
         rows, at_once = self.data.eval, recipe.train.per_device_eval_batch_size
-        held_out = batch_of(rows["length"], at_once) if rows else None
+        held_out = batch_of(column(rows, "length"), at_once) if rows else None
         train = recipe.train
         work = Work(
             model.scheme,

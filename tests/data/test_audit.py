@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from datasets import Dataset
 
@@ -36,7 +37,7 @@ def prepared(folder: Path, rows: list[Any], tokenizer: Any = None, **data: Any) 
 
 
 def found(folder: Path, rows: list[Any], **options: Any) -> dict[str, Finding]:
-    levels = AuditSection(**dict.fromkeys(AuditSection.model_fields, "warn"))
+    levels = AuditSection.model_validate(dict.fromkeys(AuditSection.model_fields, "warn"))
     return {finding.name: finding for finding in audit(prepared(folder, rows, **options), levels)}
 
 
@@ -134,8 +135,6 @@ def test_a_source_of_which_hardly_anything_is_learnt(tmp_path: Path) -> None:
 
 
 def test_padding_of_batches_is_foreseen() -> None:
-    import numpy as np
-
     rng = np.random.default_rng(0)
     lengths = np.where(rng.random(200) < 0.1, 1000, 10)
     drawn = lengths_of(lengths, 8, grouped=False, side_by_side=False)
@@ -147,9 +146,9 @@ def test_padding_of_batches_is_foreseen() -> None:
 
 
 def test_sketches_estimate_what_texts_share() -> None:
-    from qft.data.audit import ALIKE  # noqa: F401
-
     import numpy as np
+
+    from qft.data.audit import ALIKE  # noqa: F401
 
     draw = random.Random(0)
     words = [f"w{n}" for n in range(2000)]
@@ -208,16 +207,16 @@ def test_findings_are_told_before_a_training(recipe_file: RecipeFile, tmp_path: 
     from qft.commands.train import train
     from qft.progress import View
 
-    class Told(View):
-        notes: list[str] = []
+    notes: list[str] = []
 
+    class Told(View):
         def note(self, text: str) -> None:
-            self.notes.append(text)
+            notes.append(text)
 
     rows = write_jsonl(tmp_path / "bad.jsonl", [*FINE, FINE[0], *FINE])
     settings = {"max_steps": 1, "gradient_accumulation_steps": 1, "save_strategy": "no", "report_to": []}
     train(load(recipe_file(data={"train": str(rows)}, train=settings)), Told())
-    assert any(note.startswith("Rows: duplicates: 3 of 5 rows say what") for note in Told.notes)
+    assert any(note.startswith("Rows: duplicates: 3 of 5 rows say what") for note in notes)
     plan = json.loads((tmp_path / "run" / "plan.json").read_text())
     assert plan["data"]["findings"][0]["rows"] == 3
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from qft.data.encoded import column
 from qft.data.look import SKETCH
 from qft.data.prepare import Prepared
-from qft.documents.plan import Finding, RowLengths
+from qft.documents.rows import Finding, RowLengths
 from qft.errors import DataError
 from qft.recipe.data import AuditSection
 

@@ -6,6 +6,7 @@ from pydantic import Field
 
 from qft.documents.manifest import DevicePart, PluginFile
 from qft.documents.part import Bytes, Share, Stored, Tokens
+from qft.documents.rows import Finding, RowLengths
 
 Matched = Annotated[
     dict[str, dict[str, int]],
@@ -130,32 +131,6 @@ class SourceFacts(Stored):
     unit: str
     """What a row's number counts: line or row."""
     weight: float
-
-
-class Finding(Stored):
-    """Something about the rows that is worth a look before they are learnt."""
-
-    name: str
-    """Of the field of data.audit."""
-    level: Literal["error", "warn"]
-    rows: int
-    """That have it; 0 where it is about all."""
-    places: list[str] = []
-    """File and line of the first of them."""
-    text: str
-    remedy: str
-
-
-class RowLengths(Stored):
-    """Of training rows, packed ones as such."""
-
-    p5: Tokens
-    p50: Tokens
-    p95: Tokens
-    p99: Tokens
-    longest: Tokens
-    padding_share: Share
-    """Of the tokens that batches of them compute, estimated."""
 
 
 class DataPart(Stored):

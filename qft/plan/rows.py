@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from qft.data.audit import audit, by_level, lengths_of, padding_finding
 from qft.data.prepare import Prepared, prepare
-from qft.documents.plan import Finding, RowLengths
+from qft.documents.rows import Finding, RowLengths
 from qft.memory.packed import cannot_pack
 from qft.plan.limits import answer_problems, require_known_tokens, require_special_tokens
 from qft.plan.model import ModelPlan, refuse

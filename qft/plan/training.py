@@ -20,12 +20,11 @@ from qft.data.prepare import Prepared
 from qft.documents.plan import (
     AdapterArguments,
     DataPart,
-    Finding,
     PlanDocument,
     PlannedMemory,
-    RowLengths,
     TrainerArguments,
 )
+from qft.documents.rows import Finding, RowLengths
 from qft.machine.device import Device
 from qft.machine.environment import allocator_settings
 from qft.memory.fit import Way

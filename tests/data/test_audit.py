@@ -13,10 +13,10 @@ import pytest
 from datasets import Dataset
 
 from qft.data import kept
-from qft.data.audit import audit, lengths_of, padding_finding
+from qft.data.audit import audit, by_level, lengths_of, padding_finding, require_sound
 from qft.data.look import Look, sketch
 from qft.data.prepare import Prepared, prepare
-from qft.documents.plan import Finding
+from qft.documents.rows import Finding
 from qft.errors import DataError, RecipeError
 from qft.plan import make_plan
 from qft.recipe import load
@@ -161,6 +161,16 @@ def test_sketches_estimate_what_texts_share() -> None:
         assert float((sketches[0] == sketches[1]).mean()) == pytest.approx(true, abs=0.17)
     assert sketch("too short") == b""
     assert sketch("没有空格的文字也要看" * 3) != b""
+
+
+@pytest.mark.parametrize("name", AuditSection.model_fields)
+def test_each_level_is_asked_for_by_its_field(name: str) -> None:
+    finding = Finding(name=name, level="warn", rows=1, text="1 of 2 rows", remedy="mend it")
+    for level in ("error", "warn", "off"):
+        got = by_level([finding], AuditSection.model_validate({name: level}))
+        assert [each.level for each in got] == [level] * (level != "off")
+    with pytest.raises(DataError, match=rf"^{name}: 1 of 2 rows: mend it\n.*data\.audit: \{{{name}: warn\}}"):
+        require_sound(by_level([finding], AuditSection.model_validate({name: "error"})))
 
 
 def test_a_level_decides_what_becomes_of_it(recipe_file: RecipeFile, tmp_path: Path) -> None:

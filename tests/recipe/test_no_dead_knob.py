@@ -25,6 +25,7 @@ from qft.model.adapter import attach_adapter
 from qft.model.load import load_base
 from qft.plan import Plan, make_plan, plan_calibration
 from qft.recipe import Recipe, Source, load
+from qft.recipe.data import AuditSection
 from qft.run.folder import Run
 from qft.training.session import training_arguments
 from tests.support.architectures import write_model
@@ -296,6 +297,9 @@ ELSEWHERE = {
     "model/test_models.py": {
         "eval.max_new_tokens": "test_answers_come_in_batches_and_end_at_the_limit",
         "eval.batch_size": "test_answers_come_in_batches_and_end_at_the_limit",
+    },
+    "data/test_audit.py": {
+        f"data.audit.{name}": "test_each_level_is_asked_for_by_its_field" for name in AuditSection.model_fields
     },
     "measure/test_harness.py": {
         "eval.harness": "test_every_kind_of_target_is_asked",

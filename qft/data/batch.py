@@ -1,11 +1,12 @@
 """Encoded rows -> padded batches; all tensors are int64 [rows, tokens]."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from qft.data.pictures import Pictures
 from qft.data.template import IGNORED
 
 
@@ -44,6 +45,17 @@ def model_inputs(
     return dict(zip(("input_ids", "attention_mask"), tensors, strict=True))
 
 
+def pictured_inputs(
+    rows: Sequence[Mapping[str, Any]], pad: int, pictures: Pictures | None, *, device: Any, left: bool = False
+) -> dict[str, torch.Tensor]:
+    """Of encoded rows, what `model_inputs` gives, and what the model is given of their images."""
+    inputs = model_inputs([row["input_ids"] for row in rows], pad, left=left, device=device)
+    if pictures:
+        seen = pictures.inputs(rows, inputs["input_ids"].shape[1], left=left)
+        inputs |= {name: value.to(device) for name, value in seen.items()}
+    return inputs
+
+
 @dataclass(frozen=True)
 class Collator:
     """Pads on the right to the longest row, rounded up to `multiple` tokens, but to no more than `most`.
@@ -58,6 +70,8 @@ class Collator:
     pad: int
     multiple: int = 8
     most: int | None = None
+    pictures: Pictures | None = None
+    """What reads the images of rows; None: they have none."""
     side_by_side: bool = False
 
     def __call__(self, rows: list[Any]) -> dict[str, Any]:
@@ -68,7 +82,9 @@ class Collator:
         ids = [[token for example in row for token in example["input_ids"]] for row in packed]
         known = {"rows": places, "learnt_tokens": learnt}
         if not isinstance(rows[0], list):
-            return self._padded(ids, labels) | known
+            inputs = self._padded(ids, labels)
+            seen = self.pictures.inputs(rows, inputs["labels"].shape[1]) if self.pictures else {}
+            return inputs | seen | known
         lengths = tuple(tuple(len(example["input_ids"]) for example in row) for row in packed)
         laid = self._in_one(ids, labels) if self.side_by_side else self._padded(ids, labels)
         borders = (sum(lengths, ()),) if self.side_by_side else lengths

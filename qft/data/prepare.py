@@ -1,9 +1,10 @@
 """The data section of a recipe -> encoded train and eval rows, and what was found on the way."""
 
+import hashlib
 import os
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from qft.data.encoded import COLUMNS, EncodedRows, column
 from qft.data.kept import FEWEST, fingerprint, kept
 from qft.data.packing import PackedRows, best_fit
+from qft.data.pictures import Pictures
 from qft.data.reader import FEATURES, LOOKED, RowReader, find_format
 from qft.data.sources import Rows, open_source, place
 from qft.data.template import Encoder
@@ -74,10 +76,14 @@ class Prepared:
         return EncodedRows("train", self.train.select(range(min(KEPT, len(self.train)))), self.places)
 
 
-def prepare(data: DataSection, tokenizer: PreTrainedTokenizerBase, seed: int) -> Prepared:
-    """Read, encode, split and weight every row. Raises DataError listing the bad rows, MissingError without a file."""
+def prepare(
+    data: DataSection, tokenizer: PreTrainedTokenizerBase, seed: int, pictures: Pictures | None = None
+) -> Prepared:
+    """Read, encode, split and weight every row; `pictures` reads their images, None: the model reads none.
+
+    Raises DataError listing the bad rows, MissingError without a file."""
     chosen = {number: _whole(source) for number, source in enumerate((*data.train, *data.eval))}
-    encoded, facts, looked = _encode_all(data, tokenizer, chosen)
+    encoded, facts, looked = _encode_all(data, tokenizer, chosen, pictures)
     train = concatenate_datasets(encoded[: len(data.train)])
     kept_out = concatenate_datasets(encoded[len(data.train) :]) if data.eval else None
     if data.eval_fraction:
@@ -88,26 +94,30 @@ def prepare(data: DataSection, tokenizer: PreTrainedTokenizerBase, seed: int) ->
     for name, rows in (("data.train", train), ("data.eval", kept_out)):
         if rows is not None:
             _require_rows(name, [rows])
-    return Prepared(train, kept_out, tuple(facts), _batched(train, data), concatenate_datasets(looked))
+    return Prepared(train, kept_out, tuple(facts), _batched(train, data, facts), concatenate_datasets(looked))
 
 
-def _batched(train: Dataset, data: DataSection) -> Dataset | PackedRows:
+def _batched(train: Dataset, data: DataSection, facts: Sequence[SourceFacts]) -> Dataset | PackedRows:
+    if data.is_packed and any(source.images for source in facts):
+        raise DataError("rows with images cannot share a row: set data.packing and data.padding_free to false")
     if data.packing:
         assert data.max_length != "auto"  # the plan has decided
         return PackedRows(train, best_fit(column(train, "length"), data.max_length))
     return PackedRows(train, [[number] for number in range(len(train))]) if data.padding_free else train
 
 
-def held_out(data: DataSection, tokenizer: PreTrainedTokenizerBase, seed: int) -> EncodedRows | None:
+def held_out(
+    data: DataSection, tokenizer: PreTrainedTokenizerBase, seed: int, pictures: Pictures | None = None
+) -> EncodedRows | None:
     """The very rows that `prepare` holds out; None if it holds none out. Others are encoded only where some may be
     skipped: data.eval_fraction is drawn among those that are used. Raises what `prepare` does."""
     if not data.eval and not data.eval_fraction:
         return None
     if data.eval_fraction and "skip" in (data.on_bad_row, data.on_too_long):
-        return prepare(data, tokenizer, seed).asked()
+        return prepare(data, tokenizer, seed, pictures).asked()
     whole = {number: _whole(source) for number, source in enumerate(data.eval, len(data.train))}
     chosen = whole or _drawn(data, seed)
-    encoded, _, _ = _encode_all(data, tokenizer, chosen)
+    encoded, _, _ = _encode_all(data, tokenizer, chosen, pictures)
     _require_rows("data.eval", encoded)
     places = {number: (rows.source.path, rows.unit) for number, (rows, _) in chosen.items()}
     return EncodedRows("eval", concatenate_datasets(encoded), places)
@@ -150,19 +160,21 @@ def _require_rows(name: str, rows: Sequence[Dataset]) -> None:
 
 
 def _encode_all(
-    data: DataSection, tokenizer: PreTrainedTokenizerBase, chosen: Mapping[int, Chosen]
+    data: DataSection, tokenizer: PreTrainedTokenizerBase, chosen: Mapping[int, Chosen], pictures: Pictures | None
 ) -> tuple[list[Dataset], list[SourceFacts], list[Dataset]]:
     """Of each source, by its number, the chosen rows that can be used, its facts, and what a look at these rows showed.
     Raises DataError listing the rows that must stop the run."""
     disable_caching()
     assert data.max_length != "auto"  # the plan has decided
-    encoder = Encoder(tokenizer, data.max_length, data.on_too_long, data.loss_on, data.chat_template)
+    encoder = Encoder(tokenizer, data.max_length, data.on_too_long, data.loss_on, data.chat_template, pictures)
     stops = [kind for kind, policy in (("bad", data.on_bad_row), ("too long", data.on_too_long)) if policy == "stop"]
     template = fingerprint(tokenizer)
     usable, facts, looked, bad = [], [], [], []
     for number, (rows, indices) in chosen.items():
         name = find_format(rows, data)
-        reader = RowReader(encoder, name, frozenset(data.ignore_fields), number)
+        path = Path(rows.source.path)
+        folder = path.parent if path.is_absolute() else None
+        reader = RowReader(encoder, name, frozenset(data.ignore_fields), number, folder)
         make = partial(_encode, rows, indices, data.num_proc, reader)
         encoded = kept(_made_of(data, rows, indices, reader, template), make)
         status = column(encoded, "status")
@@ -173,9 +185,19 @@ def _encode_all(
         wholes = np.isin(np.arange(len(used)), _last_examples(used))
         looked.append(_where(used, wholes).select_columns(["source", "row", *LOOKED]))
         facts.append(_facts(rows, "train" if number < len(data.train) else "eval", name, status, used))
+    if pictures and any(source.images for source in facts):
+        bad += _unseen(usable, chosen, pictures)
     if bad:
         _refuse(bad)
     return usable, facts, looked
+
+
+def _unseen(usable: Sequence[Dataset], chosen: Mapping[int, Chosen], pictures: Pictures) -> Iterator[str]:
+    """Rows of text that say what stands for an image: beside rows that have some, nobody could tell whose it is."""
+    for rows, examples in zip((rows for rows, _ in chosen.values()), usable, strict=True):
+        for example in examples:
+            if not example["images"] and (mark := pictures.stands_for_image(example["input_ids"])):
+                yield f"{rows.place(example['row'])}: its text says {mark}, which stands for an image, and it has none"
 
 
 def _where(rows: Dataset, chosen: NDArray[np.bool_]) -> Dataset:
@@ -192,6 +214,8 @@ def _made_of(
 ) -> dict[str, Any] | None:
     """All that encoded rows come of; None: they are few, or of what has no digest."""
     if len(indices) < FEWEST or not isinstance(indices, range) or rows.digest is None or template is None:
+        return None
+    if reader.encoder.pictures:  # of files of their own
         return None
     asked = {name: getattr(data, name) for name in READ_BY}
     of_source = {"format": reader.format, "unit": rows.unit, "rows": len(indices), "number": reader.source}
@@ -248,7 +272,8 @@ def _facts(rows: Rows, part: str, name: str, status: NDArray[Any], used: Dataset
         tokens=int(lengths.sum()),
         supervised_tokens=int(column(used, "supervised").sum(dtype=np.int64)),
         longest=int(lengths.max(initial=0)),
-        digest=rows.digest,
+        digest=_digest(rows, used),
+        images=sum(map(len, used["images"])),
         unit=rows.unit,
         weight=rows.source.weight,
     )
@@ -260,6 +285,12 @@ def _unread(used: Dataset, wholes: Ints) -> dict[str, int]:
     if len(wholes) < len(used):
         names = names.take(pa.array(wholes))
     return dict(Counter(names.flatten().to_pylist()).most_common())
+
+
+def _digest(rows: Rows, used: Dataset) -> str | None:
+    """Of the source, and of the images that its rows name."""
+    images = "".join(used["image_digest"])
+    return hashlib.sha256(f"{rows.digest}{images}".encode()).hexdigest() if images else rows.digest
 
 
 def _refuse(bad: Sequence[str]) -> None:

@@ -1,8 +1,9 @@
 """Raw rows of a source -> examples: tokens and labels, or the reason why a row cannot be used."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from datasets import Features, List, Value
@@ -10,6 +11,7 @@ from datasets import Features, List, Value
 from qft.data.conversation import without_fields
 from qft.data.encoded import COLUMNS
 from qft.data.formats import FORMATS, detect
+from qft.data.images import reference
 from qft.data.look import Look, digest, said, sketch
 from qft.data.sources import BadRow, Rows, decode
 from qft.data.template import IGNORED, Encoded, Encoder, TooLong
@@ -19,10 +21,17 @@ from qft.recipe.data import DataSection
 LOOKED = Features({"findings": List(Value("string")), "digest": Value("int64"), "sketch": Value("binary")})
 """Of rows that are used, in their last example, what qft.data.look has of them."""
 FEATURES = Features(
-    {**COLUMNS, "status": Value("string"), "reason": Value("string"), "unread": List(Value("string")), **LOOKED}
+    {
+        **COLUMNS,
+        "image_digest": Value("string"),
+        "status": Value("string"),
+        "reason": Value("string"),
+        "unread": List(Value("string")),
+        **LOOKED,
+    }
 )
-"""COLUMNS; status: ok, truncated, blank, bad or too long; the reason of the last two; fields that nobody reads; and
-LOOKED."""
+"""COLUMNS; image_digest: SHA-256 of those of the images' files, empty without any; status: ok, truncated, blank, bad or
+too long; the reason of the last two; fields that nobody reads; and LOOKED."""
 
 
 @dataclass
@@ -33,6 +42,8 @@ class RowReader:
     format: str
     ignored: frozenset[str]
     source: int
+    folder: Path | None = None
+    """Of its file."""
     look: Look = field(init=False)
 
     def __post_init__(self) -> None:
@@ -56,7 +67,8 @@ class RowReader:
             if fields is None:
                 return [_record(Encoded([], []), "blank")]
             conversation = FORMATS[self.format](without_fields(fields, self.ignored))
-            examples = self.encoder(conversation)
+            images = tuple(reference(each, self.folder) for each in conversation.images)
+            examples = self.encoder(replace(conversation, images=images))
         except BadRow as error:
             return [_record(Encoded([], []), "too long" if isinstance(error, TooLong) else "bad", str(error))]
         unread = sorted(conversation.unread)
@@ -77,6 +89,9 @@ def _record(encoded: Encoded, status: str, reason: str = "", unread: Sequence[st
         "length": len(encoded.input_ids),
         "supervised": sum(label != IGNORED for label in encoded.labels[1:]),
         "answer_start": encoded.answer_start,
+        "images": encoded.images,
+        "rendered": encoded.rendered,
+        "image_digest": encoded.image_digest,
         "status": status,
         "reason": reason,
         "unread": unread,

@@ -1,12 +1,12 @@
 """plan.json of a run and `qft check --json`: what is decided before anything is loaded."""
 
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from qft.documents.manifest import DevicePart, PluginFile
 from qft.documents.part import Bytes, Share, Stored, Tokens
-from qft.documents.rows import Finding, RowLengths
+from qft.documents.rows import Finding, RowLengths, ShownRow
 
 Matched = Annotated[
     dict[str, dict[str, int]],
@@ -39,6 +39,8 @@ class PlannedModel(Stored):
     from before it was told here."""
     embeddings: Tokens | None = None
     """Tokens that its input embeddings know; None in documents from before it was told here."""
+    added_tokens: dict[str, int] = {}
+    """Tokens that the recipe adds, and their numbers."""
     heads: list[str]
     beside: list[str] = []
     """Modules beside the language part (towers for images, what projects their output), which stay as they are: not
@@ -127,7 +129,8 @@ class SourceFacts(Stored):
     supervised_tokens: Tokens
     longest: Tokens
     digest: str | None
-    """SHA-256 of its file; None if it has none of its own."""
+    """SHA-256 of its file, and of its images' where it has some; None if it has none of its own."""
+    images: int = 0
     unit: str
     """What a row's number counts: line or row."""
     weight: float
@@ -147,6 +150,8 @@ class DataPart(Stored):
     lengths: RowLengths | None = None
     """None in documents from before they were told here."""
     findings: list[Finding] = []
+    added_tokens: dict[str, int] = {}
+    """How often each token that the recipe adds stands in the training rows."""
     sources: list[SourceFacts]
 
 
@@ -218,23 +223,6 @@ class CalibrationPlanDocument(Stored):
     data: CalibrationPart
 
 
-class ShownToken(NamedTuple):
-    text: str
-    learnt: bool
-
-
-class ShownRow(Stored):
-    """One row as the model reads it; one that became several examples is there several times."""
-
-    place: str
-    """File and line."""
-    text: str
-    learnt: list[str]
-    """The spans of the text that are learnt, in their order."""
-    pieces: list[ShownToken] = Field([], exclude=True)
-    """Token by token, for views."""
-
-
 class PlannedWay(Stored):
     """One way to make the same optimizer step."""
 
@@ -243,12 +231,14 @@ class PlannedWay(Stored):
     accumulated: int
     """Micro-batches of a step."""
     recomputed: int
-    """Blocks that are computed again in the backward pass, the first ones."""
+    """Blocks that keep `least` for the backward pass, the first ones; the others keep `most`."""
     peak: Bytes
     """What the device must have."""
     fits: bool
     speed: Share
     """Estimated, of that of large micro-batches with nothing computed again."""
+    least: Kept = "inputs"
+    most: Kept = "all"
 
 
 class PlannedMemory(Stored):
@@ -269,8 +259,8 @@ class PlannedMemory(Stored):
     unknown: str | None = None
     """Why nothing is predicted."""
     recomputed_blocks: int | None = None
-    """Of the blocks, the first ones that are computed again in the backward pass; None: as gradient_checkpointing
-    says."""
+    """Of the blocks, the first ones that are computed again in the backward pass, or that keep less than the others
+    (the first of `ways` says what); None: as gradient_checkpointing says."""
     optimizer: str | None = None
     """What `auto` of train.optim came to, and why; None: the recipe says which."""
     ways: list[PlannedWay] = []

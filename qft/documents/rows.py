@@ -1,6 +1,8 @@
 """What is told of the rows of a training, beside its plan."""
 
-from typing import Literal
+from typing import Literal, NamedTuple
+
+from pydantic import Field
 
 from qft.documents.part import Share, Stored, Tokens
 
@@ -29,3 +31,27 @@ class RowLengths(Stored):
     longest: Tokens
     padding_share: Share
     """Of the tokens that batches of them compute, estimated."""
+
+
+class ShownToken(NamedTuple):
+    text: str
+    learnt: bool
+
+
+class ShownRow(Stored):
+    """One row as the model reads it; one that became several examples is there several times."""
+
+    place: str
+    """File and line."""
+    text: str
+    learnt: list[str]
+    """The spans of the text that are learnt, in their order."""
+    images: list[str] = []
+    """Paths, or the beginnings of data URIs, in their order."""
+    pieces: list[ShownToken] = Field([], exclude=True)
+    """Token by token, for views."""
+
+
+Kept = Literal["inputs", "attention", "products", "all"]
+"""What a block keeps for its backward pass: its input alone, what attention is made of and the MLP's input, everything
+but outputs of norms, everything."""

@@ -18,7 +18,7 @@ from qft.recipe.rules import Problem
 def encoded_rows(model: ModelPlan) -> Prepared:
     """The rows as tokens, which the model must know. Raises RecipeError, DataError."""
     recipe, shape = model.recipe, model.shape
-    data = prepare(model.rows_for(recipe.data), model.tokenizer, recipe.seed)
+    data = prepare(model.rows_for(recipe.data), model.tokenizer, recipe.seed, model.pictures)
     parts = [part for part in (data.train, data.eval) if part is not None]
     require_known_tokens(parts, data.place, model.tokenizer, shape.embeddings)
     require_special_tokens(model.tokenizer, shape.embeddings, generates=bool(recipe.eval.metrics))

@@ -183,7 +183,12 @@ def _collator(plan: Plan, model: Any) -> Collator:
     """A loss that balances experts would count the padding of packed rows, so that these are given none."""
     balances = getattr(model.config.get_text_config(), "output_router_logits", False)
     side_by_side = plan.recipe.data.padding_free or balances
-    return Collator(pad_token_id(plan.model.tokenizer), most=plan.model.shape.position_table, side_by_side=side_by_side)
+    return Collator(
+        pad_token_id(plan.model.tokenizer),
+        most=plan.model.shape.position_table,
+        pictures=plan.model.pictures,
+        side_by_side=side_by_side,
+    )
 
 
 def _require_apart(model: Any, plan: Plan) -> None:

@@ -223,6 +223,11 @@ class CalibrationPlanDocument(Stored):
     data: CalibrationPart
 
 
+Kept = Literal["inputs", "attention", "products", "all"]
+"""What a block keeps for its backward pass: its input alone, what attention is made of and the MLP's input, everything
+but outputs of norms, everything."""
+
+
 class PlannedWay(Stored):
     """One way to make the same optimizer step."""
 

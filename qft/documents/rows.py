@@ -50,8 +50,3 @@ class ShownRow(Stored):
     """Paths, or the beginnings of data URIs, in their order."""
     pieces: list[ShownToken] = Field([], exclude=True)
     """Token by token, for views."""
-
-
-Kept = Literal["inputs", "attention", "products", "all"]
-"""What a block keeps for its backward pass: its input alone, what attention is made of and the MLP's input, everything
-but outputs of norms, everything."""

@@ -45,7 +45,13 @@ def row_findings(recipe: Recipe, data: Prepared) -> list[Finding]:
 
 
 def packing_problems(recipe: Recipe, skeleton: PreTrainedModel) -> Iterator[Problem]:
-    """What of a packed recipe the model cannot do."""
+    """What of a packed recipe cannot be done."""
+    data, train = recipe.data, recipe.train
+    if data.packing and train.train_sampling_strategy == "sequential":
+        text = "sequential, and data.packing puts rows together by their lengths: set one of the two otherwise"
+        yield "train.train_sampling_strategy", text
+    if data.is_packed and train.torch_compile:
+        yield "train.torch_compile", "packed rows have other borders in each batch; set one of the two to false"
     reason = cannot_pack(skeleton) if recipe.data.is_packed else None
     for field in ("packing", "padding_free"):
         if reason and getattr(recipe.data, field):

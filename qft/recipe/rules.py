@@ -225,11 +225,6 @@ def _data_rules(recipe: Recipe) -> Iterator[Problem]:
         yield "data.train", "should be a path, one source ({path, format, weight, …}), or a list of either"
     if data.eval and data.eval_fraction:
         yield "data.eval_fraction", "data.eval already holds rows out; give one of the two"
-    if data.packing and train.train_sampling_strategy == "sequential":
-        text = "sequential, and data.packing puts rows together by their lengths: set one of the two otherwise"
-        yield "train.train_sampling_strategy", text
-    if data.is_packed and train.torch_compile:
-        yield "train.torch_compile", "packed rows have other borders in each batch; set one of the two to false"
     for i, source in enumerate(data.eval):
         if source.weight != 1:
             yield f"data.eval.{i}.weight", "held-out rows count once each; weights are for data.train"

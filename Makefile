@@ -49,6 +49,7 @@ sweep: setup
 bench: setup
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/modes.py
+	$(BIN)/python benchmarks/data.py
 
 # The picture in the README, from the report of the last quick start.
 picture: setup

@@ -26,6 +26,7 @@ from qft.model.adapter import attach_adapter
 from qft.model.load import load_base
 from qft.plan import Plan, make_plan, plan_calibration
 from qft.recipe import Recipe, Source, load
+from qft.recipe.data import AuditSection
 from qft.run.folder import Run
 from qft.training.session import training_arguments
 from tests.support.architectures import write_model
@@ -51,6 +52,11 @@ def lora(plan: Plan) -> Any:
 
 def rows(plan: Plan) -> Any:
     return [part.to_list() if part else None for part in (plan.data.train, plan.data.eval)]
+
+
+def batched(plan: Plan) -> Any:
+    """What shares a row, and what rows of a batch are laid out as."""
+    return [getattr(plan.data.batched, "packs", None), plan.recipe.data.is_packed]
 
 
 def model(plan: Plan) -> Any:
@@ -164,6 +170,8 @@ CASES: dict[str, Case] = {
     "data.max_length": Case("34", rows, ("data.on_too_long=truncate",)),
     "data.on_too_long": Case("truncate", rows, ("data.max_length=34", "data.on_too_long=skip")),
     "data.on_bad_row": Case("skip", rows, ("data.train=bad.jsonl",)),
+    "data.packing": Case("true", batched),
+    "data.padding_free": Case("true", batched),
     "data.loss_on": Case("all", rows),
     "data.ignore_fields": Case("[messages.aside]", rows, ("data.chat_template=aside.jinja", "data.train=asides.jsonl")),
     "data.template": Case("none", rows, ("data.train=both.jsonl", "data.format=alpaca")),
@@ -306,6 +314,9 @@ ELSEWHERE = {
     "model/test_models.py": {
         "eval.max_new_tokens": "test_answers_come_in_batches_and_end_at_the_limit",
         "eval.batch_size": "test_answers_come_in_batches_and_end_at_the_limit",
+    },
+    "data/test_audit.py": {
+        f"data.audit.{name}": "test_each_level_is_asked_for_by_its_field" for name in AuditSection.model_fields
     },
     "measure/test_harness.py": {
         "eval.harness": "test_every_kind_of_target_is_asked",

@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub import errors as hf
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
@@ -19,6 +21,7 @@ from qft.checkpoint.digest import DESCRIBED, described, digest
 from qft.checkpoint.gguf_file import gguf_config, gguf_tokenizer
 from qft.checkpoint.header import header
 from qft.checkpoint.limits import require_counts
+from qft.checkpoint.packed import unpack_problem, unpacked
 from qft.checkpoint.processor import processor_template, save_reader
 from qft.checkpoint.stored import NEITHER, Stored, chosen_file, some, stored_tensors, weight_files, weight_names
 from qft.disk import disk_failures, refusal
@@ -42,7 +45,10 @@ class Checkpoint:
     hub_id: str | None = None
     commit: str | None = None
     quantization: dict[str, Any] = field(default_factory=dict)
-    """The quantization_config that the checkpoint brings; empty if its weights are not quantized."""
+    """The quantization_config that the checkpoint brings; empty if its weights are not quantized, or are taken as if
+    they were not."""
+    packed: dict[str, Any] = field(default_factory=dict)
+    """That of a checkpoint whose weights are dequantized where they are read (model.dequantize); else empty."""
 
     @property
     def load_arguments(self) -> dict[str, Any]:
@@ -67,7 +73,8 @@ class Checkpoint:
 
     def tensors(self) -> dict[str, Stored]:
         """What is in them, by the headers of safetensors. Raises MissingError or ModelError as `stored_tensors`."""
-        return stored_tensors(self.folder, self.config)
+        stored = stored_tensors(self.folder, self.config)
+        return unpacked(stored, self.packed, self.config.dtype or torch.bfloat16) if self.packed else stored
 
     def _weight_names(self) -> list[str]:
         """Of a hub model, of which there may be no more than the small files, the index among them."""
@@ -94,6 +101,23 @@ class Checkpoint:
 
 def find_checkpoint(recipe: Recipe) -> Checkpoint:
     """Resolve model.path. Raises MissingError if it is not there, ModelError if it cannot be used."""
+    found = _find(recipe)
+    return _dequantized(found) if recipe.model.dequantize else found
+
+
+def _dequantized(checkpoint: Checkpoint) -> Checkpoint:
+    """The same as if its weights were not quantized."""
+    config, quantization = deepcopy(checkpoint.config), checkpoint.quantization
+    if not quantization:
+        gguf = "a GGUF file always is" if checkpoint.gguf_file else "its weights are not quantized"
+        raise ModelError(f"model.dequantize: {checkpoint.path}: {gguf}; remove the field")
+    if problem := unpack_problem(quantization):
+        raise ModelError(f"model.dequantize: {checkpoint.path}: {problem}; start from the unquantized model")
+    del config.quantization_config
+    return replace(checkpoint, config=config, quantization={}, packed=quantization)
+
+
+def _find(recipe: Recipe) -> Checkpoint:
     model, path = recipe.model, Path(recipe.model.path)
     if model.path.startswith("package:"):
         return _gguf(model.path, _package_file(model.path))

@@ -17,7 +17,7 @@ from qft.checkpoint.finite import require_finite
 from qft.checkpoint.language import auto_class
 from qft.checkpoint.quick_gguf import quick_gguf
 from qft.checkpoint.require import require_loaded
-from qft.checkpoint.stored import read_header
+from qft.checkpoint.stored import DTYPES, read_header
 from qft.errors import ModelError
 from qft.files import atomic_file, write_json
 
@@ -91,7 +91,16 @@ class Weights:
         return tensor
 
     def _load(self, name: str) -> torch.Tensor:
-        path = self.stored[name].path
+        stored = self.stored[name]
+        if packed := stored.packed:
+            parts = {what: self._read(*place) for what, place in packed.parts.items()}
+            tensor = packed.values(parts).to(DTYPES[stored.kind])
+        else:
+            tensor = self._read(stored.path, name)
+        require_finite(stored.path, [(name, tensor)])
+        return tensor
+
+    def _read(self, path: Path, name: str) -> torch.Tensor:
         # A mixture has thousands in a file, whose header tells of them all.
         try:
             if self._open is None or self._open[0] != path:
@@ -99,7 +108,6 @@ class Weights:
             tensor: torch.Tensor = self._open[1].get_tensor(name)
         except SafetensorError as error:
             raise _damaged(path, error) from error
-        require_finite(path, [(name, tensor)])
         return tensor
 
 

@@ -168,7 +168,7 @@ def _find(path: str, data: str | None) -> tuple[LoadedRecipe, Path | None]:
     if run.manifest():
         loaded = load(run.folder / "recipe.yaml")
         if run.full_model.is_dir() or record_of(run.full_model):
-            return loaded.having(model={"path": str(run.full_model.resolve()), "ignore_unexpected": ()}), None
+            return loaded.having(model={"path": str(run.full_model.resolve()), "ignore_unexpected": (), "dequantize": False}), None
         if not run.adapter.is_dir() and not record_of(run.adapter):
             raise MissingError(f"{path}: the run has no adapter; it did not complete")
         return loaded, run.adapter

@@ -273,7 +273,7 @@ def _scheme(recipe: Recipe, device: Device, checkpoint: Checkpoint, model: PreTr
 
 def plan_folder(folder: Path, section: ModelSection, dtype: str, quant: QuantSection | None = None) -> ModelPlan:
     """The plan of a model that was written to `folder`, where and how `section` says its base is held."""
-    model = section.model_dump(exclude={"path", "revision", "ignore_unexpected"}) | {
+    model = section.model_dump(exclude={"path", "revision", "ignore_unexpected", "dequantize"}) | {
         "path": str(folder.resolve()),
         "dtype": dtype,
     }

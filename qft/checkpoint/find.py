@@ -21,7 +21,7 @@ from qft.checkpoint.digest import DESCRIBED, described, digest
 from qft.checkpoint.gguf_file import gguf_config, gguf_tokenizer
 from qft.checkpoint.header import header
 from qft.checkpoint.limits import require_counts
-from qft.checkpoint.packed import unpack_problem, unpacked
+from qft.checkpoint.packed import is_held, unpack_problem, unpacked
 from qft.checkpoint.processor import processor_template, save_reader
 from qft.checkpoint.stored import NEITHER, Stored, chosen_file, some, stored_tensors, weight_files, weight_names
 from qft.disk import disk_failures, refusal
@@ -48,7 +48,8 @@ class Checkpoint:
     """The quantization_config that the checkpoint brings; empty if its weights are not quantized, or are taken as if
     they were not."""
     packed: dict[str, Any] = field(default_factory=dict)
-    """That of a checkpoint whose weights are dequantized where they are read (model.dequantize); else empty."""
+    """That of a checkpoint of which qft itself reads the quantized weights, to dequantize them once (model.dequantize)
+    or whenever they are multiplied; else empty."""
 
     @property
     def load_arguments(self) -> dict[str, Any]:
@@ -99,22 +100,27 @@ class Checkpoint:
         return {path.relative_to(self.folder).as_posix(): digest(path) for path in files}
 
 
-def find_checkpoint(recipe: Recipe) -> Checkpoint:
-    """Resolve model.path. Raises MissingError if it is not there, ModelError if it cannot be used."""
+def find_checkpoint(recipe: Recipe, *, adapted: bool = False) -> Checkpoint:
+    """Resolve model.path. `adapted`: for a model with adapters, which transformers' own layers of few bits may not
+    take. Raises MissingError if it is not there, ModelError if it cannot be used."""
     found = _find(recipe)
-    return _dequantized(found) if recipe.model.dequantize else found
-
-
-def _dequantized(checkpoint: Checkpoint) -> Checkpoint:
-    """The same as if its weights were not quantized."""
-    config, quantization = deepcopy(checkpoint.config), checkpoint.quantization
-    if not quantization:
-        gguf = "a GGUF file always is" if checkpoint.gguf_file else "its weights are not quantized"
-        raise ModelError(f"model.dequantize: {checkpoint.path}: {gguf}; remove the field")
-    if problem := unpack_problem(quantization):
-        raise ModelError(f"model.dequantize: {checkpoint.path}: {problem}; start from the unquantized model")
+    if recipe.model.dequantize:
+        _require_packed(found)
+    elif not adapted or not is_held(found.quantization):
+        return found
+    config = deepcopy(found.config)
     del config.quantization_config
-    return replace(checkpoint, config=config, quantization={}, packed=quantization)
+    quantization = {} if recipe.model.dequantize else found.quantization
+    return replace(found, config=config, quantization=quantization, packed=found.quantization)
+
+
+def _require_packed(checkpoint: Checkpoint) -> None:
+    """Raise ModelError unless it can be dequantized."""
+    if not checkpoint.quantization:
+        why = "a GGUF file always is" if checkpoint.gguf_file else "its weights are not quantized"
+        raise ModelError(f"model.dequantize: {checkpoint.path}: {why}; remove the field")
+    if problem := unpack_problem(checkpoint.quantization):
+        raise ModelError(f"model.dequantize: {checkpoint.path}: {problem}; start from the unquantized model")
 
 
 def _find(recipe: Recipe) -> Checkpoint:

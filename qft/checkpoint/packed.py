@@ -124,6 +124,17 @@ def unpack_problem(config: Config) -> str | None:
     return None
 
 
+def is_held(config: Config) -> bool:
+    """Whether adapters can be trained on weights as they are in the files: those whose layout is known, where nothing
+    but them is rounded."""
+    method = method_of(config)
+    groups = (config.get("config_groups") or {}).values()
+    weights_alone = method in ("gptq", "awq", "mxfp4") or (
+        method == "compressed-tensors" and not any(group.get("input_activations") for group in groups)
+    )
+    return weights_alone and unpack_problem(config) is None
+
+
 def unpacked(stored: Mapping[str, Stored], config: Config, dtype: torch.dtype) -> dict[str, Stored]:
     """Every tensor of a checkpoint, and in the place of packed ones the weights that they make, in `dtype`. Raises
     ModelError for parts that make none."""
@@ -143,8 +154,9 @@ def unpacked(stored: Mapping[str, Stored], config: Config, dtype: torch.dtype) -
         except Exception as error:  # of parts that do not fit each other
             reason = f"lacks {error}" if isinstance(error, KeyError) else first_line(error)
             raise ModelError(f"{path}: {target} cannot be dequantized: {reason}") from error
+        size = sum(part.empty().nbytes for part in parts.values())
         places = {what: (part.path, names[what]) for what, part in parts.items()}
-        found[target] = Stored(path, tuple(shape), kind, Packed(places, values))
+        found[target] = Stored(path, tuple(shape), kind, Packed(places, values, size))
     return found
 
 

@@ -36,6 +36,8 @@ class Packed:
     """File, and name there, of what it is made of, by what each is."""
     values: Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
     """From those tensors."""
+    size: int
+    """Of those, in bytes."""
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from qft.checkpoint.language import beside_language
 from qft.checkpoint.layout import unmergeable
 from qft.checkpoint.require import require_weights
 from qft.checkpoint.skeleton import find_blocks, without_contents
+from qft.checkpoint.weights import Weights
 from qft.documents.manifest import DevicePart
 from qft.documents.plan import PlannedModel, Quantization
 from qft.errors import ModelError, RecipeError, first_line
@@ -151,10 +152,16 @@ class ModelPlan:
 
 
 def plan_model(
-    loaded: LoadedRecipe, lora: dict[str, Any] | None = None, *, fresh: bool = False, device: Device | None = None
+    loaded: LoadedRecipe,
+    lora: dict[str, Any] | None = None,
+    *,
+    fresh: bool = False,
+    device: Device | None = None,
+    adapted: bool = False,
 ) -> ModelPlan:
     """Decide device (this machine's, where none is given), dtype and quantization, and count the parameters, with the
-    adapters of `lora` attached. `fresh`: the model was written by this command, which will judge it.
+    adapters of `lora` attached. `fresh`: the model was written by this command, which will judge it; `adapted`: it will
+    get an adapter that there is already.
 
     Raises RecipeError for what model or device cannot do, MissingError or ModelError if the model is not to be had,
     DamagedError if an earlier command wrote it, and it is no longer that."""
@@ -163,7 +170,7 @@ def plan_model(
     refuse(loaded, device_problems(recipe, device))
     if not fresh:
         require_written(recipe)
-    checkpoint = find_checkpoint(recipe)
+    checkpoint = find_checkpoint(recipe, adapted=adapted or lora is not None)
     if checkpoint.quantization:
         refuse(loaded, contradictions(checkpoint.quantization, loaded))
     dtype = _dtype(recipe.model, device, whole=recipe.adapter.kind == "none")
@@ -268,7 +275,16 @@ def _scheme(recipe: Recipe, device: Device, checkpoint: Checkpoint, model: PreTr
         blocks = find_blocks(model, model.config.get_text_config().num_hidden_layers)[0]
         around = [name for name in linears if not name.startswith(f"{blocks}.") and name not in heads]
         heads = (*heads, *(skip_entry(name, linears) for name in around))
-    return find_scheme(recipe.quant, checkpoint.quantization, dtype, heads)
+    packed = _packed(checkpoint, model) if checkpoint.packed and checkpoint.quantization else None
+    return find_scheme(recipe.quant, checkpoint.quantization, dtype, heads, packed)
+
+
+def _packed(checkpoint: Checkpoint, model: PreTrainedModel) -> tuple[frozenset[str], float]:
+    """Weights of the model that can stay as the files hold them, by name, and how many bits one takes. Reads headers,
+    for which the files of a hub model are fetched."""
+    sizes = Weights(checkpoint.with_weights(), model).packed_sizes()
+    held = sum(model.state_dict(keep_vars=True)[name].numel() for name in sizes)
+    return frozenset(sizes), 8 * sum(sizes.values()) / max(held, 1)
 
 
 def plan_folder(folder: Path, section: ModelSection, dtype: str, quant: QuantSection | None = None) -> ModelPlan:

@@ -42,11 +42,11 @@ def _compressed(config: Config, parts: Mapping[str, Stored], known: Mapping[str,
     sizes = {group.get("group_size") for group in groups}
     size = sizes.pop() if len(sizes) == 1 else None
     if "shape" in parts:
-        columns, words = int(known["shape"][1]), parts["packed"].shape[-1]
+        (rows, columns), words = map(int, known["shape"].tolist()), parts["packed"].shape[-1]
         widths = {group["num_bits"] for group in groups if -(-columns * group["num_bits"] // 32) == words}
         if len(widths) != 1:
             raise ValueError(f"{words} words for {columns} numbers are not of the bits that its configuration says")
-        return partial(packed_integers, bits=widths.pop(), group=size)
+        return partial(packed_integers, shape=(rows, columns), bits=widths.pop(), group=size)
     if "packed" in parts:
         return packed_floats
     blocks = [group.get("block_structure") for group in groups]
@@ -150,7 +150,8 @@ def unpacked(stored: Mapping[str, Stored], config: Config, dtype: torch.dtype) -
         known = {what: read(parts[what].path, names[what]) for what in layout.known if what in names}
         try:
             values = layout.values(config, parts, known)
-            shape = values({what: part.empty() for what, part in parts.items()} | known).shape
+            parts = {what: part for what, part in parts.items() if what not in known}
+            shape = values({what: part.empty() for what, part in parts.items()}).shape
         except Exception as error:  # of parts that do not fit each other
             reason = f"lacks {error}" if isinstance(error, KeyError) else first_line(error)
             raise ModelError(f"{path}: {target} cannot be dequantized: {reason}") from error

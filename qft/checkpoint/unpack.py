@@ -25,7 +25,8 @@ def integers(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     place, shift = start // 32, start % 32
     wide = words.long() & 0xFFFFFFFF
     over = wide[..., (place + 1).clamp(max=words.shape[-1] - 1)] << (32 - shift)
-    return (((wide[..., place] >> shift) | over) & (2**bits - 1)).int()
+    found: torch.Tensor = ((wide[..., place] >> shift) | over) & (2**bits - 1)
+    return found.int()
 
 
 def spread(scale: torch.Tensor, shape: Sequence[int], blocks: Sequence[int] = ()) -> torch.Tensor:
@@ -69,20 +70,20 @@ def scaled(parts: Parts, blocks: Sequence[int] = ()) -> torch.Tensor:
     return weight * spread(powers_of_two(scale) if scale.dtype == torch.uint8 else scale, weight.shape, blocks)
 
 
-def packed_integers(parts: Parts, bits: int, group: int | None) -> torch.Tensor:
+def packed_integers(parts: Parts, shape: tuple[int, int], bits: int, group: int | None) -> torch.Tensor:
     """compressed-tensors' pack-quantized, [out, in]: `packed` along in, `zero_point` along out, both with an offset."""
-    rows, columns = (int(size) for size in parts["shape"].tolist())
-    half = 2 ** (bits - 1)
-    numbers = integers(parts["packed"], bits, columns) - half
+    half, rows = 2 ** (bits - 1), shape[0]
+    numbers = integers(parts["packed"], bits, shape[1]) - half
+    scale: torch.Tensor = parts["scale"].float()
     if (zero := parts.get("zero_point")) is not None:
         zero = integers(zero.T, bits, rows).T - half if zero.dtype == torch.int32 else zero
     if (order := parts.get("g_idx")) is not None:
         numbers = numbers - (zero[:, order.long()] if zero is not None else 0)
-        return numbers * parts["scale"].float()[:, order.long()]
+        return numbers * scale[:, order.long()]
     blocks = () if group is None else (1, group)
     if zero is not None:
-        numbers = numbers - spread(zero, (rows, columns), blocks)
-    return numbers * spread(parts["scale"], (rows, columns), blocks)
+        numbers = numbers - spread(zero, shape, blocks)
+    return numbers * spread(scale, shape, blocks)
 
 
 def packed_floats(parts: Parts) -> torch.Tensor:
@@ -110,7 +111,8 @@ def gptq(parts: Parts, bits: int, group: int, *, first: bool) -> torch.Tensor:
     zeros = (integers(parts["qzeros"], bits, scales.shape[1]) + first) & (2**bits - 1)
     size = group if group > 0 else columns
     order = parts["g_idx"].long() if "g_idx" in parts else torch.arange(columns, device=words.device) // size
-    return (numbers - zeros.T[:, order]) * scales.T[:, order]
+    made: torch.Tensor = (numbers - zeros.T[:, order]) * scales.T[:, order]
+    return made
 
 
 def bnb_4bit(parts: Parts, state: Mapping[str, Any]) -> torch.Tensor:

@@ -36,7 +36,7 @@ from qft.plan.modules import Matches, is_all_linear, match_adapter, match_skips,
 from qft.plan.targets import Excluded, exclusion, lost_problems, rank_problems
 from qft.plan.template import set_template, template_problems
 from qft.quant.experts import owner
-from qft.quant.hold import Scheme, contradictions, find_scheme
+from qft.quant.hold import AsPacked, Scheme, contradictions, find_scheme
 from qft.quant.layer import skip_entry
 from qft.quant.share import Held, count_weights
 from qft.recipe import LoadedRecipe, Recipe
@@ -214,7 +214,8 @@ def weights_held(scheme: Scheme, recipe: Recipe, model: PreTrainedModel) -> Held
     if layers is None:
         return None
     layers |= {owner(name) for name in scheme.holds_experts(model)}
-    return Held.of(count_weights(model), layers, lambda name: not should_convert_module(name, list(asked)))
+    own = isinstance(scheme, AsPacked)  # of which whoever made the files has left the others
+    return Held.of(count_weights(model), layers, lambda name: own or not should_convert_module(name, list(asked)))
 
 
 def partial_problem(held: Held | None, field: str, allow: str) -> Iterator[Problem]:

@@ -58,8 +58,8 @@ TABLE: dict[str, dict[Class, str]] = {
     },
     "calibration-plan": {
         "fixed": """
-            model.path model.revision model.ignore_unexpected model.dequantize model.dtype model.device model.attn_implementation
-            model.trust_remote_code
+            model.path model.revision model.ignore_unexpected model.dequantize model.dtype model.device
+            model.attn_implementation model.trust_remote_code
             data.train data.eval data.eval_fraction data.format data.max_length data.on_too_long data.on_bad_row
             data.loss_on data.ignore_fields data.template data.chat_template data.template_kwargs
             calibrate.engine calibrate.engine_python calibrate.algorithm calibrate.data calibrate.samples

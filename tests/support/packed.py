@@ -115,7 +115,10 @@ def _flat(state: Any) -> Any:
 
 
 def _group(**arguments: Any) -> dict[str, Any]:
-    return {"config_groups": {"group_0": {"targets": ["Linear"], "weights": WEIGHTS | arguments}}, "ignore": ["lm_head"]}
+    return {
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": WEIGHTS | arguments}},
+        "ignore": ["lm_head"],
+    }
 
 
 GPTQ = {"quant_method": "gptq", "group_size": GROUP, "sym": False, "desc_act": True}
@@ -158,9 +161,7 @@ def pack(folder: Path, layout: str) -> dict[str, torch.Tensor]:
     """Quantize the model in `folder`, but for its ends and vectors. Returns the weights that it then means."""
     config, packer = LAYOUTS[layout]
     tensors, meant = load_file(folder / "model.safetensors"), dict[str, torch.Tensor]()
-    for name, weight in list(tensors.items()):
-        if not name.endswith("_proj.weight"):
-            continue
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
         parts, meant[name] = packer(tensors.pop(name))
         tensors |= {name.removesuffix("weight") + end: part.contiguous() for end, part in parts.items()}
     _write(folder, tensors, config)

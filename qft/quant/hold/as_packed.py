@@ -1,4 +1,4 @@
-"""A checkpoint that comes quantized, held as its files have it: weights are dequantized whenever they are multiplied."""
+"""A checkpoint that comes quantized, held as its files have it: dequantized whenever it is multiplied."""
 
 from __future__ import annotations
 
@@ -61,11 +61,12 @@ class AsPacked(Scheme):
         return _Foreseen(weight, self.bits)
 
     def stand_in(self, rows: int, columns: int, bias: nn.Parameter | None) -> nn.Linear:
-        layer = nn.Linear(columns, rows, bias=False, device="meta")
+        layer: Any = nn.Linear(columns, rows, bias=False, device="meta")
         weight = torch.empty(1, rows, columns, dtype=getattr(torch, self.dtype), device="meta")
         layer.weight = nn.Parameter(Stacked(View(self.stack(weight), weight.dtype, chosen=0)), requires_grad=False)
         layer.bias = bias
-        return layer
+        made: nn.Linear = layer
+        return made
 
 
 class _Foreseen:

@@ -114,7 +114,4 @@ def _untrainable(quantization: Mapping[str, Any]) -> str | None:
     # That of compressed-tensors (transformers 5.24) does not know until a model is loaded; peft then finds no weights.
     if getattr(quantizer, "is_trainable", False):
         return None
-    return (
-        f"the checkpoint is quantized with {name}, on which transformers cannot train adapters: "
-        f"{DEQUANTIZE}"
-    )
+    return f"the checkpoint is quantized with {name}, on which transformers cannot train adapters: {DEQUANTIZE}"

@@ -79,11 +79,11 @@ def packed_integers(parts: Parts, shape: tuple[int, int], bits: int, group: int 
         zero = integers(zero.T, bits, rows).T - half if zero.dtype == torch.int32 else zero
     if (order := parts.get("g_idx")) is not None:
         numbers = numbers - (zero[:, order.long()] if zero is not None else 0)
-        return numbers * scale[:, order.long()]
+        return torch.mul(numbers, scale[:, order.long()])
     blocks = () if group is None else (1, group)
     if zero is not None:
         numbers = numbers - spread(zero, shape, blocks)
-    return numbers * spread(scale, shape, blocks)
+    return torch.mul(numbers, spread(scale, shape, blocks))
 
 
 def packed_floats(parts: Parts) -> torch.Tensor:

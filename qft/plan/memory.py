@@ -20,6 +20,7 @@ from qft.memory.guard import smaller_training
 from qft.memory.predict import Predictor, Source, predictor
 from qft.memory.trace import Batch, Step, Work
 from qft.plan.model import ModelPlan
+from qft.quant.hold import AsPacked
 from qft.recipe import LoadedRecipe, Recipe
 from qft.recipe.rules import Problem
 from qft.recipe.training import TrainSection
@@ -53,7 +54,7 @@ class Forecast:
         scheme = self.model.scheme
         if self.model.recipe.quant.distill:
             return "what asking the unrounded model takes is not traced"
-        if scheme.name not in ("none", "8bit", "4bit", "qat"):
+        if scheme.name not in ("none", "8bit", "4bit", "qat") and not isinstance(scheme, AsPacked):
             return f"only the code of {scheme.name} knows what its layers take"
         try:
             self.predict(self.step())

@@ -22,6 +22,7 @@ from qft.machine.environment import allocator_settings
 from qft.memory.fit import Way
 from qft.plan.arguments import lora_arguments, mixed_dtype, training_arguments
 from qft.plan.experts import balance_problems
+from qft.plan.holding import weights_held
 from qft.plan.kernels import kernel_problems, planned_kernels
 from qft.plan.limits import answer_problems, require_known_tokens, require_special_tokens
 from qft.plan.memory import (
@@ -43,7 +44,6 @@ from qft.plan.model import (
     plan_model,
     refuse,
     require_device,
-    weights_held,
 )
 from qft.plan.offload import offload_problems
 from qft.plan.packages import missing_packages

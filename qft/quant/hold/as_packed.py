@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from qft.quant.experts import expert_parameters, owner
+from qft.quant.experts import expert_parameters
 from qft.quant.grouped import Read
 from qft.quant.hold.base import Scheme
 from qft.quant.hold.prequantized import packed_problems, skipped_layers
@@ -48,10 +48,10 @@ class AsPacked(Scheme):
         return f"{layer}.weight" in self.weights
 
     def holds(self, model: PreTrainedModel) -> set[str]:
-        return {owner(name) for name in self.weights if name not in expert_parameters(model)}
+        return {name for name, _ in model.named_modules() if f"{name}.weight" in self.weights}
 
     def holds_experts(self, model: PreTrainedModel) -> set[str]:
-        return {name for name in self.weights if name in expert_parameters(model)}
+        return {name for name in expert_parameters(model) if name in self.weights}
 
     def weight_bytes(self, rows: int, columns: int) -> int:
         return int(rows * columns * self.bits / 8)

@@ -141,6 +141,10 @@ def unpacked(stored: Mapping[str, Stored], config: Config, dtype: torch.dtype) -
     layout = LAYOUTS[method_of(config)]
     kind = next(name for name, own in DTYPES.items() if own == dtype)
     groups = _groups(layout, stored)
+    if not groups:
+        where = next(iter(stored.values())).path.parent if stored else "it"
+        text = f"its configuration says that it is quantized with {method_of(config)}"
+        raise ModelError(f"{where}: {text}, and its files hold no such weight")
     taken = {name for parts in groups.values() for name in parts.values()}
     found = {name: tensor for name, tensor in stored.items() if name not in taken and not _is_idle(layout, name)}
     read = _Reader()

@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.support.mixtures import write_mixture
+from tests.support.models import byte_tokenizer, tiny_llama
+
 Packed = tuple[dict[str, torch.Tensor], torch.Tensor]
 """Tensors by the ends of their names, and the weight [out, in] that they mean."""
 GROUP = 32
@@ -166,6 +169,18 @@ def pack(folder: Path, layout: str) -> dict[str, torch.Tensor]:
         tensors |= {name.removesuffix("weight") + end: part.contiguous() for end, part in parts.items()}
     _write(folder, tensors, config)
     return meant
+
+
+def packed_model(folder: Path, layout: str) -> dict[str, torch.Tensor]:
+    """A tiny model whose weights come so: a Llama, or the kind of mixture that is named before a colon; a gpt-oss of
+    `mxfp4`. Returns what they mean."""
+    kind, _, layout = layout.rpartition(":")
+    if kind or layout == "mxfp4":
+        write_mixture(folder, kind or "gpt_oss")
+    else:
+        tiny_llama(num_hidden_layers=1).save_pretrained(folder)
+        byte_tokenizer().save_pretrained(folder)
+    return pack_gpt_oss(folder) if layout == "mxfp4" else pack(folder, layout)
 
 
 def pack_gpt_oss(folder: Path) -> dict[str, torch.Tensor]:

@@ -19,7 +19,8 @@ BNB_KEYS = {
     "threshold": "llm_int8_threshold",
 }
 
-DEQUANTIZE = "set model.dequantize to true and quant.mode to 4bit or 8bit, or start from the unquantized model"
+DEQUANTIZABLE = ("compressed-tensors", "gptq", "awq", "fp8", "fbgemm_fp8", "mxfp4", "bitsandbytes")
+"""Methods whose weights model.dequantize can have dequantized."""
 
 ROUNDS_INPUTS = ("fp8", "fbgemm_fp8")
 
@@ -71,7 +72,8 @@ def _is_ours_or_known(mode: str) -> bool:
 
 def _remedy(mode: str) -> str:
     if _is_ours_or_known(mode):
-        return "remove the quant section"
+        other = ", or set model.dequantize to true" if mode in ("4bit", "8bit", *DEQUANTIZABLE) else ""
+        return f"remove the quant section{other}"
     return "set quant.mode to custom and quant.plugin to the file that made it"
 
 
@@ -88,7 +90,7 @@ def packed_problems(quantization: Mapping[str, Any], recipe: Recipe) -> Iterator
         yield (
             "adapter.kind",
             f"the checkpoint is quantized ({_method(quantization)}), and quantized weights cannot be trained "
-            "themselves: set it to lora, or model.dequantize to true",
+            f"themselves: set it to lora, or {_instead(_method(quantization))}",
         )
     if recipe.train.torch_compile:
         yield "train.torch_compile", "a quantized base cannot be compiled for training; set it to false"
@@ -96,7 +98,7 @@ def packed_problems(quantization: Mapping[str, Any], recipe: Recipe) -> Iterator
         yield (
             "adapter.init_lora_weights",
             f"{recipe.adapter.init_lora_weights} needs unquantized weights, and this checkpoint has none: "
-            "set model.dequantize to true",
+            f"{_instead(_method(quantization))}",
         )
 
 
@@ -105,13 +107,18 @@ def _untrainable(quantization: Mapping[str, Any]) -> str | None:
     name = _method(quantization)
     if name in ROUNDS_INPUTS or any(group.get("input_activations") for group in _groups(quantization)):
         text = "whose layers round activations too where a kernel is there, and are plain 16-bit ones where none is"
-        return f"the checkpoint is quantized with {name}, {text}; {DEQUANTIZE}"
+        return f"the checkpoint is quantized with {name}, {text}; {_instead(name)}"
     try:
         quantizer = AutoHfQuantizer.from_config(dict(quantization), pre_quantized=True)
     except (ImportError, ValueError, TypeError, KeyError) as error:
         reason = str(error).splitlines()[0]
-        return f"the checkpoint is quantized with {name}, which cannot be used here: {reason}; {DEQUANTIZE}"
+        return f"the checkpoint is quantized with {name}, which cannot be used here: {reason}; {_instead(name)}"
     # That of compressed-tensors (transformers 5.24) does not know until a model is loaded; peft then finds no weights.
     if getattr(quantizer, "is_trainable", False):
         return None
-    return f"the checkpoint is quantized with {name}, on which transformers cannot train adapters: {DEQUANTIZE}"
+    return f"the checkpoint is quantized with {name}, on which transformers cannot train adapters: {_instead(name)}"
+
+
+def _instead(method: str) -> str:
+    plain = "start from the unquantized model"
+    return f"set model.dequantize to true and hold it as quant says, or {plain}" if method in DEQUANTIZABLE else plain

@@ -97,13 +97,13 @@ class Adapted:
         self, own: torch.Tensor | None, x: torch.Tensor, gradient: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Adds to the gradient of x, and returns those of the factors."""
-        inner = self.scaling * functional.grouped_mm(gradient, self.second.mT, offs=self.ends)
+        inner = functional.grouped_mm(gradient, self.second.mT, offs=self.ends).mul_(self.scaling)
         if own is not None:
             own.add_(functional.grouped_mm(inner, self.first.mT, offs=self.ends))
-        outer = self.scaling * functional.grouped_mm(x, self.first, offs=self.ends)
-        return self._of_factors(x, inner), self._of_factors(outer, gradient)
+        outer = functional.grouped_mm(x, self.first, offs=self.ends).mul_(self.scaling)
+        # Of an expert without rows nothing is written.
+        unused = (torch.diff(self.ends, prepend=self.ends.new_zeros(1)) == 0)[:, None, None]
+        return self._of_factors(x, inner, unused), self._of_factors(outer, gradient, unused)
 
-    def _of_factors(self, rows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-        made = functional.grouped_mm(rows.mT, others, offs=self.ends).to(self.kept)
-        unused = self.ends == torch.cat([torch.zeros_like(self.ends[:1]), self.ends[:-1]])
-        return made.masked_fill_(unused[:, None, None], 0)
+    def _of_factors(self, rows: torch.Tensor, others: torch.Tensor, unused: torch.Tensor) -> torch.Tensor:
+        return functional.grouped_mm(rows.mT, others, offs=self.ends).to(self.kept).masked_fill_(unused, 0)

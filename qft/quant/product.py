@@ -148,8 +148,9 @@ class _Product(torch.autograd.Function):
         (x, first, second), (scaling, view, groups, ends, parts) = ctx.saved_tensors, ctx.own
         back, wanted = _reader(view.turned, gradient.dtype), ctx.needs_input_grad[0]
         own: Any = None
-        firsts: Any = None if first is None else torch.zeros_like(first)
-        seconds: Any = None if first is None else torch.zeros_like(second)
+        empty = first is None or (parts is not None and bool(parts))
+        firsts: Any = None if empty else torch.zeros_like(first)
+        seconds: Any = None if empty else torch.zeros_like(second)
         if parts is not None:
             gradient = gradient.contiguous()
             own = times(gradient, view.shape[-2], back, parts, ends) if wanted else None

@@ -63,6 +63,10 @@ class Checkpoint:
             _snapshot(self.hub_id, self.commit, [*DESCRIBED, *self._weight_names()])
         return self
 
+    def written_to(self, folder: Path) -> Checkpoint:
+        """The same model with other weights, unquantized, in a folder."""
+        return replace(self, folder=folder, gguf_file=None, hub_id=None, quantization={}, packed={})
+
     def weight_files(self) -> list[Path]:
         """The files that hold its weights. Raises MissingError or ModelError for those that cannot be read."""
         return [self.folder / self.gguf_file] if self.gguf_file else weight_files(self.folder, self.config)

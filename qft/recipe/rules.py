@@ -47,6 +47,8 @@ def contradictions(recipe: Recipe) -> Iterator[Problem]:
     yield from _train_rules(recipe)
     yield from _offload_rules(recipe)
     yield from _eval_rules(recipe)
+    if recipe.export.converter == "llama.cpp" and not recipe.export.converter_path:
+        yield "export.converter", "llama.cpp's is not part of qft: name its folder in export.converter_path"
     if recipe.adapter.kind == "none" and "adapter" in recipe.export.target:
         yield "export.target", "adapter: there is none with adapter.kind none; export merged, or a quantized form"
     if recipe.calibrate and "compressed-tensors" in recipe.export.target:
@@ -87,6 +89,8 @@ def unread_fields(recipe: Recipe) -> dict[str, str]:
         unread["eval.harness_limit"] = "is read only with eval.harness"
         if not recipe.eval.metrics:
             unread["eval.batch_size"] = "is read only with eval.metrics or eval.harness"
+    if recipe.export.converter == "qft":
+        unread["export.converter_path"] = "is read only with export.converter llama.cpp or auto"
     if recipe.quant.mode in ("none", "qat"):
         mode = f"has no meaning with quant.mode {recipe.quant.mode}"
         unread["export.merge_into"] = f"{mode}: there is one kind of base weights"

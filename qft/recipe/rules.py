@@ -89,12 +89,18 @@ def unread_fields(recipe: Recipe) -> dict[str, str]:
         unread["eval.harness_limit"] = "is read only with eval.harness"
         if not recipe.eval.metrics:
             unread["eval.batch_size"] = "is read only with eval.metrics or eval.harness"
+    unread |= _unread_by_export(recipe)
+    return unread | (_unread_by_calibration(recipe.calibrate) if recipe.calibrate else {})
+
+
+def _unread_by_export(recipe: Recipe) -> dict[str, str]:
+    unread, mode = dict[str, str](), recipe.quant.mode
     if recipe.export.converter == "qft":
         unread["export.converter_path"] = "is read only with export.converter llama.cpp or auto"
-    if recipe.quant.mode in ("none", "qat"):
-        mode = f"has no meaning with quant.mode {recipe.quant.mode}"
-        unread["export.merge_into"] = f"{mode}: there is one kind of base weights"
-    return unread | (_unread_by_calibration(recipe.calibrate) if recipe.calibrate else {})
+    if mode in ("none", "qat"):
+        text = f"has no meaning with quant.mode {mode}: there is one kind of base weights"
+        unread["export.merge_into"] = text
+    return unread
 
 
 def _unread_by_quant(quant: QuantSection) -> dict[str, str]:

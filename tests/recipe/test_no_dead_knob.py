@@ -281,6 +281,10 @@ ELSEWHERE = {
         "export.gate.top1_agreement": "test_the_recipes_thresholds_win",
         "export.gate.perplexity_increase": "test_the_recipes_thresholds_win",
     },
+    "gguf/test_converter.py": {
+        "export.converter": "test_fields_that_do_not_fit_are_refused",
+        "export.converter_path": "test_gemma_3_passes_the_gate",
+    },
     "export/test_publish.py": {
         "export.register_as": "test_the_recipe_names_the_model_and_its_registry",
         "export.registry": "test_the_recipe_names_the_model_and_its_registry",

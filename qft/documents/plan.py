@@ -229,6 +229,11 @@ class ShownRow(Stored):
     """Token by token, for views."""
 
 
+Kept = Literal["inputs", "attention", "products", "all"]
+"""What a block keeps for its backward pass: its input alone, what attention is made of and the MLP's input, everything
+but outputs of norms, everything."""
+
+
 class PlannedWay(Stored):
     """One way to make the same optimizer step."""
 
@@ -237,12 +242,14 @@ class PlannedWay(Stored):
     accumulated: int
     """Micro-batches of a step."""
     recomputed: int
-    """Blocks that are computed again in the backward pass, the first ones."""
+    """Blocks that keep `least` for the backward pass, the first ones; the others keep `most`."""
     peak: Bytes
     """What the device must have."""
     fits: bool
     speed: Share
     """Estimated, of that of large micro-batches with nothing computed again."""
+    least: Kept = "inputs"
+    most: Kept = "all"
 
 
 class PlannedMemory(Stored):
@@ -263,8 +270,8 @@ class PlannedMemory(Stored):
     unknown: str | None = None
     """Why nothing is predicted."""
     recomputed_blocks: int | None = None
-    """Of the blocks, the first ones that are computed again in the backward pass; None: as gradient_checkpointing
-    says."""
+    """Of the blocks, the first ones that are computed again in the backward pass, or that keep less than the others
+    (the first of `ways` says what); None: as gradient_checkpointing says."""
     optimizer: str | None = None
     """What `auto` of train.optim came to, and why; None: the recipe says which."""
     ways: list[PlannedWay] = []

@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,83 +21,34 @@ from transformers import PreTrainedModel
 from transformers.trainer_pt_utils import LabelSmoother
 
 from qft.checkpoint.skeleton import find_blocks
-from qft.kernels import expect
+from qft.kernels import expect, keep
 from qft.kernels.buffers import SCRATCH
 from qft.memory.checkpointing import enable_checkpointing
 from qft.memory.chunked_loss import has_parts, replace_forward, rows_at_once
 from qft.memory.fused_loss import COUNTS, FusedLoss, replace_with, tail_of
-from qft.memory.ledger import Ledger, Peak
+from qft.memory.ledger import Ledger
 from qft.memory.offload import SLOTS
 from qft.memory.optimizers import STATES, step_bytes
 from qft.memory.repeated import Pattern, pattern
 from qft.memory.softmax import gradient_in_place
 from qft.memory.stand_in import OnGpu, fill, gradient_on_gpu, hold, peft_sees_autocast, set_attention
-from qft.memory.stash import stash_inputs
+from qft.memory.stash import Stash, stash_inputs
 from qft.memory.unmasked import one_row_each
+from qft.memory.work import MIDDLE, Batch, Step, Traced, Work
 from qft.quant.beside import compute_beside
-from qft.quant.hold import Qat, Scheme
+from qft.quant.hold import Qat
 from qft.quant.rounded import round_as
 
-MIDDLE, PROBE = "other blocks", "probe"
-"""Parts of the work that are none of the worst: what lies between the first blocks and the last, and a look at few
-tokens before it begins."""
+PROBE = "probe"
+"""Part of the work that is none of the worst: a look at few tokens before it begins."""
+BESIDE = (PROBE, "update", "evaluation", "answers")
+"""Parts that are no forward or backward pass of a step."""
 SMALL, FEW_TOKENS = 2**28, 2**12
 """Weights times tokens, and tokens: of no more, to compute with real tensors takes less than to follow their shapes."""
 
 
-@dataclass(frozen=True)
-class Batch:
-    """What one forward pass is given."""
-
-    rows: int
-    tokens: int
-    """Of the longest row, padding included."""
-    padded: bool
-    """Whether any row is shorter."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """How an optimizer step is made."""
-
-    batch: Batch
-    """Of a micro-batch."""
-    checkpointed: bool
-    """Whether blocks keep nothing but their inputs, and are computed again in the backward pass."""
-    accumulates: bool
-    """Whether it has several micro-batches."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """What the memory of a training depends on, beside its model and its steps."""
-
-    scheme: Scheme
-    lora: dict[str, Any] | None
-    """Arguments of peft.LoraConfig; None: all weights are trained."""
-    optim: str
-    """By its name in the recipe, as the two below are what train says."""
-    label_smoothing_factor: float
-    neftune: bool
-    mixed: torch.dtype | None
-    """Of autocast; None: there is none."""
-    on_gpu: bool
-    logit_bytes: int | None
-    """What logits may take at once where the loss is computed from few of them; None: it is computed from all."""
-    offloads: bool
-    """Whether the frozen weights of the blocks wait elsewhere."""
-    held_out: Batch | None
-    """What is evaluated."""
-    answered: Batch | None = None
-    """What is answered, the longest answers included."""
-    stashes: bool = False
-    """Whether the inputs of checkpointed blocks wait on the host."""
-    kernels: tuple[str, ...] = ()
-    """Kinds of parts that kernels of qft's own compute in training."""
-
-
-def trace(build: Callable[[], PreTrainedModel], layers: int, work: Work, step: Step) -> dict[str, Peak]:
-    """Peaks by part of the work: forward, head, the blocks of the backward pass, update, evaluation.
+def trace(build: Callable[[], PreTrainedModel], layers: int, work: Work, step: Step) -> Traced:
+    """What a step comes to.
 
     `build` makes the unquantized model on the meta device, anew each time."""
     model = build()
@@ -123,30 +73,27 @@ def _trace(
     work: Work,
     step: Step,
     tensors: Callable[[], AbstractContextManager[Any]],
-) -> dict[str, Peak]:
+) -> Traced:
     blocks = find_blocks(model, layers)[1]
     found = pattern(blocks)
     del blocks[found.kept + found.period :]
-    longer = peaks(model, blocks, found, work, step, tensors())
+    longer = traced(model, blocks, found, work, step, tensors())
     if not found.times:
         return longer
     model = build()
     blocks = find_blocks(model, layers)[1]
     del blocks[found.kept :]
-    shorter = peaks(model, blocks, found, work, step, tensors())
-    # Between the first blocks and the last, peaks rise or fall from one to the next: none is the highest.
-    ends = (part for part in longer if part != MIDDLE)
-    return {part: shorter[part].extrapolated(longer[part], found.times) for part in ends}
+    return traced(model, blocks, found, work, step, tensors()).extrapolated(longer, found.times)
 
 
-def peaks(
+def traced(
     model: PreTrainedModel,
     blocks: nn.ModuleList,
     found: Pattern,
     work: Work,
     step: Step,
     tensors: AbstractContextManager[Any],
-) -> dict[str, Peak]:
+) -> Traced:
     """Of a model on the meta device as it stands, computed with `tensors`: real ones, or such without contents."""
     model.config.use_cache = False
     asked = model.config._attn_implementation
@@ -161,9 +108,9 @@ def peaks(
         copied = label == "activations" and tuple(tensor.shape) in weights
         return "dequantized_weights" if copied else label
 
-    gpu = OnGpu(work.mixed) if work.on_gpu else None
-    adapted = _adapted(model, work, gpu, checkpointed=step.checkpointed)
     ledger = Ledger(label_of)
+    gpu = OnGpu(work.mixed, ledger.count) if work.on_gpu else None
+    adapted = _adapted(model, work, gpu, checkpointed=step.kept == "inputs")
     with SCRATCH.apart(), ExitStack() as entered:
         entered.enter_context(torch.random.fork_rng(devices=[]))
         entered.enter_context(tensors)
@@ -174,7 +121,8 @@ def peaks(
             entered.enter_context(peft_sees_autocast(work.mixed is not None))
         _watch(blocks, found, ledger)
         _run(adapted, blocks, ledger, work, step, asked)
-    return {part: peak for part, peak in ledger.peaks().items() if part != PROBE}
+    of_step = (work for part, work in ledger.work.items() if part not in BESIDE)
+    return Traced({part: peak for part, peak in ledger.peaks().items() if part != PROBE}, sum(of_step))
 
 
 def _adapted(model: PreTrainedModel, work: Work, gpu: OnGpu | None, *, checkpointed: bool) -> nn.Module:
@@ -266,7 +214,8 @@ def _run(model: nn.Module, blocks: nn.ModuleList, ledger: Ledger, work: Work, st
     """The second step of a training, when the optimizer has its state, and an evaluation."""
     slots = _fill(model, blocks, ledger, work)
     ledger.part = PROBE
-    expect(model, blocks, work.kernels)
+    applied = expect(model, blocks, work.kernels)
+    keep(applied.keeps, [step.kept] * len(blocks), Stash(torch.device("cpu")) if work.stashes else None)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     ledger.label = "optimizer_state"
     state = [torch.empty(n, dtype=torch.uint8) for p in trained for n in STATES[work.optim](p.shape)]

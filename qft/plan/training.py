@@ -16,7 +16,7 @@ from torch import nn
 
 from qft.checkpoint.skeleton import find_blocks
 from qft.data.prepare import Prepared, prepare
-from qft.documents.plan import AdapterArguments, DataPart, PlanDocument, PlannedMemory, TrainerArguments
+from qft.documents.plan import AdapterArguments, DataPart, Kept, PlanDocument, PlannedMemory, TrainerArguments
 from qft.machine.device import Device
 from qft.machine.environment import allocator_settings
 from qft.memory.fit import Way
@@ -92,10 +92,11 @@ class Plan:
         return self.span is not None and self.span.number < self.span.of
 
     @property
-    def recomputed(self) -> int | None:
-        """Blocks that are computed again in the backward pass, the first ones; None: as train.gradient_checkpointing
-        says."""
-        return self.ways[0].recomputed if self.ways else None
+    def kept(self) -> list[Kept]:
+        """What each block keeps for the backward pass."""
+        layers = self.model.shape.layers
+        everywhere: Kept = "inputs" if self.recipe.train.gradient_checkpointing else "all"
+        return self.ways[0].kept(layers) if self.ways else [everywhere] * layers
 
     @property
     def logit_bytes(self) -> int | None:
@@ -104,8 +105,9 @@ class Plan:
 
     @property
     def checkpoints(self) -> Literal["device", "host"] | None:
-        """Where the inputs of checkpointed blocks wait; None: no blocks are checkpointed."""
-        if not self.recipe.train.gradient_checkpointing:
+        """Where the inputs of blocks wait that keep no more, and those of norms whose outputs are made again; None:
+        there are none."""
+        if {*self.kept} == {"all"}:
             return None
         return "host" if stashes(self.model) else "device"
 
@@ -127,7 +129,7 @@ class Plan:
     @cached_property
     def memory(self) -> PlannedMemory:
         """Predicted, of this stage alone."""
-        return _forecast(self.model, self.lora, self.data).document(list(self.ways), self.recomputed, self.optimizer)
+        return _forecast(self.model, self.lora, self.data).document(list(self.ways), self.optimizer)
 
     @property
     def recipe(self) -> Recipe:

@@ -64,7 +64,7 @@ def _huge_numbers(recipe: Recipe) -> Iterator[Problem]:
     for name, section in recipe:
         for field, value in section if isinstance(section, Section) else ():
             is_whole = isinstance(value, int) and not isinstance(value, bool)
-            if is_whole and value > MOST and not field.endswith(("seed", "bytes")):
+            if is_whole and value > MOST and not field.endswith(("seed", "bytes", "budget", "checkpointing")):
                 yield f"{name}.{field}", f"should be {MOST} or less, not {value}"
 
 

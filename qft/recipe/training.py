@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from qft.recipe.memory import Size
 from qft.recipe.section import Fraction, Many, Overrides, Section
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -190,9 +191,10 @@ class TrainSection(Section):
     """Mixed precision in float16 with loss scaling; GPU only."""
     tf32: bool | Literal["auto"] = "auto"
     """TensorFloat-32 in float32 matrix products. auto: on where the GPU has it (compute capability 8.0)."""
-    gradient_checkpointing: bool | Literal["auto"] = False
+    gradient_checkpointing: bool | Literal["auto"] | Annotated[Size, Field(ge=2**20)] = False
     """Keep only each block's input and compute the rest again in the backward pass (non-reentrant). auto: of as many
-    blocks as must be for the training to fit into memory.budget."""
+    blocks, and as much of them, as must be for the training to fit into memory.budget. A size (12GiB, or bytes): so
+    much may be taken beyond what keeping inputs alone takes."""
     chunked_loss: bool | Literal["auto"] = "auto"
     """Compute output head and loss from the logits of some thousand tokens at a time, and again for the backward pass:
     of all tokens at once, they can outweigh the model. auto: on a GPU, and with memory.offload."""

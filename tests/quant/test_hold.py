@@ -16,6 +16,7 @@ from qft.memory.meter import weight_bytes
 from qft.quant.dequantize import dequantized_weight
 from qft.quant.engines import find_engine
 from qft.quant.hold import SCHEMES, Scheme, find_scheme
+from qft.quant.hold.bnb_8bit import outlier_columns
 from qft.quant.hold.prequantized import checkpoint_problems
 from qft.quant.layer import LayerScheme
 from qft.recipe.load import from_values
@@ -147,3 +148,13 @@ def test_a_row_need_be_no_whole_number_of_blocks(kind: str, shape: tuple[int, in
     assert torch.allclose(dequantized_weight(made), wanted, atol=1e-6)
     inputs = torch.randn(3, shape[1], generator=torch.Generator().manual_seed(1))
     assert torch.allclose(made(inputs), inputs @ wanted.T, atol=1e-4)
+
+
+@pytest.mark.parametrize(("width", "inner"), [(1536, 8960), (2048, 8192), (4096, 11008)])
+def test_outliers_are_as_many_as_random_weights_make(width: int, inner: int) -> None:
+    torch.manual_seed(0)
+    x, some = torch.randn(2048, width), 256
+    gate, up = (x @ torch.randn(width, some).mul(0.02) for _ in range(2))
+    above = (torch.nn.functional.silu(gate) * up).abs().gt(6).any(0).float().mean()
+    assert outlier_columns(width, inner, len(x), 6.0) / inner == pytest.approx(float(above), abs=0.05)
+    assert outlier_columns(inner, width, len(x), 6.0) == 0

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from statistics import NormalDist
 from typing import Any
 
 import bitsandbytes as bnb
@@ -96,9 +99,22 @@ class _Rows:
         return lambda start, stop: (self.codes[start:stop] * (self.scales[start:stop, :, None] / 127)).to(dtype)
 
 
-OUTLIERS = 0.15
-"""Of the columns of a layer's input, how many have an activation above the threshold somewhere in a batch, as far as
-one can tell without the data; they are kept in 16 bits for the backward pass."""
+@cache
+def outlier_columns(rows: int, columns: int, tokens: int, threshold: float) -> int:
+    """How many columns of a layer's input [tokens, columns] hold a magnitude above `threshold`, as far as one can tell
+    without the data; they are kept in 16 bits for the backward pass.
+
+    Behind a norm next to none do (arXiv:2208.07339: at most seven). Where a gated MLP goes back to its `rows`, those do
+    that silu(g)·u makes of normal inputs and weights of a standard deviation of 0.02. Tokens repeat, and so do the rows
+    that they make: some thousands of them count."""
+    if columns <= 2 * rows:
+        return 0
+    deviation = 0.02 * math.sqrt(rows)
+    one, steps = NormalDist(), 100
+    grid = [(step + 0.5) / steps for step in range(-8 * steps, 8 * steps)]
+    gates = ((abs(deviation * z / (1 + math.exp(-deviation * z))), one.pdf(z) / steps) for z in grid)
+    above = sum(2 * one.cdf(-threshold / (deviation * gate)) * weight for gate, weight in gates)
+    return int(columns * (1 - (1 - above) ** min(tokens, 4096)))
 
 
 class _StandIn(bnb.nn.Linear8bitLt):  # type: ignore[misc]
@@ -106,7 +122,7 @@ class _StandIn(bnb.nn.Linear8bitLt):  # type: ignore[misc]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = _Product.apply(  # type: ignore[no-untyped-call]
-            x, (self.out_features, self.in_features), self.state.threshold > 0
+            x, (self.out_features, self.in_features), self.state.threshold
         )
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
@@ -115,11 +131,13 @@ class _Product(torch.autograd.Function):
     """x [..., columns] times a weight [rows, columns]: in int8, and for the gradient in 16 bits."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, shape: tuple[int, int], splits: bool) -> torch.Tensor:
-        flat = x.reshape(-1, shape[1]) if x.dim() == 3 else x
+    def forward(ctx: Any, x: torch.Tensor, shape: tuple[int, int], threshold: float) -> torch.Tensor:
+        flat, splits = x.reshape(-1, shape[1]) if x.dim() == 3 else x, threshold > 0
         ctx.shape, ctx.input_shape = shape, x.shape
         # As bitsandbytes does, not through save_for_backward: both live until the graph is freed.
-        ctx.kept = [flat, _empty(flat, int(OUTLIERS * shape[1]), x.dtype)] if splits else [flat]
+        ctx.kept = [flat]
+        if splits:
+            ctx.kept.append(_empty(flat, outlier_columns(*shape, len(flat), threshold), x.dtype))
         half = flat.to(torch.float16)
         taken = [_empty(flat, shape[1], torch.int8)]
         if splits:

@@ -20,6 +20,7 @@ from qft.progress import View
 from qft.recipe.load import from_values
 from tests.support.converter import CONVERTER, needs_converter, piece_tokenizer, write_gemma3
 from tests.support.exports import options
+from tests.support.mixtures import write_mixture
 from tests.support.models import byte_tokenizer, tiny_llama
 from tests.support.rows import chat, write_jsonl
 from tests.support.runs import trained
@@ -54,8 +55,9 @@ def test_its_file_holds_what_ours_does(kind: str, tmp_path: Path) -> None:
 
 
 @needs_converter
-def test_gemma_3_passes_the_gate(tmp_path: Path) -> None:
-    base = write_gemma3(tmp_path / "base")
+@pytest.mark.parametrize("kind", ["gemma3", "qwen3_moe"])
+def test_what_it_writes_passes_the_gate(kind: str, tmp_path: Path) -> None:
+    base = write_gemma3(tmp_path / "base") if kind == "gemma3" else write_mixture(tmp_path / "base", kind)
     run = trained(tmp_path, base, train={"max_steps": 2}, export={"converter_path": str(CONVERTER)})
     document, *_ = export(run, options("gguf-q8_0"), View())
     assert document.gate.passed
@@ -65,7 +67,7 @@ def test_gemma_3_passes_the_gate(tmp_path: Path) -> None:
 def test_a_model_that_only_the_converter_knows_is_refused_with_what_to_do(tmp_path: Path) -> None:
     base, rows = write_gemma3(tmp_path / "base"), write_jsonl(tmp_path / "rows.jsonl", [chat("say", "it")] * 8)
     values = {"model": {"path": str(base), "device": "cpu"}, "data": {"train": str(rows)}, "output_dir": "-"}
-    with pytest.raises(RecipeError, match="name FOLDER in export.converter_path"):
+    with pytest.raises(RecipeError, match=r"name FOLDER in export\.converter_path"):
         make_plan(from_values(values | {"export": {"target": "gguf"}}))
 
 
@@ -75,7 +77,7 @@ def test_a_folder_is_looked_at_before_it_is_run(tmp_path: Path) -> None:
     assert converter_problem(tmp_path) is None
     assert architecture_problem(tmp_path, "LlamaForCausalLM") is None
     assert "does not know Gemma3ForCausalLM" in str(architecture_problem(tmp_path, "Gemma3ForCausalLM"))
-    with pytest.raises(ModelError, match="converter in .* failed"):
+    with pytest.raises(ModelError, match=r"converter in .* failed"):
         convert(tmp_path, tmp_path, tmp_path / "out.gguf", "f16", "x", None)
 
 

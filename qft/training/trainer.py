@@ -16,16 +16,19 @@ from qft.errors import NonFiniteError
 from qft.kernels import keep
 from qft.machine.signals import Signals
 from qft.memory.checkpointing import CheckpointingProbe, checkpoint_first
+from qft.memory.distilled_loss import distilled_loss
 from qft.memory.fused_loss import COUNTS
 from qft.memory.meter import optimizer_bytes, tensor_bytes
 from qft.memory.stash import stash_inputs
 from qft.memory.unmasked import one_row_each
-from qft.model.distill import distilled_loss
 from qft.model.on_cpu import short_attention
 from qft.progress import Step
 from qft.training.recorder import Recorder
 from qft.training.stopping import StoppingTrainer
 from qft.training.update import LogEntry, Moment, Sent, Update, skips_by_itself
+
+OF_TEXT = {"input_ids", "attention_mask", "labels", COUNTS}
+"""What a batch without images is made of."""
 
 
 class QftTrainer(StoppingTrainer):
@@ -34,7 +37,7 @@ class QftTrainer(StoppingTrainer):
     def __init__(self, recorder: Recorder, signals: Signals, **arguments: Any) -> None:
         super().__init__(recorder, signals, **arguments)
         self.on_nonfinite = recorder.plan.recipe.train.on_nonfinite
-        self.probe = CheckpointingProbe(self.model) if recorder.plan.recipe.train.gradient_checkpointing else None
+        self.probe = CheckpointingProbe(self.model) if "inputs" in recorder.plan.kept else None
         self.update = self._new_update()
         self._waiting: list[Update] = []
         """Updates that were made, or left out, and not told yet."""
@@ -81,7 +84,7 @@ class QftTrainer(StoppingTrainer):
             finally:
                 self.label_smoother = smoother
         self.update.rows.append(rows)
-        if self.recorder.unmasked:
+        if self.recorder.unmasked and inputs.keys() <= OF_TEXT:
             del inputs["attention_mask"]
         if share := self.recorder.plan.recipe.quant.distill:
             loss = distilled_loss(model, inputs, kwargs.get("num_items_in_batch"), float(share))

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterator
 
-from qft.recipe.catalogue import CATALOGUE, export_problem
+from qft.recipe.catalogue import CATALOGUE, export_problem, unread_by_export
 from qft.recipe.memory import MemorySection
 from qft.recipe.presets import PRESETS
 from qft.recipe.schema import AcceptSection, CalibrateSection, Recipe
@@ -102,18 +102,8 @@ def unread_fields(recipe: Recipe) -> dict[str, str]:
         unread["eval.harness_limit"] = "is read only with eval.harness"
         if not recipe.eval.metrics:
             unread["eval.batch_size"] = "is read only with eval.metrics or eval.harness"
-    unread |= _unread_by_export(recipe)
+    unread |= unread_by_export(recipe.export.converter, recipe.quant.mode)
     return unread | (_unread_by_calibration(recipe.calibrate) if recipe.calibrate else {})
-
-
-def _unread_by_export(recipe: Recipe) -> dict[str, str]:
-    unread, mode = dict[str, str](), recipe.quant.mode
-    if recipe.export.converter == "qft":
-        unread["export.converter_path"] = "is read only with export.converter llama.cpp or auto"
-    if mode in ("none", "qat"):
-        text = f"has no meaning with quant.mode {mode}: there is one kind of base weights"
-        unread["export.merge_into"] = text
-    return unread
 
 
 def _unread_by_quant(quant: QuantSection) -> dict[str, str]:

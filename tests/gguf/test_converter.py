@@ -16,6 +16,7 @@ from qft.export import export
 from qft.gguf.converter import Calls, architecture_problem, convert, converter_problem
 from qft.gguf.file import write_gguf
 from qft.gguf.vocabulary import add_tokenizer
+from qft.model.handover import require_exports
 from qft.plan import make_plan
 from qft.progress import View
 from qft.recipe import load
@@ -70,7 +71,7 @@ def test_a_model_that_only_the_converter_knows_is_refused_with_what_to_do(tmp_pa
     base, rows = write_gemma3(tmp_path / "base"), write_jsonl(tmp_path / "rows.jsonl", [chat("say", "it")] * 8)
     values = {"model": {"path": str(base), "device": "cpu"}, "data": {"train": str(rows)}, "output_dir": "-"}
     with pytest.raises(RecipeError, match=r"name FOLDER in export\.converter_path"):
-        make_plan(from_values(values | {"export": {"target": ["gguf"]}}))
+        require_exports(make_plan(from_values(values | {"export": {"target": ["gguf"]}})))
 
 
 def test_a_folder_is_looked_at_before_it_is_run(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from qft.memory.work import Batch, Step, Work
 from qft.plan.model import ModelPlan
 from qft.plan.placement import ALONE, Placement
 from qft.plan.sharding import by_placement
+from qft.quant.hold import AsPacked
 from qft.recipe import LoadedRecipe, Recipe
 from qft.recipe.rules import Problem
 from qft.recipe.training import TrainSection
@@ -59,7 +60,7 @@ class Forecast:
     def unknown(self) -> str | None:
         """Why nothing can be predicted; None: it can."""
         scheme = self.model.scheme
-        if scheme.name not in ("none", "8bit", "4bit", "qat"):
+        if scheme.name not in ("none", "8bit", "4bit", "qat") and not isinstance(scheme, AsPacked):
             return f"only the code of {scheme.name} knows what its layers take"
         try:
             self.predict(self.step())

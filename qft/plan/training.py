@@ -25,6 +25,7 @@ from qft.machine.environment import allocator_settings
 from qft.memory.fit import Way
 from qft.plan.arguments import lora_arguments, mixed_dtype, training_arguments
 from qft.plan.experts import balance_problems
+from qft.plan.holding import weights_held
 from qft.plan.kernels import kernel_problems, planned_kernels
 from qft.plan.memory import (
     Forecast,
@@ -44,7 +45,6 @@ from qft.plan.model import (
     plan_model,
     refuse,
     require_device,
-    weights_held,
 )
 from qft.plan.offload import offload_problems
 from qft.plan.packages import missing_packages
@@ -212,9 +212,8 @@ class Plan:
 
 
 def make_plan(loaded: LoadedRecipe, device: Device | None = None, found: Ranks | None = None) -> Plan:
-    """Decide everything, for another device than this machine's if one is given, and `found`, other processes than
-    there are. Raises RecipeError for what model, data or device cannot do; MissingError, DataError, ModelError as the
-    layers below."""
+    """Decide everything, for the device and the processes that there are, or for those given. Raises RecipeError for
+    what model, data or device cannot do; MissingError, DataError, ModelError as the layers below."""
     recipe, found = loaded.recipe, found or world().ranks
     if not recipe.data.train:
         refuse(loaded, [("data.train", "holds no rows to train on; calibrate.data is for `qft calibrate` alone")])

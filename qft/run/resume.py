@@ -25,7 +25,7 @@ ANEW = "or start anew with --overwrite"
 TABLE: dict[str, dict[Class, str]] = {
     "plan": {
         "fixed": """
-            model.path model.revision model.ignore_unexpected model.dtype model.attn_implementation
+            model.path model.revision model.ignore_unexpected model.dequantize model.dtype model.attn_implementation
             model.add_tokens model.add_special_tokens
             quant.mode quant.plugin quant.quant_type quant.double_quant quant.compute_dtype
             quant.threshold quant.skip_modules quant.skip_budget_bits quant.skip_budget_bytes
@@ -60,8 +60,8 @@ TABLE: dict[str, dict[Class, str]] = {
     },
     "calibration-plan": {
         "fixed": """
-            model.path model.revision model.ignore_unexpected model.dtype model.device model.attn_implementation
-            model.trust_remote_code model.add_tokens model.add_special_tokens
+            model.path model.revision model.ignore_unexpected model.dequantize model.dtype model.device
+            model.attn_implementation model.trust_remote_code model.add_tokens model.add_special_tokens
             data.train data.eval data.eval_fraction data.format data.max_length data.on_too_long data.on_bad_row
             data.loss_on data.ignore_fields data.template data.chat_template data.template_kwargs
             calibrate.engine calibrate.engine_python calibrate.algorithm calibrate.data calibrate.samples

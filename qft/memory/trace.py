@@ -6,7 +6,6 @@ need not all be traced: each part's peak grows by as much from block to block, s
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from functools import partial
@@ -18,14 +17,14 @@ from peft.helpers import disable_input_dtype_casting
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
-from transformers.trainer_pt_utils import LabelSmoother
 
 from qft.checkpoint.skeleton import find_blocks
 from qft.kernels import expect, keep
 from qft.kernels.buffers import SCRATCH
+from qft.memory.asked import answer, distilled, innermost, loss_of, masked
 from qft.memory.checkpointing import enable_checkpointing
 from qft.memory.chunked_loss import has_parts, replace_forward, rows_at_once
-from qft.memory.fused_loss import COUNTS, FusedLoss, replace_with, tail_of
+from qft.memory.fused_loss import FusedLoss, replace_with, tail_of
 from qft.memory.ledger import Ledger
 from qft.memory.offload import SLOTS
 from qft.memory.optimizers import STATES, step_bytes
@@ -34,7 +33,7 @@ from qft.memory.softmax import gradient_in_place
 from qft.memory.stand_in import OnGpu, fill, gradient_on_gpu, hold, peft_sees_autocast, set_attention
 from qft.memory.stash import Stash, stash_inputs
 from qft.memory.unmasked import one_row_each
-from qft.memory.work import MIDDLE, Batch, Step, Traced, Work
+from qft.memory.work import MIDDLE, Step, Traced, Work
 from qft.quant.beside import compute_beside
 from qft.quant.hold import Qat
 from qft.quant.rounded import round_as
@@ -97,7 +96,7 @@ def traced(
     """Of a model on the meta device as it stands, computed with `tensors`: real ones, or such without contents."""
     model.config.use_cache = False
     asked = model.config._attn_implementation
-    set_attention(model, asked, padded=step.batch.padded and _masked(model))
+    set_attention(model, asked, padded=step.batch.padded and masked(model))
     weights = {tuple(p.shape) for p in model.parameters() if p.dim() > 1}
     weights |= {shape[1:] for shape in weights if len(shape) == 3}  # of one expert
     vocabulary = model.get_output_embeddings().weight.shape[0]
@@ -162,11 +161,6 @@ def _divide_loss(model: PreTrainedModel, size: int, again: dict[str, Any], *, on
         replace_forward(model, rows_at_once(model, size), **again)
 
 
-def _masked(model: Any) -> bool:
-    """Whether padding is masked in training; see qft.memory.unmasked."""
-    return bool(getattr(_innermost(model).config, "output_router_logits", False))
-
-
 def _watch(blocks: nn.ModuleList, found: Pattern, ledger: Ledger) -> None:
     """Tell the ledger which part of the work is under way, at the borders of the first run of each block."""
 
@@ -192,7 +186,7 @@ def _fill(model: nn.Module, blocks: nn.ModuleList, ledger: Ledger, work: Work) -
     """Give the model its weights; of those that memory.offload keeps elsewhere, only the places for two blocks, which
     are returned."""
     number_of = {module: number for number, block in enumerate(blocks) for module in block.modules()}
-    waiting, base = [0] * len(blocks), _innermost(model)
+    waiting, base = [0] * len(blocks), innermost(model)
     table, head = base.get_input_embeddings(), base.get_output_embeddings()
     tied = table.weight is getattr(head, "base_layer", head).weight
 
@@ -225,7 +219,7 @@ def _run(model: nn.Module, blocks: nn.ModuleList, ledger: Ledger, work: Work, st
             parameter.grad = torch.empty_like(parameter)
     ledger.label, ledger.part = "activations", "forward"
     with disable_input_dtype_casting(model, active=work.mixed is not None):
-        loss = _loss(model, step.batch, work)
+        loss = distilled(model, step.batch, work) if work.distill else loss_of(model, step.batch, work)
         ledger.part = "head"
         loss.backward()  # type: ignore[no-untyped-call]
         del loss
@@ -238,51 +232,10 @@ def _run(model: nn.Module, blocks: nn.ModuleList, ledger: Ledger, work: Work, st
         model.zero_grad(set_to_none=True)
         if work.held_out:
             ledger.part = "evaluation"
-            set_attention(_innermost(model), attention_asked, padded=work.held_out.padded)
+            set_attention(innermost(model), attention_asked, padded=work.held_out.padded)
             with torch.no_grad():
-                _loss(model.eval(), work.held_out, work)
+                loss_of(model.eval(), work.held_out, work)
         if work.answered:
             ledger.part = "answers"
-            _answer(model.eval(), work.answered, work)
+            answer(model.eval(), work.answered, work)
     del state, slots
-
-
-def _answer(model: nn.Module, batch: Batch, work: Work) -> None:
-    """All tokens at once, where they come one by one: their keys and values are kept, and logits of the last alone."""
-    ids = torch.zeros((batch.rows, batch.tokens), dtype=torch.int64)
-    mask = torch.cat([ids[:, :1], torch.ones_like(ids[:, 1:])], dim=1)
-    keeps = "logits_to_keep" in inspect.signature(_innermost(model).forward).parameters
-    with torch.no_grad(), _autocast(work.mixed):
-        model(input_ids=ids, attention_mask=mask, use_cache=True, **{"logits_to_keep": 1} if keeps else {})
-
-
-def _innermost(model: Any) -> Any:
-    base: Any = getattr(model, "get_base_model", lambda: model)()
-    return base
-
-
-def _loss(model: nn.Module, batch: Batch, work: Work) -> torch.Tensor:
-    """As the Trainer computes it: under autocast, what the model returns in float32."""
-    shape = (batch.rows, batch.tokens)
-    ids, labels = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
-    smoothing = work.label_smoothing_factor if model.training else 0.0
-    padded = batch.padded and (not model.training or _masked(model))
-    mask = torch.cat([torch.ones_like(ids[:, 1:]), ids[:, :1]], dim=1) if padded else None
-    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
-    if not smoothing:
-        inputs |= {"labels": labels, "num_items_in_batch": torch.ones((), dtype=torch.int64)}
-        if isinstance(_innermost(model).forward, FusedLoss):
-            inputs[COUNTS] = (batch.tokens - 1,) * batch.rows
-    with _autocast(work.mixed):
-        out = model(**inputs)
-    if work.mixed is not None and "logits" in out:
-        out["logits"] = out["logits"].float()
-    if smoothing:
-        smoothed: torch.Tensor = LabelSmoother(smoothing)(out, labels, shift_labels=True)
-        return smoothed
-    loss: torch.Tensor = out["loss"]
-    return loss
-
-
-def _autocast(dtype: torch.dtype | None) -> AbstractContextManager[Any]:
-    return torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None)

@@ -24,6 +24,8 @@ class Batch:
     """Of the longest row, padding included."""
     padded: bool
     """Whether any row is shorter."""
+    learnt: int = 0
+    """Tokens whose predictions are compared, where Work.distill is."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ class Work:
     """Whether the inputs of checkpointed blocks wait on the host."""
     kernels: tuple[str, ...] = ()
     """Kinds of parts that kernels of qft's own compute in training."""
+    distill: float = 0.0
+    """The share of the loss that is the divergence from the unrounded model; 0: none is."""
 
 
 @dataclass(frozen=True)

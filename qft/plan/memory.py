@@ -12,6 +12,7 @@ from datasets import Dataset
 
 from qft.data.batch import Collator
 from qft.data.prepare import Prepared
+from qft.data.template import IGNORED
 from qft.documents.plan import Kept, PlannedMemory, PlannedWay
 from qft.errors import first_line
 from qft.kernels import LINEAR, MLP, NORM
@@ -52,8 +53,6 @@ class Forecast:
     def unknown(self) -> str | None:
         """Why nothing can be predicted; None: it can."""
         scheme = self.model.scheme
-        if self.model.recipe.quant.distill:
-            return "what asking the unrounded model takes is not traced"
         if scheme.name not in ("none", "8bit", "4bit", "qat"):
             return f"only the code of {scheme.name} knows what its layers take"
         try:
@@ -81,6 +80,7 @@ class Forecast:
             answered=self._answered(),
             stashes=stashes(model),
             kernels=self.kernels,
+            distill=float(recipe.quant.distill),
         )
         chosen = (model.dtype, recipe.model.attn_implementation, train.router_aux_loss_coef)
         config = model.checkpoint.config.to_json_string() + str(chosen)
@@ -99,7 +99,14 @@ class Forecast:
 
     def batch(self, rows: int) -> Batch:
         """The longest of so many training rows."""
-        return batch_of(self.data.train, rows)
+        made = batch_of(self.data.train, rows)
+        return replace(made, learnt=sum(self._learnt[: made.rows])) if self.model.recipe.quant.distill else made
+
+    @cached_property
+    def _learnt(self) -> list[int]:
+        """Learnt tokens of the training rows, the most first."""
+        labels = self.data.train.with_format("numpy")["labels"]
+        return sorted((int((row[1:] != IGNORED).sum()) for row in labels), reverse=True)
 
     def step(self) -> Step:
         """As the recipe stands; of one row and with nothing computed again where that is still to be decided."""
@@ -249,7 +256,8 @@ def decided(loaded: LoadedRecipe, way: Way) -> LoadedRecipe:
     chosen = {
         "per_device_train_batch_size": way.rows,
         "gradient_accumulation_steps": way.accumulated,
-        "gradient_checkpointing": way.recomputed > 0 and way.least == "inputs",
+        # A resumed run knows no more than this: all blocks computed again take no more than what was decided.
+        "gradient_checkpointing": way.recomputed > 0 or way.most != "all",
     }
     return loaded.having(train=chosen)
 

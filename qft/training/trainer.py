@@ -16,11 +16,11 @@ from qft.errors import NonFiniteError
 from qft.kernels import keep
 from qft.machine.signals import Signals
 from qft.memory.checkpointing import CheckpointingProbe, checkpoint_first
+from qft.memory.distilled_loss import distilled_loss
 from qft.memory.fused_loss import COUNTS
 from qft.memory.meter import optimizer_bytes, tensor_bytes
 from qft.memory.stash import stash_inputs
 from qft.memory.unmasked import one_row_each
-from qft.model.distill import distilled_loss
 from qft.model.on_cpu import short_attention
 from qft.progress import Step
 from qft.training.recorder import Recorder
@@ -37,7 +37,7 @@ class QftTrainer(StoppingTrainer):
     def __init__(self, recorder: Recorder, signals: Signals, **arguments: Any) -> None:
         super().__init__(recorder, signals, **arguments)
         self.on_nonfinite = recorder.plan.recipe.train.on_nonfinite
-        self.probe = CheckpointingProbe(self.model) if recorder.plan.recipe.train.gradient_checkpointing else None
+        self.probe = CheckpointingProbe(self.model) if "inputs" in recorder.plan.kept else None
         self.update = self._new_update()
         self._waiting: list[Update] = []
         """Updates that were made, or left out, and not told yet."""

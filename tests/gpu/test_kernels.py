@@ -28,7 +28,7 @@ from qft.memory.stash import Stash
 from qft.progress import View
 from qft.recipe import load
 from tests.support.architectures import MODELS
-from tests.support.kernels import adapted, fused, gradients
+from tests.support.kernels import adapted, fused, gradients, total_error
 from tests.support.models import tiny_llama
 from tests.support.runs import HARD
 
@@ -241,10 +241,7 @@ def test_models_are_as_exact_fused_as_they_are_plain(kind: str, checkpointed: bo
     assert applied.fused["linear layers"] >= 8, applied.plain
     found = gradients(model, ids, BF16)
     assert found.keys() == plain.keys() == exactly.keys()
-    errors = [
-        sum(float((own[name].float() - value).norm() / value.norm()) for name, value in exactly.items())
-        for own in (found, plain)
-    ]
+    errors = [total_error(own, exactly) for own in (found, plain)]
     assert errors[0] <= SHARE * errors[1]
 
 

@@ -14,7 +14,7 @@ from qft.documents.plan import Kept
 from qft.kernels import keep
 from qft.kernels.buffers import SCRATCH
 from tests.support.architectures import MODELS, WIDE
-from tests.support.kernels import adapted, everywhere, fused, gradients
+from tests.support.kernels import adapted, everywhere, fused, gradients, total_error
 from tests.support.models import tiny_llama
 
 IDS = torch.arange(66).view(2, 33)
@@ -127,8 +127,5 @@ def test_layers_behind_norms_in_float32_are_fused_and_no_less_exact(kind: str) -
     assert applied.fused["linear layers"] >= 8
     assert not applied.plain
     found = gradients(model, IDS, BF16)
-    errors = [
-        sum(float((own[name].float() - value).norm() / value.norm()) for name, value in exactly.items())
-        for own in (found, plain)
-    ]
+    errors = [total_error(own, exactly) for own in (found, plain)]
     assert errors[0] <= 1.2 * errors[1]

@@ -124,6 +124,18 @@ def test_so_does_one_whose_weights_are_rounded(target: str, lora: dict[str, Any]
     assert totals(of("llama", asked, step, 2)) == totals(of("llama", asked, step, 2, real=True))
 
 
+@pytest.mark.parametrize("once", [ONCE, AGAIN], ids=["kept", "computed again"])
+def test_so_does_one_that_learns_from_itself_unrounded(once: Step) -> None:
+    """The more tokens are learnt, the more logits are held in float32, of both models."""
+    asked, taken = rounded("mxfp4", mixed=torch.bfloat16, distill=0.5), []
+    for learnt in (8, 40):
+        step = dataclasses.replace(once, batch=dataclasses.replace(BATCH, learnt=learnt))
+        found = totals(of("llama", asked, step, 2))
+        assert found == totals(of("llama", asked, step, 2, real=True))
+        taken.append(max(found["forward"], found["head"]))
+    assert taken[1] - taken[0] > 2 * (40 - 8) * 96 * 4
+
+
 def test_a_library_that_looks_at_numbers_is_traced_by_what_it_takes() -> None:
     """Rounding to nf4 is bitsandbytes'; its codes and scales are less than what rounding to int4 takes."""
     taken = {target: of("llama", rounded(target, mixed=torch.bfloat16), AGAIN, 2) for target in ("nf4", "mxfp4")}

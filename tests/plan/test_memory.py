@@ -87,6 +87,7 @@ def test_blocks_keep_as_much_as_may_be_spent(recipe_file: MakeRecipe, tmp_path: 
     assert "inputs" in found[0].kept
     assert [{*plan.kept} for plan in found[1:]] == [{"attention", "products"}, {"all"}]
     assert [plan.checkpoints for plan in found] == ["host", "host", None]
+    assert [plan.recipe.train.gradient_checkpointing for plan in found] == [True, True, False]
     for plan, spent in zip(found, parts, strict=True):
         assert peaks[0] < (plan.memory.predicted_peak_bytes or 0) <= peaks[0] + spent
     within = planned(path, f"memory.budget={found[1].ways[0].peak}B")
@@ -236,6 +237,20 @@ def test_inputs_of_blocks_on_the_host_are_not_on_the_device(
     assert host.memory.peaks["head"] < device.memory.peaks["head"]
     with pytest.raises(RecipeError, match=r"memory\.checkpoints: the model runs on the CPU"):
         make_plan(load(path, ["memory.checkpoints=host"]))
+
+
+def test_distilling_takes_what_the_learnt_tokens_take(recipe_file: MakeRecipe, tmp_path: Path) -> None:
+    """Of rows as long, those with long answers; two models' logits of them are held in float32."""
+    quant = {"preset": None, "mode": "qat", "target": "int4-g32", "distill": True}
+    found = []
+    for name, row in (("few", chat("x" * 80, "y")), ("many", chat("x", "y" * 80))):
+        rows = write_jsonl(tmp_path / f"{name}.jsonl", [row] * 8)
+        train = {"max_steps": 2, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+        found.append(planned(recipe_file(quant=quant, train=train, data={"train": str(rows)})).memory)
+    few, many = (memory.predicted_peak_bytes for memory in found)
+    assert few
+    assert many
+    assert many - few > 2 * 8 * 79 * 264 * 4
 
 
 def test_a_gpu_is_known_of_a_model_with_buffers_within_its_blocks(recipe_file: MakeRecipe, tmp_path: Path) -> None:

@@ -29,6 +29,8 @@ from qft.training.ranks import of_rank
 from qft.training.recorder import Recorder
 from qft.training.session import train_model
 
+ROWS = ("train", "eval", "looked")
+"""What of the encoded rows the others are given."""
 RESUMABLE = Interrupted("SIGTERM", resumable=True).exit_code
 
 
@@ -69,9 +71,9 @@ class Lead:
             yield
             return
         with scratch_folder(_made(run.checkpoints), "rows") as rows:
-            plan.data.train.save_to_disk(str(rows / "train"))
-            if plan.data.eval is not None:
-                plan.data.eval.save_to_disk(str(rows / "eval"))
+            for part in ROWS:
+                if (encoded := getattr(plan.data, part)) is not None:
+                    encoded.save_to_disk(str(rows / part))
             self.has_told = True
             own = (plan.model.loaded, plan.placement, plan.ways, plan.optimizer, plan.data.sources)
             world().tell(Start(*own, run.checkpoint, rows))
@@ -98,10 +100,11 @@ def follow(signals: Signals) -> None:
 
 
 def _planned(start: Start) -> Plan:
-    folders = [start.rows / part for part in ("train", "eval")]
-    train, held_out = (Dataset.load_from_disk(str(folder)) if folder.is_dir() else None for folder in folders)
+    folders = [start.rows / part for part in ROWS]
+    train, held_out, looked = (Dataset.load_from_disk(str(folder)) if folder.is_dir() else None for folder in folders)
     assert train is not None
-    rows, device = Prepared(train, held_out, start.sources), require_device(start.loaded)
+    assert looked is not None
+    rows, device = Prepared(train, held_out, start.sources, train, looked), require_device(start.loaded)
     return replace(plan_one(start.loaded, device, rows, start.placement), ways=start.ways, optimizer=start.optimizer)
 
 

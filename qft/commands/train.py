@@ -5,6 +5,7 @@ from pathlib import Path
 
 from qft.calibration.skip_auto import choose_skip_modules, skipped_before
 from qft.commands.together import Lead, follow
+from qft.data.audit import told
 from qft.data.encoded import write_rows
 from qft.distributed.launch import restarted
 from qft.distributed.world import joined, ranks, world
@@ -118,6 +119,8 @@ def _plan(loaded: LoadedRecipe, view: View, *, resume: bool) -> tuple[Plan, Skip
     view.note("Reading the data and the model's configuration")
     plan = make_plan(_as_before(loaded) if resume else loaded)
     require_exports(plan)
+    for finding in plan.findings:
+        view.note(f"Rows: {told(finding)}")
     if plan.recipe.quant.skip_modules != "auto":
         return plan, None
     skipped = skipped_before(plan) if resume else choose_skip_modules(plan, view)

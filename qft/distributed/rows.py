@@ -6,11 +6,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
 from torch.utils.data import BatchSampler, Dataset, Sampler
 
 from qft.data.template import IGNORED
 
+Places = tuple[tuple[int, int], ...]
+"""Source and row of each."""
 FILLER_TOKENS = 8
 FILLER = -1
 """Source of a filler, in the column of that name."""
@@ -67,6 +68,6 @@ class FilledBatches(BatchSampler):
             yield [filler] * self.batch_size
 
 
-def real(rows: torch.Tensor) -> torch.Tensor:
-    """Of `rows` [rows, 2], source and row of each, whether it is no filler: bool [rows]."""
-    return rows[:, 0] != FILLER
+def real(row: Places) -> Places:
+    """Of what a row of a batch is made of, what is no filler."""
+    return tuple(place for place in row if place[0] != FILLER)

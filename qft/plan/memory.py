@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
-from datasets import Dataset
+from numpy.typing import NDArray
 
 from qft.data.batch import Collator
+from qft.data.encoded import column
 from qft.data.prepare import Prepared
 from qft.data.template import IGNORED
 from qft.documents.plan import Kept, PlannedMemory, PlannedWay
@@ -19,13 +21,15 @@ from qft.kernels import LINEAR, MLP, NORM
 from qft.memory.chunked_loss import FEW_LOGITS, LOGITS
 from qft.memory.fit import Choice, Way, row_counts, ways
 from qft.memory.guard import smaller_training
+from qft.memory.packed import needs_masks
 from qft.memory.predict import Predictor, Source, predictor
 from qft.memory.work import Batch, Step, Work
 from qft.plan.model import ModelPlan
 from qft.plan.placement import ALONE, Placement
 from qft.plan.sharding import by_placement
+from qft.quant.hold import AsPacked
 from qft.recipe import LoadedRecipe, Recipe
-from qft.recipe.rules import Problem
+from qft.recipe.section import Problem
 from qft.recipe.training import TrainSection
 
 FUSED, SMALL = "adamw_torch_fused", "adamw_8bit"
@@ -56,7 +60,7 @@ class Forecast:
     def unknown(self) -> str | None:
         """Why nothing can be predicted; None: it can."""
         scheme = self.model.scheme
-        if scheme.name not in ("none", "8bit", "4bit", "qat"):
+        if scheme.name not in ("none", "8bit", "4bit", "qat") and not isinstance(scheme, AsPacked):
             return f"only the code of {scheme.name} knows what its layers take"
         try:
             self.predict(self.step())
@@ -67,7 +71,8 @@ class Forecast:
     @cached_property
     def predict(self) -> Predictor:
         model, recipe = self.model, self.model.recipe
-        held_out = batch_of(self.data.eval, recipe.train.per_device_eval_batch_size) if self.data.eval else None
+        rows, at_once = self.data.eval, recipe.train.per_device_eval_batch_size
+        held_out = batch_of(column(rows, "length"), at_once) if rows else None
         train = recipe.train
         work = Work(
             model.scheme,
@@ -83,6 +88,7 @@ class Forecast:
             answered=self._answered(),
             stashes=stashes(model),
             kernels=self.kernels,
+            masks=recipe.data.is_packed and self._masked,
             distill=float(recipe.quant.distill),
         )
         chosen = (model.dtype, recipe.model.attn_implementation, train.router_aux_loss_coef)
@@ -102,8 +108,24 @@ class Forecast:
 
     def batch(self, rows: int) -> Batch:
         """The longest of so many training rows."""
-        made = batch_of(self.data.train, rows)
-        return replace(made, learnt=sum(self._learnt[: made.rows])) if self.model.recipe.quant.distill else made
+        lengths, data = self.data.lengths, self.model.recipe.data
+        if not data.is_packed:
+            made = batch_of(lengths, rows)
+            learnt = sum(self._learnt[: made.rows]) if self.model.recipe.quant.distill else made.learnt
+            return replace(made, learnt=learnt)
+        if data.padding_free:
+            together = int(np.sort(lengths)[-rows:].sum())
+            return Batch(1, together, padded=self._masked)
+        return replace(batch_of(lengths, rows), padded=self._masked)
+
+    @property
+    def _masked(self) -> bool:
+        """Whether masks tell apart what shares a row."""
+        model = self.model
+        dtype = self.mixed or getattr(torch, model.dtype)
+        attention = model.skeleton.config.get_text_config()._attn_implementation
+        asked = model.recipe.model.attn_implementation
+        return needs_masks(attention if asked == "auto" else asked, dtype, on_gpu=model.device.kind == "cuda")
 
     @cached_property
     def _learnt(self) -> list[int]:
@@ -147,7 +169,7 @@ class Forecast:
         spent = None if isinstance(train.gradient_checkpointing, bool | str) else train.gradient_checkpointing
         rows = train.per_device_train_batch_size
         own = train.step_rows // self.placement.size
-        sizes = row_counts(own, len(self.data.train)) if rows == "auto" else [rows]
+        sizes = row_counts(own, len(self.data.batched)) if rows == "auto" else [rows]
         choice = Choice(sizes, own, self._may_keep(), layers, self.budget + more, self.batch, spent)
         return ways(choice, self.predict)
 
@@ -266,9 +288,9 @@ def decided(loaded: LoadedRecipe, way: Way, processes: int = 1) -> LoadedRecipe:
     return loaded.having(train=chosen)
 
 
-def batch_of(rows: Dataset, size: int) -> Batch:
-    """The longest batch that may be drawn from `rows`: the longest row among any others, as the collator pads it."""
-    lengths, multiple = rows["length"], Collator.multiple
-    longest, shortest = max(lengths), min(lengths)
+def batch_of(lengths: Sequence[int] | NDArray[np.int64], size: int) -> Batch:
+    """The longest batch that may be drawn from rows of these lengths: the longest among any others, as the collator
+    pads it."""
+    multiple, longest, shortest = Collator.multiple, int(max(lengths)), int(min(lengths))
     tokens = -(-longest // multiple) * multiple
-    return Batch(min(size, len(rows)), tokens, padded=(shortest if size > 1 else longest) < tokens)
+    return Batch(min(size, len(lengths)), tokens, padded=(shortest if size > 1 else longest) < tokens)

@@ -15,16 +15,18 @@ import torch
 from torch import nn
 
 from qft.checkpoint.skeleton import find_blocks
-from qft.data.prepare import Prepared, prepare
+from qft.data.audit import require_sound
+from qft.data.prepare import Prepared
 from qft.distributed.world import Ranks, world
 from qft.documents.plan import AdapterArguments, DataPart, Kept, PlanDocument, PlannedMemory, TrainerArguments
+from qft.documents.rows import Finding, RowLengths
 from qft.machine.device import Device
 from qft.machine.environment import allocator_settings
 from qft.memory.fit import Way
 from qft.plan.arguments import lora_arguments, mixed_dtype, training_arguments
 from qft.plan.experts import balance_problems
+from qft.plan.holding import weights_held
 from qft.plan.kernels import kernel_problems, planned_kernels
-from qft.plan.limits import answer_problems, require_known_tokens, require_special_tokens
 from qft.plan.memory import (
     Forecast,
     checkpoint_problems,
@@ -43,18 +45,19 @@ from qft.plan.model import (
     plan_model,
     refuse,
     require_device,
-    weights_held,
 )
 from qft.plan.offload import offload_problems
 from qft.plan.packages import missing_packages
 from qft.plan.placed import placed
 from qft.plan.placement import ALONE, Placement, placement_problems, shared
+from qft.plan.rows import encoded_rows, packing_problems, row_findings, row_lengths
 from qft.plan.shape import Shape
 from qft.plan.stages import Span, joined, most_memory, stage_parts
 from qft.plan.template import template_of
 from qft.plan.token_rows import occurrences, row_arguments
 from qft.recipe import LoadedRecipe, Recipe
-from qft.recipe.rules import MOST, Problem
+from qft.recipe.rules import MOST
+from qft.recipe.section import Problem
 from qft.recipe.stages import stages_of
 
 PROCESSES = 64
@@ -145,7 +148,7 @@ class Plan:
     def steps_per_epoch(self) -> int:
         """Optimizer steps in one pass over the training rows."""
         train = self.recipe.train
-        micro_batches = math.ceil(len(self.data.train) / train.micro_batch)
+        micro_batches = math.ceil(len(self.data.batched) / train.micro_batch)
         return max(math.ceil(micro_batches / train.gradient_accumulation_steps), 1)
 
     @cached_property
@@ -166,6 +169,16 @@ class Plan:
         kept = (train.save_total_limit or written) + 1 + train.load_best_model_at_end
         return weights * (3 * min(written, kept) + 1)
 
+    @cached_property
+    def lengths(self) -> RowLengths:
+        """Of the training rows in their batches."""
+        return row_lengths(self.recipe, self.data)
+
+    @cached_property
+    def findings(self) -> list[Finding]:
+        """What of the rows is worth a look."""
+        return row_findings(self.recipe, self.data)
+
     def document(self) -> PlanDocument:
         """For `qft check --json` and the run folder."""
         rows = self.data
@@ -183,9 +196,12 @@ class Plan:
             training=TrainerArguments(**self.training),
             data=DataPart(
                 train_rows=len(rows.train),
+                packed_rows=len(rows.batched) if self.recipe.data.packing else None,
                 eval_rows=len(rows.eval) if rows.eval else 0,
                 chat_template=template_of(self.model.tokenizer, self.recipe.data),
                 max_length=self.model.longest_row(self.recipe.data),
+                lengths=self.lengths,
+                findings=self.findings,
                 added_tokens=occurrences(self.model.checkpoint.added, rows.train),
                 sources=list(rows.sources),
             ),
@@ -197,9 +213,8 @@ class Plan:
 
 
 def make_plan(loaded: LoadedRecipe, device: Device | None = None, found: Ranks | None = None) -> Plan:
-    """Decide everything, for another device than this machine's if one is given, and `found`, other processes than
-    there are. Raises RecipeError for what model, data or device cannot do; MissingError, DataError, ModelError as the
-    layers below."""
+    """Decide everything, for the device and the processes that there are, or for those given. Raises RecipeError for
+    what model, data or device cannot do; MissingError, DataError, ModelError as the layers below."""
     recipe, found = loaded.recipe, found or world().ranks
     if not recipe.data.train:
         refuse(loaded, [("data.train", "holds no rows to train on; calibrate.data is for `qft calibrate` alone")])
@@ -219,30 +234,16 @@ def plan_one(loaded: LoadedRecipe, device: Device, data: Prepared | None, placem
     refuse(loaded, [*device_problems(recipe, device), *_training_problems(recipe, device)])
     model, lora = plan_adapter(loaded, device)
     problems = [*model.scheme.problems(recipe), *_share_problems(model), *_length_problems(recipe, model.shape)]
-    problems += balance_problems(recipe, model.skeleton)
+    problems += [*balance_problems(recipe, model.skeleton), *packing_problems(recipe, model.skeleton)]
     refuse(loaded, [*problems, *offload_problems(model), *checkpoint_problems(model)])
-    data = data or _rows(model)
+    data = data or encoded_rows(model)
     loaded, optimizer = with_optimizer(_forecast(model, lora, data, placement))
     model, ways = _fitted(dataclasses.replace(model, loaded=loaded), lora, data, placement)
     training = training_arguments(model.recipe, device, placement)
     plan = Plan(model, lora, training, data, ways, optimizer, placement=placement)
     refuse(loaded, [*_step_problems(plan), *kernel_problems(plan.recipe, plan.kernels)])
+    require_sound(plan.findings)
     return plan
-
-
-def _rows(model: ModelPlan) -> Prepared:
-    """The rows as tokens, which the model must know. Raises RecipeError, DataError."""
-    recipe, shape = model.recipe, model.shape
-    data = prepare(model.rows_for(recipe.data), model.tokenizer, recipe.seed, model.pictures)
-    parts = [part for part in (data.train, data.eval) if part is not None]
-    require_known_tokens(parts, data.place, model.tokenizer, shape.embeddings)
-    require_special_tokens(model.tokenizer, shape.embeddings, generates=bool(recipe.eval.metrics))
-    if recipe.eval.metrics and data.eval:
-        refuse(model.loaded, answer_problems(data.eval, recipe.eval, shape.position_table))
-    if recipe.eval.metrics and data.eval and max(data.eval["answer_start"]) < 0:
-        text = "the held-out rows are plain text, which has no answers to score; remove it"
-        refuse(model.loaded, [("eval.metrics", text)])
-    return data
 
 
 def plan_adapter(loaded: LoadedRecipe, device: Device | None = None) -> tuple[ModelPlan, dict[str, Any] | None]:
@@ -343,7 +344,7 @@ def _training_problems(recipe: Recipe, device: Device) -> Iterator[Problem]:
 def _process_problems(recipe: Recipe) -> Iterator[Problem]:
     most = max(PROCESSES, 4 * (os.cpu_count() or 1))
     for field, asked in (
-        ("data.num_proc", recipe.data.num_proc),
+        ("data.num_proc", 1 if recipe.data.num_proc == "auto" else recipe.data.num_proc),
         ("train.dataloader_num_workers", recipe.train.dataloader_num_workers),
     ):
         if asked > most:

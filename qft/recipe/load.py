@@ -216,6 +216,7 @@ def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
     change("eval", "harness", each_task)
     change("export", "engine_python", lambda value: _program(value, folder))
     change("export", "registry", local)
+    change("export", "converter_path", local)
     change(None, "output_dir", local)
 
 

@@ -10,6 +10,7 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, Traine
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from qft.data.packing import PackedRows
 from qft.distributed.sharded import gathered, gathered_state, scatter, scattered_state
 from qft.distributed.world import world
 from qft.errors import RunError
@@ -85,6 +86,10 @@ class ResumingTrainer(Trainer):
         return super().train(resume_from_checkpoint, **options)
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        rows, sizes = self.train_dataset, self.args
+        if isinstance(rows, PackedRows) and sizes.train_sampling_strategy == "group_by_length":
+            at_once = sizes.train_batch_size * sizes.gradient_accumulation_steps
+            return LengthGroupedSampler(at_once, lengths=rows.lengths.tolist(), generator=self.order)
         sampler = super()._get_train_sampler(*args, **kwargs)
         if isinstance(sampler, LengthGroupedSampler):
             # From the global generator, as is, a resumed run would draw another order.

@@ -24,6 +24,7 @@ from qft.memory.chunked_loss import chunk_loss, rows_at_once
 from qft.memory.fused_loss import fuse_loss
 from qft.memory.guard import memory_guard
 from qft.memory.offload import Offload
+from qft.memory.packed import packs_as_alone
 from qft.memory.unmasked import needs_no_mask
 from qft.model.adapter import CHANGES_BASE, attach_adapter, save_adapter, save_full
 from qft.model.balance import BalanceWatch
@@ -134,6 +135,7 @@ def _load(recorder: Recorder, run: Run, offload: Offload | None) -> Any:
     if offload:
         recorder.bytes_elsewhere = offload.bytes_elsewhere + look_up_on_host(model, offload.device)
     recorder.unmasked = needs_no_mask(model)
+    _require_apart(model, plan)
     if plan.fewer_passes:
         join_adapters(model, offload.bring if offload else None)
     _divide_loss(model.get_base_model() if plan.lora else model, recorder)
@@ -171,11 +173,9 @@ def _trainer(model: Any, run: Run, recorder: Recorder, signals: Signals) -> Surv
         signals,
         model=model,
         args=training_arguments(plan, run),
-        train_dataset=plan.data.train,
+        train_dataset=plan.data.batched,
         eval_dataset=plan.data.eval,
-        data_collator=Collator(
-            pad_token_id(plan.model.tokenizer), most=plan.model.shape.position_table, pictures=plan.model.pictures
-        ),
+        data_collator=_collator(plan, model),
         processing_class=plan.model.tokenizer,
         callbacks=_callbacks(plan, run),
     )
@@ -187,6 +187,29 @@ def _trainer(model: Any, run: Run, recorder: Recorder, signals: Signals) -> Surv
             + (", and distributed.gpus" if world().size > 1 else "")
         )
     return trainer
+
+
+def _collator(plan: Plan, model: Any) -> Collator:
+    """A loss that balances experts would count the padding of packed rows, so that these are given none."""
+    balances = getattr(model.config.get_text_config(), "output_router_logits", False)
+    side_by_side = plan.recipe.data.padding_free or balances
+    return Collator(
+        pad_token_id(plan.model.tokenizer),
+        most=plan.model.shape.position_table,
+        pictures=plan.model.pictures,
+        side_by_side=side_by_side,
+    )
+
+
+def _require_apart(model: Any, plan: Plan) -> None:
+    """Raise ModelError if examples that share a row would see each other."""
+    data, exact = plan.recipe.data, plan.model.scheme.name != "8bit"
+    if plan.recipe.data.is_packed and not packs_as_alone(model, plan.mixed, exact=exact):
+        field = "data.packing" if data.packing else "data.padding_free"
+        raise ModelError(
+            f"{plan.model.checkpoint.path}: {plan.model.shape.architecture} answers otherwise where other examples "
+            f"share a row: set {field} to false, or another model.attn_implementation"
+        )
 
 
 def _callbacks(plan: Plan, run: Run) -> list[TrainerCallback]:

@@ -5,7 +5,7 @@ stays the Trainer's.
 """
 
 import math
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
 from qft.data.sources import some_places
-from qft.distributed.rows import Filled, FilledBatches, real
+from qft.distributed.rows import Filled, FilledBatches, Places, real
 from qft.distributed.sharded import whole
 from qft.distributed.world import world
 from qft.errors import Elsewhere, ModelError, NonFiniteError
@@ -24,6 +24,7 @@ from qft.memory.checkpointing import CheckpointingProbe, checkpoint_first
 from qft.memory.distilled_loss import distilled_loss
 from qft.memory.fused_loss import COUNTS
 from qft.memory.meter import optimizer_bytes, tensor_bytes
+from qft.memory.packed import sequences_apart
 from qft.memory.stash import stash_inputs
 from qft.memory.unmasked import one_row_each
 from qft.model.adapter import CHANGES_BASE
@@ -51,7 +52,7 @@ class QftTrainer(StoppingTrainer):
         self._waiting: list[Update] = []
         """Updates that were made, or left out, and not told yet."""
         self._evaluated = [0.0, 0]
-        self._not_finite: list[torch.Tensor] = []
+        self._not_finite: list[Places] = []
         """Held-out rows, of a batch whose loss is not finite."""
         self.add_callback(_StepWatch(self))
 
@@ -81,16 +82,27 @@ class QftTrainer(StoppingTrainer):
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         self.recorder.clock.enter("forward")
-        rows = real(inputs["rows"])
-        tokens = (inputs["attention_mask"].sum(1) * rows).sum()
-        self.update.counts.append(torch.stack([tokens, (inputs["labels"][:, 1:] >= 0).sum(), rows.sum()]))
+        mask, fillers = inputs["attention_mask"], [i for i, row in enumerate(inputs["rows"]) if not real(row)]
+        tokens = mask.sum() - mask[fillers].sum() if fillers else mask.sum()
+        self.update.counts.append(torch.stack([tokens, (inputs["labels"][:, 1:] >= 0).sum()]))
+        self.update.row_count += sum(len(real(row)) for row in inputs["rows"])
         self.update.padded_tokens += inputs["input_ids"].numel()
         self.recorder.largest_micro_batch = max(self.recorder.largest_micro_batch, inputs["input_ids"].numel())
-        with short_attention() if self.recorder.plan.fewer_passes else nullcontext(), one_row_each():
+        short = short_attention() if self.recorder.plan.fewer_passes else nullcontext()
+        with short, self._told_apart(inputs) as told:
+            inputs.update(told)
             loss = super().training_step(model, inputs, num_items_in_batch)
         self.update.losses.append(loss)
         # The Trainer keeps a running sum, which one NaN would spoil for good; the watch below has seen it already.
         return torch.nan_to_num(loss, 0.0, 0.0, 0.0) if self.on_nonfinite == "skip" else loss
+
+    def _told_apart(self, inputs: dict[str, Any]) -> AbstractContextManager[dict[str, Any]]:
+        """In which no row, nor any sequence of a packed one, is seen by another; gives what else the model is told."""
+        lengths = inputs.pop("lengths", None)
+        if lengths is None:
+            return one_row_each()
+        rows, width = inputs["input_ids"].shape
+        return sequences_apart([sum(lengths, ())] if rows < len(lengths) else lengths, self.model, width)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         rows, counts = inputs.pop("rows"), inputs.pop("learnt_tokens")
@@ -104,9 +116,12 @@ class QftTrainer(StoppingTrainer):
                 return super().compute_loss(model, inputs, *args, **kwargs)
             finally:
                 self.label_smoother = smoother
-        self.update.rows.append(rows)
-        if self.recorder.unmasked and inputs.keys() <= OF_TEXT:
+        self.update.rows.append(sum(rows, ()))
+        packed = "position_ids" in inputs
+        if packed or (self.recorder.unmasked and inputs.keys() <= OF_TEXT):
             del inputs["attention_mask"]
+        if packed:
+            inputs["use_cache"] = False  # with one, transformers takes a row for one sequence
         if share := self.recorder.plan.recipe.quant.distill:
             loss = distilled_loss(model, inputs, kwargs.get("num_items_in_batch"), float(share))
         else:
@@ -132,7 +147,7 @@ class QftTrainer(StoppingTrainer):
             self._evaluated[0] += float(loss) * tokens
             self._evaluated[1] += tokens
         if tokens and not math.isfinite(loss):
-            self._not_finite.append(rows)
+            self._not_finite.append(sum(rows, ()))
         return loss, logits, labels
 
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
@@ -219,10 +234,9 @@ class QftTrainer(StoppingTrainer):
             )
         update.skipped = True
 
-    def _refuse(self, text: str, rows: list[torch.Tensor]) -> None:
+    def _refuse(self, text: str, rows: list[Places]) -> None:
         """End all processes; the first says `text`, with the rows of all."""
-        own = [tuple(row) for part in rows for row in part[real(part)].tolist()]
-        found = [each for of_rank in world().gather(own) for each in of_rank]
+        found = [each for of_rank in world().gather(real(sum(rows, ()))) for each in of_rank]
         if not world().first:
             raise Elsewhere(NonFiniteError.exit_code)
         place = self.recorder.plan.data.place

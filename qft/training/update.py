@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from qft.distributed.rows import Places
 from qft.distributed.world import world
 
 
@@ -65,8 +66,10 @@ class Update:
     started: Moment
     losses: list[torch.Tensor] = field(default_factory=list)
     counts: list[torch.Tensor] = field(default_factory=list)
-    """Tokens, supervised ones, and rows."""
-    rows: list[torch.Tensor] = field(default_factory=list)
+    """Tokens, and supervised ones."""
+    rows: list[Places] = field(default_factory=list)
+    row_count: int = 0
+    """Without fillers."""
     padded_tokens: int = 0
     grad_norm: Any = 0.0
     learning_rate: float = 0.0
@@ -76,7 +79,7 @@ class Update:
     """Behind it, in bytes."""
     ended: Moment | None = None
     numbers: list[float] = field(default_factory=list)
-    """The losses, the norm, and the three sums of the counts, once they are read."""
+    """The losses, the norm, and the two sums of the counts, once they are read."""
     sums: list[float] = field(default_factory=list)
     """Of all processes: losses; how many have one that is not finite, and a signal; tokens, supervised ones, padded
     ones, rows."""
@@ -97,9 +100,11 @@ class Update:
         if self.numbers:
             return
         self.numbers = self._sent.read()
-        *losses, _, tokens, supervised, rows = self.numbers
+        *losses, _, tokens, supervised = self.numbers
         loss = sum(losses) / world().size
-        self.sums = world().sums([loss, bool(self.bad_batches), asked, tokens, supervised, self.padded_tokens, rows])
+        self.sums = world().sums(
+            [loss, bool(self.bad_batches), asked, tokens, supervised, self.padded_tokens, self.row_count]
+        )
 
     def is_bad(self, *, scaled: bool) -> bool:
         """Whether a loss, or the norm, is not finite. Under loss scaling (`scaled`) an overflowing gradient is

@@ -26,6 +26,7 @@ from qft.model.adapter import attach_adapter
 from qft.model.load import load_base
 from qft.plan import Plan, make_plan, plan_calibration
 from qft.recipe import Recipe, Source, load
+from qft.recipe.data import AuditSection
 from qft.run.folder import Run
 from qft.training.session import training_arguments
 from tests.support.architectures import write_model
@@ -51,6 +52,11 @@ def lora(plan: Plan) -> Any:
 
 def rows(plan: Plan) -> Any:
     return [part.to_list() if part else None for part in (plan.data.train, plan.data.eval)]
+
+
+def batched(plan: Plan) -> Any:
+    """What shares a row, and what rows of a batch are laid out as."""
+    return [getattr(plan.data.batched, "packs", None), plan.recipe.data.is_packed]
 
 
 def model(plan: Plan) -> Any:
@@ -164,6 +170,8 @@ CASES: dict[str, Case] = {
     "data.max_length": Case("34", rows, ("data.on_too_long=truncate",)),
     "data.on_too_long": Case("truncate", rows, ("data.max_length=34", "data.on_too_long=skip")),
     "data.on_bad_row": Case("skip", rows, ("data.train=bad.jsonl",)),
+    "data.packing": Case("true", batched),
+    "data.padding_free": Case("true", batched),
     "data.loss_on": Case("all", rows),
     "data.ignore_fields": Case("[messages.aside]", rows, ("data.chat_template=aside.jinja", "data.train=asides.jsonl")),
     "data.template": Case("none", rows, ("data.train=both.jsonl", "data.format=alpaca")),
@@ -235,6 +243,9 @@ CASES: dict[str, Case] = {
 }
 
 ELSEWHERE = {
+    "checkpoint/test_packed.py": {
+        "model.dequantize": "test_every_layout_is_read_as_what_it_means",
+    },
     "checkpoint/test_weights.py": {
         "model.ignore_unexpected": "test_unexpected_tensors_can_be_meant",
     },
@@ -298,6 +309,10 @@ ELSEWHERE = {
     "export/test_served.py": {
         "export.engine_python": "test_what_the_serving_engine_finds_is_in_the_document_and_the_card",
     },
+    "gguf/test_converter.py": {
+        "export.converter": "test_fields_that_do_not_fit_are_refused",
+        "export.converter_path": "test_what_it_writes_passes_the_gate",
+    },
     "export/test_publish.py": {
         "export.register_as": "test_the_recipe_names_the_model_and_its_registry",
         "export.registry": "test_the_recipe_names_the_model_and_its_registry",
@@ -309,6 +324,9 @@ ELSEWHERE = {
     "model/test_models.py": {
         "eval.max_new_tokens": "test_answers_come_in_batches_and_end_at_the_limit",
         "eval.batch_size": "test_answers_come_in_batches_and_end_at_the_limit",
+    },
+    "data/test_audit.py": {
+        f"data.audit.{name}": "test_each_level_is_asked_for_by_its_field" for name in AuditSection.model_fields
     },
     "measure/test_harness.py": {
         "eval.harness": "test_every_kind_of_target_is_asked",

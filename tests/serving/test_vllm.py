@@ -104,12 +104,12 @@ def test_vllm_loads_what_the_table_says_and_finds_what_was_trained(
 
 
 def scaled(folder: Path) -> None:
-    """Every scale of a quantized layer, or every weight of a layer, eight times as large."""
+    """Every scale of a quantized layer, or every weight of a layer, eight times as large, and of the other sign."""
     for path in folder.glob("*.safetensors"):
         tensors = load_file(path)
         scales = [name for name in tensors if name.endswith("weight_scale")]
         for name in scales or [name for name in tensors if name.endswith("_proj.weight")]:
-            tensors[name] = (tensors[name].float() * 8).to(tensors[name].dtype)
+            tensors[name] = (tensors[name].float() * -8).to(tensors[name].dtype)
         save_file(tensors, path, metadata={"format": "pt"})
 
 

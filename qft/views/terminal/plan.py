@@ -15,7 +15,7 @@ from qft.views.terminal.gpus import render_gpus
 from qft.views.terminal.memory import render_memory
 from qft.views.terminal.rows import Shown, render_data
 from qft.views.terminal.table import Facts, Rows, Whole, bullets, spaced
-from qft.views.words import share_held, si, size
+from qft.views.words import count, share_held, si, size
 
 
 def render_plan(plan: PlanDocument | CalibrationCheck) -> Group:
@@ -119,6 +119,8 @@ def _training(plan: PlanDocument) -> Facts:
     rows.add("steps", f"{plan.steps} of {batch} rows ({passes} accumulated{f' by {gpus} GPUs' if gpus > 1 else ''})")
     longest = f"; of {data.max_length:,} tokens at most" if data.max_length else ""
     rows.add("rows", f"{data.train_rows:,} to train on, {data.eval_rows:,} held out{longest}")
+    if data.packed_rows is not None:
+        rows.add("", f"packed: {count(data.train_rows, 'example')} in {data.packed_rows:,} rows")
     if data.chat_template:
         known = {"model": "the model's own", "none": "none: answers follow their questions, then the end token"}
         rows.add("chat template", known.get(data.chat_template) or Whole(data.chat_template))

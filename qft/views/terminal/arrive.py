@@ -1,0 +1,22 @@
+"""What became of another tool's configuration, as rich tables."""
+
+from rich.console import Group
+
+from qft.arrive.engine import Translation
+from qft.arrive.line import Kind
+from qft.arrive.written import ORDER, brief, shown
+from qft.views.terminal.table import Facts, spaced
+
+
+def render_translation(made: Translation) -> Group:
+    """What `qft init --from` shows: every key, what is not supported last, where it is seen."""
+    parts = []
+    for kind in reversed(ORDER):
+        table = Facts(f"{made.tool}: {kind}")
+        for line in made.lines:
+            if line.kind is kind:
+                value = "" if line.value is None or kind is Kind.DEFAULT else f" {brief(line.value)}"
+                table.add(f"{line.key}{value}", shown(line) or "as it is")
+        if table.rows:
+            parts.append(table)
+    return spaced(*parts)

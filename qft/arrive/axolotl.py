@@ -42,15 +42,16 @@ def flat(values: Mapping[str, Any]) -> Mapping[str, Any]:
     return values
 
 
-def defaults(config: Config) -> Iterator[Line]:
-    rows = config.get("micro_batch_size", 1)
+def defaults(config: Config, fields: Mapping[str, Any]) -> Iterator[Line]:
     yield default("adapter.kind", "lora" if config.get("adapter") else "none", "adapter")
     yield default("data.max_length", 512, "sequence_len")
     yield default("data.on_too_long", "skip", "excess_length_strategy")
     yield default("train.lr_scheduler_type", "cosine", "lr_scheduler")
     yield default("train.optim", "adamw_torch_fused", "optimizer")
     yield default("train.gradient_accumulation_steps", 1, "gradient_accumulation_steps")
-    yield default("train.per_device_eval_batch_size", rows, "eval_batch_size")
+    yield default(
+        "train.per_device_eval_batch_size", fields.get("train.per_device_train_batch_size", 1), "eval_batch_size"
+    )
     yield default("train.save_total_limit", 4, "save_total_limit")
     yield default("seed", 42, "seed")
 
@@ -259,7 +260,7 @@ TABLE: dict[str, Rule] = {
     "max_grad_norm": to("train.max_grad_norm"),
     "neftune_noise_alpha": to("train.neftune_noise_alpha"),
     "noisy_embedding_alpha": to("train.neftune_noise_alpha"),
-    "bf16": choose("train.bf16", {"auto": "auto", True: True, False: False, "full": True}, "train.bf16"),
+    "bf16": rules.bf16,
     "bfloat16": when_on(choose("model.dtype", {True: "bfloat16"}, "model.dtype")),
     "fp16": choose("train.fp16", {True: True, False: False}, "train.fp16"),
     "float16": when_on(choose("model.dtype", {True: "float16"}, "model.dtype")),

@@ -199,6 +199,16 @@ def tracking(key: str, value: Any, config: Config) -> Iterator[Line]:
     yield Line(key, Kind.OTHER_FIELD, f"report_to{by_shell}", {"train.report_to": named} if named else {})
 
 
+def bf16(key: str, value: Any, config: Config) -> Iterator[Line]:
+    """Without it, Axolotl loads in float16 where that or 8 bits are asked for, else in float32."""
+    if value:
+        yield Line(key, Kind.SAME, sets={"train.bf16": True if value == "full" else value})
+        return
+    half = any(config.get(other) for other in ("load_in_8bit", "fp16", "float16"))
+    wide = {} if config.get("bfloat16") else {"model.dtype": "float16" if half else "float32"}
+    yield Line(key, Kind.SAME, "as Axolotl then loads the model" if wide else "", {"train.bf16": False, **wide})
+
+
 def attention(key: str, value: Any, config: Config) -> Iterator[Line]:
     if value in ("eager", "sdpa", "flex_attention"):
         yield Line(key, Kind.SAME, sets={"model.attn_implementation": value})

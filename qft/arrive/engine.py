@@ -27,7 +27,7 @@ class Tool:
     """Whether a configuration is this tool's."""
     flat: Callable[[Mapping[str, Any]], Mapping[str, Any]]
     """Its values by the keys of the table."""
-    defaults: Callable[[Config], Iterable[Line]]
+    defaults: Callable[[Config, Mapping[str, Any]], Iterable[Line]]
     unknown: Rule
     """What the tool makes of a key that it does not know."""
     templates: Mapping[str, str] = field(default_factory=dict)
@@ -72,7 +72,7 @@ def translate(path: Path) -> Translation:
     config = Config(tree, path, tool.flat(tree.values))
     lines = [with_value(line, config) for key in config.values for line in _lines(tool, key, config)]
     fields, lines = _accepted(lines)
-    for line in tool.defaults(config):
+    for line in tool.defaults(config, dict(fields)):
         if not line.sets.keys() & fields.keys():
             fields |= line.sets
             lines.append(line)
@@ -114,7 +114,10 @@ def _lines(tool: Tool, key: str, config: Config) -> Iterable[Line]:
         return [replace(line, text=line.text + asked) for line in tool.unknown(key, value, config)]
     if value is None:
         return [Line(key, Kind.NO_EFFECT, "empty: as if it were not there")]
-    return rule(key, value, config)
+    try:
+        return list(rule(key, value, config))
+    except (TypeError, ValueError, AttributeError, KeyError, IndexError):  # a list where a number belongs
+        return [Line(key, Kind.UNSUPPORTED, f"{tool.name} takes no such value: correct it")]
 
 
 def _accepted(lines: Iterable[Line]) -> tuple[dict[str, Any], list[Line]]:

@@ -128,13 +128,19 @@ def default(name: str, value: Any, key: str) -> Line:
 
 def with_value(line: Line, config: Config) -> Line:
     """The line with what its key has there, be it a key within another."""
-    value: Any = config.values.get(line.key, config)
-    if value is config:
-        value = config.values
-        for part in line.key.split("."):
-            inner = value[int(part)] if isinstance(value, list) and part.isdecimal() else value
-            value = inner if inner is not value else (value or {}).get(part) if isinstance(value, Mapping) else None
+    if line.key in config.values:
+        return replace(line, value=config.values[line.key])
+    value: Any = config.values
+    for part in line.key.split("."):
+        value = _inner(value, part)
     return replace(line, value=value)
+
+
+def _inner(value: Any, part: str) -> Any:
+    if isinstance(value, Mapping):
+        return value.get(part)
+    items = value if isinstance(value, list) and part.isdecimal() else []
+    return items[int(part)] if part.isdecimal() and int(part) < len(items) else None
 
 
 def number(value: Any) -> Any:

@@ -46,7 +46,8 @@ def targets(key: str, value: Any, config: Config) -> Iterator[Line]:
 
 def template(key: str, value: Any, config: Config) -> Iterator[Line]:
     if f"{value}.jinja" in TEMPLATES:
-        yield Line(key, Kind.OTHER_FIELD, sets={"data.chat_template": f"{value}.jinja"})
+        text = "a line break behind the end token is there learnt with it"
+        yield Line(key, Kind.OTHER_FIELD, text, {"data.chat_template": f"{value}.jinja"})
     elif value == "empty":
         yield Line(key, Kind.OTHER_FIELD, sets={"data.template": "none"})
     else:
@@ -99,14 +100,15 @@ def with_key(other: str) -> Rule:
     )
 
 
-def defaults(config: Config) -> Iterator[Line]:
+def defaults(config: Config, fields: Mapping[str, Any]) -> Iterator[Line]:
     yield default("adapter.r", 8, "lora_rank")
-    yield default("adapter.lora_alpha", 2 * config.get("lora_rank", 8), "lora_alpha")
+    yield default("adapter.lora_alpha", 2 * fields.get("adapter.r", 8), "lora_alpha")
     yield default("data.max_length", 2048, "cutoff_len")
     yield default("data.on_too_long", "truncate", "cutoff_len")
     yield default("train.gradient_checkpointing", True, "disable_gradient_checkpointing")
+    yield default("train.bf16", False, "bf16")
     yield default("train.learning_rate", 5e-5, "learning_rate")
-    yield from trainer_defaults(config)
+    yield from trainer_defaults()
 
 
 DECIDED = {

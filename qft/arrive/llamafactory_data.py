@@ -10,13 +10,13 @@ from qft.arrive.line import Config, Kind, Line, Rule
 from qft.errors import RecipeError
 
 INFO = "dataset_info.json"
-COLUMNS = {
+COLUMNS: dict[str, dict[str, str | None]] = {
     "alpaca": {"prompt": "instruction", "query": "input", "response": "output"},
     "sharegpt": {"messages": "conversations", "tools": "tools", "system": None},
     "openai": {"messages": "messages", "tools": "tools"},
 }
 """Column -> the name that qft reads it by; one that is not listed, or is None, has to be part of the rows."""
-TAGS = {
+TAGS: dict[str, dict[str, str]] = {
     "sharegpt": {"role_tag": "from", "content_tag": "value", "user_tag": "human", "assistant_tag": "gpt",
                  "observation_tag": "observation", "function_tag": "function_call", "system_tag": "system"},
     "openai": {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant",
@@ -102,7 +102,7 @@ def _problem(entry: Mapping[str, Any], form: str | None) -> str:
         return "pairs of answers: train on the chosen ones"
     if form is None:
         return RENAME
-    like = {"messages": "openai"}.get(form, form)
+    like: str = {"messages": "openai"}.get(form, form)
     if like == "text":
         return ""
     columns, tags = entry.get("columns") or {}, entry.get("tags") or {}

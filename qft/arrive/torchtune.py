@@ -5,7 +5,7 @@ from typing import Any
 
 from qft.arrive import templates
 from qft.arrive import torchtune_rules as rules
-from qft.arrive.line import Config, Rule, choose, decided, default, ignored, many, refused, to, when_on
+from qft.arrive.line import Config, Line, Rule, choose, decided, default, ignored, many, refused, to, when_on
 
 NAME = "torchtune"
 TEMPLATES = {"alpaca.jinja": templates.ALPACA}
@@ -23,7 +23,7 @@ def flat(values: Mapping[str, Any]) -> Mapping[str, Any]:
     return {key: rules.interpolated(value, found) for key, value in found.items()}
 
 
-def defaults(config: Config) -> Iterator[Any]:
+def defaults(config: Config, fields: Mapping[str, Any]) -> Iterator[Line]:
     yield default("adapter.lora_dropout", 0.0, "model.lora_dropout")
     yield default("train.warmup_steps", 0, "lr_scheduler")
     yield default("train.lr_scheduler_type", "constant", "lr_scheduler")

@@ -31,7 +31,7 @@ def warmup(key: str, value: Any, config: Config) -> Iterator[Line]:
         yield Line(key, Kind.OTHER_FIELD, sets={"train.warmup_steps": value})
 
 
-def trainer_defaults(config: Config) -> Iterator[Line]:
+def trainer_defaults() -> Iterator[Line]:
     """What a Trainer does without a key, where qft does another."""
     yield default("train.per_device_train_batch_size", 8, "per_device_train_batch_size")
     yield default("train.gradient_accumulation_steps", 1, "gradient_accumulation_steps")

@@ -112,20 +112,21 @@ def dtype(key: str, value: Any, config: Config) -> Iterator[Line]:
     yield from choose("model.dtype", DTYPES, "model.dtype: auto, float32, bfloat16 or float16")(key, value, config)
 
 
-def defaults(config: Config) -> Iterator[Line]:
+def defaults(config: Config, fields: Mapping[str, Any]) -> Iterator[Line]:
     yield default("adapter.kind", "none", "use_peft")
-    if config.get("use_peft"):
+    if fields.get("adapter.kind") == "lora":
         yield default("adapter.lora_alpha", 32, "lora_alpha")
         yield default("adapter.lora_dropout", 0.05, "lora_dropout")
         yield default("adapter.target_modules", PEFTS, "lora_target_modules, which peft then chooses")
     yield default("model.dtype", "float32", "dtype")
+    yield default("train.bf16", not fields.get("train.fp16", False), "bf16")
     yield default("data.max_length", 1024, "max_length")
     yield default("data.on_too_long", "truncate", "max_length")
     text = "assistant_only_loss (of rows with prompt and completion the completion: data.loss_on: assistant)"
     yield default("data.loss_on", "all", text)
     yield default("train.learning_rate", 2e-5, "learning_rate")
     yield default("train.gradient_checkpointing", True, "gradient_checkpointing")
-    yield from trainer_defaults(config)
+    yield from trainer_defaults()
 
 
 DECIDED = {

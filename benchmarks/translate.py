@@ -4,7 +4,7 @@
 
 Reads every .yaml and .yml below FOLDER that Axolotl, LLaMA-Factory (stage sft), trl sft or torchtune's LoRA recipes
 would train adapters by, translates it as `qft init --from --allow-unsupported` does, and asks `qft check`, without a
-network: what is refused for the want of a model or of rows from the hub has passed. Of each: whether every key has a
+network and for a GPU of 24 GiB: what is refused for the want of a model has passed. Of each: whether every key has a
 line, whether the recipe passes, and whether anything was left out as not supported.
 """
 
@@ -93,7 +93,7 @@ def checked(made: Translation) -> str | None:
         path = Path(folder) / "recipe.yaml"
         write_translated(path, made, allow_unsupported=True)
         try:
-            planned(load(path))
+            planned(load(path), gpu=24 * 2**30)
         except MissingError as error:
             return None if "model" in str(error) else f"missing: {error}"
         except QftError as error:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from qft.arrive.line import Config, Kind, Line
+from qft.arrive.line import Config, Kind, Line, sets
 
 TYPES = {
     "alpaca": ("alpaca", "alpaca.jinja"),
@@ -66,7 +66,7 @@ def sources(field: str) -> Any:
         if field == "data.train" and templates and templates[0] and "chat_template_jinja" not in config.values:
             yield Line(key, Kind.OTHER_FIELD, WITH_INPUT, {"data.chat_template": templates[0]})
 
-    return rule
+    return sets(field)(rule)
 
 
 def _dataset(

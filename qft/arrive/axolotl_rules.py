@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from qft.arrive.line import Config, Kind, Line, Rule, choose, number
+from qft.arrive.line import Config, Kind, Line, Rule, choose, number, sets
 
 OPTIMIZERS = {
     "adamw_torch": "adamw_torch",
@@ -23,6 +23,7 @@ OPTIMIZERS = {
 TORCHAO = {"adamw_torch_8bit": "adamw_8bit", "adamw_torch_4bit": "adamw_8bit", "ao_adamw_8bit": "adamw_8bit"}
 
 
+@sets("train.optim")
 def optimizer(key: str, value: Any, config: Config) -> Iterator[Line]:
     if value in TORCHAO:
         text = f"bitsandbytes' 8-bit AdamW stands for torchao's {value}: the same update, its state in 8 bits"
@@ -33,6 +34,7 @@ def optimizer(key: str, value: Any, config: Config) -> Iterator[Line]:
         )
 
 
+@sets("adapter.kind")
 def adapter(key: str, value: Any, config: Config) -> Iterator[Line]:
     if value in ("lora", "qlora"):
         yield Line(key, Kind.OTHER_FIELD, sets={"adapter.kind": "lora"})
@@ -40,6 +42,7 @@ def adapter(key: str, value: Any, config: Config) -> Iterator[Line]:
         yield Line(key, Kind.UNSUPPORTED, "adapter.kind lora is the one kind of adapter")
 
 
+@sets("quant.mode")
 def in_4bit(key: str, value: Any, config: Config) -> Iterator[Line]:
     if value and config.get("adapter") == "lora":
         text = "Axolotl quantizes to 4 bits with adapter qlora alone; with lora the base stays in 16 bits"
@@ -53,6 +56,7 @@ def in_4bit(key: str, value: Any, config: Config) -> Iterator[Line]:
         yield Line(key, Kind.SAME, "off, as here")
 
 
+@sets("quant.mode")
 def in_8bit(key: str, value: Any, config: Config) -> Iterator[Line]:
     if value and config.get("adapter") == "qlora":
         yield Line(key, Kind.UNSUPPORTED, "Axolotl refuses it beside adapter qlora: remove one of the two")
@@ -62,6 +66,7 @@ def in_8bit(key: str, value: Any, config: Config) -> Iterator[Line]:
         yield Line(key, Kind.SAME, "off, as here")
 
 
+@sets("quant.quant_type", "quant.double_quant", "quant.compute_dtype", "quant.skip_modules")
 def bnb_config(key: str, value: Any, config: Config) -> Iterator[Line]:
     names = {"bnb_4bit_quant_type": "quant.quant_type", "bnb_4bit_compute_dtype": "quant.compute_dtype"}
     for name, mine in value.items():
@@ -76,6 +81,7 @@ def bnb_config(key: str, value: Any, config: Config) -> Iterator[Line]:
             yield Line(f"{key}.{name}", Kind.SAME if same else Kind.UNSUPPORTED, "" if same else "see quant")
 
 
+@sets("adapter.target_modules")
 def modules(key: str, value: Any, config: Config) -> Iterator[Line]:
     if config.get("lora_target_linear"):
         yield Line(key, Kind.NO_EFFECT, "lora_target_linear takes every linear layer already")
@@ -83,6 +89,7 @@ def modules(key: str, value: Any, config: Config) -> Iterator[Line]:
         yield Line(key, Kind.OTHER_FIELD, sets={"adapter.target_modules": value})
 
 
+@sets("adapter.target_experts")
 def experts(key: str, value: Any, config: Config) -> Iterator[Line]:
     names = [value] if isinstance(value, str) else value
     if all(str(name).rpartition(".")[2] in ("gate_up_proj", "down_proj") for name in names):
@@ -92,6 +99,7 @@ def experts(key: str, value: Any, config: Config) -> Iterator[Line]:
         yield Line(key, Kind.UNSUPPORTED, "adapter.target_experts adapts the experts of a mixture, all or none")
 
 
+@sets("data.eval_fraction")
 def held_out(key: str, value: Any, config: Config) -> Iterator[Line]:
     share = number(value)
     if not share:
@@ -115,7 +123,7 @@ def a_time_or_more(strategy: str, what: str) -> Rule:
             key, often, "" if value == 1 else f"{what} once an epoch; {steps}", {f"train.{strategy}_strategy": "epoch"}
         )
 
-    return rule
+    return sets(f"train.{strategy}_strategy", f"train.{strategy}_steps")(rule)
 
 
 def steps_between(strategy: str) -> Rule:
@@ -129,7 +137,7 @@ def steps_between(strategy: str) -> Rule:
         else:
             yield Line(key, Kind.SAME, sets={f"train.{strategy}_strategy": "steps", f"train.{strategy}_steps": value})
 
-    return rule
+    return sets(f"train.{strategy}_strategy", f"train.{strategy}_steps")(rule)
 
 
 def batch_size(key: str, value: Any, config: Config) -> Iterator[Line]:
@@ -140,6 +148,7 @@ def batch_size(key: str, value: Any, config: Config) -> Iterator[Line]:
         yield Line(key, Kind.OTHER_FIELD, sets={"train.gradient_accumulation_steps": max(value // rows, 1)})
 
 
+@sets("train.gradient_checkpointing")
 def checkpointing(key: str, value: Any, config: Config) -> Iterator[Line]:
     fields: dict[str, Any] = {"train.gradient_checkpointing": bool(value)}
     if value in ("offload", "offload_disk"):
@@ -148,6 +157,7 @@ def checkpointing(key: str, value: Any, config: Config) -> Iterator[Line]:
     yield Line(key, Kind.SAME if isinstance(value, bool) else Kind.OTHER_FIELD, text, fields)
 
 
+@sets("data.chat_template")
 def template(key: str, value: Any, config: Config) -> Iterator[Line]:
     first = (config.get("datasets") or [{}])[0]
     if isinstance(first, Mapping) and str(first.get("type", "")).startswith("alpaca"):
@@ -172,6 +182,7 @@ def tokens(key: str, value: Any, config: Config) -> Iterator[Line]:
             yield Line(f"{key}.{name}", Kind.UNSUPPORTED, text)
 
 
+@sets("train.warmup_steps")
 def warmup_ratio(key: str, value: Any, config: Config) -> Iterator[Line]:
     if config.get("warmup_steps") is not None:
         yield Line(key, Kind.NO_EFFECT, "warmup_steps is given")
@@ -188,6 +199,7 @@ def plugins(key: str, value: Any, config: Config) -> Iterator[Line]:
             yield Line(f"{key}.{i}", Kind.UNSUPPORTED, "qft runs no code of Axolotl's plugins: remove it")
 
 
+@sets("train.report_to")
 def tracking(key: str, value: Any, config: Config) -> Iterator[Line]:
     where = {
         "use_wandb": "wandb", "wandb_project": "wandb", "use_mlflow": "mlflow", "mlflow_tracking_uri": "mlflow",
@@ -199,6 +211,7 @@ def tracking(key: str, value: Any, config: Config) -> Iterator[Line]:
     yield Line(key, Kind.OTHER_FIELD, f"report_to{by_shell}", {"train.report_to": named} if named else {})
 
 
+@sets("train.bf16")
 def bf16(key: str, value: Any, config: Config) -> Iterator[Line]:
     """Without it, Axolotl loads in float16 where that or 8 bits are asked for, else in float32."""
     if value:
@@ -209,6 +222,7 @@ def bf16(key: str, value: Any, config: Config) -> Iterator[Line]:
     yield Line(key, Kind.SAME, "as Axolotl then loads the model" if wide else "", {"train.bf16": False, **wide})
 
 
+@sets("model.attn_implementation")
 def attention(key: str, value: Any, config: Config) -> Iterator[Line]:
     if value in ("eager", "sdpa", "flex_attention"):
         yield Line(key, Kind.SAME, sets={"model.attn_implementation": value})
@@ -217,11 +231,13 @@ def attention(key: str, value: Any, config: Config) -> Iterator[Line]:
         yield Line(key, Kind.DECIDED, text)
 
 
+@sets("train.early_stopping_patience")
 def patience(key: str, value: Any, config: Config) -> Iterator[Line]:
     fields = {"train.early_stopping_patience": value, "train.load_best_model_at_end": True}
     yield Line(key, Kind.SAME, "and the best checkpoint is handed over", fields)
 
 
+@sets("adapter.init_lora_weights")
 def loftq(key: str, value: Any, config: Config) -> Iterator[Line]:
     if value == {"loftq_config": {"loftq_bits": 4}}:
         yield Line(key, Kind.OTHER_FIELD, sets={"adapter.init_lora_weights": "loftq"})
@@ -229,6 +245,7 @@ def loftq(key: str, value: Any, config: Config) -> Iterator[Line]:
         yield Line(key, Kind.UNSUPPORTED, "adapter.init_lora_weights loftq starts from the error of 4 bits")
 
 
+@sets("train.router_aux_loss_coef")
 def router(key: str, value: Any, config: Config) -> Iterator[Line]:
     for name, each in value.items():
         if name == "output_router_logits":

@@ -67,6 +67,21 @@ Rule = Callable[[str, Any, Config], Iterable[Line]]
 """(key, its value, the configuration) -> its lines, of which it has one for each key within it."""
 
 
+def sets(*names: str) -> Callable[[Rule], Rule]:
+    """Tells `qft explain` which fields a rule is about."""
+
+    def mark(rule: Rule) -> Rule:
+        setattr(rule, "fields", names)  # noqa: B010
+        return rule
+
+    return mark
+
+
+def fields_of(rule: Rule) -> tuple[str, ...]:
+    """The fields that a rule is about."""
+    return getattr(rule, "fields", ())
+
+
 def to(name: str, convert: Callable[[Any], Any] | None = None, text: str = "") -> Rule:
     """The value, or what `convert` makes of it, is that of a field."""
 
@@ -74,7 +89,7 @@ def to(name: str, convert: Callable[[Any], Any] | None = None, text: str = "") -
         kind = Kind.SAME if convert is None else Kind.OTHER_FIELD
         yield Line(key, kind, text, {name: convert(value) if convert else value})
 
-    return rule
+    return sets(name)(rule)
 
 
 def choose(name: str, values: Mapping[Any, Any], remedy: str) -> Rule:
@@ -88,7 +103,7 @@ def choose(name: str, values: Mapping[Any, Any], remedy: str) -> Rule:
         kind = Kind.SAME if mine == value else Kind.OTHER_FIELD
         yield Line(key, kind, sets={} if mine is None else {name: mine})
 
-    return rule
+    return sets(name)(rule) if any(mine is not None for mine in values.values()) else rule
 
 
 def when_on(rule: Rule) -> Rule:
@@ -98,7 +113,7 @@ def when_on(rule: Rule) -> Rule:
         off = value is False or value in ("", 0, [], {})
         return [Line(key, Kind.SAME, "off, as here")] if off else rule(key, value, config)
 
-    return asked
+    return sets(*fields_of(rule))(asked)
 
 
 def decided(text: str) -> Rule:

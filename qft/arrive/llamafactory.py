@@ -4,7 +4,21 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qft.arrive import templates
-from qft.arrive.line import Config, Kind, Line, Rule, choose, decided, default, ignored, many, refused, to, when_on
+from qft.arrive.line import (
+    Config,
+    Kind,
+    Line,
+    Rule,
+    choose,
+    decided,
+    default,
+    ignored,
+    many,
+    refused,
+    sets,
+    to,
+    when_on,
+)
 from qft.arrive.llamafactory_data import sources
 from qft.arrive.trainer import ONE_GPU, TRAINER, trainer_defaults
 
@@ -27,6 +41,7 @@ def flat(values: Mapping[str, Any]) -> Mapping[str, Any]:
     return values
 
 
+@sets("quant.mode")
 def bits(key: str, value: Any, config: Config) -> Iterator[Line]:
     if value not in (4, 8) or config.get("quantization_method", "bnb") not in ("bnb", "bitsandbytes"):
         yield Line(key, Kind.UNSUPPORTED, "bitsandbytes holds 4 or 8 bits: quantization_method bnb, quantization_bit 4")
@@ -38,12 +53,14 @@ def bits(key: str, value: Any, config: Config) -> Iterator[Line]:
         yield Line(key, Kind.OTHER_FIELD, sets=held)
 
 
+@sets("adapter.target_modules")
 def targets(key: str, value: Any, config: Config) -> Iterator[Line]:
     names = [name.strip() for name in value.split(",")] if isinstance(value, str) else value
     all_of_them = names == ["all"]
     yield Line(key, Kind.OTHER_FIELD, sets={"adapter.target_modules": "all-linear" if all_of_them else names})
 
 
+@sets("data.chat_template")
 def template(key: str, value: Any, config: Config) -> Iterator[Line]:
     if f"{value}.jinja" in TEMPLATES:
         text = "a line break behind the end token is there learnt with it"
@@ -55,6 +72,7 @@ def template(key: str, value: Any, config: Config) -> Iterator[Line]:
         yield Line(key, Kind.DECIDED, text)
 
 
+@sets("data.eval_fraction")
 def held_out(key: str, value: Any, config: Config) -> Iterator[Line]:
     if value < 1:
         yield Line(key, Kind.OTHER_FIELD, "other rows are drawn", {"data.eval_fraction": value})
@@ -62,6 +80,7 @@ def held_out(key: str, value: Any, config: Config) -> Iterator[Line]:
         yield Line(key, Kind.UNSUPPORTED, "a number of rows: give their share as data.eval_fraction")
 
 
+@sets("adapter.init_lora_weights")
 def pissa(key: str, value: Any, config: Config) -> Iterator[Line]:
     steps = config.get("pissa_iter", 16)
     name = "pissa" if steps == -1 else f"pissa_niter_{steps}"
@@ -73,11 +92,13 @@ def thinking(key: str, value: Any, config: Config) -> Iterator[Line]:
     yield Line(key, Kind.DECIDED, text)
 
 
+@sets("adapter.kind")
 def method(key: str, value: Any, config: Config) -> Iterator[Line]:
     kinds = {"lora": "lora", "full": "none"}
     yield from choose("adapter.kind", kinds, "adapter.kind lora, or none to train all weights")(key, value, config)
 
 
+@sets("model.attn_implementation")
 def attention(key: str, value: Any, config: Config) -> Iterator[Line]:
     name = {"disabled": "eager", "sdpa": "sdpa"}.get(value)
     if name:
@@ -87,6 +108,7 @@ def attention(key: str, value: Any, config: Config) -> Iterator[Line]:
         yield Line(key, Kind.DECIDED, text)
 
 
+@sets("train.gradient_checkpointing")
 def checkpointing(key: str, value: Any, config: Config) -> Iterator[Line]:
     yield Line(key, Kind.OTHER_FIELD, sets={"train.gradient_checkpointing": not value})
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qft.arrive.line import Config, Kind, Line, Rule
+from qft.arrive.line import Config, Kind, Line, Rule, sets
 from qft.errors import RecipeError
 
 INFO = "dataset_info.json"
@@ -38,7 +38,7 @@ def sources(field: str) -> Rule:
         if found:
             yield Line(key, Kind.OTHER_FIELD, f"as {INFO} has them", {field: found})
 
-    return rule
+    return sets(field)(rule)
 
 
 def _info(config: Config) -> Mapping[str, Any]:

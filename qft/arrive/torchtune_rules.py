@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from qft.arrive.line import Config, Kind, Line
+from qft.arrive.line import Config, Kind, Line, sets
 
 ALPACA = {"format": "alpaca"}
 DATASETS: dict[str, tuple[str | None, dict[str, Any], bool]] = {
@@ -41,6 +41,7 @@ def interpolated(value: Any, found: Mapping[str, Any]) -> Any:
     return re.sub(r"\$\{([\w.]+)\}", lambda match: str(found.get(match[1], match[0])), value)
 
 
+@sets("quant.mode", "adapter.kind")
 def model(key: str, value: Any, config: Config) -> Iterator[Line]:
     builder = str(value).rpartition(".")[2]
     if "vision" in str(value) or "llama4" in str(value):
@@ -55,11 +56,13 @@ def model(key: str, value: Any, config: Config) -> Iterator[Line]:
         yield Line(key, Kind.OTHER_FIELD, "all weights are trained", {"adapter.kind": "none"})
 
 
+@sets("quant.mode")
 def quantized(key: str, value: Any, config: Config) -> Iterator[Line]:
     fields = {"quant.mode": "4bit", "quant.quant_type": "nf4", "quant.double_quant": True} if value else {}
     yield Line(key, Kind.OTHER_FIELD if value else Kind.SAME, "" if value else "off, as here", fields)
 
 
+@sets("adapter.target_modules")
 def attention_modules(key: str, value: Any, config: Config) -> Iterator[Line]:
     """Of attention and, with apply_lora_to_mlp, of the MLP, by the names that transformers has for them."""
     if any(name in str(config.get("model._component_")) for name in FUSED):
@@ -85,6 +88,7 @@ def prompt_template(key: str, value: Any, config: Config) -> Iterator[Line]:
     yield Line(key, Kind.UNSUPPORTED, "write it as a Jinja file, and name that as data.chat_template")
 
 
+@sets("data.train")
 def dataset(key: str, value: Any, config: Config) -> Iterator[Line]:
     builder = str(value).rpartition(".")[2]
     if builder not in DATASETS:
@@ -133,16 +137,19 @@ def _renamed(builder: str, style: str, config: Config) -> str:
     return ""
 
 
+@sets("train.eval_strategy")
 def validation(key: str, value: Any, config: Config) -> Iterator[Line]:
     fields = {"train.eval_strategy": "steps", "train.eval_steps": value}
     yield Line(key, Kind.OTHER_FIELD, sets=fields)
 
 
+@sets("train.max_steps")
 def most_steps(key: str, value: Any, config: Config) -> Iterator[Line]:
     text = f"train.max_steps is {value * config.get('epochs', 1)} then" if isinstance(value, int) else ""
     yield Line(key, Kind.OTHER_FIELD, text, {"train.max_steps": value * config.get("epochs", 1)})
 
 
+@sets("train.optim")
 def optimizer(key: str, value: Any, config: Config) -> Iterator[Line]:
     fused = bool(config.get("optimizer.fused", False))
     names = {
@@ -162,10 +169,12 @@ def fused(key: str, value: Any, config: Config) -> Iterator[Line]:
     yield Line(key, Kind.OTHER_FIELD, "with optimizer._component_")
 
 
+@sets("train.adam_beta1", "train.adam_beta2")
 def betas(key: str, value: Any, config: Config) -> Iterator[Line]:
     yield Line(key, Kind.OTHER_FIELD, sets={"train.adam_beta1": value[0], "train.adam_beta2": value[1]})
 
 
+@sets("train.lr_scheduler_type")
 def scheduler(key: str, value: Any, config: Config) -> Iterator[Line]:
     if str(value).endswith("get_cosine_schedule_with_warmup"):
         yield Line(key, Kind.OTHER_FIELD, sets={"train.lr_scheduler_type": "cosine"})

@@ -4,7 +4,21 @@ from collections.abc import Iterator
 from typing import Any
 
 from qft.arrive.axolotl_rules import OPTIMIZERS
-from qft.arrive.line import Config, Kind, Line, Rule, choose, decided, default, ignored, many, refused, to, when_on
+from qft.arrive.line import (
+    Config,
+    Kind,
+    Line,
+    Rule,
+    choose,
+    decided,
+    default,
+    ignored,
+    many,
+    refused,
+    sets,
+    to,
+    when_on,
+)
 
 ONE_GPU = "multiply train.gradient_accumulation_steps by the number of GPUs for as many rows a step on one"
 SCHEDULERS = (
@@ -18,12 +32,14 @@ SCHEDULERS = (
 )
 
 
+@sets("train.report_to")
 def trackers(key: str, value: Any, config: Config) -> Iterator[Line]:
     names = [name for name in ([value] if isinstance(value, str) else value) if name != "none"]
     names = ["tensorboard"] if names == ["all"] else names
     yield Line(key, Kind.SAME, sets={"train.report_to": names})
 
 
+@sets("train.warmup_steps")
 def warmup(key: str, value: Any, config: Config) -> Iterator[Line]:
     if config.get("warmup_steps"):
         yield Line(key, Kind.NO_EFFECT, "warmup_steps is given")

@@ -4,7 +4,22 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qft.arrive.axolotl_rules import attention, experts
-from qft.arrive.line import Config, Kind, Line, Rule, choose, decided, default, ignored, many, refused, to, when_on
+from qft.arrive.line import (
+    Config,
+    Kind,
+    Line,
+    Rule,
+    choose,
+    decided,
+    default,
+    fields_of,
+    ignored,
+    many,
+    refused,
+    sets,
+    to,
+    when_on,
+)
 from qft.arrive.trainer import ONE_GPU, TRAINER, trainer_defaults
 
 NAME = "TRL"
@@ -23,6 +38,7 @@ def flat(values: Mapping[str, Any]) -> Mapping[str, Any]:
     return values
 
 
+@sets("adapter.kind")
 def peft(key: str, value: Any, config: Config) -> Iterator[Line]:
     yield Line(key, Kind.OTHER_FIELD, sets={"adapter.kind": "lora" if value else "none"})
 
@@ -36,9 +52,10 @@ def for_lora(field: str, rule: Rule | None = None) -> Rule:
         else:
             yield Line(key, Kind.NO_EFFECT, "is read only with use_peft: without it, trl trains all weights")
 
-    return asked
+    return sets(*(fields_of(rule) if rule else [field]))(asked)
 
 
+@sets("adapter.target_modules")
 def targets(key: str, value: Any, config: Config) -> Iterator[Line]:
     names = value.split() if isinstance(value, str) else value
     yield Line(key, Kind.OTHER_FIELD, sets={"adapter.target_modules": names[0] if names == ["all-linear"] else names})
@@ -54,9 +71,10 @@ def held(mode: str) -> Rule:
             fields["quant.quant_type"] = config.get("bnb_4bit_quant_type", "nf4")
         yield Line(key, Kind.OTHER_FIELD, "trl's default is no double quantization" if mode == "4bit" else "", fields)
 
-    return when_on(rule)
+    return when_on(sets("quant.mode")(rule))
 
 
+@sets("data.train")
 def dataset(key: str, value: Any, config: Config) -> Iterator[Line]:
     made = {"name": config.get("dataset_config"), "split": config.get("dataset_train_split")}
     source = {"path": config.local(value), **{name: each for name, each in made.items() if each}}
@@ -66,6 +84,7 @@ def dataset(key: str, value: Any, config: Config) -> Iterator[Line]:
         yield Line(key, Kind.OTHER_FIELD, "held-out rows", {"data.eval": [split]})
 
 
+@sets("data.train")
 def mixture(key: str, value: Any, config: Config) -> Iterator[Line]:
     found = []
     for i, each in enumerate(value):
@@ -81,10 +100,12 @@ def mixture(key: str, value: Any, config: Config) -> Iterator[Line]:
         yield Line(key, Kind.OTHER_FIELD, sets={"data.train": found})
 
 
+@sets("data.loss_on")
 def completion(key: str, value: Any, config: Config) -> Iterator[Line]:
     yield Line(key, Kind.OTHER_FIELD, sets={"data.loss_on": "assistant" if value else "all"})
 
 
+@sets("data.loss_on")
 def assistant(key: str, value: Any, config: Config) -> Iterator[Line]:
     fields = {"data.loss_on": "assistant"} if value else {}
     yield Line(key, Kind.OTHER_FIELD if value else Kind.SAME, sets=fields)
@@ -95,6 +116,7 @@ def text_field(key: str, value: Any, config: Config) -> Iterator[Line]:
     yield Line(key, Kind.SAME if same else Kind.UNSUPPORTED, "" if same else "rename the field to text in the rows")
 
 
+@sets("data.chat_template")
 def template(key: str, value: Any, config: Config) -> Iterator[Line]:
     if str(value).endswith((".jinja", ".j2")):
         yield Line(key, Kind.OTHER_FIELD, sets={"data.chat_template": config.local(value)})
@@ -102,12 +124,14 @@ def template(key: str, value: Any, config: Config) -> Iterator[Line]:
         yield Line(key, Kind.UNSUPPORTED, "the template of another model: save it as a .jinja file")
 
 
+@sets("data.on_too_long")
 def truncation(key: str, value: Any, config: Config) -> Iterator[Line]:
     keeps = value == "keep_start"
     text = "" if keeps else "data.on_too_long truncate keeps the beginning"
     yield Line(key, Kind.SAME if keeps else Kind.UNSUPPORTED, text)
 
 
+@sets("model.dtype")
 def dtype(key: str, value: Any, config: Config) -> Iterator[Line]:
     yield from choose("model.dtype", DTYPES, "model.dtype: auto, float32, bfloat16 or float16")(key, value, config)
 

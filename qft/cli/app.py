@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from qft.cli.export import export
+from qft.cli.guide import doctor, explain
 from qft.cli.models import models
 from qft.cli.recipes import calibrate, check, init, schema, train
 from qft.cli.report import report
@@ -51,5 +52,5 @@ def options(
     pass
 
 
-register(app, check, train, calibrate, evaluate, export, chat, report, init, schema)
+register(app, check, train, calibrate, evaluate, export, chat, report, init, explain, doctor, schema)
 app.add_typer(models, name="models", short_help=models.info.help)

@@ -33,7 +33,7 @@ def test_what_is_said_to_be_read_by_a_library_is_a_field_of_it() -> None:
         theirs = {field.name for field in dataclasses.fields(library)}
         section_class = Recipe.model_fields[section].annotation
         assert section_class is not None
-        for name in section_class.model_fields:  # type: ignore[attr-defined]
+        for name in section_class.model_fields:
             if explain(f"{section}.{name}").reader == READERS[section]:
                 assert name in theirs, f"{section}.{name}"
 

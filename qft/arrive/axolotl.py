@@ -1,4 +1,4 @@
-"""Axolotl's keys (axolotl.utils.schemas of version 0.17), and what becomes of each."""
+"""Axolotl's keys (axolotl.utils.schemas of version 0.18), and what becomes of each."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""Keys of `trl sft --config` (trl.SFTConfig, ModelConfig and ScriptArguments of version 1.6)."""
+"""Keys of `trl sft --config` (trl.SFTConfig, ModelConfig and ScriptArguments of version 1.10)."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any

@@ -7,35 +7,35 @@ quantizes what was not rounded (to the nearest, and by auto-round), and asks all
 KL divergence from the same training unquantized, the recipe's score, each with its 95% interval. `recovered` is the
 share of the perplexity lost by rounding to the nearest afterwards that is not lost. Artifacts are loaded as they are
 deployed. With --rows, rows of RECIPE are replaced by orders as in the quick start, each seen once, or by text that
-every Python has: docstrings of its standard library, whole files held out. What FOLDER holds complete is not made
-again.
+every machine with torch has (texts.py), whole files held out. What FOLDER holds complete is not made again. Several
+GPUs are used in turn, if --jobs says so.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
 import copy
 import json
-import random
+import os
 import subprocess
 import sys
-import sysconfig
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from queue import Queue
 from runpy import run_path
 from typing import Any
 
 import numpy as np
+import torch
+from texts import library_texts
 
 from qft.data.batch import pad_token_id
 from qft.data.encoded import read_rows
 from qft.machine.environment import prepare_libraries
-from qft.measure.likelihood import Likelihood, LogProbs, Passage, measure
+from qft.measure.likelihood import Likelihood, Passage, compare, measure
 from qft.measure.scores import answer_rows, score
 from qft.measure.statistics import interval
 from qft.model.target import load_target, parse_target
@@ -44,8 +44,8 @@ from qft.run.folder import Run
 
 QAT = {"quant": {"mode": "qat", "target": "int4-g32"}}
 ROUNDED = {"bits": 4, "group_size": 32, "verify_samples": 8}
-STEP, HELD_OUT, LONGEST = 10, 150, 1800
-"""Rows in a step and held-out ones that --rows makes; characters of a text."""
+HELD_OUT = 150
+"""Rows that --rows makes."""
 
 
 @dataclass
@@ -72,14 +72,16 @@ def _quantized(of: str, words: str, family: str = "lora") -> Iterator[Arm]:
 
 
 FULL: dict[str, Any] = {"adapter": {"kind": "none"}}
-DISTILLED = {"quant": QAT["quant"] | {"distill": True}}
-MIXED = {"quant": QAT["quant"] | {"distill": 0.5}}
+LEARNT = {"quant": QAT["quant"] | {"learn_scales": True}}
+DISTILLED = {"quant": LEARNT["quant"] | {"distill": True}}
+MIXED = {"quant": LEARNT["quant"] | {"distill": 0.5}}
 ARMS = [
     Arm("lora", {"quant": {}}, form="merged", words="LoRA in 16 bits (not quantized)"),
     *_quantized("lora", "LoRA in 16 bits"),
     Arm("qlora", {"quant": {"preset": "finetune"}}),
     *_quantized("qlora", "QLoRA on nf4, merged"),
     Arm("qat-lora", QAT, form="compressed-tensors", words="QAT, LoRA"),
+    Arm("qat-learnt", LEARNT, form="compressed-tensors", words="QAT, LoRA, scales learnt"),
     Arm("distilled", DISTILLED, "lora", "compressed-tensors", "LoRA in 16 bits, then distilled"),
     Arm("mixed", MIXED, "lora", "compressed-tensors", "LoRA in 16 bits, then distilled, half of the loss the data's"),
     Arm("full", {"quant": {}} | FULL, words="all weights in 16 bits (not quantized)", family="full"),
@@ -96,6 +98,8 @@ class Comparison:
     values: dict[str, Any]
     """Of the recipe, paths absolute."""
     arms: dict[str, Arm] = field(default_factory=dict)
+    devices: Queue[str] = field(default_factory=Queue)
+    """For each of the arms that are made at once, the GPU that it may see."""
 
     @cached_property
     def folder(self) -> Path:
@@ -104,11 +108,14 @@ class Comparison:
         return made
 
     def make(self) -> None:
-        """Some at once, each behind the one that it needs, which comes before it."""
-        made: dict[str | None, Future[None]] = {}
-        with ThreadPoolExecutor(self.options.jobs) as pool:
+        """Some at once, each behind those that it needs, which come before it."""
+        for job in range(self.options.jobs):
+            self.devices.put(str(job % max(torch.cuda.device_count(), 1)))
+        made: dict[str, Future[None]] = {}
+        with ThreadPoolExecutor(len(self.arms)) as pool:
             for arm in self.arms.values():
-                made[arm.name] = pool.submit(self._made, arm, made.get(arm.after))
+                needed = {name: made[name] for name in (arm.after, arm.family) if name in made}
+                made[arm.name] = pool.submit(self._made, arm, needed)
         for each in made.values():
             each.result()
 
@@ -117,16 +124,35 @@ class Comparison:
         run = self.folder / arm.name
         return run / "export" / arm.form if arm.form and arm.form != "merged" else run
 
-    def _made(self, arm: Arm, before: Future[None] | None) -> None:
-        if before:
-            before.result()
+    def _made(self, arm: Arm, needed: dict[str, Future[None]]) -> None:
+        """And asked the held-out rows, once that with which it is compared is there."""
+        if arm.after:
+            needed[arm.after].result()
         run = self.folder / arm.name
         if not (run / "report.json").exists():
             path = self.folder / f"{arm.name}.yaml"
             path.write_text(json.dumps(self._recipe(arm)), "utf-8")
-            _qft("calibrate" if "calibrate" in arm.changes else "train", path, "--overwrite")
+            self._run(
+                "-m", "qft", "calibrate" if "calibrate" in arm.changes else "train", path, "--overwrite", "--quiet"
+            )
         if arm.form and not (run / "export" / arm.form).exists():
-            _qft("export", run, "--to", arm.form)
+            self._run("-m", "qft", "export", run, "--to", arm.form, "--quiet")
+        if arm.words and not self.told(arm).exists():
+            if arm.name != arm.family:
+                needed[arm.family].result()
+            self._run(*sys.argv, "--ask", arm.name)
+
+    def _run(self, *arguments: Any) -> None:
+        device = self.devices.get()
+        try:
+            environment = os.environ | {"CUDA_VISIBLE_DEVICES": device}
+            subprocess.run([sys.executable, *map(str, arguments)], check=True, env=environment)
+        finally:
+            self.devices.put(device)
+
+    def told(self, arm: Arm) -> Path:
+        """What its artifact made of the held-out rows."""
+        return self.folder / f"{arm.name}.told.json"
 
     def _recipe(self, arm: Arm) -> dict[str, Any]:
         made = copy.deepcopy(self.values) | copy.deepcopy(arm.changes) | {"output_dir": str(self.folder / arm.name)}
@@ -169,10 +195,13 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/compare"))
     parser.add_argument("--jobs", type=int, default=1, help="arms made at once: times are then no measure")
     parser.add_argument("--arms", nargs="+", choices=[arm.name for arm in ARMS], help="only these, and what they need")
+    parser.add_argument("--table", action="store_true", help="make nothing, and print what FOLDER holds")
+    parser.add_argument("--ask", help=argparse.SUPPRESS)
     options = parser.parse_args()
     prepare_libraries()
     comparison = Comparison(options, copy.deepcopy(load(options.recipe).tree.values))
-    wanted = {name for arm in ARMS for name in (arm.name, arm.after) if arm.name in (options.arms or arm.name)}
+    asked = [arm for arm in ARMS if arm.name in (options.arms or arm.name)]
+    wanted = {name for arm in asked for name in (arm.name, arm.after, arm.family, f"{arm.family}-rtn")}
     comparison.arms = {arm.name: arm for arm in ARMS if arm.name in wanted}
     train = comparison.values["train"]
     train |= {"save_strategy": "no"}
@@ -180,124 +209,120 @@ def main() -> None:
     train |= {"learning_rate": options.learning_rate} if options.learning_rate else {}
     if options.rows:
         replace_rows(comparison)
-    comparison.make()
+    if options.ask:
+        ask(comparison, comparison.arms[options.ask])
+        return
+    if not options.table:
+        comparison.make()
     print_table(comparison)
 
 
 def replace_rows(comparison: Comparison) -> None:
-    """By rows of another kind, of which each is seen once."""
+    """By rows of another kind, of which each is seen once, if there are so many."""
     folder, kind, values = comparison.folder, comparison.options.rows, comparison.values
     files = {part: folder / f"{kind}-{part}.jsonl" for part in ("train", "eval")}
     count = values["train"]["max_steps"] * values["train"]["per_device_train_batch_size"]
     data = values["data"] = {part: str(path) for part, path in files.items()} | {"max_length": 512}
+    if kind == "text":
+        data |= {"format": "text", "on_too_long": "truncate"}
+        values["eval"] = {}
+    if comparison.options.ask or comparison.options.table:
+        return
     if kind == "orders":
         made = run_path(str(Path(__file__).parent.parent / "recipes" / "quickstart" / "make_data.py"))
         made["write"](files["train"], count, made["training_order"], seed=1)
         made["write"](files["eval"], HELD_OUT, made["held_out_order"], seed=2)
         return
-    data |= {"format": "text", "on_too_long": "truncate"}
-    values["eval"] = {}
     texts = library_texts()
     for part, path in files.items():
         most = count if part == "train" else HELD_OUT
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[part][:most]), "utf-8")
 
 
-def library_texts() -> dict[str, list[str]]:
-    """Docstrings of the standard library, those of a file joined to some LONGEST characters; each of them once."""
-    root, found, seen = Path(sysconfig.get_paths()["stdlib"]), [], set[str]()
-    for path in sorted(root.rglob("*.py")):
-        if not {"site-packages", "dist-packages", "test", "tests", "lib2to3"} & set(path.parts):
-            own = [text for text in _docstrings(path) if len(text) >= 300 and text not in seen]
-            seen.update(own)
-            found.append(own)
-    draw = random.Random(0)
-    draw.shuffle(found)
-    parts = {"eval": found[::8], "train": [texts for i, texts in enumerate(found) if i % 8]}
-    joined = {part: [text for texts in files for text in _joined(texts)] for part, files in parts.items()}
-    for texts in joined.values():
-        draw.shuffle(texts)
-    return joined
+def ask(comparison: Comparison, arm: Arm) -> None:
+    """Keep what the arm's artifact makes of each held-out row: nats, tokens, and nats from the first of its family."""
+    rows = read_rows(Run(comparison.folder / arm.family).rows).rows
+    own, tokenizer = _loaded(comparison, arm)
+    if arm.name == arm.family:
+        passages = [Passage(row["input_ids"], row["labels"]) for row in rows]
+        found, kl = measure(own, passages, batch_size=8, pad=pad_token_id(tokenizer)), None
+    else:
+        plain, _ = _loaded(comparison, comparison.arms[arm.family])
+        found = compare([row["labels"] for row in rows], _logits(plain, rows), _logits(own, rows)).after
+        kl = (found.mean_kl(np.arange(len(rows))[:, None]) * found.tokens).tolist()
+    told = {"nll": found.nll.tolist(), "tokens": found.tokens.tolist(), "kl": kl, "scores": {}}
+    if metrics := comparison.values.get("eval", {}).get("metrics", []):
+        settings = load(comparison.options.recipe).recipe.eval
+        answers = answer_rows(own, tokenizer, rows, settings)
+        told["scores"] = {name: list(score(name, answers, pattern=settings.regex)) for name in metrics}
+    comparison.told(arm).write_text(json.dumps(told), "utf-8")
 
 
-def _docstrings(path: Path) -> Iterator[str]:
-    try:
-        tree = ast.parse(path.read_text("utf-8"))
-    except (SyntaxError, ValueError):
-        return
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (text := ast.get_docstring(node)):
-            yield text
+def _loaded(comparison: Comparison, arm: Arm) -> tuple[Any, Any]:
+    target = parse_target(str(comparison.artifact(arm)), adapter=None, data=None)
+    plan = target.plan()
+    return load_target(target, plan), plan.tokenizer
 
 
-def _joined(texts: list[str]) -> Iterator[str]:
-    text = ""
-    for each in texts:
-        text += f"{each[:LONGEST]}\n\n"
-        if len(text) > LONGEST * 2 // 3:
-            yield text[:LONGEST]
-            text = ""
-    if text:
-        yield text
+def _logits(model: Any, rows: Any) -> Iterator[torch.Tensor]:
+    for row in rows:
+        with torch.inference_mode():
+            yield model(input_ids=torch.tensor([row["input_ids"]], device=model.device)).logits[0]
 
 
 def print_table(comparison: Comparison) -> None:
     """As Markdown, intervals in brackets; each line also as JSON into FOLDER/table.jsonl."""
-    shown = [arm for arm in comparison.arms.values() if arm.words]
     metrics = comparison.values.get("eval", {}).get("metrics", [])
-    print(f"| | perplexity | recovered | KL | {' | '.join([*metrics, 'MiB', 'seconds', 'peak, GiB'])} |")
-    print(f"| --- |{' ---: |' * (6 + len(metrics))}")
-    found: dict[str, Likelihood] = {}
-    stores: dict[str, LogProbs] = {}
+    columns = ["", "configuration", "perplexity", "recovered", "KL", *metrics, "MiB", "seconds", "peak, GiB"]
+    print(f"| {' | '.join(columns)} |\n| --- | --- |{' ---: |' * (len(columns) - 2)}")
     with (comparison.folder / "table.jsonl").open("w", encoding="utf-8") as stream:
-        for arm in shown:
-            line = measured(comparison, arm, found, stores, metrics)
+        for arm in comparison.arms.values():
+            if not arm.words or (comparison.options.table and not comparison.told(arm).exists()):
+                continue
+            line = figures(comparison, arm)
             stream.write(json.dumps({"arm": arm.name} | line) + "\n")
             cells = [line["perplexity"], line["recovered"], line["kl"], *(line[name] for name in metrics)]
             costs = (f"{line['bytes'] / 2**20:.0f}", f"{line['seconds']:.0f}", f"{line['peak'] / 2**30:.1f}")
-            print(f"| {arm.words} | {' | '.join([*map(_cell, cells), *costs])} |", flush=True)
+            print(f"| {arm.words} | {configuration(comparison, arm)} | {' | '.join([*map(_cell, cells), *costs])} |")
 
 
-def measured(
-    comparison: Comparison, arm: Arm, found: dict[str, Likelihood], stores: dict[str, LogProbs], metrics: list[str]
-) -> dict[str, Any]:
-    """Figures of one arm, those with intervals as [value, low, high]; the first of a family is what others are held
-    against."""
-    rows = read_rows(Run(comparison.folder / arm.family).rows).rows
-    passages = [Passage(row["input_ids"], row["labels"]) for row in rows]
-    target = parse_target(str(comparison.artifact(arm)), adapter=None, data=None)
-    plan = target.plan()
-    model, pad = load_target(target, plan), pad_token_id(plan.tokenizer)
-    own = arm.name == arm.family
-    if own:
-        vocabulary = plan.checkpoint.config.get_text_config().vocab_size
-        scored = sum(passage.scored for passage in passages)
-        stores[arm.family] = LogProbs(Path(tempfile.gettempdir()), scored, vocabulary)
-    store = {"write" if own else "against": stores[arm.family]}
-    likelihood = found[arm.name] = measure(model, passages, batch_size=8, pad=pad, **store)
-    plain, rounded = found[arm.family], found.get(f"{arm.family}-rtn")
+def configuration(comparison: Comparison, arm: Arm) -> str:
+    """In what its recipe differs, and that of what it starts from."""
+    own = [f"`{section}: {json.dumps(values)}`" for section, values in arm.changes.items() if values]
+    text = ", ".join(own).replace('"', "") or "`quant: {mode: none}`"
+    return f"{configuration(comparison, comparison.arms[arm.after])}; then {text}" if arm.after else text
+
+
+def figures(comparison: Comparison, arm: Arm) -> dict[str, Any]:
+    """Of one arm, those with intervals as [value, low, high]."""
+    told = json.loads(comparison.told(arm).read_text("utf-8"))
+    own, plain, nearest = _likelihood(comparison, arm.name), _likelihood(comparison, arm.family), f"{arm.family}-rtn"
+    rounded = _likelihood(comparison, nearest)
 
     def recovered(drawn: Any = None) -> Any:
-        assert rounded is not None
         lost = rounded.perplexity(drawn) - plain.perplexity(drawn)
-        return (rounded.perplexity(drawn) - likelihood.perplexity(drawn)) / lost
+        return (rounded.perplexity(drawn) - own.perplexity(drawn)) / lost
+
+    def mean_kl(drawn: Any) -> Any:
+        return np.array(told["kl"])[drawn].sum(-1) / own.tokens[drawn].sum(-1)
 
     def bounds(statistic: Any) -> list[float]:
-        return [round(each, 5) for each in interval(statistic, len(passages), seed=0)]
+        return [round(each, 5) for each in interval(statistic, len(own.tokens), seed=0)]
 
-    line = {
-        "perplexity": bounds(likelihood.perplexity),
-        "recovered": None if own or rounded is None or arm.name == f"{arm.family}-rtn" else bounds(recovered),
-        "kl": None if own else bounds(likelihood.mean_kl),
+    return {
+        "perplexity": bounds(own.perplexity),
+        "recovered": None if arm.name in (arm.family, nearest) else bounds(recovered),
+        "kl": bounds(mean_kl) if told["kl"] else None,
         "bytes": _weight_files(comparison, arm),
         "seconds": comparison.seconds(arm),
         "peak": comparison.peak(arm),
+        **told["scores"],
     }
-    if metrics:
-        settings = load(comparison.options.recipe).recipe.eval
-        answers = answer_rows(model, plan.tokenizer, rows, settings)
-        line |= {name: list(score(name, answers, pattern=settings.regex)) for name in metrics}
-    return line
+
+
+def _likelihood(comparison: Comparison, name: str) -> Likelihood:
+    told = json.loads(comparison.told(comparison.arms[name]).read_text("utf-8"))
+    return Likelihood(np.array(told["nll"]), np.array(told["tokens"]))
 
 
 def _weight_files(comparison: Comparison, arm: Arm) -> int:
@@ -314,10 +339,6 @@ def _cell(figure: list[float] | None) -> str:
     digits = 3 if max(map(abs, figure)) >= 5 else 4
     value, low, high = (f"{each:.{digits}f}" for each in np.array(figure))
     return f"{value} [{low}, {high}]"
-
-
-def _qft(*arguments: Any) -> None:
-    subprocess.run([sys.executable, "-m", "qft", *map(str, arguments), "--quiet"], check=True)
 
 
 if __name__ == "__main__":

@@ -59,6 +59,7 @@ SETTINGS = [
     "llama-2048x8/full/2x1024/kept", "llama-2048x8/qat-nf4/4x2048", "llama-2048x8/qat-nf4/2x2048/kept",
     "llama-2048x8/qat-int4-g32/4x2048", "llama-2048x8/qat-int4-g32/2x2048/kept", "llama-2048x8/qat-q8_0/4x2048",
     "llama-2048x8/qat-mxfp4/2x2048/kept", "llama-2048x8/qat-nvfp4/4x2048", "llama-2048x8/qat-learnt/4x2048",
+    "llama-2048x8/qat-distill/4x2048", "llama-2048x8/qat-distill/2x2048/kept",
     "llama-2048x8/qat-nf4-full/2x1024", "llama-2048x8/qat-int4-g32-full/2x1024/kept",
 ]  # fmt: skip
 MODES: dict[str, dict[str, Any]] = {
@@ -71,6 +72,7 @@ MODES: dict[str, dict[str, Any]] = {
        for target in ("nf4", "int4-g32", "q8_0", "mxfp4", "nvfp4")},
     **{f"qat-{target}-full": {"quant": {"mode": "qat", "target": target}, "adapter": {"kind": "none"}}
        for target in ("nf4", "int4-g32")},
+    "qat-distill": {"quant": {"mode": "qat", "target": "int4-g32", "distill": True}},
     "qat-learnt": {"quant": {"mode": "qat", "target": "w8a8-static", "learn_scales": True}},
 }  # fmt: skip
 

@@ -2,15 +2,17 @@
 
     python benchmarks/speed.py                                     a tiny Llama, on whatever device there is
     python benchmarks/speed.py --size quickstart                   the step of recipes/quickstart.yaml, on a CPU
-    python benchmarks/speed.py --size 8b                           4 x 2048 tokens; 1.5b: 8 x 2048
-    python benchmarks/speed.py --size 8b --checkpointing
-    python benchmarks/speed.py --size 8b --budget 24               qft decides what to compute again, within so many GiB
+    python benchmarks/speed.py --size 8b --settings kept checkpointed 24
+    python benchmarks/speed.py --size neox                         and phi, qwen, gemma, mixture, 1.5b (shapes.py)
 
-nf4 with double quantization and LoRA r=16 on all linear layers. Arms: plain (transformers + peft + bitsandbytes),
-always; qft; liger and unsloth where they are installed. Each arm of each repeat is a process of its own, and the arms
-take turns. All are given the same tokens in the same order from the same nf4 weights. Tokens/s are of the median step,
-behind three that warm up; GiB are of max_memory_allocated behind the second step; the loss is the mean over all steps.
-One line an arm: medians over the repeats with (least to most), and ratios to plain that are taken within each repeat.
+Settings: kept (nothing is computed again), checkpointed, and GiB within which qft decides what to compute again: others
+cannot, and are compared by what they do checkpointed. nf4 with double quantization and LoRA r=16 on all linear layers.
+Arms: plain (transformers + peft + bitsandbytes), always; qft; liger and unsloth where they are installed (--unsloth: in
+a folder of its own, for that arm alone). Each arm of each repeat is a process of its own, and the arms take turns. All
+are given the same tokens in the same order from the same nf4 weights. Tokens/s are of the median step, behind three
+that warm up; GiB are of max_memory_allocated behind the second step; the loss is the mean over all steps.
+One line a run as it ends, and then one an arm: medians over the repeats with (least to most), and ratios to each other
+arm that are taken within each repeat.
 """
 
 from __future__ import annotations
@@ -18,20 +20,21 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
+import time
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import modes
+from shapes import SHAPES, make_model, place
 
 ROOT = Path(__file__).parent.parent
-SHAPES: dict[str, tuple[str, int, int]] = {"tiny": ("small", 2, 256), "1.5b": ("1b", 8, 2048), "8b": ("8b", 4, 2048)}
-"""Size of modes.py, rows, tokens of a row."""
 WARM = 3
 """Steps that are not counted."""
 
@@ -39,19 +42,22 @@ WARM = 3
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=[*SHAPES, "quickstart"], default="tiny")
-    parser.add_argument("--checkpointing", action="store_true")
-    parser.add_argument("--budget", type=float, help="GiB; qft alone, with train.gradient_checkpointing auto")
+    parser.add_argument("--settings", nargs="+", default=["kept"], metavar="SETTING")
+    parser.add_argument("--unsloth", metavar="FOLDER")
+    parser.add_argument("--limit", type=float, default=math.inf, help="seconds behind which no run begins")
+    parser.add_argument("--folder", type=Path, help="keep what is made here")
     parser.add_argument("--steps", type=int, default=10, help="behind those that warm up")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--optim", default="adamw_8bit", help="of the other arms; qft decides for itself")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=[arm for arm in ARMS if is_installed(arm)])
-    parser.add_argument("--peer", nargs=2, metavar=("ARM", "FOLDER"), help=argparse.SUPPRESS)
+    parser.add_argument("--arms", nargs="+", choices=ARMS)
+    parser.add_argument("--peer", nargs=3, metavar=("ARM", "SETTING", "FOLDER"), help=argparse.SUPPRESS)
     parser.add_argument("--make", metavar="FOLDER", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    options.arms = options.arms or [arm for arm in ARMS if is_installed(arm) or (arm == "unsloth" and options.unsloth)]
     if options.make:
         make(Path(options.make), options)
     elif options.peer:
-        print(json.dumps(peer(options.peer[0], Path(options.peer[1]), options)))
+        print(json.dumps(peer(*options.peer[:2], Path(options.peer[2]), options)))
     else:
         compare(options)
 
@@ -61,32 +67,51 @@ def is_installed(arm: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
+Runs = dict[tuple[str, str], list[dict[str, Any]]]
+"""By setting and arm."""
+
+
 def compare(options: argparse.Namespace) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([sys.executable, *sys.argv, "--make", folder], check=True)
-        found: dict[str, list[dict[str, Any]]] = {arm: [] for arm in options.arms}
-        for _ in range(options.repeats):
-            for arm, results in found.items():
-                results.append(run(arm, Path(folder), options))
-    for arm, results in found.items():
-        print(json.dumps({"arm": arm, **summary(results, found.get("plain", []))}), flush=True)
+    begun, found = time.monotonic(), Runs()
+    with tempfile.TemporaryDirectory(dir=place()) as made:
+        folder = options.folder or Path(made)
+        subprocess.run([sys.executable, *sys.argv, "--make", str(folder)], check=True)
+        asked = [(setting, arm) for setting in options.settings for arm in options.arms if has(arm, setting)]
+        for setting, arm in asked * options.repeats:
+            if time.monotonic() - begun < options.limit:
+                result = run(arm, setting, folder, options)
+                found.setdefault((setting, arm), []).append(result)
+                print(json.dumps({"ran": [setting, arm], "at": round(time.monotonic() - begun), **result}), flush=True)
+    for setting, arm in found:
+        print(json.dumps({"setting": setting, "arm": arm, **summary(setting, arm, found)}), flush=True)
 
 
-def summary(results: list[dict[str, Any]], plain: list[dict[str, Any]]) -> dict[str, Any]:
+def has(arm: str, setting: str) -> bool:
+    return arm == "qft" or setting in ("kept", "checkpointed")
+
+
+def summary(setting: str, arm: str, found: Runs) -> dict[str, Any]:
+    results, peers = found[setting, arm], setting if has("plain", setting) else "checkpointed"
     if failed := [result for result in results if "failed" in result]:
         return failed[0]
-    rates = [result["tokens_per_second"] for result in results]
-    pairs = zip(results, plain, strict=False)
-    ratios = [one["tokens_per_second"] / other["tokens_per_second"] for one, other in pairs if "failed" not in other]
+    others = {other: found.get((peers, other), []) for other in ARMS if other != arm}
+    ratios = {other: ratio for other, runs in others.items() if (ratio := ratio_to(runs, results))}
     return {
-        "tokens_per_second": spread(rates, 0),
-        "ratio": spread(ratios, 2) if ratios else None,
-        "step_ms": round(median(result["step_seconds"] for result in results) * 1e3, 1),
+        "tokens_per_second": spread([result["tokens_per_second"] for result in results], 0),
+        "ratio_to": ratios,
+        "step_ms": spread([result["step_seconds"] * 1e3 for result in results], 1),
         "peak_gib": round(max(result["peak_gib"] for result in results), 2),
         "loss": round(results[0]["loss"], 4),
         "tokens": results[0]["tokens"],
         **results[0].get("told", {}),
     }
+
+
+def ratio_to(runs: list[dict[str, Any]], results: list[dict[str, Any]]) -> str | None:
+    """Of tokens/s, repeat by repeat."""
+    pairs = [(one, other) for one, other in zip(results, runs, strict=False) if "failed" not in other]
+    rates = [one["tokens_per_second"] / other["tokens_per_second"] for one, other in pairs]
+    return spread(rates, 2) if rates else None
 
 
 def spread(values: list[float], digits: int) -> str:
@@ -98,20 +123,12 @@ def spread(values: list[float], digits: int) -> str:
 
 
 def make(folder: Path, options: argparse.Namespace) -> None:
-    from transformers import AutoTokenizer
-
     if options.size == "quickstart":
         make_quickstart(folder, options)
         return
-    size, rows, length = SHAPES[options.size]
-    asked = argparse.Namespace(size=size, batch=rows, length=length, steps=options.steps + WARM)
-    modes.make_inputs(folder, asked)
-    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    model = modes.in_4_bits(folder)
-    for file in (folder / "model").iterdir():
-        file.unlink()
-    model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
+    _, rows, length, _ = SHAPES[options.size]
+    make_model(folder / "model", options.size)
+    modes.make_rows(folder / "rows.jsonl", rows * (options.steps + WARM), length)
     ids = modes.token_ids(folder)
     (folder / "ids.json").write_text(json.dumps({"rows": rows, "input_ids": ids, "labels": ids}))
 
@@ -137,19 +154,22 @@ def make_quickstart(folder: Path, options: argparse.Namespace) -> None:
 # The arms
 
 
-def run(arm: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+def run(arm: str, setting: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    environment = dict(os.environ)
     if arm == "qft":
-        command = [sys.executable, "-m", "qft", "train", str(recipe(folder, options)), "--json", "--overwrite"]
+        command = [sys.executable, "-m", "qft", "train", str(recipe(setting, folder, options)), "--json", "--overwrite"]
     else:
-        command = [sys.executable, *sys.argv, "--peer", arm, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+        command = [sys.executable, *sys.argv, "--peer", arm, setting, str(folder)]
+    if arm == "unsloth" and options.unsloth:
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (options.unsloth, environment.get("PYTHONPATH"))))
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         said = [line for line in done.stderr.strip().splitlines() if "memory" in line] or done.stderr.splitlines()
         return {"failed": done.returncode, "error": said[-1:][0][:200] if said else ""}
     return of_report(json.loads(done.stdout)) if arm == "qft" else json.loads(done.stdout.splitlines()[-1])
 
 
-def recipe(folder: Path, options: argparse.Namespace) -> Path:
+def recipe(setting: str, folder: Path, options: argparse.Namespace) -> Path:
     from qft.recipe import load
 
     if options.size == "quickstart":
@@ -158,8 +178,8 @@ def recipe(folder: Path, options: argparse.Namespace) -> Path:
         values["data"].pop("eval")
         values["data"]["train"] = str(ROOT / "recipes" / "quickstart" / "train.jsonl")
     else:
-        _, rows, length = SHAPES[options.size]
-        asked = argparse.Namespace(batch=rows, length=length, steps=0, checkpointing=options.checkpointing)
+        _, rows, length, _ = SHAPES[options.size]
+        asked = argparse.Namespace(batch=rows, length=length, steps=0, checkpointing=setting == "checkpointed")
         values = modes.recipe("bf16", folder, asked)
         values["train"].pop("optim")
         values["model"] = {"path": str(folder / "model")}
@@ -172,9 +192,9 @@ def recipe(folder: Path, options: argparse.Namespace) -> Path:
         "lr_scheduler_type": "constant",
         "warmup_steps": 0,
     }
-    if options.budget:
+    if setting not in ("kept", "checkpointed"):
         values["train"]["gradient_checkpointing"] = "auto"
-        values["memory"] = {"budget": f"{options.budget}GiB"}
+        values["memory"] = {"budget": f"{setting}GiB"}
     values["train"]["kernels"] = "auto"
     values["output_dir"] = str(folder / "qft")
     path = folder / "qft.yaml"
@@ -191,12 +211,13 @@ def of_report(report: dict[str, Any]) -> dict[str, Any]:
         "peak_gib": (report["memory"]["phases"]["train"]["gpu_allocated_bytes"] or 0) / 2**30,
         "loss": sum(losses) / len(losses),
         "tokens": report["tokens"],
-        "told": {name: report["settings"].get(name) for name in ("fused_loss", "attention_mask")},
+        "told": {name: report["settings"].get(name) for name in ("fused_loss", "attention_mask")}
+        | {"kernels": report["kernels"], "predicted_gib": (report["memory"]["predicted_peak_bytes"] or 0) / 2**30},
     }
 
 
-def peer(arm: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    model = ARMS[arm](folder, options)
+def peer(arm: str, setting: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    model = ARMS[arm](folder, setting == "checkpointed")
     import torch
     from datasets import Dataset
     from transformers import Trainer, TrainingArguments
@@ -259,32 +280,32 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 def with_lora(model: Any) -> Any:
     from peft import LoraConfig, get_peft_model
 
-    return get_peft_model(model, LoraConfig(r=16, lora_alpha=16, target_modules=TARGETS, task_type="CAUSAL_LM"))
+    return get_peft_model(model, LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
 
 
-def plain(folder: Path, options: argparse.Namespace) -> Any:
+def plain(folder: Path, checkpointing: bool) -> Any:
     """What one would write without qft."""
     from peft import prepare_model_for_kbit_training
 
-    again = {"use_gradient_checkpointing": options.checkpointing}
+    again = {"use_gradient_checkpointing": checkpointing}
     model = prepare_model_for_kbit_training(
         modes.in_4_bits(folder), **again, gradient_checkpointing_kwargs={"use_reentrant": False}
     )
     return with_lora(model)
 
 
-def liger(folder: Path, options: argparse.Namespace) -> Any:
-    from liger_kernel.transformers import apply_liger_kernel_to_llama
+def liger(folder: Path, checkpointing: bool) -> Any:
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
     model = modes.in_4_bits(folder)
-    apply_liger_kernel_to_llama(model=model)
-    if options.checkpointing:
+    _apply_liger_kernel_to_instance(model)  # by its kind; nothing where it knows none
+    if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     return with_lora(model)
 
 
-def unsloth(folder: Path, options: argparse.Namespace) -> Any:
+def unsloth(folder: Path, checkpointing: bool) -> Any:
     os.environ |= {"UNSLOTH_DISABLE_STATISTICS": "1", "HF_HUB_OFFLINE": "1"}
     from unsloth import FastLanguageModel
 
@@ -294,7 +315,7 @@ def unsloth(folder: Path, options: argparse.Namespace) -> Any:
     model, _ = FastLanguageModel.from_pretrained(
         str(folder / "model"), max_seq_length=length, dtype=torch.bfloat16, load_in_4bit=True, local_files_only=True
     )
-    again = "unsloth" if options.checkpointing else False
+    again = "unsloth" if checkpointing else False
     return FastLanguageModel.get_peft_model(
         model,
         r=16,

@@ -24,6 +24,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["micro", "step"])
     parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--hidden", type=int, default=4096)
+    parser.add_argument("--inner", type=int, default=14336)
+    parser.add_argument("--host", action="store_true", help="profile what the host does")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=6)
@@ -155,9 +158,9 @@ def model_8b(options: argparse.Namespace) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=options.layers,
-        num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=8192, rms_norm_eps=1e-5,
-        tie_word_embeddings=False,
+        vocab_size=128256, hidden_size=options.hidden, intermediate_size=options.inner,
+        num_hidden_layers=options.layers, num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=8192,
+        rms_norm_eps=1e-5, tie_word_embeddings=False,
     )  # fmt: skip
     with torch.device("meta"):
         model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
@@ -198,13 +201,14 @@ def step(options: argparse.Namespace) -> None:
     from peft.helpers import disable_input_dtype_casting
 
     from qft.kernels import apply
-    from qft.memory.chunked_loss import LOGITS, chunk_loss, rows_at_once
+    from qft.memory.chunked_loss import LOGITS
+    from qft.memory.fused_loss import COUNTS, fuse_loss
     from qft.memory.stash import stash_inputs
 
     started = time.perf_counter()
     model = model_8b(options)
     base = model.get_base_model()
-    chunk_loss(base, rows_at_once(base, LOGITS))
+    told(fused_loss=fuse_loss(base, LOGITS))
     torch.cuda.synchronize()
     told(made_s=round(time.perf_counter() - started, 1), held_gib=round(torch.cuda.memory_allocated() / 2**30, 2))
     if not options.plain:
@@ -216,11 +220,12 @@ def step(options: argparse.Namespace) -> None:
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
     shape = (options.batch, options.length)
+    counts = (options.length - 1,) * options.batch
     batches = [torch.randint(5, 49000, shape, device="cuda") for _ in range(options.steps)]
 
     def one(ids: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cuda", dtype=torch.bfloat16):
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            loss = model(input_ids=ids, labels=ids, use_cache=False, **{COUNTS: counts}).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -245,8 +250,23 @@ def step(options: argparse.Namespace) -> None:
             tok_s=round(options.batch * options.length / best[0]),
             peak_gib=round(torch.cuda.max_memory_allocated() / 2**30, 2), losses=[round(float(x), 3) for x in losses],
         )  # fmt: skip
+        if options.host:
+            of_the_host(lambda: one(batches[-1]))
         if options.profile:
             profiled(lambda: one(batches[-1]))
+
+
+def of_the_host(run: Callable[[], Any]) -> None:
+    """Functions by their own time, of which the profiler doubles most."""
+    import cProfile
+    import pstats
+
+    profiler = cProfile.Profile()
+    with torch.autograd.set_multithreading_enabled(False):
+        run()
+        torch.cuda.synchronize()
+        profiler.runcall(run)
+    pstats.Stats(profiler).sort_stats("tottime").print_stats(40)
 
 
 def profiled(run: Callable[[], Any]) -> None:
@@ -268,7 +288,7 @@ def profiled(run: Callable[[], Any]) -> None:
         end = max(event.time_range.end, end or 0.0)
     busy = sum(map(sum, total.values()))
     told(busy_ms=round(busy / 1e3, 1), idle_ms=round(idle / 1e3, 1), launches=sum(map(len, total.values())))
-    for name, spent in sorted(total.items(), key=lambda item: -sum(item[1]))[:32]:
+    for name, spent in sorted(total.items(), key=lambda item: -sum(item[1]))[:45]:
         print(f"{sum(spent) / 1e3:8.2f} ms {len(spent):6d} x {sum(spent) / len(spent):8.1f} us  {name[:110]}")
 
 

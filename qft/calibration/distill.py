@@ -18,7 +18,7 @@ from transformers import get_linear_schedule_with_warmup, set_seed
 
 from qft.calibration.quantizer import QuantizeTask
 from qft.memory.checkpointing import enable_checkpointing
-from qft.model.distill import distilled_loss
+from qft.memory.distilled_loss import distilled_loss
 from qft.progress import View
 from qft.quant.engines import Block, Engine, QuantizedLayer, find_engine
 from qft.quant.engines.base import Tensors, linear_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PretrainedCo
 from transformers import __version__ as transformers_version
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from qft.checkpoint.added import AddedTokens, with_rows
 from qft.checkpoint.digest import DESCRIBED, described, digest
 from qft.checkpoint.gguf_file import gguf_config, gguf_tokenizer
 from qft.checkpoint.header import header
@@ -43,6 +44,17 @@ class Checkpoint:
     commit: str | None = None
     quantization: dict[str, Any] = field(default_factory=dict)
     """The quantization_config that the checkpoint brings; empty if its weights are not quantized."""
+    added: AddedTokens | None = None
+    """What the recipe adds, of which `config` knows and the files do not; None: nothing."""
+
+    @property
+    def as_stored(self) -> Checkpoint:
+        """The same without what the recipe adds."""
+        return replace(self, config=self.added.stored, added=None) if self.added else self
+
+    def adding(self, added: AddedTokens | None) -> Checkpoint:
+        """The same with tokens that the recipe adds."""
+        return replace(self, config=with_rows(self.config, added.rows), added=added) if added else self
 
     @property
     def load_arguments(self) -> dict[str, Any]:

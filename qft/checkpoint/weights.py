@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from qft.checkpoint.added import tables
 from qft.checkpoint.conversion import Conversion, Group
 from qft.checkpoint.find import Checkpoint
 from qft.checkpoint.finite import require_finite
@@ -60,9 +61,10 @@ class Weights:
         self.path = checkpoint.path
         self.whole: dict[str, torch.Tensor] | None = None
         if checkpoint.gguf_file:
-            self.whole = dequantized(checkpoint, torch.float32).state_dict()
+            self.whole = dequantized(checkpoint.as_stored, torch.float32).state_dict()
         self.stored = {} if checkpoint.gguf_file else checkpoint.tensors()
         self.conversion = Conversion(model, {name: tensor.empty() for name, tensor in self.stored.items()})
+        self.added = dict.fromkeys(tables(model), checkpoint.added) if checkpoint.added else {}
         self._last: tuple[Group, dict[str, torch.Tensor]] | None = None
         self._open: tuple[Path, Any] | None = None
 
@@ -72,7 +74,12 @@ class Weights:
         return self.conversion.used if self.whole is None else None
 
     def find(self, name: str) -> torch.Tensor | None:
-        """A weight by its name in the model; None: the files have none."""
+        """A weight by its name in the model, with the rows of tokens that the recipe adds; None: the files have
+        none."""
+        found = self._find(name)
+        return found if found is None or name not in self.added else self.added[name].grown(found)
+
+    def _find(self, name: str) -> torch.Tensor | None:
         if self.whole is not None:
             return self.whole.get(name)
         group = self.conversion.source.get(name)

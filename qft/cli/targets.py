@@ -59,6 +59,7 @@ def chat(
     target: Annotated[str, typer.Argument(metavar="TARGET", help=TARGET_HELP, show_default=False)],
     adapter: Annotated[Path | None, typer.Option(help="Put this adapter on a model that brings none.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Answer this alone, instead of a conversation.")] = None,
+    image: Annotated[list[Path] | None, typer.Option(help="Ask the first question with it. Repeatable.")] = None,
     system: Annotated[str | None, typer.Option(help="What the system says before the conversation.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token; above, one is drawn.")] = 0.0,
@@ -76,7 +77,7 @@ def chat(
         from qft.commands.conversation import ChatOptions
 
         options = ChatOptions(system, max_new_tokens, temperature, top_p, seed)
-        session = open_session(target, adapter, options, prompt, say)
+        session = open_session(target, adapter, options, prompt, say, image or ())
         if prompt is None:
             session.run()
         elif as_json:

@@ -27,6 +27,7 @@ from qft.plan import CalibrationPlan, plan_calibration
 from qft.progress import View
 from qft.recipe import LoadedRecipe, load
 from qft.recipe.catalogue import CATALOGUE
+from qft.recipe.training import OF_FILES
 from qft.run.claim import claimed
 from qft.run.folder import Run, record_base, start_run
 from qft.run.interrupted import way_on
@@ -48,8 +49,9 @@ def find_plan(loaded: LoadedRecipe, trained: Prepared | None = None) -> tuple[Ca
         raise MissingError(f"{path}: the run has neither an adapter nor a model; it did not complete")
     base = load(run.folder / "recipe.yaml").recipe.model
     if run.full_model.is_dir():
-        base = base.having(path=str(run.full_model.resolve()), revision=None)
-    plan = plan_calibration(loaded.having(model={"path": base.path, "revision": base.revision}))
+        base = base.having(**dict.fromkeys(OF_FILES[2:], ()), path=str(run.full_model.resolve()), revision=None)
+    named = {name: getattr(base, name) for name in OF_FILES if name != "ignore_unexpected"}
+    plan = plan_calibration(loaded.having(model=named))
     if not run.adapter.is_dir():
         return plan, None
     require_fit(run.adapter, plan.model)

@@ -3,7 +3,7 @@
 import importlib
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from qft.views.words import CONTROLS
 HELP = """\
 /reset        forget all turns; what the system says stays
 /system TEXT  what the system says; without TEXT, nothing
+/image FILE   ask the next question with an image
 /save FILE    append the conversation to FILE.jsonl, as a row that training reads
 /quit         leave, as does Ctrl-D; Ctrl-C ends an answer and keeps what was said
 A line that starts with a space is never a command."""
@@ -88,12 +89,18 @@ class Session:
     def reset(self, rest: str) -> None:
         """Forget all turns."""
         self.conversation.messages.clear()
+        self.conversation.shown.clear()
         self.note("[all turns are forgotten]")
 
     def system(self, text: str) -> None:
         """Change what the system says. Raises DataError if the template takes none."""
         self.conversation.set_system(text)
         self.note(f"[the system says {text!r}, from the first turn on]" if text else "[the system says nothing]")
+
+    def image(self, name: str) -> None:
+        """Ask the next question with an image. Raises DataError if it cannot be read."""
+        self.conversation.show_image(name)
+        self.note(f"[{name} goes with the next question]")
 
     def save(self, name: str) -> None:
         """Append the conversation to a file. Raises RecipeError, DataError, or RunError if it cannot be written."""
@@ -124,13 +131,19 @@ class Session:
 COMMANDS: dict[str, Callable[[Session, str], None]] = {
     "/reset": Session.reset,
     "/system": Session.system,
+    "/image": Session.image,
     "/save": Session.save,
     "/help": Session.help,
 }
 
 
 def open_session(
-    name: str, adapter: Path | None, options: ChatOptions, prompt: str | None, note: Callable[[str], None]
+    name: str,
+    adapter: Path | None,
+    options: ChatOptions,
+    prompt: str | None,
+    note: Callable[[str], None],
+    images: Sequence[Path] = (),
 ) -> Session:
     """Load the target `name` to talk to. Raises QftError; whatever is wrong with the target, the options or `prompt` is
     told before the model is loaded."""
@@ -139,7 +152,10 @@ def open_session(
         note(f"[{target.unverified}]")
     plan = target.plan()
     require_special_tokens(plan.tokenizer, plan.shape.embeddings, generates=True)
-    conversation = Conversation(plan.tokenizer, options, plan.shape.max_positions, plan.shape.embeddings)
+    shape, pictures = plan.shape, None if target.in_llamacpp else plan.pictures
+    conversation = Conversation(plan.tokenizer, options, shape.max_positions, shape.embeddings, pictures)
+    for path in images:
+        conversation.show_image(str(path))
     conversation.prompt("Hello" if prompt is None else prompt)
     if not conversation.has_template:
         note(f"[{name} has no chat template: it continues what is written, as plain text]")

@@ -4,18 +4,21 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from qft.data.batch import model_inputs
+from qft.data.batch import pictured_inputs
 from qft.data.conversation import Conversation as Row
 from qft.data.conversation import Message
 from qft.data.formats import FORMATS
+from qft.data.images import is_image, open_image
+from qft.data.pictures import Pictures
 from qft.data.sources import BadRow
-from qft.data.template import Encoder, encode_prompt
+from qft.data.template import Encoder, encode_prompt, render_prompt
 from qft.errors import DataError, RecipeError
 from qft.measure.scores import generation_config
 from qft.memory.guard import memory_guard
@@ -78,6 +81,10 @@ class Conversation:
     options: ChatOptions
     max_positions: int | None = None
     embeddings: int | None = None
+    pictures: Pictures | None = None
+    """What reads images; None: the model reads none."""
+    shown: list[str] = field(init=False, default_factory=list)
+    """Images that the next question is asked with."""
     messages: list[Message] = field(init=False, default_factory=list)
     """The turns so far, without what the system says."""
     system: str | None = field(init=False, default=None)
@@ -101,6 +108,17 @@ class Conversation:
             self.system = before
             raise
 
+    def show_image(self, name: str) -> None:
+        """Ask the next question with the image in that file. Raises DataError if that cannot be."""
+        if self.pictures is None or not self.has_template:
+            raise DataError("the model reads no images")
+        path = str(Path(name).expanduser().absolute())
+        try:
+            open_image(path)
+        except BadRow as error:
+            raise DataError(str(error)) from None
+        self.shown.append(path)
+
     def prompt(self, text: str) -> list[int]:
         """Token ids of all turns and then `text`, up to where the answer begins.
 
@@ -123,9 +141,11 @@ class Conversation:
         """The answer to `text`, each piece of which goes to `show` at once. Both become turns of the conversation,
         unless the answer is interrupted before it begins. Raises what `prompt` does, or OutOfMemoryError."""
         ids = self.prompt(text)
+        question = self._question(text)
         settings = self.generation_config(model)
         writer = _Writer(self.tokenizer, settings.eos_token_id, show)
-        inputs = model_inputs([ids], 0, device=next(model.parameters()).device)
+        row = self._with_images([*self._all_messages(), question]) or {"input_ids": ids}
+        inputs = pictured_inputs([row], 0, self.pictures, device=next(model.parameters()).device)
         started, interrupted = time.perf_counter(), False
         try:
             with memory_guard("answering", self._smaller(model)), torch.inference_mode():
@@ -135,7 +155,8 @@ class Conversation:
             writer.end()
         seconds = time.perf_counter() - started
         if writer.text or not interrupted:
-            self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": writer.text}]
+            self.messages += [question, {"role": "assistant", "content": writer.text}]
+            self.shown.clear()
         return Reply(writer.text, len(writer.ids), seconds, ended=writer.ended, interrupted=interrupted)
 
     def _smaller(self, model: Any) -> Iterator[str]:
@@ -172,9 +193,28 @@ class Conversation:
         except UnicodeEncodeError:
             raise DataError("what was typed is not UTF-8 text") from None
         if self.has_template:
-            return encode_prompt(self.tokenizer, [*self._all_messages(), {"role": "user", "content": text}])
+            messages = [*self._all_messages(), self._question(text)]
+            row = self._with_images(messages)
+            return row["input_ids"] if row else encode_prompt(self.tokenizer, messages)
         ids = list(self.tokenizer(self._text(text)).input_ids)
         return ids[:-1] if ids[-1:] == [self.tokenizer.eos_token_id] else ids
+
+    def _question(self, text: str) -> Message:
+        images = [{"type": "image", "image": path} for path in self.shown]
+        return {"role": "user", "content": [*images, {"type": "text", "text": text}] if images else text}
+
+    def _with_images(self, messages: list[Message]) -> dict[str, Any] | None:
+        """The messages as an encoded row; None: they hold no images."""
+        contents = (message["content"] for message in messages if isinstance(message["content"], list))
+        images = [part["image"] for content in contents for part in content if is_image(part)]
+        if not images or self.pictures is None:
+            return None
+        text = render_prompt(self.tokenizer, messages)
+        try:
+            expanded = self.pictures.expand(text, [open_image(path)[0] for path in images])
+        except BadRow as error:
+            raise DataError(str(error)) from None
+        return {"input_ids": expanded.ids, "images": images, "rendered": text}
 
     def _all_messages(self) -> list[Message]:
         system = [{"role": "system", "content": self.system}] if self.system else []

@@ -15,7 +15,7 @@ from transformers import set_seed
 from qft.calibration.layer_errors import layer_errors
 from qft.commands.advising import Advised
 from qft.commands.results import require_replaceable, write_results
-from qft.data.batch import model_inputs, pad_token_id
+from qft.data.batch import pad_token_id, pictured_inputs
 from qft.data.sources import some_places
 from qft.disk import require_free_space
 from qft.documents.evaluation import Advice, EvalDocument, LayerError, Score, SourceResult, TargetResult
@@ -120,6 +120,7 @@ def _evaluated(targets: list[Target], options: EvalOptions, view: View, advised:
         window=options.window,
         stride=options.stride,
         holds_rows_out=first.has_recipe,
+        pictures=plans[0].pictures,
     )
     tasks = load_tasks(asked, seed=recipe.seed)
     for plan in [plan for target, plan in zip(targets, plans, strict=True) if not target.in_llamacpp]:
@@ -256,11 +257,12 @@ class _Evaluation:
             meter.settled()
             meter.restart()
             pad = pad_token_id(plan.tokenizer)
-            likelihood = measure(model, passages, batch_size=self.options.batch_size, pad=pad, **store)
+            batch, pictures = self.options.batch_size, plan.pictures
+            likelihood = measure(model, passages, batch_size=batch, pad=pad, pictures=pictures, **store)
             self._require_finite(target, likelihood)
             settings = self.recipe.eval
             asked = answered.rows if answered and settings.metrics else None
-            answers = answer_rows(model, plan.tokenizer, asked, settings) if asked else []
+            answers = answer_rows(model, plan.tokenizer, asked, settings, pictures) if asked else []
             prompt = max((passage.input_ids for passage in passages), key=len)[:SPEED_PROMPT]
             room = plan.shape.position_table or SPEED_PROMPT + SPEED_ANSWER
             written = min(SPEED_ANSWER, room // 2)
@@ -289,7 +291,7 @@ class _Evaluation:
         for passage in self.evalset.passages:
             if tokens >= LAYER_TOKENS:
                 break
-            batches.append(model_inputs([passage.input_ids], 0, device=plan.device.kind))
+            batches.append(pictured_inputs([vars(passage)], 0, plan.pictures, device=plan.device.kind))
             tokens += len(passage.input_ids)
         return batches
 

@@ -1,11 +1,12 @@
 """Encoded rows -> padded batches; all tensors are int64 [rows, tokens]."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from qft.data.pictures import Pictures
 from qft.data.template import IGNORED
 
 
@@ -44,6 +45,17 @@ def model_inputs(
     return dict(zip(("input_ids", "attention_mask"), tensors, strict=True))
 
 
+def pictured_inputs(
+    rows: Sequence[Mapping[str, Any]], pad: int, pictures: Pictures | None, *, device: Any, left: bool = False
+) -> dict[str, torch.Tensor]:
+    """Of encoded rows, what `model_inputs` gives, and what the model is given of their images."""
+    inputs = model_inputs([row["input_ids"] for row in rows], pad, left=left, device=device)
+    if pictures:
+        seen = pictures.inputs(rows, inputs["input_ids"].shape[1], left=left)
+        inputs |= {name: value.to(device) for name, value in seen.items()}
+    return inputs
+
+
 @dataclass(frozen=True)
 class Collator:
     """Pads on the right to the longest row, rounded up to `multiple` tokens, but to no more than `most`.
@@ -54,6 +66,8 @@ class Collator:
     pad: int
     multiple: int = 8
     most: int | None = None
+    pictures: Pictures | None = None
+    """What reads the images of rows; None: they have none."""
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         inputs = model_inputs([row["input_ids"] for row in rows], self.pad, multiple=self.multiple, most=self.most)
@@ -61,4 +75,6 @@ class Collator:
         labels = model_inputs(ids, IGNORED, multiple=self.multiple, most=self.most)["input_ids"]
         places = torch.tensor([[row["source"], row["row"]] for row in rows])
         learnt = tuple((labels[:, 1:] != IGNORED).sum(1).tolist())
+        if self.pictures:
+            inputs |= self.pictures.inputs(rows, labels.shape[1])
         return {**inputs, "labels": labels, "rows": places, "learnt_tokens": learnt}

@@ -9,13 +9,14 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from datasets import Dataset
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from qft.data.pictures import Pictures
 from qft.data.prepare import Prepared, prepare
 from qft.documents.plan import Audit
 from qft.errors import DataError
@@ -58,18 +59,26 @@ class CalibrationData:
 
 
 def calibration_data(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, needs_windows: bool, trained: Prepared | None = None
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    needs_windows: bool,
+    trained: Prepared | None = None,
+    pictures: Pictures | None = None,
 ) -> CalibrationData:
     """Encode the rows of calibrate.data, or else of data.train, and draw windows and verification rows by the seed.
-    `trained` is what the training has of this data section, if it has been encoded.
+    `trained` is what the training has of this data section, if it has been encoded. Rows with images, which `pictures`
+    reads, are left out: a model is calibrated on text.
 
     Raises DataError for bad rows or too few of them, MissingError without a file."""
     calibrate = recipe.calibrate or CalibrateSection()
-    prepared = trained if trained and not calibrate.data else _encode(recipe, tokenizer, calibrate)
+    whole = trained if trained and not calibrate.data else _encode(recipe, tokenizer, calibrate, pictures)
+    prepared, left_out = _of_text(whole)
     generator = np.random.default_rng(recipe.seed if calibrate.seed is None else calibrate.seed)
     digests = _digests(prepared.train)
     verify = _verification(prepared, digests, calibrate.verify_samples, generator, needs_windows)
-    few = [f"{len(verify)} rows to verify on: fewer than {FEW} tell little"] if len(verify) < FEW else []
+    few = [f"{left_out} rows hold images, and are left out"] if left_out else []
+    few += [f"{len(verify)} rows to verify on: fewer than {FEW} tell little"] if len(verify) < FEW else []
     if not needs_windows:
         return CalibrationData((), verify, prepared, None, tuple(few))
     rest = np.flatnonzero(~np.isin(digests, _digests(verify)) & ~np.isin(_places(prepared.train), _places(verify)))
@@ -82,20 +91,37 @@ def calibration_data(
     return CalibrationData(tuple(map(tuple, windows.tolist())), verify, prepared, audit, tuple(warnings))
 
 
-def _encode(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, calibrate: CalibrateSection) -> Prepared:
+def _of_text(prepared: Prepared) -> tuple[Prepared, int]:
+    """The rows without images, and how many the others are. Raises DataError if none is left."""
+    if not any(source.images for source in prepared.sources):
+        return prepared, 0
+
+    def without(rows: Dataset) -> Dataset:
+        return rows.select(np.flatnonzero([not images for images in rows["images"]]))
+
+    train, kept_out = without(prepared.train), without(prepared.eval) if prepared.eval else None
+    if not len(train) or (kept_out is not None and not len(kept_out)):
+        raise DataError("every row holds images, and a model is calibrated on text: give rows of text (calibrate.data)")
+    left_out = len(prepared.train) - len(train) + len(prepared.eval or ()) - len(kept_out or ())
+    return replace(prepared, train=train, eval=kept_out), left_out
+
+
+def _encode(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, calibrate: CalibrateSection, pictures: Pictures | None
+) -> Prepared:
     """Rows are cut to calibrate.max_length only once they are drawn for a window. Cut before, a chat whose question
     alone is longer would be refused for having nothing to learn, and a verification row would lose its answer."""
     data, seed = recipe.data, recipe.seed
     if not calibrate.data:
         # As in the training, so that data.eval_fraction holds the same rows out.
         policy = "skip" if data.on_too_long == "skip" else "truncate"
-        return prepare(data.having(on_too_long=policy), tokenizer, seed)
+        return prepare(data.having(on_too_long=policy), tokenizer, seed, pictures)
     assert data.max_length != "auto"  # the plan has decided
     # One token more than a window takes tells a row that is cut from one that just fits.
     longest = max(data.max_length, calibrate.max_length + 1)
     changed = data.having(train=calibrate.data, on_too_long="truncate", max_length=longest)
     try:
-        return prepare(changed, tokenizer, seed)
+        return prepare(changed, tokenizer, seed, pictures)
     except DataError as error:
         raise DataError(re.sub(r"^data\.train:", "calibrate.data:", str(error))) from None
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from qft.data.images import COLUMNS, Named, is_image, placed, taken
 from qft.data.sources import BadRow
 from qft.files import read_json_text
 
@@ -36,6 +37,8 @@ class Conversation:
     """Question and answer as one text goes on, for a model without a chat template; None: the row has turns."""
     places: tuple[str, ...] = field(default=(), compare=False)
     """Of each message, where the row says its content. Empty: in `messages`."""
+    images: tuple[Any, ...] = ()
+    """Of each part that is an image, in their order, where the row names it and what; once read, its reference."""
     unread: frozenset[str] = field(default=frozenset(), compare=False)
     """Fields of the row that nobody reads."""
 
@@ -111,13 +114,18 @@ def conversation(fields: Fields, turns: Sequence[Turn], plain: tuple[str, str] |
         turns = [("system", {"role": "system", "content": system}), *turns[has_own:]]
         plain = plain and (f"{system}\n\n{plain[0]}", plain[1])
     learnt = tuple(_learnt(place, turn) for place, turn in turns)
+    messages = [{name: value for name, value in turn.items() if name not in LEARNT_BY} for _, turn in turns]
+    if column := _images(fields):
+        messages = placed(messages, len(column))
+    images = taken(messages, [place for place, _ in turns], column)
     return Conversation(
-        tuple({name: value for name, value in turn.items() if name not in LEARNT_BY} for _, turn in turns),
+        tuple(messages),
         tools=_tools(fields),
         learnt=learnt if any(said is not None for said in learnt) else (),
         template_kwargs=_template_kwargs(fields),
-        plain=None if history else plain,  # turns have no one way to be a text
+        plain=None if history or images else plain,  # turns have no one way to be a text
         places=tuple(place for place, _ in turns),
+        images=tuple(images),
         unread=fields.unread(),
     )
 
@@ -143,9 +151,9 @@ def message(value: Any, where: str, content_name: str = "content") -> Turn:
         raise BadRow(f"{where}.tool_calls: needs a list of calls")
     if isinstance(content, list):
         content = _parts(content, f"{where}.{content_name}")
-    if not isinstance(content, str) and not (role == "assistant" and calls):
+    if not isinstance(content, str | list) and not (role == "assistant" and calls):
         raise BadRow(f"{where}.{content_name}: needs a text")
-    if role == "assistant" and not (content or "").strip() and not calls:
+    if role == "assistant" and not isinstance(content, list) and not (content or "").strip() and not calls:
         raise BadRow(f"{where}.{content_name}: the assistant says nothing")
     checked = {name: inner for name, inner in value.items() if inner is not None}
     if calls:
@@ -228,8 +236,24 @@ def _are_objects(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, dict) for item in value)
 
 
-def _parts(parts: list[Any], where: str) -> str:
-    """Text of content that is a list of parts."""
-    if not all(isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in parts):
-        raise BadRow(f"{where}: only parts of type text can be trained on")
+def _parts(parts: list[Any], where: str) -> str | list[Any]:
+    """Content that is a list of parts: its text, or the parts themselves where some are images."""
+    for number, part in enumerate(parts):
+        is_text = isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+        if not is_text and not is_image(part):
+            raise BadRow(f"{where}.{number}: only parts of type text, image and image_url can be trained on")
+    if any(map(is_image, parts)):
+        return [dict(part) if is_image(part) else {"type": "text", "text": part["text"]} for part in parts]
     return "".join(part["text"] for part in parts)
+
+
+def _images(fields: Fields) -> list[Named]:
+    """The images that stand beside the turns."""
+    found = list[Named]()
+    for name in COLUMNS:
+        value = fields.parsed(name) if name == "images" else fields.get(name)
+        if isinstance(value, list):
+            found += [(f"{name}.{number}", inner) for number, inner in enumerate(value)]
+        elif value:
+            found.append((name, value))
+    return found

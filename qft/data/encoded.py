@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, Features, List, Value
 
@@ -21,11 +22,16 @@ COLUMNS = Features(
         "answer_start": Value("int32"),
         "source": Value("int32"),
         "row": Value("int64"),
+        "images": List(Value("string")),
+        "rendered": Value("string"),
     }
 )
 """Of encoded rows, or of each example that a row became. input_ids and labels: [tokens]; length and supervised, in
 tokens; answer_start: index of the first token of the last turn that is learnt, -1 if that is cut and in plain text;
-source and row: where it stands."""
+source and row: where it stands; images: a reference of each (qft.data.images), and rendered: the text before the
+processor put in what stands for them, empty without any."""
+LATER: dict[str, Any] = {"images": [], "rendered": ""}
+"""Of files from before there were images."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,8 @@ def read_rows(path: Path, limit: int | None = None) -> EncodedRows:
     try:
         with path.open(encoding="utf-8") as stream:
             lines = [json.loads(line) for line in islice(stream, limit)]
-        rows = Dataset.from_list([{name: line[name] for name in COLUMNS} for line in lines], features=COLUMNS)
+        kept = [{name: (LATER | line)[name] for name in COLUMNS} for line in lines]
+        rows = Dataset.from_list(kept, features=COLUMNS)
         return EncodedRows(lines[0]["part"], rows, {line["source"]: (line["path"], line["unit"]) for line in lines})
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise DataError(f"{path}: holds no encoded rows; without the file, the data is encoded again") from error

@@ -1,10 +1,12 @@
 """The data section of a recipe -> encoded train and eval rows, and what was found on the way."""
 
+import hashlib
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from qft.data.encoded import COLUMNS, EncodedRows
+from qft.data.pictures import Pictures
 from qft.data.reader import FEATURES, RowReader, find_format
 from qft.data.sources import Rows, open_source, place
 from qft.data.template import Encoder
@@ -58,10 +61,14 @@ class Prepared:
         return EncodedRows("train", self.train.select(range(min(KEPT, len(self.train)))), self.places)
 
 
-def prepare(data: DataSection, tokenizer: PreTrainedTokenizerBase, seed: int) -> Prepared:
-    """Read, encode, split and weight every row. Raises DataError listing the bad rows, MissingError without a file."""
+def prepare(
+    data: DataSection, tokenizer: PreTrainedTokenizerBase, seed: int, pictures: Pictures | None = None
+) -> Prepared:
+    """Read, encode, split and weight every row; `pictures` reads their images, None: the model reads none.
+
+    Raises DataError listing the bad rows, MissingError without a file."""
     chosen = {number: _whole(source) for number, source in enumerate((*data.train, *data.eval))}
-    encoded, facts = _encode_all(data, tokenizer, chosen)
+    encoded, facts = _encode_all(data, tokenizer, chosen, pictures)
     train = concatenate_datasets(encoded[: len(data.train)])
     kept_out = concatenate_datasets(encoded[len(data.train) :]) if data.eval else None
     if data.eval_fraction:
@@ -75,16 +82,18 @@ def prepare(data: DataSection, tokenizer: PreTrainedTokenizerBase, seed: int) ->
     return Prepared(train, kept_out, tuple(facts))
 
 
-def held_out(data: DataSection, tokenizer: PreTrainedTokenizerBase, seed: int) -> EncodedRows | None:
+def held_out(
+    data: DataSection, tokenizer: PreTrainedTokenizerBase, seed: int, pictures: Pictures | None = None
+) -> EncodedRows | None:
     """The very rows that `prepare` holds out; None if it holds none out. Others are encoded only where some may be
     skipped: data.eval_fraction is drawn among those that are used. Raises what `prepare` does."""
     if not data.eval and not data.eval_fraction:
         return None
     if data.eval_fraction and "skip" in (data.on_bad_row, data.on_too_long):
-        return prepare(data, tokenizer, seed).asked()
+        return prepare(data, tokenizer, seed, pictures).asked()
     whole = {number: _whole(source) for number, source in enumerate(data.eval, len(data.train))}
     chosen = whole or _drawn(data, seed)
-    encoded, _ = _encode_all(data, tokenizer, chosen)
+    encoded, _ = _encode_all(data, tokenizer, chosen, pictures)
     _require_rows("data.eval", encoded)
     places = {number: (rows.source.path, rows.unit) for number, (rows, _) in chosen.items()}
     return EncodedRows("eval", concatenate_datasets(encoded), places)
@@ -127,18 +136,20 @@ def _require_rows(name: str, rows: Sequence[Dataset]) -> None:
 
 
 def _encode_all(
-    data: DataSection, tokenizer: PreTrainedTokenizerBase, chosen: Mapping[int, Chosen]
+    data: DataSection, tokenizer: PreTrainedTokenizerBase, chosen: Mapping[int, Chosen], pictures: Pictures | None
 ) -> tuple[list[Dataset], list[SourceFacts]]:
     """Of each source, by its number, the chosen rows that can be used, and its facts. Raises DataError listing the rows
     that must stop the run."""
     disable_caching()
     assert data.max_length != "auto"  # the plan has decided
-    encoder = Encoder(tokenizer, data.max_length, data.on_too_long, data.loss_on, data.chat_template)
+    encoder = Encoder(tokenizer, data.max_length, data.on_too_long, data.loss_on, data.chat_template, pictures)
     stops = [kind for kind, policy in (("bad", data.on_bad_row), ("too long", data.on_too_long)) if policy == "stop"]
     usable, facts, bad = [], [], []
     for number, (rows, indices) in chosen.items():
         name = find_format(rows, data)
-        reader = RowReader(encoder, name, frozenset(data.ignore_fields), number)
+        path = Path(rows.source.path)
+        folder = path.parent if path.is_absolute() else None
+        reader = RowReader(encoder, name, frozenset(data.ignore_fields), number, folder)
         encoded = _encode(rows, indices, data.num_proc, reader)
         status = np.array(encoded["status"], dtype=object)
         stopping = encoded.select(np.flatnonzero(np.isin(status, stops)))
@@ -146,9 +157,19 @@ def _encode_all(
         used = encoded.select(np.flatnonzero(np.isin(status, ["ok", "truncated"])))
         usable.append(used.select_columns([*COLUMNS]))
         facts.append(_facts(rows, "train" if number < len(data.train) else "eval", name, status, used))
+    if pictures and any(source.images for source in facts):
+        bad += _unseen(usable, chosen, pictures)
     if bad:
         _refuse(bad)
     return usable, facts
+
+
+def _unseen(usable: Sequence[Dataset], chosen: Mapping[int, Chosen], pictures: Pictures) -> Iterator[str]:
+    """Rows of text that say what stands for an image: beside rows that have some, nobody could tell whose it is."""
+    for rows, examples in zip((rows for rows, _ in chosen.values()), usable, strict=True):
+        for example in examples:
+            if not example["images"] and (mark := pictures.stands_for_image(example["input_ids"])):
+                yield f"{rows.place(example['row'])}: its text says {mark}, which stands for an image, and it has none"
 
 
 def _encode(rows: Rows, indices: Sequence[int], num_proc: int, reader: RowReader) -> Dataset:
@@ -185,10 +206,17 @@ def _facts(rows: Rows, part: str, name: str, status: NDArray[Any], used: Dataset
         tokens=int(lengths.sum()),
         supervised_tokens=int(np.array(used["supervised"], dtype=np.int64).sum()),
         longest=int(lengths.max(initial=0)),
-        digest=rows.digest,
+        digest=_digest(rows, used),
+        images=sum(map(len, used["images"])),
         unit=rows.unit,
         weight=rows.source.weight,
     )
+
+
+def _digest(rows: Rows, used: Dataset) -> str | None:
+    """Of the source, and of the images that its rows name."""
+    images = "".join(used["image_digest"])
+    return hashlib.sha256(f"{rows.digest}{images}".encode()).hexdigest() if images else rows.digest
 
 
 def _refuse(bad: Sequence[str]) -> None:

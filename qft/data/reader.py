@@ -1,8 +1,9 @@
 """Raw rows of a source -> examples: tokens and labels, or the reason why a row cannot be used."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from datasets import Features, List, Value
@@ -10,14 +11,24 @@ from datasets import Features, List, Value
 from qft.data.conversation import without_fields
 from qft.data.encoded import COLUMNS
 from qft.data.formats import FORMATS, detect
+from qft.data.images import reference
 from qft.data.sources import BadRow, Rows, decode
 from qft.data.template import IGNORED, Encoded, Encoder, TooLong
 from qft.errors import DataError
 from qft.recipe.data import DataSection
 
-FEATURES = Features({**COLUMNS, "status": Value("string"), "reason": Value("string"), "unread": List(Value("string"))})
+FEATURES = Features(
+    {
+        **COLUMNS,
+        "image_digest": Value("string"),
+        "status": Value("string"),
+        "reason": Value("string"),
+        "unread": List(Value("string")),
+    }
+)
 
-"""COLUMNS; status: ok, truncated, blank, bad or too long; the reason of the last two; fields that nobody reads."""
+"""COLUMNS; image_digest: SHA-256 of those of the images' files, empty without any; status: ok, truncated, blank, bad or
+too long; the reason of the last two; fields that nobody reads."""
 
 
 @dataclass
@@ -28,6 +39,8 @@ class RowReader:
     format: str
     ignored: frozenset[str]
     source: int
+    folder: Path | None = None
+    """Of its file."""
 
     def __call__(
         self, batch: dict[str, list[Any]], positions: list[int], indices: Sequence[int]
@@ -47,7 +60,8 @@ class RowReader:
             if fields is None:
                 return [_record(Encoded([], []), "blank")]
             conversation = FORMATS[self.format](without_fields(fields, self.ignored))
-            examples = self.encoder(conversation)
+            images = tuple(reference(each, self.folder) for each in conversation.images)
+            examples = self.encoder(replace(conversation, images=images))
         except BadRow as error:
             return [_record(Encoded([], []), "too long" if isinstance(error, TooLong) else "bad", str(error))]
         unread = sorted(conversation.unread)
@@ -62,6 +76,9 @@ def _record(encoded: Encoded, status: str, reason: str = "", unread: Sequence[st
         "length": len(encoded.input_ids),
         "supervised": sum(label != IGNORED for label in encoded.labels[1:]),
         "answer_start": encoded.answer_start,
+        "images": encoded.images,
+        "rendered": encoded.rendered,
+        "image_digest": encoded.image_digest,
         "status": status,
         "reason": reason,
         "unread": unread,

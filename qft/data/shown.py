@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from qft.data.images import shown
 from qft.data.prepare import Prepared
 from qft.data.template import IGNORED
 from qft.documents.plan import ShownRow, ShownToken
@@ -26,7 +28,7 @@ def shown_rows(prepared: Prepared, tokenizer: PreTrainedTokenizerBase, count: in
     ]
 
 
-def _first(examples: Dataset, source: int, count: int) -> Iterator[dict[str, list[int]]]:
+def _first(examples: Dataset, source: int, count: int) -> Iterator[dict[str, Any]]:
     """Examples of the source's first rows, each once."""
     own = np.flatnonzero(np.array(examples["source"]) == source)
     rows = np.array(examples.select(own)["row"])
@@ -39,14 +41,15 @@ def _first(examples: Dataset, source: int, count: int) -> Iterator[dict[str, lis
             yield example
 
 
-def _shown(example: dict[str, list[int]], prepared: Prepared, tokenizer: PreTrainedTokenizerBase) -> ShownRow:
+def _shown(example: dict[str, Any], prepared: Prepared, tokenizer: PreTrainedTokenizerBase) -> ShownRow:
     ids, learnt = example["input_ids"], [label != IGNORED for label in example["labels"]]
     runs = [[i for i, _ in run] for is_learnt, run in groupby(enumerate(learnt), lambda pair: pair[1]) if is_learnt]
     return ShownRow(
-        place=prepared.place(int(example["source"]), int(example["row"])),  # type: ignore[call-overload]
+        place=prepared.place(int(example["source"]), int(example["row"])),
         text=tokenizer.decode(ids),
         learnt=[tokenizer.decode([ids[i] for i in run]) for run in runs],
         pieces=list(_tokens(ids, learnt, tokenizer)),
+        images=[shown(kept) for kept in example["images"]],
     )
 
 

@@ -195,7 +195,21 @@ def _csv(path: Path, digest: str, source: Source) -> tuple[Dataset, str]:
 
 
 def _parquet(path: Path, digest: str, source: Source) -> tuple[Dataset, str]:
-    return _read("parquet", path, digest), "row"
+    return _undecoded(_read("parquet", path, digest)), "row"
+
+
+def _undecoded(dataset: Dataset) -> Dataset:
+    """With images as the bytes of their files: they are looked at once a row is read."""
+    features = Features({name: _as_bytes(feature) for name, feature in dataset.features.items()})
+    return dataset if features == dataset.features else dataset.cast(features)
+
+
+def _as_bytes(feature: Any) -> Any:
+    if isinstance(feature, datasets.Image):
+        return datasets.Image(decode=False)
+    if isinstance(feature, dict):
+        return {name: _as_bytes(inner) for name, inner in feature.items()}
+    return datasets.List(_as_bytes(feature.feature)) if isinstance(feature, datasets.List) else feature
 
 
 def _text(path: Path, digest: str, source: Source) -> tuple[Dataset, str]:
@@ -221,4 +235,4 @@ def _hub(source: Source) -> Rows:
         ) from error
     checksums = dataset.info.download_checksums or {}
     commit = next((url.rsplit("@", 1)[1].split("/")[0] for url in checksums if "@" in url), source.revision)
-    return Rows(source, dataset, "row", commit)
+    return Rows(source, _undecoded(dataset), "row", commit)

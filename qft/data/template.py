@@ -5,12 +5,16 @@ the conversation is rendered up to and including each assistant turn: as long as
 whole, the turn is what lies between.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from qft.data.conversation import Conversation, Message
+from qft.data.images import count_images, open_image
+from qft.data.pictures import Expanded, Pictures
 from qft.data.rendering import Example, Renderer, Span, require_all
 from qft.data.sandbox import TemplateLimit
 from qft.data.sources import BadRow
@@ -33,6 +37,13 @@ class Encoded:
     answer_start: int = -1
     """Index of the first token of the last turn that is learnt; -1 if that turn is cut, and for plain text."""
     truncated: bool = False
+    images: list[str] = field(default_factory=list)
+    """References of its images, whose tokens are among input_ids."""
+    rendered: str = ""
+    """The text before those tokens were put in."""
+    image_digest: str = ""
+    seen: int = 0
+    """Tokens up to the end of the last image's."""
 
 
 @dataclass
@@ -46,6 +57,8 @@ class Encoder:
     loss_on: str = "assistant"
     template_file: str | None = None
     """Where the chat template was read, if that is not the tokenizer's own."""
+    pictures: Pictures | None = None
+    """None: the model reads no images."""
     special_ids: set[int] = field(init=False)
     renderer: Renderer = field(init=False)
 
@@ -65,6 +78,9 @@ class Encoder:
         return learnt
 
     def _encoded(self, conversation: Conversation) -> list[Encoded]:
+        if conversation.images and not (self.pictures and self.tokenizer.chat_template):
+            why = "the model reads no images" if self.pictures is None else "there is no chat template to place images"
+            raise BadRow(f"{why}; name their field in data.ignore_fields to leave them out")
         if conversation.text is not None:
             return [self._text(conversation.text)]
         if self.tokenizer.chat_template:
@@ -83,6 +99,9 @@ class Encoder:
         if len(encoded.input_ids) > self.max_length:
             if self.on_too_long != "truncate":
                 raise TooLong(f"{len(encoded.input_ids)} tokens, and data.max_length is {self.max_length}")
+            if encoded.seen > self.max_length:
+                text = f"{encoded.seen} tokens up to its last image, and data.max_length is {self.max_length}"
+                raise BadRow(f"{text}: no image can be cut")
             encoded.truncated = True
             encoded.answer_start = -1
             del encoded.input_ids[self.max_length :], encoded.labels[self.max_length :]
@@ -165,7 +184,25 @@ class Encoder:
         if all(label == IGNORED for label in labels):
             return None
         learnt = [start for number, spans in turns.items() if number not in left_out for start, _ in spans]
-        return Encoded(ids, labels, answer_start=max(learnt, default=-1))
+        encoded = Encoded(ids, labels, answer_start=max(learnt, default=-1))
+        return self._with_images(encoded, example, conversation.images) if conversation.images else encoded
+
+    def _with_images(self, encoded: Encoded, example: Example, references: Sequence[str]) -> Encoded:
+        """The same once the processor has put in the tokens of the example's images."""
+        assert self.pictures is not None
+        kept = references[: count_images(example.messages)]
+        opened = [open_image(each) for each in kept]
+        if not kept:
+            return encoded
+        expanded = self.pictures.expand(example.text, [image for image, _ in opened])
+        made = moved(encoded, example.text, expanded, self.tokenizer)
+        if self.loss_on != "all" and [x for x in made.labels if x != IGNORED] != [
+            x for x in encoded.labels if x != IGNORED
+        ]:
+            raise BadRow("the processor writes other tokens where the assistant speaks")
+        made.images, made.rendered = list(kept), example.text
+        made.image_digest = hashlib.sha256("".join(digest for _, digest in opened).encode()).hexdigest()
+        return made
 
     def _check_learnt(self, conversation: Conversation, left_out: set[int]) -> None:
         """What rows say of single turns must be possible."""
@@ -230,23 +267,53 @@ class Encoder:
         return (start, last) if last > start and ids[last - 1] in self.special_ids else turn
 
 
+def moved(encoded: Encoded, text: str, expanded: Expanded, tokenizer: PreTrainedTokenizerBase) -> Encoded:
+    """What is learnt of a rendered text, in the text with what stands for its images, which is never learnt."""
+    learnt = np.zeros(len(text), dtype=bool)
+    places = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    for (start, end), label in zip(places, encoded.labels, strict=True):
+        learnt[start:end] = label != IGNORED
+    out = tokenizer(expanded.text, add_special_tokens=False, return_offsets_mapping=True)
+    if list(out["input_ids"]) != expanded.ids:
+        raise BadRow("the processor writes other tokens than the tokenizer, so they cannot be told apart")
+    starts = np.array([start for start, _ in out["offset_mapping"]])
+    ends = np.array([end for _, end in out["offset_mapping"]])
+    inside, shift = np.zeros(len(starts), dtype=bool), np.zeros(len(starts), dtype=int)
+    for start, end, more in expanded.regions:
+        inside |= (ends > start) & (starts < end)
+        shift[starts >= end] = more
+    labels = [
+        number if not within and learnt[at] else IGNORED
+        for number, within, at in zip(expanded.ids, inside, np.where(inside, 0, starts - shift), strict=True)
+    ]
+    seen = int(np.flatnonzero(inside)[-1]) + 1
+    answer = places[encoded.answer_start][0] if encoded.answer_start >= 0 else -1
+    found = np.flatnonzero(~inside & (starts - shift == answer))
+    start = int(found[0]) if len(found) and answer >= 0 else -1
+    return Encoded(expanded.ids, labels, answer_start=start if start >= seen else -1, seen=seen)
+
+
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Ids of the tokens that stand for no text."""
     added = tokenizer.added_tokens_decoder
     return {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
-    """Token ids of a conversation up to where the assistant's next turn begins, as training has them.
+def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
+    """A conversation up to where the assistant's next turn begins, as training has it; without special tokens to add.
 
     Raises DataError if the tokenizer has no chat template, or if that refuses the conversation."""
     try:
-        text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+        return str(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False))
     except TemplateLimit:
         raise
     except Exception as error:  # a template is a program: it can fail with more than jinja's own errors
         raise DataError(f"the chat template refuses the conversation: {error}") from None
-    return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+    """Its token ids. Raises DataError likewise."""
+    return list(tokenizer(render_prompt(tokenizer, messages), add_special_tokens=False).input_ids)
 
 
 class TooLong(BadRow):

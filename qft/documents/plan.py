@@ -38,6 +38,8 @@ class PlannedModel(Stored):
     from before it was told here."""
     embeddings: Tokens | None = None
     """Tokens that its input embeddings know; None in documents from before it was told here."""
+    added_tokens: dict[str, int] = {}
+    """Tokens that the recipe adds, and their numbers."""
     heads: list[str]
     beside: list[str] = []
     """Modules beside the language part (towers for images, what projects their output), which stay as they are: not
@@ -126,7 +128,8 @@ class SourceFacts(Stored):
     supervised_tokens: Tokens
     longest: Tokens
     digest: str | None
-    """SHA-256 of its file; None if it has none of its own."""
+    """SHA-256 of its file, and of its images' where it has some; None if it has none of its own."""
+    images: int = 0
     unit: str
     """What a row's number counts: line or row."""
     weight: float
@@ -141,6 +144,8 @@ class DataPart(Stored):
     None in documents from before it was told."""
     max_length: Tokens | None = None
     """Of a row; None in documents from before it was decided here."""
+    added_tokens: dict[str, int] = {}
+    """How often each token that the recipe adds stands in the training rows."""
     sources: list[SourceFacts]
 
 
@@ -225,8 +230,15 @@ class ShownRow(Stored):
     text: str
     learnt: list[str]
     """The spans of the text that are learnt, in their order."""
+    images: list[str] = []
+    """Paths, or the beginnings of data URIs, in their order."""
     pieces: list[ShownToken] = Field([], exclude=True)
     """Token by token, for views."""
+
+
+Kept = Literal["inputs", "attention", "products", "all"]
+"""What a block keeps for its backward pass: its input alone, what attention is made of and the MLP's input, everything
+but outputs of norms, everything."""
 
 
 class PlannedWay(Stored):
@@ -237,12 +249,14 @@ class PlannedWay(Stored):
     accumulated: int
     """Micro-batches of a step."""
     recomputed: int
-    """Blocks that are computed again in the backward pass, the first ones."""
+    """Blocks that keep `least` for the backward pass, the first ones; the others keep `most`."""
     peak: Bytes
     """What the device must have."""
     fits: bool
     speed: Share
     """Estimated, of that of large micro-batches with nothing computed again."""
+    least: Kept = "inputs"
+    most: Kept = "all"
 
 
 class PlannedMemory(Stored):
@@ -263,8 +277,8 @@ class PlannedMemory(Stored):
     unknown: str | None = None
     """Why nothing is predicted."""
     recomputed_blocks: int | None = None
-    """Of the blocks, the first ones that are computed again in the backward pass; None: as gradient_checkpointing
-    says."""
+    """Of the blocks, the first ones that are computed again in the backward pass, or that keep less than the others
+    (the first of `ways` says what); None: as gradient_checkpointing says."""
     optimizer: str | None = None
     """What `auto` of train.optim came to, and why; None: the recipe says which."""
     ways: list[PlannedWay] = []

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from qft.errors import first_line
 from qft.kernels.check import Check
+from qft.kernels.keep import Keep
 from qft.kernels.layer import Stack
 from qft.kernels.mlp import Mlp
 from qft.kernels.norm import rms_norm
@@ -44,6 +45,8 @@ class Applied:
     """Modules by what they are."""
     plain: Counter[str] = field(default_factory=Counter)
     """Modules by why they take their own code."""
+    keeps: list[Keep] = field(default_factory=list)
+    """What each block keeps: everything, unless somebody says otherwise."""
     undo: dict[str, list[Callable[[], None]]] = field(default_factory=dict)
 
     def put(self, kind: str, module: nn.Module, forward: Callable[..., Any]) -> None:
@@ -68,7 +71,7 @@ class Applied:
 def apply(model: nn.Module, blocks: nn.ModuleList, kinds: Collection[str], mixed: torch.dtype | None) -> Applied:
     """Fuse what can be of these kinds in a model that is to be trained, under autocast in `mixed`. Its weights and the
     random numbers are left as they were."""
-    applied = Applied()
+    applied = Applied(keeps=[Keep() for _ in blocks])
     check = Check(model, blocks, mixed)
     found = _found(model, blocks, kinds, check.run, applied)
     for kind in found:
@@ -82,7 +85,7 @@ def apply(model: nn.Module, blocks: nn.ModuleList, kinds: Collection[str], mixed
 
 def expect(model: nn.Module, blocks: nn.ModuleList, kinds: Collection[str]) -> Applied:
     """What `apply` would do, if all parts agreed, to a model of tensors without contents: as far as shapes go."""
-    applied = Applied()
+    applied = Applied(keeps=[Keep() for _ in blocks])
     if not kinds:
         return applied
     check = Check(model, blocks, None)
@@ -112,19 +115,20 @@ def _found(
     taken = {layer.module for seam in mlps for layer in seam.layers}
     groups = find_groups(blocks, seen, taken, applied.plain) if LINEAR in kinds else []
     norms = find_norms(model, seen) if NORM in kinds else []
+    keep_of = {module: keep for block, keep in zip(blocks, applied.keeps, strict=True) for module in block.modules()}
     turns = find_rotary(blocks, seen) if ROTARY in kinds else []
     found: dict[str, list[Callable[[], None]]] = {
-        MLP: [partial(_put_mlp, seam, applied, borders) for seam in mlps],
+        MLP: [partial(_put_mlp, seam, applied, borders, keep_of[seam.module]) for seam in mlps],
         LINEAR: [put for seam in groups for put in _puts_of_group(seam, applied, borders, stacks)],
-        NORM: [partial(_put_norm, seam, applied, borders) for seam in norms],
+        NORM: [partial(_put_norm, seam, applied, borders, keep_of.get(seam.module)) for seam in norms],
         ROTARY: [partial(_put_rotary, seam, applied, stacks.get(seam.module)) for seam in turns],
     }
     return {kind: parts for kind, parts in found.items() if parts}
 
 
-def _put_mlp(seam: MlpSeam, applied: Applied, borders: dict[nn.Module, int]) -> None:
+def _put_mlp(seam: MlpSeam, applied: Applied, borders: dict[nn.Module, int], keep: Keep) -> None:
     module, plain = seam.module, seam.module.forward
-    mlp = Mlp(Stack(seam.layers[:2]), Stack(seam.layers[2:]), seam.kind)
+    mlp = Mlp(Stack(seam.layers[:2]), Stack(seam.layers[2:]), seam.kind, keep)
     stacks, dtype = (mlp.first, mlp.down), mlp.first.dtype
     borders[module] = mlp.first.border
 
@@ -155,9 +159,9 @@ def _puts_of_group(
             if given is x:
                 return made
             waiting.clear()
-            if args or kwargs or not _may(module, x, stack.dtype) or not stack.is_as_found():
+            if args or kwargs or not _may(module, x, stack.given) or not stack.is_as_found():
                 return plain(x, *args, **kwargs)
-            outs = project(x, stack)
+            outs = project(x.to(stack.dtype), stack)
             waiting.update({i: (x, out) for i, out in enumerate(outs) if i != number})
             return outs[number]
 
@@ -166,14 +170,14 @@ def _puts_of_group(
     return [partial(put, number) for number in range(len(seam.layers))]
 
 
-def _put_norm(seam: NormSeam, applied: Applied, borders: dict[nn.Module, int]) -> None:
+def _put_norm(seam: NormSeam, applied: Applied, borders: dict[nn.Module, int], keep: Keep | None) -> None:
     module, plain = seam.module, seam.module.forward
     border = max((borders.get(fed, 0) for fed in seam.feeds), default=0)
 
     def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs or not _may(module, x, x.dtype):
             return plain(x, *args, **kwargs)
-        return rms_norm(x, next(module.parameters()), seam.eps, seam.shift, seam.dtype, border)
+        return rms_norm(x, next(module.parameters()), seam.eps, seam.shift, seam.dtype, border, keep)
 
     applied.put(NORM, module, forward)
 

@@ -29,6 +29,10 @@ class Layer:
     adapter: str | None
     scaling: float
     rank: int
+    given: torch.dtype | None = None
+    made: torch.dtype | None = None
+    """Of its input and its output, where they are other than what it multiplies in: a layer norm gives float32 under
+    autocast, and bitsandbytes makes of each input one of the same dtype."""
 
     @property
     def rows(self) -> int:
@@ -135,6 +139,7 @@ class Stack:
     def __init__(self, layers: Sequence[Layer]) -> None:
         self.layers = list(layers)
         self.rows, self.columns, self.dtype = sum(x.rows for x in layers), layers[0].columns, layers[0].dtype
+        self.given, self.made = layers[0].given or self.dtype, layers[0].made or self.dtype
         self.has_bias = any(x.bias is not None for x in layers)
         self.rank = sum(x.rank for x in layers)
         self.border = border_for(max(self.rank + self.has_bias, 1))

@@ -3,7 +3,7 @@ has kept. A checkpointed block whose MLP comes last is then computed again up to
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,8 +12,9 @@ from torch.autograd.function import once_differentiable
 from qft.kernels.activation import activate, activate_back
 from qft.kernels.buffers import rows_of
 from qft.kernels.jit import by_triton
+from qft.kernels.keep import Keep
 from qft.kernels.layer import Stack
-from qft.kernels.project import back, gradients, project_joint, with_lora
+from qft.kernels.project import Project, back, gradients, joint, project_joint, with_lora
 
 
 @dataclass
@@ -24,10 +25,11 @@ class Mlp:
     """gate and up."""
     down: Stack
     kind: str
+    keep: Keep = field(default_factory=Keep)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[..., columns] -> [..., columns]"""
-        both = project_joint(x, self.first)
+        both = project_joint(x, self.first, kept=self.keep.gates)
         out: torch.Tensor = Down.apply(both, self, *self.down.pairs)  # type: ignore[no-untyped-call]
         return out
 
@@ -39,7 +41,7 @@ class Down(torch.autograd.Function):
     def forward(ctx: Any, both: torch.Tensor, mlp: Mlp, *pair: torch.Tensor | None) -> torch.Tensor:
         down = mlp.down
         ctx.mlp, ctx.first = mlp, both.grad_fn
-        if ctx.first is None:
+        if ctx.first is None:  # nobody keeps them for us
             ctx.save_for_backward(both)
         h = activate(rows_of(both), mlp.kind, down.border)
         matrix = down.matrix(h.device, forward=True)
@@ -61,13 +63,15 @@ class Down(torch.autograd.Function):
 
 
 def _kept(ctx: Any) -> torch.Tensor:
-    """gate and up; what was kept beside them is handed to the function that did: of a checkpointed block, it can be
-    asked for once."""
+    """gate and up, or made again; what was kept beside them is handed to the function that did: of a checkpointed
+    block, it can be asked for once."""
     if ctx.first is None:
-        both: torch.Tensor = ctx.saved_tensors[0]
-        return both.clone()
+        given: torch.Tensor = ctx.saved_tensors[0]
+        return given.clone()
     if ctx.first.spent:
         raise RuntimeError("gate and up are gone once their gradients took their place: no second backward pass")
-    x, inner, both = ctx.first.saved_tensors
-    ctx.first.kept, ctx.first.spent = (x, inner), by_triton(both)
+    x, inner, both = Project.kept(ctx.first)
+    if both is None:
+        both, inner = joint(x, ctx.mlp.first)
+    ctx.first.given, ctx.first.spent = (x, inner), by_triton(both)
     return both

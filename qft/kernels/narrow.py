@@ -2,6 +2,9 @@
 
 # Triton reads annotations, which must be no strings.
 
+from functools import cache
+from typing import Any
+
 import torch
 
 from qft.kernels.jit import by_triton, ceil_div, jit, launch, power_of_2, tl
@@ -9,6 +12,10 @@ from qft.kernels.jit import by_triton, ceil_div, jit, launch, power_of_2, tl
 WIDEST = 128
 """Columns of a narrow matrix that the kernel takes; others are multiplied by torch."""
 LINES, SIZE, WARPS, STAGES = 32, 128, 4, 4
+"""64 lines and 5 stages, for which Triton takes Hopper's asynchronous products, were a tenth faster on an H200 and gave
+rows that were wrong by some percent (tests/gpu/test_kernels.py); what goes wrong was not found."""
+SPARED = 2**13
+"""Bytes of a program's shared memory that are not for tiles."""
 
 
 @jit
@@ -61,12 +68,25 @@ def extend(
     if not by_triton(x) or rank > WIDEST:
         _by_torch(x, out, narrow, border, at, fill, one, inner)
         return
+    wide = max(16, power_of_2(rank))
     launch(_extend_kernel, (ceil_div(len(x), LINES),),
         x, out, narrow, out if inner is None else inner, *x.shape, rank, at, one,
         x.stride(0), out.stride(0), border, *narrow.stride(),
-        COPY=copies, FILL=fill, KEEP=inner is not None, RANK=max(16, power_of_2(rank)), LINES=LINES, SIZE=SIZE,
-        num_warps=WARPS, num_stages=STAGES,
+        COPY=copies, FILL=fill, KEEP=inner is not None, RANK=wide, LINES=LINES, SIZE=SIZE,
+        num_warps=WARPS, num_stages=_stages(x, wide),
     )  # fmt: skip
+
+
+def _stages(x: torch.Tensor, wide: int) -> int:
+    """Tiles that are on their way to a program at once, as many as its shared memory has room for."""
+    room = _shared_bytes(x.device) - SPARED if x.is_cuda else 2**20
+    return max(1, min(STAGES, room // ((LINES + wide) * SIZE * x.element_size())))
+
+
+@cache
+def _shared_bytes(device: torch.device) -> int:
+    found: Any = torch.cuda.get_device_properties(device)
+    return int(getattr(found, "shared_memory_per_block_optin", found.shared_memory_per_block))
 
 
 def _by_torch(

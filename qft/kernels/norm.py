@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from qft.kernels.buffers import bordered_empty, rows_of
 from qft.kernels.jit import by_triton, ceil_div, jit, launch, power_of_2, tl
+from qft.kernels.keep import Keep, Source, note_source
 
 MOST = 32768
 """Columns that one program takes at once."""
@@ -107,14 +108,20 @@ def normed_back(
 
 
 def rms_norm(
-    x: torch.Tensor, w: torch.Tensor, eps: float, shift: float, dtype: torch.dtype, border: int = 0
+    x: torch.Tensor,
+    w: torch.Tensor,
+    eps: float,
+    shift: float,
+    dtype: torch.dtype,
+    border: int = 0,
+    keep: Keep | None = None,
 ) -> torch.Tensor:
     """x [..., columns] -> [..., columns] in `dtype`, with a border of so many columns; its rows lie in memory in the
-    order of those of x."""
+    order of those of x. `keep`: of its block."""
     order = sorted(range(x.dim() - 1), key=lambda i: x.stride()[i], reverse=True)
     turned = order != list(range(x.dim() - 1))
     given = x.permute(*order, x.dim() - 1) if turned else x
-    found: torch.Tensor = Norm.apply(given, w, eps, shift, dtype, border)  # type: ignore[no-untyped-call]
+    found: torch.Tensor = Norm.apply(given, w, eps, shift, dtype, border, keep)  # type: ignore[no-untyped-call]
     return found.permute(*(order.index(i) for i in range(x.dim() - 1)), x.dim() - 1) if turned else found
 
 
@@ -123,11 +130,22 @@ class Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, w: torch.Tensor, eps: float, shift: float, dtype: torch.dtype, border: int
+        ctx: Any,
+        x: torch.Tensor,
+        w: torch.Tensor,
+        eps: float,
+        shift: float,
+        dtype: torch.dtype,
+        border: int,
+        keep: Keep | None,
     ) -> torch.Tensor:
-        y, scales = normed(x, w.detach(), eps, shift, dtype, border)
-        ctx.shift = shift
-        ctx.save_for_backward(x, w, scales)
+        weight = w.detach()
+        y, scales = normed(x, weight, eps, shift, dtype, border)
+        ctx.shift, ctx.source = shift, None
+        if keep and not keep.norms:
+            ctx.source = Source(x, lambda x, wide: normed(x, weight, eps, shift, dtype, wide)[0], keep.stash)
+            note_source(y, ctx.source)
+        ctx.save_for_backward(None if ctx.source else x, w, scales)
         return y
 
     @staticmethod
@@ -135,5 +153,8 @@ class Norm(torch.autograd.Function):
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, w, scales = ctx.saved_tensors
         trained = ctx.needs_input_grad[1]
+        if ctx.source:
+            x = ctx.source.x
+            ctx.source.forget()
         dx, dw = normed_back(rows_of(g), rows_of(x), w.detach(), scales, ctx.shift, trained=trained)
-        return dx.view(x.shape), dw, None, None, None, None
+        return dx.view(x.shape), dw, None, None, None, None, None

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from qft.kernels.buffers import bordered_empty, rows_of, with_border
+from qft.kernels.keep import source_of
 from qft.kernels.layer import Stack
 from qft.kernels.narrow import extend
 
@@ -22,14 +23,32 @@ Back = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 def project(x: torch.Tensor, stack: Stack) -> tuple[torch.Tensor, ...]:
     """The outputs [..., rows] of each layer of the stack, for x [..., columns]."""
-    found: tuple[torch.Tensor, ...] = Project.apply(x, stack, False, *stack.pairs)  # type: ignore[no-untyped-call]
+    found: tuple[torch.Tensor, ...] = Project.apply(x, stack, None, *stack.pairs)  # type: ignore[no-untyped-call]
     return found
 
 
-def project_joint(x: torch.Tensor, stack: Stack) -> torch.Tensor:
-    """All outputs side by side, [..., rows of all], which are kept for the backward pass of what comes next."""
-    found: tuple[torch.Tensor] = Project.apply(x, stack, True, *stack.pairs)  # type: ignore[no-untyped-call]
+def project_joint(x: torch.Tensor, stack: Stack, *, kept: bool = True) -> torch.Tensor:
+    """All outputs side by side, [..., rows of all], which are kept for the backward pass of what comes next, or made
+    again there."""
+    found: tuple[torch.Tensor] = Project.apply(x, stack, kept, *stack.pairs)  # type: ignore[no-untyped-call]
     return found[0]
+
+
+def joint(x: torch.Tensor, stack: Stack) -> tuple[torch.Tensor, torch.Tensor]:
+    """All outputs side by side, and s x Aᵀ [rows, rank]."""
+    flat, matrix = rows_of(x), stack.matrix(x.device, forward=True)
+    whole, inner = with_lora(flat, stack, matrix)
+    out = bordered_empty((*x.shape[:-1], stack.rows), stack.border, x)
+    torch.mm(whole, matrix[: stack.rows].t(), out=rows_of(out))
+    return out, inner
+
+
+def each(x: torch.Tensor, stack: Stack) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    """The outputs one by one, and s x Aᵀ."""
+    flat, matrix = rows_of(x), stack.matrix(x.device, forward=True)
+    whole, inner = with_lora(flat, stack, matrix)
+    products = (in_dtype(whole, matrix[part].t(), stack.made) for part in stack.row_parts)
+    return tuple(product.view(*x.shape[:-1], -1) for product in products), inner
 
 
 def in_dtype(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -107,31 +126,34 @@ class Project(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, stack: Stack, joint: bool, *pairs: torch.Tensor | None
+        ctx: Any, x: torch.Tensor, stack: Stack, kept: bool | None, *pairs: torch.Tensor | None
     ) -> tuple[torch.Tensor, ...]:
-        flat, matrix = rows_of(x), stack.matrix(x.device, forward=True)
-        whole, inner = with_lora(flat, stack, matrix)
-        ctx.stack, ctx.kept, ctx.spent = stack, None, False
-        if joint:
-            outs: tuple[torch.Tensor, ...] = (bordered_empty((*x.shape[:-1], stack.rows), stack.border, x),)
-            torch.mm(whole, matrix[: stack.rows].t(), out=rows_of(outs[0]))
-            ctx.save_for_backward(x, inner, *outs)
+        """`kept`: whether outputs that lie side by side are; None: they do not."""
+        if kept is None:
+            outs, inner = each(x, stack)
         else:
-            outs = tuple(x.new_empty(*x.shape[:-1], layer.rows) for layer in stack.layers)
-            for made, part in zip(outs, stack.row_parts, strict=True):
-                torch.mm(whole, matrix[part].t(), out=made.view(len(flat), -1))
-            ctx.save_for_backward(x, inner)
+            out, inner = joint(x, stack)
+            outs = (out,)
+        ctx.stack, ctx.given, ctx.spent, ctx.source = stack, None, False, source_of(x)
+        ctx.save_for_backward(None if ctx.source else x, inner, outs[0] if kept else None)
         ctx.set_materialize_grads(False)
         return outs
+
+    @staticmethod
+    def kept(ctx: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """x, s x Aᵀ and the outputs side by side if they were kept; of a checkpointed block, they can be asked for
+        once."""
+        x, inner, both = ctx.saved_tensors
+        return ctx.source.again(ctx.stack.border) if ctx.source else x, inner, both
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients_of: torch.Tensor | None) -> tuple[Any, ...]:
         stack: Stack = ctx.stack
-        x, inner = ctx.kept or ctx.saved_tensors[:2]
-        ctx.kept = None
+        x, inner = ctx.given or Project.kept(ctx)[:2]
+        ctx.given = None
         flat = rows_of(x)
-        given = [None if g is None else rows_of(g) for g in gradients_of]
+        given = [None if g is None else rows_of(g.to(stack.dtype)) for g in gradients_of]
         g, gb, dx = back(stack, given, flat, ctx.needs_input_grad[0])
         found = gradients(stack, g, gb, flat, inner)
         return (dx.view(x.shape) if dx is not None else None, None, None, *found)

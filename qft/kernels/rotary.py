@@ -136,7 +136,7 @@ def _side_by_side(gq: torch.Tensor, gk: torch.Tensor, stack: Stack | None) -> Pa
     others and a border; None: they are none of these."""
     rows, _, tokens, size = gq.shape
     widths = [x.shape[1] * size for x in (gq, gk)]
-    if stack is None or gq.dtype != stack.dtype or [layer.rows for layer in stack.layers[:2]] != widths:
+    if stack is None or {gq.dtype, stack.made} != {stack.dtype} or [layer.rows for layer in stack.layers[:2]] != widths:
         return None
     made = bordered_empty((rows, tokens, stack.rows), stack.border, gq)
     q, k = (made[..., part].view(rows, tokens, -1, size).transpose(1, 2) for part in stack.row_parts[:2])

@@ -7,7 +7,7 @@ import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import permutations
 from types import FunctionType
 from typing import Any
@@ -125,7 +125,9 @@ def find_mlps(blocks: nn.Module, seen: Seen, plain: Counter[str]) -> list[MlpSea
         layers = [layer for layer in tried if isinstance(layer, Layer)]
         if reason := next((layer for layer in tried if isinstance(layer, str)), None):
             plain[f"MLPs: {reason}"] += 1
-        elif len({layer.dtype for layer in layers}) == 1:
+        elif len({dtype for layer in layers for dtype in (layer.dtype, layer.given, layer.made)}) > 1:
+            plain["MLPs: they compute in float32 between their products"] += 1
+        else:
             found.append(MlpSeam(module, layers, kind))
     return found
 
@@ -179,18 +181,21 @@ def find_groups(blocks: nn.Module, seen: Seen, taken: set[nn.Module], plain: Cou
 
 
 def _layer(module: nn.Module, seen: Seen) -> Layer | str:
-    """As layer_of, if the layer is given and makes numbers of the dtype that it multiplies in."""
+    """As layer_of, if the layer is given and makes numbers of the dtype that it multiplies in, or of float32."""
     layer = layer_of(module)
     if isinstance(layer, str):
         return layer
-    dtypes = {layer.dtype, seen.given[module].dtype, seen.made[module].dtype}
-    return layer if len(dtypes) == 1 else f"it mixes {', '.join(sorted(str(d).removeprefix('torch.') for d in dtypes))}"
+    given, made = seen.given[module].dtype, seen.made[module].dtype
+    if {given, made} <= {layer.dtype, torch.float32}:
+        return replace(layer, given=given, made=made)
+    dtypes = {str(dtype).removeprefix("torch.") for dtype in (layer.dtype, given, made)}
+    return f"it mixes {', '.join(sorted(dtypes))}"
 
 
 def _alike(layers: list[Layer]) -> Iterator[list[Layer]]:
-    """At most four of one dtype at once, some of them with an adapter."""
-    for dtype in dict.fromkeys(layer.dtype for layer in layers):
-        own = [layer for layer in layers if layer.dtype == dtype]
+    """At most four of the same dtypes at once, some of them with an adapter."""
+    for dtypes in dict.fromkeys((layer.dtype, layer.made) for layer in layers):
+        own = [layer for layer in layers if (layer.dtype, layer.made) == dtypes]
         parts = [own[i : i + 4] for i in range(0, len(own), 4)]
         yield from (part for part in parts if any(layer.adapter for layer in part))
 

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from qft.data.encoded import EncodedRows, read_rows
+from qft.data.pictures import Pictures
 from qft.data.prepare import held_out, prepare
 from qft.errors import DataError, MissingError, RecipeError
 from qft.measure.likelihood import Passage, windows
@@ -73,34 +74,37 @@ def eval_set(
     window: int,
     stride: int,
     holds_rows_out: bool,
+    pictures: Pictures | None = None,
 ) -> EvalSet:
     """The rows of `data`, or else those that the recipe holds out, which a run has `kept`. A plain text is scored in
     windows, and eval.metrics are then of the answers to the recipe's held-out rows, if `holds_rows_out`.
 
     Raises DataError, MissingError or RecipeError for what cannot be asked."""
     if not data or Path(data).suffix.lower() not in TEXT_SUFFIXES:
-        asked = _rows_of(data, recipe, tokenizer) if data else _held_out(recipe, tokenizer, kept)
-        passages = [Passage(row["input_ids"], row["labels"], row["source"]) for row in asked.rows]
+        asked = _rows_of(data, recipe, tokenizer, pictures) if data else _held_out(recipe, tokenizer, kept, pictures)
+        passages = [Passage.of(row) for row in asked.rows]
         of_recipe = [source.path for source in (*recipe.data.train, *recipe.data.eval)]
         sources = [path for path, _ in asked.places.values()] if data else of_recipe
         return EvalSet(passages, sources, _text_bytes(passages, tokenizer), asked, windowed=False)
     if recipe.eval.metrics and not holds_rows_out:
         raise DataError(f"{data}: plain text has no answers to score; leave the metrics away, or name a run")
     passages = _windowed(Path(data), tokenizer, window, stride)
-    answered = _held_out(recipe, tokenizer, kept) if recipe.eval.metrics else None
+    answered = _held_out(recipe, tokenizer, kept, pictures) if recipe.eval.metrics else None
     return EvalSet(passages, [data], _text_bytes(passages, tokenizer), answered, windowed=True)
 
 
-def _rows_of(data: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> EncodedRows:
+def _rows_of(data: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, pictures: Pictures | None) -> EncodedRows:
     """All rows of a file or of a hub dataset, encoded as the recipe says."""
     source = Source(path=str(Path(data).resolve()) if Path(data).exists() else data)
     section = recipe.data.having(train=(source,), eval=(), eval_fraction=0.0)
-    prepared = prepare(section, tokenizer, recipe.seed)
+    prepared = prepare(section, tokenizer, recipe.seed, pictures)
     return EncodedRows("train", prepared.train, prepared.places)
 
 
-def _held_out(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, kept: Path | None) -> EncodedRows:
-    asked = read_rows(kept) if kept else held_out(recipe.data, tokenizer, recipe.seed)
+def _held_out(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, kept: Path | None, pictures: Pictures | None
+) -> EncodedRows:
+    asked = read_rows(kept) if kept else held_out(recipe.data, tokenizer, recipe.seed, pictures)
     if asked is None or asked.part != "eval":
         raise DataError("the recipe holds no rows out: set data.eval or data.eval_fraction, or give --data FILE")
     return asked

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import kl_div, log_softmax
 
-from qft.data.batch import by_length, model_inputs
+from qft.data.batch import by_length, pictured_inputs
+from qft.data.pictures import Pictures
 from qft.data.template import IGNORED
 from qft.measure.statistics import Interval, change_interval
 
@@ -29,6 +30,14 @@ class Passage:
     input_ids: Sequence[int]
     labels: Sequence[int]
     source: int = 0
+    images: Sequence[str] = ()
+    rendered: str = ""
+    """Both as encoded rows have them."""
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Passage:
+        """An encoded row."""
+        return cls(row["input_ids"], row["labels"], row["source"], row["images"], row["rendered"])
 
     @property
     def scored(self) -> int:
@@ -152,10 +161,12 @@ def measure(
     *,
     batch_size: int,
     pad: int,
+    pictures: Pictures | None = None,
     write: LogProbs | None = None,
     against: LogProbs | None = None,
 ) -> Likelihood:
-    """Read `sequences` in batches of like length; `write` keeps the log probabilities, `against` compares with them.
+    """Read `sequences` in batches of like length, their images by `pictures`; `write` keeps the log
+    probabilities, `against` compares with them.
 
     Right padding does not change what a causal model predicts before it, so batches change no more than rounding."""
     nll = np.zeros(len(sequences))
@@ -165,7 +176,7 @@ def measure(
     compared = min(store.tokens, offsets[-1]) if store else 0
     kl, agrees, farthest = np.zeros(compared), np.zeros(compared, dtype=bool), np.zeros(compared)
     for batch in by_length([len(sequence.input_ids) for sequence in sequences], batch_size):
-        logits = _logits(model, [sequences[i] for i in batch], pad)
+        logits = _logits(model, [sequences[i] for i in batch], pad, pictures)
         for row, i in enumerate(batch):
             labels = torch.tensor(sequences[i].labels[1:], device=logits.device)
             at = labels != IGNORED
@@ -180,10 +191,11 @@ def measure(
     return Likelihood(nll, tokens, Divergence(kl, agrees, farthest) if against else None)
 
 
-def _logits(model: Any, batch: Sequence[Passage], pad: int) -> torch.Tensor:
+def _logits(model: Any, batch: Sequence[Passage], pad: int, pictures: Pictures | None) -> torch.Tensor:
     """Logits [rows, tokens, vocabulary] of a batch padded on the right."""
-    ids = [sequence.input_ids for sequence in batch]
+    device = next(model.parameters()).device
+    inputs = pictured_inputs([vars(sequence) for sequence in batch], pad, pictures, device=device)
     with torch.inference_mode():
-        out = model(**model_inputs(ids, pad, device=next(model.parameters()).device), use_cache=False)
+        out = model(**inputs, use_cache=False)
     logits: torch.Tensor = out.logits
     return logits

@@ -14,7 +14,8 @@ import torch
 from datasets import Dataset
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from qft.data.batch import by_length, model_inputs, pad_token_id
+from qft.data.batch import by_length, pad_token_id, pictured_inputs
+from qft.data.pictures import Pictures
 from qft.data.template import special_ids
 from qft.errors import DataError, RecipeError
 from qft.measure.statistics import Interval, Rows, Statistic, change_interval, interval, mean_of
@@ -187,20 +188,26 @@ NEEDS: dict[str, tuple[Callable[[str], bool], str]] = {
 """Which rows a score applies to, by their expected text; the others apply to all."""
 
 
-def answer_rows(model: Any, tokenizer: PreTrainedTokenizerBase, rows: Dataset, settings: EvalSection) -> list[Answer]:
-    """Greedy answers to the last assistant turn of each row, or of the first eval.samples rows, in the rows' order.
-    Rows of plain text have none."""
-    asked = rows if settings.samples is None else rows.select(range(min(settings.samples, len(rows))))
-    examples = [row for row in asked if row["answer_start"] > 0]
+def answer_rows(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    settings: EvalSection,
+    pictures: Pictures | None = None,
+) -> list[Answer]:
+    """Greedy answers to the last assistant turn of each row, or of the first eval.samples rows, in the rows' order;
+    their images are read by `pictures`. Rows of plain text have none."""
+    chosen = rows if settings.samples is None else rows.select(range(min(settings.samples, len(rows))))
+    examples = [row for row in chosen if row["answer_start"] > 0]
     found: dict[int, Answer] = {}
     labels = examples[0]["labels"] if examples else ()
     decoding = generation_config(model, tokenizer, settings.max_new_tokens, labels)
     was_training = model.training
     model.eval()
     for batch in by_length([row["answer_start"] for row in examples], settings.batch_size):
-        prompts = [examples[i]["input_ids"][: examples[i]["answer_start"]] for i in batch]
-        for i, prompt, ids in zip(batch, prompts, _generate(model, prompts, decoding), strict=True):
-            example = examples[i]
+        asked = [{**examples[i], "input_ids": examples[i]["input_ids"][: examples[i]["answer_start"]]} for i in batch]
+        for i, own, ids in zip(batch, asked, _generate(model, asked, decoding, pictures), strict=True):
+            example, prompt = examples[i], own["input_ids"]
             found[i] = Answer(
                 source=example["source"],
                 row=example["row"],
@@ -232,9 +239,12 @@ def generation_config(
     )
 
 
-def _generate(model: Any, prompts: list[list[int]], settings: GenerationConfig) -> list[list[int]]:
+def _generate(
+    model: Any, prompts: list[dict[str, Any]], settings: GenerationConfig, pictures: Pictures | None
+) -> list[list[int]]:
     """New tokens for each prompt (padded on the left: generation goes on from the right end)."""
-    inputs = model_inputs(prompts, settings.pad_token_id, left=True, device=next(model.parameters()).device)
+    device = next(model.parameters()).device
+    inputs = pictured_inputs(prompts, settings.pad_token_id, pictures, left=True, device=device)
     with torch.inference_mode():
         out = model.generate(**inputs, generation_config=settings)
     return [_until(ids, settings.eos_token_id) for ids in out[:, inputs["input_ids"].shape[1] :].tolist()]

@@ -49,24 +49,24 @@ class CheckpointingProbe:
         own = (part for tensor in (*block.parameters(), *block.buffers()) for part in parts_of(tensor))
         known = {tensor.untyped_storage().data_ptr() for tensor in own}
         known |= {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
-        kept: dict[int, int] = {}
+        kept: list[int] = []
 
-        def note(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in known:
-                kept[storage.data_ptr()] = storage.nbytes()
-            # Detached: an output that its own graph keeps would hold that graph, and all that it saved, for ever.
-            return tensor.detach()
+        def note(tensor: torch.Tensor) -> None:
+            """Count it, and keep nothing: for a look, no more memory is taken than by the step."""
+            storage: Any = tensor.untyped_storage()
+            if storage.data_ptr() not in known and not hasattr(storage, "qft_noted"):
+                storage.qft_noted = True  # which an address is not: another may come to it
+                kept.append(storage.nbytes())
 
         was_on, block.gradient_checkpointing = block.gradient_checkpointing, False
         try:
-            with torch.enable_grad():
-                with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-                    block(*args, **kwargs)
+            with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda nothing: nothing):
+                block(*args, **kwargs)
+                saved = sum(kept)
                 wait_for_device()
                 started = time.perf_counter()
                 block(*args, **kwargs)
                 wait_for_device()
         finally:
             block.gradient_checkpointing = was_on
-        return sum(kept.values()) * len(self.blocks), (time.perf_counter() - started) * len(self.blocks)
+        return saved * len(self.blocks), (time.perf_counter() - started) * len(self.blocks)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,15 @@ from torch.utils._pytree import tree_leaves
 
 GRANULE = 512
 """Bytes that CUDA's caching allocator rounds each block up to (c10/cuda/CUDACachingAllocator.cpp)."""
+
+
+PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm}
+
+
+def _work(args: Sequence[Any]) -> int:
+    """Of one product of the last two matrices."""
+    one, other = [each for each in args if isinstance(each, torch.Tensor)][-2:]
+    return one.numel() * other.shape[-1]
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, label_of: Callable[[torch.Tensor, str], str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.label = self.part = ""
+        self.work: Counter[str] = Counter()
+        """By part, multiplications with additions of all products of matrices."""
         self._label_of = label_of
         self._alive: dict[int, weakref.ref[Any]] = {}
         self._block_of: dict[int, _Block] = {}
@@ -52,10 +63,16 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
+        if func.overloadpacket in PRODUCTS:
+            self.count(_work(args))
         for tensor in tree_leaves(made):
             if isinstance(tensor, torch.Tensor):
                 self.note(tensor)
         return made
+
+    def count(self, work: float) -> None:
+        """Add to the work of the part that is under way."""
+        self.work[self.part] += round(work)
 
     def note(self, tensor: torch.Tensor) -> None:
         """Count a tensor's storage, once."""

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from qft.machine.device import Device
 from qft.memory.ledger import Peak
-from qft.memory.trace import Step, Work, trace
+from qft.memory.trace import trace
+from qft.memory.work import Step, Traced, Work
 
 MIB = 2**20
 WORKSPACES = 2 * 8 * MIB + 2 * MIB // 8
@@ -32,6 +33,8 @@ class Prediction:
     device: Device
     host: int
     """Largest resident set of the process."""
+    work: int
+    """See Traced."""
 
     @property
     def peak(self) -> Peak:
@@ -64,23 +67,24 @@ def predictor(source: Source, work: Work, device: Device) -> Predictor:
     """Predicts steps of a work."""
 
     def predict(step: Step) -> Prediction:
-        parts = {part: _with_workspaces(peak, device) for part, peak in _traced(source, work, step).items()}
+        found = _traced(source, work, step)
+        parts = {part: _with_workspaces(peak, device) for part, peak in found.peaks.items()}
         # While it is loaded, a file is mapped, and what was read of it counts as resident; to be written, all that is
         # trained is copied.
         written = max(peak.parts.get("trainable_weights", 0) for peak in parts.values())
         host = psutil.Process().memory_info().rss + LATER + max(source.file_bytes, written)
         if device.kind == "cpu":
             host += max(peak.total for peak in parts.values())
-        return Prediction(parts, device, host)
+        return Prediction(parts, device, host, found.work)
 
     return predict
 
 
-_known: dict[tuple[str, str, Step], dict[str, Peak]] = {}
+_known: dict[tuple[str, str, Step], Traced] = {}
 """What was traced in this process."""
 
 
-def _traced(source: Source, work: Work, step: Step) -> dict[str, Peak]:
+def _traced(source: Source, work: Work, step: Step) -> Traced:
     key = (source.identity, repr(work), step)
     if key not in _known:
         _known[key] = trace(source.build, source.layers, work, step)

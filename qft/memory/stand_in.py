@@ -31,6 +31,8 @@ IN_FLOAT32 = [
     "dist", "renorm", "prod", "softmax", "log_softmax", "cumprod", "cumsum", "sum", "norm",
 ]  # fmt: skip
 """What autocast computes in float32 on a GPU (aten/src/ATen/autocast_mode.h), and, for the most part, not on a CPU."""
+SLOWER = 1.5
+"""What attention's kernels take of the time for as much work, beside products of large matrices (H100, H200)."""
 UNPADDED = "qft-unpadded"
 """Attention by torch's own kernels, of rows that fill their batch."""
 
@@ -43,14 +45,19 @@ def _functions(names: Collection[str]) -> frozenset[Callable[..., Any]]:
 class OnGpu(TorchFunctionMode):
     """Attention by a GPU's kernels, and its autocast, in `dtype`; None: there is no autocast."""
 
-    def __init__(self, dtype: torch.dtype | None) -> None:
+    def __init__(self, dtype: torch.dtype | None, count: Callable[[float], None], *, again: bool = False) -> None:
+        """`count` is told the work of attention, in multiplications with additions of a product of matrices that takes
+        as long; `again`: what it computes was computed before."""
         super().__init__()
-        self.dtype = dtype
+        self.dtype, self.count, self.again = dtype, count, again
         self.in_float32 = _functions(IN_FLOAT32)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, mixed = kwargs or {}, self.dtype is not None and torch.is_autocast_enabled("cpu")
         if func is functional.scaled_dot_product_attention:
+            rows, heads, tokens, size = args[0].shape
+            # Of two products half is masked; the backward pass has five, and is counted with the first forward pass.
+            self.count(SLOWER * rows * heads * tokens * tokens * size * (1.0 if self.again else 3.5))
             return attention(*_cast(args, self.dtype) if mixed else args, **kwargs)
         if mixed and func in self.in_float32:
             args, kwargs = _cast(args, torch.float32), _cast(kwargs, torch.float32)
@@ -58,7 +65,7 @@ class OnGpu(TorchFunctionMode):
 
     def entered_again(self) -> tuple[Any, Any]:
         """Contexts of a checkpointed block's first run and of its second: a backward pass enters no mode by itself."""
-        return nullcontext(), OnGpu(self.dtype)
+        return nullcontext(), OnGpu(self.dtype, self.count, again=True)
 
 
 def _cast(values: Any, dtype: torch.dtype | None) -> Any:

@@ -97,8 +97,8 @@ class Stash:
         kept.tensor.record_stream(self._side)
 
 
-def stash_inputs(model: nn.Module, device: torch.device) -> None:
-    """Have the inputs of all blocks for which checkpointing is enabled wait on the host."""
+def stash_inputs(model: nn.Module, device: torch.device) -> Stash:
+    """Have the inputs of all blocks for which checkpointing is enabled wait on the host, where others may wait, too."""
     stash = Stash(device)
 
     def stashed(checkpoint: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -108,3 +108,4 @@ def stash_inputs(model: nn.Module, device: torch.device) -> None:
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
             module._gradient_checkpointing_func = partial(stashed, module._gradient_checkpointing_func)
+    return stash

@@ -6,10 +6,8 @@ need not all be traced: each part's peak grows by as much from block to block, s
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,86 +17,37 @@ from peft.helpers import disable_input_dtype_casting
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
-from transformers.trainer_pt_utils import LabelSmoother
 
 from qft.checkpoint.skeleton import find_blocks
-from qft.kernels import expect
+from qft.kernels import expect, keep
 from qft.kernels.buffers import SCRATCH
+from qft.memory.asked import answer, distilled, innermost, loss_of, masked
 from qft.memory.checkpointing import enable_checkpointing
 from qft.memory.chunked_loss import has_parts, replace_forward, rows_at_once
-from qft.memory.fused_loss import COUNTS, FusedLoss, replace_with, tail_of
-from qft.memory.ledger import Ledger, Peak
+from qft.memory.fused_loss import FusedLoss, replace_with, tail_of
+from qft.memory.ledger import Ledger
 from qft.memory.offload import SLOTS
 from qft.memory.optimizers import STATES, step_bytes
 from qft.memory.repeated import Pattern, pattern
 from qft.memory.softmax import gradient_in_place
 from qft.memory.stand_in import OnGpu, fill, gradient_on_gpu, hold, peft_sees_autocast, set_attention
-from qft.memory.stash import stash_inputs
+from qft.memory.stash import Stash, stash_inputs
 from qft.memory.unmasked import one_row_each
+from qft.memory.work import MIDDLE, Step, Traced, Work
 from qft.quant.beside import compute_beside
-from qft.quant.hold import Qat, Scheme
+from qft.quant.hold import Qat
 from qft.quant.rounded import round_as
 
-MIDDLE, PROBE = "other blocks", "probe"
-"""Parts of the work that are none of the worst: what lies between the first blocks and the last, and a look at few
-tokens before it begins."""
+PROBE = "probe"
+"""Part of the work that is none of the worst: a look at few tokens before it begins."""
+BESIDE = (PROBE, "update", "evaluation", "answers")
+"""Parts that are no forward or backward pass of a step."""
 SMALL, FEW_TOKENS = 2**28, 2**12
 """Weights times tokens, and tokens: of no more, to compute with real tensors takes less than to follow their shapes."""
 
 
-@dataclass(frozen=True)
-class Batch:
-    """What one forward pass is given."""
-
-    rows: int
-    tokens: int
-    """Of the longest row, padding included."""
-    padded: bool
-    """Whether any row is shorter."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """How an optimizer step is made."""
-
-    batch: Batch
-    """Of a micro-batch."""
-    checkpointed: bool
-    """Whether blocks keep nothing but their inputs, and are computed again in the backward pass."""
-    accumulates: bool
-    """Whether it has several micro-batches."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """What the memory of a training depends on, beside its model and its steps."""
-
-    scheme: Scheme
-    lora: dict[str, Any] | None
-    """Arguments of peft.LoraConfig; None: all weights are trained."""
-    optim: str
-    """By its name in the recipe, as the two below are what train says."""
-    label_smoothing_factor: float
-    neftune: bool
-    mixed: torch.dtype | None
-    """Of autocast; None: there is none."""
-    on_gpu: bool
-    logit_bytes: int | None
-    """What logits may take at once where the loss is computed from few of them; None: it is computed from all."""
-    offloads: bool
-    """Whether the frozen weights of the blocks wait elsewhere."""
-    held_out: Batch | None
-    """What is evaluated."""
-    answered: Batch | None = None
-    """What is answered, the longest answers included."""
-    stashes: bool = False
-    """Whether the inputs of checkpointed blocks wait on the host."""
-    kernels: tuple[str, ...] = ()
-    """Kinds of parts that kernels of qft's own compute in training."""
-
-
-def trace(build: Callable[[], PreTrainedModel], layers: int, work: Work, step: Step) -> dict[str, Peak]:
-    """Peaks by part of the work: forward, head, the blocks of the backward pass, update, evaluation.
+def trace(build: Callable[[], PreTrainedModel], layers: int, work: Work, step: Step) -> Traced:
+    """What a step comes to.
 
     `build` makes the unquantized model on the meta device, anew each time."""
     model = build()
@@ -123,34 +72,31 @@ def _trace(
     work: Work,
     step: Step,
     tensors: Callable[[], AbstractContextManager[Any]],
-) -> dict[str, Peak]:
+) -> Traced:
     blocks = find_blocks(model, layers)[1]
     found = pattern(blocks)
     del blocks[found.kept + found.period :]
-    longer = peaks(model, blocks, found, work, step, tensors())
+    longer = traced(model, blocks, found, work, step, tensors())
     if not found.times:
         return longer
     model = build()
     blocks = find_blocks(model, layers)[1]
     del blocks[found.kept :]
-    shorter = peaks(model, blocks, found, work, step, tensors())
-    # Between the first blocks and the last, peaks rise or fall from one to the next: none is the highest.
-    ends = (part for part in longer if part != MIDDLE)
-    return {part: shorter[part].extrapolated(longer[part], found.times) for part in ends}
+    return traced(model, blocks, found, work, step, tensors()).extrapolated(longer, found.times)
 
 
-def peaks(
+def traced(
     model: PreTrainedModel,
     blocks: nn.ModuleList,
     found: Pattern,
     work: Work,
     step: Step,
     tensors: AbstractContextManager[Any],
-) -> dict[str, Peak]:
+) -> Traced:
     """Of a model on the meta device as it stands, computed with `tensors`: real ones, or such without contents."""
     model.config.use_cache = False
     asked = model.config._attn_implementation
-    set_attention(model, asked, padded=step.batch.padded and _masked(model))
+    set_attention(model, asked, padded=step.batch.padded and masked(model))
     weights = {tuple(p.shape) for p in model.parameters() if p.dim() > 1}
     weights |= {shape[1:] for shape in weights if len(shape) == 3}  # of one expert
     vocabulary = model.get_output_embeddings().weight.shape[0]
@@ -161,9 +107,9 @@ def peaks(
         copied = label == "activations" and tuple(tensor.shape) in weights
         return "dequantized_weights" if copied else label
 
-    gpu = OnGpu(work.mixed) if work.on_gpu else None
-    adapted = _adapted(model, work, gpu, checkpointed=step.checkpointed)
     ledger = Ledger(label_of)
+    gpu = OnGpu(work.mixed, ledger.count) if work.on_gpu else None
+    adapted = _adapted(model, work, gpu, checkpointed=step.kept == "inputs")
     with SCRATCH.apart(), ExitStack() as entered:
         entered.enter_context(torch.random.fork_rng(devices=[]))
         entered.enter_context(tensors)
@@ -174,7 +120,8 @@ def peaks(
             entered.enter_context(peft_sees_autocast(work.mixed is not None))
         _watch(blocks, found, ledger)
         _run(adapted, blocks, ledger, work, step, asked)
-    return {part: peak for part, peak in ledger.peaks().items() if part != PROBE}
+    of_step = (work for part, work in ledger.work.items() if part not in BESIDE)
+    return Traced({part: peak for part, peak in ledger.peaks().items() if part != PROBE}, sum(of_step))
 
 
 def _adapted(model: PreTrainedModel, work: Work, gpu: OnGpu | None, *, checkpointed: bool) -> nn.Module:
@@ -214,11 +161,6 @@ def _divide_loss(model: PreTrainedModel, size: int, again: dict[str, Any], *, on
         replace_forward(model, rows_at_once(model, size), **again)
 
 
-def _masked(model: Any) -> bool:
-    """Whether padding is masked in training; see qft.memory.unmasked."""
-    return bool(getattr(_innermost(model).config, "output_router_logits", False))
-
-
 def _watch(blocks: nn.ModuleList, found: Pattern, ledger: Ledger) -> None:
     """Tell the ledger which part of the work is under way, at the borders of the first run of each block."""
 
@@ -244,7 +186,7 @@ def _fill(model: nn.Module, blocks: nn.ModuleList, ledger: Ledger, work: Work) -
     """Give the model its weights; of those that memory.offload keeps elsewhere, only the places for two blocks, which
     are returned."""
     number_of = {module: number for number, block in enumerate(blocks) for module in block.modules()}
-    waiting, base = [0] * len(blocks), _innermost(model)
+    waiting, base = [0] * len(blocks), innermost(model)
     table, head = base.get_input_embeddings(), base.get_output_embeddings()
     tied = table.weight is getattr(head, "base_layer", head).weight
 
@@ -266,7 +208,8 @@ def _run(model: nn.Module, blocks: nn.ModuleList, ledger: Ledger, work: Work, st
     """The second step of a training, when the optimizer has its state, and an evaluation."""
     slots = _fill(model, blocks, ledger, work)
     ledger.part = PROBE
-    expect(model, blocks, work.kernels)
+    applied = expect(model, blocks, work.kernels)
+    keep(applied.keeps, [step.kept] * len(blocks), Stash(torch.device("cpu")) if work.stashes else None)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     ledger.label = "optimizer_state"
     state = [torch.empty(n, dtype=torch.uint8) for p in trained for n in STATES[work.optim](p.shape)]
@@ -276,7 +219,7 @@ def _run(model: nn.Module, blocks: nn.ModuleList, ledger: Ledger, work: Work, st
             parameter.grad = torch.empty_like(parameter)
     ledger.label, ledger.part = "activations", "forward"
     with disable_input_dtype_casting(model, active=work.mixed is not None):
-        loss = _loss(model, step.batch, work)
+        loss = distilled(model, step.batch, work) if work.distill else loss_of(model, step.batch, work)
         ledger.part = "head"
         loss.backward()  # type: ignore[no-untyped-call]
         del loss
@@ -289,51 +232,10 @@ def _run(model: nn.Module, blocks: nn.ModuleList, ledger: Ledger, work: Work, st
         model.zero_grad(set_to_none=True)
         if work.held_out:
             ledger.part = "evaluation"
-            set_attention(_innermost(model), attention_asked, padded=work.held_out.padded)
+            set_attention(innermost(model), attention_asked, padded=work.held_out.padded)
             with torch.no_grad():
-                _loss(model.eval(), work.held_out, work)
+                loss_of(model.eval(), work.held_out, work)
         if work.answered:
             ledger.part = "answers"
-            _answer(model.eval(), work.answered, work)
+            answer(model.eval(), work.answered, work)
     del state, slots
-
-
-def _answer(model: nn.Module, batch: Batch, work: Work) -> None:
-    """All tokens at once, where they come one by one: their keys and values are kept, and logits of the last alone."""
-    ids = torch.zeros((batch.rows, batch.tokens), dtype=torch.int64)
-    mask = torch.cat([ids[:, :1], torch.ones_like(ids[:, 1:])], dim=1)
-    keeps = "logits_to_keep" in inspect.signature(_innermost(model).forward).parameters
-    with torch.no_grad(), _autocast(work.mixed):
-        model(input_ids=ids, attention_mask=mask, use_cache=True, **{"logits_to_keep": 1} if keeps else {})
-
-
-def _innermost(model: Any) -> Any:
-    base: Any = getattr(model, "get_base_model", lambda: model)()
-    return base
-
-
-def _loss(model: nn.Module, batch: Batch, work: Work) -> torch.Tensor:
-    """As the Trainer computes it: under autocast, what the model returns in float32."""
-    shape = (batch.rows, batch.tokens)
-    ids, labels = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
-    smoothing = work.label_smoothing_factor if model.training else 0.0
-    padded = batch.padded and (not model.training or _masked(model))
-    mask = torch.cat([torch.ones_like(ids[:, 1:]), ids[:, :1]], dim=1) if padded else None
-    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
-    if not smoothing:
-        inputs |= {"labels": labels, "num_items_in_batch": torch.ones((), dtype=torch.int64)}
-        if isinstance(_innermost(model).forward, FusedLoss):
-            inputs[COUNTS] = (batch.tokens - 1,) * batch.rows
-    with _autocast(work.mixed):
-        out = model(**inputs)
-    if work.mixed is not None and "logits" in out:
-        out["logits"] = out["logits"].float()
-    if smoothing:
-        smoothed: torch.Tensor = LabelSmoother(smoothing)(out, labels, shift_labels=True)
-        return smoothed
-    loss: torch.Tensor = out["loss"]
-    return loss
-
-
-def _autocast(dtype: torch.dtype | None) -> AbstractContextManager[Any]:
-    return torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None)

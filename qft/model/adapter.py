@@ -51,8 +51,8 @@ def _with_new_adapter(model: PreTrainedModel, plan: Plan, bring: Bring | None) -
     with memory_guard("attaching the adapters", smaller_base(plan.recipe, plan.model.scheme)):
         adapted: PeftModel = get_peft_model(model, LoraConfig(**plan.lora or {}))
         compute_beside(adapted)
-        if plan.model.checkpoint.gguf_file:
-            # Else peft would ask the hub for the base's config at each checkpoint.
+        if plan.model.checkpoint.gguf_file or plan.model.checkpoint.added:
+            # Else peft would ask the hub for the base's config at each checkpoint, or write all of larger embeddings.
             adapted.peft_config["default"].base_model_name_or_path = ""
         if plan.recipe.adapter.init_lora_weights == "loftq":
             _start_from_quantization_error(adapted, plan, bring)
@@ -112,6 +112,7 @@ def require_fit(adapter: Path, plan: ModelPlan) -> None:
             tensors = {
                 name: tensor.to("meta") for name, tensor in load_peft_weights(str(adapter), device="cpu").items()
             }
+        _require_rows(config, plan)
         config.init_lora_weights = False
         with torch.device("meta"), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
@@ -128,6 +129,16 @@ def require_fit(adapter: Path, plan: ModelPlan) -> None:
         raise ModelError(_misfit(adapter, f"it holds {found.unexpected_keys[0]}, for which the base has no module"))
     if missing := [name for name in found.missing_keys if "lora_" in name]:
         raise ModelError(_misfit(adapter, f"it holds no {missing[0]}"))
+
+
+def _require_rows(config: Any, plan: ModelPlan) -> None:
+    """Raise ValueError for rows of tokens that the base has not."""
+    asked = getattr(config, "trainable_token_indices", None) or {}
+    numbers = [number for own in ([asked] if isinstance(asked, list) else asked.values()) for number in own]
+    known = max(plan.tokenizer.get_vocab().values())
+    if max(numbers, default=0) > known:
+        text = f"it trains token {max(numbers)}, and the last one of the base is {known}"
+        raise ValueError(f"{text}: name the run itself, or give the base its tokens by a recipe's model.add_tokens")
 
 
 def _misfit(adapter: Path, reason: str) -> str:

@@ -29,7 +29,7 @@ def load_by_block(plan: ModelPlan, device: str, take: Take = lambda *_: None) ->
     """The model on `device`. Raises whatever reading does."""
     checkpoint, section, dtype = plan.checkpoint.with_weights(), plan.recipe.model, getattr(torch, plan.dtype)
     if checkpoint.hub_id:  # nobody has seen its files before
-        require_weights(checkpoint, without_contents(checkpoint, section), plan.recipe)
+        require_weights(checkpoint.as_stored, without_contents(checkpoint.as_stored, section), plan.recipe)
     model = plan.skeleton_in_dtype().eval()
     read = Weights(checkpoint, plan.skeleton)
     experts = plan.scheme.holds_experts(model)

@@ -55,9 +55,11 @@ def _dtype(name: str, kept: Mapping[str, torch.dtype], otherwise: torch.dtype) -
 
 
 def _compute_buffers(model: PreTrainedModel, module: nn.Module, device: str, skip: str) -> None:
+    """By the class of the innermost model that a part is of: a tower is another's than the model around it."""
+    owners = {part: own for own in model.modules() if isinstance(own, PreTrainedModel) for part in own.modules()}
     for name, part in module.named_modules():
         computed: set[Any] = part._non_persistent_buffers_set
         if computed and not f"{name}.".startswith(skip):
             for key in computed:
                 part._buffers[key] = torch.empty_like(part._buffers[key], device=device)
-            model._init_weights(part)
+            owners.get(part, model)._init_weights(part)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from qft.checkpoint.find import Checkpoint
 from qft.checkpoint.finite import require_finite
 from qft.checkpoint.language import auto_class
 from qft.checkpoint.require import incomplete_layers, require_loaded, require_weights
@@ -64,7 +65,15 @@ def _require_settings(plan: ModelPlan, settings: GenerationConfig | None) -> Non
 
 
 def load_whole(plan: ModelPlan, device: str | None = None) -> PreTrainedModel:
-    """As transformers loads it, on `device`; None: on the planned one. Raises whatever transformers does."""
+    """As transformers loads it, on `device` (None: on the planned one), and with the tokens that the recipe adds.
+    Raises whatever transformers does."""
+    loaded = _as_stored(plan, plan.checkpoint.as_stored, device)
+    if added := plan.checkpoint.added:
+        added.put_into(loaded)
+    return loaded
+
+
+def _as_stored(plan: ModelPlan, checkpoint: Checkpoint, device: str | None) -> PreTrainedModel:
     model, kind = plan.recipe.model, device or plan.device.kind
     arguments: dict[str, Any] = {
         "dtype": getattr(torch, plan.dtype),
@@ -74,13 +83,13 @@ def load_whole(plan: ModelPlan, device: str | None = None) -> PreTrainedModel:
     if model.attn_implementation != "auto":
         arguments["attn_implementation"] = model.attn_implementation
     arguments |= plan.scheme.load_arguments()
-    if plan.checkpoint.gguf_file:
+    if checkpoint.gguf_file:
         # transformers reads a GGUF file or quantizes, not both at once: dequantize first, then load from memory.
-        whole = dequantized(plan.checkpoint, arguments["dtype"])
+        whole = dequantized(checkpoint, arguments["dtype"])
         del arguments["trust_remote_code"]
-        settings = plan.checkpoint.config
-        return type(whole).from_pretrained(None, config=settings, state_dict=whole.state_dict(), **arguments)
-    checkpoint = plan.checkpoint.with_weights()
+        settings, state = checkpoint.config, whole.state_dict()
+        return type(whole).from_pretrained(None, config=settings, state_dict=state, **arguments)
+    checkpoint = checkpoint.with_weights()
     if checkpoint.hub_id:  # nobody has seen its files before
         require_weights(checkpoint, without_contents(checkpoint, model), plan.recipe)
     # Else transformers would say of one tensor's shape that it is wrong, and of none's which.

@@ -8,7 +8,7 @@ import copy
 import math
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,9 @@ from qft.quant.product import Whole
 from qft.recipe.schema import MergeInto
 
 PREFIX = "base_model.model."
+ROWS = ".token_adapter.trainable_tokens_delta"
 UNKNOWN = ("lora_bias", "layer_replication", "use_qalora",
-           "use_bdlora", "trainable_token_indices", "alora_invocation_tokens", "arrow_config",
+           "use_bdlora", "alora_invocation_tokens", "arrow_config",
            "kasa_config", "monteclora_config", "velora_config", "lora_ga_config")  # fmt: skip
 """Settings of peft.LoraConfig that would change the delta, and that qft does not set."""
 
@@ -60,6 +61,8 @@ class Adapter:
         by peft's names, as peft saves them."""
         self.replaced: dict[str, torch.Tensor] = {}
         """Parameters that were trained themselves, by their names in the base."""
+        self.rows: dict[str, torch.Tensor] = {}
+        """Of modules with a row for each token, those that were trained."""
         for key, tensor in tensors.items():
             self._take(key.removeprefix(PREFIX), tensor)
 
@@ -77,10 +80,18 @@ class Adapter:
         alpha: float = patterns["alpha"].get(key["alpha"], self.config["lora_alpha"])
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
+    def with_rows(self, module: str, table: torch.Tensor) -> torch.Tensor:
+        """A table [tokens, ...] with the rows of the module that were trained."""
+        asked = self.config["trainable_token_indices"]
+        numbers = asked if isinstance(asked, list) else next(own for end, own in asked.items() if module.endswith(end))
+        return table.index_copy(0, torch.tensor(numbers), self.rows[module].to(table.dtype))
+
     def _take(self, key: str, tensor: torch.Tensor) -> None:
         name = key.removesuffix(".weight").removesuffix(".default")
         module, _, part = name.rpartition(".")
-        if part in ("lora_A", "lora_B", "lora_magnitude_vector"):
+        if name.endswith(ROWS):
+            self.rows[name.removesuffix(ROWS)] = tensor
+        elif part in ("lora_A", "lora_B", "lora_magnitude_vector"):
             self.deltas.setdefault(module, {})[part] = tensor
         elif "lora_" in key:
             raise ModelError(f"{self.name}: holds {key}, which only peft can apply; export --to adapter")
@@ -184,7 +195,7 @@ class MergedWeights:
             return False
         shared = {name for name, module in self.model.named_modules() if module in ends}
         touched = {name.rpartition(".")[0] for name in self.adapter.replaced} | self.adapter.deltas.keys()
-        return bool(shared & touched)
+        return bool(shared & touched) or shared <= self.adapter.rows.keys()
 
     @cached_property
     def quantized(self) -> set[str]:
@@ -227,9 +238,19 @@ class MergedWeights:
             return self._merged_stack(name, value)
         if kind != "weight":
             return self._cast(value, meta)
+        if rows := self._rows(name):
+            value = rows(value)
         transposed = isinstance(self.linears.get(module), Conv1D)  # whose weight is [in, out]
         value = self._trained(module, value.T.contiguous() if transposed else value)
         return self._cast(value.T if transposed else value, meta)
+
+    def _rows(self, name: str) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """What puts the trained rows of single tokens into the weight of that name; None: there are none."""
+        if self.adapter is None:
+            return None
+        twins = [name] if self.unties else [twin for twin, meta in self.known.items() if meta is self.known[name]]
+        modules = [twin.rpartition(".")[0] for twin in twins]
+        return next((partial(self.adapter.with_rows, own) for own in modules if own in self.adapter.rows), None)
 
     def _trained(self, module: str, value: torch.Tensor) -> torch.Tensor:
         """The weight [out, in] of a module as training held it, with its delta."""
@@ -270,7 +291,8 @@ class MergedWeights:
         if self.adapter is None:
             return
         strange = [name for name in self.adapter.deltas if name not in self.targets and name not in self.linears]
-        strange += [name for name in self.adapter.replaced if name not in self.known]
+        owned = (*self.adapter.replaced, *(f"{module}.weight" for module in self.adapter.rows))
+        strange += [name for name in owned if name not in self.known]
         if strange:
             text = "which is no linear layer of the base and cannot be merged; export --to adapter"
             raise ModelError(f"{self.adapter.name}: changes {strange[0]}, {text}")

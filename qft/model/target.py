@@ -24,7 +24,7 @@ from qft.plan import ModelPlan, plan_model
 from qft.quant.rounding_state import state_of
 from qft.recipe import LoadedRecipe, load
 from qft.recipe.load import from_values
-from qft.recipe.training import QuantSection
+from qft.recipe.training import OF_FILES, QuantSection
 from qft.run.folder import Run
 
 LLAMACPP = "llama.cpp"
@@ -168,7 +168,8 @@ def _find(path: str, data: str | None) -> tuple[LoadedRecipe, Path | None]:
     if run.manifest():
         loaded = load(run.folder / "recipe.yaml")
         if run.full_model.is_dir() or record_of(run.full_model):
-            return loaded.having(model={"path": str(run.full_model.resolve()), "ignore_unexpected": ()}), None
+            made = dict.fromkeys(OF_FILES[2:], ()) | {"path": str(run.full_model.resolve())}
+            return loaded.having(model=made), None
         if not run.adapter.is_dir() and not record_of(run.adapter):
             raise MissingError(f"{path}: the run has no adapter; it did not complete")
         return loaded, run.adapter

@@ -40,6 +40,7 @@ def training_arguments(recipe: Recipe, device: Device) -> dict[str, Any]:
         "seed": recipe.seed,
         "use_cpu": device.kind == "cpu",
         "dataloader_pin_memory": device.kind == "cuda" and train.dataloader_pin_memory is not False,
+        "accelerator_config": {"non_blocking": device.kind == "cuda" and train.dataloader_pin_memory is not False},
         # TensorBoard's events belong in the run folder, which only its own callback can be told.
         "report_to": [name for name in train.report_to if name != "tensorboard"],
         "disable_tqdm": True,

@@ -206,7 +206,7 @@ def _by_plugin(loaded: LoadedRecipe, model: ModelPlan, trained: Prepared | None)
 def _data(model: ModelPlan, loaded: LoadedRecipe, trained: Prepared | None, *, needs_windows: bool) -> CalibrationData:
     recipe, shape, tokenizer = loaded.recipe, model.shape, model.tokenizer
     decided = recipe.having(data=model.rows_for(recipe.data))
-    data = calibration_data(decided, tokenizer, needs_windows=needs_windows, trained=trained)
+    data = calibration_data(decided, tokenizer, needs_windows=needs_windows, trained=trained, pictures=model.pictures)
     prepared = data.prepared
     parts = [part for part in (prepared.train, prepared.eval) if part is not None]
     require_known_tokens(parts, prepared.place, tokenizer, shape.embeddings)

@@ -12,13 +12,15 @@ from datasets import Dataset
 
 from qft.data.batch import Collator
 from qft.data.prepare import Prepared
-from qft.documents.plan import PlannedMemory, PlannedWay
+from qft.data.template import IGNORED
+from qft.documents.plan import Kept, PlannedMemory, PlannedWay
 from qft.errors import first_line
+from qft.kernels import LINEAR, MLP, NORM
 from qft.memory.chunked_loss import FEW_LOGITS, LOGITS
 from qft.memory.fit import Choice, Way, row_counts, ways
 from qft.memory.guard import smaller_training
 from qft.memory.predict import Predictor, Source, predictor
-from qft.memory.trace import Batch, Step, Work
+from qft.memory.work import Batch, Step, Work
 from qft.plan.model import ModelPlan
 from qft.recipe import LoadedRecipe, Recipe
 from qft.recipe.rules import Problem
@@ -51,8 +53,6 @@ class Forecast:
     def unknown(self) -> str | None:
         """Why nothing can be predicted; None: it can."""
         scheme = self.model.scheme
-        if self.model.recipe.quant.distill:
-            return "what asking the unrounded model takes is not traced"
         if scheme.name not in ("none", "8bit", "4bit", "qat"):
             return f"only the code of {scheme.name} knows what its layers take"
         try:
@@ -80,6 +80,7 @@ class Forecast:
             answered=self._answered(),
             stashes=stashes(model),
             kernels=self.kernels,
+            distill=float(recipe.quant.distill),
         )
         chosen = (model.dtype, recipe.model.attn_implementation, train.router_aux_loss_coef)
         config = model.checkpoint.config.to_json_string() + str(chosen)
@@ -98,13 +99,21 @@ class Forecast:
 
     def batch(self, rows: int) -> Batch:
         """The longest of so many training rows."""
-        return batch_of(self.data.train, rows)
+        made = batch_of(self.data.train, rows)
+        return replace(made, learnt=sum(self._learnt[: made.rows])) if self.model.recipe.quant.distill else made
+
+    @cached_property
+    def _learnt(self) -> list[int]:
+        """Learnt tokens of the training rows, the most first."""
+        labels = self.data.train.with_format("numpy")["labels"]
+        return sorted((int((row[1:] != IGNORED).sum()) for row in labels), reverse=True)
 
     def step(self) -> Step:
         """As the recipe stands; of one row and with nothing computed again where that is still to be decided."""
         train = self.model.recipe.train
         rows = 1 if train.per_device_train_batch_size == "auto" else train.micro_batch
-        return Step(self.batch(rows), train.gradient_checkpointing is True, train.gradient_accumulation_steps > 1)
+        kept: Kept = "inputs" if train.gradient_checkpointing is True else "all"
+        return Step(self.batch(rows), kept, train.gradient_accumulation_steps > 1)
 
     def having(self, **train: Any) -> Forecast:
         """With other values of `train`."""
@@ -119,23 +128,34 @@ class Forecast:
         fits = taken <= self.budget + more
         return Way(train.micro_batch, train.gradient_accumulation_steps, again, taken, fits, 1.0)
 
+    def _may_keep(self) -> list[Kept]:
+        """What blocks may, the least first."""
+        again = self.model.recipe.train.gradient_checkpointing
+        if isinstance(again, bool):
+            return ["inputs" if again else "all"]
+        # Outputs of norms, gate and up are made again by kernels alone.
+        if not {NORM, LINEAR} <= {*self.kernels}:
+            return ["inputs", "all"]
+        return ["inputs", "attention", "products", "all"] if MLP in self.kernels else ["inputs", "products", "all"]
+
     def ways(self, more: int = 0) -> list[Way]:
         """What may be chosen, the best first, if `more` bytes than the budget might be taken."""
-        train, again = self.model.recipe.train, self.model.recipe.train.gradient_checkpointing
+        train, layers = self.model.recipe.train, self.model.shape.layers
+        spent = None if isinstance(train.gradient_checkpointing, bool | str) else train.gradient_checkpointing
         rows = train.per_device_train_batch_size
         sizes = row_counts(train.step_rows, len(self.data.train)) if rows == "auto" else [rows]
-        recomputed = [True, False] if again == "auto" else [bool(again)]
-        choice = Choice(sizes, train.step_rows, recomputed, self.model.shape.layers, self.budget + more, self.batch)
+        choice = Choice(sizes, train.step_rows, self._may_keep(), layers, self.budget + more, self.batch, spent)
         return ways(choice, self.predict)
 
-    def document(self, chosen: list[Way], recomputed: int | None, optimizer: str | None) -> PlannedMemory:
+    def document(self, chosen: list[Way], optimizer: str | None) -> PlannedMemory:
         """As `qft check --json` and the run folder have it."""
         known = {"device_bytes": self.model.device.total_bytes, "budget_bytes": self.budget, "optimizer": optimizer}
         if self.unknown:
             return PlannedMemory(**known, unknown=self.unknown)
-        found = self.predict(self.step())
-        # With some blocks computed again, and others not, it lies between what was traced.
-        taken = chosen[0].peak if recomputed and recomputed < self.model.shape.layers else found.taken
+        kept = chosen[0].kept(self.model.shape.layers) if chosen else [self.step().kept]
+        found = self.predict(replace(self.step(), kept=kept[0]))
+        # With blocks that keep less than others, it lies between what was traced.
+        taken = found.taken if kept[0] == kept[-1] else chosen[0].peak
         return PlannedMemory(
             predicted_peak_bytes=found.peak.total + taken - found.taken,
             predicted_host_bytes=found.host,
@@ -143,7 +163,7 @@ class Forecast:
             peaks={part: peak.total for part, peak in found.parts.items() if part},
             **known,
             fits=taken <= self.budget,
-            recomputed_blocks=recomputed,
+            recomputed_blocks=chosen[0].recomputed if chosen else None,
             ways=[PlannedWay(**asdict(way)) for way in chosen],
         )
 
@@ -195,14 +215,18 @@ def checkpoint_problems(model: ModelPlan) -> Iterator[Problem]:
 
 def is_open(recipe: Recipe) -> bool:
     """Whether how the training is made to fit is left to the plan."""
-    return "auto" in (recipe.train.per_device_train_batch_size, recipe.train.gradient_checkpointing)
+    asked = recipe.train.gradient_checkpointing
+    return recipe.train.per_device_train_batch_size == "auto" or not isinstance(asked, bool)
 
 
 def undecidable(forecast: Forecast) -> Iterator[Problem]:
     """Why an `auto` cannot be decided."""
     for field in ("per_device_train_batch_size", "gradient_checkpointing"):
-        if forecast.unknown and getattr(forecast.model.recipe.train, field) == "auto":
-            yield f"train.{field}", f"auto goes by predicted memory, and {forecast.unknown}; give a value"
+        asked = getattr(forecast.model.recipe.train, field)
+        if forecast.unknown and (
+            asked == "auto" or (field == "gradient_checkpointing" and not isinstance(asked, bool))
+        ):
+            yield f"train.{field}", f"{asked} goes by predicted memory, and {forecast.unknown}; give another value"
 
 
 def too_large(found: list[Way], forecast: Forecast) -> Iterator[Problem]:
@@ -222,7 +246,7 @@ def settled(loaded: LoadedRecipe, train: TrainSection) -> LoadedRecipe:
         chosen = {name: getattr(train, name) for name in names}
     if own.optim == "auto":
         chosen["optim"] = train.optim
-    if own.gradient_checkpointing == "auto":
+    if not isinstance(own.gradient_checkpointing, bool):
         chosen["gradient_checkpointing"] = train.gradient_checkpointing
     return loaded.having(train=chosen) if chosen else loaded
 
@@ -232,7 +256,8 @@ def decided(loaded: LoadedRecipe, way: Way) -> LoadedRecipe:
     chosen = {
         "per_device_train_batch_size": way.rows,
         "gradient_accumulation_steps": way.accumulated,
-        "gradient_checkpointing": way.recomputed > 0,
+        # A resumed run knows no more than this: all blocks computed again take no more than what was decided.
+        "gradient_checkpointing": way.recomputed > 0 or way.most != "all",
     }
     return loaded.having(train=chosen)
 

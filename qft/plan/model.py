@@ -25,15 +25,18 @@ from qft.checkpoint.language import beside_language
 from qft.checkpoint.layout import unmergeable
 from qft.checkpoint.require import require_weights
 from qft.checkpoint.skeleton import find_blocks, without_contents
+from qft.data.pictures import Pictures
 from qft.documents.manifest import DevicePart
 from qft.documents.plan import PlannedModel, Quantization
-from qft.errors import ModelError, RecipeError, first_line
+from qft.errors import ModelError, RecipeError
 from qft.machine.device import Device, find_device
 from qft.plan.experts import Experts, expert_problems, plan_experts, set_balance
 from qft.plan.limits import table_of_positions
 from qft.plan.modules import Matches, is_all_linear, match_adapter, match_skips, whole_problems
-from qft.plan.targets import Excluded, exclusion, lost_problems, rank_problems
+from qft.plan.shape import Shape
+from qft.plan.targets import Excluded, exclusion, lost_problems, rank_problems, size_problems
 from qft.plan.template import set_template, template_problems
+from qft.plan.token_rows import not_adapted, row_arguments, row_problems, with_added
 from qft.quant.experts import owner
 from qft.quant.hold import Scheme, contradictions, find_scheme
 from qft.quant.layer import skip_entry
@@ -42,33 +45,10 @@ from qft.recipe import LoadedRecipe, Recipe
 from qft.recipe.data import DataSection
 from qft.recipe.load import from_values
 from qft.recipe.rules import Problem
-from qft.recipe.training import ModelSection, QuantSection
+from qft.recipe.training import OF_FILES, ModelSection, QuantSection
 
 MAX_LENGTH = 2048
 """Of a row, in tokens, where nobody says and the model takes as many."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What the model is made of, counted without its weights."""
-
-    architecture: str
-    layers: int
-    hidden_size: int
-    parameters: int
-    linear_parameters: int
-    """Weights of the linear layers that quantization applies to (all but the output head)."""
-    trainable_parameters: int
-    max_positions: int | None
-    """Longest sequence, in tokens, that the model was built for."""
-    position_table: int | None
-    """Longest sequence, in tokens, that its tables of positions have room for. None: it computes its positions."""
-    embeddings: int
-    """Tokens that its input embeddings know."""
-    heads: tuple[str, ...]
-    """Names of the output head."""
-    beside: tuple[str, ...]
-    """Modules beside the language part: towers for images, and what projects their output."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +81,14 @@ class ModelPlan:
     def skeleton(self) -> PreTrainedModel:
         """The model without contents, made once: to be looked at, and never changed."""
         return without_contents(self.checkpoint, self.recipe.model)
+
+    @property
+    def pictures(self) -> Pictures | None:
+        """What reads the images of rows; None: the model is one of text alone."""
+        found = self.checkpoint
+        if not self.shape.beside or found.gguf_file:
+            return None
+        return Pictures(found.folder, self.tokenizer, self.dtype, self.recipe.model.trust_remote_code)
 
     def skeleton_in_dtype(self) -> PreTrainedModel:
         """The same with its weights in `dtype`, as it is loaded where nothing is quantized."""
@@ -142,7 +130,13 @@ class ModelPlan:
     @property
     def model_part(self) -> PlannedModel:
         checkpoint = self.checkpoint
-        return PlannedModel(path=checkpoint.path, commit=checkpoint.commit, dtype=self.dtype, **asdict(self.shape))
+        return PlannedModel(
+            path=checkpoint.path,
+            commit=checkpoint.commit,
+            dtype=self.dtype,
+            added_tokens=checkpoint.added.ids if checkpoint.added else {},
+            **asdict(self.shape),
+        )
 
     @property
     def quantization_part(self) -> Quantization:
@@ -173,10 +167,11 @@ def plan_model(
     matched = _matched(loaded, model, lora)
     refuse(loaded, expert_problems(recipe, model) if lora else ())
     unadapted = exclusion(recipe.adapter, model) if lora else None
-    lora = lora and lora | {"exclude_modules": unadapted}
     tokenizer = load_tokenizer(checkpoint, recipe)
-    refuse(loaded, template_problems(tokenizer, recipe.data))
+    checkpoint, model, problems = with_added(recipe.model, checkpoint, tokenizer, model)
+    refuse(loaded, [*problems, *template_problems(tokenizer, recipe.data)])
     set_template(tokenizer, recipe.data)
+    lora = lora and lora | {"exclude_modules": unadapted} | row_arguments(recipe.adapter, checkpoint.added, model)
     scheme = _scheme(recipe, device, checkpoint, model)
     refuse(loaded, scheme.unfit(model))
     experts = plan_experts(recipe, model) if lora else None
@@ -189,7 +184,7 @@ def plan_model(
     shape = _shape(loaded, model, lora, matched)
     shape = replace(shape, trainable_parameters=shape.trainable_parameters + beside)
     if lora:
-        refuse(loaded, _size_problems(shape, device))
+        refuse(loaded, size_problems(shape.trainable_parameters, device))
     return ModelPlan(loaded, device, checkpoint, tokenizer, shape, dtype, scheme, matched, held, unadapted, experts)
 
 
@@ -273,7 +268,7 @@ def _scheme(recipe: Recipe, device: Device, checkpoint: Checkpoint, model: PreTr
 
 def plan_folder(folder: Path, section: ModelSection, dtype: str, quant: QuantSection | None = None) -> ModelPlan:
     """The plan of a model that was written to `folder`, where and how `section` says its base is held."""
-    model = section.model_dump(exclude={"path", "revision", "ignore_unexpected"}) | {
+    model = section.model_dump(exclude={*OF_FILES}) | {
         "path": str(folder.resolve()),
         "dtype": dtype,
     }
@@ -331,18 +326,11 @@ def _trainable(loaded: LoadedRecipe, model: nn.Module, lora: dict[str, Any], mat
         with torch.device("meta"):
             adapted = get_peft_model(model, LoraConfig(**lora | {"init_lora_weights": False}))
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise RecipeError(loaded.problem("adapter.target_modules", first_line(error))) from error
+        raise RecipeError(loaded.problem("adapter.target_modules", not_adapted(error))) from error
     if is_all_linear(lora["target_modules"]):
         tuners = [module for module in adapted.modules() if isinstance(module, BaseTunerLayer)]
         count = sum(not isinstance(module, ParamWrapper) for module in tuners)
         matched["adapter.target_modules"] = {lora["target_modules"]: count}
-    refuse(loaded, [*rank_problems(loaded.recipe.adapter, adapted), *lost_problems(adapted)])
+    problems = [*rank_problems(loaded.recipe.adapter, adapted), *lost_problems(adapted), *row_problems(adapted)]
+    refuse(loaded, problems)
     return sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-
-
-def _size_problems(shape: Shape, device: Device) -> Iterator[Problem]:
-    """Adapters that have no place."""
-    needed = 4 * shape.trainable_parameters
-    if needed > device.total_bytes:
-        text = f"the weights of the adapters alone take {needed / 2**30:,.1f} GiB, and {device.name} has"
-        yield "adapter.r", f"{text} {device.total_bytes / 2**30:,.1f} GiB; lower it, or name fewer target_modules"

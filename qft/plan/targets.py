@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from qft.checkpoint.bypassed import bypassed_linears
 from qft.checkpoint.language import beside_language
+from qft.machine.device import Device
 from qft.recipe.rules import Problem
 from qft.recipe.training import AdapterSection
 
@@ -63,6 +64,14 @@ def rank_problems(adapter: AdapterSection, adapted: nn.Module) -> Iterator[Probl
                 text = f"{adapter.r}, and {layer} has a rank of at most {most}, which init_lora_weights"
                 yield "adapter.r", f"{text} {adapter.init_lora_weights} cannot exceed; lower it"
                 return
+
+
+def size_problems(trainable: int, device: Device) -> Iterator[Problem]:
+    """Adapters of so many parameters that have no place."""
+    needed = 4 * trainable
+    if needed > device.total_bytes:
+        text = f"the weights of the adapters alone take {needed / 2**30:,.1f} GiB, and {device.name} has"
+        yield "adapter.r", f"{text} {device.total_bytes / 2**30:,.1f} GiB; lower it, or name fewer target_modules"
 
 
 def _read_by_kernels(model: PreTrainedModel) -> list[str]:

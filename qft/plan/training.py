@@ -16,7 +16,7 @@ from torch import nn
 
 from qft.checkpoint.skeleton import find_blocks
 from qft.data.prepare import Prepared, prepare
-from qft.documents.plan import AdapterArguments, DataPart, PlanDocument, PlannedMemory, TrainerArguments
+from qft.documents.plan import AdapterArguments, DataPart, Kept, PlanDocument, PlannedMemory, TrainerArguments
 from qft.machine.device import Device
 from qft.machine.environment import allocator_settings
 from qft.memory.fit import Way
@@ -37,7 +37,6 @@ from qft.plan.memory import (
 )
 from qft.plan.model import (
     ModelPlan,
-    Shape,
     device_problems,
     partial_problem,
     plan_model,
@@ -47,8 +46,10 @@ from qft.plan.model import (
 )
 from qft.plan.offload import offload_problems
 from qft.plan.packages import missing_packages
+from qft.plan.shape import Shape
 from qft.plan.stages import Span, joined, most_memory, stage_parts
 from qft.plan.template import template_of
+from qft.plan.token_rows import occurrences, row_arguments
 from qft.recipe import LoadedRecipe, Recipe
 from qft.recipe.rules import MOST, Problem
 from qft.recipe.stages import stages_of
@@ -92,10 +93,11 @@ class Plan:
         return self.span is not None and self.span.number < self.span.of
 
     @property
-    def recomputed(self) -> int | None:
-        """Blocks that are computed again in the backward pass, the first ones; None: as train.gradient_checkpointing
-        says."""
-        return self.ways[0].recomputed if self.ways else None
+    def kept(self) -> list[Kept]:
+        """What each block keeps for the backward pass."""
+        layers = self.model.shape.layers
+        everywhere: Kept = "inputs" if self.recipe.train.gradient_checkpointing else "all"
+        return self.ways[0].kept(layers) if self.ways else [everywhere] * layers
 
     @property
     def logit_bytes(self) -> int | None:
@@ -104,8 +106,9 @@ class Plan:
 
     @property
     def checkpoints(self) -> Literal["device", "host"] | None:
-        """Where the inputs of checkpointed blocks wait; None: no blocks are checkpointed."""
-        if not self.recipe.train.gradient_checkpointing:
+        """Where the inputs of blocks wait that keep no more, and those of norms whose outputs are made again; None:
+        there are none."""
+        if {*self.kept} == {"all"}:
             return None
         return "host" if stashes(self.model) else "device"
 
@@ -127,7 +130,7 @@ class Plan:
     @cached_property
     def memory(self) -> PlannedMemory:
         """Predicted, of this stage alone."""
-        return _forecast(self.model, self.lora, self.data).document(list(self.ways), self.recomputed, self.optimizer)
+        return _forecast(self.model, self.lora, self.data).document(list(self.ways), self.optimizer)
 
     @property
     def recipe(self) -> Recipe:
@@ -178,6 +181,7 @@ class Plan:
                 eval_rows=len(rows.eval) if rows.eval else 0,
                 chat_template=template_of(self.model.tokenizer, self.recipe.data),
                 max_length=self.model.longest_row(self.recipe.data),
+                added_tokens=occurrences(self.model.checkpoint.added, rows.train),
                 sources=list(rows.sources),
             ),
             steps=self.steps,
@@ -219,7 +223,7 @@ def _plan(loaded: LoadedRecipe, device: Device, data: Prepared | None) -> Plan:
 def _rows(model: ModelPlan) -> Prepared:
     """The rows as tokens, which the model must know. Raises RecipeError, DataError."""
     recipe, shape = model.recipe, model.shape
-    data = prepare(model.rows_for(recipe.data), model.tokenizer, recipe.seed)
+    data = prepare(model.rows_for(recipe.data), model.tokenizer, recipe.seed, model.pictures)
     parts = [part for part in (data.train, data.eval) if part is not None]
     require_known_tokens(parts, data.place, model.tokenizer, shape.embeddings)
     require_special_tokens(model.tokenizer, shape.embeddings, generates=bool(recipe.eval.metrics))
@@ -236,7 +240,8 @@ def plan_adapter(loaded: LoadedRecipe, device: Device | None = None) -> tuple[Mo
     data. Raises as `plan_model`."""
     lora = lora_arguments(loaded.recipe) if loaded.recipe.adapter.kind == "lora" else None
     model = plan_model(loaded, lora, device=device)
-    lora = lora and lora | {"exclude_modules": model.unadapted}
+    rows = row_arguments(loaded.recipe.adapter, model.checkpoint.added, model.skeleton)
+    lora = lora and lora | {"exclude_modules": model.unadapted} | rows
     return model, model.experts.arguments(lora) if lora and model.experts else lora
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import nn
 
 from qft.quant.product import Factors, View, Whole
@@ -16,6 +17,8 @@ def compute_beside(model: nn.Module) -> None:
     """Have what peft puts on experts' parameters [experts, a, b] of `model` computed so. The layers stay peft's own,
     under their names; their `forward` alone is another."""
     for module in model.modules():
+        if isinstance(module, TrainableTokensLayer):  # peft's disable_input_dtype_casting asks each of its layers
+            module.cast_input_dtype_enabled = False
         if isinstance(module, ParamWrapper) and module.get_param().ndim == 3:
             vars(module)["forward"] = _Beside(module)
 

@@ -8,7 +8,7 @@ from qft.recipe.memory import MemorySection
 from qft.recipe.presets import PRESETS
 from qft.recipe.schema import AcceptSection, CalibrateSection, Recipe
 from qft.recipe.section import Section
-from qft.recipe.training import AdapterSection, QuantSection
+from qft.recipe.training import AdapterSection, ModelSection, QuantSection
 
 Problem = tuple[str, str]
 """A field, and what is wrong with it."""
@@ -39,6 +39,7 @@ def broken_rules(recipe: Recipe, given: Callable[[str], bool]) -> Iterator[Probl
 def contradictions(recipe: Recipe) -> Iterator[Problem]:
     """Yield (field, what is wrong and what to write instead), whoever has set the fields."""
     yield from _pattern_rules(recipe)
+    yield from _token_rules(recipe.model)
     yield from _huge_numbers(recipe)
     yield from _quant_rules(recipe)
     yield from _skip_rules(recipe.quant)
@@ -57,12 +58,24 @@ def contradictions(recipe: Recipe) -> Iterator[Problem]:
         yield from _calibrate_rules(recipe.calibrate, recipe)
 
 
+def _token_rules(model: ModelSection) -> Iterator[Problem]:
+    seen = set[str]()
+    for name, token in [("add_tokens", t) for t in model.add_tokens] + [
+        ("add_special_tokens", t) for t in model.add_special_tokens
+    ]:
+        if not token.strip():
+            yield f"model.{name}", f"{token!r} is no text that could become a token; remove it"
+        elif token in seen:
+            yield f"model.{name}", f"{token!r} is named twice; remove one"
+        seen.add(token)
+
+
 def _huge_numbers(recipe: Recipe) -> Iterator[Problem]:
     """Whole numbers that the libraries below, which count in 32 bits, cannot take."""
     for name, section in recipe:
         for field, value in section if isinstance(section, Section) else ():
             is_whole = isinstance(value, int) and not isinstance(value, bool)
-            if is_whole and value > MOST and not field.endswith(("seed", "bytes")):
+            if is_whole and value > MOST and not field.endswith(("seed", "bytes", "budget", "checkpointing")):
                 yield f"{name}.{field}", f"should be {MOST} or less, not {value}"
 
 

@@ -260,10 +260,6 @@ def _of_each(each: LoadedRecipe) -> Iterator[str]:
     if quant.skip_modules == "auto":
         text = "auto is measured once, before a training that holds its base in one way: name layers"
         yield each.problem("quant.skip_modules", text)
-    for field, learns in (("learn_scales", quant.learn_scales), ("target", quant.target == "w8a8-static")):
-        if learns:
-            text = "what it learns of layers beside their weights is not handed from stage to stage"
-            yield each.problem(f"quant.{field}", f"{text}: train it alone, on what the stages came to")
 
 
 def _after(one: LoadedRecipe, other: LoadedRecipe) -> Iterator[str]:
@@ -277,7 +273,16 @@ def _after(one: LoadedRecipe, other: LoadedRecipe) -> Iterator[str]:
     if was.optim != now.optim and not stage.resets("optimizer"):
         text = f"{now.optim} cannot go on with the state of {was.optim}: set reset_optimizer to true"
         yield other.problem("train.optim", text)
+    if _scales(one) != _scales(other) and not stage.resets("optimizer"):
+        text = "scales are trained in one stage that are not in the other, whose optimizer state does not fit"
+        yield other.problem("quant.learn_scales", f"{text}: set reset_optimizer to true")
     for name in ("lr_scheduler_type", "warmup_steps"):
         if getattr(was, name) != getattr(now, name) and not stage.resets("lr_scheduler"):
             text = "the schedule of the stage before goes on, of which this is a part: set reset_lr_scheduler to true"
             yield other.problem(f"train.{name}", f"{text}, or remove it")
+
+
+def _scales(each: LoadedRecipe) -> Any:
+    """Which scales of weights are trained in a stage; None: none."""
+    quant = each.recipe.quant
+    return (quant.target, quant.named_skips) if quant.learn_scales else None

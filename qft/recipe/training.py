@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from qft.recipe.memory import Size
 from qft.recipe.section import Fraction, Many, Overrides, Section
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -37,6 +38,15 @@ class ModelSection(Section):
     ignore_unexpected: Many[str] = ()
     """Regular expressions for names of tensors that the checkpoint holds, its model does not have and transformers does
     not know as such: they are left out. Any other unexpected tensor is an error."""
+    add_tokens: Many[str] = ()
+    """Texts that become one token each. Their rows of embeddings and output head start as the mean of what they were
+    split into, and are trained; with adapter.modules_to_save: [embed_tokens, lm_head], all rows are."""
+    add_special_tokens: Many[str] = ()
+    """Likewise, of tokens that stand for no text, such as the marks of a chat template."""
+
+
+OF_FILES = ("path", "revision", "ignore_unexpected", "add_tokens", "add_special_tokens")
+"""Fields of `model` that say which files it is made of; a model that qft has made of them asks for none again."""
 
 
 class QuantSection(Section):
@@ -116,7 +126,7 @@ class AdapterSection(Section):
     """Layer names, or one regular expression, to leave out of target_modules."""
     target_towers: bool = False
     """Let target_modules match beside the language part too: towers for images, and what projects their output. Rows of
-    text never reach those."""
+    text never reach those; rows with images do."""
     layers_to_transform: Many[int] | None = None
     """Indices of the blocks that get adapters. None: all. Needs target_modules as a list."""
     use_rslora: bool = False
@@ -187,9 +197,10 @@ class TrainSection(Section):
     """Mixed precision in float16 with loss scaling; GPU only."""
     tf32: bool | Literal["auto"] = "auto"
     """TensorFloat-32 in float32 matrix products. auto: on where the GPU has it (compute capability 8.0)."""
-    gradient_checkpointing: bool | Literal["auto"] = False
+    gradient_checkpointing: bool | Literal["auto"] | Annotated[Size, Field(ge=2**20)] = False
     """Keep only each block's input and compute the rest again in the backward pass (non-reentrant). auto: of as many
-    blocks as must be for the training to fit into memory.budget."""
+    blocks, and as much of them, as must be for the training to fit into memory.budget. A size (12GiB, or bytes): so
+    much may be taken beyond what keeping inputs alone takes."""
     chunked_loss: bool | Literal["auto"] = "auto"
     """Compute output head and loss from the logits of some thousand tokens at a time, and again for the backward pass:
     of all tokens at once, they can outweigh the model. auto: on a GPU, and with memory.offload."""

@@ -26,6 +26,7 @@ TABLE: dict[str, dict[Class, str]] = {
     "plan": {
         "fixed": """
             model.path model.revision model.ignore_unexpected model.dtype model.attn_implementation
+            model.add_tokens model.add_special_tokens
             quant.mode quant.plugin quant.quant_type quant.double_quant quant.compute_dtype quant.quant_storage
             quant.threshold quant.skip_modules quant.skip_budget_bits quant.skip_budget_bytes
             quant.target quant.fake_quant_after_steps quant.freeze_observers_after_steps quant.learn_scales
@@ -59,7 +60,7 @@ TABLE: dict[str, dict[Class, str]] = {
     "calibration-plan": {
         "fixed": """
             model.path model.revision model.ignore_unexpected model.dtype model.device model.attn_implementation
-            model.trust_remote_code
+            model.trust_remote_code model.add_tokens model.add_special_tokens
             data.train data.eval data.eval_fraction data.format data.max_length data.on_too_long data.on_bad_row
             data.loss_on data.ignore_fields data.template data.chat_template data.template_kwargs
             calibrate.engine calibrate.engine_python calibrate.algorithm calibrate.data calibrate.samples

@@ -11,7 +11,7 @@ PHASES = ("data", "forward", "backward", "optimizer")
 class PhaseClock:
     """Sums the seconds spent in each phase.
 
-    On a GPU a phase ends with an event in the stream, read one step later, so that measuring waits for nothing."""
+    On a GPU a phase ends with an event in the stream, which is read later, so that measuring waits for nothing."""
 
     def __init__(self, on_gpu: bool) -> None:
         self.seconds = dict.fromkeys(PHASES, 0.0)
@@ -33,11 +33,14 @@ class PhaseClock:
         self._marks.append((phase, mark))
 
     def settle(self) -> None:
-        """Add up the marks so far. On a GPU: after something else has waited for it."""
-        for (phase, start), (_, end) in zip(self._marks, self._marks[1:], strict=False):
+        """Add up the phases that are over. On a GPU: as far as it has come."""
+        while len(self._marks) > 1:
+            (phase, start), (_, end) = self._marks[:2]
+            if self._on_gpu and not end.query():
+                return
             if phase:
                 self.seconds[phase] += start.elapsed_time(end) / 1e3 if self._on_gpu else end - start
-        del self._marks[:-1]
+            del self._marks[0]
 
     def shares(self) -> dict[str, float]:
         """Share of each phase in the sum of all."""

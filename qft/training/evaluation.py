@@ -73,7 +73,7 @@ class HeldOut(TrainerCallback):
         def answered(at_once: int) -> list[Answer]:
             settings = self.plan.recipe.eval.having(batch_size=at_once)
             with self.trainer.accelerator.autocast():
-                return answer_rows(self.trainer.model, tokenizer, rows, settings)
+                return answer_rows(self.trainer.model, tokenizer, rows, settings, self.plan.model.pictures)
 
         answers = self.trainer.answering(answered, len(rows or ()))
         write_text(self.run.answers / f"{moment}.jsonl", as_jsonl(answers, self.plan.data.place))

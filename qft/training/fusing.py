@@ -18,6 +18,7 @@ def fuse(model: Any, recorder: Recorder) -> None:
         return
     blocks = find_blocks(model.get_base_model() if plan.lora else model, plan.model.shape.layers)[1]
     applied = apply(model, blocks, kinds, plan.mixed)
+    recorder.keeps = applied.keeps
     recorder.kernels = Kernels(fused=dict(applied.fused), plain=dict(applied.plain))
     if applied.plain and plan.recipe.train.kernels == "fused":
         told = "; ".join(f"{count} modules: {reason}" for reason, count in applied.plain.items())

@@ -13,6 +13,7 @@ from qft.errors import RunError
 from qft.files import write_text
 from qft.model.rounded import read_learnt, write_learnt
 from qft.plan import Plan
+from qft.quant.rounded import measure_scales
 from qft.run.checkpoint import INITIAL, STATE, TRAINER_STATE, best_of, best_problem, discard, rotate, seal, step_of
 from qft.run.resume import ANEW
 from qft.training.recorder import Recorder
@@ -148,7 +149,18 @@ class ResumingTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        read_learnt(self.model, Path(resume_from_checkpoint))
+        if self._begins_rounding(step_of(Path(resume_from_checkpoint))):
+            measure_scales(self.model)
+        else:
+            read_learnt(self.model, Path(resume_from_checkpoint))
+
+    def _begins_rounding(self, step: int) -> bool:
+        """Whether that step ended a stage that has not learnt what this one learns of how it rounds."""
+        span = self.recorder.plan.span
+        if not span or step != span.start:
+            return False
+        before, now = self.recorder.stages[span.number - 2 : span.number]
+        return before.model.scheme.learnt_as != now.model.scheme.learnt_as
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Weights that a checkpoint lacks, tied ones aside, would silently stay what they were."""

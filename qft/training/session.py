@@ -164,7 +164,9 @@ def _trainer(model: Any, run: Run, recorder: Recorder, signals: Signals) -> Surv
         args=training_arguments(plan, run),
         train_dataset=plan.data.train,
         eval_dataset=plan.data.eval,
-        data_collator=Collator(pad_token_id(plan.model.tokenizer), most=plan.model.shape.position_table),
+        data_collator=Collator(
+            pad_token_id(plan.model.tokenizer), most=plan.model.shape.position_table, pictures=plan.model.pictures
+        ),
         processing_class=plan.model.tokenizer,
         callbacks=_callbacks(plan, run),
     )

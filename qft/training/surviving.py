@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from qft.documents.training import OutOfMemory
+from qft.kernels import keep
 from qft.machine.signals import Signals
 from qft.memory.checkpointing import enable_checkpointing
 from qft.memory.guard import asked_bytes, is_out_of_memory, let_go, smaller_training
@@ -27,7 +28,7 @@ CHECKPOINTING, ANSWERED_ROWS = "train.gradient_checkpointing", "eval.batch_size"
 def _checkpoints_all(plan: Plan, planned: Mapping[str, Any]) -> bool:
     """Whether no block keeps more than its input."""
     on = any(planned.get(f"{name}_checkpointing") for name in ("activation", "gradient"))
-    return on and plan.recomputed in (None, plan.model.shape.layers)
+    return on and {*plan.kept} == {"inputs"}
 
 
 class Remedy(NamedTuple):
@@ -107,6 +108,7 @@ class SurvivingTrainer(QftTrainer):
 
     def _checkpoint(self, _: bool) -> None:
         enable_checkpointing(self.model)
+        keep(self.recorder.keeps, ["inputs"] * len(self.recorder.keeps))
 
     @property
     def accumulation(self) -> int:

@@ -5,9 +5,7 @@ stays the Trainer's.
 """
 
 import math
-import time
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,40 +13,22 @@ from transformers import TrainerCallback
 
 from qft.data.sources import some_places
 from qft.errors import NonFiniteError
+from qft.kernels import keep
 from qft.machine.signals import Signals
 from qft.memory.checkpointing import CheckpointingProbe, checkpoint_first
+from qft.memory.distilled_loss import distilled_loss
 from qft.memory.fused_loss import COUNTS
 from qft.memory.meter import optimizer_bytes, tensor_bytes
 from qft.memory.stash import stash_inputs
 from qft.memory.unmasked import one_row_each
-from qft.model.distill import distilled_loss
 from qft.model.on_cpu import short_attention
 from qft.progress import Step
 from qft.training.recorder import Recorder
 from qft.training.stopping import StoppingTrainer
+from qft.training.update import LogEntry, Moment, Sent, Update, skips_by_itself
 
-
-@dataclass
-class _Update:
-    """What is noted of one optimizer step on its way; what its micro-batches give stays on the device until read."""
-
-    started: float = field(default_factory=time.perf_counter)
-    losses: list[torch.Tensor] = field(default_factory=list)
-    counts: list[torch.Tensor] = field(default_factory=list)
-    """Tokens, and supervised ones."""
-    rows: list[torch.Tensor] = field(default_factory=list)
-    padded_tokens: int = 0
-    grad_norm: Any = 0.0
-    learning_rate: float = 0.0
-    numbers: list[float] = field(default_factory=list)
-    """The losses, the norm, and the two sums of the counts, once they are read."""
-    skipped: bool = False
-
-    def read(self) -> None:
-        """Fetch the numbers together, waiting for the device once."""
-        losses = torch.stack(self.losses).double()
-        norm = torch.as_tensor(self.grad_norm).to(losses).reshape(1)
-        self.numbers = torch.cat([losses, norm, torch.stack(self.counts).sum(0).to(losses)]).tolist()
+OF_TEXT = {"input_ids", "attention_mask", "labels", COUNTS}
+"""What a batch without images is made of."""
 
 
 class QftTrainer(StoppingTrainer):
@@ -57,21 +37,26 @@ class QftTrainer(StoppingTrainer):
     def __init__(self, recorder: Recorder, signals: Signals, **arguments: Any) -> None:
         super().__init__(recorder, signals, **arguments)
         self.on_nonfinite = recorder.plan.recipe.train.on_nonfinite
-        self.probe = CheckpointingProbe(self.model) if recorder.plan.recipe.train.gradient_checkpointing else None
-        self.update = _Update()
+        self.probe = CheckpointingProbe(self.model) if "inputs" in recorder.plan.kept else None
+        self.update = self._new_update()
+        self._waiting: list[Update] = []
+        """Updates that were made, or left out, and not told yet."""
         self._evaluated = [0.0, 0]
         self._not_finite: list[torch.Tensor] = []
         """Held-out rows, of a batch whose loss is not finite."""
         self.add_callback(_StepWatch(self))
 
+    def _new_update(self) -> Update:
+        return Update(Moment(self.args.device.type == "cuda"))
+
     def restart_update(self) -> None:
         """The step is made again: forget what was noted of it."""
-        self.update = _Update(self.update.started)
+        self.update = Update(self.update.started)
         if self.probe and self.recorder.recomputed is None:
             self.probe = CheckpointingProbe(self.model)  # what the other noted may have been too large
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        self.update = _Update()
+        self.update = self._new_update()
         self.recorder.clock.enter("data")
         return super().get_batch_samples(*args, **kwargs)
 
@@ -99,7 +84,7 @@ class QftTrainer(StoppingTrainer):
             finally:
                 self.label_smoother = smoother
         self.update.rows.append(rows)
-        if self.recorder.unmasked:
+        if self.recorder.unmasked and inputs.keys() <= OF_TEXT:
             del inputs["attention_mask"]
         if share := self.recorder.plan.recipe.quant.distill:
             loss = distilled_loss(model, inputs, kwargs.get("num_items_in_batch"), float(share))
@@ -122,6 +107,7 @@ class QftTrainer(StoppingTrainer):
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's loop, with the loss averaged over tokens: a mean over batches would count short rows more.
         Raises NonFiniteError."""
+        self.tell()
         self._evaluated, self._not_finite = [0.0, 0], []
         self.recorder.clock.enter("")
         with self.untouched_random():  # so that when it is evaluated changes nothing of what is learnt
@@ -141,62 +127,111 @@ class QftTrainer(StoppingTrainer):
         return self.update.grad_norm
 
     def before_update(self) -> None:
-        """Look at what the step came to, and refuse its update if that is not finite."""
+        """Look at what the step came to, and refuse its update if that is not finite. Where the optimizer can leave it
+        out by itself, it is looked at when the next step is on its way: the device need not wait for the host."""
         update, recorder = self.update, self.recorder
         recorder.clock.enter("optimizer")
         if not recorder.bytes["gradients"]:
             gradients = (p.grad for p in self.model.parameters() if p.grad is not None)
             recorder.bytes["gradients"] = tensor_bytes(gradients)
         update.learning_rate = self.lr_scheduler.get_last_lr()[0]
-        update.read()
-        recorder.clock.settle()
-        *losses, norm, _, _ = update.numbers
-        bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
-        # Under loss scaling an overflowing gradient is everyday: the scaler itself skips the step and lowers its scale.
-        if bad or (not math.isfinite(norm) and not self.args.fp16):
-            self._refuse_update(bad)
+        numbers = update.ask()
+        if self._waits_for_nothing():
+            self.optimizer.optimizer.found_inf = (~numbers.isfinite().all()).float()
+        else:
+            self._look_at(update)
+            if update.skipped:
+                self.model.zero_grad(set_to_none=True)  # without gradients nothing is changed, decay included
 
-    def _refuse_update(self, bad: list[int]) -> None:
-        """Skip the update, or end the training; `bad` are the micro-batches whose loss is not finite."""
+    def _waits_for_nothing(self) -> bool:
+        on_gpu = self.args.device.type == "cuda" and not self.args.fp16
+        return on_gpu and skips_by_itself(self.optimizer.optimizer)
+
+    def _look_at(self, update: Update) -> None:
+        """Raises NonFiniteError, or has the update skipped, if what it was made of is not finite."""
+        update.read()
+        if not update.is_bad(scaled=self.args.fp16):
+            return
         if self.on_nonfinite == "stop":
-            step, rows = self.state.global_step + 1, self.update.rows
+            bad, rows = update.bad_batches, update.rows
             what = "the loss" if bad else "the gradient norm"
             told = self._rows_told([rows[i] for i in bad] if bad else rows)
             raise NonFiniteError(
-                f"step {step}: {what} is not finite, and the update was not made. {told}. "
-                "Look at them, lower train.learning_rate, or set train.on_nonfinite: skip"
+                f"step {update.step or self.state.global_step + 1}: {what} is not finite, and the update was not made. "
+                f"{told}. Look at them, lower train.learning_rate, or set train.on_nonfinite: skip"
             )
-        self.update.skipped = True
-        self.model.zero_grad(set_to_none=True)  # without gradients the optimizer changes nothing, decay included
+        update.skipped = True
 
     def _rows_told(self, rows: list[torch.Tensor]) -> str:
         place = self.recorder.plan.data.place
         return f"Rows of the batch: {some_places([place(source, row) for source, row in torch.cat(rows).tolist()])}"
 
     def after_update(self) -> None:
-        """Tell the recorder of the step."""
+        """Tell the recorder of the step, or, where it would have to be waited for, of the one before it."""
         update, recorder = self.update, self.recorder
         recorder.clock.enter("")
         if not recorder.bytes["optimizer_state"]:
             recorder.bytes["optimizer_state"] = optimizer_bytes(self.optimizer.optimizer)
-        *losses, norm, tokens, supervised = update.numbers
-        step = Step(
-            step=self.state.global_step,
-            loss=sum(losses),
-            learning_rate=update.learning_rate,
-            grad_norm=norm,
-            tokens=int(tokens),
-            padded_tokens=update.padded_tokens,
-            supervised_tokens=int(supervised),
-            rows=sum(len(rows) for rows in update.rows),
-            seconds=time.perf_counter() - update.started,
-            memory=recorder.look().device,
-            peak_memory=recorder.meter.peak().device,
-            skipped=update.skipped,
-        )
+        update.step, update.ended = self.state.global_step, Moment(self.args.device.type == "cuda")
+        update.memory, update.peak_memory = recorder.look().device, recorder.meter.peak().device
+        self._waiting.append(update)
         if recorder.recomputed is None:
             recorder.recomputed = self.measure_checkpointing()
-        recorder.step(step)
+        control, last = self.control, self.state.global_step >= self.state.max_steps
+        asked = control.should_save or control.should_evaluate or control.should_training_stop
+        self.tell(all_but=0 if asked or last or not self._waits_for_nothing() else 1)
+
+    def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        """The Trainer's, which would wait for the loss: of a step that is told later, so is the log's entry."""
+        steps = self.state.global_step - self._globalstep_last_logged  # type: ignore[has-type]
+        if self._waiting and self.control.should_log and steps:
+            self._waiting[-1].entry = LogEntry(Sent(tr_loss), steps, args[5], self.state.epoch)
+            tr_loss -= tr_loss
+            self._globalstep_last_logged, self.control.should_log = self.state.global_step, False
+        super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
+
+    def _log(self, update: Update, entry: LogEntry) -> None:
+        """As the Trainer would have, had it waited."""
+        now, asked, loss = (self.state.global_step, self.state.epoch), self.control.should_log, entry.loss.read()
+        self._total_loss_scalar += loss
+        self.store_flos()
+        self.state.global_step, self.state.epoch = update.step, entry.epoch
+        norm = update.numbers[len(update.losses)]
+        told = {"loss": loss / entry.steps, "grad_norm": norm, "learning_rate": update.learning_rate}
+        self.log(told, entry.start_time)
+        (self.state.global_step, self.state.epoch), self.control.should_log = now, asked  # which an entry takes back
+
+    def tell(self, all_but: int = 0) -> None:
+        """The recorder of what was done, but for so many steps. Raises NonFiniteError as _look_at does."""
+        while len(self._waiting) > all_but:
+            update = self._waiting.pop(0)
+            self._look_at(update)
+            assert update.ended
+            update.ended.wait()
+            self.recorder.clock.settle()
+            *losses, norm, tokens, supervised = update.numbers
+            self.recorder.step(
+                Step(
+                    step=update.step,
+                    loss=sum(losses),
+                    learning_rate=update.learning_rate,
+                    grad_norm=norm,
+                    tokens=int(tokens),
+                    padded_tokens=update.padded_tokens,
+                    supervised_tokens=int(supervised),
+                    rows=sum(len(rows) for rows in update.rows),
+                    seconds=update.ended.seconds_since(update.started),
+                    memory=update.memory,
+                    peak_memory=update.peak_memory,
+                    skipped=update.skipped,
+                )
+            )
+            if update.entry:
+                self._log(update, update.entry)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self.tell()
+        super()._save_checkpoint(*args, **kwargs)
 
     def measure_checkpointing(self) -> tuple[int, float] | None:
         """Bytes that checkpointing saves, and its seconds in one step; None where that is not measured."""
@@ -216,13 +251,19 @@ class _StepWatch(TrainerCallback):
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         recorder = self.trainer.recorder
         all_since = any(event.field == "train.gradient_checkpointing" for event in recorder.out_of_memory)
-        if recorder.plan.recomputed is not None and not all_since:
-            checkpoint_first(self.trainer.model, recorder.plan.recomputed)
-        if recorder.plan.checkpoints == "host":
-            stash_inputs(self.trainer.model, self.trainer.args.device)
+        kept = recorder.plan.kept
+        if recorder.plan.ways and not all_since:
+            checkpoint_first(self.trainer.model, kept.count("inputs"))
+        on_host = recorder.plan.checkpoints == "host"
+        stash = stash_inputs(self.trainer.model, self.trainer.args.device) if on_host else None
+        if recorder.keeps and not all_since:
+            keep(recorder.keeps, kept, stash)
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         self.trainer.before_update()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         self.trainer.after_update()
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.tell()

@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from qft.checkpoint.skeleton import find_blocks
 from qft.memory.ledger import Ledger, Peak
 from qft.memory.repeated import Pattern, pattern
-from qft.memory.trace import MIDDLE, Batch, Step, Work, peaks, trace
+from qft.memory.trace import trace, traced
+from qft.memory.work import MIDDLE, Batch, Step, Work
 from qft.quant.hold import SCHEMES
 from qft.recipe.training import QuantSection
 
@@ -32,8 +33,8 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 LORA = {"r": 4, "lora_alpha": 8.0, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 BATCH = Batch(2, 24, padded=True)
-ONCE = Step(BATCH, checkpointed=False, accumulates=False)
-AGAIN = Step(BATCH, checkpointed=True, accumulates=True)
+ONCE = Step(BATCH, kept="all", accumulates=False)
+AGAIN = Step(BATCH, kept="inputs", accumulates=True)
 
 
 def config(kind: str, layers: int) -> Any:
@@ -62,7 +63,7 @@ def of(kind: str, asked: Work, step: Step, layers: int = 3, *, real: bool = Fals
     model = skeleton(kind, layers, asked.mixed or torch.float32)
     blocks = find_blocks(model, layers)[1]
     tensors = nullcontext() if real else FakeTensorMode(allow_non_fake_inputs=True)
-    return peaks(model, blocks, pattern(blocks), asked, step, tensors)
+    return traced(model, blocks, pattern(blocks), asked, step, tensors).peaks
 
 
 def totals(found: dict[str, Peak]) -> dict[str, int]:
@@ -123,6 +124,18 @@ def test_so_does_one_whose_weights_are_rounded(target: str, lora: dict[str, Any]
     assert totals(of("llama", asked, step, 2)) == totals(of("llama", asked, step, 2, real=True))
 
 
+@pytest.mark.parametrize("once", [ONCE, AGAIN], ids=["kept", "computed again"])
+def test_so_does_one_that_learns_from_itself_unrounded(once: Step) -> None:
+    """The more tokens are learnt, the more logits are held in float32, of both models."""
+    asked, taken = rounded("mxfp4", mixed=torch.bfloat16, distill=0.5), []
+    for learnt in (8, 40):
+        step = dataclasses.replace(once, batch=dataclasses.replace(BATCH, learnt=learnt))
+        found = totals(of("llama", asked, step, 2))
+        assert found == totals(of("llama", asked, step, 2, real=True))
+        taken.append(max(found["forward"], found["head"]))
+    assert taken[1] - taken[0] > 2 * (40 - 8) * 96 * 4
+
+
 def test_a_library_that_looks_at_numbers_is_traced_by_what_it_takes() -> None:
     """Rounding to nf4 is bitsandbytes'; its codes and scales are less than what rounding to int4 takes."""
     taken = {target: of("llama", rounded(target, mixed=torch.bfloat16), AGAIN, 2) for target in ("nf4", "mxfp4")}
@@ -138,7 +151,7 @@ def test_few_blocks_tell_of_many(kind: str, step: Step, on_gpu: bool) -> None:
     layers = {"gemma3_text": 12}.get(kind, 6)
     asked = work(on_gpu=on_gpu, mixed=torch.bfloat16, held_out=BATCH if kind == "llama" else None)
     whole = totals(of(kind, asked, step, layers))
-    found = trace(lambda: skeleton(kind, layers, torch.bfloat16), layers, asked, step)
+    found = trace(lambda: skeleton(kind, layers, torch.bfloat16), layers, asked, step).peaks
     assert totals(found) == pytest.approx({part: size for part, size in whole.items() if part != MIDDLE}, abs=2048)
     assert whole[MIDDLE] <= max(size for part, size in whole.items() if part != MIDDLE)
 
@@ -160,7 +173,7 @@ def test_a_quantized_base_is_counted_as_its_scheme_holds_it(mode: str) -> None:
     packed = sum(scheme.weight_bytes(*size) or 0 for size in sizes)
     saved = plain["base_weights"] - held["base_weights"]
     assert saved == pytest.approx(4 * linear - packed, abs=512 * len(sizes))
-    small = trace(lambda: skeleton("llama", 3), 3, work(mode), ONCE)
+    small = trace(lambda: skeleton("llama", 3), 3, work(mode), ONCE).peaks
     assert totals(small) == totals(of("llama", work(mode), ONCE))
 
 
@@ -176,9 +189,9 @@ def test_where_numbers_are_in_the_way_shapes_are_followed(monkeypatch: pytest.Mo
             raise ValueError("numbers that mean nothing")
         return x * x.sigmoid()
 
-    expected = trace(lambda: skeleton("llama", 3), 3, work(), AGAIN)
+    expected = trace(lambda: skeleton("llama", 3), 3, work(), AGAIN).peaks
     monkeypatch.setattr(torch.nn.functional, "silu", silu)
-    found = trace(lambda: skeleton("llama", 3), 3, work(), AGAIN)
+    found = trace(lambda: skeleton("llama", 3), 3, work(), AGAIN).peaks
     assert found.keys() == expected.keys()
 
 

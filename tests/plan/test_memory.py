@@ -13,7 +13,7 @@ import pytest
 from qft.commands.train import train
 from qft.errors import OutOfMemoryError, RecipeError
 from qft.machine.device import absent_gpu
-from qft.memory.trace import Step
+from qft.memory.work import Step
 from qft.plan import Plan, make_plan
 from qft.plan.memory import Forecast, settled
 from qft.progress import View
@@ -61,16 +61,37 @@ def test_the_fastest_way_within_the_budget_is_taken(recipe_file: MakeRecipe) -> 
 def test_no_more_blocks_are_computed_again_than_must_be(recipe_file: MakeRecipe, tmp_path: Path) -> None:
     base = saved(tiny_llama(num_hidden_layers=6), tmp_path / "six")
     train = AUTO | {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
-    path = recipe_file(model={"path": str(base)}, train=train)
+    path = recipe_file(model={"path": str(base)}, train=train | {"kernels": "plain"})
     none, most = (planned(path, f"train.gradient_checkpointing={on}").memory for on in ("false", "true"))
     assert none.predicted_peak_bytes
     assert most.predicted_peak_bytes
     beside = planned(path).ways[0].peak - none.predicted_peak_bytes
     between = (none.predicted_peak_bytes + most.predicted_peak_bytes) // 2 + beside
     plan = planned(path, f"memory.budget={between}B")
-    assert plan.recomputed == plan.memory.recomputed_blocks == 4
+    assert plan.memory.recomputed_blocks == 4
+    assert plan.kept == ["inputs"] * 4 + ["all"] * 2
     assert plan.recipe.train.gradient_checkpointing is True
     assert [way.recomputed for way in plan.ways if way.fits] == [4, 6]
+
+
+def test_blocks_keep_as_much_as_may_be_spent(recipe_file: MakeRecipe, tmp_path: Path) -> None:
+    """The dearest first: outputs of norms cost next to nothing to be made again, and are the first to go."""
+    base = saved(tiny_llama(num_hidden_layers=6), tmp_path / "six")
+    train = AUTO | {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+    path = recipe_file(model={"path": str(base)}, train=train)
+    least, most = (planned(path, f"train.gradient_checkpointing={on}") for on in ("true", "false"))
+    peaks = [plan.memory.predicted_peak_bytes or 0 for plan in (least, most)]
+    assert ({*least.kept}, {*most.kept}) == ({"inputs"}, {"all"})
+    parts = (2**20, peaks[1] - peaks[0] - 2**20, 2**33)
+    found = [planned(path, f"train.gradient_checkpointing={part}") for part in parts]
+    assert "inputs" in found[0].kept
+    assert [{*plan.kept} for plan in found[1:]] == [{"attention", "products"}, {"all"}]
+    assert [plan.checkpoints for plan in found] == ["host", "host", None]
+    assert [plan.recipe.train.gradient_checkpointing for plan in found] == [True, True, False]
+    for plan, spent in zip(found, parts, strict=True):
+        assert peaks[0] < (plan.memory.predicted_peak_bytes or 0) <= peaks[0] + spent
+    within = planned(path, f"memory.budget={found[1].ways[0].peak}B")
+    assert within.kept == found[1].kept
 
 
 def test_what_cannot_fit_is_refused_with_what_helps(recipe_file: MakeRecipe) -> None:
@@ -86,7 +107,7 @@ def test_sizes_that_were_not_traced_are_what_tracing_says(recipe_file: MakeRecip
     forecast = dataclasses.replace(forecast, model=model)
     for way in forecast.ways():
         assert way.peak == pytest.approx(
-            forecast.predict(Step(forecast.batch(way.rows), False, way.accumulated > 1)).taken, rel=0.001
+            forecast.predict(Step(forecast.batch(way.rows), "all", way.accumulated > 1)).taken, rel=0.001
         )
     assert [way.rows for way in forecast.ways()] == [12, 6, 4, 3, 2, 1]
 
@@ -216,6 +237,20 @@ def test_inputs_of_blocks_on_the_host_are_not_on_the_device(
     assert host.memory.peaks["head"] < device.memory.peaks["head"]
     with pytest.raises(RecipeError, match=r"memory\.checkpoints: the model runs on the CPU"):
         make_plan(load(path, ["memory.checkpoints=host"]))
+
+
+def test_distilling_takes_what_the_learnt_tokens_take(recipe_file: MakeRecipe, tmp_path: Path) -> None:
+    """Of rows as long, those with long answers; two models' logits of them are held in float32."""
+    quant = {"preset": None, "mode": "qat", "target": "int4-g32", "distill": True}
+    found = []
+    for name, row in (("few", chat("x" * 80, "y")), ("many", chat("x", "y" * 80))):
+        rows = write_jsonl(tmp_path / f"{name}.jsonl", [row] * 8)
+        train = {"max_steps": 2, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+        found.append(planned(recipe_file(quant=quant, train=train, data={"train": str(rows)})).memory)
+    few, many = (memory.predicted_peak_bytes for memory in found)
+    assert few
+    assert many
+    assert many - few > 2 * 8 * 79 * 264 * 4
 
 
 def test_a_gpu_is_known_of_a_model_with_buffers_within_its_blocks(recipe_file: MakeRecipe, tmp_path: Path) -> None:

@@ -119,6 +119,8 @@ CASES: dict[str, Case] = {
     "model.device": Case("cpu", training, ("model.device=cuda",)),
     "model.attn_implementation": Case("eager", model),
     "model.trust_remote_code": Case("true", model, ("model.path=remote",)),
+    "model.add_tokens": Case("[<a>, <b>]", model),
+    "model.add_special_tokens": Case("[<a>, <b>]", trainable),
     "quant.preset": Case("inference", quantization, ("quant.preset=finetune",)),
     "quant.mode": Case("8bit", model),
     "quant.plugin": Case("coarse.py", model, (CUSTOM, "quant.plugin=int8_symmetric.py")),

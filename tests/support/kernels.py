@@ -61,3 +61,10 @@ def largest_error(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor
     assert found.keys() == wanted.keys()
     errors = [(found[n].double() - wanted[n].double()).norm() / wanted[n].double().norm() for n in wanted]
     return float(torch.stack(errors).max())
+
+
+def total_error(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
+    """Relative, of all tensors as one: gradients of queries and keys that hardly matter are noise in 16 bits."""
+    assert found.keys() == wanted.keys()
+    wrong = sum(float((found[name].double() - value.double()).square().sum()) for name, value in wanted.items())
+    return (wrong / sum(float(value.double().square().sum()) for value in wanted.values())) ** 0.5

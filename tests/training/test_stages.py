@@ -24,14 +24,18 @@ from qft.commands.train import train
 from qft.data.encoded import read_rows
 from qft.documents.training import Report, read_report
 from qft.errors import Interrupted, RunError
+from qft.export import export
 from qft.model.load import load_base
+from qft.model.rounded import read_state
 from qft.model.target import load_target, parse_target
 from qft.plan import make_plan
 from qft.progress import View
+from qft.quant.rounding import Integer
 from qft.recipe import load
 from qft.run.folder import Run
 from qft.views.html.page import training_page
 from qft.views.terminal.training import render
+from tests.support.exports import options
 from tests.support.models import plain_loss
 from tests.support.once import once
 from tests.support.rows import chat, write_jsonl
@@ -44,17 +48,19 @@ DOWN = [
     {"quant.mode": "8bit", "max_steps": 2},
     {"quant.mode": "4bit", "max_steps": 3},
 ]
+ROUNDED = {"quant.mode": "qat", "quant.target": "w8a8-static", "quant.learn_scales": True}
 FULL = {
     "model": FLOAT,
     "adapter": {"kind": "none", "r": ..., "lora_dropout": ...},
     "train": {
         "learning_rate": 1e-3,
-        "save_strategy": "epoch",
-        "save_steps": ...,
+        "save_steps": 1,
+        "save_total_limit": None,
         "eval_strategy": "epoch",
         "stages": [
             {"quant.mode": "none", "max_steps": 2},
-            {"quant.mode": "qat", "quant.target": "int4-g32", "quant.fake_quant_after_steps": 1, "max_steps": 2},
+            ROUNDED | {"quant.fake_quant_after_steps": 1, "reset_optimizer": True, "max_steps": 2},
+            ROUNDED | {"learning_rate": 5e-4, "max_steps": 1},
         ],
     },
 }
@@ -156,11 +162,25 @@ def test_a_run_that_is_cut_off_anywhere_comes_to_the_same(recipe: RecipeFile, do
 
 
 def test_all_weights_go_on_to_be_rounded(recipe: RecipeFile) -> None:
+    """By scales and ranges that are learnt, from where rounding begins to the last stage, and as it is exported."""
     whole, path = run(recipe("whole", **FULL)), recipe(**FULL)
     cut(path, "made 3", resume=False)
-    cut(path, "made 4", resume=True)
+    cut(path, "made 5", resume=True)
     resumed = run(path, resume=True)
     assert_same(whole, resumed)
+    learnt = [read_state(Path(report.run) / "model") for report in (whole, resumed)]
+    assert learnt[0].keys() == learnt[1].keys()
+    assert all(torch.equal(tensor, learnt[1][name]) for name, tensor in learnt[0].items())
+    name = "model.layers.1.mlp.up_proj"
+    checkpoints = [Path(whole.run) / "checkpoints" / f"checkpoint-{step}" for step in (3, 4)]
+    weight, before = load_file(checkpoints[0] / "model.safetensors")[f"{name}.weight"], read_state(checkpoints[1])
+    assert torch.equal(learnt[0][f"{name}.weight_scale"], Integer(8).scales(weight))  # rounding begins with step 4
+    assert before[f"{name}.weight_scale_change"].abs().max() > 0
+    assert learnt[0][f"{name}.input_largest"] >= before[f"{name}.input_largest"] > 0
+    [document] = export(Path(resumed.run), options("compressed-tensors"), View())
+    checks = {check.name: check.value for check in document.gate.checks}
+    assert document.passed
+    assert (checks["different_weights"], checks["different_input_scales"], checks["largest_difference"]) == (0, 0, 0)
     target = parse_target(resumed.run, adapter=None, data=None)
     assert whole.eval.after
     loss = plain_loss(load_target(target, target.plan()), make_plan(load(path)).data.eval)

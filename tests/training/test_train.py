@@ -18,6 +18,7 @@ from qft.errors import NonFiniteError, RunError
 from qft.model.load import load_base
 from qft.plan import make_plan
 from qft.recipe import load
+from qft.training.trainer import QftTrainer
 from tests.support.models import plain_loss
 from tests.support.rows import chat, write_jsonl
 from tests.support.runs import HARD, MODES, adapter, run
@@ -201,6 +202,27 @@ def test_skipped_updates_are_counted_and_change_nothing(recipe_file: RecipeFile,
     first = load_file(tmp_path / "run" / "checkpoints" / "checkpoint-1" / "adapter_model.safetensors")
     for name, tensor in adapter(tmp_path / "run").items():
         torch.testing.assert_close(tensor, first[name], rtol=0, atol=0)
+
+
+def test_what_is_told_a_step_later_is_the_same(
+    recipe_file: RecipeFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, which leaves an update out before the host knows of it."""
+    settings = {"learning_rate": 1e30, "warmup_steps": 0.0, "max_steps": 4, "max_grad_norm": 0.0, "weight_decay": 0.1}
+    saving = {"on_nonfinite": "skip", "save_strategy": "steps", "save_steps": 3}
+    skipping, state = recipe_file(train=settings | saving), tmp_path / "run/checkpoints/checkpoint-3/trainer_state.json"
+    at_once, adapters = run(skipping), [adapter(tmp_path / "run")]
+    logged = json.loads(state.read_text())["log_history"]
+    monkeypatch.setattr(QftTrainer, "_waits_for_nothing", lambda self: True)
+    later = run(skipping, overwrite=True)
+    adapters.append(adapter(tmp_path / "run"))
+    assert at_once.skipped_steps == later.skipped_steps == 3
+    assert at_once.loss == later.loss
+    assert len(logged) == 3
+    assert str(json.loads(state.read_text())["log_history"]) == str(logged)  # NaN is not equal to itself
+    assert all(torch.equal(adapters[1][name], value) for name, value in adapters[0].items())
+    with pytest.raises(NonFiniteError, match=r"step 2: the (loss|gradient norm) is not finite.*chats\.jsonl:\d+"):
+        run(recipe_file(train=settings), overwrite=True)
 
 
 def test_the_evaluated_loss_counts_tokens_and_ignores_smoothing(recipe_file: RecipeFile, tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def reference(job: Job, scratch: Path) -> Iterator[Reference]:
     """Ask the model as trained; its log probabilities lie in `scratch` meanwhile. Raises MissingError without the rows
     that the recipe names, RunError without room for 4 bytes a token and entry of the vocabulary."""
     rows = _rows(job)
-    passages = [Passage(row["input_ids"], row["labels"], row["source"]) for row in rows]
+    passages = [Passage.of(row) for row in rows]
     tokens = min(TOKENS, sum(passage.scored for passage in passages))
     with memory_guard("asking the model as trained", SMALLER):
         model = load_target(job.target, job.plan)
@@ -76,7 +76,7 @@ def reference(job: Job, scratch: Path) -> Iterator[Reference]:
         require_free_space(scratch, tokens * vocabulary * 4, "the log probabilities that the gate compares with")
         store = LogProbs(scratch, tokens, vocabulary)
         pad = pad_token_id(job.plan.tokenizer)
-        likelihood = measure(model, passages, batch_size=BATCH, pad=pad, write=store)
+        likelihood = measure(model, passages, batch_size=BATCH, pad=pad, write=store, pictures=job.plan.pictures)
         answers = _answers(model, job, rows)
         texts = [job.plan.tokenizer.decode(row["input_ids"]) for row in rows]
         facts = facts_of(model, job.plan.tokenizer, texts)
@@ -134,7 +134,8 @@ def _rows(job: Job) -> Dataset:
     recipe, tokenizer = job.target.loaded.recipe, job.plan.tokenizer
     data = job.plan.rows_for(recipe.data)
     try:
-        asked = held_out(data, tokenizer, recipe.seed) or prepare(data, tokenizer, recipe.seed).asked()
+        arguments = data, tokenizer, recipe.seed, job.plan.pictures
+        asked = held_out(*arguments) or prepare(*arguments).asked()
     except MissingError as error:
         raise MissingError(
             f"{error}; the gate asks on the run's rows, and {job.run.rows.name} is not in its folder: put them back, "
@@ -146,13 +147,14 @@ def _rows(job: Job) -> Dataset:
 def _answers(model: Any, job: Job, rows: Dataset) -> list[str]:
     """Greedy continuations of some prompts; none where the rows are plain text."""
     settings = EvalSection(max_new_tokens=NEW_TOKENS, batch_size=CONTINUATIONS, samples=CONTINUATIONS)
-    return [answer.given for answer in answer_rows(model, job.plan.tokenizer, rows, settings)]
+    return [answer.given for answer in answer_rows(model, job.plan.tokenizer, rows, settings, job.plan.pictures)]
 
 
 def _quality(model: Any, job: Job, expected: Reference, limits: Limits, *, exact: bool) -> Iterator[GateCheck]:
     """How far the artifact is from the model as trained; `exact`: no farther than products in another order are."""
     pad = pad_token_id(job.plan.tokenizer)
-    found = measure(model, expected.passages, batch_size=BATCH, pad=pad, against=expected.log_probs)
+    pictures, store = job.plan.pictures, expected.log_probs
+    found = measure(model, expected.passages, batch_size=BATCH, pad=pad, pictures=pictures, against=store)
     assert found.divergence is not None
     measured = {
         "kl": float(found.divergence.kl.mean()),

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import TrainableTokensWrapper
 from transformers import AutoTokenizer
 
 from qft.export.job import Job
@@ -88,6 +89,8 @@ def facts_of(model: Any, tokenizer: Any, texts: Sequence[str]) -> Facts:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     inside, outside = base.get_input_embeddings(), base.get_output_embeddings()
     trained_head = isinstance(outside, BaseTunerLayer)
+    if isinstance(inside, TrainableTokensWrapper):  # whose weight is made anew each time it is asked for
+        inside, outside = inside.original_module, getattr(outside, "original_module", outside)
     bos = tokenizer.bos_token_id
     return {
         "tied_embeddings": not trained_head and getattr(outside, "weight", 0) is getattr(inside, "weight", None),

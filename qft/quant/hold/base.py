@@ -61,6 +61,12 @@ class Scheme:
         return None
 
     @property
+    def learnt_as(self) -> tuple[Any, ...] | None:
+        """What a training learns of layers beside their weights; it goes on in a stage that has the same here. None:
+        nothing."""
+        return None
+
+    @property
     def above_4_bits(self) -> bool:
         """Whether quant.mode could have the weights held in fewer bits than they are."""
         return False

@@ -57,6 +57,10 @@ class Qat(Scheme):
         """Whether layers have more than weights: scales that are trained, or the range of their inputs."""
         return self.learns_scales or self.target.observes
 
+    @property
+    def learnt_as(self) -> tuple[Any, ...] | None:
+        return (self.quant_type, self.learns_scales, self.skipped) if self.learns else None
+
     def words(self) -> str:
         first, rest = self.skipped[:SHOWN], self.skipped[SHOWN:]
         left = ", ".join([*first, *([f"{len(rest)} more"] if rest else [])])
@@ -82,7 +86,8 @@ class Qat(Scheme):
     def unfit(self, model: PreTrainedModel) -> Iterator[Problem]:
         block = self.target.block
         if not self.holds(model):
-            yield "quant.target", "no linear layer is left to be rounded (a torch.nn.Linear within a block)"
+            text = "no linear layer is left to be rounded (a torch.nn.Linear within a block)"
+            yield "quant.target", f"{text}: leave fewer out (quant.skip_modules), or set quant.mode to none"
         for name in sorted(self.roundings(model)):
             if (columns := model.get_submodule(name).weight.shape[-1]) % block:
                 text = f"{name} has rows of {columns} weights, which {block} does not divide"

@@ -7,6 +7,8 @@ from qft.quant.rounding import q4_k as k_blocks
 from qft.quant.rounding.base import Rounded, divided
 
 BLOCK, K_BLOCK = 32, k_blocks.BLOCK
+AT_ONCE = 2**24
+"""Weights, of which q8_0 rounds no more at a time."""
 
 
 def q4_0(weight: torch.Tensor) -> Rounded:
@@ -20,7 +22,18 @@ def q4_0(weight: torch.Tensor) -> Rounded:
 
 
 def q8_0(weight: torch.Tensor) -> Rounded:
-    """8 bits from -127 to 127, a half rounded away from zero: nothing is clipped."""
+    """8 bits from -127 to 127, a half rounded away from zero: nothing is clipped. An output head is rounded so, the
+    largest weight of a model, and hence in parts: what is made on the way takes many times its bytes."""
+    if weight.numel() <= AT_ONCE:
+        return _q8_0(weight)
+    values = torch.empty_like(weight, dtype=torch.float32, memory_format=torch.contiguous_format)
+    rows = max(AT_ONCE // weight.shape[-1], 1)
+    for part, made in zip(*(torch.split(each.flatten(0, -2), rows) for each in (weight, values)), strict=True):
+        made.copy_(_q8_0(part).values)
+    return Rounded(values, None)
+
+
+def _q8_0(weight: torch.Tensor) -> Rounded:
     blocks = _blocks(weight)
     scale = divided(blocks.abs().amax(-1, keepdim=True), 127)
     quotients = blocks * _inverse(scale)

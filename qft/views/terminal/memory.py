@@ -6,6 +6,13 @@ from qft.documents.plan import PlannedMemory
 from qft.views.terminal.table import Facts, Rows, spaced
 from qft.views.words import size
 
+AGAIN = {
+    "inputs": "all",
+    "attention": "gate, up and outputs of norms",
+    "products": "outputs of norms",
+    "all": "nothing",
+}
+"""By what a block keeps."""
 SHOWN = 8
 """Ways that are shown of those that were looked at."""
 
@@ -25,11 +32,20 @@ def render_memory(memory: PlannedMemory, which: str = "") -> Group:
     rows.add("of it", ", ".join(f"{name.replace('_', ' ')} {size(count)}" for name, count in worst))
     rows.add("host", size(memory.predicted_host_bytes))
     if memory.recomputed_blocks is not None:
-        rows.add("computed again", f"{memory.recomputed_blocks} blocks")
+        rows.add("computed again", _again(memory))
     parts: list[RenderableType] = [rows]
     if len(memory.ways) > 1:
         parts.append(_ways(memory))
     return spaced(*parts) if len(parts) > 1 else Group(*parts)
+
+
+def _again(memory: PlannedMemory) -> str:
+    if not memory.ways:
+        return f"{memory.recomputed_blocks} blocks"
+    way = memory.ways[0]
+    first = f"{AGAIN[way.least]} of {way.recomputed} blocks" if way.recomputed else ""
+    others = f"{AGAIN[way.most]} of the others" if way.most != "all" else ""
+    return ", ".join(filter(None, (first, others))) or "nothing"
 
 
 def _ways(memory: PlannedMemory) -> Rows:

@@ -74,6 +74,9 @@ def _model(plan: PlanDocument) -> Facts:
         rows.add("", "layers to leave in 16 bits are measured and chosen by `qft train`")
     if plugin := plan.quantization.plugin:
         rows.add("quantizer", Whole(f"{plugin.path}, SHA-256 {plugin.sha256[:12]}…"))
+    if model.added_tokens:
+        counts = (f"{token} ({plan.data.added_tokens.get(token, 0)} times)" for token in model.added_tokens)
+        rows.add("new tokens", f"{', '.join(counts)} in the training rows")
     share = model.trainable_parameters / model.parameters
     kind = f"LoRA r={adapter.r} on {_names(adapter.target_modules)}" if adapter else "all weights"
     rows.add("trained", f"{kind}: {si(model.trainable_parameters)} parameters ({share:.2%})")

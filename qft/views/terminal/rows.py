@@ -1,7 +1,7 @@
 """The rows of a plan: what the sources hold, and single rows token by token."""
 
-from collections.abc import Iterator
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
+from itertools import groupby, pairwise
 from pathlib import Path
 
 from rich.console import Console, ConsoleOptions, Group, RenderResult
@@ -9,6 +9,9 @@ from rich.console import Console, ConsoleOptions, Group, RenderResult
 from qft.documents.plan import DataPart, ShownRow, ShownToken, SourceFacts
 from qft.views.terminal.table import Rows, Whole, bullets
 from qft.views.words import CONTROLS, count
+
+FOLDED = 4
+"""Equal tokens in a row that are shown as one, in rows with images."""
 
 
 def render_data(data: DataPart) -> Group:
@@ -18,7 +21,10 @@ def render_data(data: DataPart) -> Group:
         tokens = (source.tokens, source.supervised_tokens, source.longest)
         counts = (source.rows, *tokens, source.skipped, source.truncated)
         rows.add(_name(source), source.format, *(f"{number:,}" for number in counts))
-    return Group(rows, *bullets(map(_split, filter(_is_split, data.sources))), *bullets(_unread(data), "yellow"))
+    unforeseen = "what a tower takes while it looks at them is not in the predicted memory"
+    seen = (f"{_name(s)}: {count(s.images, 'image')}; {unforeseen}" for s in data.sources if s.images)
+    told = [*seen, *map(_split, filter(_is_split, data.sources))]
+    return Group(rows, *bullets(told), *bullets(_unread(data), "yellow"))
 
 
 def _name(source: SourceFacts) -> str:
@@ -45,6 +51,16 @@ def _unread(data: DataPart) -> Iterator[str]:
             yield f"{_name(source)}: nobody reads {fields}; data.ignore_fields says that it is meant"
 
 
+def _folded(tokens: Sequence[ShownToken]) -> Iterator[ShownToken]:
+    """Hundreds of tokens that stand for one image as one, with their number."""
+    for token, run in groupby(tokens):
+        count = len(list(run))
+        if token.learnt or count < FOLDED:
+            yield from [token] * count
+        else:
+            yield ShownToken(f"{token.text} x{count}", False)
+
+
 class Shown:
     """A row token by token, the learnt ones in colour; without colours between « and »."""
 
@@ -55,6 +71,9 @@ class Shown:
         tokens = self.row.pieces
         learnt = sum(token.learnt for token in tokens)
         yield Whole(f"{self.row.place}: {count(len(tokens), 'token')}, {learnt:,} learnt", "bold")
+        if self.row.images:
+            yield Whole(f"images: {', '.join(self.row.images)}", "dim")
+            tokens = list(_folded(tokens))
         text = Whole()
         for before, token in pairwise([ShownToken("", False), *tokens, ShownToken("", False)]):
             begins, ends = token.learnt and not before.learnt, before.learnt and not token.learnt

@@ -1,6 +1,7 @@
 """What a model that rounds learns from itself unrounded: the loss, without a second model in memory."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,13 +18,20 @@ def distilled_loss(
     `inputs`, by their number in the whole step (`tokens`; None: of these inputs). Of a `share` below one the rest is
     the loss of the tokens themselves."""
     asked = {name: value for name, value in inputs.items() if name != "labels"}
-    at = inputs["labels"][:, 1:] != IGNORED
+    labels = inputs["labels"][:, 1:]
+    at = (labels != IGNORED).nonzero(as_tuple=True)
+    total = divergence(model, partial(model, **asked, use_cache=False), at, labels[at], share)
+    return total / (len(at[0]) if tokens is None else tokens)
+
+
+def divergence(
+    model: Any, ask: Callable[[], Any], at: tuple[torch.Tensor, ...], answers: torch.Tensor, share: float
+) -> torch.Tensor:
+    """The sum over the places `at`, rows and positions, in front of the tokens `answers`; `ask` runs the model."""
     with torch.no_grad(), without_rounding(model):
         model.eval()
-        taught = log_softmax(model(**asked, use_cache=False).logits[:, :-1][at].float(), -1)
+        taught = log_softmax(ask().logits[:, :-1][at].float(), -1)
         model.train()
-    learnt = log_softmax(model(**asked, use_cache=False).logits[:, :-1][at].float(), -1)
+    learnt = log_softmax(ask().logits[:, :-1][at].float(), -1)
     total = share * kl_div(learnt, taught, reduction="sum", log_target=True)
-    if share < 1:
-        total = total + (1 - share) * nll_loss(learnt, inputs["labels"][:, 1:][at], reduction="sum")
-    return total / (at.sum() if tokens is None else tokens)
+    return total + (1 - share) * nll_loss(learnt, answers, reduction="sum") if share < 1 else total

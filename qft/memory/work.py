@@ -1,0 +1,86 @@
+"""What is traced, and what is found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qft.documents.plan import Kept
+from qft.memory.ledger import Peak
+from qft.quant.hold import Scheme
+
+MIDDLE = "other blocks"
+"""Part of the work that is none of the worst: what lies between the first blocks and the last."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one forward pass is given."""
+
+    rows: int
+    tokens: int
+    """Of the longest row, padding included."""
+    padded: bool
+    """Whether any row is shorter."""
+    learnt: int = 0
+    """Tokens whose predictions are compared, where Work.distill is."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """How an optimizer step is made."""
+
+    batch: Batch
+    """Of a micro-batch."""
+    kept: Kept
+    """What each block keeps for the backward pass."""
+    accumulates: bool
+    """Whether it has several micro-batches."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the memory of a training depends on, beside its model and its steps."""
+
+    scheme: Scheme
+    lora: dict[str, Any] | None
+    """Arguments of peft.LoraConfig; None: all weights are trained."""
+    optim: str
+    """By its name in the recipe, as the two below are what train says."""
+    label_smoothing_factor: float
+    neftune: bool
+    mixed: torch.dtype | None
+    """Of autocast; None: there is none."""
+    on_gpu: bool
+    logit_bytes: int | None
+    """What logits may take at once where the loss is computed from few of them; None: it is computed from all."""
+    offloads: bool
+    """Whether the frozen weights of the blocks wait elsewhere."""
+    held_out: Batch | None
+    """What is evaluated."""
+    answered: Batch | None = None
+    """What is answered, the longest answers included."""
+    stashes: bool = False
+    """Whether the inputs of checkpointed blocks wait on the host."""
+    kernels: tuple[str, ...] = ()
+    """Kinds of parts that kernels of qft's own compute in training."""
+    distill: float = 0.0
+    """The share of the loss that is the divergence from the unrounded model; 0: none is."""
+
+
+@dataclass(frozen=True)
+class Traced:
+    """One step and an evaluation."""
+
+    peaks: dict[str, Peak]
+    """By part of the work: forward, head, the blocks of the backward pass, update, evaluation."""
+    work: int
+    """Of the step: multiplications with additions, those of attention as so many more as they take longer."""
+
+    def extrapolated(self, longer: Traced, times: int) -> Traced:
+        """Between the first blocks and the last, peaks rise or fall from one to the next: none is the highest."""
+        ends = (part for part in longer.peaks if part != MIDDLE)
+        peaks = {part: self.peaks[part].extrapolated(longer.peaks[part], times) for part in ends}
+        return Traced(peaks, longer.work + times * (longer.work - self.work))

@@ -169,7 +169,7 @@ REMEDIES = {
         "dsv4_fp8_nonexpert_mode dsv4_fp8_lora_kernel dsv4_shared_mlp_lora_kernel dsv4_bf16_all"
     ),
     "save the model with such a tokenizer or config.json": (
-        "tokens added_tokens_overrides overrides_of_model_config overrides_of_model_kwargs rope_scaling "
+        "added_tokens_overrides overrides_of_model_config overrides_of_model_kwargs rope_scaling "
         "resize_token_embeddings_to_32x mean_resizing_embeddings shrink_embeddings fix_untrained_tokens "
         "reinit_weights scaling_softmax scaling_softmax_factor scaling_softmax_bias cls_model_config"
     ),
@@ -236,6 +236,7 @@ TABLE: dict[str, Rule] = {
     "chat_template_kwargs": to("data.template_kwargs"),
     "train_on_inputs": choose("data.loss_on", {True: "all", False: "assistant"}, "data.loss_on"),
     "special_tokens": rules.tokens,
+    "tokens": to("model.add_tokens"),
     "sequence_len": to("data.max_length"),
     "excess_length_strategy": choose(
         "data.on_too_long", {"drop": "skip", "truncate": "truncate", "raise": "stop"}, "data.on_too_long"

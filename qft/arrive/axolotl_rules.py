@@ -171,12 +171,15 @@ def template(key: str, value: Any, config: Config) -> Iterator[Line]:
         yield Line(key, Kind.DECIDED, text)
 
 
+@sets("model.add_special_tokens")
 def tokens(key: str, value: Any, config: Config) -> Iterator[Line]:
     for name, token in value.items():
         if token is None:
             yield Line(f"{key}.{name}", Kind.NO_EFFECT, "empty: as if it were not there")
         elif name == "pad_token":
             yield Line(f"{key}.{name}", Kind.DECIDED, "padding is neither seen nor learnt, whatever its token")
+        elif name == "additional_special_tokens":
+            yield Line(f"{key}.{name}", Kind.OTHER_FIELD, sets={"model.add_special_tokens": token})
         else:
             text = "the tokenizer's own tokens are used: if this is another, save the model with such a tokenizer"
             yield Line(f"{key}.{name}", Kind.UNSUPPORTED, text)

@@ -41,6 +41,11 @@ def flat(values: Mapping[str, Any]) -> Mapping[str, Any]:
     return values
 
 
+def listed(value: str) -> list[str]:
+    """What stands between commas."""
+    return [name.strip() for name in value.split(",")]
+
+
 @sets("quant.mode")
 def bits(key: str, value: Any, config: Config) -> Iterator[Line]:
     if value not in (4, 8) or config.get("quantization_method", "bnb") not in ("bnb", "bitsandbytes"):
@@ -203,7 +208,7 @@ REMEDIES = {
     ),
     "all assistant turns are learnt: split the conversations, to learn the last alone": "mask_history",
     "save the model with such a tokenizer or config.json": (
-        "resize_vocab add_tokens add_special_tokens new_special_tokens_config init_special_tokens rope_scaling "
+        "resize_vocab new_special_tokens_config init_special_tokens rope_scaling "
         "shift_attn mixture_of_depths train_from_scratch"
     ),
     "go on from the merged model: qft export --to merged": "adapter_name_or_path adapter_folder create_new_adapter",
@@ -245,7 +250,9 @@ TABLE: dict[str, Rule] = {
     "lora_alpha": to("adapter.lora_alpha"),
     "lora_dropout": to("adapter.lora_dropout"),
     "lora_target": targets,
-    "additional_target": to("adapter.modules_to_save", lambda value: [name.strip() for name in value.split(",")]),
+    "additional_target": to("adapter.modules_to_save", listed),
+    "add_tokens": to("model.add_tokens", listed),
+    "add_special_tokens": to("model.add_special_tokens", listed),
     "use_rslora": to("adapter.use_rslora"),
     "use_dora": to("adapter.use_dora"),
     "pissa_init": when_on(pissa),

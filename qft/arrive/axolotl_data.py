@@ -1,5 +1,6 @@
 """The rows of an Axolotl configuration: datasets and their types, as sources, a format and a chat template."""
 
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -23,7 +24,6 @@ MESSAGES = {("messages", "role", "content"): "messages", ("conversations", "from
 """field_messages and the names of role and content in a turn -> format."""
 RENAME = "qft reads {'messages': [{'role', 'content'}]} or {'conversations': [{'from', 'value'}]}: rename the fields"
 ONE_TEMPLATE = "one chat template renders all rows, and another source has another: train on them one after the other"
-FILES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
 
 KEYS = {
     "name": "name",
@@ -63,7 +63,7 @@ def sources(field: str) -> Any:
             yield from _dataset(f"{key}.{i}", dataset, config, found, templates)
         if found:
             yield Line(key, Kind.OTHER_FIELD, sets={field: found})
-        if field == "data.train" and templates and templates[0] and "chat_template_jinja" not in config.values:
+        if field == "data.train" and templates and templates[0]:
             yield Line(key, Kind.OTHER_FIELD, WITH_INPUT, {"data.chat_template": templates[0]})
 
     return sets(field)(rule)
@@ -101,6 +101,8 @@ def _paths(dataset: Mapping[str, Any]) -> list[str]:
     files = files if isinstance(files, list) else [files]
     if not files:
         return [path] if path else []
+    if os.path.isdir(path):
+        return [os.path.join(path, str(file)) for file in files]
     return [str(file) for file in files] if path in LOADERS else []
 
 

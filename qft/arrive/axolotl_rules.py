@@ -20,6 +20,9 @@ OPTIMIZERS = {
     "sgd": "sgd",
 }
 """Theirs -> ours. Those of torchao hold the same state in other blocks; see `optimizer`."""
+PROMPTED = "rows of type alpaca are rendered by the prompt of that type"
+OWN_TEMPLATE = "chat-template.jinja"
+"""The file that chat_template_jinja becomes."""
 TORCHAO = {"adamw_torch_8bit": "adamw_8bit", "adamw_torch_4bit": "adamw_8bit", "ao_adamw_8bit": "adamw_8bit"}
 
 
@@ -157,11 +160,25 @@ def checkpointing(key: str, value: Any, config: Config) -> Iterator[Line]:
     yield Line(key, Kind.SAME if isinstance(value, bool) else Kind.OTHER_FIELD, text, fields)
 
 
+def prompted(config: Config) -> bool:
+    """Whether the rows' type writes the prompt, whatever the chat template is."""
+    first = (config.get("datasets") or [{}])[0]
+    return isinstance(first, Mapping) and str(first.get("type", "")).startswith("alpaca")
+
+
+@sets("data.chat_template")
+def jinja(key: str, value: Any, config: Config) -> Iterator[Line]:
+    """A template as text, which becomes a file, or the path of one."""
+    if prompted(config):
+        yield Line(key, Kind.NO_EFFECT, PROMPTED)
+    else:
+        yield Line(key, Kind.OTHER_FIELD, sets={"data.chat_template": OWN_TEMPLATE if "{" in value else value})
+
+
 @sets("data.chat_template")
 def template(key: str, value: Any, config: Config) -> Iterator[Line]:
-    first = (config.get("datasets") or [{}])[0]
-    if isinstance(first, Mapping) and str(first.get("type", "")).startswith("alpaca"):
-        yield Line(key, Kind.NO_EFFECT, "rows of type alpaca are rendered by the prompt of that type")
+    if prompted(config):
+        yield Line(key, Kind.NO_EFFECT, PROMPTED)
     elif value == "chatml":
         yield Line(key, Kind.OTHER_FIELD, sets={"data.chat_template": "chatml.jinja"})
     elif value in ("tokenizer_default", "jinja"):

@@ -164,3 +164,8 @@ def number(value: Any) -> Any:
         return float(value) if isinstance(value, str) else value
     except ValueError:
         return value
+
+
+def strategy(value: Any) -> Any:
+    """What YAML 1.1 reads of a bare `no`."""
+    return "no" if value is False else value

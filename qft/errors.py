@@ -13,6 +13,8 @@
     ├─ OutOfMemoryError      9   the device ran out of memory
     └─ InternalError        70   nobody has foreseen it: a fault of qft
 
+    Elsewhere                    another process of the same training failed, and says why; its exit code
+
     Interrupted             75   a signal stopped a run, and --resume goes on from what it has saved (EX_TEMPFAIL)
                      128 + signal   it stopped a run that has saved nothing to resume from: 130, 143 or 129
 
@@ -82,6 +84,14 @@ class InternalError(QftError):
     """What the command line makes of an exception that nobody has foreseen."""
 
     exit_code = 70
+
+
+class Elsewhere(QftError):
+    """Nothing is left to say in this process."""
+
+    def __init__(self, code: int) -> None:
+        self.exit_code = code
+        super().__init__("another process of the training ended it")
 
 
 def causes(error: BaseException, *, in_context: bool = False) -> Iterator[BaseException]:

@@ -185,6 +185,16 @@ def _own_start(pid: int) -> int:
     return process_start(pid) or 0
 
 
+def cache_folder() -> Path | None:
+    """Of this user; None if nothing is to be kept."""
+    where = os.environ.get("QFT_CACHE")
+    if where:
+        return None if where == "off" else Path(where)
+    with suppress(RuntimeError):  # this user has no home
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qft"
+    return None
+
+
 def sha256(path: Path) -> str:
     """Hex SHA-256 of a file's bytes. Raises MissingError for a pipe or device, which never ends."""
     with require_regular(path).open("rb") as stream:

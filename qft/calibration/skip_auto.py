@@ -14,7 +14,7 @@ from qft.calibration.streamed import StreamedModel
 from qft.checkpoint.skeleton import without_contents
 from qft.checkpoint.weights import Weights
 from qft.disk import require_free_space
-from qft.documents.training import SkippedModules
+from qft.documents.skipped import SkippedModules
 from qft.errors import RunError
 from qft.files import scratch_folder
 from qft.memory.guard import memory_guard

@@ -39,7 +39,7 @@ class Source:
 
     def folder(self) -> Path:
         """The model as safetensors, with its tokenizer."""
-        if not self.run and not self.plan.checkpoint.gguf_file:
+        if not self.run and not self.plan.checkpoint.gguf_file and not self.plan.checkpoint.packed:
             return self.plan.checkpoint.with_weights().folder
         whole = self.work / "unquantized"
         if not whole.exists():

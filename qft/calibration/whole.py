@@ -161,8 +161,7 @@ def _plugin_plan(job: WholeQuantizer) -> ModelPlan:
     assert job.plan.quantized is not None
     if not job.source.run:
         return job.plan.quantized
-    folder = job.source.folder()
-    checkpoint = dataclasses.replace(job.plan.model.checkpoint, folder=folder, gguf_file=None, hub_id=None)
+    checkpoint = job.plan.model.checkpoint.written_to(job.source.folder())
     return dataclasses.replace(job.plan.quantized, checkpoint=checkpoint)
 
 

@@ -19,7 +19,7 @@ from typing import TypeVar
 
 from qft import __version__
 from qft.checkpoint.header import header
-from qft.files import atomic_folder, sha256, write_json
+from qft.files import atomic_folder, cache_folder, sha256, write_json
 
 Value = TypeVar("Value")
 
@@ -107,13 +107,3 @@ def _entry(path: Path, part: str) -> Path | None:
     for file in companions(path):
         digest.update(f"{file.name} {sha256(file)}".encode())
     return folder / "gguf" / digest.hexdigest()
-
-
-def cache_folder() -> Path | None:
-    """Of this user; None if nothing is to be kept."""
-    where = os.environ.get("QFT_CACHE")
-    if where:
-        return None if where == "off" else Path(where)
-    with suppress(RuntimeError):  # this user has no home
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qft"
-    return None

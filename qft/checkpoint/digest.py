@@ -10,9 +10,9 @@ import os
 import time
 from pathlib import Path
 
-from qft.checkpoint.cache import cache_folder, companions, kept_at
+from qft.checkpoint.cache import companions, kept_at
 from qft.errors import DamagedError
-from qft.files import sha256, write_json
+from qft.files import cache_folder, sha256, write_json
 
 LARGE = 64 * 2**20
 """Bytes from which on a digest is remembered: a smaller file is hashed as fast as its entry is read."""

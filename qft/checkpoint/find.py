@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub import errors as hf
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
@@ -20,6 +22,7 @@ from qft.checkpoint.digest import DESCRIBED, described, digest
 from qft.checkpoint.gguf_file import gguf_config, gguf_tokenizer
 from qft.checkpoint.header import header
 from qft.checkpoint.limits import require_counts
+from qft.checkpoint.packed import is_held, unpack_problem, unpacked
 from qft.checkpoint.processor import processor_template, save_reader
 from qft.checkpoint.stored import NEITHER, Stored, chosen_file, some, stored_tensors, weight_files, weight_names
 from qft.disk import disk_failures, refusal
@@ -43,7 +46,11 @@ class Checkpoint:
     hub_id: str | None = None
     commit: str | None = None
     quantization: dict[str, Any] = field(default_factory=dict)
-    """The quantization_config that the checkpoint brings; empty if its weights are not quantized."""
+    """The quantization_config that the checkpoint brings; empty if its weights are not quantized, or are taken as if
+    they were not."""
+    packed: dict[str, Any] = field(default_factory=dict)
+    """That of a checkpoint of which qft itself reads the quantized weights, to dequantize them once (model.dequantize)
+    or whenever they are multiplied; else empty."""
     added: AddedTokens | None = None
     """What the recipe adds, of which `config` knows and the files do not; None: nothing."""
 
@@ -68,6 +75,10 @@ class Checkpoint:
             _snapshot(self.hub_id, self.commit, [*DESCRIBED, *self._weight_names()])
         return self
 
+    def written_to(self, folder: Path) -> Checkpoint:
+        """The same model with other weights, unquantized, in a folder."""
+        return replace(self, folder=folder, gguf_file=None, hub_id=None, quantization={}, packed={})
+
     def weight_files(self) -> list[Path]:
         """The files that hold its weights. Raises MissingError or ModelError for those that cannot be read."""
         return [self.folder / self.gguf_file] if self.gguf_file else weight_files(self.folder, self.config)
@@ -79,7 +90,8 @@ class Checkpoint:
 
     def tensors(self) -> dict[str, Stored]:
         """What is in them, by the headers of safetensors. Raises MissingError or ModelError as `stored_tensors`."""
-        return stored_tensors(self.folder, self.config)
+        stored = stored_tensors(self.folder, self.config)
+        return unpacked(stored, self.packed, self.config.dtype or torch.bfloat16) if self.packed else stored
 
     def _weight_names(self) -> list[str]:
         """Of a hub model, of which there may be no more than the small files, the index among them."""
@@ -104,8 +116,30 @@ class Checkpoint:
         return {path.relative_to(self.folder).as_posix(): digest(path) for path in files}
 
 
-def find_checkpoint(recipe: Recipe) -> Checkpoint:
-    """Resolve model.path. Raises MissingError if it is not there, ModelError if it cannot be used."""
+def find_checkpoint(recipe: Recipe, *, adapted: bool = False) -> Checkpoint:
+    """Resolve model.path. `adapted`: for a model with adapters, which transformers' own layers of few bits may not
+    take. Raises MissingError if it is not there, ModelError if it cannot be used."""
+    found = _find(recipe)
+    if recipe.model.dequantize:
+        _require_packed(found)
+    elif not adapted or not is_held(found.quantization):
+        return found
+    config = deepcopy(found.config)
+    del config.quantization_config
+    quantization = {} if recipe.model.dequantize else found.quantization
+    return replace(found, config=config, quantization=quantization, packed=found.quantization)
+
+
+def _require_packed(checkpoint: Checkpoint) -> None:
+    """Raise ModelError unless it can be dequantized."""
+    if not checkpoint.quantization:
+        why = "a GGUF file always is" if checkpoint.gguf_file else "its weights are not quantized"
+        raise ModelError(f"model.dequantize: {checkpoint.path}: {why}; remove the field")
+    if problem := unpack_problem(checkpoint.quantization):
+        raise ModelError(f"model.dequantize: {checkpoint.path}: {problem}; start from the unquantized model")
+
+
+def _find(recipe: Recipe) -> Checkpoint:
     model, path = recipe.model, Path(recipe.model.path)
     if model.path.startswith("package:"):
         return _gguf(model.path, _package_file(model.path))

@@ -100,8 +100,9 @@ def _owner(name: str, layers: Container[str]) -> str | None:
 def unmergeable(checkpoint: Checkpoint, model: PreTrainedModel) -> str | None:
     """Why nothing can be merged into the checkpoint, nor it calibrated, block by block; None if it can. `model` is
     without contents. Reads headers."""
-    if checkpoint.quantization:
-        return "comes quantized, and nothing is merged into such a base: export --to adapter"
+    if checkpoint.quantization and not checkpoint.packed:
+        remedy = "export --to adapter, or set model.dequantize to true"
+        return f"comes quantized, and nothing is merged into such a base: {remedy}"
     if not checkpoint.has_weights:
         return None
     try:

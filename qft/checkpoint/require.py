@@ -28,7 +28,7 @@ def require_weights(checkpoint: Checkpoint, model: PreTrainedModel, recipe: Reci
         return []
     stored = checkpoint.tensors()
     conversion = Conversion(model, {name: tensor.empty() for name, tensor in stored.items()})
-    if checkpoint.quantization:
+    if checkpoint.quantization and not checkpoint.packed:
         _refuse(
             checkpoint,
             model,

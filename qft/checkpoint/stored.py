@@ -5,7 +5,7 @@ another file in their place (transformers_weights). Whatever else lies in the fo
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -29,6 +29,18 @@ DTYPES = {
 
 
 @dataclass(frozen=True)
+class Packed:
+    """How a weight is made that files hold in few bits."""
+
+    parts: Mapping[str, tuple[Path, str]]
+    """File, and name there, of what it is made of, by what each is."""
+    values: Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
+    """From those tensors."""
+    size: int
+    """Of those, in bytes."""
+
+
+@dataclass(frozen=True)
 class Stored:
     """A tensor of a safetensors file, by the file's header."""
 
@@ -36,6 +48,8 @@ class Stored:
     shape: tuple[int, ...]
     kind: str
     """Its dtype, as safetensors calls it."""
+    packed: Packed | None = None
+    """None: it is there as it is."""
 
     def empty(self) -> torch.Tensor:
         """It without contents; of an unknown dtype as bytes."""

@@ -1,7 +1,10 @@
 """The weights of a checkpoint, by name; and weights as safetensors files with their index."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from qft.checkpoint.finite import require_finite
 from qft.checkpoint.language import auto_class
 from qft.checkpoint.quick_gguf import quick_gguf
 from qft.checkpoint.require import require_loaded
-from qft.checkpoint.stored import read_header
+from qft.checkpoint.stored import DTYPES, Packed, read_header
 from qft.errors import ModelError
 from qft.files import atomic_file, write_json
 
@@ -50,6 +53,17 @@ def open_tensors(path: Path) -> Iterator[Any]:
 
 def _damaged(path: Path, error: SafetensorError) -> ModelError:
     return ModelError(f"{path}: is damaged or cut off ({error}); copy or download it again")
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """What a weight of the model is made of."""
+
+    group: Group
+    values: Mapping[str, Callable[[Mapping[str, torch.Tensor]], torch.Tensor]]
+    """Of each tensor of the group."""
+    parts: Mapping[str, Mapping[str, torch.Tensor]]
+    """Of each, what it is made of."""
 
 
 class Weights:
@@ -97,8 +111,38 @@ class Weights:
             raise ModelError(f"{self.path}: has no weight called {name}")
         return tensor
 
+    def as_packed(self, name: str) -> PackedWeight | None:
+        """A weight as the files hold it, by its name in the model; None: not in few bits, or not as one of its own."""
+        group, packed = self.conversion.source.get(name), self._packed(name)
+        if group is None or not packed:
+            return None
+        parts = {part: {what: self._read(*place) for what, place in own.parts.items()} for part, own in packed.items()}
+        return PackedWeight(group, {part: own.values for part, own in packed.items()}, parts)
+
+    def packed_sizes(self) -> dict[str, int]:
+        """Bytes of each weight that `as_packed` returns, by its name."""
+        packed = {name: self._packed(name) for name in self.conversion.source}
+        return {name: sum(own.size for own in parts.values()) for name, parts in packed.items() if parts}
+
+    def _packed(self, name: str) -> dict[str, Packed]:
+        """What a weight that is as `as_packed` says is made of, by names in the files."""
+        group = self.conversion.source.get(name)
+        names = [part for _, part in group.parts] if group else []
+        found = {part: packed for part in names if (packed := self.stored[part].packed)}
+        shared = sum(other is group for other in self.conversion.source.values()) > 1
+        return {} if shared or len(found) < len(names) else found
+
     def _load(self, name: str) -> torch.Tensor:
-        path = self.stored[name].path
+        stored = self.stored[name]
+        if packed := stored.packed:
+            parts = {what: self._read(*place) for what, place in packed.parts.items()}
+            tensor = packed.values(parts).to(DTYPES[stored.kind])
+        else:
+            tensor = self._read(stored.path, name)
+        require_finite(stored.path, [(name, tensor)])
+        return tensor
+
+    def _read(self, path: Path, name: str) -> torch.Tensor:
         # A mixture has thousands in a file, whose header tells of them all.
         try:
             if self._open is None or self._open[0] != path:
@@ -106,7 +150,6 @@ class Weights:
             tensor: torch.Tensor = self._open[1].get_tensor(name)
         except SafetensorError as error:
             raise _damaged(path, error) from error
-        require_finite(path, [(name, tensor)])
         return tensor
 
 

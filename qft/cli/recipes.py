@@ -22,13 +22,13 @@ def require_one_of(*, resume: bool, overwrite: bool) -> None:
         raise typer.BadParameter("--resume continues a run and --overwrite replaces it; give one of the two")
 
 
-def gpu_bytes(text: str | None) -> int | None:
-    """What --gpu says."""
+def gpu_bytes(text: str | None, option: str = "--gpu") -> int | None:
+    """What --gpu says, or another option."""
     from qft.recipe.memory import size_in_bytes
 
     size = size_in_bytes(text) if text is not None else None
     if text is not None and not size:
-        raise typer.BadParameter(f"--gpu {text} is no size of a GPU's memory; say 24GiB")
+        raise typer.BadParameter(f"{option} {text} is no size of a GPU's memory; say 24GiB")
     return size
 
 
@@ -92,6 +92,15 @@ def check(
             "--gpu", metavar="SIZE", help="Memory of a GPU that is not here, as in 24GiB.", show_default=False
         ),
     ] = None,
+    gpus: Annotated[
+        str | None,
+        typer.Option(
+            "--gpus", metavar="NxSIZE", help="Several GPUs that are not here, as in 8x80GiB.", show_default=False
+        ),
+    ] = None,
+    nodes: Annotated[
+        int | None, typer.Option("--nodes", min=1, help="Machines with so many of them each.", show_default=False)
+    ] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -99,18 +108,32 @@ def check(
     what model.path takes."""
     with messages(debug):
         if recipe.suffix.lower() not in (".yaml", ".yml") and not _is_plain_file(recipe):
-            _require_alone(overrides, show, gpu)
+            _require_alone(overrides, show, gpu or gpus or nodes)
             _tell_abilities(str(recipe), as_json)
             return
         from qft.recipe import load
 
         loaded = load(recipe, overrides or [])
-        size = gpu_bytes(gpu)
+        size, many = _asked_gpus(gpu, gpus, nodes)
         prepare_libraries()
         from qft.commands.check import planned
         from qft.views.terminal.plan import render_plan
 
-        tell(planned(loaded, show, size), render_plan, as_json=as_json)
+        tell(planned(loaded, show, size, many), render_plan, as_json=as_json)
+
+
+def _asked_gpus(gpu: str | None, gpus: str | None, nodes: int | None) -> tuple[int | None, tuple[int, int] | None]:
+    """Bytes of a GPU that is not here; and how many of a node, and nodes, if there are several."""
+    if gpus is None:
+        if nodes:
+            raise typer.BadParameter("--nodes says how many machines have --gpus 8x80GiB each; give both")
+        return gpu_bytes(gpu), None
+    if gpu:
+        raise typer.BadParameter("--gpu is one GPU and --gpus several; give one of the two")
+    count, _, size = gpus.partition("x")
+    if not count.isdecimal() or not int(count):
+        raise typer.BadParameter(f"--gpus {gpus} is no number of GPUs and the memory of each; say 8x80GiB")
+    return gpu_bytes(size, "--gpus"), (int(count), nodes or 1)
 
 
 def _is_plain_file(path: Path) -> bool:
@@ -118,9 +141,9 @@ def _is_plain_file(path: Path) -> bool:
     return path.is_file() and path.suffix != ".gguf"
 
 
-def _require_alone(overrides: list[str] | None, show: int, gpu: str | None) -> None:
+def _require_alone(overrides: list[str] | None, show: int, gpu: str | int | None) -> None:
     if overrides or show or gpu:
-        raise typer.BadParameter("a model alone takes no --set, --show or --gpu: write a recipe that names it")
+        raise typer.BadParameter("a model alone takes no --set, --show, --gpu or --gpus: write a recipe that names it")
 
 
 def _tell_abilities(model: str, as_json: bool) -> None:
@@ -146,6 +169,9 @@ def train(
 
         loaded = load(recipe, overrides or [])
         require_one_of(resume=resume, overwrite=overwrite)
+        from qft.commands.launching import launched
+
+        launched(loaded, resume=resume)
         prepare_libraries()
         from qft.commands.train import train as run_training
         from qft.views.live import choose_view

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qft.errors import Interrupted, is_failure
+from qft.errors import Elsewhere, Interrupted, is_failure
 from qft.views.words import CONTROLS
 
 if TYPE_CHECKING:
@@ -67,6 +67,8 @@ def messages(
     except BrokenPipeError:
         _leave_pipe()
         raise typer.Exit(CLOSED_PIPE) from None
+    except Elsewhere as error:
+        raise typer.Exit(error.exit_code) from None
     except BaseException as error:
         if not is_failure(error):
             raise

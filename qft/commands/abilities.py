@@ -22,9 +22,11 @@ def abilities(path: str) -> Abilities:
     is no model, or none that could be trained."""
     base = from_values({"model": {"path": path}, "data": {"train": "-"}, "output_dir": "-"})
     model = plan_model(base)
-    plans = {mode: _tried(_held(base, mode)) for mode in MODES}
+    quantized = bool(model.checkpoint.quantization)
+    plans = {mode: _tried(_held(base, mode, dequantize=quantized)) for mode in MODES}
     whole = _tried(base.having(adapter={"kind": "none"}))
-    train = {f"{mode if mode != 'none' else model.dtype} LoRA": _reason(plan) for mode, plan in plans.items()}
+    as_it_is = f"{model.scheme.name}, as it comes," if quantized else model.dtype
+    train = {f"{mode if mode != 'none' else as_it_is} LoRA": _reason(plan) for mode, plan in plans.items()}
     trained = next((plan for plan in plans.values() if not isinstance(plan, str)), None)
     return Abilities(
         path=path,
@@ -40,14 +42,21 @@ def abilities(path: str) -> Abilities:
     )
 
 
-def _held(base: LoadedRecipe, mode: str) -> LoadedRecipe:
+def _held(base: LoadedRecipe, mode: str, *, dequantize: bool) -> LoadedRecipe:
+    """`dequantize`: of a checkpoint that comes quantized, whose own way is that of the mode none."""
+    if dequantize:
+        if mode == "none":
+            return base
+        base = base.having(model={"dequantize": True})
     return base.having(quant={"mode": mode} | ({"allow_partial": True} if mode != "none" else {}))
 
 
 def _tried(asked: LoadedRecipe) -> Adapted | str:
     """The plan, or why there is none."""
     try:
-        return plan_adapter(asked)
+        plan = plan_adapter(asked)
+        problem = next(iter(plan[0].scheme.problems(asked.recipe)), None)
+        return problem[1] if problem else plan
     except QftError as error:
         return _plain(error)
 

@@ -49,8 +49,9 @@ def find_plan(loaded: LoadedRecipe, trained: Prepared | None = None) -> tuple[Ca
         raise MissingError(f"{path}: the run has neither an adapter nor a model; it did not complete")
     base = load(run.folder / "recipe.yaml").recipe.model
     if run.full_model.is_dir():
-        base = base.having(**dict.fromkeys(OF_FILES[2:], ()), path=str(run.full_model.resolve()), revision=None)
-    named = {name: getattr(base, name) for name in OF_FILES if name != "ignore_unexpected"}
+        whole = {"path": str(run.full_model.resolve()), "revision": None, "dequantize": False}
+        base = base.having(**dict.fromkeys(OF_FILES[2:], ()), **whole)
+    named = {name: getattr(base, name) for name in (*OF_FILES, "dequantize") if name != "ignore_unexpected"}
     plan = plan_calibration(loaded.having(model=named))
     if not run.adapter.is_dir():
         return plan, None

@@ -4,22 +4,30 @@ import time
 from pathlib import Path
 
 from qft.calibration.skip_auto import choose_skip_modules, skipped_before
+from qft.commands.together import Lead, follow
+from qft.data.audit import told
 from qft.data.encoded import write_rows
+from qft.distributed.launch import restarted
+from qft.distributed.world import joined, ranks, world
 from qft.documents.manifest import Manifest
-from qft.documents.training import Report, SkippedModules
-from qft.errors import OutOfMemoryError
+from qft.documents.skipped import SkippedModules
+from qft.documents.training import Report
+from qft.errors import Elsewhere, OutOfMemoryError
 from qft.files import write_json, write_text
 from qft.machine.signals import Signals
 from qft.memory.guard import smaller_training
 from qft.model.handover import require_exports
 from qft.plan import Plan, make_plan, with_skip_modules
 from qft.plan.memory import is_open, settled
+from qft.plan.model import require_device
 from qft.progress import View
 from qft.recipe import LoadedRecipe, load
 from qft.recipe.stages import staged, stages_of
+from qft.run.checkpoint import checkpoints_in
 from qft.run.claim import claimed
 from qft.run.folder import Run, start_run
 from qft.run.interrupted import way_on
+from qft.training.ranks import of_all, of_rank
 from qft.training.recorder import Recorder
 from qft.training.session import train_model
 from qft.views.html.page import side_by_side, training_page
@@ -30,14 +38,30 @@ def train(loaded: LoadedRecipe, view: View, *, resume: bool = False, overwrite: 
 
     Raises QftError: RunError before any work if the folder forbids it, then whatever `make_plan` and `require_exports`
     refuse, then NonFiniteError or OutOfMemoryError from the training itself, or Interrupted for a signal. The last good
-    checkpoint is kept in every case."""
-    signals = Signals()
+    checkpoint is kept in every case. Started by torchrun or its like as one of several processes, it trains with the
+    others; behind the first it writes nothing, and raises Elsewhere once there is nothing left to do or to say."""
+    signals, found = Signals(), ranks()
+    signals.same_within = 10.0 if found else 0.0
+    kind = require_device(loaded).kind if found else "cpu"
+    with signals.caught(), joined(found, kind, loaded.recipe.distributed.timeout):
+        if world().first:
+            return _lead(loaded, view, signals, resume=resume, overwrite=overwrite)
+        follow(signals)
+    raise Elsewhere(0)
+
+
+def _lead(loaded: LoadedRecipe, view: View, signals: Signals, *, resume: bool, overwrite: bool) -> Report:
+    """What the process does that writes, as there may be others or not."""
+    run = Run(Path(loaded.recipe.output_dir))
+    if restarted() and not resume:  # by the launcher, for what the run folder has of the attempt before
+        resume, overwrite = bool(checkpoints_in(run.checkpoints)), not checkpoints_in(run.checkpoints)
+    lead = Lead()
     claim = claimed(loaded, "training", view, resume=resume, overwrite=overwrite)
-    with signals.caught(), claim, way_on(Run(Path(loaded.recipe.output_dir)), resume=resume):
-        return _train(loaded, view, signals, resume=resume, overwrite=overwrite)
+    with lead.heard(), claim, way_on(run, resume=resume):
+        return _train(loaded, view, signals, lead, resume=resume, overwrite=overwrite)
 
 
-def _train(loaded: LoadedRecipe, view: View, signals: Signals, *, resume: bool, overwrite: bool) -> Report:
+def _train(loaded: LoadedRecipe, view: View, signals: Signals, lead: Lead, *, resume: bool, overwrite: bool) -> Report:
     started = time.perf_counter()
     plan, skipped = _plan(loaded, view, resume=resume)
     for stage in plan.stages:
@@ -49,7 +73,9 @@ def _train(loaded: LoadedRecipe, view: View, signals: Signals, *, resume: bool, 
             run.note(Manifest(status="running", skipped_modules=skipped))
         recorder = Recorder(plan, view, started, skipped)
         write_rows(run.rows, plan.data.asked())
-        result = train_model(run, recorder, signals)
+        with lead.told(plan, run):
+            result = train_model(run, recorder, signals)
+        recorder.distributed = of_all(recorder, world().gather(of_rank(recorder)))
         signals.wait("the report is written, which completes the run")
         report = recorder.report(run, result)
         write_json(run.report, report.model_dump(mode="json"))
@@ -93,6 +119,8 @@ def _plan(loaded: LoadedRecipe, view: View, *, resume: bool) -> tuple[Plan, Skip
     view.note("Reading the data and the model's configuration")
     plan = make_plan(_as_before(loaded) if resume else loaded)
     require_exports(plan)
+    for finding in plan.findings:
+        view.note(f"Rows: {told(finding)}")
     if plan.recipe.quant.skip_modules != "auto":
         return plan, None
     skipped = skipped_before(plan) if resume else choose_skip_modules(plan, view)

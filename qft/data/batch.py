@@ -60,21 +60,52 @@ def pictured_inputs(
 class Collator:
     """Pads on the right to the longest row, rounded up to `multiple` tokens, but to no more than `most`.
 
-    Gives input_ids, attention_mask and labels; `rows` (int64 [rows, 2]: source and row of each, for messages); and
-    `learnt_tokens`, of each row the number of labels that are learnt, as ints, which never go to a device."""
+    Gives input_ids, attention_mask and labels; and for each row, on the host, `rows` (source and row of each of its
+    examples, for messages) and `learnt_tokens`, the number of labels that are learnt.
+
+    Rows that are lists of examples are packed: the first token of an example is predicted by nothing, and so not
+    learnt. Of these it gives position_ids, and `lengths` of the examples in each row; there is no padding where they
+    all lie `side_by_side` in one, [1, tokens]."""
 
     pad: int
     multiple: int = 8
     most: int | None = None
     pictures: Pictures | None = None
     """What reads the images of rows; None: they have none."""
+    side_by_side: bool = False
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        inputs = model_inputs([row["input_ids"] for row in rows], self.pad, multiple=self.multiple, most=self.most)
-        ids = [row["labels"] for row in rows]
-        labels = model_inputs(ids, IGNORED, multiple=self.multiple, most=self.most)["input_ids"]
-        places = torch.tensor([[row["source"], row["row"]] for row in rows])
-        learnt = tuple((labels[:, 1:] != IGNORED).sum(1).tolist())
-        if self.pictures:
-            inputs |= self.pictures.inputs(rows, labels.shape[1])
-        return {**inputs, "labels": labels, "rows": places, "learnt_tokens": learnt}
+    def __call__(self, rows: list[Any]) -> dict[str, Any]:
+        packed = [row if isinstance(row, list) else [row] for row in rows]
+        labels = [_labels(row) for row in packed]
+        places = tuple(tuple((example["source"], example["row"]) for example in row) for row in packed)
+        learnt = tuple(sum(label != IGNORED for label in row[1:]) for row in labels)
+        ids = [[token for example in row for token in example["input_ids"]] for row in packed]
+        known = {"rows": places, "learnt_tokens": learnt}
+        if not isinstance(rows[0], list):
+            inputs = self._padded(ids, labels)
+            seen = self.pictures.inputs(rows, inputs["labels"].shape[1]) if self.pictures else {}
+            return inputs | seen | known
+        lengths = tuple(tuple(len(example["input_ids"]) for example in row) for row in packed)
+        laid = self._in_one(ids, labels) if self.side_by_side else self._padded(ids, labels)
+        borders = (sum(lengths, ()),) if self.side_by_side else lengths
+        return laid | known | {"lengths": lengths, "position_ids": _positions(borders, laid["input_ids"].shape[1])}
+
+    def _padded(self, ids: list[list[int]], labels: list[list[int]]) -> dict[str, Any]:
+        inputs = model_inputs(ids, self.pad, multiple=self.multiple, most=self.most)
+        return {**inputs, "labels": model_inputs(labels, IGNORED, multiple=self.multiple, most=self.most)["input_ids"]}
+
+    def _in_one(self, ids: list[list[int]], labels: list[list[int]]) -> dict[str, Any]:
+        """All in one row; the first label of each is not learnt, which its own padding would have kept from it."""
+        joined = (label for row in labels for label in (IGNORED, *row[1:]))
+        return Collator(self.pad, multiple=1)._padded([[token for row in ids for token in row]], [[*joined]])
+
+
+def _labels(row: list[dict[str, Any]]) -> list[int]:
+    """Of one row: whatever comes behind another example begins with a token that is not learnt."""
+    return [*row[0]["labels"], *(label for each in row[1:] for label in (IGNORED, *each["labels"][1:]))]
+
+
+def _positions(lengths: Sequence[Sequence[int]], width: int) -> torch.Tensor:
+    """int64 [rows, width]: from 0 in each example, and in the padding behind the last."""
+    rows = [[torch.arange(length) for length in (*row, width - sum(row))] for row in lengths]
+    return torch.stack([torch.cat(row) for row in rows])

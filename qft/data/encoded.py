@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Features, List, Value
+from numpy.typing import NDArray
 
 from qft.data.sources import place
 from qft.errors import DataError
@@ -32,6 +33,13 @@ source and row: where it stands; images: a reference of each (qft.data.images), 
 processor put in what stands for them, empty without any."""
 LATER: dict[str, Any] = {"images": [], "rendered": ""}
 """Of files from before there were images."""
+
+
+def column(rows: Dataset, name: str) -> NDArray[Any]:
+    """A column of numbers or of texts, at once."""
+    found = rows.select_columns([name]).with_format("arrow")[:]
+    values: NDArray[Any] = found[name].to_numpy()
+    return values
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ structure share the answer.
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -21,6 +22,8 @@ NOT_SAID = frozenset({"role", "id", "tool_call_id", "type", "index"})
 """Fields of messages, calls and definitions that order the others, and that templates need not print."""
 SHORTEST = 5
 """Characters of a leaf that is looked for as it stands."""
+MARK = re.compile(r"zq\d+qz")
+"""What stands in the place of a leaf."""
 PART = 2**20
 SCHEMA_WORDS = frozenset({"type", "required", "strict", "additionalProperties", "$schema"})
 """Of a JSON schema, what a template may branch on or put in other words."""
@@ -42,19 +45,34 @@ def missing(conversation: Conversation, rendered: list[str], printed: Mapping[st
     """Place of the first leaf that is in none of the texts `rendered`. `printed` tells of leaves, by their places,
     whether the template prints what stands there."""
     texts = [_squeezed(text) for text in rendered]
-    said = [(place, value, _forms(value)) for place, value in leaves(conversation)]
-    for place, value, forms in said:
-        if not any(form in text for form in forms for text in texts):
+    said = [(place, value, _plain(value)) for place, value in leaves(conversation)]
+    ends = [0] * len(texts)
+    """In each text, where the leaf that was found there last ends: the next one most often follows."""
+    for place, value, form in said:
+        # Most stand there as they are.
+        if not _found(form, texts, ends) and not any(_found(other, texts, ends) for other in _forms(value)):
             return place
         if printed.get(place, True):
             continue
-        if not isinstance(value, str) or len(forms[0]) < SHORTEST:
+        if not isinstance(value, str) or len(form) < SHORTEST:
             return place
         # It may be what another leaf says that was found.
-        others = sum(other[0].count(forms[0]) for name, _, other in said if name != place)
-        if max(text.count(form) for form in forms for text in texts) <= others:
+        others = sum(other.count(form) for name, _, other in said if name != place)
+        if max(text.count(each) for each in (form, *_forms(value)) for text in texts) <= others:
             return place
     return None
+
+
+def _found(form: str, texts: list[str], ends: list[int]) -> bool:
+    """Whether a text has it; keeps where it ends in the first that does."""
+    for number, text in enumerate(texts):
+        start = text.find(form, ends[number])
+        if start < 0:
+            start = text.find(form)
+        if start >= 0:
+            ends[number] = start + len(form)
+            return True
+    return False
 
 
 def written_by_python(conversation: Conversation, rendered: list[str]) -> str | None:
@@ -130,12 +148,16 @@ def _shape(value: Any) -> Any:
     return bool(value) if isinstance(value, str) else type(value).__name__
 
 
+def _plain(value: Any) -> str:
+    """A leaf as it stands most often in a rendering."""
+    return _squeezed(value if isinstance(value, str) else json.dumps(value))
+
+
 def _forms(value: Any) -> list[str]:
-    """How a leaf can stand in a rendering."""
+    """How else it can stand there."""
     if not isinstance(value, str):
-        return [_squeezed(json.dumps(value)), _squeezed(str(value))]
-    written = (json.dumps(value, ensure_ascii=ascii_only)[1:-1] for ascii_only in (False, True))
-    return list(dict.fromkeys(map(_squeezed, (value, *written))))
+        return [_squeezed(str(value))]
+    return [_squeezed(json.dumps(value, ensure_ascii=ascii_only)[1:-1]) for ascii_only in (False, True)]
 
 
 def _squeezed(text: str) -> str:

@@ -2,21 +2,25 @@
 
 import hashlib
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from datasets import Dataset, concatenate_datasets, disable_caching
+import pyarrow as pa
+from datasets import Dataset, concatenate_datasets, disable_caching, disable_progress_bars, enable_progress_bars
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from qft.data.encoded import COLUMNS, EncodedRows
+from qft.data.encoded import COLUMNS, EncodedRows, column
+from qft.data.kept import FEWEST, fingerprint, kept
+from qft.data.packing import PackedRows, best_fit
 from qft.data.pictures import Pictures
-from qft.data.reader import FEATURES, RowReader, find_format
+from qft.data.reader import FEATURES, LOOKED, RowReader, find_format
 from qft.data.sources import Rows, open_source, place
 from qft.data.template import Encoder
 from qft.documents.plan import SourceFacts
@@ -29,6 +33,8 @@ SHOWN = 10
 
 MOST = 10**8
 """Rows of a source, once its weight has repeated them; train.num_train_epochs repeats all of them."""
+OF_A_PROCESS = 2000
+"""Rows that are worth one more process, and a progress bar."""
 KEPT = 32
 """Training rows that stand in for held-out rows where none are held out."""
 
@@ -44,6 +50,15 @@ class Prepared:
     train: Dataset
     eval: Dataset | None
     sources: tuple[SourceFacts, ...]
+    batched: Dataset | PackedRows
+    """The training rows as batches are made of them: packed, if the recipe says so."""
+    looked: Dataset
+    """Of each row of the sources that is used, once: source, row and LOOKED."""
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each row of `batched`."""
+        return self.batched.lengths if isinstance(self.batched, PackedRows) else column(self.batched, "length")
 
     @cached_property
     def places(self) -> dict[int, tuple[str, str]]:
@@ -68,7 +83,7 @@ def prepare(
 
     Raises DataError listing the bad rows, MissingError without a file."""
     chosen = {number: _whole(source) for number, source in enumerate((*data.train, *data.eval))}
-    encoded, facts = _encode_all(data, tokenizer, chosen, pictures)
+    encoded, facts, looked = _encode_all(data, tokenizer, chosen, pictures)
     train = concatenate_datasets(encoded[: len(data.train)])
     kept_out = concatenate_datasets(encoded[len(data.train) :]) if data.eval else None
     if data.eval_fraction:
@@ -79,7 +94,16 @@ def prepare(
     for name, rows in (("data.train", train), ("data.eval", kept_out)):
         if rows is not None:
             _require_rows(name, [rows])
-    return Prepared(train, kept_out, tuple(facts))
+    return Prepared(train, kept_out, tuple(facts), _batched(train, data, facts), concatenate_datasets(looked))
+
+
+def _batched(train: Dataset, data: DataSection, facts: Sequence[SourceFacts]) -> Dataset | PackedRows:
+    if data.is_packed and any(source.images for source in facts):
+        raise DataError("rows with images cannot share a row: set data.packing and data.padding_free to false")
+    if data.packing:
+        assert data.max_length != "auto"  # the plan has decided
+        return PackedRows(train, best_fit(column(train, "length"), data.max_length))
+    return PackedRows(train, [[number] for number in range(len(train))]) if data.padding_free else train
 
 
 def held_out(
@@ -93,7 +117,7 @@ def held_out(
         return prepare(data, tokenizer, seed, pictures).asked()
     whole = {number: _whole(source) for number, source in enumerate(data.eval, len(data.train))}
     chosen = whole or _drawn(data, seed)
-    encoded, _ = _encode_all(data, tokenizer, chosen, pictures)
+    encoded, _, _ = _encode_all(data, tokenizer, chosen, pictures)
     _require_rows("data.eval", encoded)
     places = {number: (rows.source.path, rows.unit) for number, (rows, _) in chosen.items()}
     return EncodedRows("eval", concatenate_datasets(encoded), places)
@@ -125,7 +149,7 @@ def _draw(count: int, fraction: float, seed: int) -> Ints:
 
 def _row_numbers(examples: Dataset) -> Ints:
     """For each example, which row it comes from, counted from 0: those of one row lie together."""
-    places = np.array([examples["source"], examples["row"]])
+    places = np.array([column(examples, name) for name in ("source", "row")])
     numbers: Ints = np.cumsum(np.any(places[:, 1:] != places[:, :-1], axis=0)) if len(examples) else np.zeros(0, int)
     return np.concatenate([[0], numbers])[: len(examples)]
 
@@ -137,31 +161,35 @@ def _require_rows(name: str, rows: Sequence[Dataset]) -> None:
 
 def _encode_all(
     data: DataSection, tokenizer: PreTrainedTokenizerBase, chosen: Mapping[int, Chosen], pictures: Pictures | None
-) -> tuple[list[Dataset], list[SourceFacts]]:
-    """Of each source, by its number, the chosen rows that can be used, and its facts. Raises DataError listing the rows
-    that must stop the run."""
+) -> tuple[list[Dataset], list[SourceFacts], list[Dataset]]:
+    """Of each source, by its number, the chosen rows that can be used, its facts, and what a look at these rows showed.
+    Raises DataError listing the rows that must stop the run."""
     disable_caching()
     assert data.max_length != "auto"  # the plan has decided
     encoder = Encoder(tokenizer, data.max_length, data.on_too_long, data.loss_on, data.chat_template, pictures)
     stops = [kind for kind, policy in (("bad", data.on_bad_row), ("too long", data.on_too_long)) if policy == "stop"]
-    usable, facts, bad = [], [], []
+    template = fingerprint(tokenizer)
+    usable, facts, looked, bad = [], [], [], []
     for number, (rows, indices) in chosen.items():
         name = find_format(rows, data)
         path = Path(rows.source.path)
         folder = path.parent if path.is_absolute() else None
         reader = RowReader(encoder, name, frozenset(data.ignore_fields), number, folder)
-        encoded = _encode(rows, indices, data.num_proc, reader)
-        status = np.array(encoded["status"], dtype=object)
+        make = partial(_encode, rows, indices, data.num_proc, reader)
+        encoded = kept(_made_of(data, rows, indices, reader, template), make)
+        status = column(encoded, "status")
         stopping = encoded.select(np.flatnonzero(np.isin(status, stops)))
         bad += [f"{rows.place(row['row'])}: {row['reason']}" for row in stopping]
-        used = encoded.select(np.flatnonzero(np.isin(status, ["ok", "truncated"])))
+        used = _where(encoded, np.isin(status, ["ok", "truncated"]))
         usable.append(used.select_columns([*COLUMNS]))
+        wholes = np.isin(np.arange(len(used)), _last_examples(used))
+        looked.append(_where(used, wholes).select_columns(["source", "row", *LOOKED]))
         facts.append(_facts(rows, "train" if number < len(data.train) else "eval", name, status, used))
     if pictures and any(source.images for source in facts):
         bad += _unseen(usable, chosen, pictures)
     if bad:
         _refuse(bad)
-    return usable, facts
+    return usable, facts, looked
 
 
 def _unseen(usable: Sequence[Dataset], chosen: Mapping[int, Chosen], pictures: Pictures) -> Iterator[str]:
@@ -172,9 +200,34 @@ def _unseen(usable: Sequence[Dataset], chosen: Mapping[int, Chosen], pictures: P
                 yield f"{rows.place(example['row'])}: its text says {mark}, which stands for an image, and it has none"
 
 
-def _encode(rows: Rows, indices: Sequence[int], num_proc: int, reader: RowReader) -> Dataset:
+def _where(rows: Dataset, chosen: NDArray[np.bool_]) -> Dataset:
+    """Those that are chosen; all of them as they are, which is faster to read."""
+    return rows if chosen.all() else rows.select(np.flatnonzero(chosen))
+
+
+READ_BY = ("loss_on", "max_length", "on_too_long", "ignore_fields", "template")
+"""Fields of `data` that decide what a row becomes, beside those that the tokenizer has."""
+
+
+def _made_of(
+    data: DataSection, rows: Rows, indices: Sequence[int], reader: RowReader, template: str | None
+) -> dict[str, Any] | None:
+    """All that encoded rows come of; None: they are few, or of what has no digest."""
+    if len(indices) < FEWEST or not isinstance(indices, range) or rows.digest is None or template is None:
+        return None
+    if reader.encoder.pictures:  # of files of their own
+        return None
+    asked = {name: getattr(data, name) for name in READ_BY}
+    of_source = {"format": reader.format, "unit": rows.unit, "rows": len(indices), "number": reader.source}
+    return asked | of_source | {"digest": rows.digest, "source": str(rows.source), "tokenizer": template}
+
+
+def _encode(rows: Rows, indices: Sequence[int], num_proc: int | Literal["auto"], reader: RowReader) -> Dataset:
     """The examples of the rows at `indices`, as records of FEATURES."""
     environment = os.environ
+    processes = min(_cores(), len(indices) // OF_A_PROCESS) if num_proc == "auto" else min(num_proc, len(indices))
+    if len(indices) >= OF_A_PROCESS and sys.stderr.isatty():
+        enable_progress_bars()
     try:
         return rows.dataset.select(indices).map(
             reader,
@@ -183,16 +236,29 @@ def _encode(rows: Rows, indices: Sequence[int], num_proc: int, reader: RowReader
             fn_kwargs={"indices": indices},
             remove_columns=rows.dataset.column_names,
             features=FEATURES,
-            num_proc=processes if (processes := min(num_proc, len(indices))) > 1 else None,
+            num_proc=processes if processes > 1 else None,
             load_from_cache_file=False,
+            desc=f"Encoding {Path(rows.source.path).name}",
         )
     finally:
+        disable_progress_bars()
         os.environ = environment  # noqa: B003  # after several processes datasets leaves a copy in its place
 
 
+def _cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _last_examples(used: Dataset) -> Ints:
+    """Indices of the last example of each row, which holds all of it."""
+    found: Ints = np.flatnonzero(np.diff(_row_numbers(used), append=-1))
+    return found
+
+
 def _facts(rows: Rows, part: str, name: str, status: NDArray[Any], used: Dataset) -> SourceFacts:
-    lengths = np.array(used["length"], dtype=np.int64)
-    wholes = np.flatnonzero(np.diff(_row_numbers(used), append=-1))  # of each row, the last example
+    lengths = column(used, "length").astype(np.int64)
+    wholes = _last_examples(used)
     return SourceFacts(
         path=rows.source.path,
         part=part,
@@ -200,17 +266,25 @@ def _facts(rows: Rows, part: str, name: str, status: NDArray[Any], used: Dataset
         rows=len(wholes),
         examples=len(used),
         repeated_tokens=int(lengths.sum() - lengths[wholes].sum()),
-        unread=dict(Counter(name for names in used.select(wholes)["unread"] for name in names).most_common()),
+        unread=_unread(used, wholes),
         skipped=int(np.isin(status, ["bad", "too long"]).sum()),
-        truncated=len(np.unique(np.array(used["row"])[np.array(used["status"], dtype=object) == "truncated"])),
+        truncated=len(np.unique(column(used, "row")[column(used, "status") == "truncated"])),
         tokens=int(lengths.sum()),
-        supervised_tokens=int(np.array(used["supervised"], dtype=np.int64).sum()),
+        supervised_tokens=int(column(used, "supervised").sum(dtype=np.int64)),
         longest=int(lengths.max(initial=0)),
         digest=_digest(rows, used),
         images=sum(map(len, used["images"])),
         unit=rows.unit,
         weight=rows.source.weight,
     )
+
+
+def _unread(used: Dataset, wholes: Ints) -> dict[str, int]:
+    """Rows that have each field which nobody reads."""
+    names = used.select_columns(["unread"]).with_format("arrow")[:]["unread"].combine_chunks()
+    if len(wholes) < len(used):
+        names = names.take(pa.array(wholes))
+    return dict(Counter(names.flatten().to_pylist()).most_common())
 
 
 def _digest(rows: Rows, used: Dataset) -> str | None:
@@ -232,7 +306,7 @@ def _weigh(rows: Dataset, facts: Sequence[SourceFacts], seed: int) -> Dataset:
     """Repeat, or draw a part of, each source's rows as its weight says."""
     if all(source.weight == 1 for source in facts):
         return rows
-    sources, numbers = np.array(rows["source"]), _row_numbers(rows)
+    sources, numbers = column(rows, "source"), _row_numbers(rows)
     generator = np.random.default_rng(seed)
     chosen: list[Ints] = []
     for number, source in enumerate(facts):

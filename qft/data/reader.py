@@ -1,7 +1,7 @@
 """Raw rows of a source -> examples: tokens and labels, or the reason why a row cannot be used."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,14 @@ from qft.data.conversation import without_fields
 from qft.data.encoded import COLUMNS
 from qft.data.formats import FORMATS, detect
 from qft.data.images import reference
+from qft.data.look import Look, digest, said, sketch
 from qft.data.sources import BadRow, Rows, decode
 from qft.data.template import IGNORED, Encoded, Encoder, TooLong
 from qft.errors import DataError
 from qft.recipe.data import DataSection
 
+LOOKED = Features({"findings": List(Value("string")), "digest": Value("int64"), "sketch": Value("binary")})
+"""Of rows that are used, in their last example, what qft.data.look has of them."""
 FEATURES = Features(
     {
         **COLUMNS,
@@ -24,11 +27,11 @@ FEATURES = Features(
         "status": Value("string"),
         "reason": Value("string"),
         "unread": List(Value("string")),
+        **LOOKED,
     }
 )
-
 """COLUMNS; image_digest: SHA-256 of those of the images' files, empty without any; status: ok, truncated, blank, bad or
-too long; the reason of the last two; fields that nobody reads."""
+too long; the reason of the last two; fields that nobody reads; and LOOKED."""
 
 
 @dataclass
@@ -41,6 +44,10 @@ class RowReader:
     source: int
     folder: Path | None = None
     """Of its file."""
+    look: Look = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.look = Look(self.encoder.tokenizer)
 
     def __call__(
         self, batch: dict[str, list[Any]], positions: list[int], indices: Sequence[int]
@@ -65,7 +72,13 @@ class RowReader:
         except BadRow as error:
             return [_record(Encoded([], []), "too long" if isinstance(error, TooLong) else "bad", str(error))]
         unread = sorted(conversation.unread)
-        return [_record(each, "truncated" if each.truncated else "ok", unread=unread) for each in examples]
+        made = [_record(each, "truncated" if each.truncated else "ok", unread=unread) for each in examples]
+        made[-1] |= {
+            "findings": self.look.findings(conversation, examples),
+            "digest": digest(conversation),
+            "sketch": sketch(said(conversation)),
+        }
+        return made
 
 
 def _record(encoded: Encoded, status: str, reason: str = "", unread: Sequence[str] = ()) -> dict[str, Any]:
@@ -82,6 +95,9 @@ def _record(encoded: Encoded, status: str, reason: str = "", unread: Sequence[st
         "status": status,
         "reason": reason,
         "unread": unread,
+        "findings": [],
+        "digest": 0,
+        "sketch": b"",
     }
 
 

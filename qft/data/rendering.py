@@ -8,6 +8,7 @@ import copy
 import inspect
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -19,7 +20,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import PreTrainedTokenizerBase
 
 from qft.data.conversation import BESIDE, Conversation, Message
-from qft.data.leaves import marked, missing, structure, written_by_python
+from qft.data.leaves import MARK, marked, missing, structure, written_by_python
 from qft.data.sandbox import TemplateLimit, limit_templates
 from qft.data.sources import BadRow
 from qft.errors import DataError, first_line
@@ -29,6 +30,8 @@ JINJA = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
 GENERATION_MARKER = re.compile(r"\{%-?\s*generation\b")
 GIVEN = {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters, "messages"} - {"documents"}
 """What every template is given, beside which a row or a recipe may name no argument."""
+FEW = 16
+"""Turns of the assistant that are rendered without a look at whether they are cut off."""
 STRUCTURES = 10_000
 """Of rows, for which it is kept what the template prints of them."""
 
@@ -56,6 +59,8 @@ class Renderer:
     """Where the chat template was read, if that is not the tokenizer's own."""
     refuse_long: Callable[[str, int], None] = lambda text, messages: None
     """Raises BadRow for a row that is too long, by its whole text: each turn takes one more rendering of it."""
+    is_cut: Callable[[str], bool] = lambda text: False
+    """Whether what comes behind a text is cut off, so that no turn there need be rendered."""
     _printed: dict[str, dict[str, bool]] = field(init=False, default_factory=dict)
     """Whether the template prints each leaf, by the structure of a row."""
 
@@ -76,13 +81,30 @@ class Renderer:
 
     def _rendered(self, conversation: Conversation) -> list[Example]:
         self._check_arguments(conversation)
-        self.refuse_long(self.apply(conversation, conversation.messages), len(conversation.messages))
-        examples = self._examples(conversation)
+        whole = self.apply(conversation, conversation.messages)
+        self.refuse_long(whole, len(conversation.messages))
+        answers = self._answers(conversation)
+        examples = self._examples(conversation, whole, answers)
         texts = [example.text for example in examples]
         if place := written_by_python(conversation, texts):
             raise BadRow(f"{place}: the chat template writes its arguments as Python does, and not as JSON")
-        require_all(conversation, texts, self._told_by_marks(conversation))
+        require_all(conversation, texts, self._told_by_marks(conversation, answers))
         return examples
+
+    def _answers(self, conversation: Conversation) -> list[int]:
+        """Numbers of the assistant's messages, of a long row those that begin before it is cut, and at least one."""
+        messages = conversation.messages
+        found = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+
+        def is_behind(number: int) -> bool:
+            return self.is_cut(self.apply(conversation, messages[:number]))
+
+        if len(found) <= FEW:
+            return found
+        end = FEW
+        while end < len(found) and not is_behind(found[end]):
+            end *= 2
+        return found[: bisect_left(found, True, lo=FEW // 2, hi=min(end, len(found)), key=is_behind)]
 
     def _check_arguments(self, conversation: Conversation) -> None:
         """A row's arguments of the template must be some that it reads."""
@@ -91,27 +113,30 @@ class Renderer:
             if not reads(template, name):
                 raise BadRow(f"chat_template_kwargs.{name}: the chat template reads nothing of that name")
 
-    def _told_by_marks(self, conversation: Conversation) -> dict[str, bool]:
+    def _told_by_marks(self, conversation: Conversation, answers: Sequence[int]) -> dict[str, bool]:
         key = structure(conversation)
         if len(self._printed) > STRUCTURES:
             self._printed.clear()
         if key not in self._printed:
             with_marks, marks = marked(conversation)
             try:
-                texts = [example.text for example in self._examples(with_marks)]
+                whole = self.apply(with_marks, with_marks.messages)
+                texts = [example.text for example in self._examples(with_marks, whole, answers)]
             except BadRow:  # a template may want real values; then leaves are looked for as they stand
                 marks = {}
-            self._printed[key] = {name: any(mark in text for text in texts) for name, mark in marks.items()}
+            said = {mark for text in texts for mark in MARK.findall(text)} if marks else set()
+            self._printed[key] = {name: mark in said for name, mark in marks.items()}
         return self._printed[key]
 
-    def _examples(self, conversation: Conversation) -> list[Example]:
-        """The whole conversation, then whatever of it is rendered otherwise while less of it was said."""
+    def _examples(self, conversation: Conversation, whole: str, answers: Sequence[int]) -> list[Example]:
+        """The `whole` conversation, then whatever of it is rendered otherwise while less of it was said; with the turns
+        `answers`."""
         messages, has_markers = conversation.messages, self.has_markers(conversation)
-        text, end = self.apply(conversation, messages), len(messages)
+        text, end = whole, len(messages)
         examples: list[Example] = []
         turns: dict[int, Span] = {}
-        for number in reversed([i for i, message in enumerate(messages) if message["role"] == "assistant"]):
-            after = self.apply(conversation, messages[: number + 1])
+        for number in reversed(answers):
+            after = whole if number + 1 == len(messages) else self.apply(conversation, messages[: number + 1])
             before = self.apply(conversation, messages[:number], add_generation_prompt=not has_markers)
             if not after.startswith(before) and not has_markers:
                 raise BadRow(self._unlike(conversation, number, after))

@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import islice
-from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -186,7 +185,8 @@ def _less_memory() -> Iterator[None]:
     try:
         import resource
 
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        with open("/proc/self/statm", "rb", buffering=0) as stream:  # this is done for each row
+            pages = int(stream.read().split()[0])
     except (ImportError, OSError):
         yield
         return

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from qft.data.images import shown
 from qft.data.prepare import Prepared
 from qft.data.template import IGNORED
-from qft.documents.plan import ShownRow, ShownToken
+from qft.documents.rows import ShownRow, ShownToken
 
 LONGEST = 4
 """Tokens that one character can take."""

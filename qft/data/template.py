@@ -64,7 +64,7 @@ class Encoder:
 
     def __post_init__(self) -> None:
         self.special_ids = special_ids(self.tokenizer)
-        self.renderer = Renderer(self.tokenizer, self.template_file, self._refuse_long)
+        self.renderer = Renderer(self.tokenizer, self.template_file, self._refuse_long, self._is_cut)
 
     def __call__(self, conversation: Conversation) -> list[Encoded]:
         """The row's examples: one, unless the template renders turns otherwise once more follow. The last holds all of
@@ -113,6 +113,13 @@ class Encoder:
             count = len(self.tokenizer(self._beginning(text), add_special_tokens=False).input_ids)
             if count > self.max_length:
                 raise TooLong(f"{count} tokens, and data.max_length is {self.max_length}")
+
+    def _is_cut(self, text: str) -> bool:
+        """Whether a row is cut before the end of its beginning `text`."""
+        end = 16 * self.max_length
+        if self.on_too_long != "truncate" or len(text) < self.max_length:
+            return False
+        return len(self.tokenizer(text[:end], add_special_tokens=False).input_ids) > self.max_length
 
     def _beginning(self, text: str) -> str:
         """The text, or enough of a very long one: millions of tokens would take minutes, and gigabytes, to be cut off.

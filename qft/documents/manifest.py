@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from qft.documents.part import Bytes, DataHashes, Stored, Versions
-from qft.documents.training import SkippedModules
+from qft.documents.skipped import SkippedModules
 
 Work = Literal["training", "calibration"]
 

@@ -1,11 +1,13 @@
 """plan.json of a run and `qft check --json`: what is decided before anything is loaded."""
 
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from qft.documents.manifest import DevicePart, PluginFile
 from qft.documents.part import Bytes, Share, Stored, Tokens
+from qft.documents.placement import PlannedGpus
+from qft.documents.rows import Finding, RowLengths, ShownRow
 
 Matched = Annotated[
     dict[str, dict[str, int]],
@@ -138,12 +140,17 @@ class SourceFacts(Stored):
 class DataPart(Stored):
     train_rows: int
     """Examples, after weighting and splitting."""
+    packed_rows: int | None = None
+    """Rows of several examples that they share; None: each has its own."""
     eval_rows: int
     chat_template: str | None = None
     """What renders the rows: `model`, a file, or `none` (question and answer one behind the other, then the end token).
     None in documents from before it was told."""
     max_length: Tokens | None = None
     """Of a row; None in documents from before it was decided here."""
+    lengths: RowLengths | None = None
+    """None in documents from before they were told here."""
+    findings: list[Finding] = []
     added_tokens: dict[str, int] = {}
     """How often each token that the recipe adds stands in the training rows."""
     sources: list[SourceFacts]
@@ -215,25 +222,6 @@ class CalibrationPlanDocument(Stored):
     None with engine custom, whose plugin decides, and in documents from before it was told here."""
     matched: Matched = {}
     data: CalibrationPart
-
-
-class ShownToken(NamedTuple):
-    text: str
-    learnt: bool
-
-
-class ShownRow(Stored):
-    """One row as the model reads it; one that became several examples is there several times."""
-
-    place: str
-    """File and line."""
-    text: str
-    learnt: list[str]
-    """The spans of the text that are learnt, in their order."""
-    images: list[str] = []
-    """Paths, or the beginnings of data URIs, in their order."""
-    pieces: list[ShownToken] = Field([], exclude=True)
-    """Token by token, for views."""
 
 
 Kept = Literal["inputs", "attention", "products", "all"]
@@ -335,6 +323,9 @@ class PlanDocument(Stored):
     """Told by `qft check` alone, where the recipe has a section for it."""
     shown: list[ShownRow] = []
     """Of each source, as many rows as `qft check --show` asks for."""
+    gpus: PlannedGpus | None = None
+    """Told by `qft check` alone, of several GPUs; `memory` and `training` are then those of each of them, as is chosen.
+    None: there is one."""
     exports: dict[str, str | None] = {}
     """Told by `qft check` alone: of each form of export.target, why the training could not be handed over so; None:
     nothing is known to stand in the way."""

@@ -6,8 +6,10 @@ from typing import Literal
 from pydantic import ValidationError
 
 from qft.disk import room
+from qft.documents.distributed import Distributed
 from qft.documents.memory import Leak, MomentMemory, PhaseMemory
 from qft.documents.part import Bits, Bytes, Nats, Part, Seconds, Share, Tokens, TokensPerSecond
+from qft.documents.skipped import SkippedModules
 from qft.errors import MissingError, RunError
 from qft.files import require_regular
 
@@ -211,26 +213,6 @@ class Phases(Part):
     optimizer: Share
 
 
-class SkippedModules(Part):
-    """Layers that quant.skip_modules auto left unquantized, and what that is expected to buy. Bytes throughout."""
-
-    names: list[str]
-    budget_bytes: Bytes
-    linear_bytes_before: Bytes
-    """Of all quantized linear layers, as measured."""
-    linear_bytes_after: Bytes
-    """The same with `names` in 16 bits, predicted."""
-    rows: int
-    """Training rows on which it was measured."""
-    kl_before: Nats
-    """Mean KL divergence from the unquantized model's next-token distributions, in nats, all layers quantized."""
-    kl_after: Nats
-    """The same with `names` unquantized."""
-    perplexity_unquantized: float
-    perplexity_before: float
-    perplexity_after: float
-
-
 class OutOfMemory(Part):
     """Memory ran out, and what was changed so that the training went on."""
 
@@ -299,6 +281,9 @@ class Report(Part):
     """Where the adapter, or the model, was written."""
     model: ModelPart
     throughput: Throughput
+    distributed: Distributed | None = None
+    """None: one process trained alone. The figures beside it are of all processes together where they count rows,
+    tokens or steps; of the first one where they are of memory or phases."""
     phases: Phases
     memory: Memory
     skipped_modules: SkippedModules | None = None

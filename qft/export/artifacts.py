@@ -146,7 +146,7 @@ def _document(
         dtype=job.dtype,
         quantization=quantization,
         gate=gate,
-        versions=versions(),
+        versions=versions() | EXPORTERS[name].versions(job),
     )
 
 

@@ -17,8 +17,8 @@ CHUNK = 512
 """Tokens that llama.cpp reads at once."""
 CELLS = 256
 """Tokens that a context has room for beyond those that were asked for."""
-UNUSED, ADDED = 2, 8 | 16
-"""Bits of llama.cpp's enum llama_token_attr: UNUSED; CONTROL and USER_DEFINED."""
+UNUSED, ADDED = 2, 1 | 8 | 16
+"""Bits of llama.cpp's enum llama_token_attr: UNUSED; UNKNOWN, CONTROL and USER_DEFINED."""
 
 
 class Kind(NamedTuple):
@@ -111,7 +111,7 @@ class LlamaCpp(PreTrainedModel, GenerationMixin):
 
     @property
     def added_tokens(self) -> dict[str, int]:
-        """Control and user-defined tokens that llama.cpp finds in a text, with their ids."""
+        """Unknown, control and user-defined tokens that llama.cpp finds in a text, with their ids."""
         known = {self._vocabulary.get_text(i): i for i in self._ids(ADDED)}
         return {text: i for text, i in known.items() if self.tokenize(text, add_special=False) == [i]}
 

@@ -1,6 +1,7 @@
 """What a GGUF file says of a tokenizer: its tokens, merges and the name of its pre-tokenizer."""
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,23 +26,18 @@ PRE_TOKENIZERS: dict[tuple[Any, ...], str] = {
 """Steps of the pre-tokenizer in tokenizer.json -> the name that llama.cpp has for them."""
 
 
+BYTE = re.compile("<0x[0-9A-F]{2}>")
 ENDS = ("eos", "eot", "eom")
 """What llama.cpp calls tokens that end an answer: of a text, a turn and a message."""
 
 
 def add_tokenizer(writer: Any, tokenizer: Any, vocabulary: int, ends: Sequence[int] = ()) -> None:
-    """Write a byte-level BPE tokenizer; `vocabulary` is the number of the model's embeddings, `ends` are the tokens at
-    which it ends an answer. Raises ModelError for any other kind, and for one that llama.cpp would split text
-    differently with."""
+    """Write a tokenizer of byte-level BPE, or of SentencePiece's BPE; `vocabulary` is the number of the model's
+    embeddings, `ends` are the tokens at which it ends an answer. Raises ModelError for any other kind, and for one that
+    llama.cpp would split text differently with."""
     definition = json.loads(tokenizer.backend_tokenizer.to_str())
-    name = pre_tokenizer(definition)
-    tokens, types = _tokens(definition, vocabulary)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(name)
-    writer.add_token_list(tokens)
-    writer.add_token_types(types)
-    writer.add_token_merges(_merges(definition))
-    writer.add_add_space_prefix(False)
+    add = _add_pieces if definition["model"].get("byte_fallback") else _add_bytes
+    add(writer, definition, vocabulary)
     _add_special(writer, tokenizer, ends)
     if tokenizer.chat_template is not None:
         if not isinstance(tokenizer.chat_template, str):
@@ -50,6 +46,57 @@ def add_tokenizer(writer: Any, tokenizer: Any, vocabulary: int, ends: Sequence[i
                 f"GGUF: the tokenizer has several chat templates ({names}): give one as data.chat_template"
             )
         writer.add_chat_template(tokenizer.chat_template)
+
+
+def _add_bytes(writer: Any, definition: dict[str, Any], vocabulary: int) -> None:
+    name = pre_tokenizer(definition)
+    tokens, types = _tokens(definition, vocabulary)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(name)
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges(_merges(definition))
+    writer.add_add_space_prefix(False)
+
+
+def _add_pieces(writer: Any, definition: dict[str, Any], vocabulary: int) -> None:
+    """SentencePiece's BPE, where pairs are joined whose token has the highest score: here, that is joined first."""
+    model, prefix = definition["model"], _space_prefix(definition)
+    if model["type"] != "BPE":
+        raise ModelError(f"GGUF: the tokenizer is {model['type']} with byte fallback; only BPE can be written")
+    tokens, types = _tokens(definition, vocabulary)
+    ranks: dict[str, int] = {}
+    for rank, merge in enumerate(_merges(definition)):
+        ranks.setdefault(merge.replace(" ", ""), rank)
+    kinds = [gguf.TokenType.BYTE if BYTE.fullmatch(token) else kind for token, kind in zip(tokens, types, strict=True)]
+    kinds = [gguf.TokenType.UNKNOWN if token == model.get("unk_token") else kind
+             for token, kind in zip(tokens, kinds, strict=True)]  # fmt: skip
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([float(-ranks.get(token, len(ranks))) for token in tokens])
+    writer.add_token_types([int(kind) for kind in kinds])
+    writer.add_add_space_prefix(prefix)
+
+
+def _space_prefix(definition: dict[str, Any]) -> bool:
+    """Whether a text begins with a space that it has not. Raises ModelError for other steps than llama.cpp takes: all
+    spaces become ▁."""
+    normalizer, splitter = definition.get("normalizer") or {}, definition.get("pre_tokenizer") or {}
+    steps = normalizer.get("normalizers", [normalizer] if normalizer else [])
+    replaces = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    if steps and steps[-1] == replaces and (not splitter or _keeps_pieces(splitter)):
+        before = [step.get("prepend") for step in steps[:-1]]
+        if before in ([], ["▁"]):
+            return bool(before)
+    if not steps and splitter.get("type") == "Metaspace" and not splitter.get("split"):
+        return splitter.get("prepend_scheme") != "never"
+    raise ModelError("GGUF: llama.cpp prepares text for no SentencePiece tokenizer as this one does")
+
+
+def _keeps_pieces(splitter: dict[str, Any]) -> bool:
+    """Whether it splits at spaces, of which there are none any more."""
+    return splitter.get("type") == "Split" and splitter.get("pattern") == {"String": " "}
 
 
 def pre_tokenizer(definition: dict[str, Any]) -> str:

@@ -37,7 +37,7 @@ def find_device(wanted: str) -> Device | None:
         return None
     if wanted == "cpu" or not has_cuda:
         return Device("cpu", _cpu_name(), psutil.virtual_memory().total, bf16=True, tf32=False)
-    properties = torch.cuda.get_device_properties(0)
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     ampere = properties.major >= 8
     capability = f"{properties.major}.{properties.minor}"
     return Device("cuda", properties.name, properties.total_memory, bf16=ampere, tf32=ampere, capability=capability)

@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -22,6 +23,9 @@ class Signals:
         """What is said to a signal that waits."""
         self.asked: str | None = None
         """Name of the first signal that came."""
+        self.same_within = 0.0
+        """Seconds within which a second signal is the first once more: a launcher and a scheduler both send it."""
+        self._since = 0.0
         self._process = os.getpid()
 
     def wait(self, promise: str) -> None:
@@ -64,6 +68,9 @@ class Signals:
             os.kill(os.getpid(), number)
             return
         _leave_dead_terminals()
+        if self.asked and time.monotonic() - self._since < self.same_within:
+            return
+        self._since = time.monotonic()
         if self.asked or not self.waits:
             second, self.asked = self.asked is not None, name
             raise Interrupted(name, hard=second)

@@ -34,16 +34,16 @@ def innermost(model: Any) -> Any:
     return base
 
 
-def _inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
+def _inputs(model: nn.Module, batch: Batch, work: Work) -> dict[str, Any]:
     ids = torch.zeros((batch.rows, batch.tokens), dtype=torch.int64)
-    padded = batch.padded and (not model.training or masked(model))
+    padded = batch.padded and (not model.training or work.masks or masked(model))
     mask = torch.cat([torch.ones_like(ids[:, 1:]), ids[:, :1]], dim=1) if padded else None
     return {"input_ids": ids, "attention_mask": mask}
 
 
 def loss_of(model: nn.Module, batch: Batch, work: Work) -> torch.Tensor:
     """As the Trainer computes it: under autocast, what the model returns in float32."""
-    inputs, labels = _inputs(model, batch), torch.zeros((batch.rows, batch.tokens), dtype=torch.int64)
+    inputs, labels = _inputs(model, batch, work), torch.zeros((batch.rows, batch.tokens), dtype=torch.int64)
     smoothing = work.label_smoothing_factor if model.training else 0.0
     if not smoothing:
         inputs |= {"labels": labels, "num_items_in_batch": torch.ones((), dtype=torch.int64)}
@@ -62,7 +62,7 @@ def loss_of(model: nn.Module, batch: Batch, work: Work) -> torch.Tensor:
 
 def distilled(model: nn.Module, batch: Batch, work: Work) -> torch.Tensor:
     """As the Trainer computes it, of as many tokens as are learnt."""
-    inputs, places = _inputs(model, batch), torch.zeros(batch.learnt, dtype=torch.int64)
+    inputs, places = _inputs(model, batch, work), torch.zeros(batch.learnt, dtype=torch.int64)
 
     def ask() -> Any:
         with _autocast(work.mixed):

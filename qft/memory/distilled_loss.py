@@ -17,10 +17,10 @@ def distilled_loss(
     """KL divergence from the same model without rounding and adapter, in nats: the sum over the learnt tokens of
     `inputs`, by their number in the whole step (`tokens`; None: of these inputs). Of a `share` below one the rest is
     the loss of the tokens themselves."""
-    asked = {name: value for name, value in inputs.items() if name != "labels"}
+    asked = {name: value for name, value in inputs.items() if name != "labels"} | {"use_cache": False}
     labels = inputs["labels"][:, 1:]
     at = (labels != IGNORED).nonzero(as_tuple=True)
-    total = divergence(model, partial(model, **asked, use_cache=False), at, labels[at], share)
+    total = divergence(model, partial(model, **asked), at, labels[at], share)
     return total / (len(at[0]) if tokens is None else tokens)
 
 

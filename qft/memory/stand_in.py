@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -141,7 +142,9 @@ def fill(model: nn.Module, scheme: Scheme, note: Callable[[torch.Tensor, nn.Modu
             note(module.packed, module, False)
         for name, parameter in own.items():
             if isinstance(parameter, Stacked):
-                made[id(parameter)] = scheme.stacked(torch.empty(parameter.shape, dtype=parameter.dtype))
+                view = parameter.view_of
+                store = scheme.stack(torch.empty(view.store.shape, dtype=parameter.dtype))
+                made[id(parameter)] = nn.Parameter(Stacked(replace(view, store=store)), requires_grad=False)
                 for part in made[id(parameter)].view_of.store.tensors.values():
                     note(part, module, False)
             elif parameter is not None and id(parameter) not in made:

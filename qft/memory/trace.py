@@ -96,7 +96,7 @@ def traced(
     """Of a model on the meta device as it stands, computed with `tensors`: real ones, or such without contents."""
     model.config.use_cache = False
     asked = model.config._attn_implementation
-    set_attention(model, asked, padded=step.batch.padded and masked(model))
+    set_attention(model, asked, padded=step.batch.padded and (work.masks or masked(model)))
     weights = {tuple(p.shape) for p in model.parameters() if p.dim() > 1}
     weights |= {shape[1:] for shape in weights if len(shape) == 3}  # of one expert
     vocabulary = model.get_output_embeddings().weight.shape[0]

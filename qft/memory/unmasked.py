@@ -39,26 +39,29 @@ def _agree(model: Any) -> bool:
     whole = masked.logits[:, :REAL].float()
     losses = [float(each.loss) for each in (without, masked)]
     return (
-        _difference(one, other) <= SAME
-        and _difference(without.logits[:, :REAL].float(), whole) <= ALIKE
+        difference(one, other) <= SAME
+        and difference(without.logits[:, :REAL].float(), whole) <= ALIKE
         and abs(losses[0] - losses[1]) <= 1e-2 * abs(losses[1])
     )
 
 
-def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
+def difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Relative, by norms."""
     return float((one - other).norm() / other.norm())
 
 
 @contextmanager
-def one_row_each() -> Iterator[None]:
-    """Without a mask, transformers waits for the device to see whether any row is several in one: none is here."""
+def one_row_each() -> Iterator[dict[str, Any]]:
+    """Without a mask, transformers waits for the device to see whether any row is several in one: none is here.
+
+    Gives what else the model is told: nothing."""
     name = "find_packed_sequence_indices"
     found = getattr(masking_utils, name, None)
     if found is None:
-        yield
+        yield {}
         return
     setattr(masking_utils, name, lambda position_ids: None)
     try:
-        yield
+        yield {}
     finally:
         setattr(masking_utils, name, found)

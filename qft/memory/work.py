@@ -66,6 +66,8 @@ class Work:
     """Whether the inputs of checkpointed blocks wait on the host."""
     kernels: tuple[str, ...] = ()
     """Kinds of parts that kernels of qft's own compute in training."""
+    masks: bool = False
+    """Whether training is given masks, which tell apart what shares a row."""
     distill: float = 0.0
     """The share of the loss that is the divergence from the unrounded model; 0: none is."""
 

@@ -76,12 +76,16 @@ def _measure_again(model: PeftModel, bring: Bring) -> None:
             magnitude.weight.data = magnitude.weight.data.to(held)
 
 
-def save_adapter(model: PeftModel, plan: Plan, folder: Path, initial: Path | None) -> None:
-    """Write the adapter in peft's layout, atomically. An adapter whose initialisation changed the base is written as
-    the difference to `initial`, its state before training, so that it fits the original base (at twice the rank)."""
+def save_adapter(
+    model: PeftModel, plan: Plan, folder: Path, initial: Path | None, weights: dict[str, torch.Tensor] | None = None
+) -> None:
+    """Write the adapter in peft's layout, atomically; `weights`: what is trained, where the model has parts of it. An
+    adapter whose initialisation changed the base is written as the difference to `initial`, its state before training,
+    so that it fits the original base (at twice the rank)."""
     config = model.peft_config["default"]
     config.base_model_name_or_path, config.revision = plan.model.checkpoint.path, plan.model.checkpoint.commit
-    arguments = {"path_initial_model_for_weight_conversion": str(initial)} if initial else {}
+    arguments: dict[str, Any] = {"path_initial_model_for_weight_conversion": str(initial)} if initial else {}
+    arguments |= {"state_dict": weights} if weights else {}
     with atomic_folder(folder) as temporary, warnings.catch_warnings():
         # To subtract it, peft loads the initial adapter beside the trained one, and warns of what it is asked to do.
         warnings.filterwarnings("ignore", message=".*changes the base weights of the model", category=UserWarning)

@@ -17,9 +17,10 @@ from qft.checkpoint.require import require_weights
 from qft.checkpoint.skeleton import find_blocks, without_contents
 from qft.checkpoint.weights import Weights
 from qft.model.fill import fill
+from qft.model.held import held
 from qft.plan import ModelPlan
 from qft.quant.experts import owner
-from qft.quant.hold import Scheme
+from qft.quant.hold import AsPacked, Scheme
 
 Take = Callable[[nn.Module, str], None]
 """Given each block, by its name, once its weights are there."""
@@ -36,10 +37,16 @@ def load_by_block(plan: ModelPlan, device: str, take: Take = lambda *_: None) ->
     quantizer = _prepared(plan, model)
     name, blocks = find_blocks(model, plan.shape.layers)
     hold = _Hold(plan.scheme, {(model.get_submodule(owner(own)), own.rpartition(".")[2]) for own in experts})
-    fill(model, model, "", read, (device, dtype), skip=f"{name}.", hold=hold)
+    place, packed = (device, dtype), plan.scheme.weights if isinstance(plan.scheme, AsPacked) else ()
+
+    def kept(name: str, meta: torch.Tensor) -> nn.Parameter | None:
+        weight = read.as_packed(name) if name in packed else None
+        return held(weight, plan.skeleton, meta, place) if weight else None
+
+    fill(model, model, "", read, place, skip=f"{name}.", hold=hold, take=kept)
     model.tie_weights()
     for number, block in enumerate(blocks):
-        fill(model, block, f"{name}.{number}.", read, (device, dtype), hold=hold)
+        fill(model, block, f"{name}.{number}.", read, place, hold=hold, take=kept)
         take(block, f"{name}.{number}")
     if quantizer:
         model.hf_quantizer = quantizer

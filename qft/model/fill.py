@@ -26,9 +26,11 @@ def fill(
     *,
     skip: str = "\0",
     hold: Hold = lambda *_: None,
+    take: Callable[[str, torch.Tensor], nn.Parameter | None] = lambda *_: None,
 ) -> None:
     """Read what the files have of `module`, which `model` calls `prefix`, and compute the buffers that they have not.
-    `place` is device and dtype; what begins with `skip` is left. Raises ModelError for another shape."""
+    `place` is device and dtype; what begins with `skip` is left. `take` makes a parameter of its name and shape without
+    its value; None: it is read. Raises ModelError for another shape."""
     persistent = module.state_dict(keep_vars=True)
     owned = [*module.named_parameters(), *((name, b) for name, b in module.named_buffers() if name in persistent)]
     kept: Mapping[str, torch.dtype] = model._get_dtype_plan(place[1])
@@ -36,9 +38,11 @@ def fill(
         if name.startswith(skip):
             continue
         dtype = _dtype(prefix + name, kept, place[1]) if meta.is_floating_point() else None
-        value = read(prefix + name).to(place[0], dtype)
         owner, _, key = name.rpartition(".")
-        filled = hold(module.get_submodule(owner), key, value)
+        filled: torch.Tensor | None = take(prefix + name, meta)
+        if filled is None:
+            value = read(prefix + name).to(place[0], dtype)
+            filled = hold(module.get_submodule(owner), key, value)
         if filled is None and value.shape != meta.shape:
             raise ModelError(f"{prefix}{name}: is {list(value.shape)} and should be {list(meta.shape)}")
         if filled is None:

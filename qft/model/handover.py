@@ -7,6 +7,7 @@ import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
+from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 from qft.checkpoint.layout import unmergeable
@@ -113,6 +114,34 @@ class Handover:
         return writable_tensors(self.weights.config, self.plan.tokenizer, end_tokens(generation_config(self.plan)))
 
     @cached_property
+    def converter(self) -> Path | None:
+        """Folder of llama.cpp's converter, if that writes the file of the merged model; None: qft does. Raises
+        ModelError if neither can."""
+        from qft.gguf.converter import INSTALL, architecture_problem, converter_problem
+
+        asked, path = self.loaded.recipe.export.converter, self.loaded.recipe.export.converter_path
+        if asked != "llama.cpp":
+            try:
+                self.gguf_tensors  # noqa: B018  # which raises
+            except ModelError as error:
+                if asked == "qft" or isinstance(self.plan.scheme, Qat):
+                    raise
+                if not path:
+                    text = f"llama.cpp's own converter may: {INSTALL}, and name FOLDER in export.converter_path"
+                    raise ModelError(f"{error}; {text}") from error
+            else:
+                return None
+        folder = Path(str(path))
+        problem = converter_problem(folder) or architecture_problem(folder, self.plan.shape.architecture)
+        if self.plan.shape.beside:
+            problem = f"GGUF: {self.plan.shape.architecture} is more than its language part, and the file would be that"
+        if isinstance(self.plan.scheme, Qat):
+            problem = "quant.mode qat rounds as qft's own files do: leave out export.converter"
+        if problem:
+            raise ModelError(problem)
+        return folder
+
+    @cached_property
     def onto_original(self) -> Self:
         return replace(self, merge_into="original")
 
@@ -177,10 +206,12 @@ def _require_possible(name: str, handover: Handover, rows: Prepared | None) -> N
     weights = handover.settled(form).weights
     if problem := unmergeable(handover.plan.checkpoint, weights.model):
         raise ModelError(f"{handover.plan.checkpoint.path}: {problem}")
-    if form.kind:
+    if form.kind and not handover.settled(form).converter:
         from qft.gguf.file import require_rows
 
         require_rows(handover.gguf_tensors, weights.config, form.kind)
+    elif form.kind == "q4_k":
+        raise ModelError("GGUF: llama.cpp's converter makes no q4_k that is one type alone: export --to gguf-q4_k_m")
     if form.rounding:
         asked = handover.loaded.having(calibrate=handover.section(form))
         if rows:

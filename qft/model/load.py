@@ -46,8 +46,9 @@ def load_base(plan: ModelPlan, load: Callable[[ModelPlan], PreTrainedModel] | No
 
 
 def _load(plan: ModelPlan) -> PreTrainedModel:
-    """By transformers; experts that are held in few bits, which it knows not, block by block."""
-    if not plan.scheme.holds_experts(plan.skeleton):
+    """By transformers; block by block what it knows not: experts that are held in few bits, and files whose weights are
+    dequantized where they are read."""
+    if not plan.checkpoint.packed and not plan.scheme.holds_experts(plan.skeleton):
         return load_whole(plan)
     device = torch.device("cuda", torch.cuda.current_device()) if plan.device.kind == "cuda" else torch.device("cpu")
     return load_by_block(plan, str(device))
@@ -77,7 +78,7 @@ def _as_stored(plan: ModelPlan, checkpoint: Checkpoint, device: str | None) -> P
     model, kind = plan.recipe.model, device or plan.device.kind
     arguments: dict[str, Any] = {
         "dtype": getattr(torch, plan.dtype),
-        "device_map": {"": 0 if kind == "cuda" else "cpu"},
+        "device_map": {"": torch.cuda.current_device() if kind == "cuda" else "cpu"},
         "trust_remote_code": model.trust_remote_code,
     }
     if model.attn_implementation != "auto":

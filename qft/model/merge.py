@@ -31,7 +31,7 @@ from qft.model.stack_delta import merged_stack, targets
 from qft.plan import ModelPlan
 from qft.quant.delta import merged
 from qft.quant.experts import expert_parameters
-from qft.quant.hold import Qat, Scheme
+from qft.quant.hold import AsPacked, Qat, Scheme
 from qft.quant.product import Whole
 from qft.recipe.schema import MergeInto
 
@@ -300,9 +300,14 @@ class MergedWeights:
 
 def _scheme(plan: ModelPlan, onto: MergeInto | None) -> Scheme | None:
     """How training held the base's linear layers, if the result is to hold the same values."""
-    if plan.checkpoint.quantization:
+    if plan.checkpoint.quantization and not plan.checkpoint.packed:
         text = "comes quantized, and nothing is merged into such a base: export --to adapter"
         raise ModelError(f"{plan.checkpoint.path}: {text}")
+    if isinstance(plan.scheme, AsPacked):
+        if onto == "original":
+            text = "its files hold quantized weights, and no original ones: leave out --merge-into"
+            raise ModelError(f"{plan.checkpoint.path}: {text}")
+        return None  # what is read of it is what it holds
     if onto != "dequantized":
         return None
     if plan.scheme.engine:

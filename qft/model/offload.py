@@ -57,7 +57,8 @@ def _weight_bytes(plan: ModelPlan) -> int:
 
 def load_offloaded(plan: ModelPlan, offload: Offload) -> PreTrainedModel:
     """`load_base`, the blocks in `offload`."""
-    return load_base(plan, partial(_quantized if plan.checkpoint.quantization else _unquantized, offload=offload))
+    whole = plan.checkpoint.quantization and not plan.checkpoint.packed
+    return load_base(plan, partial(_quantized if whole else _unquantized, offload=offload))
 
 
 def _quantized(plan: ModelPlan, offload: Offload) -> PreTrainedModel:

@@ -75,7 +75,7 @@ class Target:
     def plan(self) -> ModelPlan:
         """How the base is held. Raises what `plan_model` does, and ModelError for an adapter that does not fit it, or
         was trained on another base, as far as that is on this machine."""
-        plan = plan_model(self.loaded)
+        plan = plan_model(self.loaded, adapted=self.adapter is not None)
         if self.adapter:
             require_fit(self.adapter, plan)
             if plan.checkpoint.has_weights:
@@ -168,7 +168,7 @@ def _find(path: str, data: str | None) -> tuple[LoadedRecipe, Path | None]:
     if run.manifest():
         loaded = load(run.folder / "recipe.yaml")
         if run.full_model.is_dir() or record_of(run.full_model):
-            made = dict.fromkeys(OF_FILES[2:], ()) | {"path": str(run.full_model.resolve())}
+            made = dict.fromkeys(OF_FILES[2:], ()) | {"path": str(run.full_model.resolve()), "dequantize": False}
             return loaded.having(model=made), None
         if not run.adapter.is_dir() and not record_of(run.adapter):
             raise MissingError(f"{path}: the run has no adapter; it did not complete")

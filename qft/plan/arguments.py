@@ -9,6 +9,7 @@ import torch
 from transformers import TrainingArguments
 
 from qft.machine.device import Device
+from qft.plan.placement import ALONE, Placement
 from qft.recipe import Recipe
 
 OWN_ADAPTER = {"kind", "target_experts", "target_towers"}
@@ -30,14 +31,15 @@ OWN_FIELDS = {"early_stopping_patience", "on_nonfinite", "gradient_checkpointing
 OWN_FIELDS |= {"save_on_signal", "chunked_loss", "stages", "kernels", "router_aux_loss_coef"}
 
 
-def training_arguments(recipe: Recipe, device: Device) -> dict[str, Any]:
-    """Of transformers.TrainingArguments."""
+def training_arguments(recipe: Recipe, device: Device, placement: Placement = ALONE) -> dict[str, Any]:
+    """Of transformers.TrainingArguments, in each process."""
     train = recipe.train
     arguments = {name: value for name, value in train if name not in OWN_FIELDS}
     arguments |= {
         "bf16": mixed_bf16(recipe, device),
         "tf32": device.tf32 if train.tf32 == "auto" else train.tf32,
         "seed": recipe.seed,
+        "gradient_accumulation_steps": train.gradient_accumulation_steps // placement.size,
         "use_cpu": device.kind == "cpu",
         "dataloader_pin_memory": device.kind == "cuda" and train.dataloader_pin_memory is not False,
         "accelerator_config": {"non_blocking": device.kind == "cuda" and train.dataloader_pin_memory is not False},
@@ -51,6 +53,12 @@ def training_arguments(recipe: Recipe, device: Device) -> dict[str, Any]:
     }
     if not device.tf32 and arguments["tf32"] is False:
         arguments["tf32"] = None  # False is an error to transformers where there is nothing to turn off
+    if placement.size > 1:
+        # Else DDP would look through the graph of each step for weights that nothing came of.
+        unused = recipe.adapter.target_towers or recipe.adapter.target_experts is True
+        arguments |= {"ddp_find_unused_parameters": unused, "ddp_broadcast_buffers": False}
+        arguments["ddp_timeout"] = recipe.distributed.timeout
+        arguments["ddp_backend"] = "gloo" if device.kind == "cpu" else None
     if train.load_best_model_at_end:
         arguments |= {"metric_for_best_model": "eval_loss", "greater_is_better": False}
     # transformers renamed gradient checkpointing; the recipe keeps the name that people know.

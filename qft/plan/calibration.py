@@ -149,8 +149,8 @@ def plan_layers(loaded: LoadedRecipe, model: ModelPlan | None = None) -> tuple[M
     recipe = loaded.recipe
     refuse(loaded, _problems(recipe, model.device if model else require_device(loaded)))
     model = model or plan_model(_unquantized(loaded))
-    if model.checkpoint.quantization:
-        text = "is already quantized; start from the unquantized model, or from a run whose base is unquantized"
+    if model.checkpoint.quantization and not model.scheme.keeps_weights:
+        text = "is already quantized; set model.dequantize to true, or start from the unquantized model"
         refuse(loaded, [("model.path", text)])
     calibrate = recipe.calibrate
     assert calibrate is not None

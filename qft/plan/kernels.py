@@ -14,9 +14,9 @@ from qft.recipe import Recipe
 from qft.recipe.rules import Problem
 
 
-def planned_kernels(model: ModelPlan, *, mixed: bool) -> dict[str, str | None]:
+def planned_kernels(model: ModelPlan, *, mixed: bool, sharded: bool = False) -> dict[str, str | None]:
     """Of each kind of part, why its own code computes it; None: kernels do, if they agree with that on the model."""
-    everywhere = _nowhere(model.recipe, model.device)
+    everywhere = "weights are sharded (fsdp2)" if sharded else _nowhere(model.recipe, model.device)
     products = everywhere or _no_products(model, mixed=mixed)
     return {MLP: products, LINEAR: products, NORM: everywhere, ROTARY: everywhere}
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
-from datasets import Dataset
+from numpy.typing import NDArray
 
 from qft.data.batch import Collator
+from qft.data.encoded import column
 from qft.data.prepare import Prepared
 from qft.data.template import IGNORED
 from qft.documents.plan import Kept, PlannedMemory, PlannedWay
@@ -19,9 +21,13 @@ from qft.kernels import LINEAR, MLP, NORM
 from qft.memory.chunked_loss import FEW_LOGITS, LOGITS
 from qft.memory.fit import Choice, Way, row_counts, ways
 from qft.memory.guard import smaller_training
+from qft.memory.packed import needs_masks
 from qft.memory.predict import Predictor, Source, predictor
 from qft.memory.work import Batch, Step, Work
 from qft.plan.model import ModelPlan
+from qft.plan.placement import ALONE, Placement
+from qft.plan.sharding import by_placement
+from qft.quant.hold import AsPacked
 from qft.recipe import LoadedRecipe, Recipe
 from qft.recipe.rules import Problem
 from qft.recipe.training import TrainSection
@@ -43,6 +49,7 @@ class Forecast:
     """Of autocast."""
     kernels: tuple[str, ...] = ()
     """Kinds of parts that kernels of qft's own compute."""
+    placement: Placement = ALONE
 
     @property
     def budget(self) -> int:
@@ -53,7 +60,7 @@ class Forecast:
     def unknown(self) -> str | None:
         """Why nothing can be predicted; None: it can."""
         scheme = self.model.scheme
-        if scheme.name not in ("none", "8bit", "4bit", "qat"):
+        if scheme.name not in ("none", "8bit", "4bit", "qat") and not isinstance(scheme, AsPacked):
             return f"only the code of {scheme.name} knows what its layers take"
         try:
             self.predict(self.step())
@@ -64,7 +71,8 @@ class Forecast:
     @cached_property
     def predict(self) -> Predictor:
         model, recipe = self.model, self.model.recipe
-        held_out = batch_of(self.data.eval, recipe.train.per_device_eval_batch_size) if self.data.eval else None
+        rows, at_once = self.data.eval, recipe.train.per_device_eval_batch_size
+        held_out = batch_of(column(rows, "length"), at_once) if rows else None
         train = recipe.train
         work = Work(
             model.scheme,
@@ -80,6 +88,7 @@ class Forecast:
             answered=self._answered(),
             stashes=stashes(model),
             kernels=self.kernels,
+            masks=recipe.data.is_packed and self._masked,
             distill=float(recipe.quant.distill),
         )
         chosen = (model.dtype, recipe.model.attn_implementation, train.router_aux_loss_coef)
@@ -87,7 +96,7 @@ class Forecast:
         files = model.checkpoint.weight_files() if model.checkpoint.has_weights else []
         size = sum(path.stat().st_size for path in files)
         source = Source(config, model.skeleton_in_dtype, model.shape.layers, size)
-        return predictor(source, work, model.device)
+        return by_placement(predictor(source, work, model.device), model, self.placement)
 
     def _answered(self) -> Batch | None:
         """The longest batch of held-out rows with their answers, where answers are scored."""
@@ -99,8 +108,24 @@ class Forecast:
 
     def batch(self, rows: int) -> Batch:
         """The longest of so many training rows."""
-        made = batch_of(self.data.train, rows)
-        return replace(made, learnt=sum(self._learnt[: made.rows])) if self.model.recipe.quant.distill else made
+        lengths, data = self.data.lengths, self.model.recipe.data
+        if not data.is_packed:
+            made = batch_of(lengths, rows)
+            learnt = sum(self._learnt[: made.rows]) if self.model.recipe.quant.distill else made.learnt
+            return replace(made, learnt=learnt)
+        if data.padding_free:
+            together = int(np.sort(lengths)[-rows:].sum())
+            return Batch(1, together, padded=self._masked)
+        return replace(batch_of(lengths, rows), padded=self._masked)
+
+    @property
+    def _masked(self) -> bool:
+        """Whether masks tell apart what shares a row."""
+        model = self.model
+        dtype = self.mixed or getattr(torch, model.dtype)
+        attention = model.skeleton.config.get_text_config()._attn_implementation
+        asked = model.recipe.model.attn_implementation
+        return needs_masks(attention if asked == "auto" else asked, dtype, on_gpu=model.device.kind == "cuda")
 
     @cached_property
     def _learnt(self) -> list[int]:
@@ -113,7 +138,7 @@ class Forecast:
         train = self.model.recipe.train
         rows = 1 if train.per_device_train_batch_size == "auto" else train.micro_batch
         kept: Kept = "inputs" if train.gradient_checkpointing is True else "all"
-        return Step(self.batch(rows), kept, train.gradient_accumulation_steps > 1)
+        return Step(self.batch(rows), kept, train.gradient_accumulation_steps > self.placement.size)
 
     def having(self, **train: Any) -> Forecast:
         """With other values of `train`."""
@@ -125,8 +150,8 @@ class Forecast:
             return self.ways(more)[0]
         train, taken = self.model.recipe.train, self.predict(self.step()).taken
         again = self.model.shape.layers if train.gradient_checkpointing else 0
-        fits = taken <= self.budget + more
-        return Way(train.micro_batch, train.gradient_accumulation_steps, again, taken, fits, 1.0)
+        fits, accumulated = taken <= self.budget + more, train.gradient_accumulation_steps // self.placement.size
+        return Way(train.micro_batch, accumulated, again, taken, fits, 1.0)
 
     def _may_keep(self) -> list[Kept]:
         """What blocks may, the least first."""
@@ -143,8 +168,9 @@ class Forecast:
         train, layers = self.model.recipe.train, self.model.shape.layers
         spent = None if isinstance(train.gradient_checkpointing, bool | str) else train.gradient_checkpointing
         rows = train.per_device_train_batch_size
-        sizes = row_counts(train.step_rows, len(self.data.train)) if rows == "auto" else [rows]
-        choice = Choice(sizes, train.step_rows, self._may_keep(), layers, self.budget + more, self.batch, spent)
+        own = train.step_rows // self.placement.size
+        sizes = row_counts(own, len(self.data.batched)) if rows == "auto" else [rows]
+        choice = Choice(sizes, own, self._may_keep(), layers, self.budget + more, self.batch, spent)
         return ways(choice, self.predict)
 
     def document(self, chosen: list[Way], optimizer: str | None) -> PlannedMemory:
@@ -190,7 +216,7 @@ def with_optimizer(forecast: Forecast) -> tuple[LoadedRecipe, str | None]:
     wide, less = (f"{each * count / 2**30:,.2f} GiB" for each in (8, 2))
     chosen, why = FUSED, f"its state takes {wide}, and that of {SMALL} {less}"
     fused = forecast.having(optim=FUSED)
-    if model.device.kind == "cuda" and fused.unknown is None:
+    if model.device.kind == "cuda" and not forecast.placement.sharded and fused.unknown is None:
         # With 6 bytes a parameter less, as if so many more might be taken.
         one, other = fused.best(), fused.best(6 * count)
         if not one.fits or one.speed < other.speed * (1 - WAITS):
@@ -251,20 +277,20 @@ def settled(loaded: LoadedRecipe, train: TrainSection) -> LoadedRecipe:
     return loaded.having(train=chosen) if chosen else loaded
 
 
-def decided(loaded: LoadedRecipe, way: Way) -> LoadedRecipe:
-    """The recipe once its `auto` fields are what the way has."""
+def decided(loaded: LoadedRecipe, way: Way, processes: int = 1) -> LoadedRecipe:
+    """The recipe once its `auto` fields are what the way, which is of one of the processes, has."""
     chosen = {
         "per_device_train_batch_size": way.rows,
-        "gradient_accumulation_steps": way.accumulated,
+        "gradient_accumulation_steps": way.accumulated * processes,
         # A resumed run knows no more than this: all blocks computed again take no more than what was decided.
         "gradient_checkpointing": way.recomputed > 0 or way.most != "all",
     }
     return loaded.having(train=chosen)
 
 
-def batch_of(rows: Dataset, size: int) -> Batch:
-    """The longest batch that may be drawn from `rows`: the longest row among any others, as the collator pads it."""
-    lengths, multiple = rows["length"], Collator.multiple
-    longest, shortest = max(lengths), min(lengths)
+def batch_of(lengths: Sequence[int] | NDArray[np.int64], size: int) -> Batch:
+    """The longest batch that may be drawn from rows of these lengths: the longest among any others, as the collator
+    pads it."""
+    multiple, longest, shortest = Collator.multiple, int(max(lengths)), int(min(lengths))
     tokens = -(-longest // multiple) * multiple
-    return Batch(min(size, len(rows)), tokens, padded=(shortest if size > 1 else longest) < tokens)
+    return Batch(min(size, len(lengths)), tokens, padded=(shortest if size > 1 else longest) < tokens)

@@ -17,9 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.quantizers_utils import should_convert_module
 
-from qft.checkpoint.bypassed import bypassed_linears, common_ends
 from qft.checkpoint.find import Checkpoint, find_checkpoint, load_tokenizer, require_written
 from qft.checkpoint.language import beside_language
 from qft.checkpoint.layout import unmergeable
@@ -31,6 +29,7 @@ from qft.documents.plan import PlannedModel, Quantization
 from qft.errors import ModelError, RecipeError
 from qft.machine.device import Device, find_device
 from qft.plan.experts import Experts, expert_problems, plan_experts, set_balance
+from qft.plan.holding import output_heads, plain_dtype, scheme_of, weights_held
 from qft.plan.limits import table_of_positions
 from qft.plan.modules import Matches, is_all_linear, match_adapter, match_skips, whole_problems
 from qft.plan.shape import Shape
@@ -38,9 +37,8 @@ from qft.plan.targets import Excluded, exclusion, lost_problems, rank_problems, 
 from qft.plan.template import set_template, template_problems
 from qft.plan.token_rows import not_adapted, row_arguments, row_problems, with_added
 from qft.quant.experts import owner
-from qft.quant.hold import Scheme, contradictions, find_scheme
-from qft.quant.layer import skip_entry
-from qft.quant.share import Held, count_weights
+from qft.quant.hold import Scheme, contradictions
+from qft.quant.share import Held
 from qft.recipe import LoadedRecipe, Recipe
 from qft.recipe.data import DataSection
 from qft.recipe.load import from_values
@@ -145,10 +143,16 @@ class ModelPlan:
 
 
 def plan_model(
-    loaded: LoadedRecipe, lora: dict[str, Any] | None = None, *, fresh: bool = False, device: Device | None = None
+    loaded: LoadedRecipe,
+    lora: dict[str, Any] | None = None,
+    *,
+    fresh: bool = False,
+    device: Device | None = None,
+    adapted: bool = False,
 ) -> ModelPlan:
     """Decide device (this machine's, where none is given), dtype and quantization, and count the parameters, with the
-    adapters of `lora` attached. `fresh`: the model was written by this command, which will judge it.
+    adapters of `lora` attached. `fresh`: the model was written by this command, which will judge it; `adapted`: it will
+    get an adapter that there is already.
 
     Raises RecipeError for what model or device cannot do, MissingError or ModelError if the model is not to be had,
     DamagedError if an earlier command wrote it, and it is no longer that."""
@@ -157,10 +161,10 @@ def plan_model(
     refuse(loaded, device_problems(recipe, device))
     if not fresh:
         require_written(recipe)
-    checkpoint = find_checkpoint(recipe)
+    checkpoint = find_checkpoint(recipe, adapted=adapted or lora is not None)
     if checkpoint.quantization:
         refuse(loaded, contradictions(checkpoint.quantization, loaded))
-    dtype = _dtype(recipe.model, device, whole=recipe.adapter.kind == "none")
+    dtype = plain_dtype(recipe.model, device, whole=recipe.adapter.kind == "none")
     model = without_contents(checkpoint, recipe.model, dtype=torch.float32)
     idle = require_weights(checkpoint, model, recipe)
     refuse(loaded, [("model.ignore_unexpected", f"{p!r} fits no tensor that would be unexpected") for p in idle])
@@ -172,7 +176,7 @@ def plan_model(
     refuse(loaded, [*problems, *template_problems(tokenizer, recipe.data)])
     set_template(tokenizer, recipe.data)
     lora = lora and lora | {"exclude_modules": unadapted} | row_arguments(recipe.adapter, checkpoint.added, model)
-    scheme = _scheme(recipe, device, checkpoint, model)
+    scheme = scheme_of(recipe, device, checkpoint, model)
     refuse(loaded, scheme.unfit(model))
     experts = plan_experts(recipe, model) if lora else None
     lora = experts.arguments(lora) if lora and experts else lora
@@ -186,23 +190,6 @@ def plan_model(
     if lora:
         refuse(loaded, size_problems(shape.trainable_parameters, device))
     return ModelPlan(loaded, device, checkpoint, tokenizer, shape, dtype, scheme, matched, held, unadapted, experts)
-
-
-def _kept_whole(model: PreTrainedModel) -> list[str]:
-    """What is never held in few bits, as transformers matches it: what sees, which would lose precision for which
-    nothing that is learnt from text makes up, and layers whose weights other code reads."""
-    bypassed = bypassed_linears(model)
-    others = [name for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and name not in bypassed]
-    return [*beside_language(model), *common_ends(bypassed, others)]
-
-
-def weights_held(scheme: Scheme, recipe: Recipe, model: PreTrainedModel) -> Held | None:
-    """What of the weights of a skeleton the scheme holds in few bits; None: only other code knows."""
-    layers, asked = scheme.holds(model), (*recipe.quant.named_skips, *beside_language(model))
-    if layers is None:
-        return None
-    layers |= {owner(name) for name in scheme.holds_experts(model)}
-    return Held.of(count_weights(model), layers, lambda name: not should_convert_module(name, list(asked)))
 
 
 def partial_problem(held: Held | None, field: str, allow: str) -> Iterator[Problem]:
@@ -242,33 +229,9 @@ def device_problems(recipe: Recipe, device: Device) -> Iterator[Problem]:
         yield "model.attn_implementation", "flash-attn is not installed; pip install flash-attn, or use sdpa"
 
 
-def _dtype(section: ModelSection, device: Device, *, whole: bool) -> str:
-    """What `auto` stands for; `whole`: the weights themselves are trained."""
-    if section.dtype != "auto":
-        return section.dtype
-    # An update is far smaller than its weight: in 16 bits most of it would be rounded away.
-    if whole:
-        return "float32"
-    return "bfloat16" if device.bf16 else "float16"
-
-
-def _scheme(recipe: Recipe, device: Device, checkpoint: Checkpoint, model: PreTrainedModel) -> Scheme:
-    """How the model is held. Weights that are rounded in training are rounded in the dtype in which they will be
-    evaluated and exported, and within the blocks alone: what quantizes for an export goes block by block."""
-    dtype = _dtype(recipe.model, device, whole=recipe.adapter.kind == "none")
-    heads = (*_heads(model), *_kept_whole(model))
-    if recipe.quant.mode == "qat" and not checkpoint.quantization:
-        dtype = _dtype(recipe.model, device, whole=False)
-        linears = [name for name, module in model.named_modules() if type(module) is nn.Linear]
-        blocks = find_blocks(model, model.config.get_text_config().num_hidden_layers)[0]
-        around = [name for name in linears if not name.startswith(f"{blocks}.") and name not in heads]
-        heads = (*heads, *(skip_entry(name, linears) for name in around))
-    return find_scheme(recipe.quant, checkpoint.quantization, dtype, heads)
-
-
 def plan_folder(folder: Path, section: ModelSection, dtype: str, quant: QuantSection | None = None) -> ModelPlan:
     """The plan of a model that was written to `folder`, where and how `section` says its base is held."""
-    model = section.model_dump(exclude={*OF_FILES}) | {
+    model = section.model_dump(exclude={*OF_FILES, "dequantize"}) | {
         "path": str(folder.resolve()),
         "dtype": dtype,
     }
@@ -309,14 +272,9 @@ def _shape(loaded: LoadedRecipe, model: PreTrainedModel, lora: dict[str, Any] | 
         max_positions=min(built_for, default=None),
         position_table=table,
         embeddings=model.get_input_embeddings().weight.shape[0],
-        heads=_heads(model),
+        heads=output_heads(model),
         beside=tuple(beside_language(model)),
     )
-
-
-def _heads(model: PreTrainedModel) -> tuple[str, ...]:
-    head = model.get_output_embeddings()
-    return tuple(name for name, module in model.named_modules() if module is head)
 
 
 def _trainable(loaded: LoadedRecipe, model: nn.Module, lora: dict[str, Any], matched: Matches) -> int:

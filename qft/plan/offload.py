@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from qft.checkpoint.skeleton import find_blocks
 from qft.errors import ModelError
 from qft.plan.model import ModelPlan
+from qft.quant.hold import AsPacked
 from qft.recipe.rules import Problem
 
 
@@ -16,9 +17,9 @@ def offload_problems(plan: ModelPlan) -> Iterator[Problem]:
         return
     if asked == "cpu" and plan.device.kind == "cpu":
         yield field, "the model runs on the CPU, whose memory it is in anyway: set it to disk, or none"
-    if plan.scheme.engine is None and plan.scheme.name != "none":
+    if plan.scheme.engine is None and plan.scheme.name != "none" and not isinstance(plan.scheme, AsPacked):
         text = f"how the checkpoint's {plan.scheme.name} holds its weights is known to its own code alone"
-        yield field, f"{text}: start from the unquantized model, or set it to none"
+        yield field, f"{text}: set model.dequantize to true, or it to none"
     model = plan.skeleton
     try:
         name, _ = find_blocks(model, plan.shape.layers)

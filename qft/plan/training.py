@@ -8,22 +8,25 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from qft.checkpoint.skeleton import find_blocks
-from qft.data.prepare import Prepared, prepare
+from qft.data.audit import require_sound
+from qft.data.prepare import Prepared
+from qft.distributed.world import Ranks, world
 from qft.documents.plan import AdapterArguments, DataPart, Kept, PlanDocument, PlannedMemory, TrainerArguments
+from qft.documents.rows import Finding, RowLengths
 from qft.machine.device import Device
 from qft.machine.environment import allocator_settings
 from qft.memory.fit import Way
 from qft.plan.arguments import lora_arguments, mixed_dtype, training_arguments
 from qft.plan.experts import balance_problems
+from qft.plan.holding import weights_held
 from qft.plan.kernels import kernel_problems, planned_kernels
-from qft.plan.limits import answer_problems, require_known_tokens, require_special_tokens
 from qft.plan.memory import (
     Forecast,
     checkpoint_problems,
@@ -42,10 +45,12 @@ from qft.plan.model import (
     plan_model,
     refuse,
     require_device,
-    weights_held,
 )
 from qft.plan.offload import offload_problems
 from qft.plan.packages import missing_packages
+from qft.plan.placed import placed
+from qft.plan.placement import ALONE, Placement, placement_problems, shared
+from qft.plan.rows import encoded_rows, packing_problems, row_findings, row_lengths
 from qft.plan.shape import Shape
 from qft.plan.stages import Span, joined, most_memory, stage_parts
 from qft.plan.template import template_of
@@ -76,6 +81,7 @@ class Plan:
     """None: it is no stage."""
     before: tuple[Plan, ...] = ()
     """The stages that lead to it, which is then the last."""
+    placement: Placement = ALONE
 
     @property
     def stages(self) -> tuple[Plan, ...]:
@@ -115,12 +121,13 @@ class Plan:
     @cached_property
     def kernels(self) -> dict[str, str | None]:
         """Of each kind of part, why the model's own code computes it; None: kernels do, where they agree with that."""
-        return planned_kernels(self.model, mixed=self.mixed is not None)
+        return planned_kernels(self.model, mixed=self.mixed is not None, sharded=self.placement.sharded)
 
     @property
     def fewer_passes(self) -> bool:
         """Whether a CPU computes adapters with their layers, and writes out attention of short rows."""
-        return self.model.device.kind == "cpu" and self.recipe.train.kernels != "plain"
+        whole = not self.placement.sharded
+        return whole and self.model.device.kind == "cpu" and self.recipe.train.kernels != "plain"
 
     @property
     def mixed(self) -> torch.dtype | None:
@@ -130,7 +137,7 @@ class Plan:
     @cached_property
     def memory(self) -> PlannedMemory:
         """Predicted, of this stage alone."""
-        return _forecast(self.model, self.lora, self.data).document(list(self.ways), self.optimizer)
+        return _forecast(self.model, self.lora, self.data, self.placement).document(list(self.ways), self.optimizer)
 
     @property
     def recipe(self) -> Recipe:
@@ -140,7 +147,7 @@ class Plan:
     def steps_per_epoch(self) -> int:
         """Optimizer steps in one pass over the training rows."""
         train = self.recipe.train
-        micro_batches = math.ceil(len(self.data.train) / train.micro_batch)
+        micro_batches = math.ceil(len(self.data.batched) / train.micro_batch)
         return max(math.ceil(micro_batches / train.gradient_accumulation_steps), 1)
 
     @cached_property
@@ -161,6 +168,16 @@ class Plan:
         kept = (train.save_total_limit or written) + 1 + train.load_best_model_at_end
         return weights * (3 * min(written, kept) + 1)
 
+    @cached_property
+    def lengths(self) -> RowLengths:
+        """Of the training rows in their batches."""
+        return row_lengths(self.recipe, self.data)
+
+    @cached_property
+    def findings(self) -> list[Finding]:
+        """What of the rows is worth a look."""
+        return row_findings(self.recipe, self.data)
+
     def document(self) -> PlanDocument:
         """For `qft check --json` and the run folder."""
         rows = self.data
@@ -178,9 +195,12 @@ class Plan:
             training=TrainerArguments(**self.training),
             data=DataPart(
                 train_rows=len(rows.train),
+                packed_rows=len(rows.batched) if self.recipe.data.packing else None,
                 eval_rows=len(rows.eval) if rows.eval else 0,
                 chat_template=template_of(self.model.tokenizer, self.recipe.data),
                 max_length=self.model.longest_row(self.recipe.data),
+                lengths=self.lengths,
+                findings=self.findings,
                 added_tokens=occurrences(self.model.checkpoint.added, rows.train),
                 sources=list(rows.sources),
             ),
@@ -191,48 +211,38 @@ class Plan:
         )
 
 
-def make_plan(loaded: LoadedRecipe, device: Device | None = None) -> Plan:
-    """Decide everything, for another device than this machine's if one is given. Raises RecipeError for what model,
-    data or device cannot do; MissingError, DataError, ModelError as the layers below."""
-    recipe = loaded.recipe
+def make_plan(loaded: LoadedRecipe, device: Device | None = None, found: Ranks | None = None) -> Plan:
+    """Decide everything, for the device and the processes that there are, or for those given. Raises RecipeError for
+    what model, data or device cannot do; MissingError, DataError, ModelError as the layers below."""
+    recipe, found = loaded.recipe, found or world().ranks
     if not recipe.data.train:
         refuse(loaded, [("data.train", "holds no rows to train on; calibrate.data is for `qft calibrate` alone")])
     device = device or require_device(loaded)
+    refuse(loaded, placement_problems(loaded, found))
+    if found.size > 1:
+        return placed(loaded, found, partial(plan_one, device=device))
     plans: list[Plan] = []
-    for stage in stages_of(loaded):
-        plans.append(_plan(stage, device, plans[0].data if plans else None))
+    for stage in stages_of(shared(loaded)):
+        plans.append(plan_one(stage, device, plans[0].data if plans else None))
     return joined(plans) if recipe.train.stages else plans[0]
 
 
-def _plan(loaded: LoadedRecipe, device: Device, data: Prepared | None) -> Plan:
+def plan_one(loaded: LoadedRecipe, device: Device, data: Prepared | None, placement: Placement = ALONE) -> Plan:
     """Of one stage, or of a training without any; `data` are its rows, if another stage has encoded them."""
     recipe = loaded.recipe
     refuse(loaded, [*device_problems(recipe, device), *_training_problems(recipe, device)])
     model, lora = plan_adapter(loaded, device)
     problems = [*model.scheme.problems(recipe), *_share_problems(model), *_length_problems(recipe, model.shape)]
-    problems += balance_problems(recipe, model.skeleton)
+    problems += [*balance_problems(recipe, model.skeleton), *packing_problems(recipe, model.skeleton)]
     refuse(loaded, [*problems, *offload_problems(model), *checkpoint_problems(model)])
-    data = data or _rows(model)
-    loaded, optimizer = with_optimizer(_forecast(model, lora, data))
-    model, found = _fitted(dataclasses.replace(model, loaded=loaded), lora, data)
-    plan = Plan(model, lora, training_arguments(model.recipe, device), data, found, optimizer)
+    data = data or encoded_rows(model)
+    loaded, optimizer = with_optimizer(_forecast(model, lora, data, placement))
+    model, ways = _fitted(dataclasses.replace(model, loaded=loaded), lora, data, placement)
+    training = training_arguments(model.recipe, device, placement)
+    plan = Plan(model, lora, training, data, ways, optimizer, placement=placement)
     refuse(loaded, [*_step_problems(plan), *kernel_problems(plan.recipe, plan.kernels)])
+    require_sound(plan.findings)
     return plan
-
-
-def _rows(model: ModelPlan) -> Prepared:
-    """The rows as tokens, which the model must know. Raises RecipeError, DataError."""
-    recipe, shape = model.recipe, model.shape
-    data = prepare(model.rows_for(recipe.data), model.tokenizer, recipe.seed, model.pictures)
-    parts = [part for part in (data.train, data.eval) if part is not None]
-    require_known_tokens(parts, data.place, model.tokenizer, shape.embeddings)
-    require_special_tokens(model.tokenizer, shape.embeddings, generates=bool(recipe.eval.metrics))
-    if recipe.eval.metrics and data.eval:
-        refuse(model.loaded, answer_problems(data.eval, recipe.eval, shape.position_table))
-    if recipe.eval.metrics and data.eval and max(data.eval["answer_start"]) < 0:
-        text = "the held-out rows are plain text, which has no answers to score; remove it"
-        refuse(model.loaded, [("eval.metrics", text)])
-    return data
 
 
 def plan_adapter(loaded: LoadedRecipe, device: Device | None = None) -> tuple[ModelPlan, dict[str, Any] | None]:
@@ -245,22 +255,25 @@ def plan_adapter(loaded: LoadedRecipe, device: Device | None = None) -> tuple[Mo
     return model, model.experts.arguments(lora) if lora and model.experts else lora
 
 
-def _fitted(model: ModelPlan, lora: dict[str, Any] | None, data: Prepared) -> tuple[ModelPlan, tuple[Way, ...]]:
+def _fitted(
+    model: ModelPlan, lora: dict[str, Any] | None, data: Prepared, placement: Placement
+) -> tuple[ModelPlan, tuple[Way, ...]]:
     """The model's plan with every `auto` of memory decided, and what it was chosen from. Raises RecipeError if nothing
     fits."""
     if not is_open(model.recipe):
         return model, ()
-    forecast = _forecast(model, lora, data)
+    forecast = _forecast(model, lora, data, placement)
     refuse(model.loaded, undecidable(forecast))
     found = forecast.ways()
     refuse(model.loaded, too_large(found, forecast))
-    return dataclasses.replace(model, loaded=decided(model.loaded, found[0])), tuple(found)
+    return dataclasses.replace(model, loaded=decided(model.loaded, found[0], placement.size)), tuple(found)
 
 
-def _forecast(model: ModelPlan, lora: dict[str, Any] | None, data: Prepared) -> Forecast:
+def _forecast(model: ModelPlan, lora: dict[str, Any] | None, data: Prepared, placement: Placement) -> Forecast:
     mixed = mixed_dtype(model.recipe, model.device)
-    planned = planned_kernels(model, mixed=mixed is not None)
-    return Forecast(model, lora, data, mixed, tuple(kind for kind, reason in planned.items() if reason is None))
+    planned = planned_kernels(model, mixed=mixed is not None, sharded=placement.sharded)
+    kernels = tuple(kind for kind, reason in planned.items() if reason is None)
+    return Forecast(model, lora, data, mixed, kernels, placement)
 
 
 def with_skip_modules(plan: Plan, names: Sequence[str]) -> Plan:
@@ -330,7 +343,7 @@ def _training_problems(recipe: Recipe, device: Device) -> Iterator[Problem]:
 def _process_problems(recipe: Recipe) -> Iterator[Problem]:
     most = max(PROCESSES, 4 * (os.cpu_count() or 1))
     for field, asked in (
-        ("data.num_proc", recipe.data.num_proc),
+        ("data.num_proc", 1 if recipe.data.num_proc == "auto" else recipe.data.num_proc),
         ("train.dataloader_num_workers", recipe.train.dataloader_num_workers),
     ):
         if asked > most:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from qft.quant.grouped import Adapted, Chunk, Group, Read, chunks, is_able, times
+from qft.quant.grouped import Adapted, Chunk, Group, Read, chunks, groups_of, is_able, times
 
 
 class Store(Protocol):
@@ -119,21 +119,23 @@ class _Product(torch.autograd.Function):
         second: Any,
         scaling: float,
         view: View,
-        groups: list[Group],
+        groups: list[Group] | None,
         ends: Any,
     ) -> torch.Tensor:
         ctx.save_for_backward(x if first is not None else None, first, second)
-        parts = _parts(x, first, view, groups, ends)
+        parts = _parts(x, first, view, ends)
+        if groups is None and parts is None:
+            groups = list(groups_of(ends, len(x)))
         ctx.own = (scaling, view, groups, ends, parts)
         with torch.autocast(x.device.type, enabled=False):
             if parts is not None:
                 out = times(x, view.shape[-1], _reader(view, x.dtype), parts, ends)
                 if first is not None and parts:
-                    last = groups[-1][2]
+                    last = parts[-1].last
                     Adapted(first, second, scaling, ends, x.dtype).add(out[:last], x[:last])
                 return out
             out, read, end = x.new_empty(len(x), view.shape[-1]), _reader(view, x.dtype), 0
-            for number, start, end in groups:
+            for number, start, end in groups or ():
                 rows, part = x[start:end], out[start:end]
                 torch.mm(rows, read(number, number + 1)[0], out=part)
                 if first is not None:
@@ -146,13 +148,14 @@ class _Product(torch.autograd.Function):
         (x, first, second), (scaling, view, groups, ends, parts) = ctx.saved_tensors, ctx.own
         back, wanted = _reader(view.turned, gradient.dtype), ctx.needs_input_grad[0]
         own: Any = None
-        firsts: Any = None if first is None else torch.zeros_like(first)
-        seconds: Any = None if first is None else torch.zeros_like(second)
+        empty = first is None or (parts is not None and bool(parts))
+        firsts: Any = None if empty else torch.zeros_like(first)
+        seconds: Any = None if empty else torch.zeros_like(second)
         if parts is not None:
             gradient = gradient.contiguous()
             own = times(gradient, view.shape[-2], back, parts, ends) if wanted else None
             if first is not None and parts:
-                last = groups[-1][2]
+                last = parts[-1].last
                 adapted = Adapted(first, second, scaling, ends, x.dtype)
                 firsts, seconds = adapted.back(None if own is None else own[:last], x[:last], gradient[:last])
             return own, firsts, seconds, None, None, None, None
@@ -173,13 +176,12 @@ class _Product(torch.autograd.Function):
         return own, firsts, seconds, None, None, None, None
 
 
-def _parts(x: torch.Tensor, first: Any, view: View, groups: list[Group], ends: Any) -> list[Chunk] | None:
+def _parts(x: torch.Tensor, first: Any, view: View, ends: Any) -> list[Chunk] | None:
     """What is multiplied at once where there is a kernel for it; None: one expert after the other."""
     sizes = [*view.shape[-2:], *([] if first is None else [first.shape[-1]])]
     if ends is None or not is_able(x, sizes):
         return None
-    foreseen = isinstance(x, FakeTensor)
-    return list(chunks(groups, view.store.shape[0], sizes[0] * sizes[1], len(x), foreseen=foreseen))
+    return list(chunks(ends, sizes[0] * sizes[1], len(x)))
 
 
 def _reader(view: View, dtype: torch.dtype) -> Read:
@@ -187,9 +189,9 @@ def _reader(view: View, dtype: torch.dtype) -> Read:
     return (lambda start, stop: read(start, stop).mT) if view.flipped else read
 
 
-def product(x: torch.Tensor, view: View, groups: list[Group], ends: Any = None) -> torch.Tensor:
+def product(x: torch.Tensor, view: View, groups: list[Group] | None, ends: Any = None) -> torch.Tensor:
     """Rows x [n, in] times the weights [in, out] of their groups: [n, out] in the dtype of x. `ends` [experts] say the
-    same on the device, where the groups are those of all experts in their order."""
+    same on the device, where the groups are those of all experts in their order, and are enough."""
     mixed = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
     first = second = None
     if view.factors:

@@ -8,7 +8,7 @@ computed with all its values, which is right and takes their memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,6 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_map
 
-from qft.quant.grouped import Group
 from qft.quant.product import View, product
 
 
@@ -98,21 +97,7 @@ def _grouped(x: torch.Tensor, other: Any, offs: Any = None, bias: Any = None, **
     """torch.nn.functional.grouped_mm: rows in the order of their experts, `offs` [experts] where each one's end."""
     if not isinstance(other, Stacked) or offs is None or bias is not None or other.view_of.chosen is not None:
         return NotImplemented
-    return product(x, other.view_of, list(_groups(offs, len(x), len(other))), offs)
-
-
-def _groups(offs: torch.Tensor, rows: int, experts: int) -> Iterator[Group]:
-    """Of those that have rows. Ends without contents: as if one expert had its share, for what the others take has been
-    given back by then."""
-    if isinstance(offs, FakeTensor):
-        yield 0, 0, -(-rows // experts)
-        yield experts - 1, rows, rows
-        return
-    start = 0
-    for number, end in enumerate(offs.tolist()):
-        if end > start:
-            yield number, start, end
-        start = end
+    return product(x, other.view_of, None, offs)
 
 
 def _item(view: View, index: Any) -> Any:

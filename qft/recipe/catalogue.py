@@ -109,3 +109,13 @@ def export_problem(engine: str, writes: str) -> str | None:
     own = CATALOGUE[engine].writes != writes
     why = f"writes its own format, not {writes}" if own else "quantizes whole models, by `qft calibrate` alone"
     return f"{engine} {why}: use {' or '.join(able)}"
+
+
+def unread_by_export(converter: str, mode: str) -> dict[str, str]:
+    """Fields of `export` that nothing reads beside these of export.converter and quant.mode, and why."""
+    unread = dict[str, str]()
+    if converter == "qft":
+        unread["export.converter_path"] = "is read only with export.converter llama.cpp or auto"
+    if mode in ("none", "qat"):
+        unread["export.merge_into"] = f"has no meaning with quant.mode {mode}: there is one kind of base weights"
+    return unread

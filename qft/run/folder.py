@@ -47,8 +47,9 @@ HASHED = (
 class Run:
     """One run's folder, and the places in it."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, *, writes: bool = True) -> None:
+        """`writes`: whether this process, of those that train together, is the one that does."""
+        self.folder, self.writes = folder, writes
         self.checkpoints = folder / "checkpoints"
         self.initial_adapter = self.checkpoints / INITIAL
         self.adapter = folder / "adapter"
@@ -111,6 +112,8 @@ class Run:
 
     def note(self, news: Manifest) -> None:
         """Write the fields that `news` sets into the manifest."""
+        if not self.writes:
+            return
         changes = {name: getattr(news, name) for name in news.model_fields_set} | {"updated": now()}
         manifest = (self.manifest() or Manifest()).model_copy(update=changes)
         write_json(self.folder / MANIFEST, manifest.model_dump(mode="json"))

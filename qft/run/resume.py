@@ -25,9 +25,9 @@ ANEW = "or start anew with --overwrite"
 TABLE: dict[str, dict[Class, str]] = {
     "plan": {
         "fixed": """
-            model.path model.revision model.ignore_unexpected model.dtype model.attn_implementation
+            model.path model.revision model.ignore_unexpected model.dequantize model.dtype model.attn_implementation
             model.add_tokens model.add_special_tokens
-            quant.mode quant.plugin quant.quant_type quant.double_quant quant.compute_dtype quant.quant_storage
+            quant.mode quant.plugin quant.quant_type quant.double_quant quant.compute_dtype
             quant.threshold quant.skip_modules quant.skip_budget_bits quant.skip_budget_bytes
             quant.target quant.fake_quant_after_steps quant.freeze_observers_after_steps quant.learn_scales
             quant.distill
@@ -35,7 +35,8 @@ TABLE: dict[str, dict[Class, str]] = {
             adapter.target_experts adapter.exclude_modules adapter.target_towers adapter.layers_to_transform
             adapter.use_rslora adapter.use_dora adapter.init_lora_weights adapter.bias adapter.modules_to_save
             data.train data.eval data.eval_fraction data.format data.max_length data.on_too_long data.on_bad_row
-            data.loss_on data.ignore_fields data.template data.chat_template data.template_kwargs
+            data.packing data.padding_free data.loss_on data.ignore_fields data.template data.chat_template
+            data.template_kwargs
             train.per_device_train_batch_size train.gradient_accumulation_steps train.train_sampling_strategy
             train.lr_scheduler_type train.warmup_steps train.optim train.bf16 train.fp16
             train.stages
@@ -50,17 +51,17 @@ TABLE: dict[str, dict[Class, str]] = {
             train.full_determinism train.kernels
         """,
         "free": """
-            model.trust_remote_code quant.preset quant.allow_partial data.num_proc memory
+            model.trust_remote_code quant.preset quant.quant_storage quant.allow_partial data.num_proc data.audit memory
             train.run_name train.per_device_eval_batch_size train.dataloader_num_workers train.dataloader_pin_memory
             train.logging_steps train.eval_strategy train.eval_steps train.save_strategy train.save_steps
             train.save_total_limit train.save_on_signal train.report_to
-            eval calibrate export output_dir
+            eval calibrate export distributed output_dir
         """,
     },
     "calibration-plan": {
         "fixed": """
-            model.path model.revision model.ignore_unexpected model.dtype model.device model.attn_implementation
-            model.trust_remote_code model.add_tokens model.add_special_tokens
+            model.path model.revision model.ignore_unexpected model.dequantize model.dtype model.device
+            model.attn_implementation model.trust_remote_code model.add_tokens model.add_special_tokens
             data.train data.eval data.eval_fraction data.format data.max_length data.on_too_long data.on_bad_row
             data.loss_on data.ignore_fields data.template data.chat_template data.template_kwargs
             calibrate.engine calibrate.engine_python calibrate.algorithm calibrate.data calibrate.samples
@@ -73,7 +74,8 @@ TABLE: dict[str, dict[Class, str]] = {
             calibrate.max_bytes
         """,
         "free": """
-            data.num_proc calibrate.preset calibrate.allow_partial quant adapter train memory eval export output_dir
+            data.num_proc data.audit data.packing data.padding_free
+            calibrate.preset calibrate.allow_partial quant adapter train memory distributed eval export output_dir
         """,
     },
 }

@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from qft.distributed.world import world
 from qft.documents.training import Evaluation
 from qft.files import write_json, write_text
 from qft.measure.scores import Answer, answer_rows, as_jsonl, score
@@ -36,7 +37,8 @@ class HeldOut(TrainerCallback):
             self._evaluated(stage_moment(self.plan), metrics)
             return
         evaluation = self._evaluated(moment, metrics)
-        write_json(self.run.folder / f"eval-{moment}.json", evaluation.model_dump(mode="json"))
+        path = self.run.folder / f"eval-{moment}.json"
+        world().first_does(lambda: write_json(path, evaluation.model_dump(mode="json")))
 
     def recall(self, moment: str) -> None:
         """Take up the evaluation that the run made before it was cut off, where its checkpoint does not tell of it."""
@@ -68,13 +70,19 @@ class HeldOut(TrainerCallback):
 
     def _answers(self, moment: str) -> list[Answer]:
         """The model's answers, kept as answers/`moment`.jsonl."""
-        tokenizer, rows = self.plan.model.tokenizer, self.plan.data.eval
+        tokenizer, rows, asked = self.plan.model.tokenizer, self.plan.data.eval, self.plan.recipe.eval
+        starts = rows["answer_start"][: asked.samples] if rows else []
+        mine = world().share([i for i, start in enumerate(starts) if start > 0])
 
         def answered(at_once: int) -> list[Answer]:
-            settings = self.plan.recipe.eval.having(batch_size=at_once)
+            settings = asked.having(batch_size=at_once, samples=None)
             with self.trainer.accelerator.autocast():
-                return answer_rows(self.trainer.model, tokenizer, rows, settings, self.plan.model.pictures)
+                pictures = self.plan.model.pictures
+                return answer_rows(self.trainer.model, tokenizer, rows.select(mine), settings, pictures) if rows else []
 
-        answers = self.trainer.answering(answered, len(rows or ()))
-        write_text(self.run.answers / f"{moment}.jsonl", as_jsonl(answers, self.plan.data.place))
+        own = self.trainer.answering(answered, len(mine))
+        parts = world().gather(own)
+        answers = [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
+        path, text = self.run.answers / f"{moment}.jsonl", as_jsonl(answers, self.plan.data.place)
+        world().first_does(lambda: write_text(path, text))
         return answers

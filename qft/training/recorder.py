@@ -6,9 +6,13 @@ from pathlib import Path
 
 from torch import nn
 
+from qft.data.encoded import column
+from qft.distributed.gate import BitGate
 from qft.documents import training as documents
+from qft.documents.distributed import Distributed
 from qft.documents.manifest import Manifest
 from qft.documents.memory import Leak, PhaseMemory
+from qft.documents.skipped import SkippedModules
 from qft.documents.state import TrainingState, read_state
 from qft.kernels import Keep
 from qft.machine.environment import allocator_settings
@@ -40,7 +44,7 @@ class Recorder:
 
     It outlives a Trainer: a run that trains with several, one after another, has one recorder."""
 
-    def __init__(self, plan: Plan, view: View, started: float, skipped: documents.SkippedModules | None) -> None:
+    def __init__(self, plan: Plan, view: View, started: float, skipped: SkippedModules | None) -> None:
         self.plan, self.view, self.started, self.skipped = plan, view, started, skipped
         self.stages = plan.stages
         self.meter = Meter(plan.model.device.kind, phase="prepare")
@@ -65,6 +69,10 @@ class Recorder:
         """None: nothing is loaded yet."""
         self.largest_micro_batch = 0
         """In tokens, with padding."""
+        self.distributed: Distributed | None = None
+        """What each of several processes measured, once they have told."""
+        self.gate: BitGate | None = None
+        """Over packed weights that are sharded."""
         self.leak: Leak | None = None
         self.bytes = dict.fromkeys(("frozen", "trainable", "gradients", "optimizer_state"), 0)
         """Of each part; of gradients and optimizer state, as they were when there first were any."""
@@ -114,14 +122,14 @@ class Recorder:
 
     def state(self) -> TrainingState:
         """What has been measured so far."""
-        phases = self._phases()
-        peak = self._peak(phases)
+        phases = self.phases()
+        peak = self.peak(phases)
         return TrainingState(
             steps=self.steps,
             unmeasured_steps=self.earlier.unmeasured_steps,
             evaluations=self.evaluations,
             phase_seconds=self.clock.seconds,
-            wall_seconds=self._wall_seconds(),
+            wall_seconds=self.wall_seconds(),
             peak_gpu_bytes=peak.gpu,
             peak_gpu_reserved_bytes=peak.gpu_reserved,
             peak_host_bytes=peak.host,
@@ -144,9 +152,15 @@ class Recorder:
         if span := self.plan.span:
             self.models[str(span.number)] = self._model()
 
-    def begin(self, done: int) -> None:
+    def begin(self, done: int, phase: str = "train") -> None:
         """The training goes on behind `done` steps."""
         self.view.begin(self.stages[-1].steps, done)
+        self.meter.enter(phase)
+
+    def sharded(self, model: nn.Module) -> None:
+        """Each process has its part of the weights, and no more."""
+        self.bytes |= weight_bytes(model)
+        self.meter.settled()
         self.meter.enter("train")
 
     def look(self) -> Snapshot:
@@ -185,6 +199,7 @@ class Recorder:
             result=str(result),
             model=self._model(),
             throughput=summary.throughput(steps),
+            distributed=self.distributed,
             phases=documents.Phases(**self.clock.shares()),
             memory=self._memory(),
             skipped_modules=self.skipped,
@@ -199,7 +214,7 @@ class Recorder:
                 after=evaluations.pop("after", None),
                 history=list(evaluations.values()),
             ),
-            lengths=summary.lengths(self.plan.data.train["length"]),
+            lengths=summary.lengths(column(self.plan.data.train, "length").tolist()),
             resumed_from=(run.manifest() or Manifest()).resumed_from,
             steps=len(steps),
             unmeasured_steps=self.earlier.unmeasured_steps,
@@ -208,19 +223,19 @@ class Recorder:
             samples=sum(step.rows for step in steps),
             tokens=sum(step.tokens for step in steps),
             supervised_tokens=sum(step.supervised_tokens for step in steps),
-            wall_seconds=self._wall_seconds(),
+            wall_seconds=self.wall_seconds(),
             advice=[],
         )
         return report.model_copy(update={"advice": advise(report)})
 
-    def _wall_seconds(self) -> float:
+    def wall_seconds(self) -> float:
         return self.earlier.wall_seconds + time.perf_counter() - self.started
 
-    def _phases(self) -> dict[str, PhaseMemory]:
+    def phases(self) -> dict[str, PhaseMemory]:
         """Largest values of all parts."""
         return larger(self.earlier.memory_phases, self.meter.phases())
 
-    def _peak(self, phases: Mapping[str, PhaseMemory]) -> Snapshot:
+    def peak(self, phases: Mapping[str, PhaseMemory]) -> Snapshot:
         """Largest values of all parts, in all phases."""
         earlier, all_phases = self.earlier, phases.values()
         return Snapshot(
@@ -285,8 +300,8 @@ class Recorder:
         )
 
     def _memory(self) -> documents.Memory:
-        steps, moments, phases = self.steps, self.moments, self._phases()
-        peak = self._peak(phases)
+        steps, moments, phases = self.steps, self.moments, self.phases()
+        peak = self.peak(phases)
         part = steps[len(self.earlier.steps) :] or steps  # of another process nothing can leak into this one
         part = [step for step in part if step.step > self.plan.start] or part
         planned = most_memory(self.stages[-1])

@@ -5,10 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from qft.data.packing import PackedRows
+from qft.distributed.sharded import gathered, gathered_state, scatter, scattered_state
+from qft.distributed.world import world
 from qft.errors import RunError
 from qft.files import write_text
 from qft.model.rounded import read_learnt, write_learnt
@@ -24,7 +28,7 @@ class ResumingTrainer(Trainer):
 
     def __init__(self, recorder: Recorder, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self.recorder = recorder
+        self.recorder, self.sharded = recorder, recorder.plan.placement.sharded
         self.order = torch.Generator()
         """Draws the order of rows that are grouped by length; the library draws the other one by epoch itself."""
         self.keeps, self.args.save_total_limit = self.args.save_total_limit, None
@@ -82,6 +86,10 @@ class ResumingTrainer(Trainer):
         return super().train(resume_from_checkpoint, **options)
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        rows, sizes = self.train_dataset, self.args
+        if isinstance(rows, PackedRows) and sizes.train_sampling_strategy == "group_by_length":
+            at_once = sizes.train_batch_size * sizes.gradient_accumulation_steps
+            return LengthGroupedSampler(at_once, lengths=rows.lengths.tolist(), generator=self.order)
         sampler = super()._get_train_sampler(*args, **kwargs)
         if isinstance(sampler, LengthGroupedSampler):
             # From the global generator, as is, a resumed run would draw another order.
@@ -119,7 +127,9 @@ class ResumingTrainer(Trainer):
         optimizer, scheduler = self.optimizer, self.lr_scheduler
         asked = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
         base_lrs = scheduler.base_lrs
-        if begins and begins.reset_optimizer:
+        if self.sharded:
+            self._load_sharded_optimizer(Path(checkpoint))
+        elif begins and begins.reset_optimizer:
             scheduler.load_state_dict(torch.load(Path(checkpoint, "scheduler.pt"), weights_only=True))
         else:
             super()._load_optimizer_and_scheduler(checkpoint)
@@ -130,6 +140,24 @@ class ResumingTrainer(Trainer):
         scheduler._last_lr = [base * factor for base, factor in zip(base_lrs, factors, strict=True)]
         for group, settings, rate in zip(optimizer.param_groups, asked, scheduler._last_lr, strict=True):
             group.update(settings | {"lr": rate})
+
+    def _load_sharded_optimizer(self, checkpoint: Path) -> None:
+        """What one process alone would load, and so one may that goes on where several were."""
+        state = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.optimizer.load_state_dict(scattered_state(state, parameters))
+        self.lr_scheduler.load_state_dict(torch.load(checkpoint / "scheduler.pt", weights_only=True))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Of sharded weights, those that are trained and their state as one process alone would write them."""
+        if not self.sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        weights, state = gathered(self.model), gathered_state(self.optimizer.optimizer)
+        if self.args.should_save:
+            self._save(output_dir, state_dict=weights)
+            torch.save(state, Path(output_dir, "optimizer.pt"))
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, "scheduler.pt"))
 
     def _load_scaler(self, checkpoint: Any) -> None:
         """None that scales: the checkpoint is of a stage in another precision."""
@@ -148,6 +176,9 @@ class ResumingTrainer(Trainer):
         write_learnt(model, Path(output_dir or self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.sharded:
+            self._scatter_from(Path(resume_from_checkpoint))
+            return
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self._begins_rounding(step_of(Path(resume_from_checkpoint))):
             measure_scales(self.model)
@@ -161,6 +192,14 @@ class ResumingTrainer(Trainer):
             return False
         before, now = self.recorder.stages[span.number - 2 : span.number]
         return before.model.scheme.learnt_as != now.model.scheme.learnt_as
+
+    def _scatter_from(self, checkpoint: Path) -> None:
+        """Take the adapter of a checkpoint, whether the model is sharded yet or not."""
+        known = {name.replace(".default.", "."): name for name, p in self.model.named_parameters() if p.requires_grad}
+        tensors = load_file(checkpoint / "adapter_model.safetensors")
+        if wrong := scatter({known.get(name, name): tensor for name, tensor in tensors.items()}, self.model):
+            text = f"{len(wrong)} weights of the checkpoint are not those of the model, {wrong[0]} among them"
+            raise RunError(f"{text}; use a checkpoint of this model, {ANEW}")
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Weights that a checkpoint lacks, tied ones aside, would silently stay what they were."""
@@ -177,13 +216,18 @@ class ResumingTrainer(Trainer):
         """The library's, its hashes, and then fewer old ones."""
         folder = Path(self.args.output_dir)
         checkpoint, initial = folder / f"checkpoint-{self.state.global_step}", folder / INITIAL
-        discard(checkpoint)  # a damaged one would lend it its other files
+        world().first_does(lambda: discard(checkpoint))  # a damaged one would lend it its other files
         self._best_before = self.state.best_model_checkpoint
         super()._save_checkpoint(model, trial)
-        seal(checkpoint, *([initial] if initial.exists() else []))
+        world().wait()
         self.kept = self.state.global_step
         best = self.state.best_model_checkpoint
-        rotate(checkpoint, self.keeps, Path(best) if best else None)
+
+        def sealed() -> None:
+            seal(checkpoint, *([initial] if initial.exists() else []))
+            rotate(checkpoint, self.keeps, Path(best) if best else None)
+
+        world().first_does(sealed)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Before trainer_state.json: what was measured so far, and which checkpoint is the best."""
@@ -191,6 +235,8 @@ class ResumingTrainer(Trainer):
         best = self.state.best_global_step
         if best and not self.is_asked(best):
             self.state.best_model_checkpoint = self._best_before
+        if not world().first:
+            return
         state = self.recorder.state().model_copy(update={"evaluation_due": self._is_evaluation_due()})
         write_text(Path(output_dir) / STATE, state.model_dump_json())
 
@@ -203,6 +249,9 @@ class ResumingTrainer(Trainer):
     def _load_best_model(self) -> None:
         if problem := best_problem(Path(self.state.best_model_checkpoint)):
             raise RunError(f"train.load_best_model_at_end: {problem}, and --resume")
+        if self.sharded:
+            self._scatter_from(Path(self.state.best_model_checkpoint))
+            return
         super()._load_best_model()
         read_learnt(self.model, Path(self.state.best_model_checkpoint))
 

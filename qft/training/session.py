@@ -13,13 +13,18 @@ from transformers import (
 )
 from transformers.integrations import TensorBoardCallback
 
+from qft.checkpoint.skeleton import find_blocks
 from qft.data.batch import Collator, pad_token_id
+from qft.distributed.gate import BitGate
+from qft.distributed.sharded import gathered, plugin_arguments
+from qft.distributed.world import world
 from qft.errors import Interrupted, ModelError
 from qft.machine.signals import Signals
 from qft.memory.chunked_loss import chunk_loss, rows_at_once
 from qft.memory.fused_loss import fuse_loss
 from qft.memory.guard import memory_guard
 from qft.memory.offload import Offload
+from qft.memory.packed import packs_as_alone
 from qft.memory.unmasked import needs_no_mask
 from qft.model.adapter import CHANGES_BASE, attach_adapter, save_adapter, save_full
 from qft.model.balance import BalanceWatch
@@ -75,7 +80,7 @@ def _train_stage(run: Run, recorder: Recorder, signals: Signals, offload: Offloa
             if checkpoint:
                 trainer.take_up(checkpoint)
             held_out.evaluate("before")
-        recorder.begin(step_of(checkpoint))
+        recorder.begin(step_of(checkpoint), "shard" if plan.placement.sharded else "train")
         try:
             _take_steps(trainer, checkpoint)
             recorder.end()
@@ -102,7 +107,7 @@ def _take_steps(trainer: SurvivingTrainer, checkpoint: Path | None) -> None:
         trainer.finish(checkpoint)
     else:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    trainer.signals.check()
+    trainer.agree()
 
 
 def training_arguments(plan: Plan, run: Run) -> TrainingArguments:
@@ -111,6 +116,9 @@ def training_arguments(plan: Plan, run: Run) -> TrainingArguments:
     made = TrainingArguments(**plan.training | arguments, output_dir=str(run.checkpoints))
     if made.n_gpu > 1:
         made._n_gpu = 1  # with several GPUs in sight the Trainer would wrap the model in DataParallel
+    if plan.placement.sharded:
+        blocks = find_blocks(plan.model.skeleton, plan.model.shape.layers)[1]
+        made.fsdp_plugin_args = plugin_arguments(blocks)
     return made
 
 
@@ -127,12 +135,15 @@ def _load(recorder: Recorder, run: Run, offload: Offload | None) -> Any:
     if offload:
         recorder.bytes_elsewhere = offload.bytes_elsewhere + look_up_on_host(model, offload.device)
     recorder.unmasked = needs_no_mask(model)
+    _require_apart(model, plan)
     if plan.fewer_passes:
         join_adapters(model, offload.bring if offload else None)
     _divide_loss(model.get_base_model() if plan.lora else model, recorder)
     fuse(model, recorder)
     if _changes_base(plan) and not run.checkpoint:
-        model.save_pretrained(str(run.initial_adapter))
+        world().first_does(lambda: model.save_pretrained(str(run.initial_adapter)))
+    if plan.placement.sharded:
+        recorder.gate = BitGate(model)
     return model
 
 
@@ -162,11 +173,9 @@ def _trainer(model: Any, run: Run, recorder: Recorder, signals: Signals) -> Surv
         signals,
         model=model,
         args=training_arguments(plan, run),
-        train_dataset=plan.data.train,
+        train_dataset=plan.data.batched,
         eval_dataset=plan.data.eval,
-        data_collator=Collator(
-            pad_token_id(plan.model.tokenizer), most=plan.model.shape.position_table, pictures=plan.model.pictures
-        ),
+        data_collator=_collator(plan, model),
         processing_class=plan.model.tokenizer,
         callbacks=_callbacks(plan, run),
     )
@@ -175,8 +184,32 @@ def _trainer(model: Any, run: Run, recorder: Recorder, signals: Signals) -> Surv
         raise ModelError(
             f"{plan.model.shape.architecture} averages its loss over each micro-batch, so accumulated gradients "
             "would weigh short rows more: set train.gradient_accumulation_steps to 1"
+            + (", and distributed.gpus" if world().size > 1 else "")
         )
     return trainer
+
+
+def _collator(plan: Plan, model: Any) -> Collator:
+    """A loss that balances experts would count the padding of packed rows, so that these are given none."""
+    balances = getattr(model.config.get_text_config(), "output_router_logits", False)
+    side_by_side = plan.recipe.data.padding_free or balances
+    return Collator(
+        pad_token_id(plan.model.tokenizer),
+        most=plan.model.shape.position_table,
+        pictures=plan.model.pictures,
+        side_by_side=side_by_side,
+    )
+
+
+def _require_apart(model: Any, plan: Plan) -> None:
+    """Raise ModelError if examples that share a row would see each other."""
+    data, exact = plan.recipe.data, plan.model.scheme.name != "8bit"
+    if plan.recipe.data.is_packed and not packs_as_alone(model, plan.mixed, exact=exact):
+        field = "data.packing" if data.packing else "data.padding_free"
+        raise ModelError(
+            f"{plan.model.checkpoint.path}: {plan.model.shape.architecture} answers otherwise where other examples "
+            f"share a row: set {field} to false, or another model.attn_implementation"
+        )
 
 
 def _callbacks(plan: Plan, run: Run) -> list[TrainerCallback]:
@@ -198,9 +231,11 @@ def _save(trainer: SurvivingTrainer, run: Run) -> Path:
     if learnt := state_of(model):
         require_observed(learnt)
     if plan.lora is None:
-        save_full(model, plan, run.full_model)
+        world().first_does(lambda: save_full(model, plan, run.full_model))
         return run.full_model
-    save_adapter(model, plan, run.adapter, run.initial_adapter if _changes_base(plan) else None)
+    initial = run.initial_adapter if _changes_base(plan) else None
+    weights = gathered(model) if plan.placement.sharded else None
+    world().first_does(lambda: save_adapter(model, plan, run.adapter, initial, weights))
     return run.adapter
 
 

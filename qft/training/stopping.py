@@ -5,10 +5,14 @@ from typing import Any
 
 from transformers import EarlyStoppingCallback
 
+from qft.distributed.world import world
 from qft.errors import Interrupted
 from qft.machine.signals import Deaf, Signals
 from qft.training.recorder import Recorder
 from qft.training.resuming import ResumingTrainer
+
+OTHERS = "SIGTERM"
+"""What is said to have come where it came to another process."""
 
 
 class StoppingTrainer(ResumingTrainer):
@@ -17,9 +21,18 @@ class StoppingTrainer(ResumingTrainer):
     def __init__(self, recorder: Recorder, signals: Signals, **arguments: Any) -> None:
         super().__init__(recorder, **arguments)
         self.signals, self.saves = signals, recorder.plan.recipe.train.save_on_signal
+        self.update: Any = None
+
+    def agree(self) -> None:
+        """Raise Interrupted if a signal has come to any process, in all of them."""
+        if world().sums([self.signals.asked is not None])[0]:
+            self.signals.asked = self.signals.asked or OTHERS
+            self.signals.check()
 
     def keep(self) -> None:
-        """Write a checkpoint of the step that was made last, unless there is one."""
+        """Write a checkpoint of the step that was made last, unless there is one, or other processes go on."""
+        if world().size > 1 and not self.update.asked:
+            return
         has_best = self.args.load_best_model_at_end and not self.is_in_train  # whose weights are no longer that step's
         if self.saves and self.state.global_step > self.kept and not has_best:
             self.signals.waits = False  # a second one ends it
@@ -43,19 +56,28 @@ class StoppingTrainer(ResumingTrainer):
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         return _deafened(super().get_eval_dataloader(*args, **kwargs))
 
+    @property
+    def stops(self) -> bool:
+        """Whether a signal ends the training behind this step; with other processes, one that all have agreed on."""
+        return self.update.asked if world().size > 1 else self.signals.asked is not None
+
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         if self.saves:
             self.signals.wait("the step under way is finished and a checkpoint written")
         return super().training_step(*args, **kwargs)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        if self.signals.asked:
+        if self.stops:
             self.postponed, self.control.should_evaluate = self.control.should_evaluate, False
         super()._maybe_log_save_evaluate(*args, **kwargs)
-        self.signals.check()
+        if self.stops:
+            self.signals.asked = self.signals.asked or OTHERS
+            self.signals.check()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """A signal cuts it off, and then it has not begun."""
+        if world().size > 1:  # the others would wait for this process: a signal is heard behind the next step
+            return super().evaluate(*args, **kwargs)
         stopping = [each for each in self.callback_handler.callbacks if isinstance(each, EarlyStoppingCallback)]
         waited = [each.early_stopping_patience_counter for each in stopping]
         try:

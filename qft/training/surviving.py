@@ -50,13 +50,16 @@ def halved(value: int, rows: int) -> int | None:
 
 def rows_of(batch: Batch, start: int, stop: int, multiple: int) -> Batch:
     """Some rows of a batch, padded as the collator would have padded them alone; the batch itself if those are all."""
-    if start == 0 and stop >= len(batch["input_ids"]):
+    if start == 0 and stop >= len(batch["rows"]):
         return batch
+    known = {name: batch[name][start:stop] for name in ("rows", "learnt_tokens", "lengths") if name in batch}
+    tensors = {name: each for name, each in batch.items() if isinstance(each, torch.Tensor)}
+    if len(batch["input_ids"]) < len(batch["rows"]):  # they lie side by side
+        first, count = (sum(map(sum, batch["lengths"][part])) for part in (slice(start), slice(start, stop)))
+        return known | {name: each[:, first : first + count].contiguous() for name, each in tensors.items()}
     longest = int(batch["attention_mask"][start:stop].sum(1).max())
     width = -(-longest // multiple) * multiple
-    part = {name: each[start:stop] for name, each in batch.items()}
-    padded = {name: part[name][:, :width].contiguous() for name in ("input_ids", "attention_mask", "labels")}
-    return part | padded
+    return known | {name: each[start:stop, :width].contiguous() for name, each in tensors.items()}
 
 
 OF_AN_EVALUATION, OF_ANSWERS = [Remedy(EVAL_ROWS, halved)], [Remedy(ANSWERED_ROWS, halved)]
@@ -141,7 +144,7 @@ class SurvivingTrainer(QftTrainer):
     def _in_parts(self, passed: Callable[..., torch.Tensor], model: Any, items: Any, batches: list[Batch]) -> Any:
         """The sum of the losses of `batches`, their gradients added up."""
         size, multiple = self.settings[ROWS], self.data_collator.multiple
-        starts = ((batch, start) for batch in batches for start in range(0, len(batch["input_ids"]), size))
+        starts = ((batch, start) for batch in batches for start in range(0, len(batch["rows"]), size))
         parts = (rows_of(batch, start, start + size, multiple) for batch, start in starts)
         return sum(passed(model, part, items) for part in parts)
 
@@ -152,7 +155,7 @@ class SurvivingTrainer(QftTrainer):
         return self._pass(self._taken)
 
     def _survive_step(self, work: Callable[[], T], again: Callable[[], T]) -> T:
-        return self._survive(work, self.of_a_step, max(len(batch["input_ids"]) for batch in self._taken), again)
+        return self._survive(work, self.of_a_step, max(len(batch["rows"]) for batch in self._taken), again)
 
     # The update
 

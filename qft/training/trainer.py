@@ -5,22 +5,29 @@ stays the Trainer's.
 """
 
 import math
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
 from qft.data.sources import some_places
-from qft.errors import NonFiniteError
+from qft.distributed.rows import Filled, FilledBatches, Places, real
+from qft.distributed.sharded import whole
+from qft.distributed.world import world
+from qft.errors import Elsewhere, ModelError, NonFiniteError
 from qft.kernels import keep
 from qft.machine.signals import Signals
 from qft.memory.checkpointing import CheckpointingProbe, checkpoint_first
 from qft.memory.distilled_loss import distilled_loss
 from qft.memory.fused_loss import COUNTS
 from qft.memory.meter import optimizer_bytes, tensor_bytes
+from qft.memory.packed import sequences_apart
 from qft.memory.stash import stash_inputs
 from qft.memory.unmasked import one_row_each
+from qft.model.adapter import CHANGES_BASE
 from qft.model.on_cpu import short_attention
 from qft.progress import Step
 from qft.training.recorder import Recorder
@@ -36,13 +43,16 @@ class QftTrainer(StoppingTrainer):
 
     def __init__(self, recorder: Recorder, signals: Signals, **arguments: Any) -> None:
         super().__init__(recorder, signals, **arguments)
+        self.mixed = recorder.plan.mixed if world().size > 1 else None
+        """Of an autocast beside accelerate's, which leaves it to FSDP2, that must cast nothing, and which is not asked
+        for an evaluation before the training."""
         self.on_nonfinite = recorder.plan.recipe.train.on_nonfinite
         self.probe = CheckpointingProbe(self.model) if "inputs" in recorder.plan.kept else None
         self.update = self._new_update()
         self._waiting: list[Update] = []
         """Updates that were made, or left out, and not told yet."""
         self._evaluated = [0.0, 0]
-        self._not_finite: list[torch.Tensor] = []
+        self._not_finite: list[Places] = []
         """Held-out rows, of a batch whose loss is not finite."""
         self.add_callback(_StepWatch(self))
 
@@ -60,16 +70,39 @@ class QftTrainer(StoppingTrainer):
         self.recorder.clock.enter("data")
         return super().get_batch_samples(*args, **kwargs)
 
+    def _get_dataloader(self, dataset: Any, *args: Any, sampler_fn: Any = None, **kwargs: Any) -> Any:
+        """The library's, of which each process takes its batches: as many as the others, each row once."""
+        if world().size == 1:
+            return super()._get_dataloader(dataset, *args, sampler_fn=sampler_fn, **kwargs)
+        draw = sampler_fn and (lambda filled: sampler_fn(filled.rows))
+        loader = super()._get_dataloader(Filled(dataset), *args, sampler_fn=draw, **kwargs)
+        shard = loader.batch_sampler
+        shard.batch_sampler = FilledBatches(shard.batch_sampler, world().size)
+        return loader
+
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         self.recorder.clock.enter("forward")
-        self.update.counts.append(torch.stack([inputs["attention_mask"].sum(), (inputs["labels"][:, 1:] >= 0).sum()]))
+        mask, fillers = inputs["attention_mask"], [i for i, row in enumerate(inputs["rows"]) if not real(row)]
+        tokens = mask.sum() - mask[fillers].sum() if fillers else mask.sum()
+        self.update.counts.append(torch.stack([tokens, (inputs["labels"][:, 1:] >= 0).sum()]))
+        self.update.row_count += sum(len(real(row)) for row in inputs["rows"])
         self.update.padded_tokens += inputs["input_ids"].numel()
         self.recorder.largest_micro_batch = max(self.recorder.largest_micro_batch, inputs["input_ids"].numel())
-        with short_attention() if self.recorder.plan.fewer_passes else nullcontext(), one_row_each():
+        short = short_attention() if self.recorder.plan.fewer_passes else nullcontext()
+        with short, self._told_apart(inputs) as told:
+            inputs.update(told)
             loss = super().training_step(model, inputs, num_items_in_batch)
         self.update.losses.append(loss)
         # The Trainer keeps a running sum, which one NaN would spoil for good; the watch below has seen it already.
         return torch.nan_to_num(loss, 0.0, 0.0, 0.0) if self.on_nonfinite == "skip" else loss
+
+    def _told_apart(self, inputs: dict[str, Any]) -> AbstractContextManager[dict[str, Any]]:
+        """In which no row, nor any sequence of a packed one, is seen by another; gives what else the model is told."""
+        lengths = inputs.pop("lengths", None)
+        if lengths is None:
+            return one_row_each()
+        rows, width = inputs["input_ids"].shape
+        return sequences_apart([sum(lengths, ())] if rows < len(lengths) else lengths, self.model, width)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         rows, counts = inputs.pop("rows"), inputs.pop("learnt_tokens")
@@ -83,9 +116,12 @@ class QftTrainer(StoppingTrainer):
                 return super().compute_loss(model, inputs, *args, **kwargs)
             finally:
                 self.label_smoother = smoother
-        self.update.rows.append(rows)
-        if self.recorder.unmasked and inputs.keys() <= OF_TEXT:
+        self.update.rows.append(sum(rows, ()))
+        packed = "position_ids" in inputs
+        if packed or (self.recorder.unmasked and inputs.keys() <= OF_TEXT):
             del inputs["attention_mask"]
+        if packed:
+            inputs["use_cache"] = False  # with one, transformers takes a row for one sequence
         if share := self.recorder.plan.recipe.quant.distill:
             loss = distilled_loss(model, inputs, kwargs.get("num_items_in_batch"), float(share))
         else:
@@ -93,15 +129,25 @@ class QftTrainer(StoppingTrainer):
         self.recorder.clock.enter("backward")
         return loss
 
+    def compute_loss_context_manager(self) -> Any:
+        entered = super().compute_loss_context_manager()
+        if self.mixed:
+            entered.enter_context(torch.autocast(self.args.device.type, dtype=self.mixed))
+        return entered
+
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         tokens = int((inputs["labels"][:, 1:] >= 0).sum())
         rows = inputs["rows"]
-        loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)
+        shared, self.args.average_tokens_across_devices = self.args.average_tokens_across_devices, False
+        try:  # of this process's rows alone: sums are added up in the end
+            loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)
+        finally:
+            self.args.average_tokens_across_devices = shared
         if tokens:
             self._evaluated[0] += float(loss) * tokens
             self._evaluated[1] += tokens
         if tokens and not math.isfinite(loss):
-            self._not_finite.append(rows)
+            self._not_finite.append(sum(rows, ()))
         return loss, logits, labels
 
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
@@ -109,28 +155,53 @@ class QftTrainer(StoppingTrainer):
         Raises NonFiniteError."""
         self.tell()
         self._evaluated, self._not_finite = [0.0, 0], []
+        self._leave_unprepared()
         self.recorder.clock.enter("")
         with self.untouched_random():  # so that when it is evaluated changes nothing of what is learnt
             output = super().evaluation_loop(dataloader, description, *args, **kwargs)
-        if self._not_finite:
-            raise NonFiniteError(
-                f"step {self.state.global_step}: the loss of held-out rows is not finite. "
-                f"{self._rows_told(self._not_finite)}. Look at them, or hold the model in another model.dtype"
+        total, tokens, wrong = world().sums([*self._evaluated, len(self._not_finite)])
+        if wrong:
+            self._refuse(
+                f"step {self.state.global_step}: the loss of held-out rows is not finite. {{}}. "
+                "Look at them, or hold the model in another model.dtype",
+                self._not_finite,
             )
-        total, tokens = self._evaluated
         output.metrics.update(eval_loss=total / tokens if tokens else math.nan, eval_tokens=tokens)
         return output
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """The Trainer's norm before clipping, noted."""
-        self.update.grad_norm = super()._get_grad_norm(model, grad_norm)
+        self.update.grad_norm = whole(super()._get_grad_norm(model, grad_norm))
         return self.update.grad_norm
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        plan = self.recorder.plan
+        if plan.placement.strategy == "ddp" and not plan.recipe.adapter.init_lora_weights.startswith(CHANGES_BASE):
+            # Each process has loaded the same: DDP would send all of it from one to the others.
+            frozen = [name for name, p in self.model.named_parameters() if not p.requires_grad]
+            names = [*frozen, *(name for name, _ in self.model.named_buffers())]
+            self.model._ddp_params_and_buffers_to_ignore = names
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if world().size > 1 and not isinstance(prepared[0], DistributedDataParallel | FSDPModule):
+            raise ModelError("accelerate has left the model as it is, and no gradients would be shared")
+        if self.recorder.gate:
+            self.recorder.gate.arm()
+            self.recorder.sharded(self.model)
+        return prepared
+
+    def _leave_unprepared(self) -> None:
+        """Before the training each process evaluates with all weights: of a model that it has prepared for that,
+        accelerate would later share no gradients, nor shard it."""
+        if world().size > 1 and not self.accelerator._models:
+            self.accelerator._models.append(self.model)
 
     def before_update(self) -> None:
         """Look at what the step came to, and refuse its update if that is not finite. Where the optimizer can leave it
         out by itself, it is looked at when the next step is on its way: the device need not wait for the host."""
         update, recorder = self.update, self.recorder
         recorder.clock.enter("optimizer")
+        if recorder.gate and not recorder.steps[len(recorder.earlier.steps) :]:
+            recorder.gate.require()
         if not recorder.bytes["gradients"]:
             gradients = (p.grad for p in self.model.parameters() if p.grad is not None)
             recorder.bytes["gradients"] = tensor_bytes(gradients)
@@ -144,27 +215,32 @@ class QftTrainer(StoppingTrainer):
                 self.model.zero_grad(set_to_none=True)  # without gradients nothing is changed, decay included
 
     def _waits_for_nothing(self) -> bool:
-        on_gpu = self.args.device.type == "cuda" and not self.args.fp16
+        # What several processes are to leave out they must agree on.
+        on_gpu = self.args.device.type == "cuda" and not self.args.fp16 and world().size == 1
         return on_gpu and skips_by_itself(self.optimizer.optimizer)
 
     def _look_at(self, update: Update) -> None:
         """Raises NonFiniteError, or has the update skipped, if what it was made of is not finite."""
-        update.read()
+        update.read(asked=self.signals.asked is not None)
         if not update.is_bad(scaled=self.args.fp16):
             return
         if self.on_nonfinite == "stop":
-            bad, rows = update.bad_batches, update.rows
-            what = "the loss" if bad else "the gradient norm"
-            told = self._rows_told([rows[i] for i in bad] if bad else rows)
-            raise NonFiniteError(
-                f"step {update.step or self.state.global_step + 1}: {what} is not finite, and the update was not made. "
-                f"{told}. Look at them, lower train.learning_rate, or set train.on_nonfinite: skip"
+            step, some, rows = update.step or self.state.global_step + 1, update.sums[1], update.rows
+            what = "the loss" if some else "the gradient norm"
+            self._refuse(
+                f"step {step}: {what} is not finite, and the update was not made. {{}}. "
+                "Look at them, lower train.learning_rate, or set train.on_nonfinite: skip",
+                [rows[i] for i in update.bad_batches] if some else rows,
             )
         update.skipped = True
 
-    def _rows_told(self, rows: list[torch.Tensor]) -> str:
+    def _refuse(self, text: str, rows: list[Places]) -> None:
+        """End all processes; the first says `text`, with the rows of all."""
+        found = [each for of_rank in world().gather(real(sum(rows, ()))) for each in of_rank]
+        if not world().first:
+            raise Elsewhere(NonFiniteError.exit_code)
         place = self.recorder.plan.data.place
-        return f"Rows of the batch: {some_places([place(source, row) for source, row in torch.cat(rows).tolist()])}"
+        raise NonFiniteError(text.format(f"Rows of the batch: {some_places([place(*each) for each in found])}"))
 
     def after_update(self) -> None:
         """Tell the recorder of the step, or, where it would have to be waited for, of the one before it."""
@@ -209,17 +285,17 @@ class QftTrainer(StoppingTrainer):
             assert update.ended
             update.ended.wait()
             self.recorder.clock.settle()
-            *losses, norm, tokens, supervised = update.numbers
+            loss, _, _, tokens, supervised, padded, rows = update.sums
             self.recorder.step(
                 Step(
                     step=update.step,
-                    loss=sum(losses),
+                    loss=loss,
                     learning_rate=update.learning_rate,
-                    grad_norm=norm,
+                    grad_norm=update.numbers[len(update.losses)],
                     tokens=int(tokens),
-                    padded_tokens=update.padded_tokens,
+                    padded_tokens=int(padded),
                     supervised_tokens=int(supervised),
-                    rows=sum(len(rows) for rows in update.rows),
+                    rows=int(rows),
                     seconds=update.ended.seconds_since(update.started),
                     memory=update.memory,
                     peak_memory=update.peak_memory,

@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 
+from qft.distributed.rows import Places
+from qft.distributed.world import world
+
 
 class Moment:
     """A point in the work of the device; where there is a GPU, of its stream."""
@@ -64,7 +67,9 @@ class Update:
     losses: list[torch.Tensor] = field(default_factory=list)
     counts: list[torch.Tensor] = field(default_factory=list)
     """Tokens, and supervised ones."""
-    rows: list[torch.Tensor] = field(default_factory=list)
+    rows: list[Places] = field(default_factory=list)
+    row_count: int = 0
+    """Without fillers."""
     padded_tokens: int = 0
     grad_norm: Any = 0.0
     learning_rate: float = 0.0
@@ -75,6 +80,9 @@ class Update:
     ended: Moment | None = None
     numbers: list[float] = field(default_factory=list)
     """The losses, the norm, and the two sums of the counts, once they are read."""
+    sums: list[float] = field(default_factory=list)
+    """Of all processes: losses; how many have one that is not finite, and a signal; tokens, supervised ones, padded
+    ones, rows."""
     skipped: bool = False
     entry: LogEntry | None = None
 
@@ -86,15 +94,27 @@ class Update:
         self._sent = Sent(numbers)
         return numbers
 
-    def read(self) -> None:
-        """Wait for them, if they are not there yet."""
-        if not self.numbers:
-            self.numbers = self._sent.read()
+    def read(self, *, asked: bool) -> None:
+        """Wait for them, if they are not there yet, and add up with the other processes; `asked`: a signal has come to
+        this one. The loss of each is times their number, as the Trainer has it, whose gradients are averaged."""
+        if self.numbers:
+            return
+        self.numbers = self._sent.read()
+        *losses, _, tokens, supervised = self.numbers
+        loss = sum(losses) / world().size
+        self.sums = world().sums(
+            [loss, bool(self.bad_batches), asked, tokens, supervised, self.padded_tokens, self.row_count]
+        )
 
     def is_bad(self, *, scaled: bool) -> bool:
         """Whether a loss, or the norm, is not finite. Under loss scaling (`scaled`) an overflowing gradient is
         everyday: the scaler itself skips the step and lowers its scale."""
-        return bool(self.bad_batches) or (not math.isfinite(self.numbers[len(self.losses)]) and not scaled)
+        return bool(self.sums[1]) or (not math.isfinite(self.numbers[len(self.losses)]) and not scaled)
+
+    @property
+    def asked(self) -> bool:
+        """Whether a signal has come to any process."""
+        return bool(self.sums and self.sums[2])
 
     @property
     def bad_batches(self) -> list[int]:

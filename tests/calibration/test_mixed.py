@@ -14,7 +14,8 @@ import yaml
 from qft.calibration.skip_auto import choose_skip_modules
 from qft.commands.evaluate import EvalOptions, evaluate
 from qft.commands.train import train
-from qft.documents.training import Report, SkippedModules
+from qft.documents.skipped import SkippedModules
+from qft.documents.training import Report
 from qft.errors import QftError, RecipeError, RunError
 from qft.model.load import load_base
 from qft.plan import make_plan

@@ -259,7 +259,7 @@ def test_saving_leaves_the_lines_before_alone(session: Session, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("/sing", "/sing: is none of /reset, /system, /save, /help and /quit"),
+        ("/sing", "/sing: is none of /reset, /system, /image, /save, /help and /quit"),
         ("/save said.txt", "name a .jsonl file"),
         ("/save", "name a .jsonl file"),
         ("/save none.jsonl", "nothing was said yet"),

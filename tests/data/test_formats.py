@@ -138,9 +138,9 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "a picture": (
         "messages",
         messages(USER | {"content": [{"type": "image", "text": "x"}]}),
-        "messages.0.content: only .* text",
+        "messages.0.content.0: names no image",
     ),
-    "a part that is a text": ("messages", messages(USER | {"content": ["hi"]}), "messages.0.content: only .* text"),
+    "a part that is a text": ("messages", messages(USER | {"content": ["hi"]}), "messages.0.content.0: only .* text"),
     "a call that is a text": (
         "messages",
         messages(USER, ASSISTANT | {"tool_calls": "add(1)"}),

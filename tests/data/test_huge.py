@@ -70,3 +70,14 @@ def test_a_row_of_many_turns_that_fits_is_as_before(monkeypatch: pytest.MonkeyPa
     counted = encoded("messages", row, 4096)
     monkeypatch.setattr(template, "MANY", 10**6)
     assert counted == encoded("messages", row, 4096)
+
+
+@pytest.mark.parametrize("turns", [40, 8000])
+def test_turns_that_are_cut_off_are_not_rendered_one_by_one(turns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"messages": [turn for i in range(turns) for turn in chat(f"q{i}", f"a{i}" * (i % 5 + 1))["messages"]]}
+    [cut] = encoded("messages", row, 512, on_too_long="truncate")
+    assert cut.truncated
+    assert len(cut.input_ids) == 512
+    if turns == 40:
+        monkeypatch.setattr("qft.data.rendering.FEW", turns)
+        assert [cut] == encoded("messages", row, 512, on_too_long="truncate")

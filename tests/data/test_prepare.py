@@ -355,10 +355,10 @@ def row(length: int, source: int = 0, number: int = 0) -> dict[str, Any]:
 def test_a_batch_is_padded_on_the_right_to_a_multiple(lengths: list[int], multiple: int, width: int) -> None:
     batch = Collator(pad=2, multiple=multiple)([row(n, source=7, number=2**40 + n) for n in lengths])
     assert batch.pop("learnt_tokens") == tuple(n - 1 for n in lengths), "labels behind the first"
+    assert batch.pop("rows") == tuple(((7, 2**40 + n),) for n in lengths)
     assert {name: tensor.dtype for name, tensor in batch.items()} == dict.fromkeys(
-        ["input_ids", "attention_mask", "labels", "rows"], torch.int64
+        ["input_ids", "attention_mask", "labels"], torch.int64
     )
-    assert batch["rows"].tolist() == [[7, 2**40 + n] for n in lengths]
     for i, n in enumerate(lengths):
         rest = width - n
         assert batch["input_ids"][i].tolist() == row(n)["input_ids"] + [2] * rest

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from qft.model.adapter import with_adapter
 from qft.model.load import load_base
 from qft.model.merge import MergedWeights
 from qft.plan import plan_model
+from qft.quant import grouped
+from qft.quant.hold import SCHEMES
+from qft.quant.product import Factors, View
+from qft.quant.stacked import Stacked
 from qft.recipe import load
 from qft.recipe.load import from_values
+from qft.recipe.training import QuantSection
 from tests.support.mixtures import write_mixture
 from tests.support.runs import MODES, trained
 
@@ -53,3 +60,25 @@ def test_the_merged_model_is_what_was_trained(kind: str, tmp_path: Path) -> None
         meant, made = (model(ids).logits.float() for model in (adapted, merged))
     # Routers choose between scores that differ by less than bfloat16 rounds: some tokens go elsewhere.
     assert ((made - meant).abs().mean() / meant.abs().mean()).item() < 0.1
+
+
+@pytest.mark.parametrize("at_once", [1, 2**20, 2**27])
+def test_the_grouped_kernel_comes_to_what_a_loop_does(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One expert at a time, four, all; the third has no rows."""
+    torch.manual_seed(0)
+    scheme = SCHEMES["4bit"](QuantSection(mode="4bit"), "bfloat16", ())
+    store = scheme.stack(torch.randn(8, 256, 512, device="cuda", dtype=torch.bfloat16))
+    sizes = [3, 40, 0, 5, 1, 129, 64, 7]
+    ends = torch.tensor(sizes, device="cuda").cumsum(0, dtype=torch.int32)
+    shapes = [(8, 256, 8), (8, 8, 512), (sum(sizes), 256)]
+    left, right, x = (torch.randn(shape, device="cuda").requires_grad_() for shape in shapes)
+    gradient = torch.randn(sum(sizes), 512, device="cuda", dtype=torch.bfloat16)
+    monkeypatch.setattr(grouped, "AT_ONCE", at_once)
+    found = []
+    for kernels in (set[str](), {"cuda"}):
+        monkeypatch.setattr(grouped, "KERNELS", kernels)
+        weight: Any = Stacked(View(store, torch.bfloat16, None, Factors(left, right, 0.5)))
+        made = functional.grouped_mm(x.bfloat16(), weight, offs=ends)
+        found.append((made, *torch.autograd.grad(made, (left, right, x), gradient)))
+    for loop, kernel in zip(*found, strict=True):
+        assert ((kernel - loop).float().norm() / loop.float().norm()).item() < 0.02

@@ -109,7 +109,7 @@ def test_a_quantized_checkpoint_is_not_trained_in_full(nf4_folder: Path, recipe_
     assert "adapter.kind" in refusal(path, RecipeError)
 
 
-@pytest.mark.parametrize(("method", "message"), [("higgs", "cannot train adapters"), ("gptq", "optimum")])
+@pytest.mark.parametrize(("method", "message"), [("higgs", "cannot train adapters"), ("fp8", "set model.dequantize")])
 def test_a_quantizer_without_training_is_named(
     method: str, message: str, recipe_file: RecipeFile, tmp_path: Path
 ) -> None:

@@ -129,5 +129,7 @@ def test_the_kernel_of_a_gpu_comes_to_the_same(at_once: int, way: str, monkeypat
     for kernels in (set[str](), {"cpu"}):
         monkeypatch.setattr(grouped, "KERNELS", kernels)
         made = WAYS[way].asked(Stacked(View(stack("8bit", weight), x.dtype, None, Factors(left, right, 0.5))), x)
-        found.append((made, *torch.autograd.grad(made, leaves, gradient)))
+        gradients = torch.autograd.grad(made, leaves, gradient)
+        meant = slice(-2) if way.startswith("grouped") else slice(None)  # the last two rows are nobody's
+        found.append((made[meant], *gradients[:2], gradients[2][meant]))
     torch.testing.assert_close(found[0], found[1], rtol=0.05, atol=0.1)

@@ -20,11 +20,13 @@ from peft import LoraConfig
 from pydantic import BaseModel
 from transformers import BitsAndBytesConfig
 
+from qft.distributed.world import Ranks
 from qft.errors import QftError
 from qft.model.adapter import attach_adapter
 from qft.model.load import load_base
 from qft.plan import Plan, make_plan, plan_calibration
 from qft.recipe import Recipe, Source, load
+from qft.recipe.data import AuditSection
 from qft.run.folder import Run
 from qft.training.session import training_arguments
 from tests.support.architectures import write_model
@@ -50,6 +52,11 @@ def lora(plan: Plan) -> Any:
 
 def rows(plan: Plan) -> Any:
     return [part.to_list() if part else None for part in (plan.data.train, plan.data.eval)]
+
+
+def batched(plan: Plan) -> Any:
+    """What shares a row, and what rows of a batch are laid out as."""
+    return [getattr(plan.data.batched, "packs", None), plan.recipe.data.is_packed]
 
 
 def model(plan: Plan) -> Any:
@@ -86,6 +93,12 @@ def calibration(plan: Plan) -> Any:
     planned = plan_calibration(plan.model.loaded)
     document = planned.document().model_dump(exclude={"data": {"sources"}})
     return document, planned.data.windows, planned.data.verify.to_list()
+
+
+def together(plan: Plan) -> Any:
+    """The same by two processes: how each holds the model, and TrainingArguments."""
+    both = make_plan(plan.model.loaded, found=Ranks(0, 2, 0, 2))
+    return both.placement, both.training
 
 
 class Case(NamedTuple):
@@ -157,6 +170,8 @@ CASES: dict[str, Case] = {
     "data.max_length": Case("34", rows, ("data.on_too_long=truncate",)),
     "data.on_too_long": Case("truncate", rows, ("data.max_length=34", "data.on_too_long=skip")),
     "data.on_bad_row": Case("skip", rows, ("data.train=bad.jsonl",)),
+    "data.packing": Case("true", batched),
+    "data.padding_free": Case("true", batched),
     "data.loss_on": Case("all", rows),
     "data.ignore_fields": Case("[messages.aside]", rows, ("data.chat_template=aside.jinja", "data.train=asides.jsonl")),
     "data.template": Case("none", rows, ("data.train=both.jsonl", "data.format=alpaca")),
@@ -181,6 +196,11 @@ CASES: dict[str, Case] = {
     "train.optim": Case("adamw_8bit", training),
     "train.gradient_checkpointing": Case("true", training),
     "train.chunked_loss": Case("true", lambda plan: plan.logit_bytes),
+    "distributed.strategy": Case("fsdp2", together),
+    "distributed.gpus": Case("2", training),
+    "distributed.nodes": Case("2", training),
+    "distributed.global_batch": Case("4", training),
+    "distributed.timeout": Case("60", together),
     "memory.checkpoints": Case("host", lambda plan: plan.checkpoints),
     "memory.budget": Case("1GiB", lambda plan: plan.memory.budget_bytes),
     "train.kernels": Case("plain", lambda plan: plan.kernels),
@@ -223,6 +243,9 @@ CASES: dict[str, Case] = {
 }
 
 ELSEWHERE = {
+    "checkpoint/test_packed.py": {
+        "model.dequantize": "test_every_layout_is_read_as_what_it_means",
+    },
     "checkpoint/test_weights.py": {
         "model.ignore_unexpected": "test_unexpected_tensors_can_be_meant",
     },
@@ -252,6 +275,9 @@ ELSEWHERE = {
     "training/test_surviving.py": {
         "memory.on_oom": "test_fail_stops_at_the_first_time_and_says_what_helps",
     },
+    "distributed/test_launch.py": {
+        "distributed.max_restarts": "test_max_restarts_starts_all_again",
+    },
     "training/test_qat.py": {
         "quant.fake_quant_after_steps": "test_rounding_begins_when_it_is_asked_to",
         "quant.freeze_observers_after_steps": "test_the_range_of_activations_is_frozen",
@@ -280,6 +306,10 @@ ELSEWHERE = {
         "export.gate.top1_agreement": "test_the_recipes_thresholds_win",
         "export.gate.perplexity_increase": "test_the_recipes_thresholds_win",
     },
+    "gguf/test_converter.py": {
+        "export.converter": "test_fields_that_do_not_fit_are_refused",
+        "export.converter_path": "test_what_it_writes_passes_the_gate",
+    },
     "export/test_publish.py": {
         "export.register_as": "test_the_recipe_names_the_model_and_its_registry",
         "export.registry": "test_the_recipe_names_the_model_and_its_registry",
@@ -291,6 +321,9 @@ ELSEWHERE = {
     "model/test_models.py": {
         "eval.max_new_tokens": "test_answers_come_in_batches_and_end_at_the_limit",
         "eval.batch_size": "test_answers_come_in_batches_and_end_at_the_limit",
+    },
+    "data/test_audit.py": {
+        f"data.audit.{name}": "test_each_level_is_asked_for_by_its_field" for name in AuditSection.model_fields
     },
     "measure/test_harness.py": {
         "eval.harness": "test_every_kind_of_target_is_asked",

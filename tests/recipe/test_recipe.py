@@ -329,7 +329,7 @@ def test_every_field_is_described() -> None:
     for section in sections():
         named = {name for name, field in section.model_fields.items() if not field.description}
         assert named <= (
-            {"model", "quant", "adapter", "data", "train", "memory", "eval", "calibrate", "export"}
+            {"model", "quant", "adapter", "data", "train", "memory", "distributed", "eval", "calibrate", "export"}
             if section is Recipe
             else set()
         )

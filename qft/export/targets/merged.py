@@ -1,6 +1,5 @@
 """16-bit safetensors of base and adapter in one, written one block after the other: the whole is never in memory."""
 
-from dataclasses import replace
 from pathlib import Path
 
 from qft.checkpoint.weights import Weights
@@ -31,8 +30,7 @@ vLLM: `vllm serve FOLDER`.
         job.weights.write(folder)
 
     def reader(self, job: Job, folder: Path) -> Read:
-        written = replace(job.plan.checkpoint, folder=folder, gguf_file=None, hub_id=None)
-        return Weights(written, job.weights.model).find
+        return Weights(job.plan.checkpoint.written_to(folder), job.weights.model).find
 
 
 def merged_folder(job: Job) -> Path:

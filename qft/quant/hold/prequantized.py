@@ -1,6 +1,6 @@
 """Checkpoints that come quantized: what they are, whether adapters train on them, what a recipe may still say."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,16 @@ BNB_KEYS = {
     "quant_storage": "bnb_4bit_quant_storage",
     "threshold": "llm_int8_threshold",
 }
+
+DEQUANTIZABLE = ("compressed-tensors", "gptq", "awq", "fp8", "fbgemm_fp8", "mxfp4", "bitsandbytes")
+"""Methods whose weights model.dequantize can have dequantized."""
+
+ROUNDS_INPUTS = ("fp8", "fbgemm_fp8")
+
+
+def _groups(quantization: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
+    """Of compressed-tensors."""
+    return (quantization.get("config_groups") or {}).values()
 
 
 def _method(quantization: Mapping[str, Any]) -> str:
@@ -62,40 +72,53 @@ def _is_ours_or_known(mode: str) -> bool:
 
 def _remedy(mode: str) -> str:
     if _is_ours_or_known(mode):
-        return "remove the quant section"
+        other = ", or set model.dequantize to true" if mode in ("4bit", "8bit", *DEQUANTIZABLE) else ""
+        return f"remove the quant section{other}"
     return "set quant.mode to custom and quant.plugin to the file that made it"
 
 
 def checkpoint_problems(quantization: Mapping[str, Any], recipe: Recipe) -> Iterator[Problem]:
-    """What of the recipe cannot be trained on weights that come so."""
+    """What of the recipe cannot be trained on weights that come so, and are held by transformers."""
+    if reason := _untrainable(quantization):
+        yield "model.path", reason
+    yield from packed_problems(quantization, recipe)
+
+
+def packed_problems(quantization: Mapping[str, Any], recipe: Recipe) -> Iterator[Problem]:
+    """What of the recipe cannot be trained on weights that come so, whoever holds them."""
     if recipe.adapter.kind == "none":
         yield (
             "adapter.kind",
             f"the checkpoint is quantized ({_method(quantization)}), and quantized weights cannot be trained "
-            "themselves: set it to lora",
+            f"themselves: set it to lora, or {_instead(_method(quantization))}",
         )
-    if reason := _untrainable(quantization):
-        yield "model.path", reason
     if recipe.train.torch_compile:
         yield "train.torch_compile", "a quantized base cannot be compiled for training; set it to false"
     if recipe.adapter.init_lora_weights not in ("default", "gaussian"):
         yield (
             "adapter.init_lora_weights",
-            f"{recipe.adapter.init_lora_weights} needs the unquantized weights, and this checkpoint has none",
+            f"{recipe.adapter.init_lora_weights} needs unquantized weights, and this checkpoint has none: "
+            f"{_instead(_method(quantization))}",
         )
 
 
 def _untrainable(quantization: Mapping[str, Any]) -> str | None:
     """Why adapters cannot be trained on such weights, by the quantizer's own word; None if they can."""
     name = _method(quantization)
+    if name in ROUNDS_INPUTS or any(group.get("input_activations") for group in _groups(quantization)):
+        text = "whose layers round activations too where a kernel is there, and are plain 16-bit ones where none is"
+        return f"the checkpoint is quantized with {name}, {text}; {_instead(name)}"
     try:
         quantizer = AutoHfQuantizer.from_config(dict(quantization), pre_quantized=True)
     except (ImportError, ValueError, TypeError, KeyError) as error:
-        return f"the checkpoint is quantized with {name}, which cannot be used here: {str(error).splitlines()[0]}"
+        reason = str(error).splitlines()[0]
+        return f"the checkpoint is quantized with {name}, which cannot be used here: {reason}; {_instead(name)}"
     # That of compressed-tensors (transformers 5.24) does not know until a model is loaded; peft then finds no weights.
     if getattr(quantizer, "is_trainable", False):
         return None
-    return (
-        f"the checkpoint is quantized with {name}, on which transformers cannot train adapters: "
-        "start from the unquantized model and set quant.mode to 4bit or 8bit"
-    )
+    return f"the checkpoint is quantized with {name}, on which transformers cannot train adapters: {_instead(name)}"
+
+
+def _instead(method: str) -> str:
+    plain = "start from the unquantized model"
+    return f"set model.dequantize to true and hold it as quant says, or {plain}" if method in DEQUANTIZABLE else plain

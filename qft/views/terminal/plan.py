@@ -11,10 +11,11 @@ from qft.documents.plan import (
     PlannedExperts,
     PlannedStage,
 )
+from qft.views.terminal.gpus import render_gpus
 from qft.views.terminal.memory import render_memory
 from qft.views.terminal.rows import Shown, render_data
 from qft.views.terminal.table import Facts, Rows, Whole, bullets, spaced
-from qft.views.words import share_held, si, size
+from qft.views.words import count, share_held, si, size
 
 
 def render_plan(plan: PlanDocument | CalibrationCheck) -> Group:
@@ -24,6 +25,8 @@ def render_plan(plan: PlanDocument | CalibrationCheck) -> Group:
         parts.append(_stages(plan.stages))
     if plan.kind == "plan" and plan.memory:
         parts.append(render_memory(plan.memory, " of the stage that takes most" if plan.stages else ""))
+    if plan.kind == "plan" and plan.gpus:
+        parts.append(render_gpus(plan.gpus))
     if plan.calibration:
         parts.append(_calibration(plan.calibration))
     if plan.kind == "plan" and plan.exports:
@@ -108,12 +111,16 @@ def _add_matches(rows: Facts, matched: dict[str, dict[str, int]]) -> None:
 
 def _training(plan: PlanDocument) -> Facts:
     training, data = plan.training, plan.data
-    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    gpus = plan.gpus.gpus * plan.gpus.nodes if plan.gpus else 1
+    passes = training.gradient_accumulation_steps * gpus
+    batch = training.per_device_train_batch_size * passes
     precision = "bf16" if training.bf16 else "fp16" if training.fp16 else "off"
     rows = Facts("Training")
-    rows.add("steps", f"{plan.steps} of {batch} rows ({training.gradient_accumulation_steps} accumulated)")
+    rows.add("steps", f"{plan.steps} of {batch} rows ({passes} accumulated{f' by {gpus} GPUs' if gpus > 1 else ''})")
     longest = f"; of {data.max_length:,} tokens at most" if data.max_length else ""
     rows.add("rows", f"{data.train_rows:,} to train on, {data.eval_rows:,} held out{longest}")
+    if data.packed_rows is not None:
+        rows.add("", f"packed: {count(data.train_rows, 'example')} in {data.packed_rows:,} rows")
     if data.chat_template:
         known = {"model": "the model's own", "none": "none: answers follow their questions, then the end token"}
         rows.add("chat template", known.get(data.chat_template) or Whole(data.chat_template))

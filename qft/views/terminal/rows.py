@@ -4,9 +4,10 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby, pairwise
 from pathlib import Path
 
-from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 
-from qft.documents.plan import DataPart, ShownRow, ShownToken, SourceFacts
+from qft.documents.plan import DataPart, SourceFacts
+from qft.documents.rows import ShownRow, ShownToken
 from qft.views.terminal.table import Rows, Whole, bullets
 from qft.views.words import CONTROLS, count
 
@@ -24,7 +25,21 @@ def render_data(data: DataPart) -> Group:
     unforeseen = "what a tower takes while it looks at them is not in the predicted memory"
     seen = (f"{_name(s)}: {count(s.images, 'image')}; {unforeseen}" for s in data.sources if s.images)
     told = [*seen, *map(_split, filter(_is_split, data.sources))]
-    return Group(rows, *bullets(told), *bullets(_unread(data), "yellow"))
+    told += _lengths(data)
+    return Group(rows, *bullets(told), *_findings(data), *bullets(_unread(data), "yellow"))
+
+
+def _lengths(data: DataPart) -> Iterator[str]:
+    if lengths := data.lengths:
+        shares = ", ".join(f"{name} {getattr(lengths, name):,}" for name in ("p5", "p50", "p95", "p99", "longest"))
+        yield f"tokens of a row: {shares}; {lengths.padding_share:.0%} of what batches compute is padding"
+
+
+def _findings(data: DataPart) -> Iterator[RenderableType]:
+    for finding in data.findings:
+        places = f" ({', '.join(finding.places)})" if finding.places else ""
+        text = f"{finding.name}: {finding.text}{places}: {finding.remedy}"
+        yield from bullets([text], "red" if finding.level == "error" else "yellow")
 
 
 def _name(source: SourceFacts) -> str:

@@ -1,0 +1,87 @@
+"""How long rows take to become tokens: read, rendered, encoded, masked and looked at; again from the cache; and one row
+of tens of megabytes.
+
+    python benchmarks/data.py [--rows 100000] [--num-proc auto]
+
+Chats of English words with a BPE vocabulary of 8,000 that is trained on benchmarks/english.txt, and ChatML.
+"""
+
+import argparse
+import json
+import os
+import random
+import resource
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from qft.data.audit import audit
+from qft.data.prepare import Prepared, prepare
+from qft.recipe.data import AuditSection, DataSection
+from tests.support.models import CHATML
+
+ENGLISH = Path(__file__).parent / "english.txt"
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    made = Tokenizer(models.BPE())
+    made.decoder = decoders.ByteLevel()
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    special = ["<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    made.train([str(ENGLISH)], trainers.BpeTrainer(vocab_size=8000, special_tokens=special, initial_alphabet=alphabet))
+    fast = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|im_end|>")
+    fast.chat_template = CHATML
+    return fast
+
+
+def chat(draw: random.Random, words: list[str], least: int, most: int) -> list[dict[str, str]]:
+    sizes = draw.randint(5, 25), draw.randint(least, most)
+    texts = [" ".join(draw.choices(words, k=size)) for size in sizes]
+    return [{"role": role, "content": text} for role, text in zip(("user", "assistant"), texts, strict=True)]
+
+
+def timed(name: str, path: Path, **data: Any) -> None:
+    asked = DataSection.model_validate({"train": str(path), "max_length": 2048, **data})
+    started, made = time.perf_counter(), tokenizer()
+    trained = time.perf_counter() - started
+    rows: Prepared = prepare(asked, made, 0)
+    encoded = time.perf_counter() - started - trained
+    findings = audit(rows, AuditSection())
+    seconds = time.perf_counter() - started - trained
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    found = ", ".join(f"{each.name} {each.rows}" for each in findings) or "none"
+    print(
+        f"{name:>28}: {seconds:6.2f} s ({encoded:.2f} s of it to read and encode), {len(rows.train):,} rows, "
+        f"{rows.sources[0].tokens:,} tokens; at most {peak:.2f} GiB; findings: {found}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--num-proc", default="auto")
+    asked = parser.parse_args()
+    processes = asked.num_proc if asked.num_proc == "auto" else int(asked.num_proc)
+    draw, words = random.Random(0), ENGLISH.read_text().split()
+    with tempfile.TemporaryDirectory() as made:
+        os.environ["QFT_CACHE"] = f"{made}/cache"
+        short, long = Path(made, "short.jsonl"), Path(made, "long.jsonl")
+        with short.open("w") as stream:
+            for _ in range(asked.rows):
+                stream.write(json.dumps({"messages": chat(draw, words, 5, 60)}) + "\n")
+        with long.open("w") as stream:
+            turns = [turn for _ in range(50_000) for turn in chat(draw, words, 80, 120)]
+            stream.write(json.dumps({"messages": turns}) + "\n")
+        timed("short chats", short, num_proc=processes)
+        timed("the same again", short, num_proc=processes)
+        timed(f"a row of {long.stat().st_size / 1e6:.0f} MB, cut", long, on_too_long="truncate")
+
+
+if __name__ == "__main__":
+    main()

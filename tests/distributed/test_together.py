@@ -1,0 +1,151 @@
+"""Two processes on a CPU learn what one does, in one run folder, and end together."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qft.run.checkpoint import checkpoints_in, newest_whole, step_of
+from qft.training.trainer import QftTrainer
+from tests.support.models import byte_tokenizer, tiny_llama
+from tests.support.once import once
+from tests.support.rows import chat, write_jsonl
+from tests.support.runs import adapter, run
+from tests.support.together import at_step, together
+
+RecipeFile = Callable[..., Path]
+STEPS, MICRO, PASSES, ROWS = 6, 3, 4, 37
+"""Two epochs, and a part: rows divide neither by a micro-batch nor by an update."""
+
+
+def recipe(folder: Path, model: Path, name: str, **sections: Any) -> Path:
+    rows = [chat(f"say {i}", f"it is {i * 7}" * (1 + i % 3)) for i in range(ROWS)]
+    made = {
+        "model": {"path": str(model), "device": "cpu"},
+        "quant": {"preset": "finetune", "quant_storage": "bfloat16"},
+        "adapter": {"r": 4},
+        "data": {"train": str(write_jsonl(folder / "rows.jsonl", rows)), "eval_fraction": 0.2, "max_length": 128},
+        "train": {
+            "per_device_train_batch_size": MICRO,
+            "gradient_accumulation_steps": PASSES,
+            "max_steps": STEPS,
+            "learning_rate": 0.01,
+            "warmup_steps": 0.0,
+            "kernels": "plain",
+            "save_strategy": "steps",
+            "save_steps": 2,
+            "save_total_limit": None,
+            "report_to": [],
+        },
+        "output_dir": str(folder / name),
+    }
+    for section, fields in sections.items():
+        made[section] = {**made.get(section, {}), **fields}  # type: ignore[dict-item]
+    path = folder / f"{name}.yaml"
+    path.write_text(json.dumps(made))
+    return path
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of one process: the model, and its run."""
+
+    def make(folder: Path) -> None:
+        tiny_llama(intermediate_size=64).save_pretrained(folder / "model")
+        byte_tokenizer().save_pretrained(folder / "model")
+        run(recipe(folder, folder / "model", "one"))
+
+    return once(tmp_path_factory, "together", make)
+
+
+def losses(folder: Path) -> list[float]:
+    return [each[1] for each in report(folder)["loss"]["history"]]
+
+
+def report(folder: Path) -> Any:
+    return json.loads((folder / "report.json").read_text())
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_learn_what_one_does(strategy: str, one: Path, tmp_path: Path) -> None:
+    path = recipe(tmp_path, one / "model", "two", distributed={"strategy": strategy})
+    first, second = together(path, "--json")
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert json.loads(first.stdout) == report(tmp_path / "two")
+    assert second.stdout == second.stderr == b""
+    single, both = report(one / "one"), report(tmp_path / "two")
+    assert losses(tmp_path / "two") == pytest.approx(losses(one / "one"), abs=1e-4)
+    for name in ("tokens", "supervised_tokens", "samples", "steps"):
+        assert both[name] == single[name]
+    for moment in ("before", "after"):
+        assert both["eval"][moment]["loss"] == pytest.approx(single["eval"][moment]["loss"], abs=1e-4)
+        assert both["eval"][moment]["tokens"] == single["eval"][moment]["tokens"]
+    told = both["distributed"]
+    assert (told["strategy"], len(told["ranks"]), single["distributed"]) == (strategy, 2, None)
+    gate = told["bit_gate"]
+    assert (gate and (gate["layers"], gate["layers_changed"])) == ((14, 0) if strategy == "fsdp2" else None)
+    left = {path.name for path in (tmp_path / "two").iterdir()} ^ {path.name for path in (one / "one").iterdir()}
+    assert not left
+    trained, wanted = adapter(tmp_path / "two"), adapter(one / "one")
+    assert trained.keys() == wanted.keys()
+    # Adam's first updates are signs of gradients, some of which are next to nothing.
+    assert all((trained[name] - wanted[name]).abs().mean() < 2e-3 for name in wanted)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_killed_process_ends_the_other_and_one_process_goes_on(strategy: str, one: Path, tmp_path: Path) -> None:
+    path = recipe(tmp_path, one / "model", "two", distributed={"strategy": strategy})
+    first, second = together(path, before=at_step(3, 1, lambda: os.kill(os.getpid(), signal.SIGKILL)))
+    assert second.returncode == -signal.SIGKILL
+    assert first.returncode == 7
+    assert b"another process of the training ended" in first.stderr
+    newest = newest_whole(tmp_path / "two" / "checkpoints")[0]
+    assert step_of(newest) == 2
+    done = run(recipe(tmp_path, one / "model", "two"), resume=True)
+    assert done.resumed_from == [2]
+    assert losses(tmp_path / "two") == pytest.approx(losses(one / "one"), abs=2e-3)
+
+
+def test_two_processes_go_on_from_one_and_a_signal_to_one_stops_both(one: Path, tmp_path: Path) -> None:
+    stopped = recipe(tmp_path, one / "model", "run", train={"max_steps": 2})
+    run(stopped)
+    path = recipe(tmp_path, one / "model", "run", distributed={"strategy": "fsdp2"})
+    ended = together(path, "--resume", before=at_step(3, 1, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    assert [each.returncode for each in ended] == [75, 75], ended
+    assert b"--resume goes on from step" in ended[0].stderr
+    assert step_of(checkpoints_in(tmp_path / "run" / "checkpoints")[-1]) == 4
+    again = together(path, "--resume")
+    assert [each.returncode for each in again] == [0, 0], again
+    assert report(tmp_path / "run")["resumed_from"] == [2, 4]
+
+
+def test_a_loss_that_is_not_finite_on_one_process_stops_both_and_names_its_rows(one: Path, tmp_path: Path) -> None:
+    def spoil(rank: int) -> None:
+        compute = QftTrainer.compute_loss
+
+        def spoilt(trainer: QftTrainer, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            loss = compute(trainer, model, inputs, *args, **kwargs)
+            return loss * torch.nan if rank == 1 and model.training and trainer.state.global_step == 1 else loss
+
+        QftTrainer.compute_loss = spoilt  # type: ignore[method-assign, assignment]
+
+    path = recipe(tmp_path, one / "model", "two", data={"eval_fraction": 0.0})
+    first, second = together(path, before=spoil)
+    assert (first.returncode, second.returncode, second.stderr) == (8, 8, b"")
+    assert b"step 2: the loss is not finite" in first.stderr
+    assert first.stderr.count(b"rows.jsonl:") == PASSES // 2 * MICRO
+
+
+def test_what_fails_before_the_training_is_said_once(one: Path, tmp_path: Path) -> None:
+    path = recipe(tmp_path, one / "model", "two", data={"max_length": 8})
+    first, second = together(path)
+    assert first.returncode == second.returncode == 5
+    assert second.stderr == b""
+    assert not (tmp_path / "two").exists()

@@ -22,6 +22,7 @@ from qft.arrive.line import (
     to,
     when_on,
 )
+from qft.arrive.several import SEVERAL
 
 NAME = "Axolotl"
 TEMPLATES = {
@@ -32,7 +33,6 @@ TEMPLATES = {
     "chatml.jinja": templates.CHATML,
 }
 UNKNOWN = ignored("Axolotl knows no such key, and says nothing")
-ONE_GPU = "multiply train.gradient_accumulation_steps by the number of GPUs for as many rows a step on one"
 
 
 def knows(values: Mapping[str, Any]) -> bool:
@@ -57,13 +57,12 @@ def defaults(config: Config, fields: Mapping[str, Any]) -> Iterator[Line]:
     yield default("seed", 42, "seed")
 
 
-PADDED = (
-    "each row stands by itself, padded: a packed row there holds as many rows as fit into sequence_len, so that a "
-    "step here learns from fewer; multiply train.gradient_accumulation_steps by sequence_len / the rows' mean length"
-)
 DECIDED = {
-    PADDED: "sample_packing",
-    "rows are never packed, and their loss is the same": (
+    SEVERAL: (
+        "fsdp fsdp_config fsdp_version fsdp_final_state_dict_type deepspeed deepcompile dp_shard_size "
+        "dp_replicate_size use_ray ray_num_workers ray_run_name resources_per_worker accelerator_config"
+    ),
+    "how rows are laid out, which changes no loss: data.packing, data.padding_free": (
         "eval_sample_packing pad_to_sequence_len pad_to_multiple_of sample_packing_group_size "
         "sample_packing_bin_size sample_packing_mp_start_method batch_flattening max_packed_sequence_len "
         "sample_packing_sequentially multipack_real_batches sample_packing_eff_est"
@@ -124,10 +123,6 @@ NO_EFFECT = {
     "made by Axolotl itself": "axolotl_config_path is_preprocess total_num_tokens total_supervised_tokens",
 }
 REMEDIES = {
-    ONE_GPU: (
-        "fsdp fsdp_config fsdp_version fsdp_final_state_dict_type deepspeed deepcompile dp_shard_size "
-        "dp_replicate_size use_ray ray_num_workers ray_run_name resources_per_worker accelerator_config"
-    ),
     "long rows are split over GPUs there: memory.offload and train.gradient_checkpointing take less of one": (
         "sequence_parallel_degree context_parallel_size heads_k_stride ring_attn_func tensor_parallel_size "
         "expert_parallel_size expert_parallel_num_nvl_bytes expert_parallel_token_capacity"
@@ -237,6 +232,7 @@ TABLE: dict[str, Rule] = {
     "chat_template_kwargs": to("data.template_kwargs"),
     "train_on_inputs": choose("data.loss_on", {True: "all", False: "assistant"}, "data.loss_on"),
     "special_tokens": rules.tokens,
+    "sample_packing": choose("data.packing", {True: True, False: False}, "data.packing"),
     "tokens": to("model.add_tokens"),
     "sequence_len": to("data.max_length"),
     "excess_length_strategy": choose(

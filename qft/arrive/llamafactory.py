@@ -20,7 +20,8 @@ from qft.arrive.line import (
     when_on,
 )
 from qft.arrive.llamafactory_data import sources
-from qft.arrive.trainer import ONE_GPU, TRAINER, trainer_defaults
+from qft.arrive.several import SEVERAL
+from qft.arrive.trainer import TRAINER, trainer_defaults
 
 NAME = "LLaMA-Factory"
 TEMPLATES = {
@@ -139,6 +140,10 @@ def defaults(config: Config, fields: Mapping[str, Any]) -> Iterator[Line]:
 
 
 DECIDED = {
+    SEVERAL: (
+        "ray_num_workers ray_init_kwargs master_addr master_port use_mca use_megatron_bridge megatron_bridge_args "
+        "use_hyper_parallel hyper_parallel_args hyper_parallel_cp_size"
+    ),
     "found from the model's own files": (
         "use_fast_tokenizer model_max_length rope_scaling_type tokenizer_name_or_path"
     ),
@@ -152,10 +157,6 @@ DECIDED = {
     "the report's page has the curves": "plot_loss include_effective_tokens_per_second print_param_status",
     "the calls of tools are rendered by the model's own chat template": "tool_format",
     "norms compute in float32 where the model's own code does": "upcast_layernorm upcast_lmhead_output",
-    "each row stands by itself, padded: a packed row there holds as many as fit into cutoff_len, so that "
-    "a step here learns from fewer; multiply train.gradient_accumulation_steps": (
-        "packing neat_packing block_diag_attn"
-    ),
     "how a model is loaded": (
         "low_cpu_mem_usage device_map quantization_device_map cache_dir compute_dtype offload_folder "
         "split_special_tokens"
@@ -192,10 +193,6 @@ NO_EFFECT = {
     ),
 }
 REMEDIES = {
-    ONE_GPU: (
-        "ray_num_workers ray_init_kwargs master_addr master_port use_mca use_megatron_bridge megatron_bridge_args "
-        "use_hyper_parallel hyper_parallel_args hyper_parallel_cp_size"
-    ),
     "train.optim names the optimizers that there are": (
         "use_galore galore_target galore_rank galore_update_interval galore_scale galore_proj_type "
         "galore_layerwise use_apollo apollo_target apollo_rank apollo_update_interval apollo_scale apollo_proj "
@@ -276,6 +273,9 @@ TABLE: dict[str, Rule] = {
     "train_on_prompt": choose("data.loss_on", {True: "all", False: "assistant"}, "data.loss_on"),
     "preprocessing_num_workers": to("data.num_proc"),
     "val_size": when_on(held_out),
+    "packing": to("data.packing", text="packed rows see each other there, unless neat_packing is set"),
+    "neat_packing": to("data.packing"),
+    "block_diag_attn": decided("rows that are packed never see each other"),
     "enable_thinking": thinking,
     "preserve_thinking": thinking,
 }

@@ -113,10 +113,8 @@ TABLE: dict[str, Rule] = {
     "dataset.masking_strategy": choose(
         "data.loss_on", {"train_on_all": "all", "train_on_assistant": "assistant"}, "all assistant turns are learnt"
     ),
-    "dataset.packed": when_on(
-        decided("each row stands by itself, padded: multiply gradient_accumulation_steps for as many tokens a step")
-    ),
-    "dataloader.packed": when_on(decided("each row stands by itself, padded")),
+    "dataset.packed": to("data.packing"),
+    "dataloader.packed": to("data.packing"),
     "dataloader.shuffle": choose("train.train_sampling_strategy", {True: "random", False: "sequential"}, ""),
     "dataloader.num_workers": to("train.dataloader_num_workers"),
     "dataloader.pin_memory": to("train.dataloader_pin_memory"),

@@ -20,8 +20,8 @@ from qft.arrive.line import (
     to,
     when_on,
 )
+from qft.arrive.several import SEVERAL
 
-ONE_GPU = "multiply train.gradient_accumulation_steps by the number of GPUs for as many rows a step on one"
 SCHEDULERS = (
     "linear",
     "cosine",
@@ -61,6 +61,10 @@ def trainer_defaults() -> Iterator[Line]:
 
 
 DECIDED = {
+    SEVERAL: (
+        "deepspeed fsdp fsdp_config fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap accelerator_config "
+        "parallelism_config"
+    ),
     "an earlier run is replaced by qft train --overwrite": "overwrite_output_dir",
     "qft train --resume goes on where a run ended": "resume_from_checkpoint",
     "checkpoints hold the optimizer too, so that a run can go on": "save_only_model save_on_each_node",
@@ -85,10 +89,6 @@ DECIDED = {
     "safetensors, always": "save_safetensors",
 }
 REMEDIES = {
-    ONE_GPU: (
-        "deepspeed fsdp fsdp_config fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap accelerator_config "
-        "parallelism_config"
-    ),
     "train.lr_scheduler_type names the shapes that there are": "lr_scheduler_kwargs",
     "train.optim and its adam_* fields are what an optimizer is told": "optim_args optim_target_modules",
     "export and publish afterwards: qft export": (

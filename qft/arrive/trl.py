@@ -20,7 +20,8 @@ from qft.arrive.line import (
     to,
     when_on,
 )
-from qft.arrive.trainer import ONE_GPU, TRAINER, trainer_defaults
+from qft.arrive.several import SEVERAL
+from qft.arrive.trainer import TRAINER, trainer_defaults
 
 NAME = "TRL"
 TEMPLATES: dict[str, str] = {}
@@ -154,10 +155,10 @@ def defaults(config: Config, fields: Mapping[str, Any]) -> Iterator[Line]:
 
 
 DECIDED = {
-    "the fastest that computes the same": "padding_free",
-    "each row stands by itself, padded: a packed row there holds as many as fit into max_length, so that "
-    "a step here learns from fewer; multiply train.gradient_accumulation_steps": "packing",
-    "rows are never packed": "packing_strategy eval_packing pad_to_multiple_of dataset_kwargs",
+    SEVERAL: "num_processes config_file accelerate_config",
+    "rows are packed by best fit, those of an evaluation are not": (
+        "packing_strategy eval_packing pad_to_multiple_of dataset_kwargs"
+    ),
     "padding is neither seen nor learnt, whatever its token": "pad_token",
     "logits of some thousand tokens at a time, the same loss (train.chunked_loss)": "loss_type",
     "rows are drawn anew in each epoch": "shuffle_dataset",
@@ -171,7 +172,6 @@ REMEDIES = {
     "share of the rows: data.eval_fraction": "test_split_size",
     "model.dtype, model.attn_implementation": "model_init_kwargs",
     "set them in the shell that runs qft": "env",
-    ONE_GPU: "num_processes config_file accelerate_config",
 }
 TABLE: dict[str, Rule] = {
     **TRAINER,
@@ -206,6 +206,8 @@ TABLE: dict[str, Rule] = {
     "dataset_num_proc": to("data.num_proc"),
     "chat_template_path": template,
     "max_length": to("data.max_length"),
+    "packing": to("data.packing"),
+    "padding_free": to("data.padding_free"),
     "max_seq_length": to("data.max_length", text="as trl before 0.20 has it"),
     "truncation_mode": truncation,
     "completion_only_loss": completion,

@@ -127,6 +127,7 @@ def test_axolotl(tmp_path: Path) -> None:
         "model.path": "acme/llama-1b", "quant.mode": "4bit", "quant.quant_type": "nf4", "quant.double_quant": True,
         "adapter.kind": "lora", "adapter.r": 32, "adapter.lora_alpha": 16, "adapter.lora_dropout": 0.05,
         "adapter.target_modules": "all-linear", "data.eval_fraction": 0.1, "data.max_length": 2048,
+        "data.packing": True,
         "data.train": [{"path": "acme/rows", "format": "alpaca", "split": "train[:20%]"}],
         "data.chat_template": "alpaca.jinja", "train.eval_strategy": "epoch", "train.save_strategy": "epoch",
         "train.per_device_train_batch_size": 2, "train.gradient_accumulation_steps": 4, "train.num_train_epochs": 3,
@@ -138,7 +139,8 @@ def test_axolotl(tmp_path: Path) -> None:
     found = kinds(made)
     assert found["micro_batch_size"] is Kind.OTHER_FIELD
     assert found["gradient_accumulation_steps"] is Kind.SAME
-    assert found["sample_packing"] is Kind.DECIDED
+    assert found["sample_packing"] is Kind.OTHER_FIELD
+    assert found["attn_implementation"] is Kind.DECIDED
     assert found["lora_target_modules"] is Kind.NO_EFFECT
     assert found["excess_length_strategy"] is Kind.DEFAULT
     assert made.unsupported == []
@@ -281,7 +283,7 @@ def test_what_a_key_becomes(tool: str, change: dict[str, Any], fields: dict[str,
         ({"optimizer": "muon"}, "optimizer"),
         ({"lr_scheduler": "rex"}, "lr_scheduler"),
         ({"val_set_size": 100}, "val_set_size"),
-        ({"deepspeed": "zero3.json"}, "deepspeed"),
+        ({"context_parallel_size": 2}, "context_parallel_size"),
         ({"special_tokens": {"eos_token": "<|im_end|>"}}, "special_tokens.eos_token"),
         ({"datasets": [{"path": "a/b", "type": "gpteacher"}]}, "datasets.0.type"),
         ({"loraplus_lr_ratio": 16}, "loraplus_lr_ratio"),

@@ -16,7 +16,7 @@ import torch
 from tokenizers import AddedToken
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from qft.recipe.rules import Problem
+from qft.recipe.section import Problem
 from qft.recipe.training import ModelSection
 
 MULTIPLE = 64

@@ -8,7 +8,7 @@ import torch
 
 from qft.errors import RecipeError
 from qft.recipe import LoadedRecipe, Recipe
-from qft.recipe.rules import Problem
+from qft.recipe.section import Problem
 
 ONE = "distributed.gpus to 1"
 

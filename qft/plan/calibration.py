@@ -21,8 +21,8 @@ from qft.quant.layer import LayerScheme, Settled
 from qft.quant.share import Held, count_weights
 from qft.recipe import LoadedRecipe, Recipe
 from qft.recipe.catalogue import CATALOGUE, EngineRow
-from qft.recipe.rules import Problem
 from qft.recipe.schema import CalibrateSection
+from qft.recipe.section import Problem
 from qft.recipe.training import AdapterSection, QuantSection
 
 GROUPS = (128, 64, 32)

@@ -19,7 +19,7 @@ from qft.plan.modules import BLOCK, ends_with, is_all_linear
 from qft.quant.experts import expert_parameters, owner, routers
 from qft.quant.share import count_weights
 from qft.recipe import Recipe
-from qft.recipe.rules import Problem
+from qft.recipe.section import Problem
 from qft.recipe.training import AdapterSection
 
 LEAST, MOST = 0.5, 0.1

@@ -11,7 +11,7 @@ from qft.kernels import LINEAR, MLP, NORM, ROTARY
 from qft.machine.device import Device
 from qft.plan.model import ModelPlan
 from qft.recipe import Recipe
-from qft.recipe.rules import Problem
+from qft.recipe.section import Problem
 
 
 def planned_kernels(model: ModelPlan, *, mixed: bool, sharded: bool = False) -> dict[str, str | None]:

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qft.checkpoint.language import beside_language
 from qft.data.batch import pad_token_id
 from qft.errors import DataError, ModelError
-from qft.recipe.rules import Problem
 from qft.recipe.schema import EvalSection
+from qft.recipe.section import Problem
 
 Place = Callable[[int, int], str]
 """`file:line` of a row, by its columns `source` and `row`."""

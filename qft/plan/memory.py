@@ -29,7 +29,7 @@ from qft.plan.placement import ALONE, Placement
 from qft.plan.sharding import by_placement
 from qft.quant.hold import AsPacked
 from qft.recipe import LoadedRecipe, Recipe
-from qft.recipe.rules import Problem
+from qft.recipe.section import Problem
 from qft.recipe.training import TrainSection
 
 FUSED, SMALL = "adamw_torch_fused", "adamw_8bit"

@@ -42,7 +42,7 @@ from qft.quant.share import Held
 from qft.recipe import LoadedRecipe, Recipe
 from qft.recipe.data import DataSection
 from qft.recipe.load import from_values
-from qft.recipe.rules import Problem
+from qft.recipe.section import Problem
 from qft.recipe.training import OF_FILES, ModelSection, QuantSection
 
 MAX_LENGTH = 2048

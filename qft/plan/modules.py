@@ -23,7 +23,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from qft.checkpoint.language import beside_language
 from qft.plan.targets import exclusion, unfit_linears
 from qft.recipe import Recipe
-from qft.recipe.rules import Problem
+from qft.recipe.section import Problem
 from qft.recipe.training import AdapterSection
 
 Matches = dict[str, dict[str, int]]

@@ -7,7 +7,7 @@ from qft.checkpoint.skeleton import find_blocks
 from qft.errors import ModelError
 from qft.plan.model import ModelPlan
 from qft.quant.hold import AsPacked
-from qft.recipe.rules import Problem
+from qft.recipe.section import Problem
 
 
 def offload_problems(plan: ModelPlan) -> Iterator[Problem]:

@@ -11,7 +11,7 @@ from qft.errors import RecipeError
 from qft.plan.model import refuse
 from qft.plan.placement import Placement, compute_dtype, sharding_problems, shared
 from qft.recipe import LoadedRecipe
-from qft.recipe.rules import Problem
+from qft.recipe.section import Problem
 
 if TYPE_CHECKING:
     from qft.data.prepare import Prepared

@@ -10,7 +10,7 @@ from typing import Literal
 from qft.distributed.asked import only_alone, passes
 from qft.distributed.world import Ranks
 from qft.recipe import LoadedRecipe, Recipe
-from qft.recipe.rules import Problem
+from qft.recipe.section import Problem
 from qft.recipe.training import AdapterSection
 
 

@@ -12,7 +12,7 @@ from qft.memory.packed import cannot_pack
 from qft.plan.limits import answer_problems, require_known_tokens, require_special_tokens
 from qft.plan.model import ModelPlan, refuse
 from qft.recipe import Recipe
-from qft.recipe.rules import Problem
+from qft.recipe.section import Problem
 
 
 def encoded_rows(model: ModelPlan) -> Prepared:

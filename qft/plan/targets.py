@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from qft.checkpoint.bypassed import bypassed_linears
 from qft.checkpoint.language import beside_language
 from qft.machine.device import Device
-from qft.recipe.rules import Problem
+from qft.recipe.section import Problem
 from qft.recipe.training import AdapterSection
 
 MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")

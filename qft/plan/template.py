@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qft.data.rendering import reads
 from qft.recipe.data import DataSection
-from qft.recipe.rules import Problem
+from qft.recipe.section import Problem
 
 PROBE = "a question"
 PARTS = (

@@ -19,7 +19,7 @@ from qft.checkpoint.find import Checkpoint
 from qft.checkpoint.skeleton import without_contents
 from qft.errors import first_line
 from qft.plan.limits import BATCH
-from qft.recipe.rules import Problem
+from qft.recipe.section import Problem
 from qft.recipe.training import AdapterSection, ModelSection
 
 

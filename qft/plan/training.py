@@ -56,7 +56,8 @@ from qft.plan.stages import Span, joined, most_memory, stage_parts
 from qft.plan.template import template_of
 from qft.plan.token_rows import occurrences, row_arguments
 from qft.recipe import LoadedRecipe, Recipe
-from qft.recipe.rules import MOST, Problem
+from qft.recipe.rules import MOST
+from qft.recipe.section import Problem
 from qft.recipe.stages import stages_of
 
 PROCESSES = 64

@@ -4,9 +4,7 @@ from collections.abc import Iterator
 
 from qft.recipe.catalogue import CATALOGUE
 from qft.recipe.schema import AcceptSection, CalibrateSection, Recipe
-
-Problem = tuple[str, str]
-"""A field, and what is wrong with it."""
+from qft.recipe.section import Problem
 
 
 def unread_by_calibration(calibrate: CalibrateSection) -> dict[str, str]:

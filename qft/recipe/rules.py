@@ -3,13 +3,13 @@
 import re
 from collections.abc import Callable, Iterator
 
-from qft.recipe.calibration import Problem, calibrate_rules, unread_by_calibration
+from qft.recipe.calibration import calibrate_rules, unread_by_calibration
 from qft.recipe.catalogue import export_problem, unread_by_export
 from qft.recipe.distributed import batch_rules, two_batches, unread_alone
 from qft.recipe.memory import MemorySection
 from qft.recipe.presets import PRESETS
 from qft.recipe.schema import Recipe
-from qft.recipe.section import Section
+from qft.recipe.section import Problem, Section
 from qft.recipe.training import AdapterSection, ModelSection, QuantSection
 
 QUANT_FIELDS = dict.fromkeys(("quant_type", "double_quant", "compute_dtype", "quant_storage"), "4bit")

@@ -6,6 +6,9 @@ from typing import Annotated, Any, Self, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, Strict
 from pydantic_core import PydanticCustomError
 
+Problem = tuple[str, str]
+"""A field, and what is wrong with it."""
+
 T = TypeVar("T")
 Many = Annotated[tuple[T, ...], Strict(False)]
 """A YAML list, held as a tuple so that a recipe stays frozen."""

@@ -12,7 +12,7 @@ from qft.errors import RunError
 from qft.files import TEMPORARY, remove_leftovers
 from qft.progress import View
 from qft.recipe import LoadedRecipe
-from qft.recipe.rules import Problem
+from qft.recipe.section import Problem
 from qft.run.checkpoint import checkpoints_in
 from qft.run.folder import Run, no_checkpoint
 from qft.run.lock import HELD, LOCK, locked, require_free

@@ -14,8 +14,7 @@ from qft.documents.plan import CalibrationPlanDocument, PlanDocument
 from qft.errors import RunError
 from qft.recipe import LoadedRecipe, Recipe
 from qft.recipe.data import Source
-from qft.recipe.rules import Problem
-from qft.recipe.section import Section
+from qft.recipe.section import Problem, Section
 from qft.recipe.stages import effective, field_of
 
 Planned = PlanDocument | CalibrationPlanDocument

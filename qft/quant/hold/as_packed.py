@@ -17,7 +17,7 @@ from qft.quant.hold.prequantized import packed_problems, skipped_layers
 from qft.quant.product import Store, View
 from qft.quant.stacked import Stacked
 from qft.recipe import Recipe
-from qft.recipe.rules import Problem
+from qft.recipe.section import Problem
 
 
 @dataclass(frozen=True)

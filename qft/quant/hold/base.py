@@ -24,7 +24,7 @@ from qft.quant.layer import LayerScheme
 from qft.quant.product import Store, View
 from qft.quant.stacked import Stacked
 from qft.recipe import Recipe
-from qft.recipe.rules import Problem
+from qft.recipe.section import Problem
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 from qft.quant.hold.base import Scheme
 from qft.quant.hold.plugin import load_plugin
 from qft.recipe import Recipe
-from qft.recipe.rules import Problem
+from qft.recipe.section import Problem
 from qft.recipe.training import QuantSection
 
 

@@ -8,7 +8,7 @@ from transformers.quantizers import AutoHfQuantizer
 
 from qft.quant.hold.plugin import is_known, load_plugin
 from qft.recipe import LoadedRecipe, Recipe
-from qft.recipe.rules import Problem
+from qft.recipe.section import Problem
 
 # Recipe field -> key of the checkpoint's own quantization_config.
 BNB_KEYS = {

@@ -16,7 +16,7 @@ from qft.quant.hold.base import Scheme
 from qft.quant.layer import siblings
 from qft.quant.rounding import TARGETS, Rounding, Target, largest_of, sharing, with_scale
 from qft.recipe import Recipe
-from qft.recipe.rules import Problem
+from qft.recipe.section import Problem
 from qft.recipe.training import QuantSection
 
 SHOWN = 8

@@ -1,6 +1,7 @@
 """A field of the recipe, for people: what it means, what it takes, who reads it, and what other tools call it."""
 
 import difflib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -44,9 +45,12 @@ class Explained:
     """Fields of a section."""
 
 
+_schema = functools.cache(json_schema)
+
+
 def field_names() -> dict[str, Any]:
     """Dotted names of all fields -> their JSON Schemas."""
-    schema = json_schema()
+    schema = _schema()
     found: dict[str, Any] = {}
     for name, part in schema["properties"].items():
         found[name] = part
@@ -64,7 +68,7 @@ def explain(field: str) -> Explained:
         names = names or difflib.get_close_matches(field, known, n=3, cutoff=0.6) or _by_peer(field)
         meant = f"; meant is perhaps {' or '.join(names)}" if names else ""
         raise RecipeError(f"{field}: the recipe has no such field{meant}")
-    schema, section = json_schema(), field.partition(".")[0]
+    schema, section = _schema(), field.partition(".")[0]
     part = known[field]
     own = field.rpartition(".")[2] in OWN.get(section, ())
     return Explained(

@@ -7,7 +7,7 @@ THREADS := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 # Oversubscribed cores make small-model training ten times slower.
 export OMP_NUM_THREADS ?= $(THREADS)
 
-.PHONY: setup quickstart test test-vllm served fuzz kills check sweep bench picture schema clean
+.PHONY: setup quickstart test test-vllm served fuzz kills check sweep bench picture schema site package clean
 
 setup: $(VENV)/.installed
 
@@ -71,6 +71,15 @@ bench: setup
 # The picture in the README, from the report of the last quick start.
 picture: setup
 	$(BIN)/qft report runs/quickstart --svg docs/report.svg
+
+# The documentation as a site, in build/site; a link that leads nowhere is an error.
+site: setup
+	$(BIN)/python -m pip install --quiet 'mkdocs-material>=9.6'
+	$(BIN)/mkdocs build --quiet
+
+# Wheel and sdist in dist/, checked, and the wheel used where no repository is; see .ci/package.
+package: setup
+	.ci/package $(BIN)/python
 
 schema: setup
 	$(BIN)/qft schema > recipes/recipe.schema.json

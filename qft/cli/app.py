@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from qft.cli.export import export
+from qft.cli.guide import doctor, explain
 from qft.cli.models import models
 from qft.cli.recipes import calibrate, check, init, schema, train
 from qft.cli.report import report
@@ -52,5 +53,5 @@ def options(
     pass
 
 
-register(app, check, train, calibrate, evaluate, export, serve, chat, report, init, schema)
+register(app, check, train, calibrate, evaluate, export, serve, chat, report, init, explain, doctor, schema)
 app.add_typer(models, name="models", short_help=models.info.help)

@@ -34,16 +34,50 @@ def gpu_bytes(text: str | None, option: str = "--gpu") -> int | None:
 
 def init(
     path: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe to write.", show_default=False)],
-    model: Annotated[str, typer.Option(help="Hub id, folder, .gguf file or package:NAME/FILE.")],
-    data: Annotated[Path, typer.Option(help="The training rows.")],
+    model: Annotated[
+        str | None, typer.Option(help="Hub id, folder, .gguf file or package:NAME/FILE.", show_default=False)
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="The training rows.", show_default=False)] = None,
+    other: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="YAML",
+            help="A configuration of Axolotl, LLaMA-Factory, TRL (trl sft) or torchtune to translate.",
+            show_default=False,
+        ),
+    ] = None,
+    allow_unsupported: Annotated[
+        bool, typer.Option("--allow-unsupported", help="With --from: leave out what qft does not support.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
-    """Write a commented starter recipe."""
+    """Write a commented starter recipe for a model and rows, or one that is made of another tool's configuration."""
     with messages(debug):
-        from qft.recipe.starter import write_starter
+        if other is not None:
+            if model or data:
+                raise typer.BadParameter(
+                    "--from takes model and rows from the configuration: give no --model or --data"
+                )
+            _translate(other, path, allow_unsupported)
+        elif model is None or data is None:
+            raise typer.BadParameter("give --model and --data, or --from with the configuration of another tool")
+        else:
+            from qft.recipe.starter import write_starter
 
-        write_starter(path, model, data)
+            write_starter(path, model, data)
         typer.echo(f"{path} written; next: qft check {quote(str(path))}")
+
+
+def _translate(other: Path, path: Path, allow_unsupported: bool) -> None:
+    """Write the recipe, and show what became of each key; first of all where that is refused."""
+    from qft.arrive import translate
+    from qft.arrive.written import write_translated
+    from qft.views.terminal.arrive import render_translation
+
+    made = translate(other)
+    tell(made, render_translation, as_json=False)
+    write_translated(path, made, allow_unsupported)
 
 
 def check(

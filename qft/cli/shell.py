@@ -24,7 +24,18 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 SET_HELP = "Override a field; paths are relative to here. Repeatable."
-Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help=SET_HELP)]
+
+
+def _completed(incomplete: str) -> list[str]:
+    from qft.arrive.explain import completed
+
+    return list(completed(incomplete))
+
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.FIELD=VALUE", help=SET_HELP, autocompletion=_completed),
+]
 TARGET_HELP = (
     "A recipe, a run, or a model; PATH@VARIANT for base, float32, bfloat16, float16, nf4, fp4, 8bit, merged or (a "
     ".gguf file) llama.cpp."

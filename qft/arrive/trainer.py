@@ -1,0 +1,160 @@
+"""Keys of transformers.TrainingArguments, which LLaMA-Factory and TRL have among theirs."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from qft.arrive.axolotl_rules import OPTIMIZERS
+from qft.arrive.line import (
+    Config,
+    Kind,
+    Line,
+    Rule,
+    choose,
+    decided,
+    default,
+    ignored,
+    many,
+    refused,
+    sets,
+    strategy,
+    to,
+    when_on,
+)
+from qft.arrive.several import SEVERAL
+
+SCHEDULERS = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+)
+
+
+@sets("train.report_to")
+def trackers(key: str, value: Any, config: Config) -> Iterator[Line]:
+    names = [name for name in ([value] if isinstance(value, str) else value) if name != "none"]
+    names = ["tensorboard"] if names == ["all"] else names
+    yield Line(key, Kind.SAME, sets={"train.report_to": names})
+
+
+@sets("train.warmup_steps")
+def warmup(key: str, value: Any, config: Config) -> Iterator[Line]:
+    if config.get("warmup_steps"):
+        yield Line(key, Kind.NO_EFFECT, "warmup_steps is given")
+    else:
+        yield Line(key, Kind.OTHER_FIELD, sets={"train.warmup_steps": value})
+
+
+def trainer_defaults() -> Iterator[Line]:
+    """What a Trainer does without a key, where qft does another."""
+    yield default("train.per_device_train_batch_size", 8, "per_device_train_batch_size")
+    yield default("train.gradient_accumulation_steps", 1, "gradient_accumulation_steps")
+    yield default("train.num_train_epochs", 3, "num_train_epochs")
+    yield default("train.warmup_steps", 0, "warmup_steps")
+    yield default("train.optim", "adamw_torch_fused", "optim")
+    yield default("train.save_strategy", "steps", "save_strategy")
+    yield default("train.save_total_limit", None, "save_total_limit")
+    yield default("seed", 42, "seed")
+
+
+DECIDED = {
+    SEVERAL: (
+        "deepspeed fsdp fsdp_config fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap accelerator_config "
+        "parallelism_config"
+    ),
+    "an earlier run is replaced by qft train --overwrite": "overwrite_output_dir",
+    "qft train --resume goes on where a run ended": "resume_from_checkpoint",
+    "checkpoints hold the optimizer too, so that a run can go on": "save_only_model save_on_each_node",
+    "non-reentrant, always": "gradient_checkpointing_kwargs",
+    "the eval loss is what the best is chosen by": "metric_for_best_model greater_is_better",
+    "evaluated once before the training, too": "eval_on_start",
+    "only the loss is kept of an evaluation": "prediction_loss_only eval_accumulation_steps include_for_metrics",
+    "how batches are brought to the device": (
+        "dataloader_prefetch_factor dataloader_persistent_workers remove_unused_columns"
+    ),
+    "kernels of qft's own (train.kernels, train.chunked_loss)": "use_liger_kernel liger_kernel_config",
+    "curves and log of a run": (
+        "logging_dir logging_first_step logging_nan_inf_filter log_level log_level_replica disable_tqdm "
+        "include_num_input_tokens_seen include_tokens_per_second skip_memory_metrics"
+    ),
+    "the loss is averaged over the tokens of a step": "average_tokens_across_devices",
+    "one process": (
+        "local_rank ddp_backend log_on_each_node ddp_timeout ddp_find_unused_parameters ddp_bucket_cap_mb "
+        "ddp_broadcast_buffers"
+    ),
+    "a loss that is no number stops the run (train.on_nonfinite)": "debug",
+    "safetensors, always": "save_safetensors",
+}
+REMEDIES = {
+    "train.lr_scheduler_type names the shapes that there are": "lr_scheduler_kwargs",
+    "train.optim and its adam_* fields are what an optimizer is told": "optim_args optim_target_modules",
+    "export and publish afterwards: qft export": (
+        "push_to_hub hub_model_id hub_strategy hub_token hub_private_repo hub_always_push hub_revision"
+    ),
+    "set torch's own environment variables": (
+        "torch_compile_backend torch_compile_mode torch_empty_cache_steps jit_mode_eval"
+    ),
+    "data.max_length and train.per_device_train_batch_size: auto fit a training to its memory": (
+        "auto_find_batch_size"
+    ),
+    "the seed of the rows is that of all: seed": "data_seed",
+    "every row is trained on": "dataloader_drop_last ignore_data_skip",
+    "model.device: cpu": "use_cpu no_cuda use_mps_device",
+    "evaluated after as many steps each time: train.eval_steps": "eval_delay",
+    "a checkpoint's adapter is continued by --resume alone": "restore_callback_states_from_checkpoint",
+    "group by length alone: train.train_sampling_strategy": "length_column_name",
+    "float32 sums": "bf16_full_eval fp16_full_eval half_precision_backend fp16_opt_level",
+}
+TRAINER: dict[str, Rule] = {
+    **many(DECIDED, decided),
+    **many(REMEDIES, refused),
+    "output_dir": to("output_dir"),
+    "seed": to("seed"),
+    "per_device_train_batch_size": to("train.per_device_train_batch_size"),
+    "per_device_eval_batch_size": to("train.per_device_eval_batch_size"),
+    "gradient_accumulation_steps": to("train.gradient_accumulation_steps"),
+    "num_train_epochs": to("train.num_train_epochs"),
+    "max_steps": to("train.max_steps"),
+    "learning_rate": to("train.learning_rate"),
+    "lr_scheduler_type": choose(
+        "train.lr_scheduler_type",
+        {name: name for name in SCHEDULERS},
+        f"train.lr_scheduler_type: {', '.join(SCHEDULERS)}",
+    ),
+    "warmup_steps": to("train.warmup_steps"),
+    "warmup_ratio": warmup,
+    "weight_decay": to("train.weight_decay"),
+    "adam_beta1": to("train.adam_beta1"),
+    "adam_beta2": to("train.adam_beta2"),
+    "adam_epsilon": to("train.adam_epsilon"),
+    "max_grad_norm": to("train.max_grad_norm"),
+    "optim": choose("train.optim", OPTIMIZERS, "train.optim adamw_8bit is the nearest that holds as little"),
+    "bf16": choose("train.bf16", {True: True, False: False}, "train.bf16"),
+    "fp16": choose("train.fp16", {True: True, False: False}, "train.fp16"),
+    "tf32": to("train.tf32"),
+    "gradient_checkpointing": to("train.gradient_checkpointing"),
+    "torch_compile": to("train.torch_compile"),
+    "neftune_noise_alpha": to("train.neftune_noise_alpha"),
+    "label_smoothing_factor": to("train.label_smoothing_factor"),
+    "train_sampling_strategy": to("train.train_sampling_strategy"),
+    "group_by_length": when_on(choose("train.train_sampling_strategy", {True: "group_by_length"}, "")),
+    "dataloader_num_workers": to("train.dataloader_num_workers"),
+    "dataloader_pin_memory": to("train.dataloader_pin_memory"),
+    "logging_steps": to("train.logging_steps"),
+    "logging_strategy": decided("every train.logging_steps steps"),
+    "eval_strategy": to("train.eval_strategy", strategy),
+    "evaluation_strategy": to("train.eval_strategy", strategy),
+    "eval_steps": to("train.eval_steps"),
+    "save_strategy": to("train.save_strategy", strategy),
+    "save_steps": to("train.save_steps"),
+    "save_total_limit": to("train.save_total_limit"),
+    "load_best_model_at_end": to("train.load_best_model_at_end"),
+    "full_determinism": to("train.full_determinism"),
+    "report_to": trackers,
+    "run_name": to("train.run_name"),
+    "project": ignored("trackio's own"),
+    "trackio_space_id": refused("set TRACKIO_SPACE_ID in the environment"),
+}

@@ -1,0 +1,221 @@
+"""Keys of `trl sft --config` (trl.SFTConfig, ModelConfig and ScriptArguments of version 1.10)."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from qft.arrive.axolotl_rules import attention, experts
+from qft.arrive.line import (
+    Config,
+    Kind,
+    Line,
+    Rule,
+    choose,
+    decided,
+    default,
+    fields_of,
+    ignored,
+    many,
+    refused,
+    sets,
+    to,
+    when_on,
+)
+from qft.arrive.several import SEVERAL
+from qft.arrive.trainer import TRAINER, trainer_defaults
+
+NAME = "TRL"
+TEMPLATES: dict[str, str] = {}
+UNKNOWN = refused("trl refuses a key that it does not know: remove it")
+PEFTS = r".*\.(q_proj|v_proj|qkv_proj|query_key_value|c_attn|Wqkv)"
+"""What peft adapts where nobody says: the names that it has for the types of models, of which each has some."""
+DTYPES = {name: name for name in ("auto", "float32", "bfloat16", "float16")}
+
+
+def knows(values: Mapping[str, Any]) -> bool:
+    return "model_name_or_path" in values
+
+
+def flat(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    return values
+
+
+@sets("adapter.kind")
+def peft(key: str, value: Any, config: Config) -> Iterator[Line]:
+    yield Line(key, Kind.OTHER_FIELD, sets={"adapter.kind": "lora" if value else "none"})
+
+
+def for_lora(field: str, rule: Rule | None = None) -> Rule:
+    """A field of the adapter, which is there with use_peft alone."""
+
+    def asked(key: str, value: Any, config: Config) -> Iterator[Line]:
+        if config.get("use_peft"):
+            yield from (rule or to(field))(key, value, config)
+        else:
+            yield Line(key, Kind.NO_EFFECT, "is read only with use_peft: without it, trl trains all weights")
+
+    return sets(*(fields_of(rule) if rule else [field]))(asked)
+
+
+@sets("adapter.target_modules")
+def targets(key: str, value: Any, config: Config) -> Iterator[Line]:
+    names = value.split() if isinstance(value, str) else value
+    yield Line(key, Kind.OTHER_FIELD, sets={"adapter.target_modules": names[0] if names == ["all-linear"] else names})
+
+
+def held(mode: str) -> Rule:
+    """load_in_4bit and load_in_8bit."""
+
+    def rule(key: str, value: Any, config: Config) -> Iterator[Line]:
+        fields: dict[str, Any] = {"quant.mode": mode}
+        if mode == "4bit":
+            fields["quant.double_quant"] = bool(config.get("use_bnb_nested_quant", False))
+            fields["quant.quant_type"] = config.get("bnb_4bit_quant_type", "nf4")
+        yield Line(key, Kind.OTHER_FIELD, "trl's default is no double quantization" if mode == "4bit" else "", fields)
+
+    return when_on(sets("quant.mode")(rule))
+
+
+@sets("data.train")
+def dataset(key: str, value: Any, config: Config) -> Iterator[Line]:
+    made = {"name": config.get("dataset_config"), "split": config.get("dataset_train_split")}
+    source = {"path": config.local(value), **{name: each for name, each in made.items() if each}}
+    yield Line(key, Kind.OTHER_FIELD, sets={"data.train": [source]})
+    if config.get("eval_strategy", "no") not in ("no", False):
+        split = {**source, "split": config.get("dataset_test_split", "test")}
+        yield Line(key, Kind.OTHER_FIELD, "held-out rows", {"data.eval": [split]})
+
+
+@sets("data.train")
+def mixture(key: str, value: Any, config: Config) -> Iterator[Line]:
+    found = []
+    for i, each in enumerate(value):
+        others = [name for name in each if name not in ("path", "name", "split", "fraction") and each[name]]
+        if others or not each.get("path"):
+            text = "download the files and name them; qft reads every column: see data.ignore_fields"
+            yield Line(f"{key}.{i}", Kind.UNSUPPORTED, f"{', '.join(others) or 'no path'}: {text}")
+            continue
+        source = {name: each[name] for name in ("path", "name", "split") if each.get(name)}
+        found.append(source | ({"weight": each["fraction"]} if each.get("fraction") else {}))
+        yield Line(f"{key}.{i}", Kind.OTHER_FIELD)
+    if found:
+        yield Line(key, Kind.OTHER_FIELD, sets={"data.train": found})
+
+
+@sets("data.loss_on")
+def completion(key: str, value: Any, config: Config) -> Iterator[Line]:
+    yield Line(key, Kind.OTHER_FIELD, sets={"data.loss_on": "assistant" if value else "all"})
+
+
+@sets("data.loss_on")
+def assistant(key: str, value: Any, config: Config) -> Iterator[Line]:
+    fields = {"data.loss_on": "assistant"} if value else {}
+    yield Line(key, Kind.OTHER_FIELD if value else Kind.SAME, sets=fields)
+
+
+def text_field(key: str, value: Any, config: Config) -> Iterator[Line]:
+    same = value == "text"
+    yield Line(key, Kind.SAME if same else Kind.UNSUPPORTED, "" if same else "rename the field to text in the rows")
+
+
+@sets("data.chat_template")
+def template(key: str, value: Any, config: Config) -> Iterator[Line]:
+    if str(value).endswith((".jinja", ".j2")):
+        yield Line(key, Kind.OTHER_FIELD, sets={"data.chat_template": config.local(value)})
+    else:
+        yield Line(key, Kind.UNSUPPORTED, "the template of another model: save it as a .jinja file")
+
+
+@sets("data.on_too_long")
+def truncation(key: str, value: Any, config: Config) -> Iterator[Line]:
+    keeps = value == "keep_start"
+    text = "" if keeps else "data.on_too_long truncate keeps the beginning"
+    yield Line(key, Kind.SAME if keeps else Kind.UNSUPPORTED, text)
+
+
+@sets("model.dtype")
+def dtype(key: str, value: Any, config: Config) -> Iterator[Line]:
+    yield from choose("model.dtype", DTYPES, "model.dtype: auto, float32, bfloat16 or float16")(key, value, config)
+
+
+def defaults(config: Config, fields: Mapping[str, Any]) -> Iterator[Line]:
+    yield default("adapter.kind", "none", "use_peft")
+    if fields.get("adapter.kind") == "lora":
+        yield default("adapter.lora_alpha", 32, "lora_alpha")
+        yield default("adapter.lora_dropout", 0.05, "lora_dropout")
+        yield default("adapter.target_modules", PEFTS, "lora_target_modules, which peft then chooses")
+    yield default("model.dtype", "float32", "dtype")
+    yield default("train.bf16", not fields.get("train.fp16", False), "bf16")
+    yield default("data.max_length", 1024, "max_length")
+    yield default("data.on_too_long", "truncate", "max_length")
+    text = "assistant_only_loss (of rows with prompt and completion the completion: data.loss_on: assistant)"
+    yield default("data.loss_on", "all", text)
+    yield default("train.learning_rate", 2e-5, "learning_rate")
+    yield default("train.gradient_checkpointing", True, "gradient_checkpointing")
+    yield from trainer_defaults()
+
+
+DECIDED = {
+    SEVERAL: "num_processes config_file accelerate_config",
+    "rows are packed by best fit, those of an evaluation are not": (
+        "packing_strategy eval_packing pad_to_multiple_of dataset_kwargs"
+    ),
+    "padding is neither seen nor learnt, whatever its token": "pad_token",
+    "logits of some thousand tokens at a time, the same loss (train.chunked_loss)": "loss_type",
+    "rows are drawn anew in each epoch": "shuffle_dataset",
+    "always a causal language model": "lora_task_type",
+    "packed weights lie in bytes, which changes none": "bnb_4bit_quant_storage",
+    "one process": "ignore_bias_buffers",
+}
+REMEDIES = {
+    "the tokenizer's own end token is used: save the model with such a tokenizer": "eos_token",
+    "save the rows as a file": "dataset_streaming streaming",
+    "share of the rows: data.eval_fraction": "test_split_size",
+    "model.dtype, model.attn_implementation": "model_init_kwargs",
+    "set them in the shell that runs qft": "env",
+}
+TABLE: dict[str, Rule] = {
+    **TRAINER,
+    **many(DECIDED, decided),
+    **many(REMEDIES, refused),
+    "model_name_or_path": to("model.path"),
+    "model_revision": to("model.revision"),
+    "trust_remote_code": to("model.trust_remote_code"),
+    "dtype": dtype,
+    "torch_dtype": dtype,
+    "attn_implementation": attention,
+    "use_peft": peft,
+    "lora_r": for_lora("adapter.r"),
+    "lora_alpha": for_lora("adapter.lora_alpha"),
+    "lora_dropout": for_lora("adapter.lora_dropout"),
+    "lora_target_modules": for_lora("", targets),
+    "lora_target_parameters": for_lora("", experts),
+    "lora_modules_to_save": for_lora("adapter.modules_to_save"),
+    "use_rslora": for_lora("adapter.use_rslora"),
+    "use_dora": for_lora("adapter.use_dora"),
+    "load_in_4bit": held("4bit"),
+    "load_in_8bit": held("8bit"),
+    "bnb_4bit_quant_type": decided("with load_in_4bit: quant.quant_type"),
+    "use_bnb_nested_quant": decided("with load_in_4bit: quant.double_quant"),
+    "router_aux_loss_coef": to("train.router_aux_loss_coef"),
+    "dataset_name": dataset,
+    "dataset_config": decided("with dataset_name: data.train.name"),
+    "dataset_train_split": decided("with dataset_name: data.train.split"),
+    "dataset_test_split": decided("with dataset_name and eval_strategy: data.eval.split"),
+    "datasets": mixture,
+    "dataset_text_field": text_field,
+    "dataset_num_proc": to("data.num_proc"),
+    "chat_template_path": template,
+    "max_length": to("data.max_length"),
+    "packing": to("data.packing"),
+    "padding_free": to("data.padding_free"),
+    "max_seq_length": to("data.max_length", text="as trl before 0.20 has it"),
+    "truncation_mode": truncation,
+    "completion_only_loss": completion,
+    "assistant_only_loss": assistant,
+    "activation_offloading": when_on(
+        lambda key, value, config: [
+            Line(key, Kind.OTHER_FIELD, "with train.gradient_checkpointing", {"memory.checkpoints": "host"})
+        ]
+    ),
+    "project": ignored("trackio's own"),
+}

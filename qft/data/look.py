@@ -6,9 +6,10 @@ the share of equal numbers in two of them estimates the share of triples that bo
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 from zlib import crc32
 
 import numpy as np
@@ -79,11 +80,11 @@ class Look:
     def _of_turns(self, conversation: Conversation) -> Iterator[str]:
         before = None
         for number, message in enumerate(conversation.messages):
-            role, content = message["role"], message["content"]
+            role, content = message["role"], text_of(message)
             if role == before and role in ("user", "assistant"):
                 yield f"roles {conversation.turn(number)}"
             if role != "assistant":
-                if not content.strip():
+                if not content.strip() and isinstance(message["content"], str):
                     yield f"empty_turns {conversation.turn(number)}"
                 if self._writes_special(content):
                     yield f"special_tokens {conversation.place(number)}"
@@ -116,7 +117,13 @@ def said(conversation: Conversation) -> str:
     """All that a row says, roles aside."""
     if conversation.text is not None:
         return conversation.text
-    return "\n".join(message["content"] for message in conversation.messages)
+    return "\n".join(map(text_of, conversation.messages))
+
+
+def text_of(message: Mapping[str, Any]) -> str:
+    """Of a message that may have images, what is text."""
+    content = message["content"]
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 
 def digest(conversation: Conversation) -> int:

@@ -38,14 +38,7 @@ from qft.plan.memory import (
     undecidable,
     with_optimizer,
 )
-from qft.plan.model import (
-    ModelPlan,
-    device_problems,
-    partial_problem,
-    plan_model,
-    refuse,
-    require_device,
-)
+from qft.plan.model import ModelPlan, device_problems, partial_problem, plan_model, refuse, require_device
 from qft.plan.offload import offload_problems
 from qft.plan.packages import missing_packages
 from qft.plan.placed import placed

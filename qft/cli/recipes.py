@@ -169,10 +169,10 @@ def train(
 
         loaded = load(recipe, overrides or [])
         require_one_of(resume=resume, overwrite=overwrite)
+        prepare_libraries()
         from qft.commands.launching import launched
 
         launched(loaded, resume=resume)
-        prepare_libraries()
         from qft.commands.train import train as run_training
         from qft.views.live import choose_view
         from qft.views.terminal.training import render

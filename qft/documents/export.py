@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qft.documents.manifest import Base
-from qft.documents.part import Bytes, Part, Stored, Tokens, Versions
+from qft.documents.part import Bytes, Part, Seconds, Stored, Tokens, Versions
 
 
 class GateCheck(Part):
@@ -28,7 +28,7 @@ class Served(Part):
     likeliest: int
     """The engine tells the log probabilities of so many tokens beside the taught one; in kl all others count as one, so
     that it is a lower bound."""
-    seconds_to_start: float | None
+    seconds_to_start: Seconds | None
     generated_per_second: float | None
     """Tokens, of all continuations at once."""
     checks: list[GateCheck]

@@ -123,13 +123,12 @@ def compare(
         wanted = torch.tensor(row[1:])
         at = wanted != IGNORED
         # One model's logits after the other's: of both together only the scored tokens are held.
-        steps: list[torch.Tensor] = []
-        old, new = (_log_probs(logits[: len(wanted)][at], steps) for logits in map(next, models))
+        old, new = (log_softmax(logits[: len(wanted)][at].float(), -1) for logits in map(next, models))
         place = wanted[at].to(old.device)[:, None]
         sums.append([-float(found.gather(1, place).double().sum()) for found in (old, new)])
         tokens.append(len(place))
         kl.append(kl_div(new, old, reduction="none", log_target=True).sum(-1).clamp(min=0).cpu().numpy())
-        agrees.append(favour_one(old, new, torch.maximum(*steps)).cpu().numpy())
+        agrees.append((old.argmax(-1) == new.argmax(-1)).cpu().numpy())
     of_row, counts = np.array(sums), np.array(tokens)
     divergence = Divergence(np.concatenate(kl).astype(np.float64), np.concatenate(agrees))
     return Verification(Likelihood(of_row[:, 0], counts), Likelihood(of_row[:, 1], counts, divergence))
@@ -145,40 +144,17 @@ class LogProbs:
             if hasattr(os, "posix_fallocate"):  # of a disk that fills up later, the system would tell by SIGBUS
                 os.posix_fallocate(stream.fileno(), 0, tokens * vocabulary * 4)
             self.values = np.memmap(stream, np.float32, "w+", shape=(tokens, vocabulary))
-        self.steps = np.zeros(tokens, np.float32)
-        """Of each token, by how much two of the largest logits differed at least in their dtype."""
 
-    def put(self, at: Counts, log_probs: torch.Tensor, step: torch.Tensor) -> None:
-        self.values[at], self.steps[at] = log_probs.cpu().numpy(), step.cpu().numpy()
+    def put(self, at: Counts, log_probs: torch.Tensor) -> None:
+        self.values[at] = log_probs.cpu().numpy()
 
-    def compare(
-        self, at: Counts, log_probs: torch.Tensor, step: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """KL(reference || model) in nats, whether both favour one token, as `favour_one` has it, and the largest
-        difference of a log probability; all [tokens]."""
+    def compare(self, at: Counts, log_probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """KL(reference || model) in nats, whether the most likely token is the same, and the largest difference of a
+        log probability; all [tokens]."""
         reference = torch.from_numpy(np.asarray(self.values[at])).to(log_probs.device)
         kl = kl_div(log_probs, reference, reduction="none", log_target=True).sum(-1)
         farthest = (log_probs - reference).abs().amax(-1)
-        step = torch.maximum(step, torch.from_numpy(self.steps[at]).to(step.device))
-        return kl.clamp(min=0), favour_one(reference, log_probs, step), farthest
-
-
-def _log_probs(logits: torch.Tensor, steps: list[torch.Tensor]) -> torch.Tensor:
-    """Log probabilities [tokens, vocabulary] in float32. To `steps` goes by how much two of the largest logits differ
-    at least in their dtype, [tokens]."""
-    steps.append(torch.finfo(logits.dtype).eps * logits.float().amax(-1).abs())
-    return log_softmax(logits.float(), dim=-1)
-
-
-def favour_one(reference: torch.Tensor, log_probs: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
-    """Whether two models find the same token most likely, or one of them finds the other's as likely as its own but for
-    one `step` of its logits: 16 bits do not tell such apart, and models with nearly even chances have many of them.
-    All [tokens] of log probabilities [tokens, vocabulary]."""
-    theirs, own = reference.argmax(-1, keepdim=True), log_probs.argmax(-1, keepdim=True)
-    leads = [
-        one.gather(-1, a) - one.gather(-1, b) for one, a, b in ((reference, theirs, own), (log_probs, own, theirs))
-    ]
-    return (theirs == own)[:, 0] | (torch.minimum(*leads)[:, 0] <= step)
+        return kl.clamp(min=0), reference.argmax(-1) == log_probs.argmax(-1), farthest
 
 
 def grouped_divergence(reference: NDArray[np.float32], ids: Sequence[int], log_probs: Sequence[float]) -> float:
@@ -215,14 +191,13 @@ def measure(
         for row, i in enumerate(batch):
             labels = torch.tensor(sequences[i].labels[1:], device=logits.device)
             at = labels != IGNORED
-            steps: list[torch.Tensor] = []
-            log_probs = _log_probs(logits[row, : len(labels)][at], steps)
+            log_probs = log_softmax(logits[row, : len(labels)][at].float(), dim=-1)
             nll[i] = -float(log_probs.gather(1, labels[at][:, None]).double().sum())
             places = np.arange(offsets[i], min(offsets[i + 1], compared))
             if write and len(places):
-                write.put(places, log_probs[: len(places)], steps[0][: len(places)])
+                write.put(places, log_probs[: len(places)])
             if against and len(places):
-                found = against.compare(places, log_probs[: len(places)], steps[0][: len(places)])
+                found = against.compare(places, log_probs[: len(places)])
                 kl[places], agrees[places], farthest[places] = (each.cpu().numpy() for each in found)
     return Likelihood(nll, tokens, Divergence(kl, agrees, farthest) if against else None)
 

@@ -172,7 +172,9 @@ def test_without_a_template_the_plan_says_how_rows_are_read(recipe_file: RecipeF
     recipe = recipe_file(quant=None, data={"train": str(rows), "eval_fraction": 0, "template": "none"})
     document = json.loads(qft("check", recipe, "--show", 1, "--json").stdout)
     assert document["data"]["chat_template"] == "none"
-    assert document["shown"] == [{"place": f"{rows}:1", "text": "0+1=1<|im_end|>", "learnt": ["1<|im_end|>"]}]
+    assert document["shown"] == [
+        {"place": f"{rows}:1", "text": "0+1=1<|im_end|>", "learnt": ["1<|im_end|>"], "images": []}
+    ]
     assert "answers follow their questions, then the end token" in qft("check", recipe).stdout
 
 

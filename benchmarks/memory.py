@@ -85,6 +85,9 @@ def main() -> None:
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
+        from qft.machine.environment import prepare_libraries
+
+        prepare_libraries()  # before the GPU is used for the first time: how its allocator works is settled then
         with tempfile.TemporaryDirectory() as folder:
             show(options.one, Path(folder), whole=options.whole_loss)
         return
@@ -157,7 +160,6 @@ def measured(values: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from qft.commands.train import train
-    from qft.machine.environment import prepare_libraries
     from qft.plan import make_plan
     from qft.progress import Step, View
     from qft.recipe.load import from_values
@@ -169,7 +171,6 @@ def measured(values: dict[str, Any]) -> dict[str, Any]:
             peaks.append(torch.cuda.max_memory_allocated())
             torch.cuda.reset_peak_memory_stats()
 
-    prepare_libraries()
     loaded = from_values(values)
     started = time.perf_counter()
     predicted = make_plan(loaded).memory

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from itertools import combinations
 
 from qft.documents.plan import Kept
@@ -90,22 +91,25 @@ def ways(choice: Choice, predict: Predictor) -> list[Way]:
 
 
 def _of_rows(rows: int, choice: Choice, predict: Predictor) -> Iterator[Way]:
-    """With all blocks keeping the most, or the least, and with the best that lies between."""
-    taken = {kept: _at_rows(rows, kept, choice, predict) for kept in choice.kept}
+    """With all blocks keeping the most, or the least, and, if the one fits and the other does not, with the best that
+    lies between."""
+    taken = cache(partial(_at_rows, rows, choice, predict))
     least, most = choice.kept[0], choice.kept[-1]
-    spent = math.inf if choice.spent is None else taken[least].peak + choice.spent
+    spent = math.inf if choice.spent is None else taken(least).peak + choice.spent
     budget, tokens = min(choice.budget, spent), rows * choice.batch(rows).tokens
 
     def way(recomputed: int, lower: Kept, upper: Kept) -> Way:
-        peak = _between(taken[lower].peak, taken[upper].peak, recomputed, choice.layers)
-        work = [taken[upper].work, taken[lower].work]
-        more = work[0] + (work[1] - work[0]) * recomputed / max(choice.layers, 1) - taken[most].work
-        speed = tokens / (tokens + IDLE_TOKENS) / (1 + more / (taken[most].work * (1 + BESIDE)))
+        peak = _between(taken(lower).peak, taken(upper).peak, recomputed, choice.layers)
+        work = [taken(upper).work, taken(lower).work]
+        more = work[0] + (work[1] - work[0]) * recomputed / max(choice.layers, 1) - taken(most).work
+        speed = tokens / (tokens + IDLE_TOKENS) / (1 + more / (taken(most).work * (1 + BESIDE)))
         return Way(rows, choice.step_rows // rows, recomputed, peak, peak <= budget, speed, lower, upper)
 
-    yield way(0, least, most)
+    yield (fastest := way(0, least, most))
     if least != most:
-        yield way(choice.layers, least, most)
+        yield (smallest := way(choice.layers, least, most))
+        if fastest.fits or not smallest.fits:
+            return
         between = [way(_fewest(way, lower, upper, choice.layers), lower, upper)
                    for lower, upper in combinations(choice.kept, 2)]  # fmt: skip
         best = max(between, key=lambda way: (way.fits, way.speed))
@@ -127,7 +131,7 @@ def _between(lower: int, upper: int, recomputed: int, layers: int) -> int:
     return math.ceil(upper + share * (lower - upper))
 
 
-def _at_rows(rows: int, kept: Kept, choice: Choice, predict: Predictor) -> _Taken:
+def _at_rows(rows: int, choice: Choice, predict: Predictor, kept: Kept) -> _Taken:
     """What a micro-batch of so many rows takes."""
     few = [size for size in choice.rows if size > 1][:2]
     accumulates = choice.step_rows > rows
@@ -138,7 +142,7 @@ def _at_rows(rows: int, kept: Kept, choice: Choice, predict: Predictor) -> _Take
     def longer(work: float) -> float:
         return work * (1 + (NORMS if kept in ("attention", "products") else 0.0))
 
-    if rows == 1 or len(few) < 2 or rows in few:
+    if rows == 1 or len(few) < 2 or rows in few or not accumulates:
         found = predicted(rows)
         return _Taken(found.taken, longer(found.work))
     first, second = map(predicted, few)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from qft.arrive.line import Config, Kind, Line, Rule, choose, number, sets
+from qft.arrive.line import Config, Kind, Line, Rule, choose, fastest_attention, number, sets
 
 OPTIMIZERS = {
     "adamw_torch": "adamw_torch",
@@ -247,8 +247,7 @@ def attention(key: str, value: Any, config: Config) -> Iterator[Line]:
     if value in ("eager", "sdpa", "flex_attention"):
         yield Line(key, Kind.SAME, sets={"model.attn_implementation": value})
     else:
-        text = "the fastest that computes the same; model.attn_implementation: flash_attention_2, where it is installed"
-        yield Line(key, Kind.DECIDED, text)
+        yield fastest_attention(key)
 
 
 @sets("train.early_stopping_patience")

@@ -141,6 +141,12 @@ def default(name: str, value: Any, key: str) -> Line:
     return Line(key, Kind.DEFAULT, sets={name: value})
 
 
+def fastest_attention(key: str) -> Line:
+    """Of an attention that is named, and not taken over by its name."""
+    text = "the fastest that computes the same; model.attn_implementation: flash_attention_2, where it is installed"
+    return Line(key, Kind.DECIDED, text)
+
+
 def with_value(line: Line, config: Config) -> Line:
     """The line with what its key has there, be it a key within another."""
     if line.key in config.values:

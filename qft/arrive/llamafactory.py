@@ -12,6 +12,7 @@ from qft.arrive.line import (
     choose,
     decided,
     default,
+    fastest_attention,
     ignored,
     many,
     refused,
@@ -110,8 +111,7 @@ def attention(key: str, value: Any, config: Config) -> Iterator[Line]:
     if name:
         yield Line(key, Kind.OTHER_FIELD, sets={"model.attn_implementation": name})
     else:
-        text = "the fastest that computes the same; model.attn_implementation: flash_attention_2, where it is installed"
-        yield Line(key, Kind.DECIDED, text)
+        yield fastest_attention(key)
 
 
 @sets("train.gradient_checkpointing")

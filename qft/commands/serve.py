@@ -75,6 +75,8 @@ def _found(target: str, options: ServeOptions) -> Path:
     """Folder or file of an artifact or a model. A folder of that name comes before a model of the registry."""
     path = Path(target)
     if not path.exists():
+        if len(path.parts) > 1:  # a name has none
+            raise MissingError(f"{target}: is not there")
         return _of_registry(target, options)
     if options.version != "current":
         raise RecipeError(f"--version: {path} is there, and is no model of the registry; leave it out")

@@ -22,7 +22,11 @@ def size_in_bytes(text: str) -> int | None:
 
 
 def _as_bytes(value: Any) -> Any:
-    return (size_in_bytes(value) or value) if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    if size := size_in_bytes(value):
+        return size
+    raise PydanticCustomError("size", "Input should be a size such as 8GiB")
 
 
 Size = Annotated[int, BeforeValidator(_as_bytes, json_schema_input_type=int | str)]

@@ -173,6 +173,12 @@ def test_what_cannot_be_served_is_refused_with_the_reason(case: str, tmp_path: P
     assert text in ran.stderr.replace("\n", " ")
 
 
+def test_a_path_that_is_not_there_is_no_name_of_a_model(tmp_path: Path) -> None:
+    ran = qft("serve", tmp_path / "gone")
+    assert (ran.exit_code, ran.stdout) == (3, "")
+    assert "gone: is not there" in ran.stderr.replace("\n", "")
+
+
 def test_force_serves_what_no_gate_has_passed_and_says_so(tmp_path: Path) -> None:
     ran = qft("serve", artifact(tmp_path / "it", "merged", passed=None), "--force")
     assert ran.stdout.startswith("vllm serve")

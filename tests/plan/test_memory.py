@@ -139,6 +139,12 @@ def test_a_budget_is_a_share_or_a_size(budget: Any, recipe_file: MakeRecipe) -> 
     assert "24GiB" in refused.stderr
 
 
+def test_what_blocks_keep_is_a_switch_or_a_size(recipe_file: MakeRecipe) -> None:
+    refused = qft("check", recipe_file(train={"gradient_checkpointing": "lots"}))
+    assert refused.exit_code == 2
+    assert "or a size such as 8GiB" in refused.stderr.replace("\n", " ")
+
+
 def test_an_interrupted_run_goes_on_in_the_same_micro_batches(recipe_file: MakeRecipe, tmp_path: Path) -> None:
     path = recipe_file(train=AUTO | {"save_strategy": "steps", "save_steps": 1})
     run(path)

@@ -182,9 +182,10 @@ def _encode_all(
         bad += [f"{rows.place(row['row'])}: {row['reason']}" for row in stopping]
         used = _where(encoded, np.isin(status, ["ok", "truncated"]))
         usable.append(used.select_columns([*COLUMNS]))
-        wholes = np.isin(np.arange(len(used)), _last_examples(used))
-        looked.append(_where(used, wholes).select_columns(["source", "row", *LOOKED]))
-        facts.append(_facts(rows, "train" if number < len(data.train) else "eval", name, status, used))
+        wholes = _last_examples(used)
+        whole = used if len(wholes) == len(used) else used.select(wholes)
+        looked.append(whole.select_columns(["source", "row", *LOOKED]))
+        facts.append(_facts(rows, "train" if number < len(data.train) else "eval", name, status, used, wholes))
     if pictures and any(source.images for source in facts):
         bad += _unseen(usable, chosen, pictures)
     if bad:
@@ -256,9 +257,9 @@ def _last_examples(used: Dataset) -> Ints:
     return found
 
 
-def _facts(rows: Rows, part: str, name: str, status: NDArray[Any], used: Dataset) -> SourceFacts:
+def _facts(rows: Rows, part: str, name: str, status: NDArray[Any], used: Dataset, wholes: Ints) -> SourceFacts:
+    """`wholes`: indices of the examples that hold all of their rows."""
     lengths = column(used, "length").astype(np.int64)
-    wholes = _last_examples(used)
     return SourceFacts(
         path=rows.source.path,
         part=part,

@@ -8,11 +8,21 @@ import typer
 from qft.cli.shell import TARGET_HELP, AsJson, Debug, Quiet, choose_lines, messages, print_json, say, tell
 from qft.machine.environment import prepare_libraries
 
+URL = "Ask the OpenAI-compatible server at this address (vLLM, SGLang, llama.cpp, Ollama), and load nothing."
+MODEL = "The model that the server at --url is asked for, where it has several."
+TIMEOUT = "Seconds that the server at --url may say nothing."
+CONCURRENCY = "Requests at once at which an engine's speed is measured: 1, 8 and 32. Repeatable; 0: not at all."
 HARNESS = "A task of lm-evaluation-harness, by name or file. Repeatable."
 
 
 def evaluate(
-    targets: Annotated[list[str], typer.Argument(metavar="TARGET...", help=TARGET_HELP, show_default=False)],
+    targets: Annotated[
+        list[str] | None, typer.Argument(metavar="TARGET...", help=TARGET_HELP, show_default=False)
+    ] = None,
+    url: Annotated[str | None, typer.Option(metavar="URL", help=URL)] = None,
+    model: Annotated[str | None, typer.Option(metavar="NAME", help=MODEL)] = None,
+    timeout: Annotated[float | None, typer.Option(metavar="SECONDS", min=0.001, help=TIMEOUT)] = None,
+    concurrency: Annotated[list[int] | None, typer.Option(metavar="N", min=0, max=4096, help=CONCURRENCY)] = None,
     adapter: Annotated[Path | None, typer.Option(help="Put this adapter on models that bring none.")] = None,
     data: Annotated[str | None, typer.Option(help="Other rows, or a plain text.")] = None,
     reference: Annotated[str | None, typer.Option(help="The target that the others are compared with.")] = None,
@@ -31,6 +41,11 @@ def evaluate(
 ) -> None:
     """Compare models on the same rows and tokens: quality, memory and speed."""
     with messages(debug):
+        _require_url(url, model, timeout)
+        if not targets and url is None:
+            raise typer.BadParameter("name what is to be evaluated: TARGET..., or a server by --url")
+        if concurrency is not None and url is None:
+            raise typer.BadParameter("--concurrency: requests are sent to a server; give --url")
         prepare_libraries()
         from qft.commands.evaluate import EvalOptions
         from qft.commands.evaluate import evaluate as run_evaluation
@@ -49,14 +64,27 @@ def evaluate(
             kl_tokens=kl_tokens,
             layers=layers,
             advise=advise,
-            out=out or default_out(targets),
+            out=out or default_out(targets or ()),
+            url=url,
+            model=model,
+            timeout=timeout,
+            concurrency=None if concurrency is None else tuple(filter(None, concurrency)),
         )
         view = choose_lines(as_json, quiet)
-        tell(run_evaluation(targets, options, view), render_comparison, as_json=as_json, quiet=quiet)
+        tell(run_evaluation(targets or (), options, view), render_comparison, as_json=as_json, quiet=quiet)
+
+
+def _require_url(url: str | None, model: str | None, timeout: float | None) -> None:
+    for name, given in (("--model", model), ("--timeout", timeout)):
+        if given is not None and url is None:
+            raise typer.BadParameter(f"{name}: is of a server; give --url")
 
 
 def chat(
-    target: Annotated[str, typer.Argument(metavar="TARGET", help=TARGET_HELP, show_default=False)],
+    target: Annotated[str | None, typer.Argument(metavar="TARGET", help=TARGET_HELP, show_default=False)] = None,
+    url: Annotated[str | None, typer.Option(metavar="URL", help=URL)] = None,
+    model: Annotated[str | None, typer.Option(metavar="NAME", help=MODEL)] = None,
+    timeout: Annotated[float | None, typer.Option(metavar="SECONDS", min=0.001, help=TIMEOUT)] = None,
     adapter: Annotated[Path | None, typer.Option(help="Put this adapter on a model that brings none.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Answer this alone, instead of a conversation.")] = None,
     image: Annotated[list[Path] | None, typer.Option(help="Ask the first question with it. Repeatable.")] = None,
@@ -72,12 +100,21 @@ def chat(
     with messages(debug, interrupted="interrupted"):
         if as_json and prompt is None:
             raise typer.BadParameter("--json prints one answer; give --prompt TEXT")
+        _require_url(url, model, timeout)
+        if (target is None) == (url is None):
+            raise typer.BadParameter("name what is talked to: a TARGET, or a server by --url")
+        if url and (adapter or image):
+            raise typer.BadParameter(f"{'--adapter' if adapter else '--image'}: not with --url, which is asked in text")
         prepare_libraries()
         from qft.commands.chat import open_session
         from qft.commands.conversation import ChatOptions
+        from qft.commands.remote import open_remote
 
         options = ChatOptions(system, max_new_tokens, temperature, top_p, seed)
-        session = open_session(target, adapter, options, prompt, say, image or ())
+        if url:
+            session = open_remote(url, model, timeout, options, prompt, say)
+        else:
+            session = open_session(target or "", adapter, options, prompt, say, image or ())
         if prompt is None:
             session.run()
         elif as_json:

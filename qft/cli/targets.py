@@ -30,7 +30,7 @@ def evaluate(
     harness: Annotated[list[str] | None, typer.Option(metavar="TASK", help=HARNESS)] = None,
     window: Annotated[int, typer.Option(min=2, help="Tokens of a window over plain text.")] = 512,
     stride: Annotated[int, typer.Option(min=1, help="Tokens from one window to the next.")] = 256,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows that are read at once.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows that are read at once, or asked of --url.")] = 8,
     kl_tokens: Annotated[int, typer.Option(min=1, help="Tokens over which distributions are compared.")] = 8192,
     layers: Annotated[bool, typer.Option("--layers", help="Tell each layer's error against the reference.")] = False,
     advise: Annotated[bool, typer.Option("--advise", help="Tell what to try next with one run, and why.")] = False,

@@ -26,6 +26,7 @@ class EvalOptions:
     harness: tuple[str, ...] = ()
     """Tasks of lm-evaluation-harness, beside those of the recipe."""
     batch_size: int = 8
+    """Rows that are read at once; with a url, that are asked at once."""
     kl_tokens: int = 8192
     """Tokens over which distributions are compared; each takes 4 bytes times the vocabulary on disk."""
     layers: bool = False

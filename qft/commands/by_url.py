@@ -192,10 +192,10 @@ class _Work:
     view: View
 
     def answers(self) -> list[Answer]:
-        """Of each question, eval.batch_size at once; greedy."""
+        """Of each question, --batch-size at once; greedy."""
         settings, found = self.asked.recipe.eval, self.asked.questions
         ask = partial(self._ask, most=settings.max_new_tokens)
-        written = at_once(ask, range(len(found)), settings.batch_size)
+        written = at_once(ask, range(len(found)), self.options.batch_size)
         if empty := sum(one.reasoned and not one.text.strip() for one in written):
             text = (
                 f"{empty} answers are a reasoning that was cut; raise eval.max_new_tokens ({settings.max_new_tokens})"

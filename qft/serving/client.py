@@ -149,9 +149,8 @@ class Server:
 
     def _written(self, answer: _Answer, show: Callable[[str], None], started: float) -> Written:
         pieces: list[str] = []
-        tokens, finish, done, first, reasoned = None, None, False, None, False
+        tokens, finish, first, reasoned = None, None, None, False
         for event in _events(answer, self.url):
-            done = done or not event
             tokens = _usage(event) or tokens
             for choice in event.get("choices") or []:
                 said, thought = _said(choice)
@@ -160,8 +159,11 @@ class Server:
                     first = first or time.perf_counter()
                     pieces.append(said)
                     show(said)
-        if not done and finish is None:
-            raise ServerError(f"{self.url}: the answer broke off after {len(pieces)} pieces; its log says more")
+        if finish is None:  # also where it says that it is done: some drop a request for the next one
+            text = f"{self.url}: the answer broke off after {len(pieces)} pieces; its log says more"
+            raise ServerError(
+                f"{text}, and one that answers a single request at a time may have dropped it (ask fewer)"
+            )
         now = time.perf_counter()
         ended = finish not in ("length", "max_tokens")
         return Written("".join(pieces), tokens or len(pieces), ended, (first or now) - started, now - started, reasoned)
@@ -213,15 +215,13 @@ def _opener(url: str) -> OpenerDirector:
 
 
 def _events(answer: _Answer, url: str) -> Iterator[dict[str, Any]]:
-    """The objects of a stream, and an empty one for its end; of a server that does not stream, its one answer."""
+    """The objects of a stream; of a server that does not stream, its one answer."""
     if not answer.is_stream:
         yield _json(answer, url)
-        yield {}
         return
     for line in answer.lines():
         name, _, text = line.decode("utf-8", "replace").partition(":")
         if name == "data" and text.strip() == "[DONE]":
-            yield {}
             return
         if name == "data":
             yield _object(text, url, "a piece of its answer")

@@ -229,10 +229,11 @@ class _Work:
         except ServerError as error:
             if error.status is None:
                 raise
-            self.view.note(f"  no perplexity: the server tells no log probabilities of a text ({error})")
+            text = f"the server tells no log probabilities of token ids (it answered {error.status})"
+            self.view.note(f"  no perplexity: {text}")
             return None
         if first is None:
-            self.view.note("  no perplexity: the server tells no log probabilities of a text")
+            self.view.note("  no perplexity: the server tells no log probabilities of what it reads")
             return None
         rest = [self._read(passage) for passage in passages[1:]]
         if None in rest:

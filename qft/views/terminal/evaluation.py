@@ -19,7 +19,9 @@ def render_comparison(document: EvalDocument) -> Group:
     found = (draw(document) for field, draw in tables.items() if any(getattr(t, field) for t in document.targets))
     footnote = Text(_footnote(document), style="dim")
     loads = [_loads(document)] if any(t.served_by and t.served_by.loads for t in document.targets) else []
-    return spaced(_quality(document), *found, _costs(document), *loads, *_advice(document), footnote)
+    quality = [_quality(document)] if any(t.perplexity_interval for t in document.targets) else []
+    costs = [_costs(document)] if any(t.decode_tokens_per_second for t in document.targets) else []
+    return spaced(*quality, *found, *costs, *loads, *_advice(document), footnote)
 
 
 def _advice(document: EvalDocument) -> Iterator[Group]:

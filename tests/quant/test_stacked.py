@@ -144,7 +144,7 @@ def test_what_a_product_made_is_freed_with_it(how: str) -> None:
     gc.collect()
     gc.disable()
     try:
-        functional.grouped_mm(x, Stacked(View(weights, torch.float32)), offs=ENDS).sum().backward()
+        functional.grouped_mm(x, Stacked(View(weights, torch.float32)), offs=ENDS).sum().backward()  # type: ignore[no-untyped-call]
         gc.set_debug(gc.DEBUG_SAVEALL)
         gc.collect()
         assert not [found for found in gc.garbage if isinstance(found, torch.Tensor)]

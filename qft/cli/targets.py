@@ -1,12 +1,17 @@
 """What is done with models: `qft eval` and `qft chat`."""
 
+from __future__ import annotations
+
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qft.cli.shell import TARGET_HELP, AsJson, Debug, Quiet, choose_lines, messages, print_json, say, tell
 from qft.machine.environment import prepare_libraries
+
+if TYPE_CHECKING:
+    from qft.serving.options import EngineOptions
 
 URL = "Ask the OpenAI-compatible server at this address (vLLM, SGLang, llama.cpp, Ollama), and load nothing."
 MODEL = "The model that the server at --url is asked for, where it has several."
@@ -41,11 +46,7 @@ def evaluate(
 ) -> None:
     """Compare models on the same rows and tokens: quality, memory and speed."""
     with messages(debug):
-        _require_url(url, model, timeout)
-        if not targets and url is None:
-            raise typer.BadParameter("name what is to be evaluated: TARGET..., or a server by --url")
-        if concurrency is not None and url is None:
-            raise typer.BadParameter("--concurrency: requests are sent to a server; give --url")
+        engine = _engine(url, model, timeout, concurrency, targets)
         prepare_libraries()
         from qft.commands.evaluate import EvalOptions
         from qft.commands.evaluate import evaluate as run_evaluation
@@ -65,19 +66,23 @@ def evaluate(
             layers=layers,
             advise=advise,
             out=out or default_out(targets or ()),
-            url=url,
-            model=model,
-            timeout=timeout,
-            concurrency=None if concurrency is None else tuple(filter(None, concurrency)),
+            engine=engine,
         )
         view = choose_lines(as_json, quiet)
         tell(run_evaluation(targets or (), options, view), render_comparison, as_json=as_json, quiet=quiet)
 
 
-def _require_url(url: str | None, model: str | None, timeout: float | None) -> None:
-    for name, given in (("--model", model), ("--timeout", timeout)):
+def _engine(
+    url: str | None, model: str | None, timeout: float | None, concurrency: list[int] | None, target: object
+) -> EngineOptions:
+    from qft.serving.options import EngineOptions
+
+    for name, given in {"--model": model, "--timeout": timeout, "--concurrency": concurrency}.items():
         if given is not None and url is None:
             raise typer.BadParameter(f"{name}: is of a server; give --url")
+    if not target and url is None:
+        raise typer.BadParameter("say which model: a TARGET, or a server by --url")
+    return EngineOptions(url, model, timeout, None if concurrency is None else tuple(filter(None, concurrency)))
 
 
 def chat(
@@ -100,11 +105,10 @@ def chat(
     with messages(debug, interrupted="interrupted"):
         if as_json and prompt is None:
             raise typer.BadParameter("--json prints one answer; give --prompt TEXT")
-        _require_url(url, model, timeout)
-        if (target is None) == (url is None):
-            raise typer.BadParameter("name what is talked to: a TARGET, or a server by --url")
-        if url and (adapter or image):
-            raise typer.BadParameter(f"{'--adapter' if adapter else '--image'}: not with --url, which is asked in text")
+        engine = _engine(url, model, timeout, None, target)
+        if url and (target or adapter or image):
+            name = "TARGET" if target else "--adapter" if adapter else "--image"
+            raise typer.BadParameter(f"{name}: not with --url, whose server has its model, and is asked in text")
         prepare_libraries()
         from qft.commands.chat import open_session
         from qft.commands.conversation import ChatOptions
@@ -112,7 +116,7 @@ def chat(
 
         options = ChatOptions(system, max_new_tokens, temperature, top_p, seed)
         if url:
-            session = open_remote(url, model, timeout, options, prompt, say)
+            session = open_remote(engine, options, prompt, say)
         else:
             session = open_session(target or "", adapter, options, prompt, say, image or ())
         if prompt is None:

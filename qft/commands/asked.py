@@ -1,13 +1,14 @@
 """What `qft eval` is asked beside its targets."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from qft.errors import RecipeError
 from qft.measure.scores import SCORES
 from qft.plan.packages import missing_packages
 from qft.recipe import Recipe
+from qft.serving.options import EngineOptions
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,7 @@ class EvalOptions:
     advise: bool = False
     """Hold the one run that is named in other ways too, and tell what to try next."""
     out: Path | None = None
-    url: str | None = None
-    """Ask the OpenAI-compatible server at this address, and load nothing."""
-    model: str | None = None
-    """By which name; None: it has one."""
-    timeout: float | None = None
-    """Seconds that it may say nothing. None: SILENT_SECONDS."""
-    concurrency: tuple[int, ...] | None = None
-    """Requests at once at which an engine's speed is measured; empty: it is not. None: LEVELS."""
+    engine: EngineOptions = field(default_factory=EngineOptions)
 
 
 def with_metrics(recipe: Recipe, more: Iterable[str]) -> Recipe:

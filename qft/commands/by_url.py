@@ -60,7 +60,7 @@ class _Asked:
 
 
 def evaluate_server(names: Sequence[str], options: EvalOptions, view: View) -> EvalDocument:
-    """Ask the server at options.url the rows of the one target of `names`, which is not loaded, or those of
+    """Ask the server at options.engine.url the rows of the one target of `names`, which is not loaded, or those of
     options.data. Raises QftError; ServerError for what the server does not answer."""
     _require_sense(names, options)
     if options.out is None:
@@ -71,9 +71,9 @@ def evaluate_server(names: Sequence[str], options: EvalOptions, view: View) -> E
 
 def _evaluated(names: Sequence[str], options: EvalOptions, view: View) -> EvalDocument:
     started = time.perf_counter()
-    assert options.url is not None
-    server = Server.of(options.url, options.timeout or SILENT_SECONDS)
-    model = server.find_model(options.model)
+    assert options.engine.url is not None
+    server = Server.of(options.engine.url, options.engine.timeout or SILENT_SECONDS)
+    model = server.find_model(options.engine.model)
     name = f"{model}@{urlsplit(server.url).netloc}"
     if options.out:
         require_replaceable(options.out, [name], options.data)
@@ -208,7 +208,7 @@ class _Work:
 
     def loads(self) -> list[Any]:
         """Answers of TOKENS tokens each where the server writes on behind its end; else as long as they are."""
-        levels = LEVELS if self.options.concurrency is None else self.options.concurrency
+        levels = LEVELS if self.options.engine.concurrency is None else self.options.engine.concurrency
         if not levels:
             return []
         self.view.note(f"  measuring its speed, {', '.join(map(str, levels))} at once")

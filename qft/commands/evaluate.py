@@ -53,7 +53,7 @@ def evaluate(names: Sequence[str], options: EvalOptions, view: View) -> EvalDocu
     """Measure each target of `names` and compare them with the reference.
 
     Raises QftError: whatever is wrong with a target, the data or a metric is told before any model is loaded."""
-    if options.url is not None:
+    if options.engine.url is not None:
         return evaluate_server(names, options, view)
     advised = Advised.of(names, options.reference) if options.advise else None
     if advised and advised.compared:

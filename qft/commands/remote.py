@@ -10,6 +10,7 @@ from qft.commands.conversation import ChatOptions, Reply, Show, require_text, sa
 from qft.data.conversation import Message
 from qft.errors import DataError
 from qft.serving.client import SILENT_SECONDS, Server
+from qft.serving.options import EngineOptions
 
 
 @dataclass
@@ -78,18 +79,14 @@ class RemoteConversation:
 
 
 def open_remote(
-    url: str,
-    model: str | None,
-    timeout: float | None,
-    options: ChatOptions,
-    prompt: str | None,
-    note: Callable[[str], None],
+    engine: EngineOptions, options: ChatOptions, prompt: str | None, note: Callable[[str], None]
 ) -> Session:
-    """A session with a model of the server at `url`. Raises RecipeError for what makes no sense, ServerError if the
-    server is not there or has no such model."""
+    """A session with a model of the server at engine.url. Raises RecipeError for what makes no sense, ServerError if
+    the server is not there or has no such model."""
+    assert engine.url is not None
     if prompt is not None:
         require_text(prompt)
-    server = Server.of(url, timeout or SILENT_SECONDS)
-    conversation = RemoteConversation(server.find_model(model), options)
+    server = Server.of(engine.url, engine.timeout or SILENT_SECONDS)
+    conversation = RemoteConversation(server.find_model(engine.model), options)
     note(f"[asking {conversation.name} at {server.url}]")
     return Session(conversation, server, note)

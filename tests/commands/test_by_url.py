@@ -111,7 +111,7 @@ def test_what_makes_no_sense_is_refused(recipe: Path, words: tuple[str, ...], co
 def test_options_of_a_server_need_one() -> None:
     assert "give --url" in qft("eval", "x", "--model", "m").stderr
     assert "give --url" in qft("chat", "x", "--timeout", "3").stderr
-    assert "a TARGET, or a server" in qft("chat").stderr
+    assert "a TARGET, or a server by --url" in qft("chat").stderr
     ran = qft("chat", "--url", "http://127.0.0.1:1", "--prompt", "Hi")
     assert (ran.exit_code, "no server listens there" in ran.stderr) == (11, True)
 

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from qft.commands.serve import ServeOptions, find_start
 from qft.documents.export import Served
 from qft.export import EXPORTERS, export
-from qft.export.deploy.check import check_loads, environments
+from qft.export.deploy import check_loads, environments
 from qft.export.gate.served import judge_served
 from qft.export.gate.verify import Reference, reference
 from qft.export.job import Job, find_job, load_run

@@ -72,7 +72,8 @@ def _obstacles(rule: Rule, weights: str, dtype: str, environment: Environment) -
         yield False, refusal, ""
     elif environment.device == "cpu" and not rule.cpu:
         newer = f" of compute capability {rule.cuda} or newer" if rule.cuda else ""
-        yield False, f"{refusal} on a CPU", f"a GPU{newer}"
+        said = f", which says: {rule.says}" if rule.says else ""
+        yield False, f"{refusal} on a CPU{said}", f"a GPU{newer}"
     elif environment.device and environment.device != "cpu":
         yield from _gpu_obstacles(rule, weights, dtype, environment.device)
     yield from _package_obstacles(rule, environment)

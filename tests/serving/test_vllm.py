@@ -104,6 +104,8 @@ def test_vllm_loads_what_the_table_says_and_finds_what_was_trained(
     [expected] = check_loads(target, weights, "bfloat16", environments("vllm=0.32.0,cpu"))
     assert expected.loads is (missed == set()), told
     assert missed <= {"loads"}, told
+    says = [text.partition("says: ")[2] for text in expected.reasons]
+    assert [text for text in says if not text or text not in told[0]] == [], told  # foretold in vLLM's own words
 
 
 def scaled(folder: Path) -> None:

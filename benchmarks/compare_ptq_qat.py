@@ -1,7 +1,7 @@
 """Quantization-aware training or quantizing afterwards: the same model, data and 4 bits in every way, as one table.
 
-    python benchmarks/compare_ptq_qat.py RECIPE [--rows orders|text] [--learning-rates 1e-3 2e-3] [--folder runs/compare]
-        [--jobs 1] [--arms NAME...]
+    python benchmarks/compare_ptq_qat.py RECIPE [--rows orders|text] [--learning-rates 1e-3 2e-3]
+        [--folder runs/compare] [--jobs 1] [--arms NAME...]
 
 trains RECIPE, a LoRA training in 16 bits, as it is, with all weights, on an nf4 base, and within int4-g32's rounding;
 quantizes what was not rounded (to the nearest, and by auto-round), and asks all of them the held-out rows: perplexity,
@@ -22,7 +22,7 @@ import copy
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property

@@ -213,7 +213,7 @@ class Comparison:
         if arm.changes.get("quant", {}).get("distill"):
             made["train"]["max_steps"] = self.options.distill_steps or 2 * made["train"]["max_steps"]
         made["train"]["learning_rate"] = arm.rate
-        made["eval"] = made.get("eval", {}) | {"metrics": []}  # the artifact is asked
+        made["eval"] = {}  # the artifact is asked
         if arm.after:
             before = self.folder / self.before(arm).name
             made["model"]["path"] = str(before if arm.calibrates else before / "export" / "merged")
@@ -342,8 +342,10 @@ def _begun(options: argparse.Namespace, name: str, device: str) -> tuple[Compari
 
 
 def _rows(comparison: Comparison, arm: Arm) -> Any:
-    """The held-out rows, as the first of its family keeps them."""
-    return read_rows(Run(comparison.folder / comparison.ways[arm.family][0].name).rows).rows
+    """The held-out rows, as its training keeps them."""
+    if arm.calibrates:
+        return _rows(comparison, comparison.before(arm))
+    return read_rows(Run(comparison.folder / arm.name).rows).rows
 
 
 def is_told(comparison: Comparison, count: int) -> Any:

@@ -29,6 +29,7 @@ from functools import cached_property
 from pathlib import Path
 from queue import Queue
 from runpy import run_path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -50,8 +51,8 @@ QAT = {"quant": {"mode": "qat", "target": "int4-g32"}}
 ROUNDED = {"bits": 4, "group_size": 32, "verify_samples": 8}
 HELD_OUT = 150
 """Rows that --rows makes, of which figures are told; half as many more choose a learning rate."""
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["qft.commands.train", "qft.commands.calibrate", "qft.export"])
+CONTEXT = multiprocessing.get_context("spawn")  # a process that is forked has no GPU once a library has asked for it
+STARTING = Lock()
 
 
 @dataclass
@@ -189,11 +190,13 @@ class Comparison:
             self._run(ask_one, best)
 
     def _run(self, function: Callable[..., None], arm: Arm) -> None:
-        """In a process of its own, which has what all of them import."""
+        """In a process of its own."""
         device = self.devices.get()
         try:
-            process = CONTEXT.Process(target=function, args=(self.options, arm.name, device))
-            process.start()
+            process = CONTEXT.Process(target=function, args=(self.options, arm.name))
+            with STARTING:
+                os.environ["CUDA_VISIBLE_DEVICES"] = device  # before it imports anything
+                process.start()
             process.join()
             if process.exitcode:
                 raise RuntimeError(f"{arm.name}: {function.__name__} has failed")
@@ -296,9 +299,9 @@ def write_rows(comparison: Comparison) -> None:
             path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[part][: counts[part]]), "utf-8")
 
 
-def make_one(options: argparse.Namespace, name: str, device: str) -> None:
+def make_one(options: argparse.Namespace, name: str) -> None:
     """Train or quantize, export, and keep how likely the artifact finds each held-out row: nats and tokens."""
-    comparison, arm = _begun(options, name, device)
+    comparison, arm = _begun(options, name)
     from qft.commands.calibrate import calibrate
     from qft.commands.train import train
     from qft.export import ExportOptions, export
@@ -316,9 +319,9 @@ def make_one(options: argparse.Namespace, name: str, device: str) -> None:
     comparison.read(arm).write_text(json.dumps({"nll": found.nll.tolist(), "tokens": found.tokens.tolist()}), "utf-8")
 
 
-def ask_one(options: argparse.Namespace, name: str, device: str) -> None:
+def ask_one(options: argparse.Namespace, name: str) -> None:
     """Keep what the artifact makes of the rows that are told: nats from the first of its family, and scores."""
-    comparison, arm = _begun(options, name, device)
+    comparison, arm = _begun(options, name)
     held_out = _rows(comparison, arm)
     rows = [held_out[index] for index in np.flatnonzero(is_told(comparison, len(held_out))).tolist()]
     own, tokenizer = _loaded(comparison, arm)
@@ -334,8 +337,7 @@ def ask_one(options: argparse.Namespace, name: str, device: str) -> None:
     comparison.told(arm).write_text(json.dumps(told), "utf-8")
 
 
-def _begun(options: argparse.Namespace, name: str, device: str) -> tuple[Comparison, Arm]:
-    os.environ["CUDA_VISIBLE_DEVICES"] = device
+def _begun(options: argparse.Namespace, name: str) -> tuple[Comparison, Arm]:
     prepare_libraries()
     comparison = comparison_of(options)
     return comparison, comparison.arms[name]

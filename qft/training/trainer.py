@@ -206,22 +206,22 @@ class QftTrainer(StoppingTrainer):
             gradients = (p.grad for p in self.model.parameters() if p.grad is not None)
             recorder.bytes["gradients"] = tensor_bytes(gradients)
         update.learning_rate = self.lr_scheduler.get_last_lr()[0]
-        numbers = update.ask()
+        bad = update.ask(asked=self.signals.asked is not None)
         if self._waits_for_nothing():
-            self.optimizer.optimizer.found_inf = (~numbers.isfinite().all()).float()
+            self.optimizer.optimizer.found_inf = bad.float()
         else:
             self._look_at(update)
             if update.skipped:
                 self.model.zero_grad(set_to_none=True)  # without gradients nothing is changed, decay included
 
     def _waits_for_nothing(self) -> bool:
-        # What several processes are to leave out they must agree on.
-        on_gpu = self.args.device.type == "cuda" and not self.args.fp16 and world().size == 1
+        on_gpu = self.args.device.type == "cuda" and not self.args.fp16 and not self.sharded
         return on_gpu and skips_by_itself(self.optimizer.optimizer)
 
     def _look_at(self, update: Update) -> None:
         """Raises NonFiniteError, or has the update skipped, if what it was made of is not finite."""
-        update.read(asked=self.signals.asked is not None)
+        update.read()
+        self.heard |= update.asked
         if not update.is_bad(scaled=self.args.fp16):
             return
         if self.on_nonfinite == "stop":
@@ -261,7 +261,9 @@ class QftTrainer(StoppingTrainer):
         """The Trainer's, which would wait for the loss: of a step that is told later, so is the log's entry."""
         steps = self.state.global_step - self._globalstep_last_logged  # type: ignore[has-type]
         if self._waiting and self.control.should_log and steps:
-            self._waiting[-1].entry = LogEntry(Sent(tr_loss), steps, args[5], self.state.epoch)
+            self._waiting[-1].entry = LogEntry(
+                Sent(world().added(tr_loss / world().size)), steps, args[5], self.state.epoch
+            )
             tr_loss -= tr_loss
             self._globalstep_last_logged, self.control.should_log = self.state.global_step, False
         super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
@@ -285,7 +287,7 @@ class QftTrainer(StoppingTrainer):
             assert update.ended
             update.ended.wait()
             self.recorder.clock.settle()
-            loss, _, _, tokens, supervised, padded, rows = update.sums
+            loss, _, tokens, supervised, padded, rows, _ = update.sums
             self.recorder.step(
                 Step(
                     step=update.step,

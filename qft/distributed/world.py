@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from qft.distributed.peers import watched
 from qft.errors import Elsewhere, Interrupted, QftError, RunError
 
 T = TypeVar("T")
@@ -155,9 +156,10 @@ def joined(found: Ranks | None, kind: str, timeout: int) -> Iterator[World]:
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout), rank=found.rank, world_size=found.size)
     _worlds.append(World(found, dist.new_group(backend="gloo", timeout=UNTIL_PREPARED)))
     try:
-        with _told_by_rank(found):
-            yield world()
-        world().wait()
+        with watched(found.rank, found.size, world().tell):
+            with _told_by_rank(found):
+                yield world()
+            world().wait()
     finally:
         _worlds.pop()
         dist.destroy_process_group()

@@ -88,10 +88,11 @@ class ResumingTrainer(Trainer):
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         rows, sizes = self.train_dataset, self.args
         if isinstance(rows, PackedRows) and sizes.train_sampling_strategy == "group_by_length":
-            at_once = sizes.train_batch_size * sizes.gradient_accumulation_steps
+            at_once = sizes.train_batch_size * sizes.gradient_accumulation_steps * world().size
             return LengthGroupedSampler(at_once, lengths=rows.lengths.tolist(), generator=self.order)
         sampler = super()._get_train_sampler(*args, **kwargs)
         if isinstance(sampler, LengthGroupedSampler):
+            sampler.batch_size *= world().size  # the rows of an update, on all GPUs
             # From the global generator, as is, a resumed run would draw another order.
             sampler.generator = self.order
         return sampler

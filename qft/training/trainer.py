@@ -83,7 +83,8 @@ class QftTrainer(StoppingTrainer):
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         self.recorder.clock.enter("forward")
         mask, fillers = inputs["attention_mask"], [i for i, row in enumerate(inputs["rows"]) if not real(row)]
-        tokens = mask.sum() - mask[fillers].sum() if fillers else mask.sum()
+        of_fillers = sum(sum(inputs["lengths"][i]) for i in fillers) if "lengths" in inputs else mask[fillers].sum()
+        tokens = mask.sum() - of_fillers if fillers else mask.sum()
         self.update.counts.append(torch.stack([tokens, (inputs["labels"][:, 1:] >= 0).sum()]))
         self.update.row_count += sum(len(real(row)) for row in inputs["rows"])
         self.update.padded_tokens += inputs["input_ids"].numel()

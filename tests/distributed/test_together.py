@@ -99,6 +99,17 @@ def test_two_processes_learn_what_one_does(strategy: str, one: Path, tmp_path: P
     assert all((trained[name] - wanted[name]).abs().mean() < 2e-3 for name in wanted)
 
 
+def test_processes_share_packed_rows_in_the_order_of_one(one: Path, tmp_path: Path) -> None:
+    order = {"train_sampling_strategy": "group_by_length", "per_device_train_batch_size": 2, "max_steps": 4}
+    packed: dict[str, Any] = {"data": {"packing": True, "eval_fraction": 0.0}, "train": order}
+    single = run(recipe(tmp_path, one / "model", "single", **packed))
+    both = together(recipe(tmp_path, one / "model", "two", distributed={"strategy": "ddp"}, **packed))
+    assert [each.returncode for each in both] == [0, 0], both[0].stderr
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "single"), abs=1e-4)
+    told = report(tmp_path / "two")
+    assert (told["tokens"], told["samples"]) == (single.tokens, single.samples)
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_a_killed_process_ends_the_other_and_one_process_goes_on(strategy: str, one: Path, tmp_path: Path) -> None:
     path = recipe(tmp_path, one / "model", "two", distributed={"strategy": strategy})

@@ -70,7 +70,7 @@ def _placement(plan: Plan, gpus: int) -> PlannedPlacement:
     model, placement, memory = plan.model, plan.placement, plan.memory
     held, trained, size = Held.of(model), 4 * model.shape.trainable_parameters, placement.size
     received = held.blocks + trained if placement.sharded else 0
-    load = held.whole + trained + CONTEXT
+    load = held.at_load(model, placement) + trained + CONTEXT
     peak = memory.predicted_peak_bytes and memory.predicted_peak_bytes + CONTEXT
     files = sum(path.stat().st_size for path in model.checkpoint.weight_files()) if model.checkpoint.has_weights else 0
     host = memory.predicted_host_bytes

@@ -31,6 +31,7 @@ from qft.model.adapter import CHANGES_BASE
 from qft.model.on_cpu import short_attention
 from qft.progress import Step
 from qft.training.recorder import Recorder
+from qft.training.sharding import reshard
 from qft.training.stopping import StoppingTrainer
 from qft.training.update import LogEntry, Moment, Sent, Update, skips_by_itself
 
@@ -182,17 +183,16 @@ class QftTrainer(StoppingTrainer):
             frozen = [name for name, p in self.model.named_parameters() if not p.requires_grad]
             names = [*frozen, *(name for name, _ in self.model.named_buffers())]
             self.model._ddp_params_and_buffers_to_ignore = names
+        if self.sharded:
+            reshard(self.model)
         prepared = super()._prepare_for_training(*args, **kwargs)
         if world().size > 1 and not isinstance(prepared[0], DistributedDataParallel | FSDPModule):
             raise ModelError("accelerate has left the model as it is, and no gradients would be shared")
-        if self.recorder.gate:
-            self.recorder.gate.arm()
-            self.recorder.sharded(self.model)
         return prepared
 
     def _leave_unprepared(self) -> None:
-        """Before the training each process evaluates with all weights: of a model that it has prepared for that,
-        accelerate would later share no gradients, nor shard it."""
+        """Before the training of a model that it has prepared to be evaluated, accelerate would later share no
+        gradients."""
         if world().size > 1 and not self.accelerator._models:
             self.accelerator._models.append(self.model)
 

@@ -21,7 +21,8 @@ def layers() -> Any:
 
 def test_one_changed_byte_is_found_once_it_is_used() -> None:
     model = layers()
-    gate = BitGate(model)
+    gate = BitGate()
+    gate.note(model)
     gate.arm()
     packed = model[1].weight.data.view(torch.uint8)
     packed.view(-1)[1234] ^= 1
@@ -37,7 +38,8 @@ def test_one_changed_byte_is_found_once_it_is_used() -> None:
 
 def test_a_weight_that_is_not_whole_is_found() -> None:
     model = layers()
-    gate = BitGate(model)
+    gate = BitGate()
+    gate.note(model)
     gate.arm()
     hook = gate.layers["2"]._forward_pre_hooks
     gate.layers["2"].weight.data = gate.layers["2"].weight.data[:7]

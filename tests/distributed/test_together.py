@@ -91,6 +91,11 @@ def test_two_processes_learn_what_one_does(strategy: str, one: Path, tmp_path: P
     assert (told["strategy"], len(told["ranks"]), single["distributed"]) == (strategy, 2, None)
     gate = told["bit_gate"]
     assert (gate and (gate["layers"], gate["layers_changed"])) == ((14, 0) if strategy == "fsdp2" else None)
+    parts, whole = (each["memory"]["components"] for each in (both, single))
+    share = 2 if strategy == "fsdp2" else 1
+    assert [share * parts[name] for name in ("trainable_weights", "optimizer_state")] == pytest.approx(
+        [whole[name] for name in ("trainable_weights", "optimizer_state")], rel=0.01
+    )
     left = {path.name for path in (tmp_path / "two").iterdir()} ^ {path.name for path in (one / "one").iterdir()}
     assert not left
     trained, wanted = adapter(tmp_path / "two"), adapter(one / "one")

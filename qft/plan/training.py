@@ -323,6 +323,8 @@ def _training_problems(recipe: Recipe, device: Device) -> Iterator[Problem]:
     if device.kind == "cpu":
         if train.fp16:
             yield "train.fp16", "float16 with loss scaling needs a GPU; set it to false, and train.bf16 to true"
+        if train.bf16 is True and recipe.model.dtype == "float16":
+            yield "train.bf16", "a CPU multiplies no float16 with bfloat16; set it to auto, or model.dtype to bfloat16"
         if train.dataloader_pin_memory is True:
             yield "train.dataloader_pin_memory", "is for copies to a GPU; set it to auto or false"
         if train.optim.startswith("paged"):

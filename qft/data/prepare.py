@@ -94,10 +94,11 @@ def prepare(
     for name, rows in (("data.train", train), ("data.eval", kept_out)):
         if rows is not None:
             _require_rows(name, [rows])
-    return Prepared(train, kept_out, tuple(facts), _batched(train, data, facts), concatenate_datasets(looked))
+    return Prepared(train, kept_out, tuple(facts), batched(train, data, facts), concatenate_datasets(looked))
 
 
-def _batched(train: Dataset, data: DataSection, facts: Sequence[SourceFacts]) -> Dataset | PackedRows:
+def batched(train: Dataset, data: DataSection, facts: Sequence[SourceFacts]) -> Dataset | PackedRows:
+    """The rows as they are trained on. Raises DataError."""
     if data.is_packed and any(source.images for source in facts):
         raise DataError("rows with images cannot share a row: set data.packing and data.padding_free to false")
     if data.packing:

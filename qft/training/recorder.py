@@ -152,15 +152,9 @@ class Recorder:
         if span := self.plan.span:
             self.models[str(span.number)] = self._model()
 
-    def begin(self, done: int, phase: str = "train") -> None:
+    def begin(self, done: int) -> None:
         """The training goes on behind `done` steps."""
         self.view.begin(self.stages[-1].steps, done)
-        self.meter.enter(phase)
-
-    def sharded(self, model: nn.Module) -> None:
-        """Each process has its part of the weights, and no more."""
-        self.bytes |= weight_bytes(model)
-        self.meter.settled()
         self.meter.enter("train")
 
     def look(self) -> Snapshot:

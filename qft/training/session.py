@@ -16,7 +16,7 @@ from transformers.integrations import TensorBoardCallback
 from qft.checkpoint.skeleton import find_blocks
 from qft.data.batch import Collator, pad_token_id
 from qft.distributed.gate import BitGate
-from qft.distributed.sharded import gathered, plugin_arguments
+from qft.distributed.sharded import gathered, plugin_arguments, trained
 from qft.distributed.world import world
 from qft.errors import Interrupted, ModelError
 from qft.machine.signals import Signals
@@ -31,6 +31,7 @@ from qft.model.balance import BalanceWatch
 from qft.model.load import load_base
 from qft.model.offload import load_offloaded, look_up_on_host, offloading
 from qft.model.on_cpu import join_adapters
+from qft.model.sharded import load_for_sharding
 from qft.plan import Plan
 from qft.quant.rounding_state import state_of
 from qft.quant.share import measured_share
@@ -40,6 +41,7 @@ from qft.training.evaluation import HeldOut
 from qft.training.fusing import fuse
 from qft.training.qat import RoundingSchedule, require_observed
 from qft.training.recorder import Recorder
+from qft.training.sharding import shard
 from qft.training.stages import Border, free, stages_left, told_of
 from qft.training.surviving import SurvivingTrainer
 
@@ -69,6 +71,11 @@ def _train_stage(run: Run, recorder: Recorder, signals: Signals, offload: Offloa
     recorder.reach("before_load", "load")
     model = _load(recorder, run, offload)
     trainer = _trainer(model, run, recorder, signals)
+    if recorder.gate:
+        recorder.meter.enter("shard")
+        shard(trainer)
+        recorder.gate.arm()
+        _try_rows(model, recorder)
     recorder.loaded(model)
     # Under autocast a LoRA layer need not cast its input to float32 first, which would be kept for backward.
     mixed = plan.training["bf16"] or plan.training["fp16"]
@@ -80,7 +87,7 @@ def _train_stage(run: Run, recorder: Recorder, signals: Signals, offload: Offloa
             if checkpoint:
                 trainer.take_up(checkpoint)
             held_out.evaluate("before")
-        recorder.begin(step_of(checkpoint), "shard" if plan.placement.sharded else "train")
+        recorder.begin(step_of(checkpoint))
         try:
             _take_steps(trainer, checkpoint)
             recorder.end()
@@ -126,7 +133,11 @@ def _load(recorder: Recorder, run: Run, offload: Offload | None) -> Any:
     """The base with its adapter, whose first state is kept where it changed the base."""
     plan = recorder.plan
     record_base(run, plan.model.loaded, plan.model.checkpoint.with_weights().base())
-    model = load_offloaded(plan.model, offload) if offload else load_base(plan.model)
+    gate = BitGate() if plan.placement.sharded else None
+    if gate:
+        model = load_for_sharding(plan.model, gate.note)
+    else:
+        model = load_offloaded(plan.model, offload) if offload else load_base(plan.model)
     if plan.model.held or plan.model.scheme.plugin:
         recorder.quantized_share = _share(plan, model)
     recorder.reach("after_load", "adapters")
@@ -134,17 +145,26 @@ def _load(recorder: Recorder, run: Run, offload: Offload | None) -> Any:
     recorder.balance = BalanceWatch(model)
     if offload:
         recorder.bytes_elsewhere = offload.bytes_elsewhere + look_up_on_host(model, offload.device)
-    recorder.unmasked = needs_no_mask(model)
-    _require_apart(model, plan)
+    if gate is None:
+        _try_rows(model, recorder)
     if plan.fewer_passes:
         join_adapters(model, offload.bring if offload else None)
     _divide_loss(model.get_base_model() if plan.lora else model, recorder)
     fuse(model, recorder)
     if _changes_base(plan) and not run.checkpoint:
         world().first_does(lambda: model.save_pretrained(str(run.initial_adapter)))
-    if plan.placement.sharded:
-        recorder.gate = BitGate(model)
+    if gate:
+        gate.note(model)
+        for _, weight in trained(model):
+            weight.data = weight.data.to(model.device)
+    recorder.gate = gate
     return model
+
+
+def _try_rows(model: Any, recorder: Recorder) -> None:
+    """Whether the loaded model needs a mask. Raises ModelError if examples that share a row would see each other."""
+    recorder.unmasked = needs_no_mask(model)
+    _require_apart(model, recorder.plan)
 
 
 def _divide_loss(base: Any, recorder: Recorder) -> None:

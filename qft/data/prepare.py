@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, concatenate_datasets, disable_caching, disable_progress_bars, enable_progress_bars
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
@@ -64,6 +65,12 @@ class Prepared:
     def places(self) -> dict[int, tuple[str, str]]:
         """Path and unit of each source, by its number in the column `source`."""
         return {number: (facts.path, facts.unit) for number, facts in enumerate(self.sources)}
+
+    @cached_property
+    def weighted(self) -> bool:
+        """Whether tokens of training rows count otherwise than others."""
+        lists = self.train.select_columns(["weights"]).with_format("arrow")[:]["weights"]
+        return bool(pc.any(pc.greater(pc.list_value_length(lists), 0)).as_py())
 
     def place(self, source: int, row: int) -> str:
         """`file:line` of a row, by its source and row columns."""
@@ -166,7 +173,10 @@ def _encode_all(
     Raises DataError listing the rows that must stop the run."""
     disable_caching()
     assert data.max_length != "auto"  # the plan has decided
-    encoder = Encoder(tokenizer, data.max_length, data.on_too_long, data.loss_on, data.chat_template, pictures)
+    learnt = {name: getattr(data, name) for name in LEARNT_BY}
+    encoder = Encoder(
+        tokenizer, data.max_length, data.on_too_long, template_file=data.chat_template, pictures=pictures, **learnt
+    )
     stops = [kind for kind, policy in (("bad", data.on_bad_row), ("too long", data.on_too_long)) if policy == "stop"]
     template = fingerprint(tokenizer)
     usable, facts, looked, bad = [], [], [], []
@@ -206,7 +216,8 @@ def _where(rows: Dataset, chosen: NDArray[np.bool_]) -> Dataset:
     return rows if chosen.all() else rows.select(np.flatnonzero(chosen))
 
 
-READ_BY = ("loss_on", "max_length", "on_too_long", "ignore_fields", "template")
+LEARNT_BY = ("loss_on", "train_on_eos", "prompt_loss_weight")
+READ_BY = (*LEARNT_BY, "max_length", "on_too_long", "ignore_fields", "template")
 """Fields of `data` that decide what a row becomes, beside those that the tokenizer has."""
 
 

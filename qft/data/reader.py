@@ -88,6 +88,7 @@ def _record(encoded: Encoded, status: str, reason: str = "", unread: Sequence[st
         "labels": encoded.labels,
         "length": len(encoded.input_ids),
         "supervised": sum(label != IGNORED for label in encoded.labels[1:]),
+        "weights": encoded.weights,
         "answer_start": encoded.answer_start,
         "images": encoded.images,
         "rendered": encoded.rendered,

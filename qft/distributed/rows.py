@@ -37,7 +37,8 @@ class Filled(Dataset[Any]):
     def _filler(self) -> dict[str, Any]:
         first = self.rows[0]
         ids = first["input_ids"][:FILLER_TOKENS]
-        return {**first, "input_ids": ids, "labels": [IGNORED] * len(ids), "length": len(ids), "source": FILLER}
+        empty = {"labels": [IGNORED] * len(ids), "weights": [], "length": len(ids), "source": FILLER}
+        return {**first, "input_ids": ids, **empty}
 
 
 class FilledBatches(BatchSampler):

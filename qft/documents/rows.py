@@ -36,6 +36,8 @@ class RowLengths(Stored):
 class ShownToken(NamedTuple):
     text: str
     learnt: bool
+    weight: float | None = None
+    """What it counts in the loss of a training; None: 1 if it is learnt, and else nothing."""
 
 
 class ShownRow(Stored):

@@ -99,8 +99,14 @@ class DataSection(Section):
     begin anew and attention within its borders. A step is then made of that many full rows."""
     padding_free: bool = False
     """Lay the rows of a micro-batch one behind the other, without padding, instead of one below the other."""
-    loss_on: Literal["assistant", "all"] = "assistant"
-    """Which tokens are learnt: the assistant's turns with their end-of-turn token, or every token."""
+    loss_on: Literal["assistant", "last_assistant", "all"] = "assistant"
+    """Which tokens are learnt: the assistant's turns with their end-of-turn token, the last of them, or every token."""
+    train_on_eos: Literal["turn", "all", "last", "none"] = "turn"
+    """Which tokens that end turns are learnt: turn: those of turns that are learnt; all: of the others, too; last: of
+    the last turn alone; none: none."""
+    prompt_loss_weight: Fraction = 0.0
+    """What a token that is read and not learnt counts in the loss of a training, beside the 1 of one that is learnt;
+    held-out rows are measured without. Turns of weight 0 count nothing."""
     ignore_fields: Many[str] = ()
     """Fields of rows to leave out as if they were not there, by dotted names (`messages.reasoning_content`)."""
     template: Literal["auto", "none"] = "auto"

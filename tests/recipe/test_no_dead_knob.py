@@ -173,6 +173,8 @@ CASES: dict[str, Case] = {
     "data.packing": Case("true", batched),
     "data.padding_free": Case("true", batched),
     "data.loss_on": Case("all", rows),
+    "data.train_on_eos": Case("none", rows),
+    "data.prompt_loss_weight": Case("0.5", rows),
     "data.ignore_fields": Case("[messages.aside]", rows, ("data.chat_template=aside.jinja", "data.train=asides.jsonl")),
     "data.template": Case("none", rows, ("data.train=both.jsonl", "data.format=alpaca")),
     "data.chat_template": Case("shout.jinja", rows),

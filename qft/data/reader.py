@@ -71,6 +71,8 @@ class RowReader:
             examples = self.encoder(replace(conversation, images=images))
         except BadRow as error:
             return [_record(Encoded([], []), "too long" if isinstance(error, TooLong) else "bad", str(error))]
+        except RecursionError:
+            return [_record(Encoded([], []), "bad", "nested too deeply")]
         unread = sorted(conversation.unread)
         made = [_record(each, "truncated" if each.truncated else "ok", unread=unread) for each in examples]
         made[-1] |= {

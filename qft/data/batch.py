@@ -121,7 +121,7 @@ def _labels(row: list[dict[str, Any]]) -> list[int]:
 
 def _weighed(example: dict[str, Any]) -> dict[str, Any]:
     """With a weight of each token but the first, which nothing predicts, and a label where that is more than 0."""
-    weights = example["weights"] or [float(label != IGNORED) for label in example["labels"]]
+    weights = example.get("weights") or [float(label != IGNORED) for label in example["labels"]]
     pairs = zip(example["input_ids"][1:], weights[1:], strict=True)
     labels = [IGNORED, *(token if weight else IGNORED for token, weight in pairs)]
     return example | {"weights": [0.0, *weights[1:]], "labels": labels}

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qft.data.encoded import COLUMNS, EncodedRows, column
 from qft.data.kept import FEWEST, fingerprint, kept
+from qft.data.mixing import row_numbers, weigh
 from qft.data.packing import PackedRows, best_fit
 from qft.data.pictures import Pictures
 from qft.data.reader import FEATURES, LOOKED, RowReader, find_format
@@ -32,8 +33,6 @@ from qft.recipe.data import DataSection
 SHOWN = 10
 """Bad rows that a message lists."""
 
-MOST = 10**8
-"""Rows of a source, once its weight has repeated them; train.num_train_epochs repeats all of them."""
 OF_A_PROCESS = 2000
 """Rows that are worth one more process, and a progress bar."""
 KEPT = 32
@@ -94,10 +93,10 @@ def prepare(
     train = concatenate_datasets(encoded[: len(data.train)])
     kept_out = concatenate_datasets(encoded[len(data.train) :]) if data.eval else None
     if data.eval_fraction:
-        numbers = _row_numbers(train)
+        numbers = row_numbers(train)
         drawn = np.isin(numbers, _draw(len(np.unique(numbers)), data.eval_fraction, seed))
         train, kept_out = train.select(np.flatnonzero(~drawn)), train.select(np.flatnonzero(drawn))
-    train = _weigh(train, facts, seed)
+    train, facts = weigh(train, facts, data, seed)
     for name, rows in (("data.train", train), ("data.eval", kept_out)):
         if rows is not None:
             _require_rows(name, [rows])
@@ -154,13 +153,6 @@ def _draw(count: int, fraction: float, seed: int) -> Ints:
     return held
 
 
-def _row_numbers(examples: Dataset) -> Ints:
-    """For each example, which row it comes from, counted from 0: those of one row lie together."""
-    places = np.array([column(examples, name) for name in ("source", "row")])
-    numbers: Ints = np.cumsum(np.any(places[:, 1:] != places[:, :-1], axis=0)) if len(examples) else np.zeros(0, int)
-    return np.concatenate([[0], numbers])[: len(examples)]
-
-
 def _require_rows(name: str, rows: Sequence[Dataset]) -> None:
     if not sum(map(len, rows)):
         raise DataError(f"{name}: no row is left to use")
@@ -184,7 +176,7 @@ def _encode_all(
         name = find_format(rows, data)
         path = Path(rows.source.path)
         folder = path.parent if path.is_absolute() else None
-        reader = RowReader(encoder, name, frozenset(data.ignore_fields), number, folder)
+        reader = RowReader(encoder, name, frozenset(data.ignore_fields), number, folder, dict(rows.source.columns))
         make = partial(_encode, rows, indices, data.num_proc, reader)
         encoded = kept(_made_of(data, rows, indices, reader, template), make)
         status = column(encoded, "status")
@@ -264,7 +256,7 @@ def _cores() -> int:
 
 def _last_examples(used: Dataset) -> Ints:
     """Indices of the last example of each row, which holds all of it."""
-    found: Ints = np.flatnonzero(np.diff(_row_numbers(used), append=-1))
+    found: Ints = np.flatnonzero(np.diff(row_numbers(used), append=-1))
     return found
 
 
@@ -312,23 +304,3 @@ def _refuse(bad: Sequence[str]) -> None:
     too_long = ["data.max_length" in line for line in bad]
     remedies = ["data.on_bad_row: skip"] * (not all(too_long)) + ["data.on_too_long (skip, truncate)"] * any(too_long)
     raise DataError("\n".join([*lines, f"{len(bad)} rows cannot be used: mend them, or set {' and '.join(remedies)}"]))
-
-
-def _weigh(rows: Dataset, facts: Sequence[SourceFacts], seed: int) -> Dataset:
-    """Repeat, or draw a part of, each source's rows as its weight says."""
-    if all(source.weight == 1 for source in facts):
-        return rows
-    sources, numbers = column(rows, "source"), _row_numbers(rows)
-    generator = np.random.default_rng(seed)
-    chosen: list[Ints] = []
-    for number, source in enumerate(facts):
-        own = np.flatnonzero(sources == number)
-        if source.weight * len(own) > MOST:
-            raise DataError(
-                f"{source.path}: its weight {source.weight:g} makes more than {MOST:,} rows of it: lower it"
-            )
-        distinct = np.unique(numbers[own])
-        whole, rest = divmod(round(source.weight * len(distinct)), max(len(distinct), 1))
-        part = np.isin(numbers[own], generator.permutation(distinct)[:rest])
-        chosen += [own] * whole + [own[part]]
-    return rows.select(np.concatenate(chosen))

@@ -125,7 +125,13 @@ def _unread_by_quant(quant: QuantSection) -> dict[str, str]:
 
 def _unread_by_data(recipe: Recipe) -> dict[str, str]:
     fields = ("data.chat_template", "data.template_kwargs") if recipe.data.template == "none" else ()
-    return dict.fromkeys(fields, "has no meaning with data.template none")
+    unread = dict.fromkeys(fields, "has no meaning with data.template none")
+    mixed = (
+        {}
+        if recipe.data.mix_by != "times"
+        else {"data.mix_temperature": "is read only with data.mix_by rows or tokens"}
+    )
+    return unread | mixed
 
 
 def _unread_by_memory(memory: MemorySection) -> dict[str, str]:

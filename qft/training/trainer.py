@@ -31,14 +31,14 @@ from qft.model.adapter import CHANGES_BASE
 from qft.model.on_cpu import short_attention
 from qft.progress import Step
 from qft.training.recorder import Recorder
-from qft.training.stopping import StoppingTrainer
 from qft.training.update import LogEntry, Moment, Sent, Update, skips_by_itself
+from qft.training.weighing import WeighingTrainer
 
 OF_TEXT = {"input_ids", "attention_mask", "labels", COUNTS, WEIGHTS}
 """What a batch without images is made of."""
 
 
-class QftTrainer(StoppingTrainer):
+class QftTrainer(WeighingTrainer):
     """Trainer that tells a recorder each Step, and stops before an update that is not finite."""
 
     def __init__(self, recorder: Recorder, signals: Signals, **arguments: Any) -> None:
@@ -69,15 +69,6 @@ class QftTrainer(StoppingTrainer):
         self.update = self._new_update()
         self.recorder.clock.enter("data")
         return super().get_batch_samples(*args, **kwargs)
-
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
-        """The library's; of weighted labels what they weigh together."""
-        if not batch_samples or WEIGHTS not in batch_samples[0]:
-            return super()._get_num_items_in_batch(batch_samples, device)
-        total = torch.stack([batch[WEIGHTS][:, 1:].sum() for batch in batch_samples]).sum().to(device)
-        if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            total = self.accelerator.gather(total).sum()
-        return total
 
     def _get_dataloader(self, dataset: Any, *args: Any, sampler_fn: Any = None, **kwargs: Any) -> Any:
         """The library's, of which each process takes its batches: as many as the others, each row once."""

@@ -167,7 +167,7 @@ def test_the_loss_is_the_weighted_mean(laid: str) -> None:
         encoded(row(None, 0, None, None), prompt_loss_weight=0.5, train_on_eos="last"),
     )
     wanted, slope = reference(model, rows)
-    given: list[Any] = {"padded": rows, "packed": [rows[:2], rows[2:]], "side by side": [[each] for each in rows]}[laid]
+    given: Any = {"padded": rows, "packed": [rows[:2], rows[2:]], "side by side": [[each] for each in rows]}[laid]
     batch = Collator(2, weighted=True, side_by_side=laid == "side by side")(given)
     weights, labels = batch["loss_weights"], batch["labels"]
     assert torch.equal(weights > 0, labels != IGNORED)

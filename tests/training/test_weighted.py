@@ -44,8 +44,8 @@ def test_a_step_is_the_weighted_mean_of_its_tokens(recipe_file: RecipeFile, tiny
     report = run(path)
     assert report.loss.first == pytest.approx(weighted_mean(tiny_model, data.train, 0.3), rel=1e-5)
     assert report.loss.first != pytest.approx(weighted_mean(tiny_model, data.train, 0.0), rel=1e-3)
-    before = report.evaluations["before"]
-    assert before.loss == pytest.approx(weighted_mean(tiny_model, data.eval, 0.0), rel=1e-5)
+    assert report.eval.before is not None
+    assert report.eval.before.loss == pytest.approx(weighted_mean(tiny_model, data.eval, 0.0), rel=1e-5)
 
 
 @pytest.mark.parametrize("field", ["label_smoothing_factor", "torch_compile", "chunked_loss"])

@@ -10,10 +10,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from qft.documents.evaluation import EvalDocument, HarnessResult, Score, SourceResult, TargetResult
+from qft.documents.plan import DataPart, PlanDocument
 from qft.documents.part import Part, unit_of
 from qft.documents.training import Evaluation, Report, StageReport
 from qft.views import words
-from qft.views.html import evaluation_pictures, training_pictures
+from qft.views.html import evaluation_pictures, rows_pictures, training_pictures
 from qft.views.html.chart import WIDTH, Cell, Table, evenly
 from qft.views.html.evaluation_pictures import interval
 from qft.views.words import count, duration, number, percent, plain, si, size
@@ -58,8 +59,8 @@ def side_by_side(answers: Mapping[str, Sequence[Answer]], place: Callable[[int, 
     return list(rows.values())
 
 
-def training_page(report: Report, answers: Sequence[Asked] = ()) -> str:
-    """The report of a training. The same report and answers give the same bytes."""
+def training_page(report: Report, answers: Sequence[Asked] = (), data: DataPart | None = None) -> str:
+    """The report of a training, with what its plan says of its data. The same gives the same bytes."""
     return ENVIRONMENT.get_template("training.html.jinja").render(
         report=report,
         name=PurePath(report.run).name or report.run,
@@ -74,9 +75,24 @@ def training_page(report: Report, answers: Sequence[Asked] = ()) -> str:
         ],
         out_of_memory=_out_of_memory(report),
         speed=[training_pictures.throughput(report), training_pictures.phases(report)],
-        lengths=training_pictures.lengths(report),
+        lengths=training_pictures.lengths(report.lengths),
+        sources=rows_pictures.sources(data) if data else None,
+        findings=rows_pictures.findings(data) if data else None,
         answers=sorted(answers, key=lambda row: [right is not False for _, right in reversed(row.given.values())]),
         parts=_every_figure("The run", report),
+    )
+
+
+def rows_page(plan: PlanDocument, recipe: str) -> str:
+    """The rows of a plan, as they are learnt: lengths, sources, findings, and those that it shows, token by token."""
+    return ENVIRONMENT.get_template("rows.html.jinja").render(
+        recipe=recipe,
+        data=plan.data,
+        headline=rows_pictures.headline(plan.data),
+        lengths=training_pictures.lengths(plan.data.lengths.histogram if plan.data.lengths else []),
+        sources=rows_pictures.sources(plan.data),
+        findings=rows_pictures.findings(plan.data),
+        rows=[rows_pictures.drawn(row) for row in plan.shown],
     )
 
 

@@ -141,7 +141,7 @@ def _write_page(document: "PlanDocument | CalibrationCheck", path: Path, recipe:
 
     if not isinstance(document, PlanDocument):
         raise typer.BadParameter("--html shows the rows of a training, and the recipe only calibrates: leave it out")
-    write_text(path, rows_page(document, recipe))
+    write_text(path, rows_page(document.data, document.shown, recipe))
     typer.echo(f"{path} written", err=True)
 
 

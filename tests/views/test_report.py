@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from qft.data.audit import histogram
 from qft.disk import require_free_space
 from qft.documents.memory import Leak
 from qft.documents.training import Checkpointing, Evaluation
@@ -16,7 +17,6 @@ from qft.files import _put_in_place, atomic_folder, write_json, write_text
 from qft.progress import Step, View
 from qft.training.advice import advise
 from qft.training.clock import PhaseClock
-from qft.data.audit import histogram
 from qft.training.summary import spikes
 from qft.views.live import LineView, LiveView, choose_view
 from qft.views.terminal.training import render

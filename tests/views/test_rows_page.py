@@ -67,7 +67,7 @@ def page(recipe_file: RecipeFile, tmp_path: Path) -> Page:
 
 def test_rows_are_inert_and_the_page_loads_nothing(page: Page) -> None:
     tags = {tag for tag, _ in page.tags}
-    assert not tags & {"script", "img", "iframe", "object", "embed", "form", "input", "b"} - {"b"}
+    assert not tags & {"script", "img", "iframe", "object", "embed", "form", "input"}
     for _, attributes in page.tags:
         assert not any(name.startswith("on") for name in attributes)
         assert all((attributes.get(name) or "#").startswith(("#", "data:,")) for name in ("href", "src"))
@@ -89,7 +89,7 @@ def test_rows_are_shown_as_they_are_learnt(page: Page, tmp_path: Path) -> None:
         "y<|im_end|>",
         "out<|im_end|>",
     ]
-    assert [text for text in page.text("place")] == [
+    assert page.text("place") == [
         *(f"{tmp_path / 'a.jsonl'}:{line}" for line in (1, 2, 3)),
         f"{tmp_path / 'b.jsonl'}:1",
         f"{tmp_path / 'held.jsonl'}:1",

@@ -10,8 +10,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from qft.documents.evaluation import EvalDocument, HarnessResult, Score, SourceResult, TargetResult
-from qft.documents.plan import DataPart, PlanDocument
 from qft.documents.part import Part, unit_of
+from qft.documents.plan import DataPart
+from qft.documents.rows import ShownRow
 from qft.documents.training import Evaluation, Report, StageReport
 from qft.views import words
 from qft.views.html import evaluation_pictures, rows_pictures, training_pictures
@@ -76,24 +77,17 @@ def training_page(report: Report, answers: Sequence[Asked] = (), data: DataPart 
         out_of_memory=_out_of_memory(report),
         speed=[training_pictures.throughput(report), training_pictures.phases(report)],
         lengths=training_pictures.lengths(report.lengths),
-        sources=rows_pictures.sources(data) if data else None,
-        findings=rows_pictures.findings(data) if data else None,
+        data=rows_pictures.parts(data) if data else {},
         answers=sorted(answers, key=lambda row: [right is not False for _, right in reversed(row.given.values())]),
         parts=_every_figure("The run", report),
     )
 
 
-def rows_page(plan: PlanDocument, recipe: str) -> str:
-    """The rows of a plan, as they are learnt: lengths, sources, findings, and those that it shows, token by token."""
-    return ENVIRONMENT.get_template("rows.html.jinja").render(
-        recipe=recipe,
-        data=plan.data,
-        headline=rows_pictures.headline(plan.data),
-        lengths=training_pictures.lengths(plan.data.lengths.histogram if plan.data.lengths else []),
-        sources=rows_pictures.sources(plan.data),
-        findings=rows_pictures.findings(plan.data),
-        rows=[rows_pictures.drawn(row) for row in plan.shown],
-    )
+def rows_page(data: DataPart, shown: Sequence[ShownRow], recipe: str) -> str:
+    """The rows of a plan, as they are learnt: lengths, sources, findings, and those `shown`, token by token."""
+    parts = rows_pictures.parts(data)
+    rows = [rows_pictures.drawn(row) for row in shown]
+    return ENVIRONMENT.get_template("rows.html.jinja").render(recipe=recipe, data=data, rows=rows, **parts)
 
 
 def evaluation_page(document: EvalDocument, answers: Sequence[Asked] = ()) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from qft.documents.plan import DataPart
 from qft.documents.rows import ShownRow, ShownToken
 from qft.views.html.chart import Cell, Table
+from qft.views.html.training_pictures import lengths
 from qft.views.words import CONTROLS, count, percent, si
 
 MOST = 2000
@@ -33,6 +34,16 @@ class Drawn(NamedTuple):
     left_out: int
     """Tokens behind those that are shown."""
     images: list[str]
+
+
+def parts(data: DataPart) -> dict[str, Any]:
+    """What a template shows of the data of a plan, by name."""
+    return {
+        "headline": headline(data),
+        "lengths": lengths(data.lengths.histogram if data.lengths else []),
+        "sources": sources(data),
+        "findings": findings(data),
+    }
 
 
 def headline(data: DataPart) -> Iterator[tuple[str, Cell, str]]:
@@ -77,6 +88,7 @@ def _times(weight: float, part: str) -> float:
 
 def findings(data: DataPart) -> Table:
     """Findings, the errors first as they come, and what nobody reads."""
+    rows: list[tuple[str, ...]]
     rows = [(each.name, each.level, each.text, "\n".join(each.places), each.remedy) for each in data.findings]
     for source in data.sources:
         unread = ", ".join(f"{name} ({count(rows, 'row')})" for name, rows in source.unread.items())

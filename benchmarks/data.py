@@ -45,18 +45,23 @@ def chat(draw: random.Random, words: list[str], least: int, most: int) -> list[d
     return [{"role": role, "content": text} for role, text in zip(("user", "assistant"), texts, strict=True)]
 
 
+def cpu_seconds() -> float:
+    """Of this process and those that it has waited for."""
+    return sum(os.times()[:4])
+
+
 def timed(name: str, path: Path, **data: Any) -> None:
     asked = DataSection.model_validate({"train": str(path), "max_length": 2048, **data})
     started, made = time.perf_counter(), tokenizer()
-    trained = time.perf_counter() - started
+    trained, before = time.perf_counter() - started, cpu_seconds()
     rows: Prepared = prepare(asked, made, 0)
     encoded = time.perf_counter() - started - trained
     findings = audit(rows, AuditSection())
     seconds = time.perf_counter() - started - trained
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    peak, used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, cpu_seconds() - before
     found = ", ".join(f"{each.name} {each.rows}" for each in findings) or "none"
     print(
-        f"{name:>28}: {seconds:6.2f} s ({encoded:.2f} s of it to read and encode), {len(rows.train):,} rows, "
+        f"{name:>28}: {seconds:6.2f} s ({encoded:.2f} s of it to read and encode; {used:.1f} s of processors), {len(rows.train):,} rows, "
         f"{rows.sources[0].tokens:,} tokens; at most {peak:.2f} GiB; findings: {found}",
         flush=True,
     )
@@ -69,6 +74,7 @@ def main() -> None:
     asked = parser.parse_args()
     processes = asked.num_proc if asked.num_proc == "auto" else int(asked.num_proc)
     draw, words = random.Random(0), ENGLISH.read_text().split()
+    print(f"{os.cpu_count()} cores, of which {os.getloadavg()[0]:.1f} were busy for a minute", flush=True)
     with tempfile.TemporaryDirectory() as made:
         os.environ["QFT_CACHE"] = f"{made}/cache"
         short, long = Path(made, "short.jsonl"), Path(made, "long.jsonl")

@@ -12,7 +12,7 @@ from qft.data.conversation import without_fields
 from qft.data.encoded import COLUMNS
 from qft.data.formats import FORMATS, detect
 from qft.data.images import reference
-from qft.data.look import Look, digest, said, sketch
+from qft.data.look import Look, digest, said, sketches
 from qft.data.sources import BadRow, Rows, decode
 from qft.data.template import IGNORED, Encoded, Encoder, TooLong
 from qft.errors import DataError
@@ -59,9 +59,12 @@ class RowReader:
             for row, position in zip(rows, positions, strict=True)
             for record in self._records(row)
         ]
+        for record, one in zip(made, sketches([record["sketch"] for record in made]), strict=True):
+            record["sketch"] = one
         return {name: [record[name] for record in made] for name in FEATURES}
 
     def _records(self, row: dict[str, Any]) -> list[dict[str, Any]]:
+        """Those of one row, with what it says in the place of its sketch."""
         try:
             fields = decode(row)
             if fields is None:
@@ -78,7 +81,7 @@ class RowReader:
         made[-1] |= {
             "findings": self.look.findings(conversation, examples),
             "digest": digest(conversation),
-            "sketch": sketch(said(conversation)),
+            "sketch": said(conversation),
         }
         return made
 
@@ -99,7 +102,7 @@ def _record(encoded: Encoded, status: str, reason: str = "", unread: Sequence[st
         "unread": unread,
         "findings": [],
         "digest": 0,
-        "sketch": b"",
+        "sketch": "",
     }
 
 

@@ -61,7 +61,8 @@ def timed(name: str, path: Path, **data: Any) -> None:
     peak, used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, cpu_seconds() - before
     found = ", ".join(f"{each.name} {each.rows}" for each in findings) or "none"
     print(
-        f"{name:>28}: {seconds:6.2f} s ({encoded:.2f} s of it to read and encode; {used:.1f} s of processors), {len(rows.train):,} rows, "
+        f"{name:>28}: {seconds:6.2f} s ({encoded:.2f} s of it to read and encode; {used:.1f} s of processors), "
+        f"{len(rows.train):,} rows, "
         f"{rows.sources[0].tokens:,} tokens; at most {peak:.2f} GiB; findings: {found}",
         flush=True,
     )

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Features, List, Value
+from transformers import PreTrainedTokenizerBase
 
 from qft.data.conversation import without_fields
 from qft.data.encoded import COLUMNS
 from qft.data.formats import FORMATS, detect
 from qft.data.images import reference
 from qft.data.look import Look, digest, said, sketches
+from qft.data.pictures import Pictures
 from qft.data.sources import BadRow, Rows, decode
 from qft.data.template import IGNORED, Encoded, Encoder, TooLong
 from qft.errors import DataError
@@ -104,6 +106,25 @@ def _record(encoded: Encoded, status: str, reason: str = "", unread: Sequence[st
         "digest": 0,
         "sketch": "",
     }
+
+
+def encoder_of(data: DataSection, tokenizer: PreTrainedTokenizerBase, pictures: Pictures | None = None) -> Encoder:
+    """As the recipe has it."""
+    assert data.max_length != "auto"  # the plan has decided
+    return Encoder(tokenizer, data.max_length, data.on_too_long, data.loss_on, data.chat_template, pictures)
+
+
+def reader_of(data: DataSection, encoder: Encoder, rows: Rows, number: int) -> RowReader:
+    """Of the source of that number. Raises DataError if nobody can tell its format."""
+    path = Path(rows.source.path)
+    folder = path.parent if path.is_absolute() else None
+    return RowReader(encoder, find_format(rows, data), frozenset(data.ignore_fields), number, folder)
+
+
+def stopping(data: DataSection) -> tuple[str, ...]:
+    """Of rows that cannot be used, the kinds that stop a run."""
+    policies = (("bad", data.on_bad_row), ("too long", data.on_too_long))
+    return tuple(kind for kind, policy in policies if policy == "stop")
 
 
 def find_format(rows: Rows, data: DataSection) -> str:

@@ -141,6 +141,8 @@ class Plan:
     def steps_per_epoch(self) -> int:
         """Optimizer steps in one pass over the training rows."""
         train = self.recipe.train
+        if self.data.stream:
+            return train.max_steps
         micro_batches = math.ceil(len(self.data.batched) / train.micro_batch)
         return max(math.ceil(micro_batches / train.gradient_accumulation_steps), 1)
 

@@ -173,7 +173,7 @@ def _trainer(model: Any, run: Run, recorder: Recorder, signals: Signals) -> Surv
         signals,
         model=model,
         args=training_arguments(plan, run),
-        train_dataset=plan.data.batched,
+        train_dataset=_training_rows(plan),
         eval_dataset=plan.data.eval,
         data_collator=_collator(plan, model),
         processing_class=plan.model.tokenizer,
@@ -187,6 +187,14 @@ def _trainer(model: Any, run: Run, recorder: Recorder, signals: Signals) -> Surv
             + (", and distributed.gpus" if world().size > 1 else "")
         )
     return trainer
+
+
+def _training_rows(plan: Plan) -> Any:
+    """What batches are made of."""
+    train, stream = plan.recipe.train, plan.data.stream
+    if stream is None:
+        return plan.data.batched
+    return stream.asked(plan.steps * train.step_rows, shuffled=train.train_sampling_strategy != "sequential")
 
 
 def _collator(plan: Plan, model: Any) -> Collator:

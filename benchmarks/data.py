@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from datasets import load_dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -68,6 +69,32 @@ def timed(name: str, path: Path, **data: Any) -> None:
     )
 
 
+def beside(path: Path, folder: str) -> None:
+    """What TRL's SFTTrainer makes of the same rows by two processes, with their answers alone learnt; no audit."""
+    try:
+        from trl import SFTConfig, SFTTrainer
+    except ImportError:
+        print(f"{'TRL':>28}: is not installed", flush=True)
+        return
+    made = tokenizer()
+    made.chat_template = CHATML.replace(
+        "{{ m['content'] }}<|im_end|>", "{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}"
+    )
+    settings = SFTConfig(
+        folder, max_length=2048, assistant_only_loss=True, dataset_num_proc=2, report_to=[], bf16=False
+    )
+    bare = SFTTrainer.__new__(SFTTrainer)  # its preparation reads these alone, and no model
+    known = {"_is_vlm": False, "_is_vision_dataset": False, "completion_only_loss": False, "assistant_only_loss": True}
+    vars(bare).update(known, processing_class=made, padding_free=False, chat_template=None, _tokenizer=made)
+    started, before = time.perf_counter(), cpu_seconds()
+    rows = load_dataset("json", data_files=str(path), split="train", cache_dir=folder)
+    rows = bare._prepare_dataset(rows, made, settings, False, None, "train")
+    seconds = time.perf_counter() - started
+    print(
+        f"{'TRL':>28}: {seconds:6.2f} s ({cpu_seconds() - before:.1f} s of processors), {len(rows):,} rows", flush=True
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rows", type=int, default=100_000)
@@ -87,6 +114,7 @@ def main() -> None:
             stream.write(json.dumps({"messages": turns}) + "\n")
         timed("short chats", short, num_proc=processes)
         timed("the same again", short, num_proc=processes)
+        beside(short, f"{made}/beside")
         timed(f"a row of {long.stat().st_size / 1e6:.0f} MB, cut", long, on_too_long="truncate")
 
 

@@ -25,6 +25,7 @@ from qft.data.sources import Rows, open_source, place
 from qft.data.stream import Stream, open_stream
 from qft.documents.plan import SourceFacts
 from qft.errors import DataError
+from qft.progress import BARS
 from qft.recipe import Source
 from qft.recipe.data import DataSection
 
@@ -230,7 +231,7 @@ def _encode(rows: Rows, indices: Sequence[int], num_proc: int | Literal["auto"],
     """The examples of the rows at `indices`, as records of FEATURES."""
     environment = os.environ
     processes = min(_cores(), len(indices) // OF_A_PROCESS) if num_proc == "auto" else min(num_proc, len(indices))
-    if len(indices) >= OF_A_PROCESS and sys.stderr.isatty():
+    if len(indices) >= OF_A_PROCESS and BARS.get() and sys.stderr.isatty():
         enable_progress_bars()
     try:
         return rows.dataset.select(indices).map(

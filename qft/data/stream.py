@@ -122,9 +122,14 @@ class Stream:
             cached = lru_cache(2)(getattr(self, name))
             object.__setattr__(self, name, cached)
 
-    def asked(self, length: int, *, shuffled: bool) -> "Stream":
-        """The same, of so many examples or rows."""
-        return replace(self, length=length, shuffled=shuffled)
+    def asked(self, length: int, *, shuffled: bool, ends: Sequence[int] = ()) -> "Stream":
+        """The same, of so many examples or rows; `ends` as one that was shuffled so has found them."""
+        return replace(self, length=length, shuffled=shuffled, ends=[*ends])
+
+    @property
+    def lines(self) -> int:
+        """Of all files, blank ones among them."""
+        return sum(file.lines for file in self.files)
 
     def __len__(self) -> int:
         return self.length

@@ -241,7 +241,9 @@ class ResumingTrainer(Trainer):
             self.state.best_model_checkpoint = self._best_before
         if not world().first:
             return
-        state = self.recorder.state().model_copy(update={"evaluation_due": self._is_evaluation_due()})
+        rows, due = self.train_dataset, self._is_evaluation_due()
+        windows = rows.ends if isinstance(rows, Stream) else []
+        state = self.recorder.state().model_copy(update={"evaluation_due": due, "windows": windows})
         write_text(Path(output_dir) / STATE, state.model_dump_json())
 
     def _is_evaluation_due(self) -> bool:

@@ -173,7 +173,7 @@ def _trainer(model: Any, run: Run, recorder: Recorder, signals: Signals) -> Surv
         signals,
         model=model,
         args=training_arguments(plan, run),
-        train_dataset=_training_rows(plan),
+        train_dataset=_training_rows(recorder),
         eval_dataset=plan.data.eval,
         data_collator=_collator(plan, model),
         processing_class=plan.model.tokenizer,
@@ -189,12 +189,14 @@ def _trainer(model: Any, run: Run, recorder: Recorder, signals: Signals) -> Surv
     return trainer
 
 
-def _training_rows(plan: Plan) -> Any:
+def _training_rows(recorder: Recorder) -> Any:
     """What batches are made of."""
+    plan, known = recorder.plan, recorder.earlier.windows
     train, stream = plan.recipe.train, plan.data.stream
     if stream is None:
         return plan.data.batched
-    return stream.asked(plan.steps * train.step_rows, shuffled=train.train_sampling_strategy != "sequential")
+    shuffled = train.train_sampling_strategy != "sequential"
+    return stream.asked(plan.steps * train.step_rows, shuffled=shuffled, ends=known)
 
 
 def _collator(plan: Plan, model: Any) -> Collator:

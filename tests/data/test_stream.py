@@ -63,10 +63,10 @@ def test_each_pass_has_every_row_once_in_an_order_of_its_own(rows: Path) -> None
     assert [sorted(each) for each in passes] == [expected] * 2
     assert passes[0] != passes[1]
     assert sum(b == a + 1 for a, b in pairwise(passes[0])) < used / 20
-    assert [opened(str(rows), on_bad_row="skip", shuffled=False)[i]["row"] for i in range(used)] == expected
-    assert [opened(str(rows), on_bad_row="skip")[i]["row"] for i in (used + 7, 3, 1000)] == [
-        numbers[i] for i in (used + 7, 3, 1000)
-    ]
+    stream = opened(str(rows), on_bad_row="skip")
+    assert [stream[i]["row"] for i in (used + 7, 3, 1000)] == [numbers[i] for i in (used + 7, 3, 1000)]
+    stream = stream.asked(used, shuffled=False)
+    assert [example["row"] for example in stream] == expected
 
 
 def test_it_encodes_what_is_encoded_without(rows: Path, tmp_path: Path) -> None:
@@ -112,10 +112,10 @@ def test_memory_is_flat(tmp_path: Path) -> None:
     with path.open("w") as stream:
         for number in range(2000):
             stream.write(json.dumps({"text": f"{number} {text}"}) + "\n")
-    stream = opened(str(path), on_too_long="truncate", max_length=16)
+    rows = opened(str(path), on_too_long="truncate", max_length=16)
     tracemalloc.start()
     for number in range(0, 2000, 400):
-        assert stream[number]["length"] == 16
+        assert rows[number]["length"] == 16
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < path.stat().st_size / 10

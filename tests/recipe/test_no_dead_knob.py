@@ -172,6 +172,7 @@ CASES: dict[str, Case] = {
     "data.on_bad_row": Case("skip", rows, ("data.train=bad.jsonl",)),
     "data.packing": Case("true", batched),
     "data.padding_free": Case("true", batched),
+    "data.streaming": Case("true", lambda plan: plan.data.stream is not None, ("train.max_steps=2",)),
     "data.loss_on": Case("all", rows),
     "data.ignore_fields": Case("[messages.aside]", rows, ("data.chat_template=aside.jinja", "data.train=asides.jsonl")),
     "data.template": Case("none", rows, ("data.train=both.jsonl", "data.format=alpaca")),

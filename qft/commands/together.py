@@ -11,6 +11,7 @@ from pathlib import Path
 from datasets import Dataset
 
 from qft.data.prepare import Prepared
+from qft.data.stream import open_stream
 from qft.distributed.world import exit_code, world
 from qft.documents.plan import SourceFacts
 from qft.errors import Elsewhere, Interrupted, RunError
@@ -105,7 +106,11 @@ def _planned(start: Start) -> Plan:
     assert train is not None
     assert looked is not None
     rows, device = Prepared(train, held_out, start.sources, train, looked), require_device(start.loaded)
-    return replace(plan_one(start.loaded, device, rows, start.placement), ways=start.ways, optimizer=start.optimizer)
+    plan = plan_one(start.loaded, device, rows, start.placement)
+    if plan.recipe.data.streaming:
+        stream = open_stream(plan.model.rows_for(plan.recipe.data), plan.model.tokenizer, plan.recipe.seed)
+        plan = replace(plan, data=replace(rows, stream=stream))
+    return replace(plan, ways=start.ways, optimizer=start.optimizer)
 
 
 def _made(folder: Path) -> Path:

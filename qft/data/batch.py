@@ -8,6 +8,7 @@ import torch
 
 from qft.data.pictures import Pictures
 from qft.data.template import IGNORED
+from qft.errors import DataError
 
 
 def pad_token_id(tokenizer: Any) -> int:
@@ -56,6 +57,9 @@ def pictured_inputs(
     return inputs
 
 
+UNFORESEEN = "a streamed row says by weight that a turn counts less, and none of the first rows did: put one among them"
+
+
 @dataclass(frozen=True)
 class Collator:
     """Pads on the right to the longest row, rounded up to `multiple` tokens, but to no more than `most`.
@@ -81,6 +85,8 @@ class Collator:
         packed = [row if isinstance(row, list) else [row] for row in rows]
         if self.weighted:
             packed = [[_weighed(example) for example in row] for row in packed]
+        elif any(example.get("weights") for row in packed for example in row):
+            raise DataError(UNFORESEEN)
         labels = [_labels(row) for row in packed]
         places = tuple(tuple((example["source"], example["row"]) for example in row) for row in packed)
         learnt = tuple(sum(label != IGNORED for label in row[1:]) for row in labels)

@@ -22,11 +22,12 @@ from qft.data.kept import FEWEST, fingerprint, kept
 from qft.data.mixing import row_numbers, weigh
 from qft.data.packing import PackedRows, best_fit
 from qft.data.pictures import Pictures
-from qft.data.reader import FEATURES, LOOKED, RowReader, find_format
+from qft.data.reader import FEATURES, LEARNT_BY, LOOKED, RowReader, encoder_of, reader_of, stopping
 from qft.data.sources import Rows, open_source, place
-from qft.data.template import Encoder
+from qft.data.stream import Stream, open_stream
 from qft.documents.plan import SourceFacts
 from qft.errors import DataError
+from qft.progress import BARS
 from qft.recipe import Source
 from qft.recipe.data import DataSection
 
@@ -54,6 +55,8 @@ class Prepared:
     """The training rows as batches are made of them: packed, if the recipe says so."""
     looked: Dataset
     """Of each row of the sources that is used, once: source, row and LOOKED."""
+    stream: Stream | None = None
+    """Where rows are read while they are learnt; all else is then of their first ones alone."""
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -88,7 +91,12 @@ def prepare(
     """Read, encode, split and weight every row; `pictures` reads their images, None: the model reads none.
 
     Raises DataError listing the bad rows, MissingError without a file."""
-    chosen = {number: _whole(source) for number, source in enumerate((*data.train, *data.eval))}
+    stream = open_stream(data, tokenizer, seed) if data.streaming else None
+    chosen = {number: _whole(source) for number, source in enumerate((*data.train, *data.eval)) if not stream}
+    if stream:
+        samples = [file.sample() for file in stream.files]
+        chosen = {number: (rows, range(len(rows.dataset))) for number, rows in enumerate(samples)}
+        chosen |= {number: _whole(source) for number, source in enumerate(data.eval, len(data.train))}
     encoded, facts, looked = _encode_all(data, tokenizer, chosen, pictures)
     train = concatenate_datasets(encoded[: len(data.train)])
     kept_out = concatenate_datasets(encoded[len(data.train) :]) if data.eval else None
@@ -100,7 +108,8 @@ def prepare(
     for name, rows in (("data.train", train), ("data.eval", kept_out)):
         if rows is not None:
             _require_rows(name, [rows])
-    return Prepared(train, kept_out, tuple(facts), _batched(train, data, facts), concatenate_datasets(looked))
+    batched = _batched(train, data, facts)
+    return Prepared(train, kept_out, tuple(facts), batched, concatenate_datasets(looked), stream)
 
 
 def _batched(train: Dataset, data: DataSection, facts: Sequence[SourceFacts]) -> Dataset | PackedRows:
@@ -164,30 +173,22 @@ def _encode_all(
     """Of each source, by its number, the chosen rows that can be used, its facts, and what a look at these rows showed.
     Raises DataError listing the rows that must stop the run."""
     disable_caching()
-    assert data.max_length != "auto"  # the plan has decided
-    learnt = {name: getattr(data, name) for name in LEARNT_BY}
-    encoder = Encoder(
-        tokenizer, data.max_length, data.on_too_long, template_file=data.chat_template, pictures=pictures, **learnt
-    )
-    stops = [kind for kind, policy in (("bad", data.on_bad_row), ("too long", data.on_too_long)) if policy == "stop"]
+    encoder, stops = encoder_of(data, tokenizer, pictures), stopping(data)
     template = fingerprint(tokenizer)
     usable, facts, looked, bad = [], [], [], []
     for number, (rows, indices) in chosen.items():
-        name = find_format(rows, data)
-        path = Path(rows.source.path)
-        folder = path.parent if path.is_absolute() else None
-        reader = RowReader(encoder, name, frozenset(data.ignore_fields), number, folder, dict(rows.source.columns))
+        reader = reader_of(data, encoder, rows, number)
         make = partial(_encode, rows, indices, data.num_proc, reader)
         encoded = kept(_made_of(data, rows, indices, reader, template), make)
         status = column(encoded, "status")
-        stopping = encoded.select(np.flatnonzero(np.isin(status, stops)))
-        bad += [f"{rows.place(row['row'])}: {row['reason']}" for row in stopping]
+        wrong = encoded.select(np.flatnonzero(np.isin(status, stops)))
+        bad += [f"{rows.place(row['row'])}: {row['reason']}" for row in wrong]
         used = _where(encoded, np.isin(status, ["ok", "truncated"]))
         usable.append(used.select_columns([*COLUMNS]))
         wholes = _last_examples(used)
         whole = used if len(wholes) == len(used) else used.select(wholes)
         looked.append(whole.select_columns(["source", "row", *LOOKED]))
-        facts.append(_facts(rows, "train" if number < len(data.train) else "eval", name, status, used, wholes))
+        facts.append(_facts(rows, "train" if number < len(data.train) else "eval", reader.format, status, used, wholes))
     if pictures and any(source.images for source in facts):
         bad += _unseen(usable, chosen, pictures)
     if bad:
@@ -208,7 +209,6 @@ def _where(rows: Dataset, chosen: NDArray[np.bool_]) -> Dataset:
     return rows if chosen.all() else rows.select(np.flatnonzero(chosen))
 
 
-LEARNT_BY = ("loss_on", "train_on_eos", "prompt_loss_weight")
 READ_BY = (*LEARNT_BY, "max_length", "on_too_long", "ignore_fields", "template")
 """Fields of `data` that decide what a row becomes, beside those that the tokenizer has."""
 
@@ -230,7 +230,7 @@ def _encode(rows: Rows, indices: Sequence[int], num_proc: int | Literal["auto"],
     """The examples of the rows at `indices`, as records of FEATURES."""
     environment = os.environ
     processes = min(_cores(), len(indices) // OF_A_PROCESS) if num_proc == "auto" else min(num_proc, len(indices))
-    if len(indices) >= OF_A_PROCESS and sys.stderr.isatty():
+    if len(indices) >= OF_A_PROCESS and BARS.get() and sys.stderr.isatty():
         enable_progress_bars()
     try:
         return rows.dataset.select(indices).map(

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Features, List, Value
+from transformers import PreTrainedTokenizerBase
 
 from qft.data.conversation import without_fields
 from qft.data.encoded import COLUMNS
 from qft.data.formats import FORMATS, detect
 from qft.data.images import reference
-from qft.data.look import Look, digest, said, sketch
+from qft.data.look import Look, digest, said, sketches
+from qft.data.pictures import Pictures
 from qft.data.sources import BadRow, Rows, decode
 from qft.data.template import IGNORED, Encoded, Encoder, TooLong
 from qft.errors import DataError
@@ -34,6 +36,8 @@ FEATURES = Features(
 """COLUMNS; image_digest: SHA-256 of those of the images' files, empty without any; status: ok, truncated, blank, bad or
 too long; the reason of the last two; fields that nobody reads; and LOOKED."""
 
+LEARNT_BY = ("loss_on", "train_on_eos", "prompt_loss_weight")
+"""Fields of `data` that say what is learnt."""
 SEEN = 100
 """Rows of a source that are looked at to tell their format."""
 
@@ -65,9 +69,12 @@ class RowReader:
             for row, position in zip(rows, positions, strict=True)
             for record in self._records(row)
         ]
+        for record, one in zip(made, sketches([record["sketch"] for record in made]), strict=True):
+            record["sketch"] = one
         return {name: [record[name] for record in made] for name in FEATURES}
 
     def _records(self, row: dict[str, Any]) -> list[dict[str, Any]]:
+        """Those of one row, with what it says in the place of its sketch."""
         try:
             fields = decode(row)
             if fields is None:
@@ -84,7 +91,7 @@ class RowReader:
         made[-1] |= {
             "findings": self.look.findings(conversation, examples),
             "digest": digest(conversation),
-            "sketch": sketch(said(conversation)),
+            "sketch": said(conversation),
         }
         return made
 
@@ -106,7 +113,7 @@ def _record(encoded: Encoded, status: str, reason: str = "", unread: Sequence[st
         "unread": unread,
         "findings": [],
         "digest": 0,
-        "sketch": b"",
+        "sketch": "",
     }
 
 
@@ -119,6 +126,29 @@ def renamed(fields: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any
             raise BadRow(f"{text}; name the other in data.ignore_fields")
         made[columns.get(name, name)] = value
     return made
+
+
+def encoder_of(data: DataSection, tokenizer: PreTrainedTokenizerBase, pictures: Pictures | None = None) -> Encoder:
+    """As the recipe has it."""
+    assert data.max_length != "auto"  # the plan has decided
+    learnt = {name: getattr(data, name) for name in LEARNT_BY}
+    return Encoder(
+        tokenizer, data.max_length, data.on_too_long, template_file=data.chat_template, pictures=pictures, **learnt
+    )
+
+
+def reader_of(data: DataSection, encoder: Encoder, rows: Rows, number: int) -> RowReader:
+    """Of the source of that number. Raises DataError if nobody can tell its format."""
+    path = Path(rows.source.path)
+    folder = path.parent if path.is_absolute() else None
+    ignored, columns = frozenset(data.ignore_fields), dict(rows.source.columns)
+    return RowReader(encoder, find_format(rows, data), ignored, number, folder, columns)
+
+
+def stopping(data: DataSection) -> tuple[str, ...]:
+    """Of rows that cannot be used, the kinds that stop a run."""
+    policies = (("bad", data.on_bad_row), ("too long", data.on_too_long))
+    return tuple(kind for kind, policy in policies if policy == "stop")
 
 
 def find_format(rows: Rows, data: DataSection) -> str:

@@ -21,6 +21,10 @@ UNWEIGHTED = "leave data.prompt_loss_weight out, and rows' weights between 0 and
 def encoded_rows(model: ModelPlan) -> Prepared:
     """The rows as tokens, which the model must know. Raises RecipeError, DataError."""
     recipe, shape = model.recipe, model.shape
+    if recipe.data.streaming and model.pictures:
+        refuse(
+            model.loaded, [("data.streaming", "the model reads images, which nobody looks at then: set it to false")]
+        )
     data = prepare(model.rows_for(recipe.data), model.tokenizer, recipe.seed, model.pictures)
     parts = [part for part in (data.train, data.eval) if part is not None]
     require_known_tokens(parts, data.place, model.tokenizer, shape.embeddings)

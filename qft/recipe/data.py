@@ -115,6 +115,10 @@ class DataSection(Section):
     begin anew and attention within its borders. A step is then made of that many full rows."""
     padding_free: bool = False
     """Lay the rows of a micro-batch one behind the other, without padding, instead of one below the other."""
+    streaming: bool = False
+    """Read, encode and pack the training rows while they are learnt, from where they lie: for files larger than memory,
+    or than what the disk has room for twice. Their first 1,024 are looked at before; train.max_steps says where to
+    end."""
     loss_on: Literal["assistant", "last_assistant", "all"] = "assistant"
     """Which tokens are learnt: the assistant's turns with their end-of-turn token, the last of them, or every token."""
     train_on_eos: Literal["turn", "all", "last", "none"] = "turn"

@@ -34,7 +34,7 @@ TABLE: dict[str, dict[Class, str]] = {
             adapter.target_experts adapter.exclude_modules adapter.target_towers adapter.layers_to_transform
             adapter.use_rslora adapter.use_dora adapter.init_lora_weights adapter.bias adapter.modules_to_save
             data.train data.eval data.eval_fraction data.mix_by data.mix_temperature data.format
-            data.max_length data.on_too_long data.on_bad_row
+            data.max_length data.on_too_long data.on_bad_row data.streaming
             data.packing data.padding_free data.loss_on data.train_on_eos data.prompt_loss_weight data.ignore_fields
             data.template data.chat_template data.template_kwargs
             train.per_device_train_batch_size train.gradient_accumulation_steps train.train_sampling_strategy
@@ -76,7 +76,7 @@ TABLE: dict[str, dict[Class, str]] = {
             calibrate.max_bytes
         """,
         "free": """
-            data.num_proc data.audit data.packing data.padding_free
+            data.num_proc data.audit data.packing data.padding_free data.streaming
             calibrate.preset calibrate.allow_partial quant adapter train memory distributed eval export output_dir
         """,
     },

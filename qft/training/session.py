@@ -180,7 +180,7 @@ def _trainer(model: Any, run: Run, recorder: Recorder, signals: Signals) -> Surv
         signals,
         model=model,
         args=training_arguments(plan, run),
-        train_dataset=plan.data.batched,
+        train_dataset=_training_rows(recorder),
         eval_dataset=plan.data.eval and plan.data.eval.remove_columns("weights"),
         data_collator=_collator(plan, model),
         processing_class=plan.model.tokenizer,
@@ -194,6 +194,16 @@ def _trainer(model: Any, run: Run, recorder: Recorder, signals: Signals) -> Surv
             + (", and distributed.gpus" if world().size > 1 else "")
         )
     return trainer
+
+
+def _training_rows(recorder: Recorder) -> Any:
+    """What batches are made of."""
+    plan, known = recorder.plan, recorder.earlier.windows
+    train, stream = plan.recipe.train, plan.data.stream
+    if stream is None:
+        return plan.data.batched
+    shuffled = train.train_sampling_strategy != "sequential"
+    return stream.asked(plan.steps * train.step_rows, shuffled=shuffled, ends=known)
 
 
 def _collator(plan: Plan, model: Any) -> Collator:

@@ -12,6 +12,7 @@ from qft.data.batch import Collator
 from qft.data.formats import FORMATS
 from qft.data.sources import BadRow
 from qft.data.template import IGNORED, Encoded, Encoder
+from qft.errors import DataError
 from qft.memory.fused_loss import fuse_loss
 from tests.support.models import CHATML, byte_tokenizer, tiny_llama
 
@@ -156,6 +157,11 @@ def reference(model: Any, rows: list[dict[str, Any]]) -> tuple[torch.Tensor, tor
         count += sum(weights[1:])
     loss = total / count
     return loss.detach(), torch.autograd.grad(loss, model.get_input_embeddings().weight)[0]
+
+
+def test_a_weight_that_nobody_foresaw_stops_a_training() -> None:
+    with pytest.raises(DataError, match="none of the first rows did"):
+        Collator(2)(records(encoded(row(None, 0.5, None, None))))
 
 
 @pytest.mark.parametrize("laid", ["padded", "packed", "side by side"])

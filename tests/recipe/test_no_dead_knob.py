@@ -176,6 +176,7 @@ CASES: dict[str, Case] = {
     "data.on_bad_row": Case("skip", rows, ("data.train=bad.jsonl",)),
     "data.packing": Case("true", batched),
     "data.padding_free": Case("true", batched),
+    "data.streaming": Case("true", lambda plan: plan.data.stream is not None, ("train.max_steps=2",)),
     "data.loss_on": Case("all", rows),
     "data.train_on_eos": Case("none", rows),
     "data.prompt_loss_weight": Case("0.5", rows),

@@ -11,6 +11,7 @@ from pathlib import Path
 from datasets import Dataset
 
 from qft.data.prepare import Prepared, batched
+from qft.data.stream import open_stream
 from qft.distributed.world import exit_code, world
 from qft.documents.plan import SourceFacts
 from qft.errors import Elsewhere, Interrupted, RunError
@@ -106,7 +107,11 @@ def _planned(start: Start) -> Plan:
     assert looked is not None
     shared = batched(train, start.loaded.recipe.data, start.sources)
     rows, device = Prepared(train, held_out, start.sources, shared, looked), require_device(start.loaded)
-    return replace(plan_one(start.loaded, device, rows, start.placement), ways=start.ways, optimizer=start.optimizer)
+    plan = plan_one(start.loaded, device, rows, start.placement)
+    if plan.recipe.data.streaming:
+        stream = open_stream(plan.model.rows_for(plan.recipe.data), plan.model.tokenizer, plan.recipe.seed)
+        plan = replace(plan, data=replace(rows, stream=stream))
+    return replace(plan, ways=start.ways, optimizer=start.optimizer)
 
 
 def _made(folder: Path) -> Path:

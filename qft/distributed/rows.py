@@ -38,7 +38,8 @@ class Filled(Dataset[Any]):
         row = self.rows[0]
         first = row[0] if isinstance(row, list) else row
         ids = first["input_ids"][:FILLER_TOKENS]
-        made = {**first, "input_ids": ids, "labels": [IGNORED] * len(ids), "length": len(ids), "source": FILLER}
+        empty = {"labels": [IGNORED] * len(ids), "weights": [], "length": len(ids), "source": FILLER}
+        made = {**first, "input_ids": ids, **empty}
         return [made] if isinstance(row, list) else made
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
+from qft.data.audit import histogram
 from qft.data.encoded import column
 from qft.distributed.gate import BitGate
 from qft.documents import training as documents
@@ -208,7 +209,7 @@ class Recorder:
                 after=evaluations.pop("after", None),
                 history=list(evaluations.values()),
             ),
-            lengths=summary.lengths(column(self.plan.data.train, "length").tolist()),
+            lengths=histogram(column(self.plan.data.train, "length")),
             resumed_from=(run.manifest() or Manifest()).resumed_from,
             steps=len(steps),
             unmeasured_steps=self.earlier.unmeasured_steps,

@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch.utils.data import SequentialSampler
 from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from qft.data.packing import PackedRows
+from qft.data.stream import Stream
 from qft.distributed.sharded import gathered, gathered_state, scatter, scattered_state
 from qft.distributed.world import world
 from qft.errors import RunError
@@ -88,6 +90,8 @@ class ResumingTrainer(Trainer):
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         rows, sizes = self.train_dataset, self.args
+        if isinstance(rows, Stream):
+            return SequentialSampler(rows)
         if isinstance(rows, PackedRows) and sizes.train_sampling_strategy == "group_by_length":
             at_once = sizes.train_batch_size * sizes.gradient_accumulation_steps * world().size
             return LengthGroupedSampler(at_once, lengths=rows.lengths.tolist(), generator=self.order)
@@ -252,7 +256,9 @@ class ResumingTrainer(Trainer):
             self.state.best_model_checkpoint = self._best_before
         if not world().first:
             return
-        state = self.recorder.state().model_copy(update={"evaluation_due": self._is_evaluation_due()})
+        rows, due = self.train_dataset, self._is_evaluation_due()
+        windows = rows.ends if isinstance(rows, Stream) else []
+        state = self.recorder.state().model_copy(update={"evaluation_due": due, "windows": windows})
         write_text(Path(output_dir) / STATE, state.model_dump_json())
 
     def _is_evaluation_due(self) -> bool:

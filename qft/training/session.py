@@ -20,7 +20,7 @@ from qft.distributed.sharded import gathered, plugin_arguments, trained
 from qft.distributed.world import world
 from qft.errors import Interrupted, ModelError
 from qft.machine.signals import Signals
-from qft.memory.chunked_loss import chunk_loss, rows_at_once
+from qft.memory.chunked_loss import LOGITS, chunk_loss, rows_at_once
 from qft.memory.fused_loss import fuse_loss
 from qft.memory.guard import memory_guard
 from qft.memory.offload import Offload
@@ -33,6 +33,7 @@ from qft.model.offload import load_offloaded, look_up_on_host, offloading
 from qft.model.on_cpu import join_adapters
 from qft.model.sharded import load_for_sharding
 from qft.plan import Plan
+from qft.plan.rows import UNWEIGHTED
 from qft.quant.rounding_state import state_of
 from qft.quant.share import measured_share
 from qft.run.checkpoint import is_over, step_of
@@ -169,11 +170,17 @@ def _try_rows(model: Any, recorder: Recorder) -> None:
 
 def _divide_loss(base: Any, recorder: Recorder) -> None:
     """Have the loss computed from few logits at a time, in one pass over them if the head allows it."""
-    size = recorder.plan.logit_bytes
+    plan, weighted = recorder.plan, recorder.plan.data.weighted
+    size = LOGITS if weighted and plan.logit_bytes is None else plan.logit_bytes
     if size is None:
         return
-    train = recorder.plan.recipe.train
-    recorder.fused_loss = not train.torch_compile and fuse_loss(base, size, always=train.chunked_loss is True)
+    always = plan.recipe.train.chunked_loss is True or weighted
+    recorder.fused_loss = not plan.recipe.train.torch_compile and fuse_loss(base, size, always=always)
+    if weighted and not recorder.fused_loss:
+        name = plan.model.shape.architecture
+        raise ModelError(
+            f"{name} computes its loss by code of its own, in which tokens cannot be weighted: {UNWEIGHTED}"
+        )
     if recorder.fused_loss or chunk_loss(base, rows_at_once(base, size)):
         recorder.logit_bytes = size
     else:
@@ -193,8 +200,8 @@ def _trainer(model: Any, run: Run, recorder: Recorder, signals: Signals) -> Surv
         signals,
         model=model,
         args=training_arguments(plan, run),
-        train_dataset=plan.data.batched,
-        eval_dataset=plan.data.eval,
+        train_dataset=_training_rows(recorder),
+        eval_dataset=plan.data.eval and plan.data.eval.remove_columns("weights"),
         data_collator=_collator(plan, model),
         processing_class=plan.model.tokenizer,
         callbacks=_callbacks(plan, run),
@@ -209,6 +216,16 @@ def _trainer(model: Any, run: Run, recorder: Recorder, signals: Signals) -> Surv
     return trainer
 
 
+def _training_rows(recorder: Recorder) -> Any:
+    """What batches are made of."""
+    plan, known = recorder.plan, recorder.earlier.windows
+    train, stream = plan.recipe.train, plan.data.stream
+    if stream is None:
+        return plan.data.batched
+    shuffled = train.train_sampling_strategy != "sequential"
+    return stream.asked(plan.steps * train.step_rows, shuffled=shuffled, ends=known)
+
+
 def _collator(plan: Plan, model: Any) -> Collator:
     """A loss that balances experts would count the padding of packed rows, so that these are given none."""
     balances = getattr(model.config.get_text_config(), "output_router_logits", False)
@@ -218,6 +235,7 @@ def _collator(plan: Plan, model: Any) -> Collator:
         most=plan.model.shape.position_table,
         pictures=plan.model.pictures,
         side_by_side=side_by_side,
+        weighted=plan.data.weighted,
     )
 
 

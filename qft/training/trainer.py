@@ -22,7 +22,7 @@ from qft.kernels import keep
 from qft.machine.signals import Signals
 from qft.memory.checkpointing import CheckpointingProbe, checkpoint_first
 from qft.memory.distilled_loss import distilled_loss
-from qft.memory.fused_loss import COUNTS
+from qft.memory.fused_loss import COUNTS, WEIGHTS
 from qft.memory.meter import optimizer_bytes, tensor_bytes
 from qft.memory.packed import sequences_apart
 from qft.memory.stash import stash_inputs
@@ -32,14 +32,14 @@ from qft.model.on_cpu import short_attention
 from qft.progress import Step
 from qft.training.recorder import Recorder
 from qft.training.sharding import reshard
-from qft.training.stopping import StoppingTrainer
 from qft.training.update import LogEntry, Moment, Sent, Update, skips_by_itself
+from qft.training.weighing import WeighingTrainer
 
-OF_TEXT = {"input_ids", "attention_mask", "labels", COUNTS}
+OF_TEXT = {"input_ids", "attention_mask", "labels", COUNTS, WEIGHTS}
 """What a batch without images is made of."""
 
 
-class QftTrainer(StoppingTrainer):
+class QftTrainer(WeighingTrainer):
     """Trainer that tells a recorder each Step, and stops before an update that is not finite."""
 
     def __init__(self, recorder: Recorder, signals: Signals, **arguments: Any) -> None:

@@ -23,7 +23,7 @@ from tests.support.rows import chat, write_jsonl
 from tests.support.runs import adapter
 
 RecipeFile = Callable[..., Path]
-ROWS = 1500
+ROWS = 5 * BLOCK + 20
 
 
 def opened(*sources: Any, length: int = 4000, shuffled: bool = True, **data: Any) -> Stream:
@@ -33,12 +33,18 @@ def opened(*sources: Any, length: int = 4000, shuffled: bool = True, **data: Any
     return found.asked(length, shuffled=shuffled)
 
 
+@pytest.fixture(autouse=True)
+def _smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "SAMPLE", 3 * BLOCK)
+    monkeypatch.setattr(stream, "BLOCKS", 2)
+
+
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With a blank line, and one that is no row, far behind the first."""
     path = tmp_path_factory.mktemp("stream") / "rows.jsonl"
     lines = [json.dumps(chat(f"ask {i}", f"it is {i}")) for i in range(ROWS)]
-    lines[1100], lines[1200] = "", "{"
+    lines[220], lines[250] = "", "{"
     path.write_text("\n".join(lines))
     return path
 
@@ -60,12 +66,12 @@ def test_each_pass_has_every_row_once_in_an_order_of_its_own(rows: Path) -> None
     used = ROWS - 2
     numbers = [found[i]["row"] for i in range(2 * used)]
     passes = numbers[:used], numbers[used:]
-    expected = sorted({*range(ROWS)} - {1100, 1200})
+    expected = sorted({*range(ROWS)} - {220, 250})
     assert [sorted(each) for each in passes] == [expected] * 2
     assert passes[0] != passes[1]
     assert sum(b == a + 1 for a, b in pairwise(passes[0])) < used / 20
     found = opened(str(rows), on_bad_row="skip")
-    assert [found[i]["row"] for i in (used + 7, 3, 1000)] == [numbers[i] for i in (used + 7, 3, 1000)]
+    assert [found[i]["row"] for i in (used + 7, 3, 200)] == [numbers[i] for i in (used + 7, 3, 200)]
     found = found.asked(used, shuffled=False)
     assert [example["row"] for example in found] == expected
 
@@ -91,7 +97,7 @@ def test_packed_rows_are_full_and_hold_every_example(rows: Path) -> None:
     packs: list[list[Any]] = []
     while sum(map(len, packs)) < ROWS - 2:
         packs.append(found[len(packs)])
-    assert sorted(example["row"] for pack in packs for example in pack) == sorted({*range(ROWS)} - {1100, 1200})
+    assert sorted(example["row"] for pack in packs for example in pack) == sorted({*range(ROWS)} - {220, 250})
     sizes = [sum(example["length"] for example in pack) for pack in packs]
     assert max(sizes) <= 128
     assert sum(sizes) > 0.7 * 128 * len(sizes)
@@ -99,9 +105,9 @@ def test_packed_rows_are_full_and_hold_every_example(rows: Path) -> None:
 
 def test_a_bad_row_ends_it_where_it_comes_by_its_place(rows: Path, tmp_path: Path) -> None:
     found = opened(str(rows), shuffled=False)
-    assert found[1000]["row"] == 1000
-    with pytest.raises(DataError, match=r"rows\.jsonl:1201: not valid JSON: .*data\.on_bad_row"):
-        found[1250]
+    assert found[200]["row"] == 200
+    with pytest.raises(DataError, match=r"rows\.jsonl:251: not valid JSON: .*data\.on_bad_row"):
+        found[260]
     nothing = tmp_path / "nothing.jsonl"
     nothing.write_text(json.dumps({"text": ""}) + "\n")
     with pytest.raises(DataError, match="no row is left to use"):
@@ -110,11 +116,11 @@ def test_a_bad_row_ends_it_where_it_comes_by_its_place(rows: Path, tmp_path: Pat
 
 def test_a_window_is_of_a_bounded_size(rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = opened(str(rows)).windows(0)
-    assert [len(window) for window in whole] == [16, 8]
-    monkeypatch.setattr(stream, "BYTES", 20_000)
+    assert [len(window) for window in whole] == [2, 2, 2]
+    monkeypatch.setattr(stream, "BYTES", 10_000)
     files, few = [find_lines(Source(path=str(rows)))], opened(str(rows)).windows(0)
     sizes = [sum(files[file].starts[block + 1] - files[file].starts[block] for file, block in each) for each in few]
-    assert max(sizes) < 20_000 + 7_000
+    assert max(sizes) < 10_000 + 7_000
     assert sorted(map(tuple, np.concatenate(few).tolist())) == sorted(map(tuple, np.concatenate(whole).tolist()))
 
 

@@ -105,7 +105,7 @@ def test_packed_rows_are_full_and_hold_every_example(rows: Path) -> None:
 
 def test_a_bad_row_ends_it_where_it_comes_by_its_place(rows: Path, tmp_path: Path) -> None:
     found = opened(str(rows), shuffled=False)
-    assert found[200]["row"] == 200
+    assert found[100]["row"] == 100
     with pytest.raises(DataError, match=r"rows\.jsonl:251: not valid JSON: .*data\.on_bad_row"):
         found[260]
     nothing = tmp_path / "nothing.jsonl"

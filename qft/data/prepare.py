@@ -12,15 +12,17 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, concatenate_datasets, disable_caching, disable_progress_bars, enable_progress_bars
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from qft.data.encoded import COLUMNS, EncodedRows, column
 from qft.data.kept import FEWEST, fingerprint, kept
+from qft.data.mixing import row_numbers, weigh
 from qft.data.packing import PackedRows, best_fit
 from qft.data.pictures import Pictures
-from qft.data.reader import FEATURES, LOOKED, RowReader, encoder_of, reader_of, stopping
+from qft.data.reader import FEATURES, LEARNT_BY, LOOKED, RowReader, encoder_of, reader_of, stopping
 from qft.data.sources import Rows, open_source, place
 from qft.data.stream import Stream, open_stream
 from qft.documents.plan import SourceFacts
@@ -32,8 +34,6 @@ from qft.recipe.data import DataSection
 SHOWN = 10
 """Bad rows that a message lists."""
 
-MOST = 10**8
-"""Rows of a source, once its weight has repeated them; train.num_train_epochs repeats all of them."""
 OF_A_PROCESS = 2000
 """Rows that are worth one more process, and a progress bar."""
 KEPT = 32
@@ -68,6 +68,12 @@ class Prepared:
         """Path and unit of each source, by its number in the column `source`."""
         return {number: (facts.path, facts.unit) for number, facts in enumerate(self.sources)}
 
+    @cached_property
+    def weighted(self) -> bool:
+        """Whether tokens of training rows count otherwise than others."""
+        lists = self.train.select_columns(["weights"]).with_format("arrow")[:]["weights"]
+        return bool(pc.any(pc.greater(pc.list_value_length(lists), 0)).as_py())
+
     def place(self, source: int, row: int) -> str:
         """`file:line` of a row, by its source and row columns."""
         return place(*self.places[source], row)
@@ -95,18 +101,19 @@ def prepare(
     train = concatenate_datasets(encoded[: len(data.train)])
     kept_out = concatenate_datasets(encoded[len(data.train) :]) if data.eval else None
     if data.eval_fraction:
-        numbers = _row_numbers(train)
+        numbers = row_numbers(train)
         drawn = np.isin(numbers, _draw(len(np.unique(numbers)), data.eval_fraction, seed))
         train, kept_out = train.select(np.flatnonzero(~drawn)), train.select(np.flatnonzero(drawn))
-    train = _weigh(train, facts, seed)
+    train, facts = weigh(train, facts, data, seed)
     for name, rows in (("data.train", train), ("data.eval", kept_out)):
         if rows is not None:
             _require_rows(name, [rows])
-    batched = _batched(train, data, facts)
-    return Prepared(train, kept_out, tuple(facts), batched, concatenate_datasets(looked), stream)
+    shared = batched(train, data, facts)
+    return Prepared(train, kept_out, tuple(facts), shared, concatenate_datasets(looked), stream)
 
 
-def _batched(train: Dataset, data: DataSection, facts: Sequence[SourceFacts]) -> Dataset | PackedRows:
+def batched(train: Dataset, data: DataSection, facts: Sequence[SourceFacts]) -> Dataset | PackedRows:
+    """The rows as they are trained on. Raises DataError."""
     if data.is_packed and any(source.images for source in facts):
         raise DataError("rows with images cannot share a row: set data.packing and data.padding_free to false")
     if data.packing:
@@ -156,13 +163,6 @@ def _draw(count: int, fraction: float, seed: int) -> Ints:
     return held
 
 
-def _row_numbers(examples: Dataset) -> Ints:
-    """For each example, which row it comes from, counted from 0: those of one row lie together."""
-    places = np.array([column(examples, name) for name in ("source", "row")])
-    numbers: Ints = np.cumsum(np.any(places[:, 1:] != places[:, :-1], axis=0)) if len(examples) else np.zeros(0, int)
-    return np.concatenate([[0], numbers])[: len(examples)]
-
-
 def _require_rows(name: str, rows: Sequence[Dataset]) -> None:
     if not sum(map(len, rows)):
         raise DataError(f"{name}: no row is left to use")
@@ -210,7 +210,7 @@ def _where(rows: Dataset, chosen: NDArray[np.bool_]) -> Dataset:
     return rows if chosen.all() else rows.select(np.flatnonzero(chosen))
 
 
-READ_BY = ("loss_on", "max_length", "on_too_long", "ignore_fields", "template")
+READ_BY = (*LEARNT_BY, "max_length", "on_too_long", "ignore_fields", "template")
 """Fields of `data` that decide what a row becomes, beside those that the tokenizer has."""
 
 
@@ -257,7 +257,7 @@ def _cores() -> int:
 
 def _last_examples(used: Dataset) -> Ints:
     """Indices of the last example of each row, which holds all of it."""
-    found: Ints = np.flatnonzero(np.diff(_row_numbers(used), append=-1))
+    found: Ints = np.flatnonzero(np.diff(row_numbers(used), append=-1))
     return found
 
 
@@ -305,23 +305,3 @@ def _refuse(bad: Sequence[str]) -> None:
     too_long = ["data.max_length" in line for line in bad]
     remedies = ["data.on_bad_row: skip"] * (not all(too_long)) + ["data.on_too_long (skip, truncate)"] * any(too_long)
     raise DataError("\n".join([*lines, f"{len(bad)} rows cannot be used: mend them, or set {' and '.join(remedies)}"]))
-
-
-def _weigh(rows: Dataset, facts: Sequence[SourceFacts], seed: int) -> Dataset:
-    """Repeat, or draw a part of, each source's rows as its weight says."""
-    if all(source.weight == 1 for source in facts):
-        return rows
-    sources, numbers = column(rows, "source"), _row_numbers(rows)
-    generator = np.random.default_rng(seed)
-    chosen: list[Ints] = []
-    for number, source in enumerate(facts):
-        own = np.flatnonzero(sources == number)
-        if source.weight * len(own) > MOST:
-            raise DataError(
-                f"{source.path}: its weight {source.weight:g} makes more than {MOST:,} rows of it: lower it"
-            )
-        distinct = np.unique(numbers[own])
-        whole, rest = divmod(round(source.weight * len(distinct)), max(len(distinct), 1))
-        part = np.isin(numbers[own], generator.permutation(distinct)[:rest])
-        chosen += [own] * whole + [own[part]]
-    return rows.select(np.concatenate(chosen))

@@ -1,6 +1,7 @@
 """Raw rows of a source -> examples: tokens and labels, or the reason why a row cannot be used."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -35,6 +36,11 @@ FEATURES = Features(
 """COLUMNS; image_digest: SHA-256 of those of the images' files, empty without any; status: ok, truncated, blank, bad or
 too long; the reason of the last two; fields that nobody reads; and LOOKED."""
 
+LEARNT_BY = ("loss_on", "train_on_eos", "prompt_loss_weight")
+"""Fields of `data` that say what is learnt."""
+SEEN = 100
+"""Rows of a source that are looked at to tell their format."""
+
 
 @dataclass
 class RowReader:
@@ -46,6 +52,8 @@ class RowReader:
     source: int
     folder: Path | None = None
     """Of its file."""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """What the format calls fields of other names."""
     look: Look = field(init=False)
 
     def __post_init__(self) -> None:
@@ -71,7 +79,7 @@ class RowReader:
             fields = decode(row)
             if fields is None:
                 return [_record(Encoded([], []), "blank")]
-            conversation = FORMATS[self.format](without_fields(fields, self.ignored))
+            conversation = FORMATS[self.format](renamed(without_fields(fields, self.ignored), self.columns))
             images = tuple(reference(each, self.folder) for each in conversation.images)
             examples = self.encoder(replace(conversation, images=images))
         except BadRow as error:
@@ -95,6 +103,7 @@ def _record(encoded: Encoded, status: str, reason: str = "", unread: Sequence[st
         "labels": encoded.labels,
         "length": len(encoded.input_ids),
         "supervised": sum(label != IGNORED for label in encoded.labels[1:]),
+        "weights": encoded.weights,
         "answer_start": encoded.answer_start,
         "images": encoded.images,
         "rendered": encoded.rendered,
@@ -108,17 +117,32 @@ def _record(encoded: Encoded, status: str, reason: str = "", unread: Sequence[st
     }
 
 
+def renamed(fields: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """A row whose fields are called as `columns` say. Raises BadRow for two of one name."""
+    made = dict[str, Any]()
+    for name, value in fields.items():
+        if columns.get(name, name) in made:
+            text = f"{name}: two fields are {columns.get(name, name)} by the source's columns"
+            raise BadRow(f"{text}; name the other in data.ignore_fields")
+        made[columns.get(name, name)] = value
+    return made
+
+
 def encoder_of(data: DataSection, tokenizer: PreTrainedTokenizerBase, pictures: Pictures | None = None) -> Encoder:
     """As the recipe has it."""
     assert data.max_length != "auto"  # the plan has decided
-    return Encoder(tokenizer, data.max_length, data.on_too_long, data.loss_on, data.chat_template, pictures)
+    learnt = {name: getattr(data, name) for name in LEARNT_BY}
+    return Encoder(
+        tokenizer, data.max_length, data.on_too_long, template_file=data.chat_template, pictures=pictures, **learnt
+    )
 
 
 def reader_of(data: DataSection, encoder: Encoder, rows: Rows, number: int) -> RowReader:
     """Of the source of that number. Raises DataError if nobody can tell its format."""
     path = Path(rows.source.path)
     folder = path.parent if path.is_absolute() else None
-    return RowReader(encoder, find_format(rows, data), frozenset(data.ignore_fields), number, folder)
+    ignored, columns = frozenset(data.ignore_fields), dict(rows.source.columns)
+    return RowReader(encoder, find_format(rows, data), ignored, number, folder, columns)
 
 
 def stopping(data: DataSection) -> tuple[str, ...]:
@@ -130,13 +154,26 @@ def stopping(data: DataSection) -> tuple[str, ...]:
 def find_format(rows: Rows, data: DataSection) -> str:
     """Name of the format of a source's rows. Raises DataError if it cannot be told."""
     name: str = rows.source.format if rows.source.format != "auto" else data.format
-    return name if name != "auto" else _detect(rows)
+    _require_columns(rows)
+    return name if name != "auto" else _detect(rows, frozenset(data.ignore_fields))
 
 
-def _detect(rows: Rows) -> str:
+def _require_columns(rows: Rows) -> None:
+    """Raise DataError if one that the source renames is in none of its first rows."""
+    columns = dict(rows.source.columns)
+    for row in islice(rows.dataset, SEEN if columns else 0):
+        with suppress(BadRow):
+            columns = {name: new for name, new in columns.items() if name not in (decode(row) or {})}
+    if columns:
+        raise DataError(
+            f"{rows.source.path}: none of its first {SEEN} rows has a field {next(iter(columns))} to rename"
+        )
+
+
+def _detect(rows: Rows, ignored: frozenset[str]) -> str:
     """Format of the first row that can be read at all."""
     unreadable = []
-    for index, row in enumerate(islice(rows.dataset, 100)):
+    for index, row in enumerate(islice(rows.dataset, SEEN)):
         try:
             fields = decode(row)
         except BadRow as error:
@@ -144,7 +181,7 @@ def _detect(rows: Rows) -> str:
             continue
         if fields is not None:
             try:
-                return detect(fields)
+                return detect(renamed(without_fields(fields, ignored), dict(rows.source.columns)))
             except BadRow as error:
                 raise DataError(f"{rows.place(index)}: {error}") from None
     first = unreadable[0] if unreadable else f"{rows.place(0)}: blank"

@@ -26,10 +26,13 @@ from datasets import Dataset, DownloadConfig, Features, Value, disable_progress_
 from datasets.exceptions import DatasetsError
 from numpy.typing import NDArray
 
+from qft.data.folders import is_saved, saved, unread
+from qft.data.packed import unpacked
 from qft.disk import refusal
 from qft.errors import DataError, MissingError, QftError, RunError, causes, first_line
 from qft.files import not_a_file, read_json_text, sha256
 from qft.recipe import Source
+from qft.recipe.spread import kind
 
 JSON_COLUMN = "__json__"
 TEXT_COLUMN = "__text__"
@@ -48,7 +51,7 @@ SHOWN_PLACES = 16
 MARKS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16"}
 MARKS |= {codecs.BOM_UTF16_BE: "UTF-16"}
 """What files of other encodings begin with, the longest first."""
-SUFFIXES = ".jsonl, .json, .csv, .parquet, .txt and .md"
+SUFFIXES = ".jsonl, .json, .csv, .parquet, .arrow, .txt and .md (and, packed, .gz or .zst behind it)"
 
 
 class BadRow(ValueError):
@@ -133,20 +136,32 @@ def open_source(source: Source) -> Rows:
     path = Path(source.path)
     if not path.is_absolute():
         return _hub(source)
+    if is_saved(path):
+        found, of_files = saved(path, source.split)
+        return Rows(source, _undecoded(found), "row", of_files)
     if not path.is_file():
-        kind = not_a_file(path) or ("a folder" if path.is_dir() else None)
-        raise MissingError(f"{path}: no such data file" + (f" (it is {kind})" if kind else ""))
-    reader = READERS.get(path.suffix.lower())
+        what = not_a_file(path) or (unread(path, READERS) if path.is_dir() else None)
+        raise MissingError(f"{path}: no such data file" + (f" (it is {what})" if what else ""))
+    reader = READERS.get(kind(str(path)))
     if reader is None:
         raise DataError(f"{path}: cannot tell what it holds; data files end in {SUFFIXES}")
     if path.stat().st_size <= len(codecs.BOM_UTF8) and path.read_bytes() in (b"", codecs.BOM_UTF8):
         raise DataError(f"{path}: the file is empty")
+    read = path
     try:
         digest = sha256(path)
-        dataset, unit = reader(path, digest, source)
+        read = unpacked(path, digest, CACHE)
+        dataset, unit = reader(read, digest, source)
     except BROKEN as error:
-        raise _unreadable(path, error) from error
+        raise _named(_unreadable(read, error), read, path) from error
+    except DataError as error:
+        raise _named(error, read, path) from None
     return Rows(source, dataset, unit, digest)
+
+
+def _named(error: QftError, read: Path, path: Path) -> QftError:
+    """Of a file that was read for the one at `path`."""
+    return error if read == path else type(error)(str(error).replace(str(read), str(path)))
 
 
 def _unreadable(path: Path, error: Exception) -> QftError:
@@ -258,6 +273,10 @@ def _parquet(path: Path, digest: str, source: Source) -> tuple[Dataset, str]:
     return _undecoded(_read("parquet", path, digest)), "row"
 
 
+def _arrow(path: Path, digest: str, source: Source) -> tuple[Dataset, str]:
+    return _undecoded(_read("arrow", path, digest)), "row"
+
+
 def _undecoded(dataset: Dataset) -> Dataset:
     """With images as the bytes of their files: they are looked at once a row is read."""
     features = Features({name: _as_bytes(feature) for name, feature in dataset.features.items()})
@@ -281,6 +300,7 @@ READERS: dict[str, Callable[[Path, str, Source], tuple[Dataset, str]]] = {
     ".json": _json,
     ".csv": _csv,
     ".parquet": _parquet,
+    ".arrow": _arrow,
     ".txt": _text,
     ".md": _text,
 }

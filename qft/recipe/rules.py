@@ -128,7 +128,13 @@ def _unread_by_quant(quant: QuantSection) -> dict[str, str]:
 
 def _unread_by_data(recipe: Recipe) -> dict[str, str]:
     fields = ("data.chat_template", "data.template_kwargs") if recipe.data.template == "none" else ()
-    return dict.fromkeys(fields, "has no meaning with data.template none")
+    unread = dict.fromkeys(fields, "has no meaning with data.template none")
+    mixed = (
+        {}
+        if recipe.data.mix_by != "times"
+        else {"data.mix_temperature": "is read only with data.mix_by rows or tokens"}
+    )
+    return unread | mixed
 
 
 def _unread_by_memory(memory: MemorySection) -> dict[str, str]:
@@ -233,6 +239,8 @@ def _streaming_rules(recipe: Recipe) -> Iterator[Problem]:
             "group_by_length orders all rows, and data.streaming reads some at a time: set it to random or sequential"
         )
         yield "train.train_sampling_strategy", text
+    if data.mix_by != "times":
+        yield "data.mix_by", "needs the size of every source, and data.streaming counts none: set it to times"
     for source in data.train:
         if Path(source.path).suffix.lower() not in STREAMED or source.sample_by != "line":
             text = f"reads files of lines ({', '.join(STREAMED)}) where they lie, and {source.path} is none"

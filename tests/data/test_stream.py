@@ -151,6 +151,7 @@ REFUSED = {
     "a table": ({"data": {"train": "rows.csv"}}, "data.streaming: reads files of lines"),
     "a hub dataset": ({"data": {"train": "someone/rows"}}, "data.streaming: reads files of lines"),
     "documents": ({"data": {"train": {"path": "a.txt", "sample_by": "document"}}}, "data.streaming: reads files of li"),
+    "a mixture by size": ({"data": {"mix_by": "tokens"}}, "data.mix_by: needs the size of every source"),
     "stages": ({"train": {"stages": [{"max_steps": 1}, {"max_steps": 1}], "max_steps": ...}}, "data.streaming: cannot"),
 }
 

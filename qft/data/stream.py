@@ -145,6 +145,9 @@ class Stream:
         at = bisect_right(self.ends, number)
         return self.window(*self._turn(at))[number - (self.ends[at - 1] if at else 0)]
 
+    def __getitems__(self, numbers: Sequence[int]) -> Items:
+        return [self[number] for number in numbers]
+
     def _count(self) -> None:
         """Encode one window more. Raises DataError where a whole pass has nothing."""
         turn, window = self._turn(len(self.ends))

@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch.utils.data import BatchSampler, SequentialSampler
 
 from qft.data import stream
 from qft.data.prepare import prepare
 from qft.data.stream import BLOCK, Stream, find_lines
+from qft.distributed.rows import Filled, FilledBatches
 from qft.errors import DataError
 from qft.recipe import Source
 from qft.recipe.data import DataSection
@@ -82,6 +84,13 @@ def test_it_encodes_what_is_encoded_without(rows: Path, tmp_path: Path) -> None:
     whole = prepare(DataSection.model_validate({"train": str(few), "max_length": 128}), byte_tokenizer(), 3).train
     found = opened(str(few), shuffled=False)
     assert [found[i] for i in range(200)] == whole.to_list()
+
+
+def test_each_of_several_processes_takes_numbers_of_its_own(rows: Path) -> None:
+    found = opened(str(rows), length=100)
+    batches = list(FilledBatches(BatchSampler(SequentialSampler(range(100)), 10, drop_last=False), 2))
+    taken = [Filled(found).__getitems__(batch) for batch in batches]
+    assert [example["row"] for batch in taken for example in batch] == [found[i]["row"] for i in range(100)]
 
 
 def test_weights_say_how_often_blocks_come(rows: Path, tmp_path: Path) -> None:

@@ -92,8 +92,8 @@ def prepare(
 
     Raises DataError listing the bad rows, MissingError without a file."""
     stream = open_stream(data, tokenizer, seed) if data.streaming else None
-    chosen = {number: _whole(source) for number, source in enumerate((*data.train, *data.eval)) if not stream}
-    if stream:
+    chosen = {number: _whole(source) for number, source in enumerate((*data.train, *data.eval)) if stream is None}
+    if stream is not None:
         samples = [file.sample() for file in stream.files]
         chosen = {number: (rows, range(len(rows.dataset))) for number, rows in enumerate(samples)}
         chosen |= {number: _whole(source) for number, source in enumerate(data.eval, len(data.train))}

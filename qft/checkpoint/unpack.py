@@ -154,7 +154,7 @@ def torchao(parts: Parts) -> torch.Tensor:
 
 def hqq(parts: Parts, shape: Sequence[int], bits: int, *, floats: bool) -> torch.Tensor:
     """[out, in] of `W_q`, whose bytes (of 3 bits: words of 32) hold numbers of as many equal parts of it, the first in
-    the highest bits; `scale` and `zero` are for a row or a column of that. `floats`: its bytes are said to be floats."""
+    the highest bits; `scale` and `zero` are for a row or a column of that. `floats`: they are said to be floats."""
     words = parts["W_q"]
     if floats:
         words = words.view(torch.int32 if bits == 3 else torch.uint8)

@@ -1,4 +1,4 @@
-"""Weights that stay as their files have them on a CUDA device: trained there, foretold, and merged into what they mean."""
+"""Weights that stay as their files have them on a CUDA device: trained there, foretold, and merged."""
 
 from __future__ import annotations
 

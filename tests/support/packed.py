@@ -64,8 +64,13 @@ def awq(weight: torch.Tensor) -> Packed:
 
 def torchao(weight: torch.Tensor, kind: str) -> Packed:
     from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
-    from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup
-    from torchao.quantization import quantize_
+    from torchao.quantization import (
+        Float8WeightOnlyConfig,
+        Int8WeightOnlyConfig,
+        IntxWeightOnlyConfig,
+        PerGroup,
+        quantize_,
+    )
 
     layer = torch.nn.Linear(*weight.shape[::-1], bias=False)
     layer.weight.data = weight.float()

@@ -111,7 +111,8 @@ def _untrainable(quantization: Mapping[str, Any]) -> str | None:
         text = "whose layers round activations too where a kernel is there, and are plain 16-bit ones where none is"
         return f"the checkpoint is quantized with {name}, {text}; {_instead(name)}"
     if name in PASSES_NOTHING_BACK:
-        return f"the checkpoint is quantized with {name}, whose layers round activations and have no gradient; {_instead(name)}"
+        text = "whose layers round activations and have no gradient"
+        return f"the checkpoint is quantized with {name}, {text}; {_instead(name)}"
     try:
         quantizer = AutoHfQuantizer.from_config(dict(quantization), pre_quantized=True)
     except (ImportError, ValueError, TypeError, KeyError) as error:

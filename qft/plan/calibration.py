@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from qft.checkpoint.bypassed import bypassed_linears
+from qft.checkpoint.bypassed import bypassed_linears, deep_linears
 from qft.checkpoint.language import beside_language
 from qft.data.calibration import CalibrationData, calibration_data
 from qft.data.prepare import Prepared
@@ -164,6 +164,8 @@ def plan_layers(loaded: LoadedRecipe, model: ModelPlan | None = None) -> tuple[M
     refuse(loaded, problems)
     linears, blocks = model.linears
     able = {name for name in _plain_linears(skeleton) if name.startswith(f"{blocks}.")} - {*bypassed_linears(skeleton)}
+    if calibrate.engine == "bitsandbytes" and calibrate.bits == 8:
+        able -= {*deep_linears(skeleton)}
     if not able:
         text = f"no layer of {model.shape.architecture}'s blocks is a torch.nn.Linear, and no other can be quantized"
         refuse(loaded, [("model.path", text)])

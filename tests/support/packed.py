@@ -72,7 +72,7 @@ def torchao(weight: torch.Tensor, kind: str) -> Packed:
         quantize_,
     )
 
-    layer = torch.nn.Linear(*weight.shape[::-1], bias=False)
+    layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     layer.weight.data = weight.float()
     settings: dict[str, Any] = {
         "int8": Int8WeightOnlyConfig(set_inductor_config=False),

@@ -28,7 +28,7 @@ def test_a_packed_base_is_trained_and_merged(layout: str, tmp_path: Path) -> Non
     train = {"max_steps": 6, "gradient_checkpointing": True}
     run = trained(tmp_path, tmp_path / "model", quant=None, model={"device": "cuda"}, train=train)
     report = json.loads((run / "report.json").read_text())
-    assert report["model"]["quantized_share"] > 0.9
+    assert report["model"]["quantized_share"] > 0.75
     assert report["loss"]["last"] < report["loss"]["first"]
     found, foretold = report["memory"]["peak_gpu_bytes"], report["memory"]["predicted_peak_bytes"]
     assert foretold is not None

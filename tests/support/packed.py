@@ -75,7 +75,7 @@ def torchao(weight: torch.Tensor, kind: str) -> Packed:
     layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     layer.weight.data = weight.float()
     settings: dict[str, Any] = {
-        "int8": Int8WeightOnlyConfig(set_inductor_config=False),
+        "int8": Int8WeightOnlyConfig(set_inductor_config=False, version=2),
         "int4": IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(GROUP)),  # type: ignore[attr-defined]
         "fp8": Float8WeightOnlyConfig(),
     }

@@ -52,7 +52,11 @@ def anchor(field: str) -> str:
 def reference() -> str:
     """Markdown: a section of the recipe, a heading; a field, a row; then the parts that fields are made of."""
     schema, names = json_schema(), list(field_names())
-    lines = ["# Recipe reference", "", "Made of the schema, as `qft schema` prints it. `qft explain FIELD` says the same."]
+    lines = [
+        "# Recipe reference",
+        "",
+        "Made of the schema, that of `qft schema`. `qft explain FIELD` says the same.",
+    ]
     for section in (name for name in names if "." not in name):
         found = explain(section)
         lines += ["", f"## {section} {{ #{section} }}", "", found.meaning]
@@ -67,7 +71,11 @@ def reference() -> str:
 
 
 def table(fields: tuple[str, ...]) -> Iterator[str]:
-    yield from ("", "| field | meaning | takes | default | read by | elsewhere |", "| --- | --- | --- | --- | --- | --- |")
+    yield from (
+        "",
+        "| field | meaning | takes | default | read by | elsewhere |",
+        "| --- | --- | --- | --- | --- | --- |",
+    )
     for field in fields:
         found = explain(field)
         peers = "; ".join(f"{tool}: {', '.join(f'`{key}`' for key in keys)}" for tool, keys in found.peers.items())

@@ -102,7 +102,7 @@ def _merge(base: dict[str, Any], over: dict[str, Any], place: Place, where: dict
 
 
 def read(path: Path, kind: str = "recipe") -> Tree:
-    """Parse the file at `path`, a recipe or something else. Raises MissingError, or RecipeError naming file and line."""
+    """Parse the file at `path`, a recipe or another `kind`. Raises MissingError, or RecipeError with the line."""
     try:
         with require_regular(path).open("rb") as file:
             data = file.read(MAX_BYTES + 1)

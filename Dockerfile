@@ -32,7 +32,7 @@ WORKDIR /work
 
 # What `make setup` needs beside: the devcontainer's.
 FROM base AS dev
-USER root
+USER 0:0
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends cmake g++ git make \

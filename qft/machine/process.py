@@ -47,9 +47,18 @@ class Watched:
     def await_end(self) -> None:
         """Until it has ended, or its time is up. It is not yet reaped, so that its group is still its own."""
         deadline = time.monotonic() + self.seconds
-        end = os.WEXITED | os.WNOWAIT | os.WNOHANG
-        while os.waitid(os.P_PID, self.running.pid, end) is None and time.monotonic() < deadline:
+        while not self.has_ended() and time.monotonic() < deadline:
             time.sleep(0.02)
+
+    def has_ended(self) -> bool:
+        return os.waitid(os.P_PID, self.running.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
+
+    def stop(self, seconds: float) -> None:
+        """Ask it to end, and wait so long for that."""
+        if not self.has_ended():
+            os.kill(self.running.pid, signal.SIGTERM)
+        self.seconds = seconds
+        self.await_end()
 
     def _timer(self) -> threading.Timer:
         timer = threading.Timer(self.seconds, self._end)

@@ -22,12 +22,11 @@ PYTHON = "Of TARGET@vllm: the Python of the environment that has vLLM; by defaul
 CONTEXT = "Of TARGET@vllm: tokens of the longest request with its answer; by default what the model was built for."
 CONCURRENCY = "Requests at once at which an engine's speed is measured: 1, 8 and 32. Repeatable; 0: not at all."
 HARNESS = "A task of lm-evaluation-harness, by name or file. Repeatable."
+Targets = Annotated[list[str] | None, typer.Argument(metavar="TARGET...", help=TARGET_HELP, show_default=False)]
 
 
 def evaluate(
-    targets: Annotated[
-        list[str] | None, typer.Argument(metavar="TARGET...", help=TARGET_HELP, show_default=False)
-    ] = None,
+    targets: Targets = None,
     url: Annotated[str | None, typer.Option(metavar="URL", help=URL)] = None,
     model: Annotated[str | None, typer.Option(metavar="NAME", help=MODEL)] = None,
     timeout: Annotated[float | None, typer.Option(metavar="SECONDS", min=0.001, help=TIMEOUT)] = None,

@@ -188,6 +188,20 @@ def test_the_server_that_qft_serve_starts_answers_as_trained(
 
 
 @pytest.mark.parametrize("name", ["merged", "adapter"])
+def test_a_target_is_evaluated_by_the_server_that_is_started_for_it(
+    name: str, run: Path, asked: tuple[Job, Reference], tmp_path: Path
+) -> None:
+    """By the module that the program `vllm` runs, which needs no package of that name."""
+    assert PYTHON
+    _, folder = written(run, name, tmp_path)
+    engine = EngineOptions(python=Path(PYTHON), concurrency=(1, 8))
+    [found] = evaluate([f"{folder}@vllm"], EvalOptions(engine=engine), View()).targets
+    assert found.perplexity == pytest.approx(asked[1].likelihood.perplexity(), rel=0.05)
+    assert found.served_by is not None
+    assert [load.requests for load in found.served_by.loads] == [4, 8]
+
+
+@pytest.mark.parametrize("name", ["merged", "adapter"])
 def test_vllm_takes_the_command_line_that_qft_serve_prints(name: str, run: Path, tmp_path: Path) -> None:
     """Its own parser reads it; the server is not started."""
     assert PYTHON

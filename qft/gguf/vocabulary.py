@@ -49,7 +49,7 @@ def add_tokenizer(writer: Any, tokenizer: Any, vocabulary: int, ends: Sequence[i
 
 
 def _has_pieces(definition: dict[str, Any]) -> bool:
-    """Whether bytes that no token has are tokens of their own: not where all text is made of bytes first, and none is."""
+    """Whether bytes that no token has are tokens of their own: not where text is made of bytes first, and none is."""
     steps = {step[0] for step in _steps(definition.get("pre_tokenizer"))}
     model = definition["model"]
     falls_back = "ByteLevel" not in steps or any(BYTE.fullmatch(token) for token in model["vocab"])

@@ -50,10 +50,11 @@ def add_tokenizer(writer: Any, tokenizer: Any, vocabulary: int, ends: Sequence[i
 
 def _has_pieces(definition: dict[str, Any]) -> bool:
     """Whether bytes that no token has are tokens of their own: not where text is made of bytes first, and none is."""
-    steps = {step[0] for step in _steps(definition.get("pre_tokenizer"))}
-    model = definition["model"]
-    falls_back = "ByteLevel" not in steps or any(BYTE.fullmatch(token) for token in model["vocab"])
-    return bool(model.get("byte_fallback")) and falls_back
+    model, steps = definition["model"], {step[0] for step in _steps(definition.get("pre_tokenizer"))}
+    if not model.get("byte_fallback"):
+        return False
+    has_some = model["type"] != "BPE" or any(BYTE.fullmatch(token) for token in model["vocab"])
+    return has_some or "ByteLevel" not in steps
 
 
 def _add_bytes(writer: Any, definition: dict[str, Any], vocabulary: int) -> None:

@@ -21,7 +21,7 @@ from qft.arrive.line import (
     when_on,
 )
 from qft.arrive.llamafactory_data import sources
-from qft.arrive.shared import SEVERAL
+from qft.arrive.shared import SEVERAL, held_out
 from qft.arrive.trainer import TRAINER, trainer_defaults
 
 NAME = "LLaMA-Factory"
@@ -77,14 +77,6 @@ def template(key: str, value: Any, config: Config) -> Iterator[Line]:
     else:
         text = "the model's own chat template renders the rows: give another as data.chat_template"
         yield Line(key, Kind.DECIDED, text)
-
-
-@sets("data.eval_fraction")
-def held_out(key: str, value: Any, config: Config) -> Iterator[Line]:
-    if value < 1:
-        yield Line(key, Kind.OTHER_FIELD, "other rows are drawn", {"data.eval_fraction": value})
-    else:
-        yield Line(key, Kind.UNSUPPORTED, "a number of rows: give their share as data.eval_fraction")
 
 
 @sets("adapter.init_lora_weights")

@@ -7,21 +7,16 @@ from typing import Any
 
 import gguf
 
+from qft.checkpoint.gguf_tokens import LLAMA3_SPLIT, QWEN2_SPLIT
 from qft.errors import ModelError
 
-# The patterns are data: what tokenizer.json of Llama 3 and of Qwen 2 say.
-_LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
 _BYTES_SPLIT, _BYTES = ("ByteLevel", True), ("ByteLevel", False)
 
 PRE_TOKENIZERS: dict[tuple[Any, ...], str] = {
     (_BYTES_SPLIT,): "gpt-2",
     (("Digits", True), _BYTES_SPLIT): "smollm",
-    (("Split", _LLAMA3_SPLIT), _BYTES): "llama-bpe",
-    (("Split", _QWEN2_SPLIT), _BYTES): "qwen2",
+    (("Split", LLAMA3_SPLIT), _BYTES): "llama-bpe",
+    (("Split", QWEN2_SPLIT), _BYTES): "qwen2",
 }
 """Steps of the pre-tokenizer in tokenizer.json -> the name that llama.cpp has for them."""
 

@@ -79,7 +79,8 @@ def test_what_the_file_says_of_the_tokenizer(tmp_path: Path) -> None:
     assert (fields["tokenizer.ggml.bos_token_id"], fields["tokenizer.ggml.eos_token_id"]) == (0, 2)
     assert fields["tokenizer.ggml.add_bos_token"] is False
     assert fields["tokenizer.chat_template"] == CHATML
-    read = AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
+    with quick_gguf():
+        read = AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
     text = "<|im_start|>user\ncab é<|im_end|>"
     assert read(text, add_special_tokens=False)["input_ids"] == tokenizer_of()(text)["input_ids"]
 
@@ -98,7 +99,7 @@ def test_a_tokenizer_that_adds_bos_is_told(tmp_path: Path) -> None:
 def test_pre_tokenizers_are_told_apart_by_their_definition() -> None:
     from tokenizers import Regex, normalizers, pre_tokenizers
 
-    from qft.gguf.vocabulary import _LLAMA3_SPLIT, _QWEN2_SPLIT
+    from qft.checkpoint.gguf_tokens import LLAMA3_SPLIT, QWEN2_SPLIT
 
     def named(*steps: Any, normalizer: Any = None, **model: Any) -> str:
         made = tokenizer_of(pre_tokenizers.Sequence(list(steps)), **model)
@@ -109,8 +110,8 @@ def test_pre_tokenizers_are_told_apart_by_their_definition() -> None:
     bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     split_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False)
     digits = pre_tokenizers.Digits(individual_digits=True)
-    llama3 = pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), "isolated")
-    qwen2 = pre_tokenizers.Split(Regex(_QWEN2_SPLIT), "isolated")
+    llama3 = pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated")
+    qwen2 = pre_tokenizers.Split(Regex(QWEN2_SPLIT), "isolated")
     assert named(split_bytes) == "gpt-2"
     assert named(split_bytes, normalizer=normalizers.Sequence([]), byte_fallback=True) == "gpt-2"
     assert named(digits, split_bytes) == "smollm"

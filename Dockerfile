@@ -17,7 +17,7 @@ COPY pyproject.toml constraints.txt README.md LICENSE /src/
 COPY qft /src/qft
 # torch brings the CUDA libraries that it was built with.
 RUN /opt/qft/bin/pip install --no-cache-dir --constraint /src/constraints.txt '/src[gguf,calibrate,eval]' \
-    && install --directory --owner 1000 --group 1000 /cache /work
+    && install --directory --owner 1000 --group 1000 --mode 1777 /cache /work
 
 ENV PATH=/opt/qft/bin:$PATH \
     HOME=/cache/home \

@@ -4,25 +4,10 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from qft.arrive.axolotl_forms import OWN_PROMPT, WITH_INPUT, form
 from qft.arrive.line import Config, Kind, Line, sets
+from qft.arrive.shared import LOADERS
 
-TYPES = {
-    "alpaca": ("alpaca", "alpaca.jinja"),
-    "alpaca:instruct": ("alpaca", "alpaca.jinja"),
-    "alpaca:chat": ("alpaca", "alpaca-chat.jinja"),
-    "alpaca:phi": ("alpaca", "alpaca-phi.jinja"),
-    "alpaca:chatml": ("alpaca", "alpaca-chatml.jinja"),
-    "sharegpt": ("sharegpt", None),
-    "completion": ("text", None),
-}
-"""A dataset's type -> the rows' format, and the chat template that writes its prompt."""
-WITH_INPUT = (
-    "the prompt is that of rows without an input; an input follows the instruction after an empty line, without a "
-    "heading of its own"
-)
-MESSAGES = {("messages", "role", "content"): "messages", ("conversations", "from", "value"): "sharegpt"}
-"""field_messages and the names of role and content in a turn -> format."""
-RENAME = "qft reads {'messages': [{'role', 'content'}]} or {'conversations': [{'from', 'value'}]}: rename the fields"
 ONE_TEMPLATE = "one chat template renders all rows, and another source has another: train on them one after the other"
 
 KEYS = {
@@ -30,7 +15,13 @@ KEYS = {
     "split": "split",
     "revision": "revision",
 }
-LOADERS = ("json", "csv", "parquet", "text")
+ROLES = {
+    "user": ("user", "human"),
+    "assistant": ("assistant", "gpt", "chatgpt"),
+    "system": ("system",),
+    "tool": ("tool",),
+}
+"""What qft takes the names of roles for."""
 REMEDIES = {
     "shards": "give data.train.weight, the share of the rows that counts",
     "shards_idx": "give data.train.weight, the share of the rows that counts",
@@ -64,7 +55,8 @@ def sources(field: str) -> Any:
         if found:
             yield Line(key, Kind.OTHER_FIELD, sets={field: found})
         if field == "data.train" and templates and templates[0]:
-            yield Line(key, Kind.OTHER_FIELD, WITH_INPUT, {"data.chat_template": templates[0]})
+            text = "" if templates[0] == OWN_PROMPT else WITH_INPUT
+            yield Line(key, Kind.OTHER_FIELD, text, {"data.chat_template": templates[0]})
 
     return sets(field)(rule)
 
@@ -72,22 +64,21 @@ def sources(field: str) -> Any:
 def _dataset(
     key: str, dataset: Mapping[str, Any], config: Config, found: list[dict[str, Any]], templates: list[str | None]
 ) -> Iterator[Line]:
-    form, template, line = _form(key, dataset)
-    yield line
-    if form is None:
-        return
-    if form != "text" and templates and templates[0] != template:
+    rows = form(key, dataset)
+    yield rows.line
+    if rows.format != "text" and templates and templates[0] != rows.template:
         yield Line(f"{key}.path", Kind.UNSUPPORTED, ONE_TEMPLATE)
         return
-    if form != "text":
-        templates.append(template)
+    if rows.format != "text":
+        templates.append(rows.template)
     made = {KEYS[name]: dataset[name] for name in KEYS if dataset.get(name) is not None}
     yield from (Line(f"{key}.{name}", Kind.SAME) for name in made)
     yield from _others(key, dataset)
-    found.extend({"path": config.local(path), "format": form, **made} for path in _paths(dataset))
+    paths, within = _paths(dataset)
+    found.extend({"path": config.local(path), **rows.source, **made} for path in paths)
     files = "data_files" if dataset.get("data_files") else "path"
-    if not _paths(dataset):
-        text = "a file within a hub data set: download it, and name it as path"
+    if within or not paths:
+        text = "a file within a hub data set: download it to where data.train has it" if within else "names no data set"
         yield Line(f"{key}.{files}", Kind.UNSUPPORTED, text)
     else:
         yield Line(f"{key}.path", Kind.SAME)
@@ -95,43 +86,15 @@ def _dataset(
         yield from [Line(f"{key}.ds_type", Kind.OTHER_FIELD, "by the file's suffix")] if dataset.get("ds_type") else []
 
 
-def _paths(dataset: Mapping[str, Any]) -> list[str]:
-    """The files or the hub data set; none if it is a file of one on the hub."""
+def _paths(dataset: Mapping[str, Any]) -> tuple[list[str], bool]:
+    """The files or the hub data set, and whether the files are within one."""
     path, files = str(dataset.get("path", "")), dataset.get("data_files") or []
     files = files if isinstance(files, list) else [files]
     if not files:
-        return [path] if path else []
+        return ([path] if path else []), False
     if os.path.isdir(path):
-        return [os.path.join(path, str(file)) for file in files]
-    return [str(file) for file in files] if path in LOADERS else []
-
-
-def _form(key: str, dataset: Mapping[str, Any]) -> tuple[str | None, str | None, Line]:
-    """Format, chat template and the line of the type."""
-    kind = dataset.get("type")
-    where = f"{key}.type"
-    if kind in ("chat_template", "chat_template.default"):
-        return _turns(key, dataset)
-    if not isinstance(kind, str) or kind not in TYPES:
-        text = "write the rows as messages (role and content), or as prompt and completion"
-        return None, None, Line(where, Kind.UNSUPPORTED, text)
-    form, template = TYPES[kind]
-    if form == "text" and dataset.get("field") not in (None, "text"):
-        return None, None, Line(f"{key}.field", Kind.UNSUPPORTED, "rename the field to text in the rows")
-    text = "a longer text is cut into rows of sequence_len there: see data.on_too_long" if form == "text" else ""
-    return form, template, Line(where, Kind.OTHER_FIELD, text, {})
-
-
-def _turns(key: str, dataset: Mapping[str, Any]) -> tuple[str | None, str | None, Line]:
-    mapping = dataset.get("message_property_mappings") or {}
-    role = mapping.get("role") or dataset.get("message_field_role") or "role"
-    content = mapping.get("content") or dataset.get("message_field_content") or "content"
-    messages = dataset.get("field_messages") or "messages"
-    form = MESSAGES.get((messages, role, content))
-    others = {name: mine for name, mine in mapping.items() if name not in ("role", "content") and name != mine}
-    if form is None or others:
-        return None, None, Line(f"{key}.field_messages", Kind.UNSUPPORTED, RENAME)
-    return form, None, Line(f"{key}.type", Kind.OTHER_FIELD, f"format {form}")
+        return [os.path.join(path, str(file)) for file in files], False
+    return [str(file) for file in files], path not in LOADERS
 
 
 def _others(key: str, dataset: Mapping[str, Any]) -> Iterator[Line]:
@@ -142,6 +105,8 @@ def _others(key: str, dataset: Mapping[str, Any]) -> Iterator[Line]:
             continue
         if value is None or value is False or value == []:
             yield Line(where, Kind.NO_EFFECT, "empty: as if it were not there")
+        elif _is_our_role(name, value):
+            yield Line(where, Kind.SAME)
         elif name in REMEDIES:
             yield Line(where, Kind.UNSUPPORTED, REMEDIES[name])
         elif name in ("field_messages", "message_property_mappings", "message_field_role", "message_field_content"):
@@ -150,6 +115,16 @@ def _others(key: str, dataset: Mapping[str, Any]) -> Iterator[Line]:
             yield Line(where, Kind.SAME)
         else:
             yield _learnt(where, name, value, dataset)
+
+
+def _is_our_role(name: str, value: Any) -> bool:
+    """Whether roles that are named are those that qft takes them for."""
+    role = {"field_human": "user", "field_model": "assistant"}.get(name)
+    named = {role: value} if role else value if name == "roles" else None
+    if not isinstance(named, Mapping):
+        return False
+    lists = {mine: [each] if isinstance(each, str) else each for mine, each in named.items()}
+    return all(set(each) <= set(ROLES.get(mine, ())) for mine, each in lists.items())
 
 
 def _learnt(where: str, name: str, value: Any, dataset: Mapping[str, Any]) -> Line:

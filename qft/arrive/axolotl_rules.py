@@ -4,10 +4,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qft.arrive.line import Config, Kind, Line, Rule, sets
+from qft.arrive.shared import own_template, report_to
 
-PROMPTED = "rows of type alpaca are rendered by the prompt of that type"
-OWN_TEMPLATE = "chat-template.jinja"
-"""The file that chat_template_jinja becomes."""
+PROMPTED = "rows of that type are rendered by the prompt of the type"
 
 
 @sets("adapter.kind")
@@ -115,16 +114,17 @@ def checkpointing(key: str, value: Any, config: Config) -> Iterator[Line]:
 def prompted(config: Config) -> bool:
     """Whether the rows' type writes the prompt, whatever the chat template is."""
     first = (config.get("datasets") or [{}])[0]
-    return isinstance(first, Mapping) and str(first.get("type", "")).startswith("alpaca")
+    kind = first.get("type") if isinstance(first, Mapping) else None
+    return isinstance(kind, Mapping) or any(str(kind).startswith(name) for name in ("alpaca", "gpteacher"))
 
 
 @sets("data.chat_template")
 def jinja(key: str, value: Any, config: Config) -> Iterator[Line]:
-    """A template as text, which becomes a file, or the path of one."""
+    """A template as text, or the path of one."""
     if prompted(config):
         yield Line(key, Kind.NO_EFFECT, PROMPTED)
     else:
-        yield Line(key, Kind.OTHER_FIELD, sets={"data.chat_template": OWN_TEMPLATE if "{" in value else value})
+        yield from own_template(key, value, config)
 
 
 @sets("data.chat_template")
@@ -179,8 +179,8 @@ def tracking(key: str, value: Any, config: Config) -> Iterator[Line]:
     }  # fmt: skip
     named = sorted({where[other] for other in where if config.get(other)})
     named = [name for name in named if config.get(f"use_{name}") is not False]
-    by_shell = f"; and {key.upper()}={value} in the environment" if not key.startswith("use_") else ""
-    yield Line(key, Kind.OTHER_FIELD, f"report_to{by_shell}", {"train.report_to": named} if named else {})
+    by_shell = f"and {key.upper()}={value} in the environment" if not key.startswith("use_") else ""
+    yield report_to(key, named, by_shell) if named else Line(key, Kind.OTHER_FIELD, by_shell)
 
 
 @sets("train.bf16")

@@ -11,7 +11,6 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from qft.arrive import axolotl, llamafactory, torchtune, trl
-from qft.arrive.axolotl_rules import OWN_TEMPLATE
 from qft.arrive.line import Config, Kind, Line, Rule, number, with_value
 from qft.errors import RecipeError
 from qft.recipe import Recipe, source
@@ -81,7 +80,7 @@ def translate(path: Path) -> Translation:
     if "model.path" not in fields:
         raise RecipeError(f"{path}: {tool.name}: names no model")
     lines = _settled(fields, lines)
-    known = {**tool.templates, OWN_TEMPLATE: config.get("chat_template_jinja", "")}
+    known = {**tool.templates, **{name: text for line in lines for name, text in line.templates.items()}}
     used = fields.get("data.chat_template")
     return Translation(tool.name, config, lines, fields, {n: t for n, t in known.items() if n == used})
 

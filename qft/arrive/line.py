@@ -38,6 +38,8 @@ class Line:
     sets: Mapping[str, Any] = field(default_factory=dict)
     value: Any = None
     """What the key has there."""
+    templates: Mapping[str, str] = field(default_factory=dict)
+    """Chat templates that it makes, by the names of their files."""
 
 
 @dataclass(frozen=True)

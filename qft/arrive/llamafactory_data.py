@@ -10,12 +10,14 @@ from qft.arrive.line import Config, Kind, Line, Rule, sets
 from qft.errors import RecipeError
 
 INFO = "dataset_info.json"
-COLUMNS: dict[str, dict[str, str | None]] = {
-    "alpaca": {"prompt": "instruction", "query": "input", "response": "output", "images": "images"},
-    "sharegpt": {"messages": "conversations", "tools": "tools", "system": None, "images": "images"},
-    "openai": {"messages": "messages", "tools": "tools", "images": "images"},
+BESIDE = {"system": "system", "history": "history", "tools": "tools", "images": "images"}
+COLUMNS = {
+    "alpaca": {"prompt": "instruction", "query": "input", "response": "output", **BESIDE},
+    "sharegpt": {"messages": "conversations", **BESIDE},
+    "openai": {"messages": "messages", **BESIDE},
+    "text": {"prompt": "text"},
 }
-"""Column -> the name that qft reads it by; one that is not listed, or is None, has to be part of the rows."""
+"""Column -> the name that qft reads it by; one that is not listed is not read."""
 TAGS: dict[str, dict[str, str]] = {
     "sharegpt": {"role_tag": "from", "content_tag": "value", "user_tag": "human", "assistant_tag": "gpt",
                  "observation_tag": "observation", "function_tag": "function_call", "system_tag": "system"},
@@ -59,26 +61,27 @@ def _info(config: Config) -> Mapping[str, Any]:
 def _source(key: str, entry: Any, config: Config, found: list[dict[str, Any]], cut: bool) -> Line:
     """The line of one name, whose source is added to those that are found."""
     if entry is None:
-        folder = config.get("dataset_dir", "data")
-        return Line(key, Kind.UNSUPPORTED, f"no {folder}/{INFO} explains it: name the file as data.train")
+        return _unexplained(key, str(config.get("dataset_dir", "data")), found)
     form = _form(entry)
     path = _path(entry)
     problem = _problem(entry, form) or (
         "" if path else "it is made by code, or on another hub: save the rows as .jsonl"
     )
     if problem or form is None or path is None:
+        found.extend([{"path": path}] if path and problem.startswith(RENAME) else [])
         return Line(key, Kind.UNSUPPORTED, problem)
     source: dict[str, Any] = {"path": path, "format": form}
     source |= {"name": entry["subset"]} if entry.get("subset") else {}
+    source |= {"columns": _renamed(entry, form)} if _renamed(entry, form) else {}
     is_hub = "file_name" not in entry
     if is_hub and entry.get("split", "train") != "train":
         source["split"] = entry["split"]
     most = config.get("max_samples") if cut else None
     text, shortened = _shortened(source, most or entry.get("num_samples"), is_hub)
-    if text is None:
-        text = f"max_samples: the file has fewer rows, or give data.train.weight, the share of them that {most} are"
-        return Line(key, Kind.UNSUPPORTED, text)
     found.append(source | shortened)
+    if text is None:
+        text = f"max_samples: the file is not here: give data.train.weight, the share of its rows that {most} are"
+        return Line(key, Kind.UNSUPPORTED, text)
     joined = (
         "; an input follows the instruction after an empty line, there after a line break" if form == "alpaca" else ""
     )
@@ -86,13 +89,24 @@ def _source(key: str, entry: Any, config: Config, found: list[dict[str, Any]], c
     return Line(key, Kind.OTHER_FIELD, f"{text}{joined}{pictures}".strip("; "))
 
 
+def _unexplained(key: str, folder: str, found: list[dict[str, Any]]) -> Line:
+    """The line of a name that no dataset_info.json has: a data set of the hub, or the file that it will be."""
+    name = key.partition(".")[2]
+    if folder == "ONLINE":
+        found.append({"path": name, "format": "alpaca"})
+        return Line(key, Kind.OTHER_FIELD, "a data set of the hub, with rows as Alpaca's")
+    local = f"{folder}/{name}.json" if ":" not in folder else f"{name}.json"
+    found.append({"path": local})
+    return Line(key, Kind.UNSUPPORTED, f"no {folder}/{INFO} explains it: name its file in data.train, or put it there")
+
+
 def _form(entry: Mapping[str, Any]) -> str | None:
     """The rows' format, by how they are laid out: OpenAI's, where sharegpt is told such tags."""
     formatting = entry.get("formatting", "alpaca")
     columns, tags = entry.get("columns") or {}, entry.get("tags") or {}
-    if formatting == "sharegpt" and columns.get("messages") == "messages":
-        return "messages" if {**TAGS["sharegpt"], **tags}.get("role_tag") == "role" else None
-    if formatting == "alpaca" and list(columns) == ["prompt"] and columns["prompt"] == "text":
+    if formatting == "sharegpt" and tags.get("role_tag") == "role":
+        return "messages"
+    if formatting == "alpaca" and list(columns) == ["prompt"]:
         return "text"
     return FORMATS.get(formatting)
 
@@ -103,15 +117,25 @@ def _problem(entry: Mapping[str, Any], form: str | None) -> str:
         return "pairs of answers: train on the chosen ones"
     if form is None:
         return RENAME
-    like: str = {"messages": "openai"}.get(form, form)
+    like = _like(form)
     if like == "text":
         return ""
     columns, tags = entry.get("columns") or {}, entry.get("tags") or {}
     if {"videos", "audios", "kto_tag", "chosen"} & columns.keys():
         return "rows of text and images alone: videos, audios and judged answers are not read"
-    wrong = [name for name, mine in columns.items() if COLUMNS[like].get(name) != mine]
+    wrong = [name for name in columns if name not in COLUMNS[like]]
     wrong += [name for name, mine in tags.items() if TAGS.get(like, {}).get(name) != mine]
     return f"{RENAME}: {', '.join(wrong)}" if wrong else ""
+
+
+def _like(form: str) -> str:
+    return {"messages": "openai"}.get(form, form)
+
+
+def _renamed(entry: Mapping[str, Any], form: str) -> dict[str, str]:
+    """What the rows call a field -> what the format does."""
+    ours = COLUMNS[_like(form)]
+    return {mine: ours[name] for name, mine in (entry.get("columns") or {}).items() if mine != ours[name]}
 
 
 def _path(entry: Mapping[str, Any]) -> str | None:

@@ -1,5 +1,6 @@
 """What several tools' tables share."""
 
+import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,6 +26,11 @@ OPTIMIZERS = {
     "sgd": "sgd",
 }
 """Theirs -> ours. Those of torchao hold the same state in other blocks; see `optimizer`."""
+OWN_TEMPLATE = "chat-template.jinja"
+"""The file that a chat template becomes which a configuration has as text."""
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
+LOADERS = ("json", "csv", "parquet", "text")
+"""Names of data sets that are none: how the files beside them are read."""
 TORCHAO = {"adamw_torch_8bit": "adamw_8bit", "adamw_torch_4bit": "adamw_8bit", "ao_adamw_8bit": "adamw_8bit"}
 
 
@@ -37,6 +43,25 @@ def optimizer(key: str, value: Any, config: Config) -> Iterator[Line]:
         yield from choose("train.optim", OPTIMIZERS, "train.optim adamw_8bit is the nearest that holds as little")(
             key, value, config
         )
+
+
+def report_to(key: str, names: list[str], text: str = "") -> Line:
+    """Where the curves are sent, of what is installed: they change nothing of the training."""
+    here = [name for name in names if name not in TRACKERS or importlib.util.find_spec(name)]
+    if here == names:  # the field itself says which it does not know
+        return Line(key, Kind.SAME, text, {"train.report_to": names})
+    away = ", ".join(name for name in names if name not in here)
+    remedy = f"{away}: not installed here, and left out: pip install it, and set train.report_to: [{', '.join(names)}]"
+    return Line(key, Kind.DECIDED, "; ".join(filter(None, [remedy, text])), {"train.report_to": here} if here else {})
+
+
+@sets("data.chat_template")
+def own_template(key: str, value: Any, config: Config) -> Iterator[Line]:
+    """A chat template as text, which becomes a file, or the path of one."""
+    if "{" in value:
+        yield Line(key, Kind.OTHER_FIELD, "", {"data.chat_template": OWN_TEMPLATE}, templates={OWN_TEMPLATE: value})
+    else:
+        yield Line(key, Kind.OTHER_FIELD, sets={"data.chat_template": config.local(value)})
 
 
 @sets("adapter.target_experts")

@@ -4,6 +4,8 @@ The texts are those of Stanford's Alpaca, of ChatML and of the tools' own docume
 written where the tokenizers that add one have it: where it is another than the end-of-text token.
 """
 
+import json
+
 _BOS = "{% if bos_token and bos_token != eos_token %}{{ bos_token }}{% endif %}"
 _ANSWER = "{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}"
 _PREAMBLE = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
@@ -20,6 +22,23 @@ def _template(system: str, user: str, assistant: str, start: str, first: str = "
         f"{{% else %}}{start}{assistant}{{% endif %}}{{% endfor %}}"
         f"{{% if add_generation_prompt %}}{start}{{% endif %}}"
     )
+
+
+def prompt(turn: str, system_format: str, system: str) -> str:
+    """The template of a prompt with {instruction} in it, and {system} in what stands before; `system` is that of rows
+    without one."""
+    before = _literal(system_format.replace("{system}", system)) if system else ""
+    said = _around(system_format, "{system}")
+    return _template(said, _around(turn, "{instruction}"), _ANSWER, "", before)
+
+
+def _around(text: str, place: str) -> str:
+    return "{{ m.content }}".join(_literal(part) for part in text.split(place))
+
+
+def _literal(text: str) -> str:
+    """Jinja that writes `text`, whatever it has in it."""
+    return f"{{{{ {json.dumps(text, ensure_ascii=False)} }}}}" if text else ""
 
 
 ALPACA = _template(

@@ -19,7 +19,7 @@ from qft.arrive.line import (
     to,
     when_on,
 )
-from qft.arrive.shared import SEVERAL, optimizer
+from qft.arrive.shared import SEVERAL, optimizer, report_to
 
 SCHEDULERS = (
     "linear",
@@ -36,7 +36,7 @@ SCHEDULERS = (
 def trackers(key: str, value: Any, config: Config) -> Iterator[Line]:
     names = [name for name in ([value] if isinstance(value, str) else value) if name != "none"]
     names = ["tensorboard"] if names == ["all"] else names
-    yield Line(key, Kind.SAME, sets={"train.report_to": names})
+    yield report_to(key, names)
 
 
 @sets("train.warmup_steps")

@@ -19,8 +19,9 @@ from qft.arrive.line import (
     to,
     when_on,
 )
-from qft.arrive.shared import SEVERAL, attention, experts, held_out
+from qft.arrive.shared import LOADERS, SEVERAL, attention, experts, held_out
 from qft.arrive.trainer import TRAINER, trainer_defaults
+from qft.arrive.trl_scripts import EVERY_COLUMN, SCRIPTS, evaluates
 
 NAME = "TRL"
 TEMPLATES: dict[str, str] = {}
@@ -85,16 +86,19 @@ def dataset(key: str, value: Any, config: Config) -> Iterator[Line]:
     made = {"name": config.get("dataset_config"), "split": config.get("dataset_train_split")}
     source = {"path": config.local(value), **{name: each for name, each in made.items() if each}}
     yield Line(key, Kind.OTHER_FIELD, sets={"data.train": [source]})
-    if config.get("eval_strategy", "no") not in ("no", False):
+    if evaluates(config):
         split = {**source, "split": config.get("dataset_test_split", "test")}
         yield Line(key, Kind.OTHER_FIELD, "held-out rows", {"data.eval": [split]})
 
 
 MIXED = {
-    "columns": "qft reads every column: see data.ignore_fields",
-    "data_files": "download the files and name them",
-    "data_dir": "download the files and name them",
-    "fraction": "a share of the mixture, for which trl leaves rows out: give the data set's weight in data.train",
+    "columns": (Kind.DECIDED, EVERY_COLUMN),
+    "data_files": (Kind.UNSUPPORTED, "files within a hub data set: download them to where data.train has them"),
+    "data_dir": (Kind.UNSUPPORTED, "download the files, and name them in data.train"),
+    "fraction": (
+        Kind.UNSUPPORTED,
+        "a share of the mixture, for which trl leaves rows out: give the data set's weight in data.train",
+    ),
 }
 """Of a data set of a mixture: what comes nearest."""
 
@@ -103,13 +107,16 @@ MIXED = {
 def mixture(key: str, value: Any, config: Config) -> Iterator[Line]:
     found = []
     for i, each in enumerate(value):
+        files = each.get("data_files") or []
+        files = files if isinstance(files, list) else [files]
+        read = each.get("path") in LOADERS
         others = [name for name in each if name not in ("path", "name", "split") and each[name]]
-        if others or not each.get("path"):
-            remedy = next((MIXED[name] for name in others if name in MIXED), "trl refuses it: remove it")
-            yield Line(f"{key}.{i}", Kind.UNSUPPORTED, f"{', '.join(others) or 'no path'}: {remedy}")
-            continue
-        found.append({name: each[name] for name in ("path", "name", "split") if each.get(name)})
-        yield Line(f"{key}.{i}", Kind.OTHER_FIELD)
+        wrong = [(*MIXED.get(name, (Kind.UNSUPPORTED, "trl refuses it: remove it")), name) for name in others
+                 if not (name == "data_files" and read)]  # fmt: skip
+        made = {name: each[name] for name in ("name", "split") if each.get(name)}
+        found += [{"path": config.local(str(path)), **made} for path in files or [each.get("path")] if path]
+        for kind, text, name in wrong or [(Kind.OTHER_FIELD, "", "")]:
+            yield Line(f"{key}.{i}", kind, f"{name}: {text}" if name else "")
     if found:
         yield Line(key, Kind.OTHER_FIELD, sets={"data.train": found})
 
@@ -161,8 +168,10 @@ def assistant(key: str, value: Any, config: Config) -> Iterator[Line]:
 
 
 def text_field(key: str, value: Any, config: Config) -> Iterator[Line]:
-    same = value == "text"
-    yield Line(key, Kind.SAME if same else Kind.UNSUPPORTED, "" if same else "rename the field to text in the rows")
+    """The field of a text; rows of messages, or of prompt and completion, have none, and trl does not read it then."""
+    same = value in ("text", "messages", "prompt", "completion")
+    text = f"rows of plain text are told so: columns: {{{value}: text}} of their source in data.train"
+    yield Line(key, Kind.SAME if same else Kind.UNSUPPORTED, "" if same else text)
 
 
 @sets("data.chat_template")
@@ -220,6 +229,7 @@ REMEDIES = {
 }
 TABLE: dict[str, Rule] = {
     **TRAINER,
+    **SCRIPTS,
     **many(DECIDED, decided),
     **many(REMEDIES, refused),
     "model_name_or_path": to("model.path"),

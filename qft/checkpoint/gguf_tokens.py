@@ -142,7 +142,7 @@ def _pieces(parts: Mapping[str, Any], kind: type[Any], ranks: Mapping[str, float
     vocabulary = _numbered(tokens)
     merges = _merges(parts)
     if merges is None:
-        merges = generate_merges(vocabulary, dict(zip(tokens, parts["scores"], strict=False)) if not ranks else ranks)
+        merges = generate_merges(vocabulary, ranks or dict(zip(tokens, parts["scores"], strict=False)))
     return kind(vocab=vocabulary, merges=merges)
 
 

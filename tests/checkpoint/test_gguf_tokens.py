@@ -14,7 +14,7 @@ from qft.checkpoint.gguf_tokens import converted, described
 
 PIECES = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *map(chr, range(33, 127)), "▁", "He", "ll",
           "Hell", "Hello", "  ", "<think>", "<|im_end|>"]  # fmt: skip
-LETTERS = ["<|im_start|>", "<|im_end|>", "<｜odd｜>", *sorted(bytes_to_unicode().values()), "He", "ll", "Hell", "é",
+LETTERS = ["<|im_start|>", "<|im_end|>", "<|odd one|>", *sorted(bytes_to_unicode().values()), "He", "ll", "Hell", "é",
            "<think>", "Ġthe"]  # fmt: skip
 BLANKS = ["<pad>", "</s>", "<unk>", "▁", *"Helo", "▁Hello", *(f"[PAD{i}]" for i in range(103))]
 TEXT = "<|im_start|>Hello  there, 12345: äöü <think>DON'T don't<|im_end|>"
@@ -26,7 +26,7 @@ def written(path: Path, architecture: str, kind: str, tokens: list[str], **more:
     writer.add_token_list(tokens)
     writer.add_token_scores([-float(i) for i in range(len(tokens))])
     whole = {"<think>": gguf.TokenType.USER_DEFINED}
-    control = ("<s>", "</s>", "<|im_start|>", "<|im_end|>", "<｜odd｜>")
+    control = ("<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|odd one|>")
     types = [
         whole.get(token, gguf.TokenType.CONTROL if token in control else gguf.TokenType.NORMAL) for token in tokens
     ]

@@ -24,7 +24,10 @@ BESIDE = {
 def test_towers_and_projectors_are_told_from_the_language_part(kind: str) -> None:
     model = tiny_skeleton(kind)
     found = beside_language(model)
-    assert sorted(found) == sorted(BESIDE[kind])
+    modules = dict(model.named_modules())
+    # transformers 5.17 has those of Omni one level further up.
+    expected = [name if name in modules else name.removeprefix("model.") for name in BESIDE[kind]]
+    assert sorted(found) == sorted(expected)
     known = [name for name in model.state_dict() if name.startswith(tuple(f"{name}." for name in found))]
     beside = tensors_beside(model)
     assert beside >= set(known)

@@ -71,7 +71,8 @@ def trains_adapters(values: Mapping[str, Any]) -> bool:
         return values.get("adapter") in ("lora", "qlora") and not any(values.get(name) for name in others)
     if "model_name_or_path" in values:
         lora = values.get("finetuning_type") == "lora" and values.get("stage") == "sft" and values.get("do_train")
-        return bool(lora or (values.get("use_peft") and "stage" not in values))
+        others = ("stage", "beta", "max_prompt_length", "reward_funcs", "num_generations")  # judged answers, rewards
+        return bool(lora or (values.get("use_peft") and not any(other in values for other in others)))
     model = values.get("model")
     name = str(model.get("_component_")) if isinstance(model, dict) else ""
     others = ("teacher_model", "ref_checkpointer", "rlhf_loss")

@@ -104,8 +104,9 @@ TABLE: dict[str, Rule] = {
     "dataset._component_": rules.dataset,
     **dict.fromkeys(
         ("dataset.source", "dataset.split", "dataset.subset", "dataset.name", "dataset.data_files", "dataset.column",
-         "dataset.column_map", "dataset.conversation_column", "dataset.conversation_style", "dataset_val._component_",
-         "dataset_val.split", "dataset_val.source", "dataset.filename", "dataset_val.train_on_input",
+         "dataset.column_map", "dataset.column_map.instruction", "dataset.column_map.input",
+         "dataset.column_map.output", "dataset.conversation_column", "dataset.conversation_style",
+         "dataset_val._component_", "dataset_val.split", "dataset_val.source", "dataset.filename", "dataset_val.train_on_input",
          "dataset_val.packed"),
         decided("with dataset._component_"),
     ),

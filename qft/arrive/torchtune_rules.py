@@ -5,18 +5,27 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qft.arrive.line import Config, Kind, Line, sets
+from qft.arrive.shared import LOADERS
 
 ALPACA = {"format": "alpaca"}
+ASKED = {"format": "prompt_completion"}
 DATASETS: dict[str, tuple[str | None, dict[str, Any], bool]] = {
     "alpaca_dataset": ("tatsu-lab/alpaca", ALPACA, True),
     "alpaca_cleaned_dataset": ("yahma/alpaca-cleaned", ALPACA, True),
     "slimorca_dataset": ("Open-Orca/SlimOrca-Dedup", {"format": "sharegpt"}, False),
     "chat_dataset": (None, {}, False),
     "text_completion_dataset": (None, {"format": "text"}, True),
+    "instruct_dataset": (None, ASKED, False),
+    "grammar_dataset": ("liweili/c4_200m", ASKED, False),
+    "samsum_dataset": ("Samsung/samsum", ASKED, False),
 }
 """Builder -> the hub data set that it stands for, the source's fields, and whether prompts are learnt by default."""
 STYLES = {"sharegpt": "sharegpt", "openai": "messages"}
 COLUMNS = {"sharegpt": "conversations", "openai": "messages"}
+OURS = {"input": "prompt", "output": "completion"}
+"""What torchtune calls the parts of rows that hold a question and an answer -> what the format does."""
+WITHIN = "a file within a hub data set: download it to where data.train has it"
+SAMSUM = {"input": "dialogue", "output": "summary"}
 FUSED = ("phi3", "phi4")
 """Families whose checkpoints have one layer for what torchtune has several."""
 NAMES = {"output_proj": "o_proj"}
@@ -91,50 +100,69 @@ def prompt_template(key: str, value: Any, config: Config) -> Iterator[Line]:
 @sets("data.train")
 def dataset(key: str, value: Any, config: Config) -> Iterator[Line]:
     builder = str(value).rpartition(".")[2]
-    if builder not in DATASETS:
-        yield Line(key, Kind.UNSUPPORTED, "name the rows as data.train: messages, alpaca, or prompt and completion")
-        return
-    hub, fields, all_learnt = DATASETS[builder]
-    style = config.get("dataset.conversation_style", "sharegpt")
-    if builder == "chat_dataset":
-        fields = {"format": STYLES.get(style, "auto")}
-    wrong = _renamed(builder, style, config)
+    hub, fields, all_learnt = DATASETS.get(builder, (None, {}, False))
     path = config.get("dataset.source", hub)
     files = config.get("dataset.data_files")
-    path = (files if path in ("json", "csv", "parquet", "text") else None) if files else path
-    if wrong or not isinstance(path, str):
-        text = wrong or "a file within a hub data set: download it, and name it as data.train"
-        yield Line(key, Kind.UNSUPPORTED, text)
+    within = bool(files) and path not in LOADERS
+    path = files or path
+    wrong = WITHIN if within else _unread(builder, config)
+    if not isinstance(path, str):
+        yield Line(key, Kind.UNSUPPORTED, wrong or "names no one file: list them in data.train")
         return
-    source = {"path": path, **fields}
+    if builder == "chat_dataset":
+        fields = {"format": STYLES.get(_style(config), "auto")}
+    columns = _columns(builder, config)
+    source = {"path": path, **fields, **({"columns": columns} if columns else {})}
     name = config.get("dataset.name") or config.get("dataset.subset")
     source |= {"name": name} if name else {}
     split = config.get("dataset.split", "train")
-    train = source if split == "train" or files else {**source, "split": split}
-    made: dict[str, Any] = {"data.train": [train]}
-    if not {"dataset.train_on_input", "dataset.masking_strategy"} & config.values.keys():
+    made: dict[str, Any] = {"data.train": [source if split == "train" or files else {**source, "split": split}]}
+    if builder in DATASETS and not {"dataset.train_on_input", "dataset.masking_strategy"} & config.values.keys():
         made["data.loss_on"] = "all" if all_learnt else "assistant"
     if builder.startswith("alpaca"):
         made["data.chat_template"] = "alpaca.jinja"
     if config.get("dataset_val._component_") == value:
         made["data.eval"] = [{**source, "split": config.get("dataset_val.split", "validation")}]
     yield Line(key, Kind.OTHER_FIELD, _said(builder, all_learnt), made)
+    if wrong:
+        yield Line(key, Kind.UNSUPPORTED, wrong)
+
+
+def _style(config: Config) -> str:
+    return str(config.get("dataset.conversation_style", "sharegpt"))
+
+
+def _unread(builder: str, config: Config) -> str:
+    """Why the rows cannot be read as they are; empty if they can."""
+    if builder not in DATASETS:
+        return "the rows are read as their own fields say: messages, alpaca, or prompt and completion"
+    if builder == "chat_dataset" and _style(config) not in STYLES:
+        return "rename the columns in the rows: conversations (from, value) or messages (role, content)"
+    return ""
+
+
+def _columns(builder: str, config: Config) -> dict[str, str]:
+    """What the rows call a field -> what the format does."""
+    if builder == "chat_dataset":
+        ours = COLUMNS.get(_style(config), "conversations")
+        named = {ours: config.get("dataset.conversation_column", ours)}
+    elif builder == "text_completion_dataset":
+        named = {"text": config.get("dataset.column", "text")}
+    else:
+        inner = {name: config.get(f"dataset.column_map.{name}") for name in ("instruction", "input", "output")}
+        given = {
+            **(SAMSUM if builder == "samsum_dataset" else {}),
+            **{name: mine for name, mine in inner.items() if mine},
+        }
+        asked = DATASETS.get(builder, (None, {}, False))[1] is ASKED
+        named = {OURS[name]: given.get(name, name) for name in OURS} if asked else given
+    return {str(mine): name for name, mine in named.items() if mine != name}
 
 
 def _said(builder: str, all_learnt: bool) -> str:
     learnt = "the prompt is learnt, too, by its default" if all_learnt and "alpaca" in builder else ""
     joined = "an input follows the instruction without a heading of its own" if "alpaca" in builder else ""
     return "; ".join(text for text in (learnt, joined) if text)
-
-
-def _renamed(builder: str, style: str, config: Config) -> str:
-    """Why the columns cannot be read by their names; empty if they can."""
-    column = config.get("dataset.conversation_column", COLUMNS.get(style, "conversations"))
-    if config.get("dataset.column_map") or config.get("dataset.column", "text") != "text":
-        return "rename the columns in the rows"
-    if builder == "chat_dataset" and (style not in STYLES or column != COLUMNS[style]):
-        return "rename the columns in the rows: conversations (from, value) or messages (role, content)"
-    return ""
 
 
 @sets("train.eval_strategy")

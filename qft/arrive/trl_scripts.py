@@ -21,7 +21,7 @@ from qft.arrive.line import (
 from qft.arrive.shared import held_out, own_template
 
 A_SHARE = "a random share of the rows, there the first of them"
-EVERY_COLUMN = "every column is read, and one that nothing knows stops the run: data.ignore_fields names it"
+EVERY_COLUMN = "every column is read, and those that nothing knows are told: data.ignore_fields leaves them out"
 
 
 def evaluates(config: Config) -> bool:

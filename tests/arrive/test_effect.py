@@ -92,6 +92,24 @@ def test_peft_bitsandbytes_and_the_trainer_are_told_the_same(
             f"<|im_start|>system\n{PREAMBLE}<|im_end|>\n<|im_start|>user\nSay it.<|im_end|>\n<|im_start|>assistant\n",
             "It.<|im_end|>",
         ),
+        # axolotl/prompt_strategies/user_defined.py: a prompt of the configuration's own.
+        (
+            {
+                **AXOLOTL,
+                "datasets": [
+                    {
+                        "path": "rows.jsonl",
+                        "type": {
+                            "system_prompt": 'Be {{ "brief" }}.',
+                            "system_format": "<{system}>\n",
+                            "no_input_format": "[INST] {instruction} [/INST] ",
+                        },
+                    }
+                ],
+            },
+            '<|bos|><Be {{ "brief" }}.>\n[INST] Say it. [/INST] ',
+            "It.<|im_end|>",
+        ),
         # llamafactory/data/template.py, register_template of `default`, `alpaca` and `chatml`.
         (LLAMA, "<|bos|>Human: Say it.<|im_end|>\nAssistant:", "It.<|im_end|>"),
         (
@@ -105,7 +123,7 @@ def test_peft_bitsandbytes_and_the_trainer_are_told_the_same(
             "It.<|im_end|>",
         ),
     ],
-    ids=["alpaca", "alpaca:chat", "alpaca:chatml", "default", "llama alpaca", "chatml"],
+    ids=["alpaca", "alpaca:chat", "alpaca:chatml", "its own", "default", "llama alpaca", "chatml"],
 )
 def test_the_prompt_and_what_is_learnt_of_it(
     values: dict[str, Any], prompt: str, answer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -177,7 +177,9 @@ REMEDIES = {
         "dataloader_drop_last"
     ),
     "the loss is the mean over the tokens that are learnt": "use_eaft eaft_alpha eaft_k",
-    "qft reads rows of text": "image_size image_resize_algorithm",
+    "images are sized by the model's own processor (its preprocessor_config.json)": (
+        "image_size image_resize_algorithm"
+    ),
     "layers wait off the device with memory.offload": "layer_offloading selective_checkpointing",
     "qft eval scores answers, qft chat shows them": (
         "do_bench_eval bench_dataset bench_split generate_samples num_generation_samples "

@@ -67,10 +67,13 @@ NO_EFFECT = {
     "trains on one device, too": "tensor_parallel_dim data_parallel_shard_dim data_parallel_replicate_dim",
 }
 REMEDIES = {
-    "qft reads rows of text": (
-        "model.decoder_trainable model.encoder_trainable model.fusion_trainable model.image_size "
-        "tokenizer.image_size tokenizer.max_num_tiles collate_fn dataloader.collate_fn dataset.image_tag"
+    "adapters are those of the language part: adapter.target_towers adds the towers": (
+        "model.decoder_trainable model.encoder_trainable model.fusion_trainable"
     ),
+    "images are sized by the model's own processor (its preprocessor_config.json)": (
+        "model.image_size tokenizer.image_size tokenizer.max_num_tiles collate_fn dataloader.collate_fn"
+    ),
+    "write rows with images as docs/rows.md has them": "dataset.image_tag dataset.image_dir",
     "quant.mode qat trains for a format in groups of 32 (quant.target)": (
         "quantizer quantizer._component_ quantizer.groupsize"
     ),

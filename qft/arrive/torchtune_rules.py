@@ -20,6 +20,11 @@ DATASETS: dict[str, tuple[str | None, dict[str, Any], bool]] = {
     "samsum_dataset": ("Samsung/samsum", ASKED, False),
 }
 """Builder -> the hub data set that it stands for, the source's fields, and whether prompts are learnt by default."""
+OTHERS = {
+    "the_cauldron_dataset": "HuggingFaceM4/the_cauldron",
+    "llava_instruct_dataset": "liuhaotian/LLaVA-Instruct-150K",
+}
+"""Builder of rows that are not read as they are -> the hub data set that it stands for."""
 STYLES = {"sharegpt": "sharegpt", "openai": "messages"}
 COLUMNS = {"sharegpt": "conversations", "openai": "messages"}
 OURS = {"input": "prompt", "output": "completion"}
@@ -54,8 +59,9 @@ def interpolated(value: Any, found: Mapping[str, Any]) -> Any:
 def model(key: str, value: Any, config: Config) -> Iterator[Line]:
     builder = str(value).rpartition(".")[2]
     if "vision" in str(value) or "llama4" in str(value):
-        yield Line(key, Kind.UNSUPPORTED, "qft reads rows of text")
-    elif builder.startswith("qlora_"):
+        text = "there the layers between images and text are trained, too; here adapters are those of the language part"
+        yield Line(key, Kind.UNSUPPORTED, f"{text}: name others in adapter.target_modules, with adapter.target_towers")
+    if builder.startswith("qlora_"):
         held = {"quant.mode": "4bit", "quant.quant_type": "nf4", "quant.double_quant": True}
         text = "nf4 in blocks of 64 with quantized scales, by bitsandbytes instead of torchao"
         yield Line(key, Kind.OTHER_FIELD, text, held)
@@ -100,7 +106,7 @@ def prompt_template(key: str, value: Any, config: Config) -> Iterator[Line]:
 @sets("data.train")
 def dataset(key: str, value: Any, config: Config) -> Iterator[Line]:
     builder = str(value).rpartition(".")[2]
-    hub, fields, all_learnt = DATASETS.get(builder, (None, {}, False))
+    hub, fields, all_learnt = DATASETS.get(builder, (OTHERS.get(builder), {}, False))
     path = config.get("dataset.source", hub)
     files = config.get("dataset.data_files")
     within = bool(files) and path not in LOADERS

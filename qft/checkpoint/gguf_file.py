@@ -9,15 +9,24 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 
 from qft.checkpoint.cache import companions, kept
 from qft.checkpoint.quick_gguf import quick_gguf
+from qft.errors import ModelError, first_line
 from qft.files import write_json
 
 
 def gguf_config(path: Path) -> PretrainedConfig:
-    """The configuration. Raises what transformers does."""
+    """The configuration. Raises ModelError for an architecture that this transformers does not read of such a file, and
+    else what transformers does."""
 
     def read() -> PretrainedConfig:
-        with quick_gguf():
-            config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+        try:
+            with quick_gguf():
+                config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+        except ValueError as error:
+            if "not supported" not in str(error):
+                raise
+            said = f"transformers {transformers.__version__}: {first_line(error).rstrip('.')}"
+            remedy = "a newer one may read it; or give the folder or hub model that it was made of"
+            raise ModelError(f"{path}: {said}; {remedy}") from error
         # transformers notes the packing of the file; the weights are dequantized when they are loaded.
         if hasattr(config, "quantization_config"):
             del config.quantization_config

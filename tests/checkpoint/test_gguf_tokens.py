@@ -10,7 +10,9 @@ import pytest
 from transformers import integrations
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from qft.checkpoint.gguf_file import gguf_config
 from qft.checkpoint.gguf_tokens import converted, described
+from qft.errors import ModelError
 
 PIECES = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *map(chr, range(33, 127)), "▁", "He", "ll",
           "Hell", "Hello", "  ", "<think>", "<|im_end|>"]  # fmt: skip
@@ -69,6 +71,12 @@ def test_an_older_transformers_makes_what_a_newer_one_makes(
     assert (mine[0], mine[2]) == (name, arguments)
     assert backend.to_str() == theirs.to_str()
     assert backend.encode(TEXT).ids == theirs.encode(TEXT).ids
+
+
+def test_an_architecture_that_is_not_read_is_told_with_what_reads_it(tmp_path: Path) -> None:
+    path = written(tmp_path / "m.gguf", "command-r", "gpt2", LETTERS)
+    with pytest.raises(ModelError, match=r"transformers 5.*command-r.*a newer one may read it"):
+        gguf_config(path)
 
 
 def test_a_kind_that_is_not_known_is_named(tmp_path: Path) -> None:

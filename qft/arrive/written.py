@@ -55,10 +55,10 @@ def shown(line: Line) -> str:
     return "; ".join(text for text in (fields, line.text) if text)
 
 
-def brief(value: Any) -> str:
-    """A value on one line, cut where it is long."""
+def brief(value: Any, most: int = 60) -> str:
+    """A value on one line, cut to `most` characters."""
     text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def _table(lines: list[Line]) -> Iterator[str]:

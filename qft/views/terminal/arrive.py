@@ -8,6 +8,9 @@ from qft.arrive.line import Kind
 from qft.arrive.written import ORDER, brief, shown
 from qft.views.terminal.table import Facts, spaced
 
+VALUE = 24
+"""Characters of a value: beside a longer one a narrow terminal has no room for what became of it."""
+
 
 def render_translation(made: Translation) -> Group:
     """What `qft init --from` shows: every key, what is not supported last, where it is seen."""
@@ -16,7 +19,7 @@ def render_translation(made: Translation) -> Group:
         table = Facts(f"{made.tool}: {kind}")
         for line in made.lines:
             if line.kind is kind:
-                value = "" if line.value is None or kind is Kind.DEFAULT else f" {brief(line.value)}"
+                value = "" if line.value is None or kind is Kind.DEFAULT else f" {brief(line.value, VALUE)}"
                 table.add(f"{line.key}{value}", shown(line) or "as it is")
         if table.rows:
             parts.append(table)

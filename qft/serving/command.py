@@ -124,7 +124,8 @@ def _adapter(model: Model) -> tuple[str, list[str]]:
     rank = ["--max-lora-rank", str(rank_limit(rank_of(config)))]
     pinned = ["--revision", revision] if revision else []
     own = ["--tokenizer", str(model.path)] if (model.path / "tokenizer_config.json").is_file() else []
-    return base, [*pinned, *own, *lora, *rank]
+    found = Path(base).resolve() if Path(base).is_dir() else base
+    return str(found), [*pinned, *own, *lora, *rank]
 
 
 def _beyond_vllm(config: Mapping[str, Any]) -> str:

@@ -57,6 +57,7 @@ def _work(ask: Callable[[int], T], waiting: deque[tuple[int, Future[T]]]) -> Non
             try:
                 answer.set_result(ask(number))
             except BaseException as error:  # it is raised where it is waited for
+                waiting.clear()
                 answer.set_exception(error)
 
 

@@ -104,7 +104,7 @@ def test_a_question_that_is_refused_is_named_and_nothing_is_written(recipe: Path
         return refused if "say 2" in str(body) else echoes(path, body)
 
     with serving(strict) as (url, _):
-        ran = qft("eval", recipe, "--url", url, "--out", tmp_path / "out")
+        ran = qft("eval", recipe, "--url", url, "--out", tmp_path / "out", "--json")
     assert (ran.exit_code, ran.stdout) == (11, "")
     assert "held.jsonl:2: " in ran.stderr.replace("\n", "")
     assert "System role not supported" in ran.stderr

@@ -17,17 +17,11 @@ from typing import Any
 import pytest
 
 from qft.errors import QftError, RecipeError, ServerError
-from qft.serving import reach
 from qft.serving.client import Server
 from qft.serving.load import at_once
 from tests.support.servers import Body, as_json, serving, streamed
 
 CHAT = "/chat/completions"
-
-
-@pytest.fixture(autouse=True)
-def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reach, "PAUSES", (0.0, 0.0))
 
 
 def failing(times: int, status: int) -> Callable[[str, Body], tuple[int, str, bytes]]:
@@ -182,6 +176,7 @@ def test_how_long_the_list_of_models_may_take_is_told_by_the_same_option() -> No
 
 def test_the_first_failure_ends_all_and_waits_for_nobody() -> None:
     asked: list[int] = []
+    before = set(threading.enumerate())
     hung = threading.Event()
 
     def ask(number: int) -> int:
@@ -196,7 +191,7 @@ def test_the_first_failure_ends_all_and_waits_for_nobody() -> None:
         at_once(ask, range(8), 2)
     assert time.perf_counter() - started < 5
     assert sorted(asked) == [0, 1]
-    assert all(thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread())
+    assert [thread for thread in set(threading.enumerate()) - before if not thread.daemon] == []
     hung.set()
 
 

@@ -109,7 +109,7 @@ class Server:
         pieces: list[str] = []
         tokens, finish, first, reasoned = None, None, None, False
         for event in _events(answer, self.url):
-            tokens = _usage(event) or tokens
+            tokens = tokens if (count := _usage(event)) is None else count
             for choice in event.get("choices") or []:
                 said, thought = _said(choice)
                 reasoned, finish = reasoned or thought, choice.get("finish_reason") or finish
@@ -126,8 +126,8 @@ class Server:
             )
         now = time.perf_counter()
         ended, counted = finish not in ("length", "max_tokens"), tokens is not None
-        count = tokens if tokens is not None else len(pieces)
-        return Written("".join(pieces), count, ended, (first or now) - started, now - started, counted, reasoned)
+        size = len(pieces) if tokens is None else tokens
+        return Written("".join(pieces), size, ended, (first or now) - started, now - started, counted, reasoned)
 
 
 def _events(answer: HttpAnswer, url: str) -> Iterator[dict[str, Any]]:

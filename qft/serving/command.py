@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from shlex import join
 from typing import Any, Literal
@@ -143,9 +144,19 @@ def _module(model: Model) -> str:
 
 
 def _llamacpp(model: Model, where: Where) -> Start:
+    """Requests at once share --ctx-size, and fail where they need more together: it is as much as all may take."""
     words = ["-m", str(model.path), "--alias", model.name, "--jinja"]
-    context = _context(where.context, gguf_room(model.path), model.path, "--ctx-size")
-    return Start(["llama-server", *words, *context, *where.options])
+    at_once = _at_once(where.more)
+    context = _context(where.context, gguf_room(model.path), model.path, "--ctx-size", at_once or 1)
+    notes = [] if at_once else ["it answers one request at a time; `-- --parallel N`: N, each with its own context"]
+    alone = [] if at_once else ["--parallel", "1"]
+    return Start(["llama-server", *words, *context, *alone, *where.options], notes=notes)
+
+
+def _at_once(more: Sequence[str]) -> int | None:
+    """Requests that options of llama-server's own ask for; None: they do not say."""
+    told = (number for name, number in pairwise(more) if name in ("-np", "--parallel") and number.isdecimal())
+    return next((int(number) for number in told if int(number)), None)
 
 
 def _ollama(model: Model, where: Where) -> Start:
@@ -167,12 +178,12 @@ def _ollama(model: Model, where: Where) -> Start:
     return Start(command, text, [f"write it as Modelfile, then: {join(command)}"])
 
 
-def _context(asked: int | None, room: int | None, path: Path, option: str) -> list[str]:
-    """Raises RecipeError for more than the model was built for."""
+def _context(asked: int | None, room: int | None, path: Path, option: str, at_once: int = 1) -> list[str]:
+    """Of `at_once` requests in all. Raises RecipeError for more than the model was built for."""
     if asked and room and asked > room:
         raise RecipeError(f"--context {asked}: {path} is built for {room} tokens; give that or less")
     number = asked or room
-    return [option, str(number)] if number else []
+    return [option, str(number * at_once)] if number else []
 
 
 def built_for(folder: Path) -> int | None:

@@ -113,7 +113,9 @@ def test_a_gguf_file_is_served_by_llamacpp_or_ollama(tmp_path: Path) -> None:
     words = line(folder, "--name", "mine")
     assert words[:3] == ["llama-server", "-m", str(folder / "mine-q8_0.gguf")]
     assert "--jinja" in words
-    assert (value(words, "--alias"), value(words, "--ctx-size")) == ("mine", "4096")
+    assert (value(words, "--alias"), value(words, "--ctx-size"), value(words, "--parallel")) == ("mine", "4096", "1")
+    words = line(folder, "--context", 128, "--", "-np", 4)
+    assert (value(words, "--ctx-size"), value(words, "-np"), "--parallel" in words) == ("512", "4", False)
     ran = qft("serve", folder, "--engine", "ollama", "--context", 128)
     assert ran.stdout == f"FROM {folder / 'mine-q8_0.gguf'}\nTEMPLATE x\nPARAMETER num_ctx 128\n"
     assert "ollama create" in ran.stderr

@@ -50,7 +50,7 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Compare models on the same rows and tokens: quality, memory and speed."""
-    with messages(debug):
+    with messages(debug, interrupted="interrupted"):
         engine = _engine(url, model, timeout, concurrency, engine_python, context, targets or ())
         prepare_libraries()
         from qft.commands.evaluate import EvalOptions

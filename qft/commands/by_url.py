@@ -1,5 +1,6 @@
 """`qft eval --url`: a server's answers to held-out rows, its speed, and what it tells of its log probabilities."""
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -43,6 +44,8 @@ REFUSED = {
     "harness": "needs log probabilities of any text, and a server tells text alone; evaluate the model itself",
 }
 """Options that mean nothing there."""
+NOT_TOLD = (400, 404, 405, 415, 422, 500, 501)
+"""HTTP statuses by which servers refuse to tell log probabilities of token ids."""
 
 
 @dataclass(frozen=True)
@@ -226,6 +229,8 @@ class _Work:
                 f"{empty} answers are a reasoning that was cut; raise eval.max_new_tokens ({settings.max_new_tokens})"
             )
             self.view.note(f"  {text}")
+        if not all(one.counted for one in written):
+            self.view.note("  the server does not count tokens: the pieces of its answers are counted as such")
         return [
             Answer(one.source, one.row, one.text, one.expected, said.text)
             for one, said in zip(found, written, strict=True)
@@ -252,10 +257,9 @@ class _Work:
         try:
             first = self._read(passages[0])
         except ServerError as error:
-            if error.status is None:
+            if error.status not in NOT_TOLD:
                 raise
-            text = f"the server tells no log probabilities of token ids (it answered {error.status})"
-            self.view.note(f"  no perplexity: {text}")
+            self.view.note(f"  no perplexity: the server tells no log probabilities of token ids ({error})")
             return None
         if first is None:
             self.view.note("  no perplexity: the server tells no log probabilities of what it reads")
@@ -276,15 +280,19 @@ class _Work:
         if not isinstance(values, list) or len(values) not in (len(ids), len(ids) + 1):
             return None
         learnt = [at for at, label in enumerate(passage.labels) if at and label != IGNORED]
-        if not all(isinstance(values[at], int | float) for at in learnt):
+        if not all(isinstance(values[at], int | float) and math.isfinite(values[at]) for at in learnt):
             return None
         return -float(sum(values[at] for at in learnt))
 
     def _ask(self, number: int, most: int, more: Mapping[str, Any] | None = None) -> Written:
-        question = self.asked.questions[number].body
-        path = "/chat/completions" if "messages" in question else "/completions"
-        body = {"model": self.model, **question, "max_tokens": most, "temperature": 0, **(more or {})}
-        return self.server.ask(path, body)
+        question = self.asked.questions[number]
+        path = "/chat/completions" if question.messages else "/completions"
+        body = {"model": self.model, **question.body, "max_tokens": most, "temperature": 0, **(more or {})}
+        try:
+            return self.server.ask(path, body)
+        except ServerError as error:
+            place = self.asked.place(question.source, question.row)
+            raise ServerError(f"{place}: {error}", error.status) from error
 
     def _writes_on(self) -> dict[str, Any]:
         """What has the server write behind an answer's end; nothing, if it does not take that."""

@@ -53,7 +53,8 @@ def find_start(target: str, options: ServeOptions, tell: Tell) -> Start:
 def find_model(target: str, options: ServeOptions, tell: Tell) -> Model:
     """What of `target` is served. Raises MissingError for what is not there, GateError for what no gate has passed."""
     path, dtype = _proven(_found(target, options), options, tell)
-    return Model(path.resolve(), options.name or _name(target), dtype, options.trust_remote_code)
+    name = _name(target) if options.name is None else options.name
+    return Model(path.resolve(), name, dtype, options.trust_remote_code)
 
 
 def shown(found: Start) -> str:

@@ -5,7 +5,6 @@ between two fixed texts can be written for it exactly, and that is tried out; an
 the Modelfile says so. Source: docs/modelfile.md and docs/template.md of ollama/ollama.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -43,6 +42,8 @@ class Turns:
 def modelfile(file: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """The text of a Modelfile beside the GGUF file of that name."""
     turns = find_turns(tokenizer) if tokenizer.chat_template is not None else None
+    if turns and not _is_kept(turns.system):
+        turns = None
     stops = [tokenizer.eos_token]
     text = f"FROM ./{file}\n"
     if turns:
@@ -142,8 +143,17 @@ def _go_template(turns: Turns) -> str:
 
 
 def _literal(text: str) -> str:
-    """Text that is not read as an action, and does not end the Modelfile's quotes."""
-    return f"{{{{ {json.dumps(text, ensure_ascii=False)} }}}}" if "{{" in text or '"""' in text else text
+    """Text that is not read as an action, and that the Modelfile's quotes hold."""
+    if "{{" not in text and _is_kept(text):
+        return text
+    signs = (sign if _is_kept(sign) else f"\\U{ord(sign):08x}" for sign in text)
+    escapes = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
+    return f'{{{{ "{"".join(escapes.get(sign, sign) for sign in signs)}" }}}}'
+
+
+def _is_kept(text: str) -> bool:
+    """Whether quotes of a Modelfile can hold it: what Go does not print, it leaves out."""
+    return '"""' not in text and all(sign.isprintable() or sign in "\n\r\t" for sign in text)
 
 
 def _quoted(text: str) -> str:

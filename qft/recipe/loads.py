@@ -70,13 +70,14 @@ def _obstacles(rule: Rule, weights: str, dtype: str, environment: Environment) -
     refusal = f"{rule.engine} does not load {weights}"
     if not rule.loads:
         yield False, refusal, ""
-    elif environment.device == "cpu" and not rule.cpu:
+    elif environment.device == "cpu" and not rule.cpu:  # whatever its packages are
         newer = f" of compute capability {rule.cuda} or newer" if rule.cuda else ""
         said = f", which says: {rule.says}" if rule.says else ""
         yield False, f"{refusal} on a CPU{said}", f"a GPU{newer}"
-    elif environment.device and environment.device != "cpu":
-        yield from _gpu_obstacles(rule, weights, dtype, environment.device)
-    yield from _package_obstacles(rule, environment)
+    else:
+        if environment.device and environment.device != "cpu":
+            yield from _gpu_obstacles(rule, weights, dtype, environment.device)
+        yield from _package_obstacles(rule, environment)
 
 
 def _package_obstacles(rule: Rule, environment: Environment) -> Iterator[Finding]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from shlex import join
 from typing import Any, Literal
 
-from qft.errors import MissingError, ModelError, RecipeError, first_line
+from qft.errors import GateError, MissingError, ModelError, RecipeError, first_line
 from qft.files import read_json_text
 from qft.serving.vllm import rank_limit, rank_of
 
@@ -16,6 +19,15 @@ ServingEngine = Literal["vllm", "llama.cpp", "ollama"]
 ROOMS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "n_ctx", "seq_length")
 """Names by which configurations tell how many tokens a model is built for."""
 TEMPLATE = "chat_template.jinja"
+NAMES: Mapping[ServingEngine, tuple[str, str]] = {
+    "vllm": (r"[^-].*", "that is not empty and does not begin with -"),
+    "llama.cpp": (r"[^-,\s]([^,]*[^,\s])?", "that does not begin with -, without a comma or spaces around it"),
+    "ollama": (
+        r"(\w[\w-]{0,79}/)?\w[\w.-]{0,79}(:\w[\w.-]{0,79})?",
+        "such as orders, me/orders or orders:v2, of ASCII letters, digits, _, - and .",
+    ),
+}
+"""Names by which each engine takes a model, and in words."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +73,11 @@ class Start:
 
 
 def start(engine: ServingEngine, model: Model, where: Where) -> Start:
-    """Raises RecipeError for what the engine does not serve, MissingError or ModelError for what is not there."""
+    """Raises RecipeError for what the engine does not serve, GateError for an adapter that vLLM is known to refuse,
+    MissingError or ModelError for what is not there."""
+    pattern, words = NAMES[engine]
+    if not model.name.isprintable() or not re.fullmatch(pattern, model.name, re.ASCII):
+        raise RecipeError(f"{model.name!r}: is no name by which {engine} serves a model; give one by --name {words}")
     if engine == "vllm":
         return _vllm(model, where)
     if model.path.suffix != ".gguf":
@@ -96,6 +112,8 @@ def _vllm(model: Model, where: Where) -> Start:
 def _adapter(model: Model) -> tuple[str, list[str]]:
     """The base that an adapter names, and how it is put on it."""
     config = read_config(model.path / "adapter_config.json")
+    if unlike := _beyond_vllm(config):
+        raise GateError(f"{model.path}: vLLM puts no adapter with {unlike} on a base; export --to merged")
     base, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not isinstance(base, str) or not base:
         raise ModelError(f"{model.path}: its adapter_config.json names no base; export --to merged")
@@ -103,17 +121,42 @@ def _adapter(model: Model) -> tuple[str, list[str]]:
         raise RecipeError(f"{model.path}: its base is a GGUF file ({base}), on which vLLM puts none; export merged")
     if Path(base).is_absolute() and not Path(base).is_dir():
         raise MissingError(f"{model.path}: its base {base} is not there")
-    lora = ["--enable-lora", "--lora-modules", f"{model.name}={model.path}"]
+    lora = ["--enable-lora", "--lora-modules", _module(model)]
     rank = ["--max-lora-rank", str(rank_limit(rank_of(config)))]
     pinned = ["--revision", revision] if revision else []
     own = ["--tokenizer", str(model.path)] if (model.path / "tokenizer_config.json").is_file() else []
-    return base, [*pinned, *own, *lora, *rank]
+    found = Path(base).resolve() if Path(base).is_dir() else base
+    return str(found), [*pinned, *own, *lora, *rank]
+
+
+def _beyond_vllm(config: Mapping[str, Any]) -> str:
+    """What of an adapter vLLM has no way to compute, by its vllm/lora/peft_helper.py."""
+    found = [name for name in ("use_dora", "modules_to_save", "lora_bias") if config.get(name)]
+    return " and ".join(found + ["bias"] * (config.get("bias", "none") != "none"))
+
+
+def _module(model: Model) -> str:
+    """As --lora-modules takes it, which reads NAME=PATH only where neither has a sign of its own."""
+    path = str(model.path)
+    if re.search("[=,{]", model.name + path):
+        return json.dumps({"name": model.name, "path": path}, ensure_ascii=False)
+    return f"{model.name}={path}"
 
 
 def _llamacpp(model: Model, where: Where) -> Start:
+    """Requests at once share --ctx-size, and fail where they need more together: it is as much as all may take."""
     words = ["-m", str(model.path), "--alias", model.name, "--jinja"]
-    context = _context(where.context, gguf_room(model.path), model.path, "--ctx-size")
-    return Start(["llama-server", *words, *context, *where.options])
+    at_once = _at_once(where.more)
+    context = _context(where.context, gguf_room(model.path), model.path, "--ctx-size", at_once or 1)
+    notes = [] if at_once else ["it answers one request at a time; `-- --parallel N`: N, each with its own context"]
+    alone = [] if at_once else ["--parallel", "1"]
+    return Start(["llama-server", *words, *context, *alone, *where.options], notes=notes)
+
+
+def _at_once(more: Sequence[str]) -> int | None:
+    """Requests that options of llama-server's own ask for; None: they do not say."""
+    told = (number for name, number in pairwise(more) if name in ("-np", "--parallel") and number.isdecimal())
+    return next((int(number) for number in told if int(number)), None)
 
 
 def _ollama(model: Model, where: Where) -> Start:
@@ -123,19 +166,24 @@ def _ollama(model: Model, where: Where) -> Start:
     beside = model.path.parent / "Modelfile"
     if not beside.is_file():
         raise MissingError(f"{beside}: does not exist; `qft export --to gguf` writes it beside the file")
-    text = beside.read_text("utf-8").replace(f"FROM ./{model.path.name}", f"FROM {model.path}", 1)
+    if not str(model.path).isprintable():  # Ollama leaves out what is not
+        raise RecipeError(f"{model.path}: no Modelfile can hold this path; move the file")
+    here, text = f"FROM ./{model.path.name}\n", beside.read_text("utf-8")
+    if here not in text:
+        raise ModelError(f"{beside}: has no line {here.strip()!r}; is it of another file? export again")
+    text = text.replace(here, f"FROM {model.path}\n", 1)
     context = _context(where.context, gguf_room(model.path), model.path, "PARAMETER num_ctx")
     text += "".join([" ".join(context), "\n"] if context else [])
     command = ["ollama", "create", model.name, "-f", "Modelfile"]
     return Start(command, text, [f"write it as Modelfile, then: {join(command)}"])
 
 
-def _context(asked: int | None, room: int | None, path: Path, option: str) -> list[str]:
-    """Raises RecipeError for more than the model was built for."""
+def _context(asked: int | None, room: int | None, path: Path, option: str, at_once: int = 1) -> list[str]:
+    """Of `at_once` requests in all. Raises RecipeError for more than the model was built for."""
     if asked and room and asked > room:
         raise RecipeError(f"--context {asked}: {path} is built for {room} tokens; give that or less")
     number = asked or room
-    return [option, str(number)] if number else []
+    return [option, str(number * at_once)] if number else []
 
 
 def built_for(folder: Path) -> int | None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from contextlib import suppress
 from statistics import median
+from threading import Thread
 from typing import TypeVar
 
 from qft.documents.evaluation import Load
@@ -33,12 +36,29 @@ def loads(ask: Callable[[int], Written], levels: Sequence[int]) -> Iterator[Load
 
 
 def at_once(ask: Callable[[int], T], numbers: Iterable[int], width: int) -> list[T]:
-    """Of each number its answer, `width` of them at once. What the first raises ends all that are not asked yet."""
-    pool = ThreadPoolExecutor(width)
+    """Of each number its answer, `width` of them at once. What is raised first ends all that are not asked yet; those
+    that are under way are not waited for, nor by the end of the process."""
+    waiting = deque((number, Future[T]()) for number in numbers)
+    asked = [answer for _, answer in waiting]
+    for _ in range(min(width, len(asked))):
+        Thread(target=_work, args=(ask, waiting), daemon=True).start()
     try:
-        return list(pool.map(ask, numbers))
+        for answer in wait(asked, return_when=FIRST_EXCEPTION).done:
+            answer.result()
+        return [answer.result() for answer in asked]
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        waiting.clear()
+
+
+def _work(ask: Callable[[int], T], waiting: deque[tuple[int, Future[T]]]) -> None:
+    with suppress(IndexError):  # nothing is left
+        while True:
+            number, answer = waiting.popleft()
+            try:
+                answer.set_result(ask(number))
+            except BaseException as error:  # it is raised where it is waited for
+                waiting.clear()
+                answer.set_exception(error)
 
 
 def load_of(level: int, written: Sequence[Written], seconds: float) -> Load:

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from qft.cli import app
 from tests.support.cli import qft
 from tests.support.rows import chat, write_jsonl
-from tests.support.servers import LOG_PROB, echoes, serving, streamed
+from tests.support.servers import LOG_PROB, as_json, echoes, serving, streamed
 
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {}}}
 CALLED = {"function": {"name": "add", "arguments": {"a": 1}}}
@@ -94,6 +94,49 @@ def test_what_makes_no_sense_is_refused(recipe: Path, words: tuple[str, ...], co
     with serving(echoes) as (url, _):
         ran = qft("eval", recipe, "--url", url, *words)
     assert (ran.exit_code, text in ran.stderr) == (code, True), ran.stderr
+
+
+def test_a_question_that_is_refused_is_named_and_nothing_is_written(recipe: Path, tmp_path: Path) -> None:
+    """As by a chat template that takes no system, or for a row that is too long."""
+
+    def strict(path: str, body: dict[str, Any]) -> tuple[int, str, bytes]:
+        refused = as_json({"error": {"message": "System role not supported"}}, 400)
+        return refused if "say 2" in str(body) else echoes(path, body)
+
+    with serving(strict) as (url, _):
+        ran = qft("eval", recipe, "--url", url, "--out", tmp_path / "out", "--json")
+    assert (ran.exit_code, ran.stdout) == (11, "")
+    assert "held.jsonl:2: " in ran.stderr.replace("\n", "")
+    assert "System role not supported" in ran.stderr
+    assert not (tmp_path / "out" / "eval.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("told", "words"),
+    {
+        "refused": (as_json({"error": "prompt must be a string"}, 400), "prompt must be a string"),
+        "left out": (as_json({"choices": [{"text": "a"}]}), "tells no log probabilities of what it reads"),
+        "no numbers": (as_json(math.nan), "tells no log probabilities of what it reads"),
+    }.values(),
+)
+def test_without_log_probabilities_there_is_no_perplexity_and_the_reason_is_told(
+    told: tuple[int, str, bytes], words: str, recipe: Path
+) -> None:
+    def answers(path: str, body: dict[str, Any]) -> tuple[int, str, bytes]:
+        if not body.get("echo"):
+            return streamed("1")
+        if b"NaN" in told[2]:
+            nothing = [float("nan")] * (len(body["prompt"]) + 1)
+            return as_json({"choices": [{"logprobs": {"token_logprobs": nothing}}]})
+        return told
+
+    with serving(answers) as (url, _):
+        ran = qft("eval", recipe, "--url", url, "--concurrency", 0, "--json")
+    assert ran.exit_code == 0, ran.stderr
+    [target] = json.loads(ran.stdout)["targets"]
+    assert (target["perplexity"], target["scores"]["exact_match"]["value"]) == (None, pytest.approx(1 / 3))
+    assert words in ran.stderr
+    assert "does not count tokens" in ran.stderr
 
 
 def test_options_of_a_server_need_one() -> None:

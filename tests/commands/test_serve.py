@@ -113,12 +113,68 @@ def test_a_gguf_file_is_served_by_llamacpp_or_ollama(tmp_path: Path) -> None:
     words = line(folder, "--name", "mine")
     assert words[:3] == ["llama-server", "-m", str(folder / "mine-q8_0.gguf")]
     assert "--jinja" in words
-    assert (value(words, "--alias"), value(words, "--ctx-size")) == ("mine", "4096")
+    assert (value(words, "--alias"), value(words, "--ctx-size"), value(words, "--parallel")) == ("mine", "4096", "1")
+    words = line(folder, "--context", 128, "--", "-np", 4)
+    assert (value(words, "--ctx-size"), value(words, "-np"), "--parallel" in words) == ("512", "4", False)
     ran = qft("serve", folder, "--engine", "ollama", "--context", 128)
     assert ran.stdout == f"FROM {folder / 'mine-q8_0.gguf'}\nTEMPLATE x\nPARAMETER num_ctx 128\n"
     assert "ollama create" in ran.stderr
     for unread in (("--port", 9000), ("--trust-remote-code",), ("--", "--verbose")):
         assert qft("serve", folder, "--engine", "ollama", *unread).exit_code == 2
+
+
+ODD = 'it\'s "a, b"; $x = {é} #1 😀'
+
+
+def test_signs_of_a_path_reach_the_engine_as_they_are(tmp_path: Path) -> None:
+    base = artifact(tmp_path / ODD / "base", "merged")
+    assert line(base, "--name", ODD)[2] == str(base)
+    assert value(line(base, "--name", ODD), "--served-model-name") == ODD
+    config = {"base_model_name_or_path": str(base), "r": 4}
+    folder = artifact(tmp_path / ODD / "adapter", "adapter", config=config, name="adapter_config.json")
+    module = value(line(folder, "--name", ODD), "--lora-modules")
+    assert json.loads(module) == {"name": ODD, "path": str(folder)}
+
+    folder = artifact(tmp_path / ODD / "gguf", "gguf", name="Modelfile")
+    gguf(folder / "a b.gguf", 64)
+    (folder / "Modelfile").write_text("FROM ./a b.gguf\nTEMPLATE x\n")
+    assert value(line(folder), "-m") == str(folder / "a b.gguf")
+    ran = qft("serve", folder, "--engine", "ollama", "--name", "me/orders:v2")
+    assert ran.stdout.splitlines()[0] == f"FROM {folder / 'a b.gguf'}"
+
+
+@pytest.mark.parametrize(
+    ("engine", "name"),
+    [
+        *(("vllm", name) for name in ("-O3", "", "a\nb")),
+        *(("llama.cpp", name) for name in ("a,b", " a", "--help")),
+        *(("ollama", name) for name in ("a b", "é", "-a", "a/b/c/d", "a:b:c", "a" * 81)),
+    ],
+)
+def test_a_name_that_an_engine_would_take_for_another_is_refused(engine: str, name: str, tmp_path: Path) -> None:
+    folder = artifact(tmp_path / "it", "gguf", name="config.json" if engine == "vllm" else "Modelfile")
+    if engine != "vllm":
+        gguf(folder / "it.gguf", 64)
+    ran = qft("serve", folder, "--engine", engine, f"--name={name}")
+    assert (ran.exit_code, ran.stdout, "give one by --name" in " ".join(ran.stderr.split())) == (2, "", True)
+
+
+def test_a_modelfile_of_another_file_and_a_path_that_none_can_hold(tmp_path: Path) -> None:
+    folder = artifact(tmp_path / "a\u00a0b", "gguf", name="Modelfile")
+    gguf(folder / "it.gguf", 64)
+    (folder / "Modelfile").write_text("FROM ./it.gguf\n")
+    assert "no Modelfile can hold this path" in qft("serve", folder, "--engine", "ollama", "--name", "it").stderr
+    folder = folder.rename(tmp_path / "it")
+    (folder / "Modelfile").write_text("FROM ./other.gguf\n")
+    ran = qft("serve", folder, "--engine", "ollama")
+    assert (ran.exit_code, "is it of another file" in " ".join(ran.stderr.split())) == (6, True)
+
+
+@pytest.mark.parametrize("more", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"bias": "all"}])
+def test_an_adapter_that_vllm_cannot_put_on_is_refused(more: dict[str, Any], tmp_path: Path) -> None:
+    config = {"base_model_name_or_path": "some/model", "r": 4} | more
+    ran = qft("serve", artifact(tmp_path / "it", "adapter", config=config, name="adapter_config.json"))
+    assert (ran.exit_code, next(iter(more)) in ran.stderr, "export --to merged" in ran.stderr) == (4, True, True)
 
 
 def test_a_run_and_a_model_of_the_registry_lead_to_their_artifact(tmp_path: Path) -> None:

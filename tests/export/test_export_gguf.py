@@ -236,3 +236,11 @@ def test_a_bos_that_llamacpp_adds_is_not_in_the_modelfile() -> None:
     once = TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", 0)])
     tokenizer.backend_tokenizer.post_processor = once
     assert "<|bos|>" not in modelfile("m.gguf", tokenizer)
+
+
+def test_what_ollama_would_leave_out_is_an_escape_or_no_template_at_all() -> None:
+    turns = CHATML.replace("<|im_start|>", '\u00a0"<|im_start|>')
+    text = modelfile("m.gguf", byte_tokenizer(turns))
+    assert r'{{ "\U000000a0\"<|im_start|>user\n" }}{{ .Content }}<|im_end|>' in text
+    assert "\u00a0" not in text
+    assert "# The chat template is more" in modelfile("m.gguf", byte_tokenizer(WITH_SYSTEM.replace("Be ", "Be\u00a0")))

@@ -52,7 +52,9 @@ def test_pieces_are_shown_as_they_come_and_counted_by_the_server() -> None:
 
 def test_pieces_count_where_the_server_does_not_and_length_is_no_end() -> None:
     written = said(streamed("a", "b", finish="length"))
-    assert (written.tokens, written.ended) == (2, False)
+    assert (written.tokens, written.ended, written.counted) == (2, False, False)
+    nothing = said(streamed(tokens=0))
+    assert (nothing.tokens, nothing.counted, nothing.text) == (0, True, "")
 
 
 def test_a_server_that_does_not_stream_and_completions_without_chat() -> None:

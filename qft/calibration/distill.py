@@ -30,8 +30,8 @@ from qft.quant.rounding import TARGETS, Rounding, Scaled
 RANK, WINDOWS, WARMUP, NORM = 64, 4, 0.05, 1.0
 """Of the adapters; windows of one update, share of the updates that warm up, and the norm that gradients are cut to."""
 PEAK, LOST = 1e-3, 0.3
-"""Learning rate where rounding has cost so many nats, or more. The noise of the steps is a KL divergence too, which grows
-with the square of the rate and must stay small beside what there is to recover."""
+"""Learning rate where rounding has cost so many nats, or more. The noise of the steps is a KL divergence too, which
+grows with the square of the rate and must stay small beside what there is to recover."""
 
 
 def distill(task: QuantizeTask, held: Mapping[str, Tensors], view: View) -> dict[str, torch.Tensor]:

@@ -43,6 +43,7 @@ def _quantized(job: Job, model: ModelPlan, section: CalibrateSection, folder: Pa
 
 def _searched(job: Job, model: ModelPlan, section: CalibrateSection, folder: Path) -> dict[str, Any]:
     """The same, or why there is no result: whatever stops a search, rounding to the nearest may still be done."""
+    job.view.note(f"Searching 4-bit weights by {section.engine}, with the run's own rows")
     try:
         return _quantized(job, model, section, folder)
     except Exception as error:  # auto-round raises what it likes of a model that it does not know

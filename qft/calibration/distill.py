@@ -8,6 +8,7 @@ in the same format and size.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -28,6 +29,9 @@ from qft.quant.rounding import TARGETS, Rounding, Scaled
 
 RANK, WINDOWS, WARMUP, NORM = 64, 4, 0.05, 1.0
 """Of the adapters; windows of one update, share of the updates that warm up, and the norm that gradients are cut to."""
+PEAK, LOST = 1e-3, 0.3
+"""Learning rate where rounding has cost so many nats, or more. The noise of the steps is a KL divergence too, which
+grows with the square of the rate and must stay small beside what there is to recover."""
 
 
 def distill(task: QuantizeTask, held: Mapping[str, Tensors], view: View) -> dict[str, torch.Tensor]:
@@ -47,8 +51,7 @@ def distill(task: QuantizeTask, held: Mapping[str, Tensors], view: View) -> dict
     dtype = model.get_base_model().dtype
     kind = next(iter(schemes.values()))
     round_layers(model, roundings, dtype, TARGETS["w8a8"].inputs if kind.activations == "dynamic" else None)
-    view.note(f"Distilling from the unquantized model: {settings.distill_steps} steps")
-    _learn(model, task, view)
+    _learn(model, task, _rate(model, task), view)
     base, switch = model.eval().get_base_model(), switch_of(model)
     assert switch is not None
     switch.on = kind.data_type == "int"
@@ -75,14 +78,29 @@ def _rounding(model: Any, name: str, scheme: LayerScheme, held: Tensors, engine:
     return Scaled.reaching(scheme.bits, held["weight_scale"].to(values.device), layer.weight.data, values.data)
 
 
-def _learn(model: Any, task: QuantizeTask, view: View) -> None:
+def _rate(model: Any, task: QuantizeTask) -> float:
+    """calibrate.distill_learning_rate; auto is told by what is lost on the first windows."""
+    if task.settings.distill_learning_rate != "auto":
+        return task.settings.distill_learning_rate
+    with torch.no_grad():
+        lost = float(_loss(model, next(_batches(task))))
+    return PEAK * min(math.sqrt(max(lost, 0.0) / LOST), 1.0)
+
+
+def _loss(model: Any, batch: torch.Tensor) -> torch.Tensor:
+    """KL divergence from the unquantized model, a token."""
+    ids = batch.to(model.device)
+    return distilled_loss(model, {"input_ids": ids, "labels": ids}, None)
+
+
+def _learn(model: Any, task: QuantizeTask, rate: float, view: View) -> None:
     steps, every = task.settings.distill_steps, max(task.settings.distill_steps // 10, 1)
+    view.note(f"Distilling from the unquantized model: {steps} steps, learning rate {rate:.1e}")
     weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=task.settings.distill_learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=0.0)
     schedule = get_linear_schedule_with_warmup(optimizer, int(steps * WARMUP), steps)
     for step, batch in enumerate(itertools.islice(_batches(task), steps), 1):
-        ids = batch.to(model.device)
-        loss = distilled_loss(model, {"input_ids": ids, "labels": ids}, None)
+        loss = _loss(model, batch)
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(weights, NORM)
         optimizer.step()

@@ -95,8 +95,8 @@ class ExportDocument(Part):
     dtype: str
     """Of the weights that are not quantized."""
     quantization: dict[str, Any] | None = None
-    """How a second quantization holds the weights, and what it cost: scheme, kl (mean, in nats, from the merged model)
-    and perplexity_change."""
+    """How a second quantization holds the weights, and what it cost: engine, scheme, kl (mean, in nats, from the merged
+    model) and perplexity_change; not_searched says why weights were rounded to the nearest where a search was due."""
     gate: Gate
     versions: Versions
     registered: Registered | None = None

@@ -76,8 +76,9 @@ def _origin(job: Job, document: ExportDocument) -> str:
         lines.append(f"It was added to {which}.")
     if document.quantization:
         told = document.quantization
+        by = f"{told['engine']}{', since autoround could not search' * ('not_searched' in told)}"
         lines.append(
-            f"The result was quantized again ({told['engine']}, {told['scheme']}): mean KL {told['kl']:.4f} nats and "
+            f"The result was quantized again ({by}, {told['scheme']}): mean KL {told['kl']:.4f} nats and "
             f"perplexity {told['perplexity_change']:+.2%} from the merged model."
         )
     return " ".join([*lines, f"Other weights are {document.dtype}."])

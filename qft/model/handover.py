@@ -163,6 +163,14 @@ class Handover:
         allowed = any(part.allow_partial for part in (recipe.quant, recipe.calibrate) if part)
         return section.having(allow_partial=allowed)
 
+    def search(self, form: Form) -> CalibrateSection | None:
+        """What is tried in the place of `section` where the recipe leaves it open: the same layers and bits, searched
+        with the run's own rows."""
+        if not form.calibrated or self.loaded.recipe.calibrate or isinstance(self.plan.scheme, Qat):
+            return None
+        section, longest = self.section(form), self.plan.longest_row(self.loaded.recipe.data)
+        return section.having(engine="autoround", max_length=min(max(longest, 8), section.max_length))
+
 
 def decided(asked: Literal["auto", MergeInto], plan: ModelPlan, *, has_adapter: bool) -> MergeInto | None:
     """Handover.merge_into of most forms."""

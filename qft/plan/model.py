@@ -35,7 +35,7 @@ from qft.plan.modules import Matches, is_all_linear, match_adapter, match_skips,
 from qft.plan.shape import Shape
 from qft.plan.targets import Excluded, exclusion, lost_problems, rank_problems, size_problems
 from qft.plan.template import set_template, template_problems
-from qft.plan.token_rows import not_adapted, row_arguments, row_problems, with_added
+from qft.plan.token_rows import not_adapted, rounded_rows, row_arguments, row_problems, with_added
 from qft.quant.experts import owner
 from qft.quant.hold import Scheme, contradictions
 from qft.quant.share import Held
@@ -177,7 +177,7 @@ def plan_model(
     set_template(tokenizer, recipe.data)
     lora = lora and lora | {"exclude_modules": unadapted} | row_arguments(recipe.adapter, checkpoint.added, model)
     scheme = scheme_of(recipe, device, checkpoint, model)
-    refuse(loaded, scheme.unfit(model))
+    refuse(loaded, [*scheme.unfit(model), *rounded_rows(scheme, lora, recipe.model, model)])
     experts = plan_experts(recipe, model) if lora else None
     lora = experts.arguments(lora) if lora and experts else lora
     if lora:

@@ -19,6 +19,7 @@ from qft.checkpoint.find import Checkpoint
 from qft.checkpoint.skeleton import without_contents
 from qft.errors import first_line
 from qft.plan.limits import BATCH
+from qft.quant.hold import Qat, Scheme
 from qft.recipe.section import Problem
 from qft.recipe.training import AdapterSection, ModelSection
 
@@ -90,6 +91,17 @@ def row_problems(adapted: nn.Module) -> Iterator[Problem]:
             own = name.removeprefix("base_model.model.")
             text = f"{own} has a bias, which peft would leave out where it trains single rows"
             yield FIELDS[0], f"{text}; train it whole: name {own.rpartition('.')[2]} in adapter.modules_to_save"
+
+
+def rounded_rows(scheme: Scheme, lora: dict[str, Any] | None, section: ModelSection, model: Any) -> Iterator[Problem]:
+    """Tables that quant.target rounds, of which peft would train single rows beside what is rounded."""
+    rows = (lora or {}).get("trainable_token_indices", {})
+    for name in sorted(rows.keys() & scheme.roundings(model).keys()) if isinstance(scheme, Qat) else ():
+        text = f"a {scheme.quant_type} file holds {name} in few bits, of which single rows cannot be trained"
+        remedy = (
+            f"train it whole: name {name.rpartition('.')[2]} in adapter.modules_to_save, or use another quant.target"
+        )
+        yield FIELDS[not section.add_tokens], f"{text}; {remedy}"
 
 
 def not_adapted(error: Exception) -> str:

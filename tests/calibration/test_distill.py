@@ -80,6 +80,18 @@ def test_it_starts_from_what_the_calibration_made(own: dict[str, Any], recipe: R
     assert attempts(tmp_path / "moved")[1].kl_mean != before.kl_mean
 
 
+def test_it_takes_smaller_steps_where_less_is_lost(recipe: Recipe, sharp: dict[str, Any], tmp_path: Path) -> None:
+    """Of 8 bits, which lose next to nothing, steps of 1e-3 make more than they mend."""
+    for name, rate in {"auto": "auto", "large": 1e-3}.items():
+        own = {"bits": 8} | distilled(10, 0.0, distill_learning_rate=rate)
+        refusal(recipe(model=sharp, output_dir=str(tmp_path / name), calibrate=own))
+    before, by_auto = attempts(tmp_path / "auto")
+    same, by_large = attempts(tmp_path / "large")
+    assert same == before
+    assert by_auto.kl_mean < before.kl_mean * 1.2
+    assert by_large.kl_mean > before.kl_mean * 1.5
+
+
 def test_a_resumed_calibration_learns_to_the_same_bits(recipe: Recipe, sharp: dict[str, Any]) -> None:
     own = {"engine": "autoround", "group_size": 32, "iters": 2}  # which draws numbers
     path = recipe(model=sharp, calibrate=own | distilled(10, 0.0))

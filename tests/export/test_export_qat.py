@@ -93,9 +93,11 @@ def test_torchao_holds_the_very_weights_too(target: str, learns: bool, tmp_path:
     [document] = export(run, options("torchao"), View())
     checks = {check.name: check for check in document.gate.checks}
     assert document.passed
-    assert (checks["different_weights"].value, checks["same_continuations"].value) == (0, 1)
-    if target == "int4-g32":  # int8 multiplies with the scales behind the product
-        assert checks["largest_difference"].value == 0
+    assert checks["different_weights"].value == 0
+    # int8 multiplies with the scales behind the product, which decides between tokens that are as likely.
+    limits = (1, 0.95) if target == "int4-g32" else (None, None)
+    assert (checks["largest_difference"].value == 0) == (target == "int4-g32")
+    assert (checks["same_continuations"].threshold, checks["top1_agreement"].threshold) == limits
     names = {path.suffix for path in Path(document.path).iterdir()}
     assert not names & {".bin", ".pt", ".pth"}, "nothing is pickled"
 

@@ -147,8 +147,10 @@ def test_special_tokens_stand_for_no_text(tmp_path: Path) -> None:
 def test_what_cannot_be_added_is_refused(tmp_path: Path, finished: Path) -> None:
     write_base(tmp_path / "base", tied=False)
 
-    def refused(field: str, *tokens: str, base: str = "base") -> str:
-        path = write_recipe(tmp_path, tmp_path / base, model={"path": str(tmp_path / base), field: list(tokens)})
+    def refused(field: str, *tokens: str, base: str = "base", **sections: Any) -> str:
+        path = write_recipe(
+            tmp_path, tmp_path / base, model={"path": str(tmp_path / base), field: list(tokens)}, **sections
+        )
         with pytest.raises(RecipeError) as caught:
             plan_adapter(load(path))
         return str(caught.value)
@@ -159,6 +161,10 @@ def test_what_cannot_be_added_is_refused(tmp_path: Path, finished: Path) -> None
     assert "model.add_tokens: '<b>' is named twice" in refused("add_tokens", "<b>", "<b>")
     write_tiny_model(tmp_path / "phi", "phi")
     assert "lm_head has a bias" in refused("add_tokens", "<b>", base="phi")
+    write_tiny_model(tmp_path / "wide", "llama")
+    in_few_bits = refused("add_special_tokens", "<b>", base="wide", quant={"mode": "qat", "target": "q8_0"})
+    assert "model.add_special_tokens: a q8_0 file holds lm_head in few bits" in in_few_bits
+    assert "name embed_tokens in adapter.modules_to_save" in in_few_bits
     alone = plan_model(from_values({"model": {"path": str(tmp_path / "base")}, "output_dir": "-"}))
     with pytest.raises(ModelError, match="it trains token 264, and the last one of the base is 260"):
         require_fit(finished / "run/adapter", alone)

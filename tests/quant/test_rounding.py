@@ -262,6 +262,18 @@ def test_learnt_scales_have_the_gradient_of_lsq(name: str) -> None:
     torch.testing.assert_close(found[1].double(), expected, rtol=1e-4, atol=1e-6)
 
 
+def test_a_scale_that_the_dtype_cannot_hold_is_not_learnt() -> None:
+    """The group is zero whatever its scale is, as in the file; the one beside it learns on."""
+    weight = torch.cat([torch.full((1, 32), 3e-8), torch.linspace(-1, 1, 32)[None]], -1).half().requires_grad_()
+    scale = Integer(4, 32).scales(weight.detach()).requires_grad_()
+    values = Integer(4, 32).learnt(weight, scale)
+    of_weight, of_scale = torch.autograd.grad(values.square().sum(), (weight, scale))
+    assert values[0, :32].count_nonzero() == 0
+    assert of_weight[0, :32].count_nonzero() == of_scale[0, 0] == 0
+    assert of_weight[0, 32:].count_nonzero() > 16
+    assert 0 < of_scale[0, 1].abs() < torch.inf
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_file_holds_the_scales_that_were_learnt(dtype: torch.dtype) -> None:
     for name in ("int4-g32", "w8a8"):

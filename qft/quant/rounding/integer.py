@@ -68,8 +68,9 @@ class _LearnedStep(torch.autograd.Function):
         (weight, scale), rounding = ctx.saved_tensors, ctx.rounding
         least, most = -(2 ** (rounding.bits - 1)), 2 ** (rounding.bits - 1) - 1
         groups, held = rounding._grouped(weight, scale)
-        quotients = groups / held
-        inside = (quotients > least) & (quotients < most)
+        none = held == 0  # which its dtype cannot hold: the value is zero, whatever weight and scale are
+        quotients = (groups / held).masked_fill_(none, 0)
+        inside = (quotients > least).logical_and_(quotients < most).logical_and_(~none)
         of_scale = torch.where(inside, quotients.round() - quotients, quotients.clamp(least, most))
         gradient = gradients[0].float().reshape(groups.shape)
         shrink = 1 / math.sqrt(groups.shape[-1] * most)

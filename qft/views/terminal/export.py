@@ -78,4 +78,5 @@ def _exact(document: ExportDocument) -> Iterator[str]:
 def _quantized(document: ExportDocument) -> str:
     told = document.quantization or {}
     cost = f"KL {told['kl']:.5f} and {told['perplexity_change']:+.2%} of perplexity"
-    return f"{document.target}: quantizing the merged model again cost {cost}"
+    by = told["engine"] + (f", since {told['not_searched']}" if "not_searched" in told else "")
+    return f"{document.target}: quantizing the merged model again ({by}) cost {cost}"

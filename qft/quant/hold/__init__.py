@@ -25,7 +25,7 @@ SCHEMES: dict[str, Callable[[QuantSection, str, Sequence[str]], Scheme]] = {
     "qat": Qat.of,
 }
 """By quant.mode: of the section, the dtype of what is not quantized, and the names of the output heads."""
-OF_CHECKPOINTS: dict[str, Callable[[Mapping[str, Any], str], Scheme]] = {
+OF_CHECKPOINTS: dict[str, Callable[[Mapping[str, Any], str, Sequence[str]], Scheme]] = {
     "8bit": Bnb8Bit.of_checkpoint,
     "4bit": Bnb4Bit.of_checkpoint,
 }
@@ -47,6 +47,6 @@ def find_scheme(
     if packed:
         return AsPacked.of(name, checkpoint, dtype, *packed)
     if name in OF_CHECKPOINTS:
-        return OF_CHECKPOINTS[name](checkpoint, dtype)
+        return OF_CHECKPOINTS[name](checkpoint, dtype, heads)
     plugin = load_plugin(Path(quant.plugin)) if quant.plugin else None
-    return Scheme(name, dtype, skipped_layers(checkpoint), plugin, checkpoint)
+    return Scheme(name, dtype, skipped_layers(checkpoint, heads), plugin, checkpoint)

@@ -44,11 +44,11 @@ class Bnb4Bit(Scheme):
         return cls("4bit", dtype, skipped, None, {}, *own)
 
     @classmethod
-    def of_checkpoint(cls, config: Mapping[str, Any], dtype: str) -> Bnb4Bit:
+    def of_checkpoint(cls, config: Mapping[str, Any], dtype: str, heads: Sequence[str]) -> Bnb4Bit:
         """As a checkpoint's own quantization config has it; what that leaves out is bitsandbytes' default."""
         defaults = {"quant_type": "fp4", "double_quant": False, "compute_dtype": "float32", "quant_storage": "uint8"}
         own: dict[str, Any] = {name: config.get(BNB_KEYS[name], value) for name, value in defaults.items()}
-        return cls("4bit", dtype, skipped_layers(config), checkpoint=config, **own)
+        return cls("4bit", dtype, skipped_layers(config, heads), checkpoint=config, **own)
 
     @property
     def layer(self) -> LayerScheme:

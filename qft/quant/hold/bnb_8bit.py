@@ -34,10 +34,10 @@ class Bnb8Bit(Scheme):
         return cls("8bit", dtype, (*heads, *quant.named_skips), threshold=quant.threshold)
 
     @classmethod
-    def of_checkpoint(cls, config: Mapping[str, Any], dtype: str) -> Bnb8Bit:
+    def of_checkpoint(cls, config: Mapping[str, Any], dtype: str, heads: Sequence[str]) -> Bnb8Bit:
         """As a checkpoint's own quantization config has it."""
         threshold = config.get("llm_int8_threshold", 6.0)
-        return cls("8bit", dtype, skipped_layers(config), checkpoint=config, threshold=threshold)
+        return cls("8bit", dtype, skipped_layers(config, heads), checkpoint=config, threshold=threshold)
 
     @property
     def layer(self) -> LayerScheme:

@@ -1,6 +1,6 @@
 """Checkpoints that come quantized: what they are, whether adapters train on them, what a recipe may still say."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,11 @@ def mode(quantization: Mapping[str, Any]) -> str:
     return "4bit" if quantization.get("load_in_4bit") else "8bit"
 
 
-def skipped_layers(quantization: Mapping[str, Any]) -> tuple[str, ...]:
-    return tuple(quantization.get("llm_int8_skip_modules") or quantization.get("modules_to_not_convert") or ())
+def skipped_layers(quantization: Mapping[str, Any], heads: Sequence[str] = ()) -> tuple[str, ...]:
+    """Those that the checkpoint names; where it names none, not even an empty list, transformers leaves its output
+    `heads` as they are."""
+    said = (quantization.get(key) for key in ("llm_int8_skip_modules", "modules_to_not_convert"))
+    return tuple(next((names for names in said if names is not None), heads))
 
 
 def contradictions(quantization: Mapping[str, Any], loaded: LoadedRecipe) -> Iterator[Problem]:

@@ -16,7 +16,13 @@ GRANULE = 512
 """Bytes that CUDA's caching allocator rounds each block up to (c10/cuda/CUDACachingAllocator.cpp)."""
 
 
+DEVICE = torch.ops.prim.device.default
 PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm}
+
+
+def in_granules(size: int) -> int:
+    """Bytes that an allocator takes for so many."""
+    return -(-size // GRANULE) * GRANULE
 
 
 def _work(args: Sequence[Any]) -> int:
@@ -37,6 +43,11 @@ class Peak:
         names = {*self.parts, *longer.parts}
         parts = {n: longer.parts.get(n, 0) + times * (longer.parts.get(n, 0) - self.parts.get(n, 0)) for n in names}
         return Peak(longer.total + times * (longer.total - self.total), parts)
+
+
+    def with_more(self, label: str, size: int) -> Peak:
+        """With so many bytes beside it."""
+        return Peak(self.total + size, {**self.parts, label: self.parts.get(label, 0) + size}) if size else self
 
 
 @dataclass
@@ -62,6 +73,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Part, 1 or -1, and what was born or freed."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is DEVICE and (device := getattr(args[0], "fake_device", None)):
+            return device  # half of all that is asked, at the price of an operation
         made = func(*args, **(kwargs or {}))
         if func.overloadpacket in PRODUCTS:
             self.count(_work(args))
@@ -80,7 +93,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         key = storage._cdata
         if key in self._alive:
             return
-        block = _Block(self._label_of(tensor, self.label), -(-storage.nbytes() // GRANULE) * GRANULE)
+        block = _Block(self._label_of(tensor, self.label), in_granules(storage.nbytes()))
         self._block_of[key] = block
         self._events.append((self.part, 1, block))
         self._alive[key] = weakref.ref(storage, lambda _: self._free(key))

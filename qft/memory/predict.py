@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import psutil
 from transformers import PreTrainedModel
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from qft.machine.device import Device
 from qft.memory.ledger import Peak
 from qft.memory.trace import trace
-from qft.memory.work import Step, Traced, Work
+from qft.memory.work import Ends, Step, Traced, Work
 
 MIB = 2**20
 WORKSPACES = 2 * 8 * MIB + 2 * MIB // 8
@@ -80,15 +80,15 @@ def predictor(source: Source, work: Work, device: Device) -> Predictor:
     return predict
 
 
-_known: dict[tuple[str, str, Step], Traced] = {}
+_known: dict[tuple[str, str, Step], Ends] = {}
 """What was traced in this process."""
 
 
 def _traced(source: Source, work: Work, step: Step) -> Traced:
-    key = (source.identity, repr(work), step)
+    key = (source.identity, repr(replace(work, optim="")), step)
     if key not in _known:
         _known[key] = trace(source.build, source.layers, work, step)
-    return _known[key]
+    return _known[key].with_optimizer(work.optim, on_gpu=work.on_gpu)
 
 
 def _with_workspaces(peak: Peak, device: Device) -> Peak:

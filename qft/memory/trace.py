@@ -27,27 +27,26 @@ from qft.memory.chunked_loss import has_parts, replace_forward, rows_at_once
 from qft.memory.fused_loss import FusedLoss, replace_with, tail_of
 from qft.memory.ledger import Ledger
 from qft.memory.offload import SLOTS
-from qft.memory.optimizers import STATES, step_bytes
 from qft.memory.repeated import Pattern, pattern
 from qft.memory.softmax import gradient_in_place
 from qft.memory.stand_in import OnGpu, fill, gradient_on_gpu, hold, peft_sees_autocast, set_attention
 from qft.memory.stash import Stash, stash_inputs
 from qft.memory.unmasked import one_row_each
-from qft.memory.work import MIDDLE, Step, Traced, Work
+from qft.memory.work import MIDDLE, UPDATE, Ends, Step, Traced, Work
 from qft.quant.beside import compute_beside
 from qft.quant.hold import Qat
 from qft.quant.rounded import round_as
 
 PROBE = "probe"
 """Part of the work that is none of the worst: a look at few tokens before it begins."""
-BESIDE = (PROBE, "update", "evaluation", "answers")
+BESIDE = (PROBE, UPDATE, "evaluation", "answers")
 """Parts that are no forward or backward pass of a step."""
 SMALL, FEW_TOKENS = 2**28, 2**12
 """Weights times tokens, and tokens: of no more, to compute with real tensors takes less than to follow their shapes."""
 
 
-def trace(build: Callable[[], PreTrainedModel], layers: int, work: Work, step: Step) -> Traced:
-    """What a step comes to.
+def trace(build: Callable[[], PreTrainedModel], layers: int, work: Work, step: Step) -> Ends:
+    """What tells of a step, whatever its optimizer is.
 
     `build` makes the unquantized model on the meta device, anew each time."""
     model = build()
@@ -72,17 +71,17 @@ def _trace(
     work: Work,
     step: Step,
     tensors: Callable[[], AbstractContextManager[Any]],
-) -> Traced:
+) -> Ends:
     blocks = find_blocks(model, layers)[1]
     found = pattern(blocks)
     del blocks[found.kept + found.period :]
     longer = traced(model, blocks, found, work, step, tensors())
     if not found.times:
-        return longer
+        return Ends(longer, longer, 0)
     model = build()
     blocks = find_blocks(model, layers)[1]
     del blocks[found.kept :]
-    return traced(model, blocks, found, work, step, tensors()).extrapolated(longer, found.times)
+    return Ends(traced(model, blocks, found, work, step, tensors()), longer, found.times)
 
 
 def traced(
@@ -121,7 +120,8 @@ def traced(
         _watch(blocks, found, ledger)
         _run(adapted, blocks, ledger, work, step, asked)
     of_step = (work for part, work in ledger.work.items() if part not in BESIDE)
-    return Traced({part: peak for part, peak in ledger.peaks().items() if part != PROBE}, sum(of_step))
+    peaks = {part: peak for part, peak in ledger.peaks().items() if part not in ("", PROBE)}
+    return Traced(peaks, sum(of_step), tuple(p.shape for p in adapted.parameters() if p.requires_grad))
 
 
 def _adapted(model: PreTrainedModel, work: Work, gpu: OnGpu | None, *, checkpointed: bool) -> nn.Module:
@@ -211,8 +211,6 @@ def _run(model: nn.Module, blocks: nn.ModuleList, ledger: Ledger, work: Work, st
     applied = expect(model, blocks, work.kernels)
     keep(applied.keeps, [step.kept] * len(blocks), Stash(torch.device("cpu")) if work.stashes else None)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    ledger.label = "optimizer_state"
-    state = [torch.empty(n, dtype=torch.uint8) for p in trained for n in STATES[work.optim](p.shape)]
     ledger.label = "gradients"
     if step.accumulates:
         for parameter in trained:
@@ -226,9 +224,8 @@ def _run(model: nn.Module, blocks: nn.ModuleList, ledger: Ledger, work: Work, st
         for parameter in trained:
             if parameter.grad is not None:
                 ledger.relabel(parameter.grad, "gradients")
-        ledger.part = "update"
-        taken = torch.empty(step_bytes(work.optim, trained, on_gpu=work.on_gpu), dtype=torch.uint8)
-        del taken
+        ledger.part = UPDATE
+        torch.empty(0)  # before anything is freed
         model.zero_grad(set_to_none=True)
         if work.held_out:
             ledger.part = "evaluation"
@@ -238,4 +235,4 @@ def _run(model: nn.Module, blocks: nn.ModuleList, ledger: Ledger, work: Work, st
         if work.answered:
             ledger.part = "answers"
             answer(model.eval(), work.answered, work)
-    del state, slots
+    del slots

@@ -16,7 +16,6 @@ GRANULE = 512
 """Bytes that CUDA's caching allocator rounds each block up to (c10/cuda/CUDACachingAllocator.cpp)."""
 
 
-DEVICE = torch.ops.prim.device.default
 PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm}
 
 
@@ -43,7 +42,6 @@ class Peak:
         names = {*self.parts, *longer.parts}
         parts = {n: longer.parts.get(n, 0) + times * (longer.parts.get(n, 0) - self.parts.get(n, 0)) for n in names}
         return Peak(longer.total + times * (longer.total - self.total), parts)
-
 
     def with_more(self, label: str, size: int) -> Peak:
         """With so many bytes beside it."""
@@ -73,8 +71,6 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Part, 1 or -1, and what was born or freed."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is DEVICE and (device := getattr(args[0], "fake_device", None)):
-            return device  # half of all that is asked, at the price of an operation
         made = func(*args, **(kwargs or {}))
         if func.overloadpacket in PRODUCTS:
             self.count(_work(args))

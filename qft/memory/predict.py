@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from qft.machine.device import Device
 from qft.memory.ledger import Peak
-from qft.memory.trace import trace
+from qft.memory.trace import Few, few_blocks, trace
 from qft.memory.work import Ends, Step, Traced, Work
 
 MIB = 2**20
@@ -57,7 +57,7 @@ class Source:
     identity: str
     """The same for models that are built alike."""
     build: Callable[[], PreTrainedModel]
-    """Makes it, unquantized, on the meta device, anew each time."""
+    """Makes it, unquantized, on the meta device."""
     layers: int
     file_bytes: int
     """Of its weights."""
@@ -82,12 +82,15 @@ def predictor(source: Source, work: Work, device: Device) -> Predictor:
 
 _known: dict[tuple[str, str, Step], Ends] = {}
 """What was traced in this process."""
+_models: dict[str, Few] = {}
+"""Of what; of many blocks it takes as long to build one as to trace it."""
 
 
 def _traced(source: Source, work: Work, step: Step) -> Traced:
     key = (source.identity, repr(replace(work, optim="")), step)
     if key not in _known:
-        _known[key] = trace(source.build, source.layers, work, step)
+        few = _models.get(source.identity) or few_blocks(source.build(), source.layers)
+        _models[source.identity], _known[key] = few, trace(few, work, step)
     return _known[key].with_optimizer(work.optim, on_gpu=work.on_gpu)
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from copy import deepcopy
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -45,43 +47,53 @@ SMALL, FEW_TOKENS = 2**28, 2**12
 """Weights times tokens, and tokens: of no more, to compute with real tensors takes less than to follow their shapes."""
 
 
-def trace(build: Callable[[], PreTrainedModel], layers: int, work: Work, step: Step) -> Ends:
-    """What tells of a step, whatever its optimizer is.
+@dataclass(frozen=True)
+class Few:
+    """A model without contents of as few blocks as tell of all; it is copied, and never changed."""
 
-    `build` makes the unquantized model on the meta device, anew each time."""
-    model = build()
-    if _is_small(model, work, step):
-        with suppress(Exception):  # of numbers that mean nothing
-            return _trace(model, build, layers, work, step, nullcontext)
-        model = build()
-    return _trace(model, build, layers, work, step, partial(FakeTensorMode, allow_non_fake_inputs=True))
+    model: PreTrainedModel
+    place: str
+    """Of its blocks."""
+    found: Pattern
+    weights: int
+    """Of all."""
+
+    def of(self, count: int) -> tuple[PreTrainedModel, nn.ModuleList]:
+        """A copy of so many blocks, and these."""
+        model = deepcopy(self.model)
+        blocks: Any = model.get_submodule(self.place)
+        del blocks[count:]
+        return model, blocks
 
 
-def _is_small(model: PreTrainedModel, work: Work, step: Step) -> bool:
-    """Whether it is trained on a CPU, and computed with as soon as traced."""
-    tokens = max(batch.rows * batch.tokens for batch in (step.batch, work.held_out, work.answered) if batch)
+def few_blocks(model: PreTrainedModel, layers: int) -> Few:
+    """Of an unquantized model on the meta device, which is taken apart."""
     weights = sum(parameter.numel() for parameter in model.parameters())
-    return not work.on_gpu and tokens <= FEW_TOKENS and tokens * weights <= SMALL
-
-
-def _trace(
-    model: PreTrainedModel,
-    build: Callable[[], PreTrainedModel],
-    layers: int,
-    work: Work,
-    step: Step,
-    tensors: Callable[[], AbstractContextManager[Any]],
-) -> Ends:
-    blocks = find_blocks(model, layers)[1]
+    place, blocks = find_blocks(model, layers)
     found = pattern(blocks)
     del blocks[found.kept + found.period :]
-    longer = traced(model, blocks, found, work, step, tensors())
-    if not found.times:
-        return Ends(longer, longer, 0)
-    model = build()
-    blocks = find_blocks(model, layers)[1]
-    del blocks[found.kept :]
-    return Ends(traced(model, blocks, found, work, step, tensors()), longer, found.times)
+    return Few(model, place, found, weights)
+
+
+def trace(few: Few, work: Work, step: Step) -> Ends:
+    """What tells of a step, whatever its optimizer is."""
+    if _is_small(few, work, step):
+        with suppress(Exception):  # of numbers that mean nothing
+            return _trace(few, work, step, nullcontext)
+    return _trace(few, work, step, partial(FakeTensorMode, allow_non_fake_inputs=True))
+
+
+def _is_small(few: Few, work: Work, step: Step) -> bool:
+    """Whether it is trained on a CPU, and computed with as soon as traced."""
+    tokens = max(batch.rows * batch.tokens for batch in (step.batch, work.held_out, work.answered) if batch)
+    return not work.on_gpu and tokens <= FEW_TOKENS and tokens * few.weights <= SMALL
+
+
+def _trace(few: Few, work: Work, step: Step, tensors: Callable[[], AbstractContextManager[Any]]) -> Ends:
+    found = few.found
+    counts = (found.kept, found.kept + found.period) if found.times else (found.period,)
+    each = [traced(*few.of(count), found, work, step, tensors()) for count in counts]
+    return Ends(each[0], each[-1], found.times)
 
 
 def traced(

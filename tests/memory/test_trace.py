@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from qft.checkpoint.skeleton import find_blocks
 from qft.memory.ledger import Ledger, Peak
 from qft.memory.repeated import Pattern, pattern
-from qft.memory.trace import trace, traced
+from qft.memory.trace import few_blocks, trace, traced
 from qft.memory.work import MIDDLE, Batch, Step, Work
 from qft.quant.hold import SCHEMES
 from qft.recipe.training import QuantSection
@@ -69,7 +69,7 @@ def of(kind: str, asked: Work, step: Step, layers: int = 3, *, real: bool = Fals
 
 def few_of(kind: str, asked: Work, step: Step, layers: int = 3) -> dict[str, Peak]:
     """Of as few of its blocks as tell of the whole."""
-    ends = trace(lambda: skeleton(kind, layers, asked.mixed or torch.float32), layers, asked, step)
+    ends = trace(few_blocks(skeleton(kind, layers, asked.mixed or torch.float32), layers), asked, step)
     return ends.with_optimizer(asked.optim, on_gpu=asked.on_gpu).peaks
 
 
@@ -186,7 +186,7 @@ def test_a_quantized_base_is_counted_as_its_scheme_holds_it(mode: str) -> None:
 
 def test_what_is_drawn_in_training_is_not_drawn_before() -> None:
     noisy, before = work(neftune=True, lora=LORA | {"lora_dropout": 0.1}), torch.get_rng_state()
-    trace(lambda: skeleton("llama", 3), 3, noisy, ONCE)
+    few_of("llama", noisy, ONCE)
     assert torch.equal(torch.get_rng_state(), before)
 
 

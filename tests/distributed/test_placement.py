@@ -160,6 +160,7 @@ def test_check_says_what_each_of_several_gpus_takes(recipe_file: RecipeFile) -> 
     assert fsdp2.load_bytes < (ddp.load_bytes or 0)
     assert ddp.fits is fsdp2.fits is True
     assert plan.memory.components["gradient_buckets"] == trained
+    assert "gradients" not in plan.memory.components  # which lie in them
     small = plan_gpus(load(path), absent_gpu(GIB // 2), 4, 2)[1]
     assert [way.fits for way in small.placements] == [False, False]  # CUDA alone takes more
     eight = plan_gpus(load(path, ["quant.preset=null", "quant.mode=8bit"]), absent_gpu(GIB), 4, 2)[1]

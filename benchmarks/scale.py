@@ -4,6 +4,7 @@
     python benchmarks/scale.py --size 1b --batch 4 --length 2048 --gpus 1 2 4
     python benchmarks/scale.py --planted                              whether the bit gate finds what FSDP2 would change
     python benchmarks/scale.py --faults --gpus 4                      a process killed, SIGTERM, and what resumes
+    python benchmarks/scale.py --compare --gpus 2                     how far apart the strategies' adapters are
 
 Random weights in nf4, LoRA r=16, as many rows on each GPU; `efficiency` is tokens/s a GPU over that of the first arm.
 """
@@ -26,6 +27,8 @@ from typing import Any
 import psutil
 from modes import SIZES, make_inputs
 
+ADAPTER = "adapter_model.safetensors"
+
 
 def main() -> None:
     options = options_of(sys.argv[1:])
@@ -37,6 +40,8 @@ def main() -> None:
             told(**caught(folder, options))
         elif options.faults:
             faults(folder, options)
+        elif options.compare:
+            compare(folder, options)
         else:
             arms(folder, options)
 
@@ -53,6 +58,8 @@ def options_of(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--planted", action="store_true")
     parser.add_argument("--faults", action="store_true")
+    parser.add_argument("--compare", action="store_true")
+    parser.add_argument("--kernels", choices=["auto", "plain"], default="auto")
     parser.add_argument("--folder", type=Path, help="where the model is, or is made")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
@@ -84,6 +91,7 @@ def recipe(folder: Path, options: argparse.Namespace, gpus: int, strategy: str, 
             "gradient_accumulation_steps": gpus * options.accumulated,
             "optim": "adamw_torch_fused",
             "gradient_checkpointing": options.checkpointing,
+            "kernels": options.kernels,
             "save_strategy": "no",
             "report_to": [],
             **train,
@@ -121,6 +129,7 @@ def measured(run: Path) -> dict[str, Any]:
     together, memory, gib = report["distributed"], report["memory"], 2**30
     ranks = together["ranks"] if together else []
     peaks = [rank["train_peak_bytes"] for rank in ranks] or [memory["phases"]["train"]["gpu_allocated_bytes"] or 0]
+    hosts = [rank["peak_host_bytes"] for rank in ranks] or [memory["peak_host_bytes"]]
     phases = report["phases"]
     gate = together and together["bit_gate"]
     return {
@@ -131,11 +140,28 @@ def measured(run: Path) -> dict[str, Any]:
         "peak_gib": round(max(peaks) / gib, 2),
         "predicted_gib": round((memory["predicted_peak_bytes"] or 0) / gib, 2),
         "load_gib": round((memory["phases"]["load"]["gpu_allocated_bytes"] or 0) / gib, 2),
-        "host_gib": round(memory["peak_host_bytes"] / gib, 2),
+        "host_gib": [round(each / gib, 2) for each in hosts],
         "kernels": (report["kernels"] or {}).get("fused"),
         **({"layers": gate["layers"], "layers_changed": gate["layers_changed"]} if gate else {}),
         **({"gate_seconds": round(gate["seconds"], 3)} if gate else {}),
     }
+
+
+def compare(folder: Path, options: argparse.Namespace) -> None:
+    """Both strategies by the model's own code, and what they have learnt of the same rows."""
+    from safetensors.torch import load_file
+
+    options.kernels, gpus = "plain", options.gpus[-1]
+    options.gpus = [gpus]
+    arms(folder, options)
+    one, other = (load_file(folder / f"{each}-{gpus}" / "adapter" / ADAPTER) for each in options.strategies)
+    parts = {}
+    for part in ("lora_A", "lora_B"):
+        names = [name for name in one if part in name]
+        apart = sum(float((one[name].double() - other[name].double()).square().sum()) for name in names)
+        whole = sum(float(one[name].double().square().sum()) for name in names)
+        parts[part] = (apart / whole) ** 0.5
+    told(compared=options.strategies, same_names=one.keys() == other.keys(), relative_difference=parts)
 
 
 def caught(folder: Path, options: argparse.Namespace) -> dict[str, Any]:

@@ -3,8 +3,8 @@
     python benchmarks/traced.py --size 1b --batch 4 --length 2048 --gpus 1 2
 
 For each arm, in ms a step: the step; what kernels take, without those of NCCL; what NCCL's do; when none of the others
-runs; what the host waits in; the longest gaps, with the kernels around them and what the host did; and the kernels
-whose time differs most from the first arm's.
+runs; what the host waits in; the phases of each rank; the longest gaps, with the kernels around them and what the host
+did; and the kernels whose time differs most from the first arm's.
 """
 
 from __future__ import annotations
@@ -61,7 +61,10 @@ def main() -> None:
                     round(1e3 * report["tokens"] / report["steps"] / rate, 1)
                     for _, rate in report["throughput"]["history"]
                 ]
-                told(gpus=gpus, strategy=strategy, step_ms=each, **found, differ=other)
+                together = report["distributed"]
+                ranks = [rank["phase_seconds"] for rank in together["ranks"]] if together else []
+                by_rank = [{name: round(1e3 * s / report["steps"], 1) for name, s in rank.items()} for rank in ranks]
+                told(gpus=gpus, strategy=strategy, step_ms=each, **found, by_rank_ms=by_rank, differ=other)
 
 
 def watch(path: Path) -> None:

@@ -38,7 +38,7 @@ class Filled(Dataset[Any]):
         row = self.rows[0]
         first = row[0] if isinstance(row, list) else row
         ids = first["input_ids"][:FILLER_TOKENS]
-        empty = {"labels": [IGNORED] * len(ids), "weights": [], "length": len(ids), "source": FILLER}
+        empty = {"labels": [IGNORED] * len(ids), "weights": [], "images": [], "length": len(ids), "source": FILLER}
         made = {**first, "input_ids": ids, **empty}
         return [made] if isinstance(row, list) else made
 

@@ -13,9 +13,11 @@ import torch
 import torch.distributed as dist
 
 from qft.distributed.peers import watched
-from qft.errors import Elsewhere, Interrupted, QftError, RunError
+from qft.errors import Elsewhere, Interrupted, QftError, RunError, first_line
 
 T = TypeVar("T")
+ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
+"""Variables that say where the first process listens."""
 UNTIL_PREPARED = timedelta(days=7)
 """How long processes wait while the first reads and encodes rows; that it ends ends them too."""
 
@@ -41,7 +43,7 @@ class Ranks:
 
 def ranks() -> Ranks | None:
     """None: nobody started this process as one of several. Raises RunError for variables that mean nothing."""
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+    if "RANK" not in os.environ and os.environ.get("WORLD_SIZE", "1") == "1":
         return None
     given = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
     given["LOCAL_RANK"] = given["LOCAL_RANK"] or given["RANK"]
@@ -53,6 +55,9 @@ def ranks() -> Ranks | None:
     if not 0 <= found.rank < found.size or not 0 <= found.local_rank < found.local_size:
         told = ", ".join(f"{name}={value}" for name, value in given.items())
         raise RunError(f"{told}: these variables, which torchrun sets, name no process of a training; unset them")
+    if found.size > 1 and (missing := [name for name in ADDRESS if not os.environ.get(name)]):
+        text = "is not set, and RANK and WORLD_SIZE are: start the processes by torchrun, which sets all, or unset them"
+        raise RunError(f"{' and '.join(missing)} {text}")
     return found
 
 
@@ -153,7 +158,7 @@ def joined(found: Ranks | None, kind: str, timeout: int) -> Iterator[World]:
     if kind == "cuda":
         torch.cuda.set_device(local_gpu(found))
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout), rank=found.rank, world_size=found.size)
+    _meet(backend, timedelta(seconds=timeout), found)
     _worlds.append(World(found, dist.new_group(backend="gloo", timeout=UNTIL_PREPARED)))
     try:
         with watched(found.rank, found.size, world().tell):
@@ -163,6 +168,16 @@ def joined(found: Ranks | None, kind: str, timeout: int) -> Iterator[World]:
     finally:
         _worlds.pop()
         dist.destroy_process_group()
+
+
+def _meet(backend: str, timeout: timedelta, found: Ranks) -> None:
+    try:
+        dist.init_process_group(backend, timeout=timeout, rank=found.rank, world_size=found.size)
+    except (ValueError, RuntimeError) as error:
+        place = ":".join(os.environ[name] for name in ADDRESS)
+        does = "listens at" if found.first else "reaches the first at"
+        text = f"rank {found.rank} of {found.size} {does} {place} (MASTER_ADDR, MASTER_PORT) in vain"
+        raise RunError(f"{text}: {first_line(error)}") from error
 
 
 def local_gpu(found: Ranks) -> int:

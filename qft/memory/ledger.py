@@ -19,6 +19,11 @@ GRANULE = 512
 PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm}
 
 
+def in_granules(size: int) -> int:
+    """Bytes that an allocator takes for so many."""
+    return -(-size // GRANULE) * GRANULE
+
+
 def _work(args: Sequence[Any]) -> int:
     """Of one product of the last two matrices."""
     one, other = [each for each in args if isinstance(each, torch.Tensor)][-2:]
@@ -37,6 +42,10 @@ class Peak:
         names = {*self.parts, *longer.parts}
         parts = {n: longer.parts.get(n, 0) + times * (longer.parts.get(n, 0) - self.parts.get(n, 0)) for n in names}
         return Peak(longer.total + times * (longer.total - self.total), parts)
+
+    def with_more(self, label: str, size: int) -> Peak:
+        """With so many bytes beside it."""
+        return Peak(self.total + size, {**self.parts, label: self.parts.get(label, 0) + size}) if size else self
 
 
 @dataclass
@@ -80,7 +89,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         key = storage._cdata
         if key in self._alive:
             return
-        block = _Block(self._label_of(tensor, self.label), -(-storage.nbytes() // GRANULE) * GRANULE)
+        block = _Block(self._label_of(tensor, self.label), in_granules(storage.nbytes()))
         self._block_of[key] = block
         self._events.append((self.part, 1, block))
         self._alive[key] = weakref.ref(storage, lambda _: self._free(key))

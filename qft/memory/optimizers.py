@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from qft.memory.ledger import in_granules
+
 SMALL = 4096
 """Parameters of fewer numbers keep 32-bit moments with bitsandbytes' 8-bit optimizers (min_8bit_size)."""
 PAGED = 100_000
@@ -44,10 +46,15 @@ STATES: dict[str, Callable[[torch.Size], list[int]]] = {
 """By train.optim: bytes of each tensor that is kept for a parameter of that shape."""
 
 
-def step_bytes(optim: str, parameters: Sequence[torch.Tensor], *, on_gpu: bool) -> int:
+def state_bytes(optim: str, shapes: Sequence[torch.Size]) -> int:
+    """What is kept for parameters of those shapes, as an allocator has it."""
+    return sum(in_granules(size) for shape in shapes for size in STATES[optim](shape))
+
+
+def step_bytes(optim: str, shapes: Sequence[torch.Size], *, on_gpu: bool) -> int:
     """What an update takes at its worst moment: torch's own AdamW makes the denominators of all parameters at once on a
     GPU, others those of one."""
-    sizes = [4 * parameter.numel() for parameter in parameters]
+    sizes = [4 * shape.numel() for shape in shapes]
     if optim == "adamw_torch":
         return sum(sizes) if on_gpu else 2 * max(sizes)
     return 3 * max(sizes) if optim == "adafactor" else 0

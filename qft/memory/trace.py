@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from copy import deepcopy
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -27,62 +29,71 @@ from qft.memory.chunked_loss import has_parts, replace_forward, rows_at_once
 from qft.memory.fused_loss import FusedLoss, replace_with, tail_of
 from qft.memory.ledger import Ledger
 from qft.memory.offload import SLOTS
-from qft.memory.optimizers import STATES, step_bytes
 from qft.memory.repeated import Pattern, pattern
 from qft.memory.softmax import gradient_in_place
 from qft.memory.stand_in import OnGpu, fill, gradient_on_gpu, hold, peft_sees_autocast, set_attention
 from qft.memory.stash import Stash, stash_inputs
 from qft.memory.unmasked import one_row_each
-from qft.memory.work import MIDDLE, Step, Traced, Work
+from qft.memory.work import MIDDLE, UPDATE, Ends, Step, Traced, Work
 from qft.quant.beside import compute_beside
 from qft.quant.hold import Qat
 from qft.quant.rounded import round_as
 
 PROBE = "probe"
 """Part of the work that is none of the worst: a look at few tokens before it begins."""
-BESIDE = (PROBE, "update", "evaluation", "answers")
+BESIDE = (PROBE, UPDATE, "evaluation", "answers")
 """Parts that are no forward or backward pass of a step."""
 SMALL, FEW_TOKENS = 2**28, 2**12
 """Weights times tokens, and tokens: of no more, to compute with real tensors takes less than to follow their shapes."""
 
 
-def trace(build: Callable[[], PreTrainedModel], layers: int, work: Work, step: Step) -> Traced:
-    """What a step comes to.
+@dataclass(frozen=True)
+class Few:
+    """A model without contents of as few blocks as tell of all; it is copied, and never changed."""
 
-    `build` makes the unquantized model on the meta device, anew each time."""
-    model = build()
-    if _is_small(model, work, step):
-        with suppress(Exception):  # of numbers that mean nothing
-            return _trace(model, build, layers, work, step, nullcontext)
-        model = build()
-    return _trace(model, build, layers, work, step, partial(FakeTensorMode, allow_non_fake_inputs=True))
+    model: PreTrainedModel
+    place: str
+    """Of its blocks."""
+    found: Pattern
+    weights: int
+    """Of all."""
+
+    def of(self, count: int) -> tuple[PreTrainedModel, nn.ModuleList]:
+        """A copy of so many blocks, and these."""
+        model = deepcopy(self.model)
+        blocks: Any = model.get_submodule(self.place)
+        del blocks[count:]
+        return model, blocks
 
 
-def _is_small(model: PreTrainedModel, work: Work, step: Step) -> bool:
-    """Whether it is trained on a CPU, and computed with as soon as traced."""
-    tokens = max(batch.rows * batch.tokens for batch in (step.batch, work.held_out, work.answered) if batch)
+def few_blocks(model: PreTrainedModel, layers: int) -> Few:
+    """Of an unquantized model on the meta device, which is taken apart."""
     weights = sum(parameter.numel() for parameter in model.parameters())
-    return not work.on_gpu and tokens <= FEW_TOKENS and tokens * weights <= SMALL
-
-
-def _trace(
-    model: PreTrainedModel,
-    build: Callable[[], PreTrainedModel],
-    layers: int,
-    work: Work,
-    step: Step,
-    tensors: Callable[[], AbstractContextManager[Any]],
-) -> Traced:
-    blocks = find_blocks(model, layers)[1]
+    place, blocks = find_blocks(model, layers)
     found = pattern(blocks)
     del blocks[found.kept + found.period :]
-    longer = traced(model, blocks, found, work, step, tensors())
-    if not found.times:
-        return longer
-    model = build()
-    blocks = find_blocks(model, layers)[1]
-    del blocks[found.kept :]
-    return traced(model, blocks, found, work, step, tensors()).extrapolated(longer, found.times)
+    return Few(model, place, found, weights)
+
+
+def trace(few: Few, work: Work, step: Step) -> Ends:
+    """What tells of a step, whatever its optimizer is."""
+    if _is_small(few, work, step):
+        with suppress(Exception):  # of numbers that mean nothing
+            return _trace(few, work, step, nullcontext)
+    return _trace(few, work, step, partial(FakeTensorMode, allow_non_fake_inputs=True))
+
+
+def _is_small(few: Few, work: Work, step: Step) -> bool:
+    """Whether it is trained on a CPU, and computed with as soon as traced."""
+    tokens = max(batch.rows * batch.tokens for batch in (step.batch, work.held_out, work.answered) if batch)
+    return not work.on_gpu and tokens <= FEW_TOKENS and tokens * few.weights <= SMALL
+
+
+def _trace(few: Few, work: Work, step: Step, tensors: Callable[[], AbstractContextManager[Any]]) -> Ends:
+    found = few.found
+    counts = (found.kept, found.kept + found.period) if found.times else (found.period,)
+    each = [traced(*few.of(count), found, work, step, tensors()) for count in counts]
+    return Ends(each[0], each[-1], found.times)
 
 
 def traced(
@@ -121,7 +132,8 @@ def traced(
         _watch(blocks, found, ledger)
         _run(adapted, blocks, ledger, work, step, asked)
     of_step = (work for part, work in ledger.work.items() if part not in BESIDE)
-    return Traced({part: peak for part, peak in ledger.peaks().items() if part != PROBE}, sum(of_step))
+    peaks = {part: peak for part, peak in ledger.peaks().items() if part not in ("", PROBE)}
+    return Traced(peaks, sum(of_step), tuple(p.shape for p in adapted.parameters() if p.requires_grad))
 
 
 def _adapted(model: PreTrainedModel, work: Work, gpu: OnGpu | None, *, checkpointed: bool) -> nn.Module:
@@ -211,8 +223,6 @@ def _run(model: nn.Module, blocks: nn.ModuleList, ledger: Ledger, work: Work, st
     applied = expect(model, blocks, work.kernels)
     keep(applied.keeps, [step.kept] * len(blocks), Stash(torch.device("cpu")) if work.stashes else None)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    ledger.label = "optimizer_state"
-    state = [torch.empty(n, dtype=torch.uint8) for p in trained for n in STATES[work.optim](p.shape)]
     ledger.label = "gradients"
     if step.accumulates:
         for parameter in trained:
@@ -226,9 +236,8 @@ def _run(model: nn.Module, blocks: nn.ModuleList, ledger: Ledger, work: Work, st
         for parameter in trained:
             if parameter.grad is not None:
                 ledger.relabel(parameter.grad, "gradients")
-        ledger.part = "update"
-        taken = torch.empty(step_bytes(work.optim, trained, on_gpu=work.on_gpu), dtype=torch.uint8)
-        del taken
+        ledger.part = UPDATE
+        torch.empty(0)  # before anything is freed
         model.zero_grad(set_to_none=True)
         if work.held_out:
             ledger.part = "evaluation"
@@ -238,4 +247,4 @@ def _run(model: nn.Module, blocks: nn.ModuleList, ledger: Ledger, work: Work, st
         if work.answered:
             ledger.part = "answers"
             answer(model.eval(), work.answered, work)
-    del state, slots
+    del slots

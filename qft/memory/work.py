@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from qft.documents.plan import Kept
-from qft.memory.ledger import Peak
+from qft.memory.ledger import Peak, in_granules
+from qft.memory.optimizers import state_bytes, step_bytes
 from qft.quant.hold import Scheme
 
+UPDATE = "update"
+"""Part of the work that an optimizer does."""
 MIDDLE = "other blocks"
 """Part of the work that is none of the worst: what lies between the first blocks and the last."""
 
@@ -74,15 +77,40 @@ class Work:
 
 @dataclass(frozen=True)
 class Traced:
-    """One step and an evaluation."""
+    """One step and an evaluation, without what the optimizer takes."""
 
     peaks: dict[str, Peak]
     """By part of the work: forward, head, the blocks of the backward pass, update, evaluation."""
     work: int
     """Of the step: multiplications with additions, those of attention as so many more as they take longer."""
+    trained: tuple[torch.Size, ...] = ()
+    """Shapes of its parameters that are."""
+
+    def with_optimizer(self, optim: str, *, on_gpu: bool) -> Traced:
+        """With its state, which is there whatever is done, and what its update takes."""
+        state = state_bytes(optim, self.trained)
+        taken = in_granules(step_bytes(optim, self.trained, on_gpu=on_gpu))
+        peaks = {part: peak.with_more("optimizer_state", state) for part, peak in self.peaks.items()}
+        peaks[UPDATE] = peaks[UPDATE].with_more("activations", taken)
+        return replace(self, peaks=peaks)
 
     def extrapolated(self, longer: Traced, times: int) -> Traced:
         """Between the first blocks and the last, peaks rise or fall from one to the next: none is the highest."""
         ends = (part for part in longer.peaks if part != MIDDLE)
         peaks = {part: self.peaks[part].extrapolated(longer.peaks[part], times) for part in ends}
         return Traced(peaks, longer.work + times * (longer.work - self.work))
+
+
+@dataclass(frozen=True)
+class Ends:
+    """What two models of few blocks tell of one of many."""
+
+    shorter: Traced
+    longer: Traced
+    times: int
+    """How often what lies between them is missing from the longer; 0: that is the whole model."""
+
+    def with_optimizer(self, optim: str, *, on_gpu: bool) -> Traced:
+        """Of the whole model."""
+        one, other = (each.with_optimizer(optim, on_gpu=on_gpu) for each in (self.shorter, self.longer))
+        return one.extrapolated(other, self.times) if self.times else other

@@ -142,6 +142,11 @@ class Handover:
         return folder
 
     @cached_property
+    def unmergeable(self) -> str | None:
+        """Why nothing can be merged into the base."""
+        return unmergeable(self.plan.checkpoint, self.weights.model)
+
+    @cached_property
     def onto_original(self) -> Self:
         return replace(self, merge_into="original")
 
@@ -212,7 +217,7 @@ def _require_possible(name: str, handover: Handover, rows: Prepared | None) -> N
             raise RecipeError("adapter: the run trains all weights and has no adapter; export --to merged")
         return
     weights = handover.settled(form).weights
-    if problem := unmergeable(handover.plan.checkpoint, weights.model):
+    if problem := handover.settled(form).unmergeable:
         raise ModelError(f"{handover.plan.checkpoint.path}: {problem}")
     if form.kind and not handover.settled(form).converter:
         from qft.gguf.file import require_rows

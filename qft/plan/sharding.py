@@ -10,7 +10,7 @@ from torch import nn
 from qft.checkpoint.skeleton import find_blocks
 from qft.memory.ledger import Peak
 from qft.memory.predict import Prediction, Predictor
-from qft.memory.work import Step
+from qft.memory.work import UPDATE, Step
 from qft.plan.model import ModelPlan
 from qft.plan.placement import Placement
 
@@ -22,16 +22,22 @@ def by_placement(predict: Predictor, model: ModelPlan, placement: Placement) -> 
 
     def predicted(step: Step) -> Prediction:
         found = predict(step)
-        change = sharded_peak if placement.sharded else _replicated
-        return replace(found, parts={part: change(peak, model, placement) for part, peak in found.parts.items()})
+        if placement.sharded:
+            parts = {part: sharded_peak(peak, model, placement) for part, peak in found.parts.items()}
+        else:
+            apart = {part for part in found.parts if step.accumulates and part != UPDATE}
+            parts = {part: _replicated(peak, model, part in apart) for part, peak in found.parts.items()}
+        return replace(found, parts=parts)
 
     return predicted
 
 
-def _replicated(peak: Peak, model: ModelPlan, placement: Placement) -> Peak:
-    """DDP keeps gradients a second time, in the buckets that it reduces."""
-    buckets = model.shape.trainable_parameters * 4
-    return Peak(peak.total + buckets, {**peak.parts, "gradient_buckets": buckets})
+def _replicated(peak: Peak, model: ModelPlan, apart: bool) -> Peak:
+    """DDP always has the buckets that it reduces. Gradients lie in them, but those that add up over several passes,
+    which are `apart` until the last."""
+    buckets, gradients = model.shape.trainable_parameters * 4, 0 if apart else peak.parts.get("gradients", 0)
+    parts = {**peak.parts, "gradients": peak.parts.get("gradients", 0) - gradients, "gradient_buckets": buckets}
+    return Peak(peak.total + buckets - gradients, parts)
 
 
 def sharded_peak(peak: Peak, model: ModelPlan, placement: Placement) -> Peak:

@@ -32,7 +32,7 @@ from qft.model.on_cpu import short_attention
 from qft.progress import Step
 from qft.training.recorder import Recorder
 from qft.training.sharding import reshard
-from qft.training.update import LogEntry, Moment, Sent, Update, skips_by_itself
+from qft.training.update import LogEntry, Moment, Update, skips_by_itself
 from qft.training.weighing import WeighingTrainer
 
 OF_TEXT = {"input_ids", "attention_mask", "labels", COUNTS, WEIGHTS}
@@ -183,6 +183,9 @@ class QftTrainer(WeighingTrainer):
             frozen = [name for name, p in self.model.named_parameters() if not p.requires_grad]
             names = [*frozen, *(name for name, _ in self.model.named_buffers())]
             self.model._ddp_params_and_buffers_to_ignore = names
+        if plan.placement.strategy == "ddp":
+            # Gradients lie in the buckets that are reduced: no step copies them back, one kernel a weight.
+            self.accelerator.ddp_handler.gradient_as_bucket_view = True
         if self.sharded:
             reshard(self.model)
         prepared = super()._prepare_for_training(*args, **kwargs)
@@ -207,7 +210,7 @@ class QftTrainer(WeighingTrainer):
             gradients = (p.grad for p in self.model.parameters() if p.grad is not None)
             recorder.bytes["gradients"] = tensor_bytes(gradients)
         update.learning_rate = self.lr_scheduler.get_last_lr()[0]
-        bad = update.ask(asked=self.signals.asked is not None)
+        bad = update.ask(self._tr_loss, asked=self.signals.asked is not None)
         if self._waits_for_nothing():
             self.optimizer.optimizer.found_inf = bad.float()
         else:
@@ -262,16 +265,14 @@ class QftTrainer(WeighingTrainer):
         """The Trainer's, which would wait for the loss: of a step that is told later, so is the log's entry."""
         steps = self.state.global_step - self._globalstep_last_logged  # type: ignore[has-type]
         if self._waiting and self.control.should_log and steps:
-            self._waiting[-1].entry = LogEntry(
-                Sent(world().added(tr_loss / world().size)), steps, args[5], self.state.epoch
-            )
+            self._waiting[-1].entry = LogEntry(steps, args[5], self.state.epoch)
             tr_loss -= tr_loss
             self._globalstep_last_logged, self.control.should_log = self.state.global_step, False
         super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
 
     def _log(self, update: Update, entry: LogEntry) -> None:
         """As the Trainer would have, had it waited."""
-        now, asked, loss = (self.state.global_step, self.state.epoch), self.control.should_log, entry.loss.read()
+        now, asked, loss = (self.state.global_step, self.state.epoch), self.control.should_log, update.sums[2]
         self._total_loss_scalar += loss
         self.store_flos()
         self.state.global_step, self.state.epoch = update.step, entry.epoch
@@ -288,7 +289,7 @@ class QftTrainer(WeighingTrainer):
             assert update.ended
             update.ended.wait()
             self.recorder.clock.settle()
-            loss, _, tokens, supervised, padded, rows, _ = update.sums
+            loss, _, _, tokens, supervised, padded, rows, _ = update.sums
             self.recorder.step(
                 Step(
                     step=update.step,

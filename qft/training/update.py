@@ -52,9 +52,8 @@ class Sent:
 class LogEntry:
     """What is to be logged once it is known."""
 
-    loss: Sent
-    """The sum of the losses since the last entry."""
     steps: int
+    """Since the last entry."""
     start_time: float
     epoch: float | None
 
@@ -81,19 +80,20 @@ class Update:
     numbers: list[float] = field(default_factory=list)
     """The losses and the norm, once they are read."""
     sums: list[float] = field(default_factory=list)
-    """Of all processes: losses; how many have one that is not finite; tokens, supervised ones, padded ones, rows; and
-    how many have had a signal."""
+    """Of all processes: losses; how many have one that is not finite; losses since the last entry of the log; tokens,
+    supervised ones, padded ones, rows; and how many have had a signal."""
     skipped: bool = False
     entry: LogEntry | None = None
 
-    def ask(self, *, asked: bool) -> torch.Tensor:
-        """Have the numbers added up with the other processes and sent to the host, all together; `asked`: a signal has
-        come to this one. The loss of each is times their number, as the Trainer has it, whose gradients are averaged.
-        Returns, where they are, whether one is not finite: bool []."""
+    def ask(self, unlogged: torch.Tensor, *, asked: bool) -> torch.Tensor:
+        """Have the numbers added up with the other processes and sent to the host, all together; `unlogged`: losses of
+        this one since the last entry of the log; `asked`: a signal has come to it. The loss of each is times their
+        number, as the Trainer has it, whose gradients are averaged. Returns, where they are, whether one is not finite:
+        bool []."""
         losses = torch.stack(self.losses).double()
         norm = torch.as_tensor(self.grad_norm).to(losses).reshape(1)
         known = torch.tensor([self.padded_tokens, self.row_count, asked], dtype=losses.dtype, pin_memory=losses.is_cuda)
-        sums = torch.stack([losses.sum() / world().size, (~losses.isfinite()).any()])
+        sums = torch.stack([losses.sum() / world().size, (~losses.isfinite()).any(), unlogged / world().size])
         counts = torch.stack(self.counts).sum(0).to(losses)
         sums = world().added(torch.cat([sums, counts, known.to(losses.device, non_blocking=True)]))
         self._sent = Sent(torch.cat([losses, norm, sums]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from qft.distributed.asked import processes
-from qft.distributed.world import Ranks, ranks
+from qft.distributed.world import Ranks, joined, ranks
 from qft.errors import RecipeError, RunError
 from qft.machine.device import absent_gpu
 from qft.plan import Plan, make_plan
@@ -109,12 +110,42 @@ def test_one_process_is_started_where_only_one_can_do_it(
 def test_ranks_are_those_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ranks() is None
     variables = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
-    for name, value in variables.items():
+    for name, value in (variables | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}).items():
         monkeypatch.setenv(name, value)
     assert ranks() == Ranks(5, 8, 1, 4)
     monkeypatch.setenv("RANK", "8")
     with pytest.raises(RunError, match="RANK=8"):
         ranks()
+
+
+@pytest.mark.parametrize(
+    ("half", "text"),
+    [
+        ({"RANK": "0"}, "WORLD_SIZE=, "),
+        ({"WORLD_SIZE": "2"}, "RANK=, WORLD_SIZE=2"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}, "MASTER_PORT is not set"),
+    ],
+)
+def test_half_of_the_variables_is_no_training_alone(
+    half: dict[str, str], text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in half.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RunError, match=text):
+        ranks()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.delenv("RANK", raising=False)
+    assert ranks() is None
+
+
+def test_a_port_that_another_listens_at_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(other.getsockname()[1]))
+        with pytest.raises(RunError, match=r"rank 0 of 2 listens at 127.0.0.1:\d+ .* in vain"), joined(TWO, "cpu", 60):
+            pass
 
 
 def test_check_says_what_each_of_several_gpus_takes(recipe_file: RecipeFile) -> None:
@@ -128,6 +159,8 @@ def test_check_says_what_each_of_several_gpus_takes(recipe_file: RecipeFile) -> 
     assert fsdp2.load_bytes
     assert fsdp2.load_bytes < (ddp.load_bytes or 0)
     assert ddp.fits is fsdp2.fits is True
+    assert plan.memory.components["gradient_buckets"] == trained
+    assert "gradients" not in plan.memory.components  # which lie in them
     small = plan_gpus(load(path), absent_gpu(GIB // 2), 4, 2)[1]
     assert [way.fits for way in small.placements] == [False, False]  # CUDA alone takes more
     eight = plan_gpus(load(path, ["quant.preset=null", "quant.mode=8bit"]), absent_gpu(GIB), 4, 2)[1]

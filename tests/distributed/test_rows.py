@@ -27,5 +27,13 @@ def test_processes_take_what_one_does(count: int, processes: int) -> None:
     assert len(rows) == count
 
 
+def test_a_filler_has_no_images() -> None:
+    """Its tokens end before those that would stand for them."""
+    row = {"input_ids": [1] * 9, "labels": [1] * 9, "images": ["a.png"], "source": 0}
+    rows = Filled(Dataset.from_list([row]))
+    assert rows[1]["images"] == []
+    assert rows[0]["images"] == ["a.png"]
+
+
 def learnt(row: dict[str, Any]) -> dict[str, Any]:
     return {"labels": row["input_ids"], "length": 9}

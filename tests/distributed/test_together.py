@@ -115,6 +115,32 @@ def test_processes_share_packed_rows_in_the_order_of_one(one: Path, tmp_path: Pa
     assert (told["tokens"], told["samples"]) == (single.tokens, single.samples)
 
 
+def test_fewer_rows_than_processes_are_learnt_and_asked_once(one: Path, tmp_path: Path) -> None:
+    row, other = (
+        str(write_jsonl(tmp_path / f"{name}.jsonl", [chat(f"say {name}", f"it is {number}")]))
+        for name, number in (("one", 7), ("another", 14))
+    )
+    settings: dict[str, Any] = {
+        "data": {"train": row, "eval": other, "eval_fraction": 0.0},
+        "eval": {"metrics": ["exact_match"], "max_new_tokens": 4},
+        "train": {
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": 2,
+            "max_steps": 2,
+            "chunked_loss": True,
+        },
+    }
+    single = run(recipe(tmp_path, one / "model", "single", **settings))
+    both = together(recipe(tmp_path, one / "model", "two", distributed={"strategy": "ddp"}, **settings))
+    assert [each.returncode for each in both] == [0, 0], both
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "single"), abs=1e-4)
+    told = report(tmp_path / "two")
+    assert (told["tokens"], told["samples"]) == (single.tokens, single.samples)
+    after, wanted = (each["eval"]["after"] for each in (told, report(tmp_path / "single")))
+    assert after["loss"] == pytest.approx(wanted["loss"], abs=1e-4)
+    assert (after["rows"], after["tokens"], after["scores"]) == (1, wanted["tokens"], wanted["scores"])
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_a_killed_process_ends_the_other_and_one_process_goes_on(strategy: str, one: Path, tmp_path: Path) -> None:
     path = recipe(tmp_path, one / "model", "two", distributed={"strategy": strategy})

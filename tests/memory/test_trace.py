@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from qft.checkpoint.skeleton import find_blocks
 from qft.memory.ledger import Ledger, Peak
 from qft.memory.repeated import Pattern, pattern
-from qft.memory.trace import trace, traced
+from qft.memory.trace import few_blocks, trace, traced
 from qft.memory.work import MIDDLE, Batch, Step, Work
 from qft.quant.hold import SCHEMES
 from qft.recipe.training import QuantSection
@@ -63,7 +63,14 @@ def of(kind: str, asked: Work, step: Step, layers: int = 3, *, real: bool = Fals
     model = skeleton(kind, layers, asked.mixed or torch.float32)
     blocks = find_blocks(model, layers)[1]
     tensors = nullcontext() if real else FakeTensorMode(allow_non_fake_inputs=True)
-    return traced(model, blocks, pattern(blocks), asked, step, tensors).peaks
+    found = traced(model, blocks, pattern(blocks), asked, step, tensors)
+    return found.with_optimizer(asked.optim, on_gpu=asked.on_gpu).peaks
+
+
+def few_of(kind: str, asked: Work, step: Step, layers: int = 3) -> dict[str, Peak]:
+    """Of as few of its blocks as tell of the whole."""
+    ends = trace(few_blocks(skeleton(kind, layers, asked.mixed or torch.float32), layers), asked, step)
+    return ends.with_optimizer(asked.optim, on_gpu=asked.on_gpu).peaks
 
 
 def totals(found: dict[str, Peak]) -> dict[str, int]:
@@ -151,7 +158,7 @@ def test_few_blocks_tell_of_many(kind: str, step: Step, on_gpu: bool) -> None:
     layers = {"gemma3_text": 12}.get(kind, 6)
     asked = work(on_gpu=on_gpu, mixed=torch.bfloat16, held_out=BATCH if kind == "llama" else None)
     whole = totals(of(kind, asked, step, layers))
-    found = trace(lambda: skeleton(kind, layers, torch.bfloat16), layers, asked, step).peaks
+    found = few_of(kind, asked, step, layers)
     assert totals(found) == pytest.approx({part: size for part, size in whole.items() if part != MIDDLE}, abs=2048)
     assert whole[MIDDLE] <= max(size for part, size in whole.items() if part != MIDDLE)
 
@@ -173,13 +180,13 @@ def test_a_quantized_base_is_counted_as_its_scheme_holds_it(mode: str) -> None:
     packed = sum(scheme.weight_bytes(*size) or 0 for size in sizes)
     saved = plain["base_weights"] - held["base_weights"]
     assert saved == pytest.approx(4 * linear - packed, abs=512 * len(sizes))
-    small = trace(lambda: skeleton("llama", 3), 3, work(mode), ONCE).peaks
+    small = few_of("llama", work(mode), ONCE)
     assert totals(small) == totals(of("llama", work(mode), ONCE))
 
 
 def test_what_is_drawn_in_training_is_not_drawn_before() -> None:
     noisy, before = work(neftune=True, lora=LORA | {"lora_dropout": 0.1}), torch.get_rng_state()
-    trace(lambda: skeleton("llama", 3), 3, noisy, ONCE)
+    few_of("llama", noisy, ONCE)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -189,9 +196,9 @@ def test_where_numbers_are_in_the_way_shapes_are_followed(monkeypatch: pytest.Mo
             raise ValueError("numbers that mean nothing")
         return x * x.sigmoid()
 
-    expected = trace(lambda: skeleton("llama", 3), 3, work(), AGAIN).peaks
+    expected = few_of("llama", work(), AGAIN)
     monkeypatch.setattr(torch.nn.functional, "silu", silu)
-    found = trace(lambda: skeleton("llama", 3), 3, work(), AGAIN).peaks
+    found = few_of("llama", work(), AGAIN)
     assert found.keys() == expected.keys()
 
 

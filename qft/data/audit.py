@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 from datasets import Dataset
 from numpy.typing import NDArray
 
-from qft.data.encoded import column
+from qft.data.encoded import column, stored
 from qft.data.look import SKETCH
 from qft.data.prepare import Prepared
 from qft.documents.rows import Finding, RowLengths
@@ -143,7 +143,7 @@ def _of_rows(prepared: Prepared) -> Iterator[Finding]:
 
 def _marked(rows: Dataset) -> Iterator[tuple[int, dict[str, str]]]:
     """Of each row that has findings, its index, and their names with where they are first."""
-    lists = rows.select_columns(["findings"]).with_format("arrow")[:]["findings"]
+    lists = stored(rows, "findings")
     for index in np.flatnonzero(pc.list_value_length(lists).to_numpy()).tolist():
         found = [each.partition(" ") for each in lists[index].as_py()]
         yield index, {name: where for name, _, where in reversed(found)}

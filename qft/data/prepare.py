@@ -14,10 +14,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, concatenate_datasets, disable_caching, disable_progress_bars, enable_progress_bars
+from datasets.fingerprint import generate_random_fingerprint
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from qft.data.encoded import COLUMNS, EncodedRows, column
+from qft.data.encoded import COLUMNS, EncodedRows, column, stored
 from qft.data.kept import FEWEST, fingerprint, kept
 from qft.data.mixing import row_numbers, weigh
 from qft.data.packing import PackedRows, best_fit
@@ -71,7 +72,7 @@ class Prepared:
     @cached_property
     def weighted(self) -> bool:
         """Whether tokens of training rows count otherwise than others."""
-        lists = self.train.select_columns(["weights"]).with_format("arrow")[:]["weights"]
+        lists = stored(self.train, "weights")
         return bool(pc.any(pc.greater(pc.list_value_length(lists), 0)).as_py())
 
     def place(self, source: int, row: int) -> str:
@@ -243,6 +244,7 @@ def _encode(rows: Rows, indices: Sequence[int], num_proc: int | Literal["auto"],
             features=FEATURES,
             num_proc=processes if processes > 1 else None,
             load_from_cache_file=False,
+            new_fingerprint=generate_random_fingerprint(),  # a hash of the reader would hash its tokenizer
             desc=f"Encoding {Path(rows.source.path).name}",
         )
     finally:
@@ -264,7 +266,7 @@ def _last_examples(used: Dataset) -> Ints:
 def _facts(rows: Rows, part: str, name: str, status: NDArray[Any], used: Dataset, wholes: Ints) -> SourceFacts:
     """`wholes`: indices of the examples that hold all of their rows."""
     lengths = column(used, "length").astype(np.int64)
-    images = len(used.select_columns(["images"]).with_format("arrow")[:]["images"].combine_chunks().flatten())
+    images = len(stored(used, "images").combine_chunks().flatten())
     return SourceFacts(
         path=rows.source.path,
         part=part,
@@ -287,7 +289,7 @@ def _facts(rows: Rows, part: str, name: str, status: NDArray[Any], used: Dataset
 
 def _unread(used: Dataset, wholes: Ints) -> dict[str, int]:
     """Rows that have each field which nobody reads."""
-    names = used.select_columns(["unread"]).with_format("arrow")[:]["unread"].combine_chunks()
+    names = stored(used, "unread").combine_chunks()
     if len(wholes) < len(used):
         names = names.take(pa.array(wholes))
     return dict(Counter(names.flatten().to_pylist()).most_common())

@@ -3,6 +3,7 @@
 import platform
 import sys
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -56,12 +57,16 @@ def versions() -> dict[str, str | None]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
     }
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found
+    return found | {package: _installed(package) for package in PACKAGES}
+
+
+@cache
+def _installed(package: str) -> str | None:
+    """Its version, which this process imports for good."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def describe() -> dict[str, Any]:

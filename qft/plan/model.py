@@ -80,6 +80,12 @@ class ModelPlan:
         """The model without contents, made once: to be looked at, and never changed."""
         return without_contents(self.checkpoint, self.recipe.model)
 
+    def by(self, loaded: LoadedRecipe) -> "ModelPlan":
+        """The same by a recipe whose model section is the same, and with the same skeleton."""
+        made = replace(self, loaded=loaded)
+        vars(made).update({"skeleton": self.skeleton} if "skeleton" in vars(self) else {})
+        return made
+
     @property
     def pictures(self) -> Pictures | None:
         """What reads the images of rows; None: the model is one of text alone."""

@@ -234,7 +234,7 @@ def plan_one(loaded: LoadedRecipe, device: Device, data: Prepared | None, placem
     refuse(loaded, [*problems, *offload_problems(model), *checkpoint_problems(model)])
     data = data or encoded_rows(model)
     loaded, optimizer = with_optimizer(_forecast(model, lora, data, placement))
-    model, ways = _fitted(dataclasses.replace(model, loaded=loaded), lora, data, placement)
+    model, ways = _fitted(model.by(loaded), lora, data, placement)
     training = training_arguments(model.recipe, device, placement)
     plan = Plan(model, lora, training, data, ways, optimizer, placement=placement)
     problems = [*weight_problems(recipe, data, model.skeleton), *kernel_problems(plan.recipe, plan.kernels)]
@@ -264,7 +264,7 @@ def _fitted(
     refuse(model.loaded, undecidable(forecast))
     found = forecast.ways()
     refuse(model.loaded, too_large(found, forecast))
-    return dataclasses.replace(model, loaded=decided(model.loaded, found[0], placement.size)), tuple(found)
+    return model.by(decided(model.loaded, found[0], placement.size)), tuple(found)
 
 
 def _forecast(model: ModelPlan, lora: dict[str, Any] | None, data: Prepared, placement: Placement) -> Forecast:

@@ -20,6 +20,7 @@ from qft.progress import Step, View
 from qft.recipe import load
 from qft.run.checkpoint import HASHES, STATE, TRAINER_STATE, newest_whole
 from qft.run.lock import LOCK
+from tests.support.once import once
 from tests.support.rows import chat, write_jsonl
 from tests.support.runs import adapter, run
 
@@ -51,6 +52,13 @@ def recipe(recipe_file: RecipeFile, tmp_path: Path) -> RecipeFile:
         return recipe_file(f"{folder}.yaml", **{"train": train, "output_dir": str(tmp_path / folder)} | sections)
 
     return write
+
+
+@pytest.fixture
+def whole(recipe: RecipeFile, tmp_path_factory: pytest.TempPathFactory) -> Report:
+    """What comes of the recipe where nothing befalls it."""
+    made = once(tmp_path_factory, "undamaged", lambda folder: run(recipe("whole", output_dir=str(folder / "run"))))
+    return read_report(made / "run")
 
 
 @pytest.fixture
@@ -128,7 +136,7 @@ def test_without_hashes_it_is_taken_if_its_files_can_be_read(cut: Path) -> None:
     assert newest_whole(folder)[0] == folder / "checkpoint-2"
 
 
-def test_a_resumed_run_says_which_it_takes_and_why(cut: Path, recipe: RecipeFile) -> None:
+def test_a_resumed_run_says_which_it_takes_and_why(cut: Path, whole: Report) -> None:
     folder, view = checkpoints(cut), Watch()
     flip(folder / "checkpoint-4" / "adapter_model.safetensors")
     (folder / "checkpoint-9").mkdir()  # in which a kill left nothing
@@ -138,7 +146,7 @@ def test_a_resumed_run_says_which_it_takes_and_why(cut: Path, recipe: RecipeFile
     damaged = "checkpoint-4 is damaged, and not taken: adapter_model.safetensors is not what was written"
     assert [text for text in view.told if text.endswith(damaged)]
     assert f"Going on from {folder / 'checkpoint-2'}" in view.told
-    assert_same(run(recipe("whole")), resumed)
+    assert_same(whole, resumed)
     assert newest_whole(folder) == (folder / "checkpoint-6", [])
 
 
@@ -244,7 +252,8 @@ def killed(tmp_path: Path) -> Iterator[Callable[..., bool]]:
 def test_a_kill_anywhere_behind_the_last_step_is_finished(
     killed: Callable[..., bool], recipe: RecipeFile, tmp_path: Path
 ) -> None:
-    data: dict[str, Any] = {"data": {"eval": str(tmp_path / "chats.jsonl")}}
+    held = write_jsonl(tmp_path / "held.jsonl", [chat("say", "it"), chat("say so", "it is")])
+    data: dict[str, Any] = {"data": {"eval": str(held)}}
     data["eval"] = {"metrics": ["exact_match"], "max_new_tokens": 2}
     whole, path = run(recipe("whole", **data)), recipe(**data)
     last = checkpoints(path) / "checkpoint-6"
@@ -263,9 +272,10 @@ def test_a_kill_anywhere_behind_the_last_step_is_finished(
 
 
 @pytest.mark.parametrize("name", ["adapter", "report.json", "report.html"])
-def test_a_complete_run_that_lacks_something_is_finished(name: str, recipe: RecipeFile, tmp_path: Path) -> None:
-    whole, path = run(recipe("whole")), recipe()
-    run(path)
+def test_a_complete_run_that_lacks_something_is_finished(
+    name: str, recipe: RecipeFile, whole: Report, tmp_path: Path
+) -> None:
+    run(path := recipe())
     with pytest.raises(RunError, match="made its 6 steps; there is nothing to resume"):
         run(path, resume=True)
     part = tmp_path / "part" / name

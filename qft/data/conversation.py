@@ -163,6 +163,8 @@ def message(value: Any, where: str, content_name: str = "content") -> Turn:
 
 def without_fields(value: Any, names: frozenset[str], place: str = "") -> Any:
     """`value` without the fields of these dotted names; a list's items stand under the name of the list."""
+    if not names:
+        return value
     if isinstance(value, list):
         return [without_fields(item, names, place) for item in value]
     if not isinstance(value, dict):
@@ -189,8 +191,10 @@ def _call(call: dict[str, Any], where: str) -> dict[str, Any]:
 
 def _weight(place: str, turn: Message) -> float | None:
     """What weight and train of a message say. Raises BadRow for anything but a share, or for both."""
-    where = place.rpartition(".")[0]
     said = [turn[name] for name in LEARNT_BY if name in turn]
+    if not said:
+        return None
+    where = place.rpartition(".")[0]
     for name in LEARNT_BY:
         value = turn.get(name, 0)
         if not isinstance(value, int | float) or not 0 <= value <= 1 or (name == "train" and value not in (0, 1)):
@@ -198,7 +202,7 @@ def _weight(place: str, turn: Message) -> float | None:
             raise BadRow(f"{where}.{name}: is {allowed}, false or true, not {value!r}")
     if len({bool(value) for value in said}) > 1:
         raise BadRow(f"{where}: weight and train contradict each other")
-    return float(said[0]) if said else None
+    return float(said[0])
 
 
 def _system(fields: Fields) -> str | None:

@@ -174,7 +174,10 @@ def _forms(value: Any) -> list[str]:
 
 def _squeezed(text: str) -> str:
     """Without white space, and without the escapes that JSON has for it: templates trim and indent."""
-    for escape in ("\\n", "\\t", "\\r"):
-        text = text.replace(escape, "")
+    if "\\" in text:
+        for escape in ("\\n", "\\t", "\\r"):
+            text = text.replace(escape, "")
+    if len(text) <= PART:
+        return "".join(text.split())
     # In parts: a list of the words of a text takes many times its memory.
     return "".join("".join(text[start : start + PART].split()) for start in range(0, len(text), PART))

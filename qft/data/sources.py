@@ -27,12 +27,14 @@ from datasets.exceptions import DatasetsError
 from numpy.typing import NDArray
 
 from qft.data.folders import is_saved, saved, unread
+from qft.data.hub import fetched
 from qft.data.packed import unpacked
+from qft.data.sql import rows_of
 from qft.disk import refusal
 from qft.errors import DataError, MissingError, QftError, RunError, causes, first_line
 from qft.files import not_a_file, read_json_text, sha256
 from qft.recipe import Source
-from qft.recipe.spread import kind
+from qft.recipe.spread import DATABASES, kind
 
 JSON_COLUMN = "__json__"
 TEXT_COLUMN = "__text__"
@@ -51,7 +53,7 @@ SHOWN_PLACES = 16
 MARKS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16"}
 MARKS |= {codecs.BOM_UTF16_BE: "UTF-16"}
 """What files of other encodings begin with, the longest first."""
-SUFFIXES = ".jsonl, .json, .csv, .parquet, .arrow, .txt and .md (and, packed, .gz or .zst behind it)"
+SUFFIXES = ".jsonl, .json, .csv, .parquet, .arrow, .db, .txt and .md (and, packed, .gz or .zst behind it)"
 
 
 class BadRow(ValueError):
@@ -135,7 +137,8 @@ def open_source(source: Source) -> Rows:
     disable_progress_bars()
     path = Path(source.path)
     if not path.is_absolute():
-        return _hub(source)
+        found, commit = fetched(source)
+        return Rows(source, _undecoded(found), "row", commit)
     if is_saved(path):
         found, of_files = saved(path, source.split)
         return Rows(source, _undecoded(found), "row", of_files)
@@ -295,6 +298,10 @@ def _text(path: Path, digest: str, source: Source) -> tuple[Dataset, str]:
     return _lines(path, digest, TEXT_COLUMN, source.sample_by), source.sample_by
 
 
+def _sqlite(path: Path, digest: str, source: Source) -> tuple[Dataset, str]:
+    return rows_of(path, digest, source.sql, JSON_COLUMN), "row"
+
+
 READERS: dict[str, Callable[[Path, str, Source], tuple[Dataset, str]]] = {
     ".jsonl": _jsonl,
     ".json": _json,
@@ -303,16 +310,5 @@ READERS: dict[str, Callable[[Path, str, Source], tuple[Dataset, str]]] = {
     ".arrow": _arrow,
     ".txt": _text,
     ".md": _text,
+    **dict.fromkeys(DATABASES, _sqlite),
 }
-
-
-def _hub(source: Source) -> Rows:
-    try:
-        dataset = load_dataset(source.path, source.name, split=source.split, revision=source.revision)
-    except Exception as error:  # datasets and huggingface_hub raise a dozen unrelated types here
-        raise MissingError(
-            f"{source.path}: not a local file, and the hub dataset cannot be loaded: {first_line(error)}"
-        ) from error
-    checksums = dataset.info.download_checksums or {}
-    commit = next((url.rsplit("@", 1)[1].split("/")[0] for url in checksums if "@" in url), source.revision)
-    return Rows(source, _undecoded(dataset), "row", commit)

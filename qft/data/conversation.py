@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qft.data.images import COLUMNS, Named, is_image, placed, taken
-from qft.data.sources import BadRow
+from qft.data.sources import BadRow, require_characters
 from qft.files import read_json_text
 
 Message = dict[str, Any]
@@ -97,9 +97,13 @@ class Fields:
 def parsed(text: str, where: str) -> Any:
     """The value of JSON text. Raises BadRow."""
     try:
-        return read_json_text(text)
+        value = read_json_text(text)
+        require_characters(value, text)
+    except BadRow as error:
+        raise BadRow(f"{where}: {error}") from None
     except (ValueError, RecursionError) as error:
         raise BadRow(f"{where}: not valid JSON: {error}") from None
+    return value
 
 
 def conversation(fields: Fields, turns: Sequence[Turn], plain: tuple[str, str] | None = None) -> Conversation:

@@ -26,6 +26,7 @@ from datasets import Dataset, DownloadConfig, Features, Value, disable_progress_
 from datasets.exceptions import DatasetsError
 from numpy.typing import NDArray
 
+from qft.data.columns import sound
 from qft.data.folders import is_saved, saved, unread
 from qft.data.hub import fetched
 from qft.data.packed import unpacked
@@ -105,19 +106,25 @@ def decode(row: dict[str, Any]) -> dict[str, Any] | None:
         return None
     try:
         value = read_json_text(text)
-        if "\\u" in text:  # an escape can spell half a surrogate pair, which no tokenizer takes
-            json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         raise BadRow(f"not valid JSON: {error.msg} at column {error.colno}") from None
-    except UnicodeEncodeError as error:
-        raise BadRow(f"not valid text: \\u{ord(error.object[error.start]):04x} is half a character") from None
     except ValueError as error:  # a key that is given twice, or a number of thousands of digits
         raise BadRow(f"not valid JSON: {error}") from None
     except RecursionError:
         raise BadRow("not valid JSON: nested too deeply") from None
+    require_characters(value, text)
     if not isinstance(value, dict):
         raise BadRow(f"a row is a JSON object, not {type(value).__name__}")
     return value
+
+
+def require_characters(value: Any, text: str) -> None:
+    """Raise BadRow where escapes of JSON text spell half a surrogate pair, which no tokenizer takes."""
+    try:
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise BadRow(f"not valid text: \\u{ord(error.object[error.start]):04x} is half a character") from None
 
 
 def _filled(value: Any) -> Any:
@@ -138,10 +145,10 @@ def open_source(source: Source) -> Rows:
     path = Path(source.path)
     if not path.is_absolute():
         found, commit = fetched(source)
-        return Rows(source, _undecoded(found), "row", commit)
+        return Rows(source, sound(found, source.path), "row", commit)
     if is_saved(path):
         found, of_files = saved(path, source.split)
-        return Rows(source, _undecoded(found), "row", of_files)
+        return Rows(source, sound(found, source.path), "row", of_files)
     if not path.is_file():
         what = not_a_file(path) or (unread(path, READERS) if path.is_dir() else None)
         raise MissingError(f"{path}: no such data file" + (f" (it is {what})" if what else ""))
@@ -177,7 +184,8 @@ def _unreadable(path: Path, error: Exception) -> QftError:
             if where == path or where == str(path):
                 return DataError(refusal(cause, path))
             return RunError(f"{refusal(cause, CACHE)}; rows are kept there (HF_DATASETS_CACHE names another place)")
-    return DataError(f"{path}: cannot be read: {first_line(error.__cause__ or error)}")
+    text = first_line(error.__cause__ or error)
+    return DataError(f"{path}: {'holds no row' if 'corresponds to no data' in text else f'cannot be read: {text}'}")
 
 
 def _not_utf8(path: Path) -> str:
@@ -273,25 +281,11 @@ def _csv_shape(path: Path) -> tuple[list[str], int]:
 def _parquet(path: Path, digest: str, source: Source) -> tuple[Dataset, str]:
     if not pq.read_metadata(path).num_rows:
         raise DataError(f"{path}: holds no row")
-    return _undecoded(_read("parquet", path, digest)), "row"
+    return sound(_read("parquet", path, digest), str(path)), "row"
 
 
 def _arrow(path: Path, digest: str, source: Source) -> tuple[Dataset, str]:
-    return _undecoded(_read("arrow", path, digest)), "row"
-
-
-def _undecoded(dataset: Dataset) -> Dataset:
-    """With images as the bytes of their files: they are looked at once a row is read."""
-    features = Features({name: _as_bytes(feature) for name, feature in dataset.features.items()})
-    return dataset if features == dataset.features else dataset.cast(features)
-
-
-def _as_bytes(feature: Any) -> Any:
-    if isinstance(feature, datasets.Image):
-        return datasets.Image(decode=False)
-    if isinstance(feature, dict):
-        return {name: _as_bytes(inner) for name, inner in feature.items()}
-    return datasets.List(_as_bytes(feature.feature)) if isinstance(feature, datasets.List) else feature
+    return sound(_read("arrow", path, digest), str(path)), "row"
 
 
 def _text(path: Path, digest: str, source: Source) -> tuple[Dataset, str]:

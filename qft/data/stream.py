@@ -67,8 +67,12 @@ class Lines:
         return [self._text(line, block * BLOCK + at) for at, line in enumerate(lines[:most])]
 
     def _text(self, line: bytes, number: int) -> str:
+        line = line.removesuffix(b"\r")
+        if b"\r" in line:  # which ends a line for whoever reads the file otherwise
+            text = "a carriage return within it: end lines by \\n or \\r\\n, or set data.streaming to false"
+            raise DataError(f"{self.source.path}:{number + 1}: {text}")
         try:
-            return line.removesuffix(b"\r").decode()
+            return line.decode()
         except UnicodeDecodeError as error:
             text = f"not UTF-8 text: byte 0x{line[error.start]:02x} at byte {error.start + 1}"
             raise DataError(f"{self.source.path}:{number + 1}: {text}") from None

@@ -4,6 +4,7 @@ from typing import Any
 
 import datasets
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, Features
 
 from qft.errors import DataError, first_line
@@ -27,8 +28,12 @@ def sound(rows: Dataset, path: str) -> Dataset:
 def _wrong(column: pa.Array) -> str:
     try:
         column.validate(full=True)
+        if pa.types.is_timestamp(column.type) or pa.types.is_date(column.type):
+            pc.min_max(column).as_py()
     except pa.ArrowInvalid as error:
         return "not UTF-8 text" if "UTF8" in str(error) else first_line(error)
+    except (OverflowError, ValueError):
+        return "a time that no calendar has: write it as a text"
     return ""
 
 

@@ -150,8 +150,7 @@ def open_source(source: Source) -> Rows:
         found, of_files = saved(path, source.split)
         return Rows(source, sound(found, source.path), "row", of_files)
     if not path.is_file():
-        what = not_a_file(path) or (unread(path, READERS) if path.is_dir() else None)
-        raise MissingError(f"{path}: no such data file" + (f" (it is {what})" if what else ""))
+        raise missing(path)
     reader = READERS.get(kind(str(path)))
     if reader is None:
         raise DataError(f"{path}: cannot tell what it holds; data files end in {SUFFIXES}")
@@ -169,6 +168,12 @@ def open_source(source: Source) -> Rows:
     return Rows(source, dataset, unit, digest)
 
 
+def missing(path: Path) -> MissingError:
+    """That no data file lies there, and what does."""
+    what = not_a_file(path) or (unread(path, READERS) if path.is_dir() else None)
+    return MissingError(f"{path}: no such data file" + (f" (it is {what})" if what else ""))
+
+
 def _named(error: QftError, read: Path, path: Path) -> QftError:
     """Of a file that was read for the one at `path`."""
     return error if read == path else type(error)(str(error).replace(str(read), str(path)))
@@ -178,7 +183,7 @@ def _unreadable(path: Path, error: Exception) -> QftError:
     """Of a data file; where `datasets` could not write what it keeps of it, the file is not at fault."""
     for cause in causes(error):
         if isinstance(cause, UnicodeDecodeError):
-            return DataError(_not_utf8(path))
+            return DataError(not_utf8(path))
         if isinstance(cause, OSError) and cause.errno:
             where = path if cause.filename is None and cause.errno not in WRITING else cause.filename
             if where == path or where == str(path):
@@ -188,7 +193,7 @@ def _unreadable(path: Path, error: Exception) -> QftError:
     return DataError(f"{path}: {'holds no row' if 'corresponds to no data' in text else f'cannot be read: {text}'}")
 
 
-def _not_utf8(path: Path) -> str:
+def not_utf8(path: Path) -> str:
     """Where a file is no text, or what else it is."""
     with path.open("rb") as stream:
         for number, line in enumerate(stream, start=1):

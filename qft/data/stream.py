@@ -23,8 +23,8 @@ from transformers import PreTrainedTokenizerBase
 from qft.data.encoded import COLUMNS
 from qft.data.packing import best_fit
 from qft.data.reader import RowReader, encoder_of, reader_of, stopping
-from qft.data.sources import JSON_COLUMN, TEXT_COLUMN, Rows, open_source, place
-from qft.errors import DataError, MissingError
+from qft.data.sources import JSON_COLUMN, TEXT_COLUMN, Rows, missing, not_utf8, open_source, place
+from qft.errors import DataError
 from qft.recipe import Source
 from qft.recipe.data import DataSection
 
@@ -73,9 +73,8 @@ class Lines:
             raise DataError(f"{self.source.path}:{number + 1}: {text}")
         try:
             return line.decode()
-        except UnicodeDecodeError as error:
-            text = f"not UTF-8 text: byte 0x{line[error.start]:02x} at byte {error.start + 1}"
-            raise DataError(f"{self.source.path}:{number + 1}: {text}") from None
+        except UnicodeDecodeError:
+            raise DataError(not_utf8(Path(self.source.path))) from None
 
     def batch(self, block: int) -> Batch:
         return {self.column: self.read(block)}
@@ -135,7 +134,7 @@ def find_lines(source: Source) -> Lines:
     """One pass over a file. Raises MissingError, DataError."""
     path = Path(source.path)
     if not path.is_file():
-        raise MissingError(f"{path}: no such data file")
+        raise missing(path)
     digest, starts, lines, at, size = hashlib.sha256(), [np.zeros(1, np.int64)], 0, 0, path.stat().st_size
     with path.open("rb") as stream:
         while chunk := stream.read(2**22):

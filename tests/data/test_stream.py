@@ -69,6 +69,13 @@ def test_blocks_begin_where_lines_do(tmp_path: Path) -> None:
             assert len(lines.starts) == 5
 
 
+def test_a_line_that_others_would_part_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "rows.txt"
+    path.write_bytes(b"one\r\ntwo\rthree\n")
+    with pytest.raises(DataError, match=r"rows\.txt:2: a carriage return within it: .*data\.streaming to false"):
+        opened(str(path))
+
+
 def test_each_pass_has_every_row_once_in_an_order_of_its_own(rows: Path) -> None:
     found = opened(str(rows), on_bad_row="skip")
     used = ROWS - 2

@@ -93,8 +93,8 @@ KEYS = {
 def test_each_kind_of_secret_and_of_control_character_is_known() -> None:
     look = Look(byte_tokenizer())
     for name, key in KEYS.items():
-        [told] = look.findings(from_messages(chat(f"it is {key} here", "yes")), [])
-        assert told == f"secrets messages.0.content looks like {name}"
+        [secret] = look.findings(from_messages(chat(f"it is {key} here", "yes")), [])
+        assert secret == f"secrets messages.0.content looks like {name}"
     control = {*map(chr, range(0x20)), "\x7f", "\ufffd", "\ufffe", "\uffff"} - {*"\t\n\r"}
     some = [*map(chr, range(0x100)), "\u2028", "\ufeff", "\ufffc", "\ufffd", "\ufffe", "\uffff", "\U0001f600"]
     for character in some:

@@ -10,11 +10,14 @@ from datasets import Dataset, Features
 from qft.errors import DataError, first_line
 
 
-def sound(rows: Dataset, path: str) -> Dataset:
-    """With images as the bytes of their files: they are looked at once a row is read. Raises DataError where a file has
-    other bytes than it says: whoever writes one need not look at them."""
+def undecoded(rows: Dataset) -> Dataset:
+    """With images as the bytes of their files: they are looked at once a row is read."""
     features = Features({name: _as_bytes(feature) for name, feature in rows.features.items()})
-    rows = rows if features == rows.features else rows.cast(features)
+    return rows if features == rows.features else rows.cast(features)
+
+
+def require_sound(rows: Dataset, path: str) -> None:
+    """Raise DataError where a file has other bytes than it says: whoever writes one need not look at them."""
     start = 0
     for batch in rows.data.to_batches():
         for name, column in zip(batch.schema.names, batch.columns, strict=True):
@@ -22,7 +25,6 @@ def sound(rows: Dataset, path: str) -> Dataset:
                 row = next(i for i in range(len(column)) if _wrong(column.slice(i, 1)))
                 raise DataError(f"{path}: row {start + row + 1}: {name}: {_wrong(column.slice(row, 1))}")
         start += batch.num_rows
-    return rows
 
 
 def _wrong(column: pa.Array) -> str:

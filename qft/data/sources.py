@@ -26,7 +26,7 @@ from datasets import Dataset, DownloadConfig, Features, Value, disable_progress_
 from datasets.exceptions import DatasetsError
 from numpy.typing import NDArray
 
-from qft.data.columns import sound
+from qft.data.columns import require_sound, undecoded
 from qft.data.folders import is_saved, saved, unread
 from qft.data.hub import fetched
 from qft.data.packed import unpacked
@@ -140,15 +140,23 @@ def _filled(value: Any) -> Any:
 
 
 def open_source(source: Source) -> Rows:
-    """Open a source. Raises MissingError if it is not there, DataError if it cannot be read at all."""
+    """Open a source, each row of which can be read. Raises MissingError if it is not there, DataError."""
+    rows = open_unchecked(source)
+    if not {JSON_COLUMN, TEXT_COLUMN} & {*rows.dataset.column_names}:
+        require_sound(rows.dataset, source.path)
+    return rows
+
+
+def open_unchecked(source: Source) -> Rows:
+    """The same, whatever its files say of texts that are none: to look at them all takes long where they are large."""
     disable_progress_bars()
     path = Path(source.path)
     if not path.is_absolute():
         found, commit = fetched(source)
-        return Rows(source, sound(found, source.path), "row", commit)
+        return Rows(source, undecoded(found), "row", commit)
     if is_saved(path):
         found, of_files = saved(path, source.split)
-        return Rows(source, sound(found, source.path), "row", of_files)
+        return Rows(source, undecoded(found), "row", of_files)
     if not path.is_file():
         raise missing(path)
     reader = READERS.get(kind(str(path)))
@@ -286,11 +294,11 @@ def _csv_shape(path: Path) -> tuple[list[str], int]:
 def _parquet(path: Path, digest: str, source: Source) -> tuple[Dataset, str]:
     if not pq.read_metadata(path).num_rows:
         raise DataError(f"{path}: holds no row")
-    return sound(_read("parquet", path, digest), str(path)), "row"
+    return undecoded(_read("parquet", path, digest)), "row"
 
 
 def _arrow(path: Path, digest: str, source: Source) -> tuple[Dataset, str]:
-    return sound(_read("arrow", path, digest), str(path)), "row"
+    return undecoded(_read("arrow", path, digest)), "row"
 
 
 def _text(path: Path, digest: str, source: Source) -> tuple[Dataset, str]:

@@ -20,10 +20,11 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from qft.data.columns import require_sound
 from qft.data.encoded import COLUMNS
 from qft.data.packing import best_fit
 from qft.data.reader import RowReader, encoder_of, reader_of, stopping
-from qft.data.sources import JSON_COLUMN, TEXT_COLUMN, Rows, missing, not_utf8, open_source, place
+from qft.data.sources import JSON_COLUMN, TEXT_COLUMN, Rows, missing, not_utf8, open_unchecked, place
 from qft.errors import DataError
 from qft.recipe import Source
 from qft.recipe.data import DataSection
@@ -111,7 +112,12 @@ class Table:
         return np.linspace(0, self.rows.dataset.data.nbytes, count + 1).astype(np.int64)
 
     def batch(self, block: int) -> Batch:
-        found: Batch = self.rows.dataset[block * BLOCK : (block + 1) * BLOCK]
+        part = slice(block * BLOCK, (block + 1) * BLOCK)
+        try:
+            found: Batch = self.rows.dataset[part]
+        except (ValueError, OverflowError):  # which row it is
+            require_sound(self.rows.dataset, self.source.path)
+            raise
         return found
 
     def place(self, row: int) -> str:
@@ -119,12 +125,14 @@ class Table:
 
     def sample(self) -> Rows:
         """Its first rows, to be looked at."""
-        return replace(self.rows, dataset=self.rows.dataset.select(range(min(SAMPLE, self.lines))))
+        first = self.rows.dataset.select(range(min(SAMPLE, self.lines)))
+        require_sound(first, self.source.path)
+        return replace(self.rows, dataset=first)
 
 
 def open_table(source: Source) -> Table:
     """Raises MissingError, DataError."""
-    rows = open_source(source)
+    rows = open_unchecked(source)
     if not len(rows.dataset):
         raise DataError(f"{source.path}: holds no row")
     return Table(rows)

@@ -100,7 +100,10 @@ def test_a_file_that_is_none_or_is_being_written_is_told(database: Path) -> None
 REFUSED = {
     "a server": ({"path": "postgresql://me@there/rows"}, "data.train.0.path: postgresql:// is not read"),
     "an address": ({"path": "https://there/rows.jsonl"}, "data.train.0.path: https:// is not read"),
-    "an address of SQLite": ({"path": "sqlite:///rows.db"}, r"data.train.0.path: sqlite:// is not read: .*path: rows.db"),
+    "an address of SQLite": (
+        {"path": "sqlite:///rows.db"},
+        r"data.train.0.path: sqlite:// is not read: .*path: rows.db",
+    ),
     "a query of no database": ({"path": "rows.jsonl", "sql": QUERY}, "data.train.0.sql: is asked of SQLite files"),
 }
 

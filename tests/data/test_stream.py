@@ -69,6 +69,16 @@ def test_blocks_begin_where_lines_do(tmp_path: Path) -> None:
             assert len(lines.starts) == 5
 
 
+def test_bytes_that_are_no_text_are_told_when_they_come(tmp_path: Path) -> None:
+    raw = [b"\xff" if i == 300 else b"text" for i in range(ROWS)]
+    texts = pa.Array.from_buffers(pa.string(), ROWS, pa.array(raw).buffers())
+    pq.write_table(pa.table({"text": texts}), tmp_path / "rows.parquet")
+    found = opened({"path": str(tmp_path / "rows.parquet")}, shuffled=False)
+    assert found[200]["row"] == 200
+    with pytest.raises(DataError, match=r"rows\.parquet: row 301: text: not UTF-8 text"):
+        found[290]
+
+
 def test_a_line_that_others_would_part_is_told(tmp_path: Path) -> None:
     path = tmp_path / "rows.txt"
     path.write_bytes(b"one\r\ntwo\rthree\n")

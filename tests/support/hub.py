@@ -106,8 +106,8 @@ def serving_hub(root: Path) -> Iterator[str]:
 def ask_hub(address: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the hub's client, which reads its environment once, ask that one, and keep what it fetches in `cache`."""
     monkeypatch.setattr(constants, "ENDPOINT", address)
-    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace("https://huggingface.co", address)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    _, _, below = constants.HUGGINGFACE_CO_URL_TEMPLATE.partition("/{repo_id}")
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{address}/{{repo_id}}{below}")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr("datasets.config.HF_ENDPOINT", address)

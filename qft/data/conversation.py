@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qft.data.images import COLUMNS, Named, is_image, placed, taken
-from qft.data.sources import BadRow
+from qft.data.sources import BadRow, require_characters
 from qft.files import read_json_text
 
 Message = dict[str, Any]
@@ -97,9 +97,13 @@ class Fields:
 def parsed(text: str, where: str) -> Any:
     """The value of JSON text. Raises BadRow."""
     try:
-        return read_json_text(text)
+        value = read_json_text(text)
+        require_characters(value, text)
+    except BadRow as error:
+        raise BadRow(f"{where}: {error}") from None
     except (ValueError, RecursionError) as error:
         raise BadRow(f"{where}: not valid JSON: {error}") from None
+    return value
 
 
 def conversation(fields: Fields, turns: Sequence[Turn], plain: tuple[str, str] | None = None) -> Conversation:
@@ -163,6 +167,8 @@ def message(value: Any, where: str, content_name: str = "content") -> Turn:
 
 def without_fields(value: Any, names: frozenset[str], place: str = "") -> Any:
     """`value` without the fields of these dotted names; a list's items stand under the name of the list."""
+    if not names:
+        return value
     if isinstance(value, list):
         return [without_fields(item, names, place) for item in value]
     if not isinstance(value, dict):
@@ -189,8 +195,10 @@ def _call(call: dict[str, Any], where: str) -> dict[str, Any]:
 
 def _weight(place: str, turn: Message) -> float | None:
     """What weight and train of a message say. Raises BadRow for anything but a share, or for both."""
-    where = place.rpartition(".")[0]
     said = [turn[name] for name in LEARNT_BY if name in turn]
+    if not said:
+        return None
+    where = place.rpartition(".")[0]
     for name in LEARNT_BY:
         value = turn.get(name, 0)
         if not isinstance(value, int | float) or not 0 <= value <= 1 or (name == "train" and value not in (0, 1)):
@@ -198,7 +206,7 @@ def _weight(place: str, turn: Message) -> float | None:
             raise BadRow(f"{where}.{name}: is {allowed}, false or true, not {value!r}")
     if len({bool(value) for value in said}) > 1:
         raise BadRow(f"{where}: weight and train contradict each other")
-    return float(said[0]) if said else None
+    return float(said[0])
 
 
 def _system(fields: Fields) -> str | None:

@@ -1,10 +1,11 @@
 """Folders of rows: what `datasets` saved, and why others are no source."""
 
 import hashlib
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, load_from_disk
+from datasets import Dataset, load_from_disk
 
 from qft.errors import DataError, first_line
 from qft.files import sha256
@@ -18,16 +19,21 @@ def is_saved(path: Path) -> bool:
 
 def saved(path: Path, split: str) -> tuple[Dataset, str]:
     """What such a folder holds, of several splits that one, and a digest of its files. Raises DataError."""
+    parts, folder = path / "dataset_dict.json", path
     try:
-        found = load_from_disk(str(path))
+        splits = json.loads(parts.read_text())["splits"] if parts.exists() else None
+        if splits is not None and split not in splits:
+            raise DataError(f"{path}: holds the splits {', '.join(splits)}, and none is called {split}: set split")
+        folder = path if splits is None else path / split
+        if not json.loads((folder / "state.json").read_text())["_data_files"]:
+            raise DataError(f"{folder}: holds no row")
+        found = load_from_disk(str(folder))
         digest = hashlib.sha256("".join(sha256(each) for each in sorted(path.rglob("*.arrow"))).encode()).hexdigest()
+    except DataError:
+        raise
     except Exception as error:  # whatever the files hold
-        raise DataError(f"{path}: cannot be read as what `datasets` saved: {first_line(error)}") from error
-    if not isinstance(found, DatasetDict):
-        return found, digest
-    if split not in found:
-        raise DataError(f"{path}: holds the splits {', '.join(found)}, and none is called {split}: set split")
-    return found[split], digest
+        raise DataError(f"{folder}: cannot be read as what `datasets` saved: {first_line(error)}") from error
+    return found, digest
 
 
 def unread(folder: Path, known: Iterable[str]) -> str:

@@ -111,7 +111,10 @@ def structure(conversation: Conversation) -> str:
 
 
 def _within(value: Any, place: str) -> Iterator[Leaf]:
-    if isinstance(value, Mapping):
+    if isinstance(value, str):  # as nearly all are
+        if value:
+            yield place, value
+    elif isinstance(value, Mapping):
         for name, inner in value.items():
             if _names_are_said(place):
                 yield f"{place}.{name}", str(name)
@@ -120,7 +123,7 @@ def _within(value: Any, place: str) -> Iterator[Leaf]:
     elif isinstance(value, list):
         for number, inner in enumerate(value):
             yield from _within(inner, f"{place}.{number}")
-    elif value is not None and value != "":
+    elif value is not None:
         yield place, value
 
 
@@ -135,10 +138,10 @@ def _unsaid(name: str, place: str) -> bool:
 
 
 def _marked(value: Any, place: str, marks: dict[str, str]) -> Any:
-    if isinstance(value, Mapping):
-        return {n: v if _unsaid(n, place) else _marked(v, f"{place}.{n}", marks) for n, v in value.items()}
     if isinstance(value, list):
         return [_marked(inner, f"{place}.{i}", marks) for i, inner in enumerate(value)]
+    if not isinstance(value, str) and isinstance(value, Mapping):
+        return {n: v if _unsaid(n, place) else _marked(v, f"{place}.{n}", marks) for n, v in value.items()}
     if value is None or value == "":
         return value
     marks[place] = f"zq{len(marks)}qz"
@@ -146,11 +149,13 @@ def _marked(value: Any, place: str, marks: dict[str, str]) -> Any:
 
 
 def _shape(value: Any) -> Any:
+    if isinstance(value, str):
+        return bool(value)
     if isinstance(value, Mapping):
         return {name: _shape(inner) for name, inner in value.items()}
     if isinstance(value, list):
         return [_shape(inner) for inner in value]
-    return bool(value) if isinstance(value, str) else type(value).__name__
+    return type(value).__name__
 
 
 def _plain(value: Any) -> str:
@@ -174,7 +179,10 @@ def _forms(value: Any) -> list[str]:
 
 def _squeezed(text: str) -> str:
     """Without white space, and without the escapes that JSON has for it: templates trim and indent."""
-    for escape in ("\\n", "\\t", "\\r"):
-        text = text.replace(escape, "")
+    if "\\" in text:
+        for escape in ("\\n", "\\t", "\\r"):
+            text = text.replace(escape, "")
+    if len(text) <= PART:
+        return "".join(text.split())
     # In parts: a list of the words of a text takes many times its memory.
     return "".join("".join(text[start : start + PART].split()) for start in range(0, len(text), PART))

@@ -26,13 +26,16 @@ from datasets import Dataset, DownloadConfig, Features, Value, disable_progress_
 from datasets.exceptions import DatasetsError
 from numpy.typing import NDArray
 
+from qft.data.columns import require_sound, undecoded
 from qft.data.folders import is_saved, saved, unread
+from qft.data.hub import fetched
 from qft.data.packed import unpacked
+from qft.data.sql import rows_of
 from qft.disk import refusal
 from qft.errors import DataError, MissingError, QftError, RunError, causes, first_line
 from qft.files import not_a_file, read_json_text, sha256
 from qft.recipe import Source
-from qft.recipe.spread import kind
+from qft.recipe.spread import DATABASES, kind
 
 JSON_COLUMN = "__json__"
 TEXT_COLUMN = "__text__"
@@ -51,7 +54,7 @@ SHOWN_PLACES = 16
 MARKS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16"}
 MARKS |= {codecs.BOM_UTF16_BE: "UTF-16"}
 """What files of other encodings begin with, the longest first."""
-SUFFIXES = ".jsonl, .json, .csv, .parquet, .arrow, .txt and .md (and, packed, .gz or .zst behind it)"
+SUFFIXES = ".jsonl, .json, .csv, .parquet, .arrow, .db, .txt and .md (and, packed, .gz or .zst behind it)"
 
 
 class BadRow(ValueError):
@@ -103,19 +106,25 @@ def decode(row: dict[str, Any]) -> dict[str, Any] | None:
         return None
     try:
         value = read_json_text(text)
-        if "\\u" in text:  # an escape can spell half a surrogate pair, which no tokenizer takes
-            json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         raise BadRow(f"not valid JSON: {error.msg} at column {error.colno}") from None
-    except UnicodeEncodeError as error:
-        raise BadRow(f"not valid text: \\u{ord(error.object[error.start]):04x} is half a character") from None
     except ValueError as error:  # a key that is given twice, or a number of thousands of digits
         raise BadRow(f"not valid JSON: {error}") from None
     except RecursionError:
         raise BadRow("not valid JSON: nested too deeply") from None
+    require_characters(value, text)
     if not isinstance(value, dict):
         raise BadRow(f"a row is a JSON object, not {type(value).__name__}")
     return value
+
+
+def require_characters(value: Any, text: str) -> None:
+    """Raise BadRow where escapes of JSON text spell half a surrogate pair, which no tokenizer takes."""
+    try:
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise BadRow(f"not valid text: \\u{ord(error.object[error.start]):04x} is half a character") from None
 
 
 def _filled(value: Any) -> Any:
@@ -131,17 +140,25 @@ def _filled(value: Any) -> Any:
 
 
 def open_source(source: Source) -> Rows:
-    """Open a source. Raises MissingError if it is not there, DataError if it cannot be read at all."""
+    """Open a source, each row of which can be read. Raises MissingError if it is not there, DataError."""
+    rows = open_unchecked(source)
+    if not {JSON_COLUMN, TEXT_COLUMN} & {*rows.dataset.column_names}:
+        require_sound(rows.dataset, source.path)
+    return rows
+
+
+def open_unchecked(source: Source) -> Rows:
+    """The same, whatever its files say of texts that are none: to look at them all takes long where they are large."""
     disable_progress_bars()
     path = Path(source.path)
     if not path.is_absolute():
-        return _hub(source)
+        found, commit = fetched(source)
+        return Rows(source, undecoded(found), "row", commit)
     if is_saved(path):
         found, of_files = saved(path, source.split)
-        return Rows(source, _undecoded(found), "row", of_files)
+        return Rows(source, undecoded(found), "row", of_files)
     if not path.is_file():
-        what = not_a_file(path) or (unread(path, READERS) if path.is_dir() else None)
-        raise MissingError(f"{path}: no such data file" + (f" (it is {what})" if what else ""))
+        raise missing(path)
     reader = READERS.get(kind(str(path)))
     if reader is None:
         raise DataError(f"{path}: cannot tell what it holds; data files end in {SUFFIXES}")
@@ -159,6 +176,12 @@ def open_source(source: Source) -> Rows:
     return Rows(source, dataset, unit, digest)
 
 
+def missing(path: Path) -> MissingError:
+    """That no data file lies there, and what does."""
+    what = not_a_file(path) or (unread(path, READERS) if path.is_dir() else None)
+    return MissingError(f"{path}: no such data file" + (f" (it is {what})" if what else ""))
+
+
 def _named(error: QftError, read: Path, path: Path) -> QftError:
     """Of a file that was read for the one at `path`."""
     return error if read == path else type(error)(str(error).replace(str(read), str(path)))
@@ -168,16 +191,17 @@ def _unreadable(path: Path, error: Exception) -> QftError:
     """Of a data file; where `datasets` could not write what it keeps of it, the file is not at fault."""
     for cause in causes(error):
         if isinstance(cause, UnicodeDecodeError):
-            return DataError(_not_utf8(path))
+            return DataError(not_utf8(path))
         if isinstance(cause, OSError) and cause.errno:
             where = path if cause.filename is None and cause.errno not in WRITING else cause.filename
             if where == path or where == str(path):
                 return DataError(refusal(cause, path))
             return RunError(f"{refusal(cause, CACHE)}; rows are kept there (HF_DATASETS_CACHE names another place)")
-    return DataError(f"{path}: cannot be read: {first_line(error.__cause__ or error)}")
+    text = first_line(error.__cause__ or error)
+    return DataError(f"{path}: {'holds no row' if 'corresponds to no data' in text else f'cannot be read: {text}'}")
 
 
-def _not_utf8(path: Path) -> str:
+def not_utf8(path: Path) -> str:
     """Where a file is no text, or what else it is."""
     with path.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
@@ -270,29 +294,19 @@ def _csv_shape(path: Path) -> tuple[list[str], int]:
 def _parquet(path: Path, digest: str, source: Source) -> tuple[Dataset, str]:
     if not pq.read_metadata(path).num_rows:
         raise DataError(f"{path}: holds no row")
-    return _undecoded(_read("parquet", path, digest)), "row"
+    return undecoded(_read("parquet", path, digest)), "row"
 
 
 def _arrow(path: Path, digest: str, source: Source) -> tuple[Dataset, str]:
-    return _undecoded(_read("arrow", path, digest)), "row"
-
-
-def _undecoded(dataset: Dataset) -> Dataset:
-    """With images as the bytes of their files: they are looked at once a row is read."""
-    features = Features({name: _as_bytes(feature) for name, feature in dataset.features.items()})
-    return dataset if features == dataset.features else dataset.cast(features)
-
-
-def _as_bytes(feature: Any) -> Any:
-    if isinstance(feature, datasets.Image):
-        return datasets.Image(decode=False)
-    if isinstance(feature, dict):
-        return {name: _as_bytes(inner) for name, inner in feature.items()}
-    return datasets.List(_as_bytes(feature.feature)) if isinstance(feature, datasets.List) else feature
+    return undecoded(_read("arrow", path, digest)), "row"
 
 
 def _text(path: Path, digest: str, source: Source) -> tuple[Dataset, str]:
     return _lines(path, digest, TEXT_COLUMN, source.sample_by), source.sample_by
+
+
+def _sqlite(path: Path, digest: str, source: Source) -> tuple[Dataset, str]:
+    return rows_of(path, digest, source.sql, JSON_COLUMN), "row"
 
 
 READERS: dict[str, Callable[[Path, str, Source], tuple[Dataset, str]]] = {
@@ -303,16 +317,5 @@ READERS: dict[str, Callable[[Path, str, Source], tuple[Dataset, str]]] = {
     ".arrow": _arrow,
     ".txt": _text,
     ".md": _text,
+    **dict.fromkeys(DATABASES, _sqlite),
 }
-
-
-def _hub(source: Source) -> Rows:
-    try:
-        dataset = load_dataset(source.path, source.name, split=source.split, revision=source.revision)
-    except Exception as error:  # datasets and huggingface_hub raise a dozen unrelated types here
-        raise MissingError(
-            f"{source.path}: not a local file, and the hub dataset cannot be loaded: {first_line(error)}"
-        ) from error
-    checksums = dataset.info.download_checksums or {}
-    commit = next((url.rsplit("@", 1)[1].split("/")[0] for url in checksums if "@" in url), source.revision)
-    return Rows(source, _undecoded(dataset), "row", commit)

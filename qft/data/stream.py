@@ -1,7 +1,8 @@
 """Rows that are read, encoded and packed while they are learnt: sets that are larger than memory, or than what the disk
 has room for twice.
 
-A file is read where it lies, in blocks of lines whose beginnings are all that is kept of it. A window is some blocks,
+A file of lines is read where it lies, in blocks of lines whose beginnings are all that is kept of it; others in blocks
+of rows, from where `datasets` keeps them. A window is some blocks,
 drawn from all of them, whose rows are put in another order; examples are numbered through all windows, so that a seed
 and a number say which one it is, whichever process asks for it, and a run goes on at the number where it stopped.
 """
@@ -10,7 +11,7 @@ import hashlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from qft.data.columns import require_sound
 from qft.data.encoded import COLUMNS
 from qft.data.packing import best_fit
 from qft.data.reader import RowReader, encoder_of, reader_of, stopping
-from qft.data.sources import JSON_COLUMN, TEXT_COLUMN, Rows
-from qft.errors import DataError, MissingError
+from qft.data.sources import JSON_COLUMN, TEXT_COLUMN, Rows, missing, not_utf8, open_unchecked, place
+from qft.errors import DataError
 from qft.recipe import Source
 from qft.recipe.data import DataSection
 
@@ -37,6 +39,8 @@ COLUMN = {".jsonl": JSON_COLUMN, ".txt": TEXT_COLUMN, ".md": TEXT_COLUMN}
 """Of the files that are read so, where the text of a line goes."""
 
 Ints = NDArray[np.int64]
+Batch = dict[str, list[Any]]
+"""The raw rows of a block, by their columns."""
 Items = list[Any]
 """Examples, or lists of those that share a row."""
 
@@ -64,11 +68,20 @@ class Lines:
         return [self._text(line, block * BLOCK + at) for at, line in enumerate(lines[:most])]
 
     def _text(self, line: bytes, number: int) -> str:
+        line = line.removesuffix(b"\r")
+        if b"\r" in line:  # which ends a line for whoever reads the file otherwise
+            text = "a carriage return within it: end lines by \\n or \\r\\n, or set data.streaming to false"
+            raise DataError(f"{self.source.path}:{number + 1}: {text}")
         try:
-            return line.removesuffix(b"\r").decode()
-        except UnicodeDecodeError as error:
-            text = f"not UTF-8 text: byte 0x{line[error.start]:02x} at byte {error.start + 1}"
-            raise DataError(f"{self.source.path}:{number + 1}: {text}") from None
+            return line.decode()
+        except UnicodeDecodeError:
+            raise DataError(not_utf8(Path(self.source.path))) from None
+
+    def batch(self, block: int) -> Batch:
+        return {self.column: self.read(block)}
+
+    def place(self, row: int) -> str:
+        return place(self.source.path, "line", row)
 
     def sample(self) -> Rows:
         """Its first rows, to be looked at."""
@@ -77,11 +90,59 @@ class Lines:
         return Rows(self.source, Dataset.from_dict({self.column: texts}), "line", self.digest)
 
 
+@dataclass(frozen=True)
+class Table:
+    """A source whose rows `datasets` keeps on disk, to be read from there as they are needed."""
+
+    rows: Rows
+
+    @property
+    def source(self) -> Source:
+        return self.rows.source
+
+    @property
+    def lines(self) -> int:
+        """Its rows."""
+        return len(self.rows.dataset)
+
+    @cached_property
+    def starts(self) -> Ints:
+        """Byte of each block's first row, were all as long; then the size of all."""
+        count = -(-self.lines // BLOCK)
+        return np.linspace(0, self.rows.dataset.data.nbytes, count + 1).astype(np.int64)
+
+    def batch(self, block: int) -> Batch:
+        part = slice(block * BLOCK, (block + 1) * BLOCK)
+        try:
+            found: Batch = self.rows.dataset[part]
+        except (ValueError, OverflowError):  # which row it is
+            require_sound(self.rows.dataset, self.source.path)
+            raise
+        return found
+
+    def place(self, row: int) -> str:
+        return self.rows.place(row)
+
+    def sample(self) -> Rows:
+        """Its first rows, to be looked at."""
+        first = self.rows.dataset.select(range(min(SAMPLE, self.lines)))
+        require_sound(first, self.source.path)
+        return replace(self.rows, dataset=first)
+
+
+def open_table(source: Source) -> Table:
+    """Raises MissingError, DataError."""
+    rows = open_unchecked(source)
+    if not len(rows.dataset):
+        raise DataError(f"{source.path}: holds no row")
+    return Table(rows)
+
+
 def find_lines(source: Source) -> Lines:
     """One pass over a file. Raises MissingError, DataError."""
     path = Path(source.path)
     if not path.is_file():
-        raise MissingError(f"{path}: no such data file")
+        raise missing(path)
     digest, starts, lines, at, size = hashlib.sha256(), [np.zeros(1, np.int64)], 0, 0, path.stat().st_size
     with path.open("rb") as stream:
         while chunk := stream.read(2**22):
@@ -101,7 +162,7 @@ def find_lines(source: Source) -> Lines:
 class Stream:
     """The examples of all passes over the sources, by their number; or rows that are packed of them."""
 
-    files: Sequence[Lines]
+    files: Sequence[Lines | Table]
     readers: Sequence[RowReader]
     seed: int
     shuffled: bool
@@ -193,10 +254,10 @@ class Stream:
         return [[examples[at] for at in pack] for pack in packs] if packs else [[each] for each in examples]
 
     def _encoded(self, file: int, block: int) -> list[dict[str, Any]]:
-        lines, reader = self.files[file], self.readers[file]
-        texts = lines.read(block)
-        rows = range(block * BLOCK, block * BLOCK + len(texts))
-        made = reader({lines.column: texts}, [*range(len(texts))], rows)
+        source, reader = self.files[file], self.readers[file]
+        batch = source.batch(block)
+        count = len(next(iter(batch.values())))
+        made = reader(batch, [*range(count)], range(block * BLOCK, block * BLOCK + count))
         records = [dict(zip(made, values, strict=True)) for values in zip(*made.values(), strict=True)]
         for record in records:
             wrong = record["reason"] if record["status"] in self.stops else ""
@@ -205,14 +266,20 @@ class Stream:
                 wrong = wrong or (f"data.audit.{name} {where}".rstrip() if name in self.refused else "")
             if wrong:
                 text = "mend it, or set data.on_bad_row, data.on_too_long or data.audit, and start anew"
-                raise DataError(f"{lines.source.path}:{record['row'] + 1}: {wrong}; {text}")
+                raise DataError(f"{source.place(record['row'])}: {wrong}; {text}")
         usable = (record for record in records if record["status"] in ("ok", "truncated"))
         return [{name: record[name] for name in COLUMNS} for record in usable]
 
 
+def _is_of_lines(source: Source) -> bool:
+    path = Path(source.path)
+    return path.is_absolute() and path.suffix.lower() in COLUMN and source.sample_by == "line" and not path.is_dir()
+
+
 def open_stream(data: DataSection, tokenizer: PreTrainedTokenizerBase, seed: int) -> Stream:
     """The training rows, to be read while they are learnt. Raises MissingError, DataError."""
-    files, encoder = [find_lines(source) for source in data.train], encoder_of(data, tokenizer)
+    files: list[Lines | Table] = [find_lines(each) if _is_of_lines(each) else open_table(each) for each in data.train]
+    encoder = encoder_of(data, tokenizer)
     assert data.max_length != "auto"  # the plan has decided
     readers = [reader_of(data, encoder, file.sample(), number) for number, file in enumerate(files)]
     refused = frozenset(name for name, level in data.audit if level == "error")

@@ -143,7 +143,7 @@ class DataPart(Stored):
     packed_rows: int | None = None
     """Rows of several examples that they share; None: each has its own."""
     streamed_lines: int | None = None
-    """Of the files that are read while they are learnt: all else here is of their first rows. None: all are read
+    """Lines, or rows, of what is read while it is learnt: all else here is of their first rows. None: all are read
     before."""
     eval_rows: int
     chat_template: str | None = None

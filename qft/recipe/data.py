@@ -15,8 +15,8 @@ class Source(Section):
 
     path: str = Field(min_length=1)
     """A local .jsonl, .json, .csv, .parquet, .arrow, .txt or .md file, packed (.gz, .zst) or not; a pattern of such
-    (`rows/*.jsonl`) or a folder of one kind, each of whose files is a source of its own; a folder that `datasets`
-    saved; or a hub dataset id."""
+    (`rows/*.jsonl`) or a folder of one kind, each of whose files is a source of its own; a SQLite file, with `sql`; a
+    folder that `datasets` saved; or a hub dataset id."""
     format: Format = "auto"
     """Format of this source's rows. auto: data.format."""
     weight: float = Field(1.0, gt=0)
@@ -31,6 +31,8 @@ class Source(Section):
     """Fields of rows that the format calls otherwise: {question: prompt, answer: completion}."""
     sample_by: Literal["line", "paragraph", "document"] = "line"
     """What one row of a text file is."""
+    sql: str | None = None
+    """Of a SQLite file (.db, .sqlite), the query whose rows are meant: SELECT prompt, completion FROM rows."""
 
 
 def _as_sources(value: Any) -> Any:
@@ -116,9 +118,9 @@ class DataSection(Section):
     padding_free: bool = False
     """Lay the rows of a micro-batch one behind the other, without padding, instead of one below the other."""
     streaming: bool = False
-    """Read, encode and pack the training rows while they are learnt, from where they lie: for files larger than memory,
-    or than what the disk has room for twice. Their first 1,024 are looked at before; train.max_steps says where to
-    end."""
+    """Read, encode and pack the training rows while they are learnt: for sets larger than memory, or (files of lines,
+    which are read where they lie) than what the disk has room for twice. Their first 1,024 are looked at before;
+    train.max_steps says where to end."""
     loss_on: Literal["assistant", "last_assistant", "all"] = "assistant"
     """Which tokens are learnt: the assistant's turns with their end-of-turn token, the last of them, or every token."""
     train_on_eos: Literal["turn", "all", "last", "none"] = "turn"

@@ -20,14 +20,14 @@ from qft.recipe.rules import broken_rules, unread_fields
 from qft.recipe.schema import Recipe
 from qft.recipe.section import plain
 from qft.recipe.source import Place, Tree
-from qft.recipe.spread import COLUMNS, PACKED, TEXTS
+from qft.recipe.spread import COLUMNS, DATABASES, PACKED, SCHEME, TEXTS
 from qft.recipe.stages import Stage, require_stages, with_paths
 from qft.recipe.stages import schema as stage_schema
 
 MAX_EXTENDS = 16
 MAX_SHOWN = 100
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
-FILE_SUFFIXES = (".gguf", *COLUMNS, *TEXTS, *PACKED)
+FILE_SUFFIXES = (".gguf", *COLUMNS, *TEXTS, *DATABASES, *PACKED)
 
 
 @dataclass(frozen=True)
@@ -194,8 +194,8 @@ def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
         if isinstance(value, list):
             return [each_source(item) for item in value]
         if isinstance(value, dict):
-            return {**value, "path": maybe_hub(value["path"])} if "path" in value else value
-        return maybe_hub(value)
+            return {**value, "path": each_source(value["path"])} if "path" in value else value
+        return value if isinstance(value, str) and SCHEME.match(value) else maybe_hub(value)
 
     def each_task(value: Any) -> Any:
         return [local(item) if is_task_file(item) else item for item in value] if isinstance(value, list) else value

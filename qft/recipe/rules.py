@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from qft.recipe.calibration import calibrate_rules, unread_by_calibration
 from qft.recipe.catalogue import export_problem, unread_by_export
@@ -11,6 +10,7 @@ from qft.recipe.memory import MemorySection
 from qft.recipe.presets import PRESETS
 from qft.recipe.schema import Recipe
 from qft.recipe.section import Problem, Section
+from qft.recipe.spread import DATABASES, SCHEME, kind
 from qft.recipe.training import AdapterSection, ModelSection, QuantSection
 
 QUANT_FIELDS = dict.fromkeys(("quant_type", "double_quant", "compute_dtype", "quant_storage"), "4bit")
@@ -22,8 +22,6 @@ FREE_SCALES = ("int", "w8a8", "8da4w")
 """What quant.target begins with where scales can be learnt: integers, whose files hold any scale."""
 
 MOST = 2**31 - 1
-STREAMED = (".jsonl", ".txt", ".md")
-"""How files end that data.streaming reads."""
 SKIP_BUDGETS = ("quant.skip_budget_bits", "quant.skip_budget_bytes")
 
 ANSWER_FIELDS = ("regex", "max_new_tokens", "samples")
@@ -48,6 +46,7 @@ def contradictions(recipe: Recipe) -> Iterator[Problem]:
     yield from _quant_rules(recipe)
     yield from _skip_rules(recipe.quant)
     yield from _adapter_rules(recipe)
+    yield from _source_rules(recipe)
     yield from _data_rules(recipe)
     yield from _train_rules(recipe)
     yield from _offload_rules(recipe)
@@ -227,6 +226,19 @@ def _data_rules(recipe: Recipe) -> Iterator[Problem]:
         yield "eval.metrics", remedy
 
 
+def _source_rules(recipe: Recipe) -> Iterator[Problem]:
+    data, asked = recipe.data, recipe.calibrate.data if recipe.calibrate else ()
+    for section, sources in {"data.train": data.train, "data.eval": data.eval, "calibrate.data": asked}.items():
+        for i, source in enumerate(sources):
+            if scheme := SCHEME.match(source.path):
+                text = f"{scheme[0]} is not read: a source is a file, a folder or a hub dataset's id; of SQL it is a "
+                remedy = "SQLite file (path: rows.db, sql: SELECT …): save what others hold as .parquet"
+                yield f"{section}.{i}.path", f"{text}{remedy}"
+            elif source.sql is not None and kind(source.path) not in DATABASES:
+                text = f"is asked of SQLite files ({', '.join(DATABASES)}), and {source.path} is none: remove it"
+                yield f"{section}.{i}.sql", text
+
+
 def _streaming_rules(recipe: Recipe) -> Iterator[Problem]:
     """What cannot be done with rows that nobody has counted."""
     data, train = recipe.data, recipe.train
@@ -242,9 +254,13 @@ def _streaming_rules(recipe: Recipe) -> Iterator[Problem]:
     if data.mix_by != "times":
         yield "data.mix_by", "needs the size of every source, and data.streaming counts none: set it to times"
     for source in data.train:
-        if Path(source.path).suffix.lower() not in STREAMED or source.sample_by != "line":
-            text = f"reads files of lines ({', '.join(STREAMED)}) where they lie, and {source.path} is none"
-            yield "data.streaming", f"{text}: write it as .jsonl, or set it to false"
+        is_array = kind(source.path) == ".json"
+        if is_array or source.sample_by == "document":
+            remedy = "write it as .jsonl" if is_array else "set its sample_by to line or paragraph"
+            yield (
+                "data.streaming",
+                f"reads some rows at a time, and {source.path} as a whole: {remedy}, or set it to false",
+            )
 
 
 def _pattern_rules(recipe: Recipe) -> Iterator[Problem]:

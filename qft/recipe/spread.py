@@ -2,11 +2,15 @@
 
 import glob
 import os
+import re
 from collections.abc import Iterator
 
 PACKED = (".gz", ".zst")
 COLUMNS = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
 TEXTS = (".txt", ".md")
+DATABASES = (".db", ".sqlite", ".sqlite3")
+SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+"""What an address begins with."""
 SAVED = ("state.json", "dataset_dict.json")
 """One of which is in a folder that `datasets` saved, which is one source."""
 

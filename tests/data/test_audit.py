@@ -14,6 +14,7 @@ from datasets import Dataset
 
 from qft.data import kept
 from qft.data.audit import audit, by_level, lengths_of, padding_finding, require_sound
+from qft.data.formats import from_messages
 from qft.data.look import Look, sketches
 from qft.data.prepare import Prepared, prepare
 from qft.documents.rows import Finding
@@ -73,6 +74,32 @@ def test_one_row_is_found_and_told_where(tmp_path: Path, name: str, row: dict[st
     assert got[name].text.startswith("1 of 3 rows ")
     assert got[name].remedy
     assert KEY not in str(got[name]), "a secret is not told again"
+
+
+KEYS = {
+    "an AWS key": "ASIA" + "B" * 16,
+    "a GitHub token": "github_pat_" + "a" * 22,
+    "a GitLab token": "glpat-" + "a" * 20,
+    "an API key": "sk-proj-" + "a" * 20,
+    "a Slack token": "xoxb-" + "1" * 10,
+    "a Google key": "AIza" + "a" * 35,
+    "a Hugging Face token": "hf_" + "a" * 30,
+    "a Stripe key": "rk_live_" + "a" * 20,
+    "a private key": "-----BEGIN PRIVATE KEY-----",
+    "a signed web token": ".".join(["eyJ" + "a" * 10, "eyJ" + "b" * 10, "c" * 10]),
+}
+
+
+def test_each_kind_of_secret_and_of_control_character_is_known() -> None:
+    look = Look(byte_tokenizer())
+    for name, key in KEYS.items():
+        [secret] = look.findings(from_messages(chat(f"it is {key} here", "yes")), [])
+        assert secret == f"secrets messages.0.content looks like {name}"
+    control = {*map(chr, range(0x20)), "\x7f", "\ufffd", "\ufffe", "\uffff"} - {*"\t\n\r"}
+    some = [*map(chr, range(0x100)), "\u2028", "\ufeff", "\ufffc", "\ufffd", "\ufffe", "\uffff", "\U0001f600"]
+    for character in some:
+        told = look.findings(from_messages(chat(f"it{character}s é", "yes")), [])
+        assert told == ["control_characters messages.0.content"] * (character in control), hex(ord(character))
 
 
 def test_rows_that_have_nothing_are_not_found(tmp_path: Path) -> None:

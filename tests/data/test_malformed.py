@@ -119,6 +119,14 @@ LINES: dict[str, tuple[str, str]] = {
         turns(user(), said(tool_calls=[{"name": "f", "arguments": "[1]"}])),
         r"messages\.1\.tool_calls\.0\.arguments: needs a JSON object",
     ),
+    "half a character in JSON text": (
+        json.dumps({"messages": '[{"role": "user", "content": "\\ud83c"}]'}),
+        r"messages: not valid text: \\ud83c is half a character",
+    ),
+    "half a character in arguments": (
+        turns(user(), said("", tool_calls=[{"name": "f", "arguments": '{"a": "\\udc00"}'}])),
+        r"messages\.1\.tool_calls\.0\.arguments: not valid text: \\udc00 is half a character",
+    ),
     "tools: a text": (turns(user(), said(), tools="search"), "tools: needs a list of JSON schemas"),
     "tools: numbers": (turns(user(), said(), tools=[1]), "tools: needs a list of JSON schemas"),
     "history: texts": (turns(user(), said(), history=["a", "b"]), "history: needs a list of pairs"),
@@ -188,6 +196,27 @@ FILES: dict[str, tuple[str, bytes, str]] = {
     "a parquet file with a hole": ("rows.parquet", table(text=["a"])[:4] + bytes(40) + table(text=["a"])[44:], ""),
     "a parquet file of no rows": ("rows.parquet", table(text=pa.array([], pa.string())), ": holds no row"),
     "a parquet file of no columns": ("rows.parquet", table(), ""),
+    "a parquet file of bytes that are no UTF-8": (
+        "rows.parquet",
+        table(a=["é", "a"], text=pa.Array.from_buffers(pa.string(), 2, pa.array([b"a", b"\xff"]).buffers())),
+        ": row 2: text: not UTF-8 text",
+    ),
+    "such bytes in a message": (
+        "rows.parquet",
+        table(
+            messages=pa.ListArray.from_arrays(
+                [0, 1], pa.Array.from_buffers(pa.string(), 1, pa.array([b"\xff"]).buffers())
+            )
+        ),
+        ": row 1: messages: not UTF-8 text",
+    ),
+    "a time that no calendar has": (
+        "rows.parquet",
+        table(text=["a"], at=pa.array([10**14], pa.timestamp("s"))),
+        ": row 1: at: a time that no calendar has",
+    ),
+    "a packed file of nothing": ("rows.jsonl.gz", gzip.compress(b""), ": holds no row"),
+    "a database that is none": ("rows.db", ROWS, ": file is not a database"),
     "nulls": ("rows.parquet", table(text=pa.array([None], pa.string())), ": row 1: fields .none. fit no known format"),
     "numbers for texts": ("rows.parquet", table(text=[1]), ": row 1: text: needs a text, not int"),
     "bytes for texts": ("rows.parquet", table(text=[b"a"]), ": row 1: text: needs a text, not bytes"),

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset
 
 from qft.data import stream
 from qft.data.prepare import prepare
@@ -62,6 +69,23 @@ def test_blocks_begin_where_lines_do(tmp_path: Path) -> None:
             assert len(lines.starts) == 5
 
 
+def test_bytes_that_are_no_text_are_told_when_they_come(tmp_path: Path) -> None:
+    raw = [b"\xff" if i == 300 else b"text" for i in range(ROWS)]
+    texts = pa.Array.from_buffers(pa.string(), ROWS, pa.array(raw).buffers())
+    pq.write_table(pa.table({"text": texts}), tmp_path / "rows.parquet")
+    found = opened({"path": str(tmp_path / "rows.parquet")}, shuffled=False)
+    assert found[200]["row"] == 200
+    with pytest.raises(DataError, match=r"rows\.parquet: row 301: text: not UTF-8 text"):
+        found[290]
+
+
+def test_a_line_that_others_would_part_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "rows.txt"
+    path.write_bytes(b"one\r\ntwo\rthree\n")
+    with pytest.raises(DataError, match=r"rows\.txt:2: a carriage return within it: .*data\.streaming to false"):
+        opened(str(path))
+
+
 def test_each_pass_has_every_row_once_in_an_order_of_its_own(rows: Path) -> None:
     found = opened(str(rows), on_bad_row="skip")
     used = ROWS - 2
@@ -83,6 +107,53 @@ def test_it_encodes_what_is_encoded_without(rows: Path, tmp_path: Path) -> None:
     whole = prepare(DataSection.model_validate({"train": str(few), "max_length": 128}), byte_tokenizer(), 3).train
     found = opened(str(few), shuffled=False)
     assert [found[i] for i in range(200)] == whole.to_list()
+
+
+def as_parquet(rows: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
+    pq.write_table(pa.Table.from_pylist(rows), folder / "rows.parquet", row_group_size=50)
+    return {"path": str(folder / "rows.parquet")}
+
+
+def as_csv(rows: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
+    pa.csv.write_csv(pa.Table.from_pylist(rows), folder / "rows.csv")
+    return {"path": str(folder / "rows.csv")}
+
+
+def as_saved(rows: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
+    Dataset.from_list(rows).save_to_disk(str(folder / "saved"), num_shards=3)
+    return {"path": str(folder / "saved")}
+
+
+def as_packed(rows: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "rows.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    return {"path": str(folder / "rows.jsonl.gz")}
+
+
+def as_sqlite(rows: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
+    with closing(sqlite3.connect(folder / "rows.db")) as made:
+        made.execute("CREATE TABLE rows (prompt TEXT, completion TEXT)")
+        made.executemany("INSERT INTO rows VALUES (:prompt, :completion)", rows)
+        made.commit()
+    return {"path": str(folder / "rows.db"), "sql": "SELECT * FROM rows"}
+
+
+@pytest.mark.parametrize("write", [as_parquet, as_csv, as_saved, as_packed, as_sqlite])
+def test_other_sources_are_streamed_as_files_of_lines_are(
+    write: Callable[[list[dict[str, Any]], Path], dict[str, Any]], tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"ask {i}", "completion": f"it is {i}" if i != 200 else " "} for i in range(ROWS)]
+    lines = opened(str(write_jsonl(tmp_path / "rows.jsonl", rows)), on_bad_row="skip")
+    source = write(rows, tmp_path)
+    found = opened(source, on_bad_row="skip")
+    # Their blocks are the same; how many share a window goes by their bytes, which are few.
+    numbers = [found[i] for i in range(2 * ROWS)]
+    assert numbers == [lines[i] for i in range(2 * ROWS)]
+    anew = opened(source, on_bad_row="skip")
+    assert anew[ROWS + 7] == numbers[ROWS + 7]
+    assert found.lines == ROWS
+    with pytest.raises(DataError, match=r"rows\.\S+(: row |:)201: completion: is empty|saved: row 201: completion"):
+        opened(source, shuffled=False)[220]
 
 
 def test_each_of_several_processes_takes_numbers_of_its_own(rows: Path) -> None:
@@ -155,9 +226,8 @@ REFUSED = {
         {"train": {"train_sampling_strategy": "group_by_length"}},
         "train.train_sampling_strategy: group_by_length orders all rows",
     ),
-    "a table": ({"data": {"train": "rows.csv"}}, "data.streaming: reads files of lines"),
-    "a hub dataset": ({"data": {"train": "someone/rows"}}, "data.streaming: reads files of lines"),
-    "documents": ({"data": {"train": {"path": "a.txt", "sample_by": "document"}}}, "data.streaming: reads files of li"),
+    "an array": ({"data": {"train": "rows.json"}}, "data.streaming: reads some rows at a time"),
+    "documents": ({"data": {"train": {"path": "a.txt", "sample_by": "document"}}}, "set its sample_by to line"),
     "a mixture by size": ({"data": {"mix_by": "tokens"}}, "data.mix_by: needs the size of every source"),
     "stages": ({"train": {"stages": [{"max_steps": 1}, {"max_steps": 1}], "max_steps": ...}}, "data.streaming: cannot"),
 }

@@ -141,6 +141,29 @@ def test_fewer_rows_than_processes_are_learnt_and_asked_once(one: Path, tmp_path
     assert (after["rows"], after["tokens"], after["scores"]) == (1, wanted["tokens"], wanted["scores"])
 
 
+def test_a_loss_of_weighted_tokens_is_averaged_over_what_all_processes_weigh(one: Path, tmp_path: Path) -> None:
+    rows = []
+    for i in range(8):  # by turns of two: one process has the long answers that count little
+        first, second = chat(f"say {i}", "it is so " * (1 + 3 * (i % 2)))["messages"], chat("more?", "no")["messages"]
+        first[1]["weight"] = (1.0, 0.25)[i % 2]
+        rows.append({"messages": [*first, *second]})
+    weighted: dict[str, Any] = {
+        "data": {
+            "train": str(write_jsonl(tmp_path / "weighted.jsonl", rows)),
+            "eval_fraction": 0.0,
+            "prompt_loss_weight": 0.125,
+        },
+        "train": {"per_device_train_batch_size": 1, "max_steps": 2, "train_sampling_strategy": "sequential"},
+    }
+    single = run(recipe(tmp_path, one / "model", "single", **weighted))
+    both = together(recipe(tmp_path, one / "model", "two", distributed={"strategy": "ddp"}, **weighted))
+    assert [each.returncode for each in both] == [0, 0], both[0].stderr
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "single"), abs=1e-5)
+    norms = [[each[3] for each in report(tmp_path / name)["loss"]["history"]] for name in ("two", "single")]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+    assert report(tmp_path / "two")["tokens"] == single.tokens
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_a_killed_process_ends_the_other_and_one_process_goes_on(strategy: str, one: Path, tmp_path: Path) -> None:
     path = recipe(tmp_path, one / "model", "two", distributed={"strategy": strategy})

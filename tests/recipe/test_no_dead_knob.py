@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import sqlite3
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from types import UnionType
 from typing import Any, NamedTuple, get_args, get_origin
@@ -167,6 +169,7 @@ CASES: dict[str, Case] = {
     "data.train.weight": Case("2", rows, ("data.train={path: chats.jsonl}",)),
     "data.train.sample_by": Case("document", rows, ("data.train={path: lines.txt}",)),
     "data.train.columns": Case("{text: input}", rows, ("data.train={path: both.jsonl, format: alpaca}",)),
+    "data.train.sql": Case("SELECT 'a' AS text", rows, ("data.train={path: rows.db, sql: SELECT text FROM rows}",)),
     "data.mix_by": Case("rows", rows, (UNEVEN,)),
     "data.mix_temperature": Case("9.0", rows, (UNEVEN, "data.mix_by=rows")),
     "data.eval": Case("other.jsonl", rows),
@@ -376,6 +379,10 @@ def workshop(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path
     write_jsonl(folder / "both.jsonl", [{"text": "a text", "instruction": "do", "output": "done"}] * 4)
     write_jsonl(folder / "bad.jsonl", [{"messages": []}, *[chat("good", "row")] * 4])
     (folder / "lines.txt").write_text("one\ntwo\nthree\n")
+    with closing(sqlite3.connect(folder / "rows.db")) as made:
+        made.execute("CREATE TABLE rows (text TEXT)")
+        made.executemany("INSERT INTO rows VALUES (?)", [(f"text {i}",) for i in range(6)])
+        made.commit()
     asides = [{"messages": [turn | {"aside": "hm"} for turn in chat("hi", "yo")["messages"]]}] * 4
     write_jsonl(folder / "asides.jsonl", asides)
     aside = CHATML.replace("m['content']", "m['content'] + ('!' if aloud else '') + (m.aside or '')")

@@ -8,7 +8,7 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from qft.checkpoint.cache import companions, kept
-from qft.checkpoint.gguf_says import complete
+from qft.checkpoint.gguf_says import complete, readable
 from qft.checkpoint.quick_gguf import quick_gguf
 from qft.files import write_json
 
@@ -17,7 +17,7 @@ def gguf_config(path: Path) -> PretrainedConfig:
     """The configuration. Raises what transformers does, and ModelError for a file that says what it cannot."""
 
     def read() -> PretrainedConfig:
-        with quick_gguf():
+        with quick_gguf(), readable(path):
             config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
             complete(config, path)
         # transformers notes the packing of the file; the weights are dequantized when they are loaded.

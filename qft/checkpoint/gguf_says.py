@@ -4,6 +4,7 @@ another model, without a word: it is put into the configuration, or the file is 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,19 @@ SETTINGS = (FREQUENCIES,)
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """Of every model that was released with such scaling."""
 YARN = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow", "yarn_attn_factor": "attention_factor"}
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """In which transformers says that it reads no files of that architecture: raises ModelError."""
+    try:
+        yield
+    except (ValueError, NotImplementedError) as error:
+        if "not supported" not in str(error) and "Unknown gguf" not in str(error):
+            raise
+        kind = header(path).values.get("general.architecture")
+        text = f"transformers reads no GGUF files of {kind}: name the folder of its safetensors in model.path"
+        raise ModelError(f"{path}: {text}") from error
 
 
 def complete(config: PretrainedConfig, path: Path) -> None:
@@ -112,7 +126,7 @@ def unread_tensors(path: Path, model: PreTrainedModel) -> tuple[list[str], list[
     found = header(path)
     kind = str(found.values.get("general.architecture"))
     processor = gguf_utils.TENSOR_PROCESSORS.get(kind, gguf_utils.TensorProcessor)(config=model.config.to_dict())
-    with quick_gguf():
+    with quick_gguf(), readable(path):
         known: dict[str, str] = gguf_utils.get_gguf_hf_weights_map(model, processor)
     # Stacks of experts are known by the names of their layers.
     own = {name: known.get(name) or known.get(name.removesuffix(".weight")) for name in found.shapes}

@@ -10,7 +10,9 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-INDEXED = torch.ops.aten.index
+INDEXED = (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_)
+FEW = 4096
+"""Places of tokens or patches that are counted through; more would make masks of too many contents."""
 
 
 class Known(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -19,12 +21,15 @@ class Known(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        if given and not any(isinstance(tensor, FakeTensor) for tensor in given):
-            with unset_fake_temporarily():
-                return func(*args, **kwargs)
-        if func.overloadpacket is INDEXED:
-            args = (args[0], [index for each in args[1] for index in _places(each)])
-        return func(*args, **kwargs)
+        if any(isinstance(tensor, FakeTensor) for tensor in given):
+            if func.overloadpacket in INDEXED:
+                args = (args[0], [place for index in args[1] for place in _places(index)], *args[2:])
+            return func(*args, **kwargs)
+        made = None if given else func(*args, **kwargs)
+        if made is not None and not (func.overloadpacket is torch.ops.aten.arange and made.numel() <= FEW):
+            return made
+        with unset_fake_temporarily():
+            return func(*args, **kwargs)
 
 
 def _places(index: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:

@@ -65,6 +65,8 @@ def complete(config: PretrainedConfig, path: Path) -> None:
     for key, name in FIELDS.items():
         if key in said and key not in read:
             _set(config, name, said[key], f"{path}: {kind}.{key}")
+    if (getattr(config, "pad_token_id", None) or 0) >= config.vocab_size:  # its class's own, and the file says none
+        config.pad_token_id = None
     if kind in LARGEST:
         heads, width = config.num_attention_heads, config.hidden_size
         config.query_pre_attn_scalar = width // heads if config.num_hidden_layers == LARGEST[kind] else config.head_dim

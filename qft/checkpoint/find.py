@@ -219,7 +219,7 @@ def _gguf(asked: str, path: Path) -> Checkpoint:
         if stream.read(4) != b"GGUF":
             raise ModelError(f"{asked}: not a GGUF file")
     found = header(path)
-    require_counts(asked, found.numbers, found.tensors)
+    require_counts(asked, found.values, found.tensors)
     return Checkpoint(asked, path.parent, _config(asked, gguf_config, path), gguf_file=path.name)
 
 

@@ -8,25 +8,18 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from qft.checkpoint.cache import companions, kept
+from qft.checkpoint.gguf_says import complete, readable
 from qft.checkpoint.quick_gguf import quick_gguf
-from qft.errors import ModelError, first_line
 from qft.files import write_json
 
 
 def gguf_config(path: Path) -> PretrainedConfig:
-    """The configuration. Raises ModelError for an architecture that this transformers does not read of such a file, and
-    else what transformers does."""
+    """The configuration. Raises what transformers does, and ModelError for a file that says what it cannot."""
 
     def read() -> PretrainedConfig:
-        try:
-            with quick_gguf():
-                config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
-        except ValueError as error:
-            if "not supported" not in str(error):
-                raise
-            said = f"transformers {transformers.__version__}: {first_line(error).rstrip('.')}"
-            remedy = "a newer one may read it; or give the folder or hub model that it was made of"
-            raise ModelError(f"{path}: {said}; {remedy}") from error
+        with quick_gguf(), readable(path):
+            config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+            complete(config, path)
         # transformers notes the packing of the file; the weights are dequantized when they are loaded.
         if hasattr(config, "quantization_config"):
             del config.quantization_config
@@ -37,7 +30,7 @@ def gguf_config(path: Path) -> PretrainedConfig:
         config.name_or_path = str(path.parent)
         return config
 
-    return kept(path, "config", read, lambda config, folder: config.save_pretrained(folder), restore)
+    return kept(path, "completed config", read, lambda config, folder: config.save_pretrained(folder), restore)
 
 
 def gguf_tokenizer(path: Path, config: PretrainedConfig) -> PreTrainedTokenizerBase:

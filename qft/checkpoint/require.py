@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from qft.checkpoint.conversion import FLOATS, Conversion
 from qft.checkpoint.find import Checkpoint
+from qft.checkpoint.gguf_says import unread_tensors
 from qft.checkpoint.stored import Stored, some
 from qft.errors import ModelError
 from qft.recipe import Recipe
@@ -22,10 +23,16 @@ def require_weights(checkpoint: Checkpoint, model: PreTrainedModel, recipe: Reci
     """Raise ModelError unless the files hold the weights of `model`, which is without contents, or what the recipe says
     of the others. MissingError for a file that is not there.
 
-    Returns patterns of model.ignore_unexpected that fit nothing. Weights of a hub model that are still to come, those
-    of a GGUF file and those that are held in few bits are looked at when they are loaded."""
-    if checkpoint.gguf_file or not checkpoint.has_weights:
+    Returns patterns of model.ignore_unexpected that fit nothing. Weights of a hub model that are still to come and
+    those that are held in few bits are looked at when they are loaded."""
+    if not checkpoint.has_weights:
         return []
+    if checkpoint.gguf_file:
+        unread, missing = unread_tensors(checkpoint.folder / checkpoint.gguf_file, model)
+        left, idle = _unignored({name: name for name in unread}, recipe.model.ignore_unexpected)
+        unexpected = [f"unexpected: {some(left)} ({IGNORE})"] if left else []
+        _refuse(checkpoint, model, [*_missing(_without_remade(missing, recipe)), *unexpected])
+        return idle
     stored = checkpoint.tensors()
     conversion = Conversion(model, {name: tensor.empty() for name, tensor in stored.items()})
     if checkpoint.quantization and not checkpoint.packed:

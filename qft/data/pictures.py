@@ -67,7 +67,7 @@ class Pictures:
         return made
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "processor"}
+        return {name: value for name, value in vars(self).items() if name not in ("processor", "standing")}
 
     @cached_property
     def marks(self) -> list[str]:
@@ -78,10 +78,14 @@ class Pictures:
         known = self.tokenizer.get_vocab()
         return [mark for mark in dict.fromkeys(map(str, found)) if mark in known]
 
+    @cached_property
+    def standing(self) -> set[int]:
+        """Ids of the tokens that stand for images."""
+        return set(self.tokenizer.convert_tokens_to_ids(self.marks[:2]))
+
     def stands_for_image(self, ids: Sequence[int]) -> str | None:
         """The first token among `ids` that stands for an image; None: there is none."""
-        named = set(self.tokenizer.convert_tokens_to_ids(self.marks[:2]))
-        return next((self.tokenizer.convert_ids_to_tokens(number) for number in ids if number in named), None)
+        return next((self.tokenizer.convert_ids_to_tokens(number) for number in ids if number in self.standing), None)
 
     def expand(self, text: str, images: Sequence[Any]) -> Expanded:
         """A rendered text with its images, PIL's."""

@@ -1,12 +1,12 @@
 """What a GGUF file says of a model's shape: architecture, sizes and rotary embedding, with the order of its rows."""
 
-import math
 from typing import Any
 
 import gguf
 import numpy as np
 from numpy.typing import NDArray
 
+from qft.checkpoint.rotary import llama3_factors
 from qft.errors import ModelError
 
 ARCHITECTURES = {
@@ -78,18 +78,9 @@ def _add_rope(writer: Any, config: Any) -> None:
 
 
 def rope_factors(config: Any) -> NDArray[np.float32] | None:
-    """What llama.cpp divides each frequency by, float32 [head_dim / 2]; None unless the rotary scaling is llama3's.
-    Long waves are slowed by `factor`, short ones not at all, those between in proportion (Llama 3.1's rule)."""
+    """What llama.cpp divides each frequency by, float32 [head_dim / 2]; None unless the rotary scaling is llama3's."""
     rope = config.rope_parameters
-    if rope.get("rope_type") != "llama3":
-        return None
-    pairs = np.arange(0, head_dim(config), 2, dtype=np.float64) / head_dim(config)
-    wavelength = 2 * math.pi * rope["rope_theta"] ** pairs
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    share = (rope["original_max_position_embeddings"] / wavelength - low) / (high - low)
-    kept = np.clip(share, 0.0, 1.0)
-    factors: NDArray[np.float32] = (1.0 / (kept + (1.0 - kept) / rope["factor"])).astype(np.float32)
-    return factors
+    return llama3_factors(rope, head_dim(config)) if rope.get("rope_type") == "llama3" else None
 
 
 def heads_to_interleave(name: str, config: Any, arch: gguf.MODEL_ARCH) -> int:

@@ -22,11 +22,10 @@ def masked(model: Any) -> bool:
 
 def answer(model: nn.Module, batch: Batch, work: Work) -> None:
     """All tokens at once, where they come one by one: their keys and values are kept, and logits of the last alone."""
-    ids = torch.zeros((batch.rows, batch.tokens), dtype=torch.int64)
-    mask = torch.cat([ids[:, :1], torch.ones_like(ids[:, 1:])], dim=1)
+    inputs = _inputs(model, batch, work)
     keeps = "logits_to_keep" in inspect.signature(innermost(model).forward).parameters
     with torch.no_grad(), _autocast(work.mixed):
-        model(input_ids=ids, attention_mask=mask, use_cache=True, **{"logits_to_keep": 1} if keeps else {})
+        model(**inputs, use_cache=True, **{"logits_to_keep": 1} if keeps else {})
 
 
 def innermost(model: Any) -> Any:
@@ -35,6 +34,8 @@ def innermost(model: Any) -> Any:
 
 
 def _inputs(model: nn.Module, batch: Batch, work: Work) -> dict[str, Any]:
+    if batch.seen:
+        return {name: value.clone() for name, value in batch.seen.inputs.items()}
     ids = torch.zeros((batch.rows, batch.tokens), dtype=torch.int64)
     padded = batch.padded and (not model.training or work.masks or masked(model))
     mask = torch.cat([torch.ones_like(ids[:, 1:]), ids[:, :1]], dim=1) if padded else None

@@ -6,8 +6,8 @@ need not all be traced: each part's peak grows by as much from block to block, s
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +27,7 @@ from qft.memory.asked import answer, distilled, innermost, loss_of, masked
 from qft.memory.checkpointing import enable_checkpointing
 from qft.memory.chunked_loss import has_parts, replace_forward, rows_at_once
 from qft.memory.fused_loss import FusedLoss, replace_with, tail_of
+from qft.memory.known import Known
 from qft.memory.ledger import Ledger
 from qft.memory.offload import SLOTS
 from qft.memory.repeated import Pattern, pattern
@@ -34,7 +35,7 @@ from qft.memory.softmax import gradient_in_place
 from qft.memory.stand_in import OnGpu, fill, gradient_on_gpu, hold, peft_sees_autocast, set_attention
 from qft.memory.stash import Stash, stash_inputs
 from qft.memory.unmasked import one_row_each
-from qft.memory.work import MIDDLE, UPDATE, Ends, Step, Traced, Work
+from qft.memory.work import IMAGES, MIDDLE, UPDATE, Batch, Ends, Step, Traced, Work
 from qft.quant.beside import compute_beside
 from qft.quant.hold import Qat
 from qft.quant.rounded import round_as
@@ -107,7 +108,7 @@ def traced(
     """Of a model on the meta device as it stands, computed with `tensors`: real ones, or such without contents."""
     model.config.use_cache = False
     asked = model.config._attn_implementation
-    set_attention(model, asked, padded=step.batch.padded and (work.masks or masked(model)))
+    set_attention(model, asked, padded=_has_mask(step.batch, work.masks or masked(model)))
     weights = {tuple(p.shape) for p in model.parameters() if p.dim() > 1}
     weights |= {shape[1:] for shape in weights if len(shape) == 3}  # of one expert
     vocabulary = model.get_output_embeddings().weight.shape[0]
@@ -124,6 +125,8 @@ def traced(
     with SCRATCH.apart(), ExitStack() as entered:
         entered.enter_context(torch.random.fork_rng(devices=[]))
         entered.enter_context(tensors)
+        if any(batch and batch.seen for batch in (step.batch, work.held_out, work.answered)):
+            entered.enter_context(Known())  # type: ignore[no-untyped-call]
         entered.enter_context(ledger)
         entered.enter_context(one_row_each())
         if gpu:
@@ -131,9 +134,14 @@ def traced(
             entered.enter_context(peft_sees_autocast(work.mixed is not None))
         _watch(blocks, found, ledger)
         _run(adapted, blocks, ledger, work, step, asked)
-    of_step = (work for part, work in ledger.work.items() if part not in BESIDE)
+    of_step = (work for part, work in ledger.work.items() if part.removesuffix(IMAGES) not in BESIDE)
     peaks = {part: peak for part, peak in ledger.peaks().items() if part not in ("", PROBE)}
     return Traced(peaks, sum(of_step), tuple(p.shape for p in adapted.parameters() if p.requires_grad))
+
+
+def _has_mask(batch: Batch, masks: bool) -> bool:
+    """Whether attention is told of padding, which with images a model finds out itself."""
+    return batch.seen is not None or (batch.padded and masks)
 
 
 def _adapted(model: PreTrainedModel, work: Work, gpu: OnGpu | None, *, checkpointed: bool) -> nn.Module:
@@ -229,7 +237,8 @@ def _run(model: nn.Module, blocks: nn.ModuleList, ledger: Ledger, work: Work, st
             parameter.grad = torch.empty_like(parameter)
     ledger.label, ledger.part = "activations", "forward"
     with disable_input_dtype_casting(model, active=work.mixed is not None):
-        loss = distilled(model, step.batch, work) if work.distill else loss_of(model, step.batch, work)
+        with _seeing(blocks[0], ledger, step.batch):
+            loss = distilled(model, step.batch, work) if work.distill else loss_of(model, step.batch, work)
         ledger.part = "head"
         loss.backward()  # type: ignore[no-untyped-call]
         del loss
@@ -241,10 +250,30 @@ def _run(model: nn.Module, blocks: nn.ModuleList, ledger: Ledger, work: Work, st
         model.zero_grad(set_to_none=True)
         if work.held_out:
             ledger.part = "evaluation"
-            set_attention(innermost(model), attention_asked, padded=work.held_out.padded)
-            with torch.no_grad():
+            set_attention(innermost(model), attention_asked, padded=_has_mask(work.held_out, masks=True))
+            with torch.no_grad(), _seeing(blocks[0], ledger, work.held_out):
                 loss_of(model.eval(), work.held_out, work)
         if work.answered:
             ledger.part = "answers"
-            answer(model.eval(), work.answered, work)
+            with _seeing(blocks[0], ledger, work.answered):
+                answer(model.eval(), work.answered, work)
     del slots
+
+
+@contextmanager
+def _seeing(block: nn.Module, ledger: Ledger, batch: Batch) -> Iterator[None]:
+    """What comes before the first block is a part of its own where there are images: it grows with no block."""
+    if batch.seen is None:
+        yield
+        return
+    part, ledger.part = ledger.part, ledger.part + IMAGES
+
+    def go_on(*_: Any) -> None:
+        if ledger.part.endswith(IMAGES):
+            ledger.part = part
+
+    handle = block.register_forward_pre_hook(go_on)
+    try:
+        yield
+    finally:
+        handle.remove()

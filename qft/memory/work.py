@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,6 +17,18 @@ UPDATE = "update"
 """Part of the work that an optimizer does."""
 MIDDLE = "other blocks"
 """Part of the work that is none of the worst: what lies between the first blocks and the last."""
+IMAGES = ", images"
+"""Behind a part of the work: what is done with images before the first block."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a model is given of rows with images."""
+
+    digest: str
+    """Of all that memory depends on."""
+    inputs: Mapping[str, torch.Tensor] = field(repr=False, compare=False)
+    """Tokens, their mask, and what its processor makes of the images."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +42,8 @@ class Batch:
     """Whether any row is shorter."""
     learnt: int = 0
     """Tokens whose predictions are compared, where Work.distill is."""
+    seen: Seen | None = None
+    """None: there are no images."""
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from qft.memory.guard import smaller_training
 from qft.memory.packed import needs_masks
 from qft.memory.predict import Predictor, Source, predictor
 from qft.memory.work import Batch, Step, Work
+from qft.plan.images import Looks
 from qft.plan.model import ModelPlan
 from qft.plan.placement import ALONE, Placement
 from qft.plan.sharding import by_placement
@@ -72,7 +73,7 @@ class Forecast:
     def predict(self) -> Predictor:
         model, recipe = self.model, self.model.recipe
         rows, at_once = self.data.eval, recipe.train.per_device_eval_batch_size
-        held_out = batch_of(column(rows, "length"), at_once) if rows else None
+        held_out = self.looks.evaluated(batch_of(column(rows, "length"), at_once)) if rows else None
         train = recipe.train
         work = Work(
             model.scheme,
@@ -98,13 +99,17 @@ class Forecast:
         source = Source(config, model.skeleton_in_dtype, model.shape.layers, size)
         return by_placement(predictor(source, work, model.device), model, self.placement)
 
+    @cached_property
+    def looks(self) -> Looks:
+        return Looks(self.data, self.model.pictures)
+
     def _answered(self) -> Batch | None:
         """The longest batch of held-out rows with their answers, where answers are scored."""
         settings, rows = self.model.recipe.eval, self.data.eval
         if not settings.metrics or rows is None:
             return None
         tokens = max(rows["answer_start"]) + settings.max_new_tokens
-        return Batch(min(settings.batch_size, len(rows)), tokens, padded=True)
+        return self.looks.answered(Batch(min(settings.batch_size, len(rows)), tokens, padded=True))
 
     def batch(self, rows: int) -> Batch:
         """The longest of so many training rows."""
@@ -114,7 +119,7 @@ class Forecast:
         if not data.is_packed:
             made = batch_of(lengths, rows)
             learnt = sum(self._learnt[: made.rows]) if self.model.recipe.quant.distill else made.learnt
-            return replace(made, learnt=learnt)
+            return self.looks.trained(replace(made, learnt=learnt))
         if data.padding_free:
             together = int(np.sort(lengths)[-rows:].sum())
             return Batch(1, together, padded=self._masked)

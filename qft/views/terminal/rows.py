@@ -23,8 +23,7 @@ def render_data(data: DataPart) -> Group:
         tokens = (source.tokens, source.supervised_tokens, source.longest)
         counts = (source.rows, *tokens, source.skipped, source.truncated)
         rows.add(_name(source), source.format, *(f"{number:,}" for number in counts))
-    unforeseen = "what a tower takes while it looks at them is not in the predicted memory"
-    seen = (f"{_name(s)}: {count(s.images, 'image')}; {unforeseen}" for s in data.sources if s.images)
+    seen = (f"{_name(s)}: {count(s.images, 'image')}" for s in data.sources if s.images)
     told = [*seen, *map(_split, filter(_is_split, data.sources))]
     told += _lengths(data)
     return Group(rows, *bullets(told), *_findings(data), *bullets(_unread(data), "yellow"))

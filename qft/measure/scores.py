@@ -245,9 +245,11 @@ def head_of_one_weight(model: Any) -> Iterator[None]:
     """While entered, the output head is given its rows side by side. Of the last tokens of several prompts, which lie
     apart, torch makes a product of as many matrices as there are rows: on a CPU in 16 bits, of as many copies of the
     weight."""
-    hook = model.get_output_embeddings().register_forward_pre_hook(
-        lambda _, given: tuple(x.contiguous() for x in given)
-    )
+
+    def side_by_side(_: Any, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return tuple(each.contiguous() for each in given)
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(side_by_side)
     try:
         yield
     finally:

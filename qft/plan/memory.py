@@ -82,7 +82,7 @@ class Forecast:
             neftune=train.neftune_noise_alpha is not None,
             mixed=self.mixed,
             on_gpu=model.device.kind == "cuda",
-            logit_bytes=logit_bytes(model),
+            logit_bytes=logit_bytes(model) or (LOGITS if self.data.weighted else None),
             offloads=recipe.memory.offload != "none",
             held_out=held_out,
             answered=self._answered(),
@@ -103,8 +103,8 @@ class Forecast:
         settings, rows = self.model.recipe.eval, self.data.eval
         if not settings.metrics or rows is None:
             return None
-        tokens = max(rows["answer_start"]) + settings.max_new_tokens
-        return Batch(min(settings.batch_size, len(rows)), tokens, padded=True)
+        starts = rows["answer_start"][: settings.samples]
+        return Batch(min(settings.batch_size, len(starts)), max(starts) + settings.max_new_tokens, padded=True)
 
     def batch(self, rows: int) -> Batch:
         """The longest of so many training rows."""

@@ -95,7 +95,7 @@ class Forecast:
         config = model.checkpoint.config.to_json_string() + str(chosen)
         files = model.checkpoint.weight_files() if model.checkpoint.has_weights else []
         size = sum(path.stat().st_size for path in files)
-        source = Source(config, model.skeleton_in_dtype, model.shape.layers, size)
+        source = Source(config, model.skeleton_in_dtype, model.shape.layers, size, dequantized_bytes(model))
         return by_placement(predictor(source, work, model.device), model, self.placement)
 
     def _answered(self) -> Batch | None:
@@ -194,6 +194,15 @@ class Forecast:
             recomputed_blocks=chosen[0].recomputed if chosen else None,
             ways=[PlannedWay(**asdict(way)) for way in chosen],
         )
+
+
+def dequantized_bytes(model: ModelPlan) -> int:
+    """What the host holds of a GGUF file while it is read: all its weights, and the largest in float32 on its way."""
+    if not model.checkpoint.gguf_file:
+        return 0
+    sizes = [parameter.numel() for parameter in model.skeleton.parameters()]
+    dtype: torch.dtype = getattr(torch, model.dtype)
+    return sum(sizes) * dtype.itemsize + 4 * max(sizes)
 
 
 def logit_bytes(model: ModelPlan) -> int | None:

@@ -201,8 +201,8 @@ def dequantized_bytes(model: ModelPlan) -> int:
     if not model.checkpoint.gguf_file:
         return 0
     sizes = [parameter.numel() for parameter in model.skeleton.parameters()]
-    dtype: torch.dtype = getattr(torch, model.dtype)
-    return sum(sizes) * dtype.itemsize + 4 * max(sizes)
+    width: int = getattr(torch, model.dtype).itemsize
+    return sum(sizes) * width + 4 * max(sizes)
 
 
 def logit_bytes(model: ModelPlan) -> int | None:

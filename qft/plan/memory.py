@@ -200,8 +200,8 @@ def dequantized_bytes(model: ModelPlan) -> int:
     """What the host holds of a GGUF file while it is read: all its weights, and the largest in float32 on its way."""
     if not model.checkpoint.gguf_file:
         return 0
-    sizes = [parameter.numel() for parameter in model.skeleton.parameters()]
     width: int = getattr(torch, model.dtype).itemsize
+    sizes: list[int] = [parameter.numel() for parameter in model.skeleton.parameters()]
     return sum(sizes) * width + 4 * max(sizes)
 
 

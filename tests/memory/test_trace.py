@@ -32,6 +32,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "phi": {},
     "gpt_neox": {},
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    "falcon": {},
 }
 LORA = {"r": 4, "lora_alpha": 8.0, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 BATCH = Batch(2, 24, padded=True)

@@ -249,11 +249,13 @@ def head_of_one_weight(model: Any) -> Iterator[None]:
     def side_by_side(_: Any, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         return tuple(each.contiguous() for each in given)
 
-    hook = model.get_output_embeddings().register_forward_pre_hook(side_by_side)
+    head = model.get_output_embeddings()
+    hook = None if head is None else head.register_forward_pre_hook(side_by_side)
     try:
         yield
     finally:
-        hook.remove()
+        if hook:
+            hook.remove()
 
 
 def _generate(

@@ -241,7 +241,13 @@ def test_fail_stops_at_the_first_time_and_says_what_helps(recipe: RecipeFile) ->
     ("asked", "field"),
     [
         ({"train": {"per_device_eval_batch_size": 5}}, "train.per_device_eval_batch_size (5)"),
-        ({"eval": {"metrics": ["exact_match"], "max_new_tokens": 4, "batch_size": 3}}, "eval.batch_size (3)"),
+        (
+            {
+                "eval": {"metrics": ["exact_match"], "max_new_tokens": 4, "batch_size": 3},
+                "train": {"per_device_eval_batch_size": 1},
+            },
+            "eval.batch_size (3)",
+        ),
     ],
 )
 def test_an_evaluation_that_has_no_memory_is_told_what_helps_it(

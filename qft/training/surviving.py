@@ -54,7 +54,8 @@ def rows_of(batch: Batch, start: int, stop: int, collator: Collator) -> Batch:
     if start == 0 and stop >= len(batch["rows"]):
         return batch
     if "encoded" in batch:
-        return collator(batch["encoded"].rows[start:stop])
+        made, device = collator(batch["encoded"].rows[start:stop]), batch["input_ids"].device
+        return {name: each.to(device) if isinstance(each, torch.Tensor) else each for name, each in made.items()}
     known = {name: batch[name][start:stop] for name in ("rows", "learnt_tokens", "lengths") if name in batch}
     tensors = {name: each for name, each in batch.items() if isinstance(each, torch.Tensor)}
     if len(batch["input_ids"]) < len(batch["rows"]):  # they lie side by side

@@ -23,8 +23,10 @@ FEWEST_STEPS = 8
 WARM = 2
 """Steps that also allocate what stays."""
 MALLINFO = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
-SMALL = 128
-"""Bytes that an object of Python's own allocator is taken to have, which no other count tells of: 16 to 512."""
+SMALL = 64
+"""Bytes that an object of Python's own allocator is taken to have, of 16 to 512: C's does not tell of them."""
+GARBAGE = 2**20
+"""Of such objects, what may only wait to be collected."""
 NODE_BYTES = 512
 """Of a node of an autograd graph, at the least, beside the tensors that it keeps."""
 
@@ -54,7 +56,7 @@ class LeakWatch:
         elif not self._looks and not step & (step - 1):
             held = (now.gpu, heap_in_use() or now.host, sys.getallocatedblocks() * SMALL)
             if step <= WARM:
-                self._warm = held
+                self._warm = (*held[:2], held[2] + GARBAGE)
             elif max(b - a for a, b in zip(self._warm, held, strict=True)) * 100 >= self.threshold * (step - WARM):
                 self._looks.append(take_census(step))
 

@@ -57,6 +57,14 @@ def pictured_inputs(
     return inputs
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """The rows that a batch with images was made of, for whoever divides it: which tensors of images belong to which
+    row, only the model's processor knows."""
+
+    rows: list[Any]
+
+
 UNFORESEEN = "a streamed row says by weight that a turn counts less, and none of the first rows did: put one among them"
 
 
@@ -65,7 +73,7 @@ class Collator:
     """Pads on the right to the longest row, rounded up to `multiple` tokens, but to no more than `most`.
 
     Gives input_ids, attention_mask and labels; and for each row, on the host, `rows` (source and row of each of its
-    examples, for messages) and `learnt_tokens`, the number of labels that are learnt.
+    examples, for messages) and `learnt_tokens`, the number of labels that are learnt; with images, `encoded` too.
 
     Rows that are lists of examples are packed: the first token of an example is predicted by nothing, and so not
     learnt. Of these it gives position_ids, and `lengths` of the examples in each row; there is no padding where they
@@ -91,10 +99,12 @@ class Collator:
         places = tuple(tuple((example["source"], example["row"]) for example in row) for row in packed)
         learnt = tuple(sum(label != IGNORED for label in row[1:]) for row in labels)
         ids = [[token for example in row for token in example["input_ids"]] for row in packed]
-        known = {"rows": places, "learnt_tokens": learnt}
+        known: dict[str, Any] = {"rows": places, "learnt_tokens": learnt}
         if not isinstance(rows[0], list):
             inputs = self._padded(ids, labels)
             seen = self.pictures.inputs(rows, inputs["labels"].shape[1]) if self.pictures else {}
+            if seen:
+                known["encoded"] = Encoded(rows)
             return inputs | seen | known | self._weights(packed, inputs["labels"])
         lengths = tuple(tuple(len(example["input_ids"]) for example in row) for row in packed)
         laid = self._in_one(ids, labels) if self.side_by_side else self._padded(ids, labels)

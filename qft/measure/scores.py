@@ -4,7 +4,8 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -239,13 +240,31 @@ def generation_config(
     )
 
 
+@contextmanager
+def head_of_one_weight(model: Any) -> Iterator[None]:
+    """While entered, the output head is given its rows side by side. Of the last tokens of several prompts, which lie
+    apart, torch makes a product of as many matrices as there are rows: on a CPU in 16 bits, of as many copies of the
+    weight."""
+
+    def side_by_side(_: Any, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return tuple(each.contiguous() for each in given)
+
+    head = model.get_output_embeddings()
+    hook = None if head is None else head.register_forward_pre_hook(side_by_side)
+    try:
+        yield
+    finally:
+        if hook:
+            hook.remove()
+
+
 def _generate(
     model: Any, prompts: list[dict[str, Any]], settings: GenerationConfig, pictures: Pictures | None
 ) -> list[list[int]]:
     """New tokens for each prompt (padded on the left: generation goes on from the right end)."""
     device = next(model.parameters()).device
     inputs = pictured_inputs(prompts, settings.pad_token_id, pictures, left=True, device=device)
-    with torch.inference_mode():
+    with torch.inference_mode(), head_of_one_weight(model):
         out = model.generate(**inputs, generation_config=settings)
     return [_until(ids, settings.eos_token_id) for ids in out[:, inputs["input_ids"].shape[1] :].tolist()]
 

@@ -72,7 +72,8 @@ def grown_containers(looks: Sequence[Census]) -> Iterator[tuple[Any, float, floa
     rates = {each: steady(looks, [look.containers[each][0] for look in looks]) for each in same}
     for each in _objects():
         if (rate := rates.get(id(each), 0)) >= 1 and issubclass(type(each), CONTAINERS):
-            yield each, rate, rate * _bytes_of_one(_newest(each))
+            slot = sys.getsizeof(each, 0) / len(each)
+            yield each, rate, rate * (_bytes_of_one(_newest(each)) + slot)
 
 
 def grown_types(looks: Sequence[Census]) -> Iterator[tuple[type, float, float]]:

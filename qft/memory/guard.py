@@ -79,6 +79,16 @@ def smaller_training(recipe: Recipe, scheme: Scheme) -> Iterator[str]:
     yield "lower data.max_length"
 
 
+def smaller_evaluation(recipe: Recipe, scheme: Scheme, field: str, rows: int) -> Iterator[str]:
+    """What lets held-out rows take less, of which `rows` are looked at at once, as `field` says."""
+    if rows > 1:
+        yield f"lower {field} ({rows})"
+    if field == "eval.batch_size":
+        yield f"lower eval.max_new_tokens ({recipe.eval.max_new_tokens})"
+    yield from smaller_base(recipe, scheme)
+    yield "lower data.max_length"
+
+
 def smaller_calibration(calibrate: CalibrateSection) -> Iterator[str]:
     """What lets a calibration take less."""
     if calibrate.samples > 1:

@@ -23,6 +23,10 @@ FEWEST_STEPS = 8
 WARM = 2
 """Steps that also allocate what stays."""
 MALLINFO = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+SMALL = 64
+"""Bytes that an object of Python's own allocator is taken to have, of 16 to 512: C's does not tell of them."""
+GARBAGE = 2**20
+"""Of such objects, what may only wait to be collected."""
 NODE_BYTES = 512
 """Of a node of an autograd graph, at the least, beside the tensors that it keeps."""
 
@@ -37,7 +41,7 @@ class LeakWatch:
         self.device: list[int] = []
         """Bytes after each step, of the device that trains."""
         self.host: list[int] = []
-        self._warm = (0, 0)
+        self._warm = (0, 0, 0)
         self._looks: list[Census] = []
 
     def look(self, now: Snapshot) -> None:
@@ -50,9 +54,9 @@ class LeakWatch:
         if len(self._looks) == 1 and 2 * step == 3 * self._looks[0].step:
             self._looks.append(take_census(step))
         elif not self._looks and not step & (step - 1):
-            held = (now.gpu, heap_in_use() or now.host)
+            held = (now.gpu, heap_in_use() or now.host, sys.getallocatedblocks() * SMALL)
             if step <= WARM:
-                self._warm = held
+                self._warm = (*held[:2], held[2] + GARBAGE)
             elif max(b - a for a, b in zip(self._warm, held, strict=True)) * 100 >= self.threshold * (step - WARM):
                 self._looks.append(take_census(step))
 

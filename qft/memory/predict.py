@@ -61,6 +61,8 @@ class Source:
     layers: int
     file_bytes: int
     """Of its weights."""
+    dequantized_bytes: int = 0
+    """Of the host, while a file is dequantized whole before its weights are held; 0: they are read one by one."""
 
 
 def predictor(source: Source, work: Work, device: Device) -> Predictor:
@@ -69,15 +71,18 @@ def predictor(source: Source, work: Work, device: Device) -> Predictor:
     def predict(step: Step) -> Prediction:
         found = _traced(source, work, step)
         parts = {part: _with_workspaces(peak, device) for part, peak in found.peaks.items()}
-        # While it is loaded, a file is mapped, and what was read of it counts as resident; to be written, all that is
-        # trained is copied.
-        written = max(peak.parts.get("trainable_weights", 0) for peak in parts.values())
-        host = psutil.Process().memory_info().rss + LATER + max(source.file_bytes, written)
-        if device.kind == "cpu":
-            host += max(peak.total for peak in parts.values())
+        host = psutil.Process().memory_info().rss + LATER + _of_host(source, parts, device)
         return Prediction(parts, device, host, found.work)
 
     return predict
+
+
+def _of_host(source: Source, parts: Mapping[str, Peak], device: Device) -> int:
+    """While it is loaded, a file is mapped, and what was read of it counts as resident; to be written, all that is
+    trained is copied."""
+    written = max(peak.parts.get("trainable_weights", 0) for peak in parts.values())
+    step = max(peak.total for peak in parts.values()) if device.kind == "cpu" else 0
+    return max(source.file_bytes + source.dequantized_bytes, max(source.file_bytes, written) + step)
 
 
 _known: dict[tuple[str, str, Step], Ends] = {}

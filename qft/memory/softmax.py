@@ -17,6 +17,9 @@ Gradient = Callable[[torch.Tensor, torch.Tensor, "Tail"], torch.Tensor]
 """From z [rows, vocabulary], which become the gradient of the sum of the losses with respect to themselves, the true
 classes, int64 [rows], and the tail, to the losses in nats [rows]."""
 
+WIDE = 2**22
+"""Bytes that logits may take at once that are copied to float32."""
+
 
 @dataclass(frozen=True)
 class Tail:
@@ -33,7 +36,13 @@ class Tail:
 
 
 def gradient_in_torch(z: torch.Tensor, classes: torch.Tensor, tail: Tail) -> torch.Tensor:
-    """A Gradient for any device; 16-bit rows are copied to float32."""
+    """A Gradient for any device; few rows at a time are copied to float32: sums over them take as much again."""
+    rows = max(WIDE // (4 * z.shape[1]), 1)
+    parts = zip(torch.split(z, rows), torch.split(classes, rows), strict=True)
+    return torch.cat([_of_rows(*part, tail) for part in parts])
+
+
+def _of_rows(z: torch.Tensor, classes: torch.Tensor, tail: Tail) -> torch.Tensor:
     wide = z if z.dtype in (torch.float32, torch.float64) else z.float()
     logits, at = tail(wide), classes[:, None]
     sums = logits.logsumexp(-1, keepdim=True)

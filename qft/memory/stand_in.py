@@ -34,7 +34,21 @@ IN_FLOAT32 = [
 """What autocast computes in float32 on a GPU (aten/src/ATen/autocast_mode.h), and, for the most part, not on a CPU."""
 SLOWER = 1.5
 """What attention's kernels take of the time for as much work, beside products of large matrices (H100, H200)."""
-UNPADDED = "qft-unpadded"
+
+
+class _Sdpa(str):
+    """Of another name, and torch's own to models that ask whether it is (Falcon)."""
+
+    __hash__ = str.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return other == "sdpa" or str.__eq__(self, other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+
+UNPADDED = _Sdpa("qft-unpadded")
 """Attention by torch's own kernels, of rows that fill their batch."""
 
 

@@ -83,7 +83,7 @@ class Forecast:
             neftune=train.neftune_noise_alpha is not None,
             mixed=self.mixed,
             on_gpu=model.device.kind == "cuda",
-            logit_bytes=logit_bytes(model),
+            logit_bytes=logit_bytes(model) or (LOGITS if self.data.weighted else None),
             offloads=recipe.memory.offload != "none",
             held_out=held_out,
             answered=self._answered(),
@@ -96,7 +96,7 @@ class Forecast:
         config = model.checkpoint.config.to_json_string() + str(chosen)
         files = model.checkpoint.weight_files() if model.checkpoint.has_weights else []
         size = sum(path.stat().st_size for path in files)
-        source = Source(config, model.skeleton_in_dtype, model.shape.layers, size)
+        source = Source(config, model.skeleton_in_dtype, model.shape.layers, size, dequantized_bytes(model))
         return by_placement(predictor(source, work, model.device), model, self.placement)
 
     @cached_property
@@ -108,8 +108,9 @@ class Forecast:
         settings, rows = self.model.recipe.eval, self.data.eval
         if not settings.metrics or rows is None:
             return None
-        tokens = max(rows["answer_start"]) + settings.max_new_tokens
-        return self.looks.answered(Batch(min(settings.batch_size, len(rows)), tokens, padded=True))
+        starts = rows["answer_start"][: settings.samples]
+        tokens = max(starts) + settings.max_new_tokens
+        return self.looks.answered(Batch(min(settings.batch_size, len(starts)), tokens, padded=True))
 
     def batch(self, rows: int) -> Batch:
         """The longest of so many training rows."""
@@ -199,6 +200,15 @@ class Forecast:
             recomputed_blocks=chosen[0].recomputed if chosen else None,
             ways=[PlannedWay(**asdict(way)) for way in chosen],
         )
+
+
+def dequantized_bytes(model: ModelPlan) -> int:
+    """What the host holds of a GGUF file while it is read: all its weights, and the largest in float32 on its way."""
+    if not model.checkpoint.gguf_file:
+        return 0
+    width: int = getattr(torch, model.dtype).itemsize
+    sizes: list[int] = [parameter.numel() for parameter in model.skeleton.parameters()]
+    return sum(sizes) * width + 4 * max(sizes)
 
 
 def logit_bytes(model: ModelPlan) -> int | None:

@@ -7,11 +7,12 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from qft.data.batch import Collator
 from qft.documents.training import OutOfMemory
 from qft.kernels import keep
 from qft.machine.signals import Signals
 from qft.memory.checkpointing import enable_checkpointing
-from qft.memory.guard import asked_bytes, is_out_of_memory, let_go, smaller_training
+from qft.memory.guard import asked_bytes, is_out_of_memory, let_go, memory_guard, smaller_evaluation, smaller_training
 from qft.plan import Plan
 from qft.training.recorder import Recorder
 from qft.training.trainer import QftTrainer
@@ -48,17 +49,20 @@ def halved(value: int, rows: int) -> int | None:
     return -(-held // 2) if held > 1 else None
 
 
-def rows_of(batch: Batch, start: int, stop: int, multiple: int) -> Batch:
+def rows_of(batch: Batch, start: int, stop: int, collator: Collator) -> Batch:
     """Some rows of a batch, padded as the collator would have padded them alone; the batch itself if those are all."""
     if start == 0 and stop >= len(batch["rows"]):
         return batch
+    if "encoded" in batch:
+        made, device = collator(batch["encoded"].rows[start:stop]), batch["input_ids"].device
+        return {name: each.to(device) if isinstance(each, torch.Tensor) else each for name, each in made.items()}
     known = {name: batch[name][start:stop] for name in ("rows", "learnt_tokens", "lengths") if name in batch}
     tensors = {name: each for name, each in batch.items() if isinstance(each, torch.Tensor)}
     if len(batch["input_ids"]) < len(batch["rows"]):  # they lie side by side
         first, count = (sum(map(sum, batch["lengths"][part])) for part in (slice(start), slice(start, stop)))
         return known | {name: each[:, first : first + count].contiguous() for name, each in tensors.items()}
     longest = int(batch["attention_mask"][start:stop].sum(1).max())
-    width = -(-longest // multiple) * multiple
+    width = -(-longest // collator.multiple) * collator.multiple
     return known | {name: each[start:stop, :width].contiguous() for name, each in tensors.items()}
 
 
@@ -143,9 +147,9 @@ class SurvivingTrainer(QftTrainer):
 
     def _in_parts(self, passed: Callable[..., torch.Tensor], model: Any, items: Any, batches: list[Batch]) -> Any:
         """The sum of the losses of `batches`, their gradients added up."""
-        size, multiple = self.settings[ROWS], self.data_collator.multiple
+        size = self.settings[ROWS]
         starts = ((batch, start) for batch in batches for start in range(0, len(batch["rows"]), size))
-        parts = (rows_of(batch, start, start + size, multiple) for batch, start in starts)
+        parts = (rows_of(batch, start, start + size, self.data_collator) for batch, start in starts)
         return sum(passed(model, part, items) for part in parts)
 
     def _begin_again(self) -> Any:
@@ -193,15 +197,24 @@ class SurvivingTrainer(QftTrainer):
 
         def go_on() -> tuple[int, Any]:
             stop = done + self.settings[EVAL_ROWS]
-            return stop, predict(rows_of(inputs, done, stop, self.data_collator.multiple), *args, **kwargs)
+            return stop, predict(rows_of(inputs, done, stop, self.data_collator), *args, **kwargs)
 
         while done < rows:
-            done, outcome = self._survive(go_on, OF_AN_EVALUATION, rows - done)
+            done, outcome = self._survive_evaluation(go_on, OF_AN_EVALUATION, rows - done)
         return outcome
 
     def answering(self, answer: Callable[[int], T], rows: int) -> T:
         """What `answer` comes to of `rows`, told how many of them to take at once."""
-        return self._survive(lambda: answer(self.settings[ANSWERED_ROWS]), OF_ANSWERS, rows)
+        return self._survive_evaluation(lambda: answer(self.settings[ANSWERED_ROWS]), OF_ANSWERS, rows)
+
+    def _survive_evaluation(self, work: Callable[[], T], remedies: list[Remedy], rows: int) -> T:
+        plan, field = self.recorder.plan, remedies[0].field
+
+        def smaller() -> Iterator[str]:  # as it is by then
+            yield from smaller_evaluation(plan.recipe, plan.model.scheme, field, min(self.settings[field], rows))
+
+        with memory_guard("evaluating held-out rows", smaller()):
+            return self._survive(work, remedies, rows)
 
     def measure_checkpointing(self) -> tuple[int, float] | None:
         try:

@@ -91,6 +91,7 @@ class QftTrainer(WeighingTrainer):
         self.update.padded_tokens += inputs["input_ids"].numel()
         self.recorder.largest_micro_batch = max(self.recorder.largest_micro_batch, inputs["input_ids"].numel())
         short = short_attention() if self.recorder.plan.fewer_passes else nullcontext()
+        inputs = dict(inputs)  # where memory runs out, the batch is passed again
         with short, self._told_apart(inputs) as told:
             inputs.update(told)
             loss = super().training_step(model, inputs, num_items_in_batch)
@@ -107,7 +108,7 @@ class QftTrainer(WeighingTrainer):
         return sequences_apart([sum(lengths, ())] if rows < len(lengths) else lengths, self.model, width)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        rows, counts = inputs.pop("rows"), inputs.pop("learnt_tokens")
+        rows, counts, _ = inputs.pop("rows"), inputs.pop("learnt_tokens"), inputs.pop("encoded", None)
         if self.recorder.fused_loss:
             inputs[COUNTS] = counts
         if not model.training:

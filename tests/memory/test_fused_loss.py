@@ -8,10 +8,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qft.memory.fused_loss import COUNTS, FusedLoss, fuse_loss, replace_with, tail_of
-from qft.memory.softmax import Tail, gradient_in_torch
+from qft.memory.ledger import Ledger
+from qft.memory.softmax import WIDE, Tail, gradient_in_torch
 from tests.support.models import tiny_llama
 
 WIDTH = 264
@@ -185,3 +187,14 @@ def test_a_gradient_is_taken_once() -> None:
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="taken before"):
         loss.backward()
+
+
+def test_few_rows_at_a_time_are_copied_to_float32() -> None:
+    z = torch.randn(2048, 4096, generator=torch.Generator().manual_seed(0)).bfloat16()
+    classes = torch.arange(2048)
+    losses = cross_entropy(z.float(), classes, reduction="none")
+    ledger = Ledger(lambda *_: "beside")
+    with ledger:
+        found = gradient_in_torch(z, classes, Tail())
+    torch.testing.assert_close(found, losses, rtol=1e-5, atol=1e-5)
+    assert ledger.peaks()[""].total < z.nbytes + 2 * WIDE

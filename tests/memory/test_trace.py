@@ -12,7 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from qft.checkpoint.skeleton import find_blocks
+from qft.machine.device import absent_gpu
 from qft.memory.ledger import Ledger, Peak
+from qft.memory.predict import Source, predictor
 from qft.memory.repeated import Pattern, pattern
 from qft.memory.trace import few_blocks, trace, traced
 from qft.memory.work import MIDDLE, Batch, Step, Work
@@ -30,6 +32,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "phi": {},
     "gpt_neox": {},
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    "falcon": {},
 }
 LORA = {"r": 4, "lora_alpha": 8.0, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 BATCH = Batch(2, 24, padded=True)
@@ -245,3 +248,12 @@ def test_of_blocks_that_wait_elsewhere_two_are_there() -> None:
     block = sum(p.numel() * 4 for p in model.model.layers[0].parameters() if p.dim() > 1)
     table = model.model.embed_tokens.weight.numel() * 4
     assert here - elsewhere == pytest.approx(3 * block + table, abs=512 * 40)
+
+
+def test_a_file_that_is_dequantized_whole_is_on_the_host_meanwhile() -> None:
+    plain, whole = (
+        predictor(Source("two blocks", lambda: skeleton("llama", 2), 2, 2**20, count), work(), absent_gpu(2**33))(ONCE)
+        for count in (0, 2**33)
+    )
+    assert plain.parts == whole.parts
+    assert whole.host - plain.host == pytest.approx(2**33, abs=2**26)

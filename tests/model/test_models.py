@@ -262,10 +262,13 @@ def test_answers_come_in_batches_and_end_at_the_limit(recipe_file: RecipeFile, t
     model = load_base(plan.model)
     calls: list[int] = []  # rows of each forward pass: one for the prompts, one for each further token
     model.model.embed_tokens.register_forward_hook(lambda _, inputs, __: calls.append(len(inputs[0])))
+    lie_apart: list[bool] = []  # last tokens of prompts: of such, torch makes a copy of the head's weight for each row
+    model.lm_head.register_forward_hook(lambda _, inputs, __: lie_apart.append(not inputs[0].is_contiguous()))
     answers = answer_rows(model, plan.model.tokenizer, plan.data.train, EvalSection(max_new_tokens=6, batch_size=2))
     assert [answer.row for answer in answers] == [0, 1, 2, 3, 4]
     assert [answer.expected for answer in answers] == ["answer"] * 5
     assert calls == [2] * 12 + [1] * 6
+    assert lie_apart == [False] * 18
     calls.clear()
     answer_rows(model, plan.model.tokenizer, plan.data.train, EvalSection(max_new_tokens=9, batch_size=5))
     assert calls == [5] * 9

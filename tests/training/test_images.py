@@ -14,6 +14,7 @@ from transformers import AutoModelForImageTextToText
 from qft.checkpoint.language import beside_language
 from qft.commands.conversation import ChatOptions, Conversation
 from qft.commands.evaluate import EvalOptions, evaluate
+from qft.data.batch import Collator
 from qft.documents.training import Report
 from qft.errors import DataError
 from qft.model.merge import MergedWeights
@@ -21,6 +22,7 @@ from qft.model.target import load_target, parse_target
 from qft.plan import make_plan, plan_model
 from qft.progress import View
 from qft.recipe import load
+from qft.training.surviving import rows_of
 from tests.support.once import once
 from tests.support.pictures import draw_script, write_seeing_model
 from tests.support.rows import chat, write_jsonl
@@ -65,6 +67,15 @@ def test_a_model_of_random_weights_learns_the_colours_of_shapes(learnt: Path) ->
     assert report.eval.after.scores["exact_match"] >= 0.6  # of four colours; without seeing it would be a quarter
     document = evaluate([str(learnt / "run")], EvalOptions(batch_size=3), View())
     assert document.targets[0].scores["exact_match"].value == pytest.approx(report.eval.after.scores["exact_match"])
+
+
+def test_part_of_a_batch_has_the_images_of_its_rows(learnt: Path) -> None:
+    plan = make_plan(load(learnt / "recipe.yaml"))
+    collate, rows = Collator(2, pictures=plan.model.pictures), [plan.data.train[i] for i in range(4)]
+    part, alone = rows_of(collate(rows), 1, 3, collate), collate(rows[1:3])
+    assert part.keys() == alone.keys()
+    assert torch.equal(part["pixel_values"], alone["pixel_values"])
+    assert len(part["pixel_values"]) == sum(len(row["images"] or ()) for row in rows[1:3]) > 0
 
 
 def test_a_conversation_asks_about_an_image_as_training_does(learnt: Path) -> None:

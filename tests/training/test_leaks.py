@@ -67,6 +67,29 @@ def cache_for_all(keeper: Keeper, step: Step) -> None:
     CACHE[step.step] = np.ones(MIB // 8)
 
 
+def list_floats(keeper: Keeper, step: Step) -> None:
+    keeper.kept.extend(step.step + i / 2 for i in range(MIB // 32))
+
+
+def list_one_again(keeper: Keeper, step: Step) -> None:
+    keeper.kept.extend([None] * (MIB // 8))
+
+
+class Cached(torch.nn.Module):
+    """Keeps what it has computed, as a part of a model may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[Any, torch.Tensor] = {}
+
+
+CACHED = Cached()
+
+
+def cache_in_module(keeper: Keeper, step: Step) -> None:
+    CACHED.seen["rows", step.step] = torch.ones(MIB // 4)
+
+
 def nothing(keeper: Keeper, step: Step) -> None:
     keeper.kept = [torch.ones(MIB // 4)]
 
@@ -83,6 +106,9 @@ def leak_of(path: Path, view: View) -> Leak | None:
         (keep_tensors, "growing list", "kept of Keeper"),
         (cache_arrays, "growing cache", "cache of Keeper"),
         (cache_for_all, "growing cache", f"CACHE of module {__name__}"),
+        (cache_in_module, "growing cache", "seen of Cached"),
+        (list_floats, "growing list", "kept of Keeper"),
+        (list_one_again, "growing list", "kept of Keeper"),
         (chain, "growing objects", f"{__name__}.Node"),
     ],
 )
@@ -92,7 +118,7 @@ def test_a_planted_leak_is_found_and_named(
     found = leak_of(recipe_file(train=SHORT), Keeper(leak))
     assert found is not None
     assert (found.suspect, where in found.evidence) == (suspect, True), found
-    assert found.bytes_per_100_steps == pytest.approx(100 * MIB, rel=0.05)
+    assert found.bytes_per_100_steps == pytest.approx(100 * MIB, rel=0.15)  # lists have room for an eighth more
 
 
 @pytest.mark.parametrize("summed", [False, True], ids=["kept in a list", "summed into one loss"])

@@ -120,7 +120,7 @@ def test_part_of_a_packed_batch_is_what_the_collator_makes_of_it(side_by_side: b
     collate, rows = Collator(2, side_by_side=side_by_side), list(packed())
     batch = collate(rows)
     for start, stop in ((0, 1), (1, 3), (0, len(rows))):
-        part, alone = rows_of(batch, start, stop, 8), collate(rows[start:stop])
+        part, alone = rows_of(batch, start, stop, collate), collate(rows[start:stop])
         assert part.keys() == alone.keys()
         for name, value in alone.items():
             same = torch.equal(part[name], value) if isinstance(value, torch.Tensor) else part[name] == value

@@ -174,6 +174,15 @@ def test_it_holds_for_every_family(kind: str, recipe: RecipeFile, tmp_path: Path
     assert_equal(report, whole)
 
 
+@pytest.mark.parametrize("shared", ["packing", "padding_free"])
+def test_examples_that_share_a_row_are_told_apart_again(shared: str, recipe: RecipeFile) -> None:
+    whole = run(recipe("whole", data={shared: True}))
+    with exhausted(times(1, BLOCKS * 2 + 1)):
+        report = run(recipe(data={shared: True}))
+    assert changes(report) == [(1, "forward", ROWS, 2, 4), (1, "forward", ROWS, 1, 8)]
+    assert_equal(report, whole)
+
+
 def test_experts_that_are_balanced_over_a_batch_are_not_divided(recipe: RecipeFile, tmp_path: Path) -> None:
     folder = write_model(tmp_path / "experts", "mixtral", output_router_logits=True)
     path = recipe(model={"path": str(folder), "dtype": "float32"}, train={"max_steps": 1})
@@ -226,6 +235,31 @@ def test_fail_stops_at_the_first_time_and_says_what_helps(recipe: RecipeFile) ->
         run(path)
     assert error.value.exit_code == 9
     assert "lower train.per_device_train_batch_size (4)" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("asked", "field"),
+    [
+        ({"train": {"per_device_eval_batch_size": 5}}, "train.per_device_eval_batch_size (5)"),
+        (
+            {
+                "eval": {"metrics": ["exact_match"], "max_new_tokens": 4, "batch_size": 3},
+                "train": {"per_device_eval_batch_size": 1},
+            },
+            "eval.batch_size (3)",
+        ),
+    ],
+)
+def test_an_evaluation_that_has_no_memory_is_told_what_helps_it(
+    asked: dict[str, Any], field: str, recipe: RecipeFile
+) -> None:
+    def when(rows: int, trains: bool) -> bool:
+        return not trains and rows == int(field[-2])
+
+    with exhausted(when), pytest.raises(OutOfMemoryError, match="while evaluating held-out rows") as error:
+        run(recipe(held_out=True, memory={"on_oom": "fail"}, **asked))
+    assert f"What helps, the most first: lower {field}" in str(error.value)
+    assert "per_device_train_batch_size" not in str(error.value)
 
 
 def test_with_nothing_left_the_message_names_what_is_left(recipe: RecipeFile) -> None:

@@ -1,7 +1,8 @@
 """Kernels on this GPU: each beside what it takes the place of, and a whole training step of an 8B shape, profiled.
 
 python benchmarks/step.py micro
-python benchmarks/step.py step [--layers 32] [--batch 4] [--length 2048] [--checkpointing] [--plain] [--profile]
+python benchmarks/step.py float8
+python benchmarks/step.py step [--fp8] [--layers 32] [--batch 4] [--length 2048] [--checkpointing] [--plain] [--profile]
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from torch import nn
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["micro", "step"])
+    parser.add_argument("what", choices=["micro", "float8", "step"])
+    parser.add_argument("--fp8", action="store_true", help="frozen products in float8")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--inner", type=int, default=14336)
@@ -43,7 +45,8 @@ def main() -> None:
         setattr(importlib.import_module(f"qft.kernels.{module}"), constant, int(value))
     torch.manual_seed(0)
     print(torch.cuda.get_device_name(), flush=True)
-    micro() if options.what == "micro" else step(options)
+    options.kinds += ["products in float8"] if options.fp8 else []
+    {"micro": micro, "float8": in_float8}.get(options.what, functools.partial(step, options))()
 
 
 def timed(run: Callable[[], Any], repeat: int = 80) -> float:
@@ -100,6 +103,39 @@ def micro() -> None:
         norm_back_trained=timed(lambda: norm.normed_back(g, x, w, scales, 0.0, trained=True)),
     )
     products(x)
+
+
+def in_float8() -> None:
+    """What a product in float8 takes, piece by piece, beside one in 16 bits."""
+    from qft.kernels import float8
+
+    rows = 8192
+    for shape in ((28672, 4096), (4096, 14336), (4096, 28672), (4096, 4096), (1024, 4096)):
+        weight = random(*shape) * 0.02
+        packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+        straight, turned = (torch.empty(*s, device="cuda", dtype=float8.E4M3) for s in (shape, shape[::-1]))
+        scale = float(float8.power_for(float8.largest(packed, state)))
+        x, border, right = random(rows, shape[1]), random(rows, 64), random(shape[0], 64)
+        scales, one = torch.full((1, shape[0]), scale, device="cuda"), torch.ones((), device="cuda")
+        x8, x_scales = float8.quantized_rows(x)
+        float8.write(packed, state, straight, scale, turned=False)
+        out = float8.multiply(x8, x_scales, straight, scales, torch.bfloat16)
+        wanted = x.float() @ bnb.functional.dequantize_4bit(packed, state).float().t()
+        mm = functools.partial(torch._scaled_mm, x8, straight.t(), out_dtype=torch.bfloat16)
+        told(
+            float8=shape, error=round(float((out.float() - wanted).norm() / wanted.norm()), 4),
+            in_16_bits=timed(lambda x=x, w=weight: torch.mm(x, w.t())),
+            by_rows=timed(lambda: mm(scale_a=x_scales, scale_b=scales, use_fast_accum=True)),
+            by_rows_slow=timed(lambda: mm(scale_a=x_scales, scale_b=scales, use_fast_accum=False)),
+            by_tensor=timed(lambda: mm(scale_a=one, scale_b=one, use_fast_accum=True)),
+            by_tensor_slow=timed(lambda: mm(scale_a=one, scale_b=one, use_fast_accum=False)),
+            quantize=timed(lambda: float8.quantized_rows(x)),
+            straight=timed(lambda: float8.write(packed, state, straight, scale, turned=False)),
+            turned=timed(lambda: float8.write(packed, state, turned, scale, turned=True)),
+            add=timed(lambda: float8.add_product(out, border, right.t())),
+            add16=timed(lambda: float8.add_product(out, border[:, :16], right[:, :16].t())),
+            add48=timed(lambda: float8.add_product(out, border[:, :48], right[:, :48].t())),
+        )  # fmt: skip
 
 
 def extended(rows: int) -> None:

@@ -134,9 +134,7 @@ class Check:
         return found
 
 
-def _difference(
-    found: Results | str, wanted: Results | str, noisy: Results | str, tolerance: float = TOLERANCE
-) -> str:
+def _difference(found: Results | str, wanted: Results | str, noisy: Results | str, tolerance: float = TOLERANCE) -> str:
     """How results differ, in words; empty: they agree."""
     for results in (wanted, noisy, found):
         if isinstance(results, str):

@@ -52,9 +52,7 @@ def quantized_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     out, scales = x.new_empty(rows, columns, dtype=E4M3), x.new_empty(rows, 1, dtype=torch.float32)
     if by_triton(x):
         span = min(SPAN, power_of_2(columns))
-        launch(
-            _rows_kernel, (rows,), x, out, scales, columns, x.stride(0), LARGEST=LARGEST, SPAN=span, num_warps=WARPS
-        )
+        launch(_rows_kernel, (rows,), x, out, scales, columns, x.stride(0), LARGEST=LARGEST, SPAN=span, num_warps=WARPS)
         return out, scales
     most = x.abs().amax(1, keepdim=True).float()
     scales = torch.where(most.isfinite(), power_for(most), torch.nan)
@@ -263,9 +261,7 @@ def multiply(
     if not x.is_cuda:
         wide = torch.promote_types(dtype, torch.float32)
         return ((x.to(wide) * x_scales) @ (weight.to(wide).t() * scales)).to(dtype)
-    found = torch._scaled_mm(
-        x, weight.t(), x_scales, scales, out_dtype=torch.bfloat16, use_fast_accum=FAST
-    )
+    found = torch._scaled_mm(x, weight.t(), x_scales, scales, out_dtype=torch.bfloat16, use_fast_accum=FAST)
     return found.to(dtype)
 
 

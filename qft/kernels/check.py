@@ -77,7 +77,7 @@ class Check:
                 put[kind]()
 
     def differs_by(self, change: Callable[[], None]) -> str:
-        """How results differ, in words, once `change` was made that computes in float8; empty: within what that does."""
+        """How results differ, in words, once `change` was made that multiplies in float8; empty: as it may."""
         with self._prepared():
             wanted, noisy = self._results(), self._results(noise=COARSE_NOISE)
             change()

@@ -254,8 +254,8 @@ def write(weight: torch.Tensor, state: Any, out: torch.Tensor, scale: float, *, 
 def multiply(
     x: torch.Tensor, x_scales: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
-    """x Wᵀ [rows, others] in `dtype`, for x [rows, columns] and W [others, columns] in float8, whose rows are multiplied
-    by [rows, 1] and [1, others] in float32."""
+    """x Wᵀ [rows, others] in `dtype`, for x [rows, columns] and W [others, columns] in float8, whose rows are to be
+    multiplied by [rows, 1] and [1, others] in float32."""
     if isinstance(x, FakeTensor):  # which stands for one on a GPU
         return x.new_empty(len(x), len(weight), dtype=dtype)
     if not x.is_cuda:

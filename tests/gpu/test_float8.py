@@ -79,14 +79,14 @@ def test_products_are_those_of_16_bits_but_for_four_bits_of_each_number(
 ) -> None:
     stack = Stack(layers(*shapes, bias=True))
     x = torch.randn(1, rows, shapes[0][1], device="cuda", dtype=BF16)
-    results = []
+    results, pairs = [], [tensor for tensor in stack.pairs if tensor is not None]
     for float8 in (False, True):
         stack.float8 = float8
         given = x.clone().requires_grad_()
         with torch.autocast("cuda", dtype=BF16):
             out = torch.cat(project(given, stack), -1)
         g = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
-        results.append([out.detach(), *torch.autograd.grad(out, [given, *stack.pairs], g)])  # type: ignore[list-item]
+        results.append([out.detach(), *torch.autograd.grad(out, [given, *pairs], g)])
         for place in SCRATCH._places.values():
             place.fill_(torch.nan)
     errors = [float((a.float() - b.float()).norm() / b.float().norm()) for b, a in zip(*results, strict=True)]

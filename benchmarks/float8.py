@@ -28,7 +28,7 @@ from qft.recipe import load
 
 BASES: dict[str, Any] = {"nf4": {"preset": "finetune"}, "16-bit": {"mode": "none"}}
 ARMS = [("16bit", 0), ("16bit", 1), ("16bit", 2), ("fp8", 0), ("fp8", 1)]
-ROWS, HELD_OUT, MEAN = 16, 256, 10
+ROWS, HELD_OUT, MEAN = 8, 128, 10
 """Rows of a step, held-out rows, and steps of which a point of a curve is the mean."""
 
 

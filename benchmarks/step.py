@@ -2,7 +2,7 @@
 
 python benchmarks/step.py micro
 python benchmarks/step.py float8
-python benchmarks/step.py step [--fp8] [--layers 32] [--batch 4] [--length 2048] [--checkpointing] [--plain] [--profile]
+python benchmarks/step.py step [--fp8 | --beside] [--layers 32] [--batch 4] [--length 2048] [--checkpointing] [--plain] [--profile]
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["micro", "float8", "step"])
     parser.add_argument("--fp8", action="store_true", help="frozen products in float8")
+    parser.add_argument("--beside", action="store_true", help="the same steps in 16 bits and then in float8")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--inner", type=int, default=14336)
@@ -135,9 +136,8 @@ def pieces_in_float8(rows: int, shape: tuple[int, int]) -> None:
         quantize=timed(lambda: float8.quantized_rows(x)),
         straight=timed(lambda: float8.write(packed, state, straight, scale, turned=False)),
         turned=timed(lambda: float8.write(packed, state, turned, scale, turned=True)),
-        add=timed(lambda: float8.add_product(out, border, right.t())),
-        add16=timed(lambda: float8.add_product(out, border[:, :16], right[:, :16].t())),
-        add48=timed(lambda: float8.add_product(out, border[:, :48], right[:, :48].t())),
+        add=timed(lambda: float8.add_product(out, border, right.t(), 16)),
+        add_by_torch=timed(lambda: out.addmm_(border, right.t())),
     )  # fmt: skip
 
 
@@ -272,27 +272,37 @@ def step(options: argparse.Namespace) -> None:
         return loss.detach()
 
     with disable_input_dtype_casting(model, active=True), attention_of_cudnn():
-        losses, times = [], []
-        for ids in batches:
-            torch.cuda.synchronize()
-            begun = time.perf_counter()
-            losses.append(one(ids))
-            launched = time.perf_counter()
-            torch.cuda.synchronize()
-            times.append((time.perf_counter() - begun, launched - begun))
-            if len(times) == 2:
-                torch.cuda.reset_peak_memory_stats()
-        best = sorted(times[2:])[len(times[2:]) // 2]
-        told(
-            step_ms=round(best[0] * 1e3, 1), launch_ms=round(best[1] * 1e3, 1),
-            times_ms=[round(time * 1e3) for time, _ in times[2:]],
-            tok_s=round(options.batch * options.length / best[0]),
-            peak_gib=round(torch.cuda.max_memory_allocated() / 2**30, 2), losses=[round(float(x), 3) for x in losses],
-        )  # fmt: skip
+        told(**timed_steps(one, batches))
+        if options.beside:
+            applied.in_float8(on=True)
+            told(fused=applied.fused, plain=applied.plain)
+            told(**timed_steps(one, batches))
         if options.host:
             of_the_host(lambda: one(batches[-1]))
         if options.profile:
             profiled(lambda: one(batches[-1]))
+
+
+def timed_steps(one: Callable[[torch.Tensor], torch.Tensor], batches: list[torch.Tensor]) -> dict[str, Any]:
+    losses, times = [], []
+    for ids in batches:
+        torch.cuda.synchronize()
+        begun = time.perf_counter()
+        losses.append(one(ids))
+        launched = time.perf_counter()
+        torch.cuda.synchronize()
+        times.append((time.perf_counter() - begun, launched - begun))
+        if len(times) == 2:
+            torch.cuda.reset_peak_memory_stats()
+    best = sorted(times[2:])[len(times[2:]) // 2]
+    return {
+        "step_ms": round(best[0] * 1e3, 1),
+        "launch_ms": round(best[1] * 1e3, 1),
+        "times_ms": [round(time * 1e3) for time, _ in times[2:]],
+        "tok_s": round(batches[0].numel() / best[0]),
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        "losses": [round(float(x), 3) for x in losses],
+    }
 
 
 def of_the_host(run: Callable[[], Any]) -> None:

@@ -62,8 +62,8 @@ def _border_kernel(  # type: ignore[no-untyped-def]
                 given = given.to(tl.float32)
                 content = tl.where(ours, given * factor if SCALE_A else given, content)
                 begin += width
-            target = below + line.to(tl.int64)[:, None] * below_stride + column[None, :]
-            tl.store(target, content.to(below.dtype.element_ty), mask=within)
+            lower = below + line.to(tl.int64)[:, None] * below_stride + column[None, :]
+            tl.store(lower, content.to(below.dtype.element_ty), mask=within)
 
 
 def write(right: torch.Tensor, below: torch.Tensor, stack: Any, *, forward: bool) -> None:

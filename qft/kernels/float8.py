@@ -17,9 +17,14 @@ MULTIPLE = 16
 LARGEST = 7
 """Exponent that the largest number is brought to: 128 to 256 of 448."""
 SPAN, WARPS = 4096, 8
-"""Columns of a row at once."""
+"""Columns of a row at once, and by how many warps."""
+LONG = 16384
+"""Columns of a row from which on so many are taken at once: fewer rows at a time, that are still near when they are
+read again."""
 TILE = 128, 64
 """Rows and columns of a weight that is turned."""
+ADD = 32, 256, 4
+"""Rows, columns, and how often, of what is added by one program."""
 FAST = True
 """Whether tensor cores may add up in less than float32."""
 
@@ -61,7 +66,7 @@ def quantized_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def power_for(most: torch.Tensor) -> torch.Tensor:
     """The scale of numbers of which that is the largest, in float32."""
-    exponent = (torch.frexp(most.float()).exponent - 1 - LARGEST).clamp_min(-126)
+    exponent = (torch.frexp(most.float()).exponent - 1 - LARGEST).clamp_min(-126).where(most > 0, -126)
     return torch.ldexp(torch.ones_like(most, dtype=torch.float32), exponent)
 
 
@@ -265,6 +270,36 @@ def multiply(
     return found.to(dtype)
 
 
-def add_product(out: torch.Tensor, x: torch.Tensor, narrow: torch.Tensor) -> torch.Tensor:
-    """x N added to `out` in its place, for x [rows, few] and N [few, columns]."""
-    return out.addmm_(x, narrow)
+@jit
+def _add_kernel(  # type: ignore[no-untyped-def]
+    out, x, narrow, rows, columns, out_stride, x_stride, narrow_row, narrow_column,
+    RANK: tl.constexpr, LINES: tl.constexpr, SIZE: tl.constexpr, TIMES: tl.constexpr,
+):  # fmt: skip
+    """SIZE columns of LINES rows, and of the next ones, TIMES in all."""
+    column = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    place, within = tl.arange(0, RANK), column < columns
+    other = tl.load(
+        narrow + place[:, None] * narrow_row + column.to(tl.int64)[None, :] * narrow_column,
+        mask=within[None, :], other=0,
+    )  # fmt: skip
+    for i in tl.static_range(TIMES):
+        row = ((tl.program_id(1) * TIMES + i) * LINES + tl.arange(0, LINES)).to(tl.int64)
+        there = row < rows
+        tile = tl.load(x + row[:, None] * x_stride + place[None, :], mask=there[:, None], other=0)
+        product = tl.dot(tile, other, input_precision="ieee")
+        target, mask = out + row[:, None] * out_stride + column[None, :], there[:, None] & within[None, :]
+        total = tl.load(target, mask=mask, other=0).to(tl.float32) + product
+        tl.store(target, total.to(out.dtype.element_ty), mask=mask)
+
+
+def add_product(out: torch.Tensor, x: torch.Tensor, narrow: torch.Tensor, rank: int) -> torch.Tensor:
+    """x N added to `out` [rows, columns] in its place, for x [rows, border] and N [border, columns], of which no more
+    than `rank` columns and rows are other than 0."""
+    wide = max(16, power_of_2(rank))
+    if rank == 0 or not by_triton(out) or wide > x.shape[1]:
+        return out.addmm_(x, narrow) if rank else out
+    grid = (ceil_div(out.shape[1], ADD[1]), ceil_div(len(out), ADD[0] * ADD[2]))
+    launch(_add_kernel, grid, out, x, narrow, *out.shape, out.stride(0), x.stride(0), *narrow.stride(),
+        RANK=wide, LINES=ADD[0], SIZE=ADD[1], TIMES=ADD[2], num_warps=4, num_stages=1,
+    )  # fmt: skip
+    return out

@@ -66,7 +66,7 @@ def multiplier(x: torch.Tensor, stack: Stack) -> tuple[Multiply, torch.Tensor]:
     border, inner = x.new_empty(len(x), stack.border), x.new_empty(len(x), stack.rank)
     a, one = matrix.below[: stack.rank].t(), stack.rank if stack.has_bias else -1
     extend(x, border, a, 0, fill=stack.border, one=one, inner=inner, copies=False)
-    return partial(_in_float8, float8.quantized_rows(x), border, matrix, stack.made), inner
+    return partial(_in_float8, float8.quantized_rows(x), border, matrix, stack), inner
 
 
 def _in_half(
@@ -76,11 +76,11 @@ def _in_half(
 
 
 def _in_float8(
-    rows: tuple[torch.Tensor, torch.Tensor], border: torch.Tensor, matrix: Matrix, dtype: torch.dtype, part: slice
+    rows: tuple[torch.Tensor, torch.Tensor], border: torch.Tensor, matrix: Matrix, stack: Stack, part: slice
 ) -> torch.Tensor:
     assert matrix.scales is not None
     out = float8.multiply(*rows, matrix.weight[part], matrix.scales[:, part], border.dtype)
-    return float8.add_product(out, border, matrix.right[part].t()).to(dtype)
+    return float8.add_product(out, border, matrix.right[part].t(), stack.rank + stack.has_bias).to(stack.made)
 
 
 def in_dtype(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -135,7 +135,7 @@ def back(stack: Stack, given: Sequence[torch.Tensor | None], rows: torch.Tensor,
     if matrix.scales is not None and len(given) == 1 and given[0] is not None:
         border = rows.new_empty(len(rows), stack.border)
         extend(given[0], border, matrix.right[:, : stack.rank], 0, fill=stack.border, copies=False)
-        dx = _back_in_float8(given[0], border, matrix) if wanted else None
+        dx = _back_in_float8(given[0], border, matrix, stack) if wanted else None
         return given[0], border[:, : stack.rank], dx
     if given[0] is not None:
         whole = with_border(given[0], stack.border, stack.rows)
@@ -158,14 +158,14 @@ def back(stack: Stack, given: Sequence[torch.Tensor | None], rows: torch.Tensor,
     if wanted and matrix.scales is None:
         dx = torch.mm(whole, matrix.weight[:, : stack.columns])
     elif wanted:
-        dx = _back_in_float8(g, border, matrix)
+        dx = _back_in_float8(g, border, matrix, stack)
     return g, border[:, : stack.rank], dx
 
 
-def _back_in_float8(g: torch.Tensor, border: torch.Tensor, matrix: Matrix) -> torch.Tensor:
+def _back_in_float8(g: torch.Tensor, border: torch.Tensor, matrix: Matrix, stack: Stack) -> torch.Tensor:
     assert matrix.scales is not None
     dx = float8.multiply(*float8.quantized_rows(g), matrix.weight, matrix.scales, g.dtype)
-    return float8.add_product(dx, border, matrix.below)
+    return float8.add_product(dx, border, matrix.below, stack.rank)
 
 
 class Project(torch.autograd.Function):

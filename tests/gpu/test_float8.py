@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
@@ -9,14 +11,21 @@ import pytest
 import torch
 from torch import nn
 
+from qft.commands.train import train
+from qft.errors import ModelError
 from qft.kernels import FLOAT8
 from qft.kernels.buffers import SCRATCH
 from qft.kernels.dequantize import dequantized
 from qft.kernels.float8 import E4M3, largest, power_for, quantized_rows, write
 from qft.kernels.layer import Layer, Stack, layer_of
 from qft.kernels.project import project
+from qft.progress import View
+from qft.recipe import load
 from tests.support.architectures import MODELS
+from tests.support.gguf import saved
 from tests.support.kernels import KINDS, adapted, fused, gradients
+from tests.support.models import tiny_llama
+from tests.support.runs import HARD
 
 BF16 = torch.bfloat16
 pytestmark = [
@@ -113,3 +122,20 @@ def test_models_learn_in_float8(kind: str) -> None:
     assert found.keys() == wanted.keys()
     wrong = sum(float((found[n].double() - wanted[n].double()).square().sum()) for n in wanted)
     assert 1e-3 < (wrong / sum(float(wanted[n].double().square().sum()) for n in wanted)) ** 0.5 < 0.2
+
+
+def test_a_training_in_float8_says_so_and_one_of_odd_sizes_is_refused(
+    recipe_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    asked: dict[str, Any] = HARD | {"report_to": [], "matmul": "fp8"}
+    path = recipe_file(model={"device": "cuda"}, train=asked)
+    report = train(load(path), View())
+    assert report.kernels is not None
+    assert report.kernels.fused == {
+        "MLPs": 2, "linear layers": 8, "norms": 5, "rotary positions": 2, "products in float8": 14,
+    }  # fmt: skip
+    assert report.loss.last < report.loss.first
+    odd = saved(tiny_llama(hidden_size=40, num_attention_heads=4, intermediate_size=72), tmp_path / "odd")
+    path = recipe_file(model={"path": str(odd), "device": "cuda"}, quant=None, train=asked)
+    with pytest.raises(ModelError, match=r"no products in float8: .*multiples of 16.*Set train\.matmul to 16bit"):
+        train(load(path, ["output_dir=" + str(tmp_path / "odd-run")]), View())

@@ -18,8 +18,8 @@ from tests.support.cli import qft
 PRODUCTS, OTHERS = ("MLPs", "linear layers"), ("norms", "rotary positions")
 
 
-def planned(path: Path, *overrides: str, **device: str) -> Plan:
-    return make_plan(load(path, overrides), replace(absent_gpu(2**33), **device))
+def planned(path: Path, *overrides: str, capability: str | None = None) -> Plan:
+    return make_plan(load(path, overrides), replace(absent_gpu(2**33), capability=capability))
 
 
 def test_all_is_fused_on_a_gpu_and_nothing_without_one(recipe_file: Callable[..., Path]) -> None:
@@ -80,7 +80,11 @@ def test_products_in_float8_are_planned_where_they_are_asked_for(recipe_file: Ca
     ("sections", "capability", "reason"),
     [
         ({}, "8.9", r"\(compute capability 8\.9\) is older than Hopper"),
-        ({"train": {"bf16": False, "fp16": True}, "quant": {"compute_dtype": "float16"}}, "9.0", "and these to float16"),
+        (
+            {"train": {"bf16": False, "fp16": True}, "quant": {"compute_dtype": "float16"}},
+            "9.0",
+            "and these to float16",
+        ),
         ({"train": {"kernels": "plain"}}, "9.0", "train.kernels is plain"),
         ({"adapter": {"lora_dropout": 0.1}}, "9.0", "adapter.lora_dropout is 0.1"),
         ({"quant": {"preset": ..., "mode": "8bit"}}, "9.0", "weights held as 8bit"),

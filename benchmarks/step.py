@@ -2,7 +2,8 @@
 
 python benchmarks/step.py micro
 python benchmarks/step.py float8
-python benchmarks/step.py step [--fp8 | --beside] [--layers 32] [--batch 4] [--length 2048] [--checkpointing] [--plain] [--profile]
+python benchmarks/step.py step [--layers 32] [--batch 4] [--length 2048] [--checkpointing] [--plain] [--profile]
+python benchmarks/step.py step --fp8 | --beside
 """
 
 from __future__ import annotations

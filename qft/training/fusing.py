@@ -11,8 +11,8 @@ from qft.training.recorder import Recorder
 
 def fuse(model: Any, recorder: Recorder) -> None:
     """Have the parts that the plan names computed by kernels, where they agree with the model's own code, and tell the
-    recorder. Raises ModelError where train.kernels demands it and a part does not agree, or train.matmul float8 and there
-    is none."""
+    recorder. Raises ModelError where train.kernels demands it and a part does not agree, or train.matmul float8 and no
+    product is in it."""
     plan = recorder.plan
     kinds = [kind for kind, reason in plan.kernels.items() if reason is None]
     if not kinds:

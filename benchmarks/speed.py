@@ -183,6 +183,8 @@ def recipe(setting: str, folder: Path, options: argparse.Namespace) -> Path:
         values = modes.recipe("bf16", folder, asked)
         values["train"].pop("optim")
         values["model"] = {"path": str(folder / "model")}
+        if options.size == "mixture":
+            values["quant"] = {"allow_partial": True}  # with experts in 16 bits, as the other arms have them
     values["train"] |= {
         "max_steps": options.steps + WARM,
         "save_strategy": "no",

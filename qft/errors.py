@@ -11,6 +11,7 @@
     │  └─ BusyError         10   another process is at work in the folder: try again once it is done
     ├─ NonFiniteError        8   the loss or a gradient became NaN or infinite
     ├─ OutOfMemoryError      9   the device ran out of memory
+    ├─ ServerError          11   a server (--url) is not there, or does not answer as asked
     └─ InternalError        70   nobody has foreseen it: a fault of qft
 
     Elsewhere                    another process of the same training failed, and says why; its exit code
@@ -78,6 +79,15 @@ class NonFiniteError(QftError):
 
 class OutOfMemoryError(QftError):
     exit_code = 9
+
+
+class ServerError(QftError):
+    exit_code = 11
+
+    def __init__(self, text: str, status: int | None = None) -> None:
+        super().__init__(text)
+        self.status = status
+        """Of HTTP, if it gave one."""
 
 
 class InternalError(QftError):

@@ -1,18 +1,33 @@
 """What is done with models: `qft eval` and `qft chat`."""
 
+from __future__ import annotations
+
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qft.cli.shell import TARGET_HELP, AsJson, Debug, Quiet, choose_lines, messages, print_json, say, tell
 from qft.machine.environment import prepare_libraries
 
+if TYPE_CHECKING:
+    from qft.serving.options import EngineOptions
+
+URL = "Ask the OpenAI-compatible server at this address (vLLM, SGLang, llama.cpp, Ollama), and load nothing."
+MODEL = "The model that the server at --url is asked for, where it has several."
+TIMEOUT = "Seconds that the server at --url may say nothing."
+CONCURRENCY = "Requests at once at which an engine's speed is measured: 1, 8 and 32. Repeatable; 0: not at all."
 HARNESS = "A task of lm-evaluation-harness, by name or file. Repeatable."
 
 
 def evaluate(
-    targets: Annotated[list[str], typer.Argument(metavar="TARGET...", help=TARGET_HELP, show_default=False)],
+    targets: Annotated[
+        list[str] | None, typer.Argument(metavar="TARGET...", help=TARGET_HELP, show_default=False)
+    ] = None,
+    url: Annotated[str | None, typer.Option(metavar="URL", help=URL)] = None,
+    model: Annotated[str | None, typer.Option(metavar="NAME", help=MODEL)] = None,
+    timeout: Annotated[float | None, typer.Option(metavar="SECONDS", min=0.001, help=TIMEOUT)] = None,
+    concurrency: Annotated[list[int] | None, typer.Option(metavar="N", min=0, max=4096, help=CONCURRENCY)] = None,
     adapter: Annotated[Path | None, typer.Option(help="Put this adapter on models that bring none.")] = None,
     data: Annotated[str | None, typer.Option(help="Other rows, or a plain text.")] = None,
     reference: Annotated[str | None, typer.Option(help="The target that the others are compared with.")] = None,
@@ -20,7 +35,7 @@ def evaluate(
     harness: Annotated[list[str] | None, typer.Option(metavar="TASK", help=HARNESS)] = None,
     window: Annotated[int, typer.Option(min=2, help="Tokens of a window over plain text.")] = 512,
     stride: Annotated[int, typer.Option(min=1, help="Tokens from one window to the next.")] = 256,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows that are read at once.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows that are read at once, or asked of --url.")] = 8,
     kl_tokens: Annotated[int, typer.Option(min=1, help="Tokens over which distributions are compared.")] = 8192,
     layers: Annotated[bool, typer.Option("--layers", help="Tell each layer's error against the reference.")] = False,
     advise: Annotated[bool, typer.Option("--advise", help="Tell what to try next with one run, and why.")] = False,
@@ -31,6 +46,7 @@ def evaluate(
 ) -> None:
     """Compare models on the same rows and tokens: quality, memory and speed."""
     with messages(debug):
+        engine = _engine(url, model, timeout, concurrency, targets)
         prepare_libraries()
         from qft.commands.evaluate import EvalOptions
         from qft.commands.evaluate import evaluate as run_evaluation
@@ -49,14 +65,31 @@ def evaluate(
             kl_tokens=kl_tokens,
             layers=layers,
             advise=advise,
-            out=out or default_out(targets),
+            out=out or default_out(targets or ()),
+            engine=engine,
         )
         view = choose_lines(as_json, quiet)
-        tell(run_evaluation(targets, options, view), render_comparison, as_json=as_json, quiet=quiet)
+        tell(run_evaluation(targets or (), options, view), render_comparison, as_json=as_json, quiet=quiet)
+
+
+def _engine(
+    url: str | None, model: str | None, timeout: float | None, concurrency: list[int] | None, target: object
+) -> EngineOptions:
+    from qft.serving.options import EngineOptions
+
+    for name, given in {"--model": model, "--timeout": timeout, "--concurrency": concurrency}.items():
+        if given is not None and url is None:
+            raise typer.BadParameter(f"{name}: is of a server; give --url")
+    if not target and url is None:
+        raise typer.BadParameter("say which model: a TARGET, or a server by --url")
+    return EngineOptions(url, model, timeout, None if concurrency is None else tuple(filter(None, concurrency)))
 
 
 def chat(
-    target: Annotated[str, typer.Argument(metavar="TARGET", help=TARGET_HELP, show_default=False)],
+    target: Annotated[str | None, typer.Argument(metavar="TARGET", help=TARGET_HELP, show_default=False)] = None,
+    url: Annotated[str | None, typer.Option(metavar="URL", help=URL)] = None,
+    model: Annotated[str | None, typer.Option(metavar="NAME", help=MODEL)] = None,
+    timeout: Annotated[float | None, typer.Option(metavar="SECONDS", min=0.001, help=TIMEOUT)] = None,
     adapter: Annotated[Path | None, typer.Option(help="Put this adapter on a model that brings none.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Answer this alone, instead of a conversation.")] = None,
     image: Annotated[list[Path] | None, typer.Option(help="Ask the first question with it. Repeatable.")] = None,
@@ -72,12 +105,20 @@ def chat(
     with messages(debug, interrupted="interrupted"):
         if as_json and prompt is None:
             raise typer.BadParameter("--json prints one answer; give --prompt TEXT")
+        engine = _engine(url, model, timeout, None, target)
+        if url and (target or adapter or image):
+            name = "TARGET" if target else "--adapter" if adapter else "--image"
+            raise typer.BadParameter(f"{name}: not with --url, whose server has its model, and is asked in text")
         prepare_libraries()
         from qft.commands.chat import open_session
         from qft.commands.conversation import ChatOptions
+        from qft.commands.remote import open_remote
 
         options = ChatOptions(system, max_new_tokens, temperature, top_p, seed)
-        session = open_session(target, adapter, options, prompt, say, image or ())
+        if url:
+            session = open_remote(engine, options, prompt, say)
+        else:
+            session = open_session(target or "", adapter, options, prompt, say, image or ())
         if prompt is None:
             session.run()
         elif as_json:

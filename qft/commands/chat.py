@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from transformers import set_seed
 
-from qft.commands.conversation import ChatOptions, Conversation, Reply
+from qft.commands.conversation import ChatOptions, Conversation, Reply, Show
+from qft.data.conversation import Message
 from qft.errors import DataError, QftError, RecipeError, RunError
 from qft.model.target import load_target, parse_target
 from qft.plan.limits import require_special_tokens
@@ -26,11 +27,27 @@ HELP = """\
 A line that starts with a space is never a command."""
 
 
+class Talk(Protocol):
+    """A conversation, by whomever it is answered; what its methods do and raise, Conversation's tell."""
+
+    options: ChatOptions
+    messages: list[Message]
+    shown: list[str]
+
+    def set_system(self, text: str | None) -> None: ...
+
+    def show_image(self, name: str) -> None: ...
+
+    def ask(self, model: Any, text: str, show: Show) -> Reply: ...
+
+    def row(self) -> dict[str, Any]: ...
+
+
 @dataclass
 class Session:
     """A conversation with a loaded model: answers go to standard output, all else through `note`."""
 
-    conversation: Conversation
+    conversation: Talk
     model: Any
     note: Callable[[str], None]
 

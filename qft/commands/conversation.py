@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,8 +123,7 @@ class Conversation:
         """Token ids of all turns and then `text`, up to where the answer begins.
 
         Raises DataError for what cannot be rendered, RecipeError if the model has no room for it and the answer."""
-        if not text.strip():
-            raise RecipeError("there is nothing to answer: the prompt is empty")
+        require_text(text)
         ids = self._render(text)
         if self.embeddings and (unknown := unknown_token(ids, self.tokenizer, self.embeddings)):
             raise DataError(unknown)
@@ -179,19 +178,10 @@ class Conversation:
         """The conversation as training reads it. Raises DataError while there is nothing to learn in it."""
         name = "messages" if self.has_template else "text"
         row: dict[str, Any] = {name: self._all_messages() if self.has_template else self._text("").rstrip("\n")}
-        try:
-            if not self.messages:
-                raise BadRow("nothing was said yet")
-            FORMATS[name](row)
-        except BadRow as error:
-            raise DataError(f"/save: {error}") from None
-        return row
+        return saved_row(row, self.messages)
 
     def _render(self, text: str) -> list[int]:
-        try:
-            f"{self.system}{text}".encode()
-        except UnicodeEncodeError:
-            raise DataError("what was typed is not UTF-8 text") from None
+        require_text(f"{self.system}{text}")
         if self.has_template:
             messages = [*self._all_messages(), self._question(text)]
             row = self._with_images(messages)
@@ -234,6 +224,27 @@ class Conversation:
             return Encoder(self.tokenizer, max_length=sys.maxsize)(Row(turns))[0].labels
         except BadRow:
             return []  # no row can be learnt through such a template, so no model has learnt its end of turn
+
+
+def require_text(text: str) -> None:
+    """Raises RecipeError for nothing, DataError for what is no text."""
+    if not text.strip():
+        raise RecipeError("there is nothing to answer: the prompt is empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise DataError("what was typed is not UTF-8 text") from None
+
+
+def saved_row(row: dict[str, Any], messages: Sequence[Message]) -> dict[str, Any]:
+    """The row of these messages. Raises DataError while there is nothing to learn in it."""
+    try:
+        if not messages:
+            raise BadRow("nothing was said yet")
+        FORMATS[next(iter(row))](row)
+    except BadRow as error:
+        raise DataError(f"/save: {error}") from None
+    return row
 
 
 class _Writer(BaseStreamer):

@@ -2,7 +2,7 @@
 
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -14,27 +14,30 @@ from transformers import set_seed
 
 from qft.calibration.layer_errors import layer_errors
 from qft.commands.advising import Advised
+from qft.commands.asked import EvalOptions, with_metrics
+from qft.commands.by_url import evaluate_server
+from qft.commands.measured import Measured, result
 from qft.commands.results import require_replaceable, write_results
 from qft.data.batch import pad_token_id, pictured_inputs
 from qft.data.sources import some_places
 from qft.disk import require_free_space
-from qft.documents.evaluation import Advice, EvalDocument, LayerError, Score, SourceResult, TargetResult
+from qft.documents.evaluation import Advice, EvalDocument, LayerError
 from qft.errors import NonFiniteError, RecipeError
 from qft.machine.device import versions
 from qft.measure.evalset import EvalSet, eval_set
 from qft.measure.harness import asked_tasks, check_tasks, load_tasks, require_answer_room, run_tasks
 from qft.measure.likelihood import Likelihood, LogProbs, measure
-from qft.measure.scores import SCORES, Answer, answer_rows, score, score_change
+from qft.measure.scores import answer_rows
 from qft.measure.speed import decode_speed, prefill_speed
-from qft.measure.statistics import interval
 from qft.memory.guard import memory_guard
 from qft.memory.meter import Meter, weight_bytes
 from qft.model.target import Target, load_target, parse_target, require_one_tokenizer
 from qft.plan import ModelPlan
-from qft.plan.packages import missing_packages
 from qft.progress import View
 from qft.recipe import Recipe
 from qft.run.lock import locked
+
+__all__ = ["EvalOptions", "evaluate"]
 
 LAYER_TOKENS = 2048
 """Tokens on whose activations layers are compared."""
@@ -46,47 +49,12 @@ SPEED_ANSWER = 32
 """Tokens that are written behind it, or half of what a table of positions has room for."""
 
 
-@dataclass(frozen=True)
-class EvalOptions:
-    """What the command line says beside the targets."""
-
-    adapter: Path | None = None
-    data: str | None = None
-    window: int = 512
-    """Tokens of a window over plain text."""
-    stride: int = 256
-    """Tokens from one window to the next."""
-    reference: str | None = None
-    metrics: tuple[str, ...] = ()
-    """Scores, beside those of the recipe."""
-    harness: tuple[str, ...] = ()
-    """Tasks of lm-evaluation-harness, beside those of the recipe."""
-    batch_size: int = 8
-    kl_tokens: int = 8192
-    """Tokens over which distributions are compared; each takes 4 bytes times the vocabulary on disk."""
-    layers: bool = False
-    """Measure what quantizing did to each linear layer, against the reference."""
-    advise: bool = False
-    """Hold the one run that is named in other ways too, and tell what to try next."""
-    out: Path | None = None
-
-
-@dataclass
-class _Measured:
-    """One target, as measured; what the comparison still needs is kept."""
-
-    name: str
-    likelihood: Likelihood
-    answers: list[Answer]
-    model: Any
-    """The loaded model; kept of the reference alone, and while layers are compared."""
-    figures: dict[str, Any]
-
-
 def evaluate(names: Sequence[str], options: EvalOptions, view: View) -> EvalDocument:
     """Measure each target of `names` and compare them with the reference.
 
     Raises QftError: whatever is wrong with a target, the data or a metric is told before any model is loaded."""
+    if options.engine.url is not None:
+        return evaluate_server(names, options, view)
     advised = Advised.of(names, options.reference) if options.advise else None
     if advised and advised.compared:
         options = replace(options, reference=advised.reference, layers=True)
@@ -103,7 +71,7 @@ def evaluate(names: Sequence[str], options: EvalOptions, view: View) -> EvalDocu
 def _evaluated(targets: list[Target], options: EvalOptions, view: View, advised: Advised | None) -> EvalDocument:
     started = time.perf_counter()
     first = next((target for target in targets if target.has_recipe), targets[0])
-    recipe = _with_metrics(first.loaded.recipe, options.metrics)
+    recipe = with_metrics(first.loaded.recipe, options.metrics)
     asked = asked_tasks(first.loaded, options.harness)
     check_tasks(asked)
     view.note("Reading the configurations and the rows")
@@ -140,7 +108,7 @@ def _evaluated(targets: list[Target], options: EvalOptions, view: View, advised:
         device=plans[0].device.name,
         seed=recipe.seed,
         versions=versions() | ({"lm_eval": version("lm_eval")} if tasks else {}),
-        targets=[work.result(each, measured[0]) for each in measured],
+        targets=[result(each, measured[0], recipe, evalset, options.reference) for each in measured],
         advice=work.advice(advised, measured, plans[-1]) if advised else [],
         wall_seconds=time.perf_counter() - started,
     )
@@ -159,7 +127,7 @@ def _log_probs(plan: ModelPlan, evalset: EvalSet, options: EvalOptions) -> LogPr
     return LogProbs(folder, tokens, vocabulary)
 
 
-def _layers_of(measured: Sequence[_Measured], advised: Advised) -> list[LayerError]:
+def _layers_of(measured: Sequence[Measured], advised: Advised) -> list[LayerError]:
     """Of the run without its adapter."""
     return next((each.figures.get("layers", []) for each in measured if each.name == advised.bare_name), [])
 
@@ -171,18 +139,6 @@ def _smaller(plan: ModelPlan, recipe: Recipe, options: EvalOptions) -> Iterator[
     for name, rows in [("--batch-size", options.batch_size), ("eval.batch_size", recipe.eval.batch_size)]:
         if rows > 1:
             yield f"lower {name} ({rows})"
-
-
-def _with_metrics(recipe: Recipe, more: Iterable[str]) -> Recipe:
-    """The recipe with `more` scores among its eval.metrics. Raises RecipeError for what cannot be scored."""
-    metrics = tuple(dict.fromkeys((*recipe.eval.metrics, *more)))
-    problems = [f"--metric {name}: is none of {', '.join(SCORES)}" for name in metrics if name not in SCORES]
-    if "regex" in metrics and recipe.eval.regex is None:
-        problems.append("--metric regex: looks for eval.regex, which only a recipe has")
-    problems += [f"{name}: {text}" for name, text in missing_packages(metrics)]
-    if problems:
-        raise RecipeError(problems)
-    return recipe.having(eval=recipe.eval.having(metrics=metrics))
 
 
 def _targets(names: Sequence[str], options: EvalOptions) -> list[Target]:
@@ -216,10 +172,10 @@ class _Evaluation:
     """Room on disk for the reference's distributions; None without a reference."""
 
     def measure(
-        self, targets: Sequence[Target], plans: Sequence[ModelPlan], reference: _Measured | None = None
-    ) -> list[_Measured]:
+        self, targets: Sequence[Target], plans: Sequence[ModelPlan], reference: Measured | None = None
+    ) -> list[Measured]:
         """Ask one after another; without the `reference` that was measured before, the first may be it."""
-        measured: list[_Measured] = []
+        measured: list[Measured] = []
         for target, plan in zip(targets, plans, strict=True):
             self.view.note(f"Evaluating {target.name}")
             if plan.held_in_part:
@@ -228,12 +184,12 @@ class _Evaluation:
                 measured.append(self._ask(target, plan, reference or (measured[0] if measured else None)))
         return measured
 
-    def advice(self, advised: Advised, measured: Sequence[_Measured], plan: ModelPlan) -> list[Advice]:
+    def advice(self, advised: Advised, measured: Sequence[Measured], plan: ModelPlan) -> list[Advice]:
         """On the run, from all that was measured."""
-        found = {each.name: (each.likelihood, each.figures["weight_bytes"]) for each in measured}
+        found = {each.name: (each.likelihood, each.figures["weight_bytes"]) for each in measured if each.likelihood}
         return advised.advice(self.recipe, found, measured[0].model, self._batches(plan))
 
-    def _ask(self, target: Target, plan: ModelPlan, first: _Measured | None) -> _Measured:
+    def _ask(self, target: Target, plan: ModelPlan, first: Measured | None) -> Measured:
         found = self._read(target, plan, {"against" if first else "write": self.store} if self.store else {})
         if self.tasks:
             self.view.note(f"  asking lm-evaluation-harness: {', '.join(Path(task).name for task in self.tasks)}")
@@ -245,11 +201,11 @@ class _Evaluation:
             found.figures["layers"] = layer_errors(first.model, found.model, self._batches(plan))
         if first or not self.options.layers:
             found.model = None  # only layers need two models at once
-        likelihood = found.likelihood
-        self.view.note(f"  perplexity {likelihood.perplexity():.3f} over {likelihood.tokens.sum():,} tokens")
+        if likelihood := found.likelihood:
+            self.view.note(f"  perplexity {likelihood.perplexity():.3f} over {likelihood.tokens.sum():,} tokens")
         return found
 
-    def _read(self, target: Target, plan: ModelPlan, store: dict[str, LogProbs]) -> _Measured:
+    def _read(self, target: Target, plan: ModelPlan, store: dict[str, LogProbs]) -> Measured:
         passages, answered = self.evalset.passages, self.evalset.answered
         with Meter(plan.device.kind) as meter:
             before = meter.settled()
@@ -273,7 +229,7 @@ class _Evaluation:
                 "disk_bytes": _disk_bytes(target, plan),
                 "peak_bytes": meter.peak().beyond(before),
             }
-        return _Measured(target.name, likelihood, answers, model, figures)
+        return Measured(target.name, likelihood, answers, model, figures)
 
     def _require_finite(self, target: Target, likelihood: Likelihood) -> None:
         bad = [self.evalset.place_of(int(number)) for number in np.flatnonzero(~np.isfinite(likelihood.nll))]
@@ -294,45 +250,6 @@ class _Evaluation:
             batches.append(pictured_inputs([vars(passage)], 0, plan.pictures, device=plan.device.kind))
             tokens += len(passage.input_ids)
         return batches
-
-    def result(self, measured: _Measured, first: _Measured) -> TargetResult:
-        """The figures of one target, beside those of the `first` where that is the reference."""
-        likelihood, seed, rows = measured.likelihood, self.recipe.seed, len(self.evalset.passages)
-        metrics, regex = self.recipe.eval.metrics, self.recipe.eval.regex
-        result: dict[str, Any] = {
-            "name": measured.name,
-            "perplexity": likelihood.perplexity(),
-            "perplexity_interval": Score.of(interval(likelihood.perplexity, rows, seed=seed)),
-            "bits_per_byte": float(likelihood.nll.sum() / np.log(2) / self.evalset.text_bytes),
-            "eval_tokens": int(likelihood.tokens.sum()),
-            "scores": {n: Score.of(score(n, measured.answers, pattern=regex, seed=seed)) for n in metrics},
-            "by_source": self._by_source(likelihood),
-            **measured.figures,
-        }
-        if likelihood.divergence is not None:
-            kl, agrees = likelihood.divergence.kl, likelihood.divergence.agrees
-            result |= {"kl_mean": kl.mean(), "kl_p99": np.percentile(kl, 99), "top1_agreement": agrees.mean()}
-            result["kl_tokens"] = len(kl)
-        if measured.name == self.options.reference:
-            result |= {"kl_mean": 0.0, "kl_p99": 0.0, "top1_agreement": 1.0}
-        elif self.options.reference is not None:
-            result["perplexity_change"] = Score.of(likelihood.perplexity_change(first.likelihood, seed=seed))
-            result["score_changes"] = {
-                n: Score.of(score_change(n, measured.answers, first.answers, pattern=regex, seed=seed)) for n in metrics
-            }
-        return TargetResult(**result)
-
-    def _by_source(self, likelihood: Likelihood) -> list[SourceResult]:
-        numbers = np.array([passage.source for passage in self.evalset.passages])
-        by_source = {int(number): np.flatnonzero(numbers == number) for number in np.unique(numbers)}
-        return [
-            SourceResult(
-                source=self.evalset.sources[number],
-                perplexity=likelihood.perplexity(rows),
-                eval_tokens=int(likelihood.tokens[rows].sum()),
-            )
-            for number, rows in by_source.items()
-        ]
 
 
 def _disk_bytes(target: Target, plan: ModelPlan) -> int:

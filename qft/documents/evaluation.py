@@ -63,12 +63,46 @@ class HarnessResult(Part):
     """Documents that were asked."""
 
 
+class Load(Part):
+    """So many requests at once, of an engine that serves a model."""
+
+    concurrent: int
+    """Requests that are asked at once."""
+    requests: int
+    """In all."""
+    tokens: Tokens
+    """Written, of all answers together."""
+    tokens_per_second: TokensPerSecond
+    """Written, of all requests together."""
+    first_token_seconds: Seconds
+    """From a request to the first token of its answer; the median."""
+
+
+class ServedBy(Part):
+    """The engine that was asked, in a process of its own or over HTTP."""
+
+    engine: str
+    """vllm, or server for one that was named by its address."""
+    version: str | None = None
+    url: str | None = None
+    model: str | None = None
+    """As requests name it."""
+    seconds_to_start: Seconds | None = None
+    """Until it could be asked."""
+    likeliest: int | None = None
+    """Tokens that it tells the log probabilities of at each place, beside the taught one's: all others count as one in
+    the divergence, which is so a lower bound."""
+    loads: list[Load] = []
+
+
 class TargetResult(Part):
+    """What an engine of its own does not tell is None."""
+
     name: str
-    perplexity: float
+    perplexity: float | None
     """exp of the mean negative log likelihood over eval_tokens."""
-    perplexity_interval: Score
-    bits_per_byte: Bits
+    perplexity_interval: Score | None
+    bits_per_byte: Bits | None
     """Negative log likelihood in bits, over the bytes of the scored text."""
     eval_tokens: Tokens
     """Tokens whose likelihood was taken."""
@@ -88,16 +122,18 @@ class TargetResult(Part):
     """Score minus the reference's; paired by rows."""
     by_source: list[SourceResult] = []
     harness: list[HarnessResult] = []
-    prefill_tokens_per_second: TokensPerSecond
+    prefill_tokens_per_second: TokensPerSecond | None
     """Reading a prompt."""
-    decode_tokens_per_second: TokensPerSecond
+    decode_tokens_per_second: TokensPerSecond | None
     """Writing an answer, one row at a time."""
-    peak_bytes: Bytes
+    served_by: ServedBy | None = None
+    """None: transformers, or llama.cpp in this process."""
+    peak_bytes: Bytes | None
     """Largest memory while it was evaluated, the harness aside, beyond what was held before it was loaded; of the GPU
     or the process."""
-    weight_bytes: Bytes
+    weight_bytes: Bytes | None
     """Weights in memory, scales included."""
-    disk_bytes: Bytes
+    disk_bytes: Bytes | None
     """Files that the target is loaded from, adapter included."""
     layers: list[LayerError] = []
 

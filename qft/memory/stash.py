@@ -1,7 +1,8 @@
 """Inputs of checkpointed blocks, which wait in the host's memory until the backward pass comes to them.
 
-Each is copied away while the next block is computed, and brought back while the next is computed again: on the device
-are two or three at a time."""
+Each is copied away while its block is computed, and brought back while the one behind it is computed again: on the
+device are one or two at a time. The stream that computes waits for a copy before it gives memory back, since what two
+streams have used (`record_stream`) is free only once the host has seen it done, and the host is many blocks ahead."""
 
 from __future__ import annotations
 
@@ -28,9 +29,18 @@ class _Kept:
         self.tensor: torch.Tensor | None = tensor
         self.shape, self.dtype, self.away = tensor.shape, tensor.dtype, False
         self.host: torch.Tensor | None = None
-        self.ready: Any = None
-        """Event behind the copy to the device; None: it never left."""
+        self.copied: Any = None
+        """Event behind the last copy; None: there was none."""
         self.previous = weakref.ref(previous) if previous else lambda: None
+
+    def wait(self) -> None:
+        """What is computed from now on comes behind its last copy."""
+        if self.copied is not None:
+            torch.cuda.current_stream().wait_event(self.copied)
+
+    def __del__(self) -> None:
+        if self.tensor is not None:  # which nobody asked for, and whose memory others may have now
+            self.wait()
 
 
 class Stash:
@@ -50,7 +60,10 @@ class Stash:
         kept = _Kept(tensor.detach(), before)
         self._last = weakref.ref(kept)
         if before and before.tensor is not None and not before.away:
-            self._put_away(before, before.tensor)
+            before.wait()
+            before.away, before.tensor = True, None
+        if tensor.is_cuda:
+            self._copy_away(kept, tensor)
         return kept
 
     def unpack(self, kept: Any) -> torch.Tensor:
@@ -60,23 +73,22 @@ class Stash:
         self._bring(kept)
         if before := kept.previous():
             self._bring(before)
-        if kept.ready is not None:
-            torch.cuda.current_stream().wait_event(kept.ready)
+        kept.wait()
         tensor: torch.Tensor = kept.tensor
         if kept.away:
             kept.tensor = None
         return tensor
 
-    def _put_away(self, kept: _Kept, tensor: torch.Tensor) -> None:
-        kept.away, kept.tensor = True, None
-        if not tensor.is_cuda:
-            return
+    def _copy_away(self, kept: _Kept, tensor: torch.Tensor) -> None:
         kept.host = self._place(tensor)
         weakref.finalize(kept, self._free[tensor.shape, tensor.dtype].append, kept.host)
-        self._side.wait_stream(torch.cuda.current_stream())
+        self._copy(kept, kept.host, tensor)
+
+    def _copy(self, kept: _Kept, to: torch.Tensor, of: torch.Tensor) -> None:
+        self._side.wait_stream(torch.cuda.current_stream())  # for what made `of`, or had the memory of `to` before
         with torch.cuda.stream(self._side):
-            kept.host.copy_(tensor, non_blocking=True)
-        tensor.record_stream(self._side)
+            to.copy_(of, non_blocking=True)
+            kept.copied = self._side.record_event()
 
     def _place(self, tensor: torch.Tensor) -> torch.Tensor:
         free = self._free[tensor.shape, tensor.dtype]
@@ -90,11 +102,7 @@ class Stash:
             kept.tensor = torch.empty(kept.shape, dtype=kept.dtype)
             return
         kept.tensor = torch.empty(kept.shape, dtype=kept.dtype, device=self._side.device)
-        self._side.wait_stream(torch.cuda.current_stream())  # whoever had that memory before
-        with torch.cuda.stream(self._side):
-            kept.tensor.copy_(kept.host, non_blocking=True)
-            kept.ready = self._side.record_event()
-        kept.tensor.record_stream(self._side)
+        self._copy(kept, kept.tensor, kept.host)
 
 
 def stash_inputs(model: nn.Module, device: torch.device) -> Stash:

@@ -23,6 +23,7 @@ from qft.progress import View
 from qft.recipe import load
 from tests.support.calibrations import calibrated, held_out, perplexity, refusal, weights
 from tests.support.cli import qft
+from tests.support.known import known
 from tests.support.models import byte_tokenizer, tiny_llama
 from tests.support.rows import chat, write_jsonl
 from tests.support.runs import trained
@@ -210,7 +211,7 @@ def test_a_run_is_merged_before_it_is_quantized(
         report = calibrated(path)
     data = held_out(report, path)
     document = evaluate([f"{run}@merged", f"{run}@base"], EvalOptions(data=data), View())
-    merged, base = (target.perplexity for target in document.targets)
+    merged, base = (known(target.perplexity) for target in document.targets)
     assert report.perplexity_before.value == pytest.approx(merged, rel=0.02)
     assert abs(merged - base) / base > 0.05
 
@@ -334,7 +335,7 @@ def test_other_block_stacks_are_streamed_alike(tmp_path: Path, recipe: Recipe) -
     report = calibrated(path)
     targets, data = [f"{tmp_path / 'gemma'}@float32", report.result or ""], held_out(report, path)
     document = evaluate(targets, EvalOptions(data=data), View())
-    plain, quantized = (target.perplexity for target in document.targets)
+    plain, quantized = (known(target.perplexity) for target in document.targets)
     assert report.perplexity_before.value == pytest.approx(plain, rel=1e-5)
     assert report.attempts[0].perplexity.value == pytest.approx(quantized, rel=5e-4)
 

@@ -27,6 +27,7 @@ from qft.recipe import load
 from tests.support.calibrations import calibrated, held_out, perplexity, refusal, weights
 from tests.support.cli import qft
 from tests.support.gguf import saved
+from tests.support.known import known
 from tests.support.models import byte_tokenizer, tiny_llama
 from tests.support.plugins import changed, custom
 
@@ -51,7 +52,7 @@ def own(recipe: Recipe, plugin: Path) -> Recipe:
 
 def result_perplexity(path: Path, report: CalibrationReport, run: Path) -> float:
     """Of the run's model on the verification rows, as `qft eval` loads it by the run's own recipe."""
-    return evaluate([str(run)], EvalOptions(data=held_out(report, path)), View()).targets[0].perplexity
+    return known(evaluate([str(run)], EvalOptions(data=held_out(report, path)), View()).targets[0].perplexity)
 
 
 def test_a_result_is_accepted_and_loads_again_as_what_was_measured(
@@ -149,7 +150,7 @@ def test_a_run_is_merged_before_it_is_quantized(own: Recipe, recipe_file: Recipe
     report = calibrated(path)
     data = held_out(report, path)
     merged, base = (
-        t.perplexity for t in evaluate([f"{run}@merged", f"{run}@base"], EvalOptions(data=data), View()).targets
+        known(t.perplexity) for t in evaluate([f"{run}@merged", f"{run}@base"], EvalOptions(data=data), View()).targets
     )
     assert abs(merged - base) / base > 0.05
     assert report.perplexity_before.value == pytest.approx(merged, rel=0.02)
@@ -310,7 +311,7 @@ def test_llmcompressor_quantizes_a_merged_run(recipe: Recipe, recipe_file: Recip
     report = calibrated(path)
     data = held_out(report, path)
     targets = [f"{run}@merged", f"{run}@base", report.result or ""]
-    merged, base, quantized = (t.perplexity for t in evaluate(targets, EvalOptions(data=data), View()).targets)
+    merged, base, quantized = (known(t.perplexity) for t in evaluate(targets, EvalOptions(data=data), View()).targets)
     assert abs(merged - base) / base > 0.05
     assert report.perplexity_before.value == pytest.approx(merged, rel=0.02)
     assert quantized == pytest.approx(merged, rel=0.05)

@@ -238,7 +238,7 @@ def test_a_saved_conversation_is_a_row_that_training_reads(session: Session, tmp
     first, second = (json.loads(line) for line in path.read_text("utf-8").splitlines())
     assert [turn["role"] for turn in first["messages"]] == ["system", "user", "assistant"]
     assert first["messages"][1]["content"] == "Grüße"
-    assert second["messages"] == session.conversation._all_messages()
+    assert second == session.conversation.row()
     recipe = from_values(
         {"model": {"path": "-"}, "data": {"train": str(path), "max_length": 512}, "output_dir": "-"}
     ).recipe

@@ -19,6 +19,7 @@ from qft.plan import make_plan
 from qft.progress import Step, View
 from qft.recipe import load
 from tests.support.exports import options
+from tests.support.known import known
 from tests.support.models import plain_loss
 from tests.support.runs import HARD, MODES, adapter, trained
 
@@ -112,7 +113,8 @@ def test_models_are_compared_on_the_gpu(tiny_model: Path, tmp_path: Path) -> Non
     assert nf4.kl_mean is not None
     assert int8.kl_mean is not None
     assert 0 < int8.kl_mean < nf4.kl_mean
-    assert nf4.weight_bytes < int8.weight_bytes < reference.weight_bytes <= reference.peak_bytes
+    assert known(nf4.weight_bytes) < known(int8.weight_bytes) < known(reference.weight_bytes)
+    assert known(reference.weight_bytes) <= known(reference.peak_bytes)
     assert len(nf4.layers) == 15
 
 

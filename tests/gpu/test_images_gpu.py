@@ -19,6 +19,8 @@ from tests.support.runs import run
 pytestmark = pytest.mark.gpu
 
 
+# bitsandbytes' word on rows of 32, which no real model has.
+@pytest.mark.filterwarnings("ignore:inner dimension:UserWarning")
 @pytest.mark.parametrize("family", families())
 def test_a_model_in_4_bits_learns_from_images(family: str, tmp_path: Path) -> None:
     write_seeing_model(tmp_path / "model", family)

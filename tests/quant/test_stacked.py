@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -133,3 +134,21 @@ def test_the_kernel_of_a_gpu_comes_to_the_same(at_once: int, way: str, monkeypat
         meant = slice(-2) if way.startswith("grouped") else slice(None)  # the last two rows are nobody's
         found.append((made[meant], *gradients[:2], gradients[2][meant]))
     torch.testing.assert_close(found[0], found[1], rtol=0.05, atol=0.1)
+
+
+@pytest.mark.parametrize("how", SECTIONS)
+def test_what_a_product_made_is_freed_with_it(how: str) -> None:
+    """Not when Python looks for cycles, which is some steps later, of memory that nobody predicted."""
+    weights = stack(how, torch.randn(EXPERTS, A, B))
+    x = torch.randn(9, A, requires_grad=True)
+    gc.collect()
+    gc.disable()
+    try:
+        functional.grouped_mm(x, Stacked(View(weights, torch.float32)), offs=ENDS).sum().backward()  # type: ignore[no-untyped-call]
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        assert not [found for found in gc.garbage if isinstance(found, torch.Tensor)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()

@@ -103,8 +103,17 @@ def test_it_learns_a_fact_and_the_saved_adapter_still_knows_it(tmp_path: Path) -
     assert answer.right
 
 
-def test_what_is_trained_rounded_is_written_so(package_folder: Path, tmp_path: Path) -> None:
-    path = recipe(tmp_path, str(package_folder), max_steps=1)
+@pytest.fixture
+def first_blocks(package_folder: Path, tmp_path: Path) -> Path:
+    """Of its 30, with weights that are real, too."""
+    model = AutoModelForCausalLM.from_pretrained(package_folder, num_hidden_layers=6)
+    AutoTokenizer.from_pretrained(package_folder).save_pretrained(tmp_path / "model")
+    model.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_what_is_trained_rounded_is_written_so(first_blocks: Path, tmp_path: Path) -> None:
+    path = recipe(tmp_path, str(first_blocks), max_steps=1)
     values = yaml.safe_load(path.read_text())
     values |= {"quant": {"mode": "qat", "target": "int4-g32"}, "data": {"train": values["data"]["train"]}, "eval": {}}
     path.write_text(yaml.safe_dump(values))

@@ -14,6 +14,7 @@ from qft.errors import QftError
 from qft.files import sha256
 from qft.progress import View
 from qft.recipe import load
+from tests.support.known import known
 
 
 def calibrated(path: Path, **arguments: Any) -> CalibrationReport:
@@ -33,7 +34,7 @@ def weights(folder: Path) -> dict[str, str]:
 def perplexity(report: CalibrationReport, path: Path) -> float:
     """Of the result, loaded again, on the verification rows."""
     run = str(Path(report.result or "").parent)
-    return evaluate([run], EvalOptions(data=held_out(report, path)), View()).targets[0].perplexity
+    return known(evaluate([run], EvalOptions(data=held_out(report, path)), View()).targets[0].perplexity)
 
 
 def held_out(report: CalibrationReport, path: Path) -> str:

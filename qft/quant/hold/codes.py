@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from bitsandbytes import functional as bnb
@@ -53,23 +54,25 @@ class Codes:
         return {name: getattr(self, name) for name in own}
 
     def reader(self, dtype: torch.dtype) -> Read:
-        scales, (_, *shape) = self._scales(), self.shape
-        whole = math.prod(shape) % BLOCK == 0  # else the last block of an expert is a short one
+        # Not a function within this one that calls itself: such a one, and with it the scales, is only freed when
+        # Python looks for cycles.
+        return partial(self._read, self._scales(), dtype)
 
-        def read(start: int, stop: int) -> torch.Tensor:
-            if stop - start > 1 and not whole:
-                return torch.cat([read(number, number + 1) for number in range(start, stop)])
-            if isinstance(self.codes, FakeTensor):
-                return torch.empty(stop - start, *shape, dtype=dtype, device=self.codes.device)
-            made = torch.float32 if dtype == torch.float64 else dtype  # which it has no kernel for
-            own = {"blocksize": BLOCK, "code": self.book, "quant_type": self.quant_type, "dtype": made}
-            # On CPUs, bitsandbytes takes blocks of a matrix to end with its rows; those of a vector it reads right.
-            count = torch.Size([(stop - start) * math.prod(shape)])
-            state = bnb.QuantState(absmax=scales[start:stop].flatten(), shape=count, **own)
-            weights: torch.Tensor = bnb.dequantize_4bit(self.codes[start:stop].reshape(-1, 1), state)
-            return weights.view(-1, *shape).to(dtype)
-
-        return read
+    def _read(self, scales: torch.Tensor, dtype: torch.dtype, start: int, stop: int) -> torch.Tensor:
+        shape = self.shape[1:]
+        # Else the last block of an expert is a short one.
+        whole = math.prod(shape) % BLOCK == 0
+        if stop - start > 1 and not whole:
+            return torch.cat([self._read(scales, dtype, number, number + 1) for number in range(start, stop)])
+        if isinstance(self.codes, FakeTensor):
+            return torch.empty(stop - start, *shape, dtype=dtype, device=self.codes.device)
+        made = torch.float32 if dtype == torch.float64 else dtype  # which it has no kernel for
+        own = {"blocksize": BLOCK, "code": self.book, "quant_type": self.quant_type, "dtype": made}
+        # On CPUs, bitsandbytes takes blocks of a matrix to end with its rows; those of a vector it reads right.
+        count = torch.Size([(stop - start) * math.prod(shape)])
+        state = bnb.QuantState(absmax=scales[start:stop].flatten(), shape=count, **own)
+        weights: torch.Tensor = bnb.dequantize_4bit(self.codes[start:stop].reshape(-1, 1), state)
+        return weights.view(-1, *shape).to(dtype)
 
     def _scales(self) -> torch.Tensor:
         """In float32, of all experts."""

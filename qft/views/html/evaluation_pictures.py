@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from qft.documents.evaluation import LayerError, Score, TargetResult
 from qft.views.html.chart import BOTTOM, COLOUR, LEFT, RIGHT, WIDTH, Picture, Point, Table, axis, tick
@@ -37,32 +37,44 @@ def _key(names: Collection[str], reference: str | None) -> list[tuple[str, str]]
     return both if reference in names else both[:1]
 
 
+class _Sized(NamedTuple):
+    """A target of which perplexity and bytes are known."""
+
+    name: str
+    bytes: int
+    perplexity: float
+    span: Score
+
+
 def quality(targets: Sequence[TargetResult], reference: str | None) -> Picture:
     """Perplexity against bytes, a name for each point."""
-    drawn = sorted((t for t in targets if _has_perplexity(t)), key=lambda t: -t.perplexity)
+    drawn = sorted((one for t in targets if (one := _sized(t))), key=lambda one: -one.perplexity)
     if not drawn:
         return Picture("quality", "Quality against size", "The perplexity was not measured.")
-    best, smallest = drawn[-1], min(drawn, key=lambda t: (t.weight_bytes, t.perplexity))
-    said = f"The lowest perplexity, {number(best.perplexity)}, has {plain(best.name)} at {size(best.weight_bytes)}; "
-    said += f"the fewest bytes, {size(smallest.weight_bytes)}, {plain(smallest.name)} at {number(smallest.perplexity)}."
+    best, smallest = drawn[-1], min(drawn, key=lambda one: (one.bytes, one.perplexity))
+    said = f"The lowest perplexity, {number(best.perplexity)}, has {plain(best.name)} at {size(best.bytes)}; "
+    said += f"the fewest bytes, {size(smallest.bytes)}, {plain(smallest.name)} at {number(smallest.perplexity)}."
     if missing := len(targets) - len(drawn):
-        said += f" For {missing} of {len(targets)} targets it is not finite."
-    rows = [(t.name, size(t.weight_bytes), number(t.perplexity), interval(t.perplexity_interval)) for t in drawn]
-    paint = partial(_paint_quality, targets=drawn, reference=reference)
+        said += f" For {missing} of {len(targets)} targets it is not finite, or not known."
+    rows = [(one.name, size(one.bytes), number(one.perplexity), interval(one.span)) for one in drawn]
+    paint = partial(_paint_quality, drawn=drawn, reference=reference)
     table = Table(("Target", "Weights", "Perplexity", "95% interval"), rows)
-    key = _key([t.name for t in drawn], reference)
+    key = _key([one.name for one in drawn], reference)
     return Picture("quality", "Quality against size", said, paint, table, key, max(280, 84 + 16 * len(drawn)))
 
 
-def _has_perplexity(target: TargetResult) -> bool:
-    span = target.perplexity_interval
-    return all(map(math.isfinite, (target.perplexity, span.low, span.high)))
+def _sized(target: TargetResult) -> _Sized | None:
+    perplexity, span, count = target.perplexity, target.perplexity_interval, target.weight_bytes
+    if perplexity is None or span is None or count is None:
+        return None
+    is_finite = all(map(math.isfinite, (perplexity, span.low, span.high)))
+    return _Sized(target.name, count, perplexity, span) if is_finite else None
 
 
-def _paint_quality(axes: Axes, targets: Sequence[TargetResult], reference: str | None) -> None:
-    most = max(t.weight_bytes for t in targets)
+def _paint_quality(axes: Axes, drawn: Sequence[_Sized], reference: str | None) -> None:
+    most = max(one.bytes for one in drawn)
     unit, divisor = binary_unit(most)
-    spans = {t.name: (t.perplexity_interval.low, t.perplexity, t.perplexity_interval.high) for t in targets}
+    spans = {one.name: (one.span.low, one.perplexity, one.span.high) for one in drawn}
     low, high = min(map(min, spans.values())), max(map(max, spans.values()))
     is_log = high > 10 * low > 0  # a target that quantizing broke would flatten the others
     scale: Callable[[float], float] = math.log10 if is_log else float
@@ -71,12 +83,12 @@ def _paint_quality(axes: Axes, targets: Sequence[TargetResult], reference: str |
     axis(axes, unit=f"perplexity{', log scale' * is_log}", below=f"{unit} of weights", whole=False)
     if is_log:
         axes.yaxis.set_major_formatter(lambda value, _: tick(float(f"{10.0**value:.2g}")))
-    points = [(t.weight_bytes / divisor, *map(scale, spans[t.name])) for t in targets]
-    for t, (x, bottom, y, top) in zip(targets, points, strict=True):
-        colour, marker = _look(t.name, reference)
+    points = [(one.bytes / divisor, *map(scale, spans[one.name])) for one in drawn]
+    for one, (x, bottom, y, top) in zip(drawn, points, strict=True):
+        colour, marker = _look(one.name, reference)
         axes.plot([x, x], [bottom, top], color=colour, linewidth=1.4, alpha=0.8)
         axes.plot(x, y, marker, color=colour, markersize=7, markeredgecolor=COLOUR["card"])
-    _name(axes, [(x, y) for x, _, y, _ in points], [shorten(t.name, 20) for t in targets])
+    _name(axes, [(x, y) for x, _, y, _ in points], [shorten(one.name, 20) for one in drawn])
 
 
 def _name(axes: Axes, points: Sequence[Point], names: Sequence[str]) -> None:

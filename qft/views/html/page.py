@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from qft.documents.evaluation import EvalDocument, HarnessResult, Score, SourceResult, TargetResult
+from qft.documents.evaluation import EvalDocument, HarnessResult, Load, Score, SourceResult, TargetResult
 from qft.documents.part import Part, unit_of
 from qft.documents.training import Evaluation, Report, StageReport
 from qft.views import words
@@ -91,6 +91,7 @@ def evaluation_page(document: EvalDocument, answers: Sequence[Asked] = ()) -> st
         headline=_evaluation_headline(targets, reference),
         quality=_quality(document, metrics),
         costs=_costs(targets),
+        loads=_loads(targets),
         by_size=evaluation_pictures.quality(targets, reference),
         scores=[evaluation_pictures.scores(f"score{i}", m, targets, reference) for i, m in enumerate(metrics)],
         harness=_harness(targets),
@@ -246,12 +247,15 @@ def _evaluation_headline(targets: Sequence[TargetResult], reference: str | None)
     if not targets:
         yield "Targets", None, ""
         return
-    best = min(targets, key=lambda t: t.perplexity)
-    yield "Lowest perplexity", number(best.perplexity), best.name
-    small = min(targets, key=lambda t: (t.weight_bytes, t.perplexity))
-    yield "Weights, fewest bytes", size(small.weight_bytes), small.name
-    fast = max(targets, key=lambda t: t.decode_tokens_per_second)
-    yield "Tokens/s when writing, most", number(fast.decode_tokens_per_second), fast.name
+    likely = [(t.perplexity, t.name) for t in targets if t.perplexity is not None]
+    perplexity, best = min(likely, default=(None, ""))
+    yield "Lowest perplexity", None if perplexity is None else number(perplexity), best
+    sizes = [(t.weight_bytes, t.perplexity or 0.0, t.name) for t in targets if t.weight_bytes is not None]
+    count, _, small = min(sizes, default=(None, 0.0, ""))
+    yield "Weights, fewest bytes", None if count is None else size(count), small
+    speeds = [(t.decode_tokens_per_second, t.name) for t in targets if t.decode_tokens_per_second is not None]
+    speed, fast = max(speeds, default=(None, ""))
+    yield "Tokens/s when writing, most", None if speed is None else number(speed), fast
     distances = [(t.kl_mean, t.name) for t in targets if t.kl_mean is not None and t.name != reference]
     kl, nearest = min(distances, key=lambda pair: pair[0], default=(None, ""))
     yield "KL from the reference, least", None if kl is None else number(kl), nearest
@@ -267,7 +271,7 @@ def _quality(document: EvalDocument, metrics: Sequence[str]) -> Table:
 
 def _quality_row(t: TargetResult, is_reference: bool, metrics: Sequence[str], changed: bool) -> Iterator[Cell]:
     yield _above(t.name, "reference") if is_reference else t.name
-    yield _above(number(t.perplexity), interval(t.perplexity_interval))
+    yield _with_interval(t.perplexity_interval, number)
     yield "reference" if is_reference else _with_interval(t.perplexity_change, "{:+.1%}".format)
     yield _figure(t, "bits_per_byte")
     for field in ("kl_mean", "kl_p99", "top1_agreement"):
@@ -294,6 +298,13 @@ def _costs(targets: Iterable[TargetResult]) -> Table:
         "Tokens of the KL": "kl_tokens",
     }
     return Table(("Target", *columns), [(t.name, *(_figure(t, field) for field in columns.values())) for t in targets])
+
+
+def _loads(targets: Iterable[TargetResult]) -> Table | None:
+    fields = list(Load.model_fields)
+    found = [(t, t.served_by.loads) for t in targets if t.served_by]
+    rows = [(t.name, *(_figure(load, field) for field in fields)) for t, loads in found for load in loads]
+    return Table(("Target", *map(_title, fields)), rows) if rows else None
 
 
 def _harness(targets: Sequence[TargetResult]) -> Table | None:

@@ -18,7 +18,10 @@ def render_comparison(document: EvalDocument) -> Group:
     tables = {"scores": _scores, "harness": _harness, "layers": _layers}
     found = (draw(document) for field, draw in tables.items() if any(getattr(t, field) for t in document.targets))
     footnote = Text(_footnote(document), style="dim")
-    return spaced(_quality(document), *found, _costs(document), *_advice(document), footnote)
+    loads = [_loads(document)] if any(t.served_by and t.served_by.loads for t in document.targets) else []
+    quality = [_quality(document)] if any(t.perplexity_interval for t in document.targets) else []
+    costs = [_costs(document)] if any(t.decode_tokens_per_second for t in document.targets) else []
+    return spaced(*quality, *found, *costs, *loads, *_advice(document), footnote)
 
 
 def _advice(document: EvalDocument) -> Iterator[Group]:
@@ -35,10 +38,17 @@ def _told(advice: Advice) -> Iterator[RenderableType]:
 def _quality(document: EvalDocument) -> Rows:
     rows = Rows("Quality", "target", "perplexity", "change", "bits/byte", "KL mean", "KL 99%", "same top")
     for target in document.targets:
-        half = (target.perplexity_interval.high - target.perplexity_interval.low) / 2
-        figures = (f"{target.perplexity:.3f} ±{half:.3f}", _change(target.perplexity_change))
-        rows.add(_name(target), *figures, f"{target.bits_per_byte:.4f}", *_divergence(target))
+        figures = (_perplexity(target.perplexity_interval), _change(target.perplexity_change))
+        rows.add(_name(target), *figures, _shown(target.bits_per_byte, ".4f"), *_divergence(target))
     return rows
+
+
+def _perplexity(score: Score | None) -> str:
+    return f"{score.value:.3f} ±{(score.high - score.low) / 2:.3f}" if score else ""
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
 
 
 def _divergence(target: TargetResult) -> tuple[str, str, str]:
@@ -86,16 +96,27 @@ def most_disturbed(layers: Iterable[LayerError]) -> Iterator[tuple[str, ...]]:
 def _costs(document: EvalDocument) -> Rows:
     rows = Rows("Speed and memory", "target", "read tok/s", "write tok/s", "weights", "peak", "on disk")
     for target in document.targets:
-        speeds = (f"{target.prefill_tokens_per_second:,.0f}", f"{target.decode_tokens_per_second:,.1f}")
-        rows.add(_name(target), *speeds, *map(size, (target.weight_bytes, target.peak_bytes, target.disk_bytes)))
+        speeds = (_shown(target.prefill_tokens_per_second, ",.0f"), _shown(target.decode_tokens_per_second, ",.1f"))
+        bytes_ = (target.weight_bytes, target.peak_bytes, target.disk_bytes)
+        rows.add(_name(target), *speeds, *("" if count is None else size(count) for count in bytes_))
+    return rows
+
+
+def _loads(document: EvalDocument) -> Rows:
+    rows = Rows("Asked at once", "target", "engine", "requests", "tok/s", "first token")
+    for target, served in ((target, target.served_by) for target in document.targets):
+        for load in served.loads if served else ():
+            engine = f"{served.engine} {served.version or ''}".strip() if served else ""
+            speed = (f"{load.tokens_per_second:,.1f}", f"{load.first_token_seconds * 1000:,.0f} ms")
+            rows.add(_name(target), engine, str(load.concurrent), *speed)
     return rows
 
 
 def _footnote(document: EvalDocument) -> str:
-    tokens = document.targets[0].eval_tokens
+    scored = f"{document.targets[0].eval_tokens:,} tokens of " if document.targets[0].eval_tokens else ""
     context = f", windows of {document.window} tokens every {document.stride}" if document.window else ""
     against = f"; compared with {document.reference}" if document.reference else ""
-    return f"{tokens:,} tokens of {document.rows:,} passages{context}{against}; on {document.device}"
+    return f"{scored}{document.rows:,} passages{context}{against}; on {document.device}"
 
 
 def _name(target: TargetResult) -> str:

@@ -6,7 +6,8 @@ trains RECIPE's model, on an nf4 base and in 16 bits, on text that every machine
 held out: with 16-bit products from each seed, and in float8 from all but the last. The rows come in the same order, so
 that seeds differ by the draw of the adapters alone. For each base: how far float8's curve (means of ten steps, and the
 loss on held-out rows) lies from that of 16 bits with its seed, and how far those of two seeds lie from each other. One
-line a training as it ends, and one a base; float8 holds where none of its distances is larger than the largest between seeds.
+line a training as it ends, and one a base; float8 holds where none of its distances is larger than the largest between
+seeds.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from datasets import load_dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -45,20 +46,52 @@ def chat(draw: random.Random, words: list[str], least: int, most: int) -> list[d
     return [{"role": role, "content": text} for role, text in zip(("user", "assistant"), texts, strict=True)]
 
 
+def cpu_seconds() -> float:
+    """Of this process and those that it has waited for."""
+    return sum(os.times()[:4])
+
+
 def timed(name: str, path: Path, **data: Any) -> None:
     asked = DataSection.model_validate({"train": str(path), "max_length": 2048, **data})
     started, made = time.perf_counter(), tokenizer()
-    trained = time.perf_counter() - started
+    trained, before = time.perf_counter() - started, cpu_seconds()
     rows: Prepared = prepare(asked, made, 0)
     encoded = time.perf_counter() - started - trained
     findings = audit(rows, AuditSection())
     seconds = time.perf_counter() - started - trained
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    peak, used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, cpu_seconds() - before
     found = ", ".join(f"{each.name} {each.rows}" for each in findings) or "none"
     print(
-        f"{name:>28}: {seconds:6.2f} s ({encoded:.2f} s of it to read and encode), {len(rows.train):,} rows, "
+        f"{name:>28}: {seconds:6.2f} s ({encoded:.2f} s of it to read and encode; {used:.1f} s of processors), "
+        f"{len(rows.train):,} rows, "
         f"{rows.sources[0].tokens:,} tokens; at most {peak:.2f} GiB; findings: {found}",
         flush=True,
+    )
+
+
+def beside(path: Path, folder: str) -> None:
+    """What TRL's SFTTrainer makes of the same rows by two processes, with their answers alone learnt; no audit."""
+    try:
+        from trl import SFTConfig, SFTTrainer
+    except ImportError:
+        print(f"{'TRL':>28}: is not installed", flush=True)
+        return
+    made = tokenizer()
+    made.chat_template = CHATML.replace(
+        "{{ m['content'] }}<|im_end|>", "{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}"
+    )
+    settings = SFTConfig(
+        folder, max_length=2048, assistant_only_loss=True, dataset_num_proc=2, report_to=[], bf16=False
+    )
+    bare = SFTTrainer.__new__(SFTTrainer)  # its preparation reads these alone, and no model
+    known = {"_is_vlm": False, "_is_vision_dataset": False, "completion_only_loss": False, "assistant_only_loss": True}
+    vars(bare).update(known, processing_class=made, padding_free=False, chat_template=None, _tokenizer=made)
+    started, before = time.perf_counter(), cpu_seconds()
+    rows = load_dataset("json", data_files=str(path), split="train", cache_dir=folder)
+    rows = bare._prepare_dataset(rows, made, settings, False, None, "train")
+    seconds = time.perf_counter() - started
+    print(
+        f"{'TRL':>28}: {seconds:6.2f} s ({cpu_seconds() - before:.1f} s of processors), {len(rows):,} rows", flush=True
     )
 
 
@@ -69,6 +102,7 @@ def main() -> None:
     asked = parser.parse_args()
     processes = asked.num_proc if asked.num_proc == "auto" else int(asked.num_proc)
     draw, words = random.Random(0), ENGLISH.read_text().split()
+    print(f"{os.cpu_count()} cores, of which {os.getloadavg()[0]:.1f} were busy for a minute", flush=True)
     with tempfile.TemporaryDirectory() as made:
         os.environ["QFT_CACHE"] = f"{made}/cache"
         short, long = Path(made, "short.jsonl"), Path(made, "long.jsonl")
@@ -80,6 +114,7 @@ def main() -> None:
             stream.write(json.dumps({"messages": turns}) + "\n")
         timed("short chats", short, num_proc=processes)
         timed("the same again", short, num_proc=processes)
+        beside(short, f"{made}/beside")
         timed(f"a row of {long.stat().st_size / 1e6:.0f} MB, cut", long, on_too_long="truncate")
 
 

@@ -28,6 +28,20 @@ from modes import SIZES, make_inputs
 
 
 def main() -> None:
+    options = options_of(sys.argv[1:])
+    if options.worker:
+        plant(options.worker)
+        return
+    with inputs(options) as folder:
+        if options.planted:
+            told(**caught(folder, options))
+        elif options.faults:
+            faults(folder, options)
+        else:
+            arms(folder, options)
+
+
+def options_of(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--batch", type=int, default=2, help="rows on a GPU in a step")
@@ -41,17 +55,7 @@ def main() -> None:
     parser.add_argument("--faults", action="store_true")
     parser.add_argument("--folder", type=Path, help="where the model is, or is made")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.worker:
-        plant(options.worker)
-        return
-    with inputs(options) as folder:
-        if options.planted:
-            told(**caught(folder, options))
-        elif options.faults:
-            faults(folder, options)
-        else:
-            arms(folder, options)
+    return parser.parse_args(arguments)
 
 
 @contextmanager
@@ -84,7 +88,7 @@ def recipe(folder: Path, options: argparse.Namespace, gpus: int, strategy: str, 
             "report_to": [],
             **train,
         },
-        "distributed": {"gpus": gpus, "strategy": strategy if gpus > 1 else "none"},
+        "distributed": {"gpus": gpus, "strategy": strategy} if gpus > 1 else {"strategy": "none"},
         "output_dir": str(folder / f"{strategy}-{gpus}"),
     }
     path = folder / f"{strategy}-{gpus}.yaml"

@@ -2,7 +2,11 @@
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from dataclasses import dataclass
+
+BARS = ContextVar("BARS", default=True)
+"""Whether libraries may draw progress bars of their own on a terminal."""
 
 
 @dataclass(frozen=True)

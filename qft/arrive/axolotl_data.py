@@ -159,7 +159,7 @@ def _learnt(where: str, name: str, value: Any, dataset: Mapping[str, Any]) -> Li
         return Line(where, Kind.SAME if mine else Kind.UNSUPPORTED, "" if mine else "data.loss_on all learns all turns")
     if name in ("train_on_eos", "train_on_eot"):
         mine = value == "turn"
-        return Line(where, Kind.SAME if mine else Kind.UNSUPPORTED, "each assistant turn is learnt with its end token")
+        return Line(where, Kind.SAME if mine else Kind.UNSUPPORTED, "set data.train_on_eos, for all rows")
     if name in ("field_thinking", "template_thinking_key"):
         mine = dataset.get("field_thinking") == dataset.get("template_thinking_key")
         text = "the chat template gets it by its own name" if mine else "rename it to what the chat template reads"

@@ -203,7 +203,7 @@ REMEDIES = {
     "the loss is the mean over the tokens that are learnt": (
         "use_dft_loss use_asft_loss asft_alpha use_eaft_loss eaft_alpha ignore_pad_token_for_loss"
     ),
-    "all assistant turns are learnt: split the conversations, to learn the last alone": "mask_history",
+    "all assistant turns are learnt; the last alone by data.loss_on: last_assistant": "mask_history",
     "save the model with such a tokenizer or config.json": (
         "resize_vocab new_special_tokens_config init_special_tokens rope_scaling "
         "shift_attn mixture_of_depths train_from_scratch"

@@ -2,13 +2,18 @@
 
 from pathlib import Path
 from shlex import quote
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qft.cli.shell import AsJson, Debug, Overrides, Quiet, choose_lines, consoles, messages, print_json, tell
 from qft.machine.environment import prepare_libraries
 
+if TYPE_CHECKING:
+    from qft.documents.plan import CalibrationCheck, PlanDocument
+
+ON_PAGE = 5
+"""Rows of each source that a page shows, if --show says nothing else."""
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.", show_default=False)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in output_dir.")]
 DOCUMENT = (
@@ -101,6 +106,10 @@ def check(
     nodes: Annotated[
         int | None, typer.Option("--nodes", min=1, help="Machines with so many of them each.", show_default=False)
     ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option("--html", metavar="FILE", help="Write a page of the rows as they are learnt.", show_default=False),
+    ] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -108,7 +117,7 @@ def check(
     what model.path takes."""
     with messages(debug):
         if recipe.suffix.lower() not in (".yaml", ".yml") and not _is_plain_file(recipe):
-            _require_alone(overrides, show, gpu or gpus or nodes)
+            _require_alone(overrides, show, gpu or gpus or nodes or html)
             _tell_abilities(str(recipe), as_json)
             return
         from qft.recipe import load
@@ -119,7 +128,21 @@ def check(
         from qft.commands.check import planned
         from qft.views.terminal.plan import render_plan
 
-        tell(planned(loaded, show, size, many), render_plan, as_json=as_json)
+        document = planned(loaded, show or (ON_PAGE if html else 0), size, many)
+        if html:
+            _write_page(document, html, recipe.name)
+        tell(document.model_copy(update={} if show else {"shown": []}), render_plan, as_json=as_json)
+
+
+def _write_page(document: "PlanDocument | CalibrationCheck", path: Path, recipe: str) -> None:
+    from qft.documents.plan import PlanDocument
+    from qft.files import write_text
+    from qft.views.html.page import rows_page
+
+    if not isinstance(document, PlanDocument):
+        raise typer.BadParameter("--html shows the rows of a training, and the recipe only calibrates: leave it out")
+    write_text(path, rows_page(document.data, document.shown, recipe))
+    typer.echo(f"{path} written", err=True)
 
 
 def _asked_gpus(gpu: str | None, gpus: str | None, nodes: int | None) -> tuple[int | None, tuple[int, int] | None]:
@@ -141,9 +164,11 @@ def _is_plain_file(path: Path) -> bool:
     return path.is_file() and path.suffix != ".gguf"
 
 
-def _require_alone(overrides: list[str] | None, show: int, gpu: str | int | None) -> None:
+def _require_alone(overrides: list[str] | None, show: int, gpu: object) -> None:
     if overrides or show or gpu:
-        raise typer.BadParameter("a model alone takes no --set, --show, --gpu or --gpus: write a recipe that names it")
+        raise typer.BadParameter(
+            "a model alone takes no --set, --show, --html, --gpu or --gpus: write a recipe that names it"
+        )
 
 
 def _tell_abilities(model: str, as_json: bool) -> None:

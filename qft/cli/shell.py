@@ -153,7 +153,8 @@ def _plain(value: Any) -> Any:
 
 def choose_lines(as_json: bool, quiet: bool) -> View:
     """A plain line for each note, or nothing."""
-    from qft.progress import View
+    from qft.progress import BARS, View
     from qft.views.live import LineView
 
+    BARS.set(not quiet)
     return View() if quiet else LineView(consoles(as_json))

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from qft.data.prepare import Prepared
+from qft.data.prepare import Prepared, batched
+from qft.data.stream import open_stream
 from qft.distributed.world import exit_code, world
 from qft.documents.plan import SourceFacts
 from qft.errors import Elsewhere, Interrupted, RunError
@@ -104,8 +105,13 @@ def _planned(start: Start) -> Plan:
     train, held_out, looked = (Dataset.load_from_disk(str(folder)) if folder.is_dir() else None for folder in folders)
     assert train is not None
     assert looked is not None
-    rows, device = Prepared(train, held_out, start.sources, train, looked), require_device(start.loaded)
-    return replace(plan_one(start.loaded, device, rows, start.placement), ways=start.ways, optimizer=start.optimizer)
+    shared = batched(train, start.loaded.recipe.data, start.sources)
+    rows, device = Prepared(train, held_out, start.sources, shared, looked), require_device(start.loaded)
+    plan = plan_one(start.loaded, device, rows, start.placement)
+    if plan.recipe.data.streaming:
+        stream = open_stream(plan.model.rows_for(plan.recipe.data), plan.model.tokenizer, plan.recipe.seed)
+        plan = replace(plan, data=replace(rows, stream=stream))
+    return replace(plan, ways=start.ways, optimizer=start.optimizer)
 
 
 def _made(folder: Path) -> Path:

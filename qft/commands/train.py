@@ -82,7 +82,7 @@ def _train(loaded: LoadedRecipe, view: View, signals: Signals, lead: Lead, *, re
         run.note(Manifest(status="complete", files=run.hashes()))
     # A resumed run has no answers from before. Last: a picture must not cost a result.
     answers = {moment.capitalize(): recorder.answers.get(moment, []) for moment in ("before", "after")}
-    write_text(run.page, training_page(report, side_by_side(answers, plan.data.place)))
+    write_text(run.page, training_page(report, side_by_side(answers, plan.data.place), plan.document().data))
     return report
 
 

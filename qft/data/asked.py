@@ -9,7 +9,7 @@ from typing import Any
 
 from qft.data.conversation import Conversation, Message, without_fields
 from qft.data.formats import FORMATS
-from qft.data.reader import find_format
+from qft.data.reader import find_format, renamed
 from qft.data.sources import BadRow, Rows, decode, open_source
 from qft.errors import DataError
 from qft.recipe import Source
@@ -73,7 +73,7 @@ def _question(
     fields = decode(rows.dataset[index])
     if fields is None:  # a blank line
         return
-    row = FORMATS[name](without_fields(fields, ignored))
+    row = FORMATS[name](renamed(without_fields(fields, ignored), dict(rows.source.columns)))
     if row.text is not None:
         raise BadRow("plain text has no answer to score; give rows of questions and answers")
     if row.images:
@@ -92,8 +92,8 @@ def _question(
 
 def _last_answer(row: Conversation) -> int:
     """Of the messages: the assistant's last that is learnt."""
-    learnt = row.learnt or [None] * len(row.messages)
-    answers = [i for i, turn in enumerate(row.messages) if turn["role"] == "assistant" and learnt[i] is not False]
+    weights = row.weights or [None] * len(row.messages)
+    answers = [i for i, turn in enumerate(row.messages) if turn["role"] == "assistant" and weights[i] != 0]
     if not answers or not answers[-1]:
         raise BadRow("holds no question that an assistant answers")
     return answers[-1]

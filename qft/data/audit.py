@@ -97,7 +97,16 @@ def lengths_of(lengths: Ints, batch: int, *, grouped: bool, side_by_side: bool) 
     rows = np.diff(np.append(starts, len(order)))
     computed = int((np.maximum.reduceat(order, starts) * rows).sum())
     share = 0.0 if side_by_side else 1 - int(order.sum()) / computed
-    return RowLengths(p5=p5, p50=p50, p95=p95, p99=p99, longest=int(lengths.max()), padding_share=share)
+    percentiles = {"p5": p5, "p50": p50, "p95": p95, "p99": p99, "longest": int(lengths.max())}
+    return RowLengths(**percentiles, padding_share=share, histogram=histogram(lengths))
+
+
+def histogram(lengths: Sequence[int] | Ints, bins: int = 24) -> list[tuple[int, int]]:
+    """Of row lengths, in equal bins: [longest of the bin, rows]."""
+    longest = int(max(lengths))
+    width = max(-(-longest // bins), 1)
+    counts = np.bincount((np.asarray(lengths) - 1) // width, minlength=-(-longest // width))
+    return [((number + 1) * width, int(rows)) for number, rows in enumerate(counts)]
 
 
 def padding_finding(lengths: RowLengths, rows: int) -> list[Finding]:

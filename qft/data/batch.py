@@ -8,6 +8,7 @@ import torch
 
 from qft.data.pictures import Pictures
 from qft.data.template import IGNORED
+from qft.errors import DataError
 
 
 def pad_token_id(tokenizer: Any) -> int:
@@ -56,6 +57,9 @@ def pictured_inputs(
     return inputs
 
 
+UNFORESEEN = "a streamed row says by weight that a turn counts less, and none of the first rows did: put one among them"
+
+
 @dataclass(frozen=True)
 class Collator:
     """Pads on the right to the longest row, rounded up to `multiple` tokens, but to no more than `most`.
@@ -73,9 +77,16 @@ class Collator:
     pictures: Pictures | None = None
     """What reads the images of rows; None: they have none."""
     side_by_side: bool = False
+    weighted: bool = False
+    """Whether a batch says what each label counts: `loss_weights`, float32 [rows, tokens]. Then whatever counts has a
+    label."""
 
     def __call__(self, rows: list[Any]) -> dict[str, Any]:
         packed = [row if isinstance(row, list) else [row] for row in rows]
+        if self.weighted:
+            packed = [[_weighed(example) for example in row] for row in packed]
+        elif any(example.get("weights") for row in packed for example in row):
+            raise DataError(UNFORESEEN)
         labels = [_labels(row) for row in packed]
         places = tuple(tuple((example["source"], example["row"]) for example in row) for row in packed)
         learnt = tuple(sum(label != IGNORED for label in row[1:]) for row in labels)
@@ -84,11 +95,20 @@ class Collator:
         if not isinstance(rows[0], list):
             inputs = self._padded(ids, labels)
             seen = self.pictures.inputs(rows, inputs["labels"].shape[1]) if self.pictures else {}
-            return inputs | seen | known
+            return inputs | seen | known | self._weights(packed, inputs["labels"])
         lengths = tuple(tuple(len(example["input_ids"]) for example in row) for row in packed)
         laid = self._in_one(ids, labels) if self.side_by_side else self._padded(ids, labels)
         borders = (sum(lengths, ()),) if self.side_by_side else lengths
+        laid |= self._weights(packed, laid["labels"])
         return laid | known | {"lengths": lengths, "position_ids": _positions(borders, laid["input_ids"].shape[1])}
+
+    def _weights(self, packed: list[list[dict[str, Any]]], labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        if not self.weighted:
+            return {}
+        weights = torch.zeros(labels.shape)
+        each = [weight for row in packed for example in row for weight in example["weights"] if weight]
+        weights[labels != IGNORED] = torch.tensor(each)
+        return {"loss_weights": weights}
 
     def _padded(self, ids: list[list[int]], labels: list[list[int]]) -> dict[str, Any]:
         inputs = model_inputs(ids, self.pad, multiple=self.multiple, most=self.most)
@@ -103,6 +123,14 @@ class Collator:
 def _labels(row: list[dict[str, Any]]) -> list[int]:
     """Of one row: whatever comes behind another example begins with a token that is not learnt."""
     return [*row[0]["labels"], *(label for each in row[1:] for label in (IGNORED, *each["labels"][1:]))]
+
+
+def _weighed(example: dict[str, Any]) -> dict[str, Any]:
+    """With a weight of each token but the first, which nothing predicts, and a label where that is more than 0."""
+    weights = example.get("weights") or [float(label != IGNORED) for label in example["labels"]]
+    pairs = zip(example["input_ids"][1:], weights[1:], strict=True)
+    labels = [IGNORED, *(token if weight else IGNORED for token, weight in pairs)]
+    return example | {"weights": [0.0, *weights[1:]], "labels": labels}
 
 
 def _positions(lengths: Sequence[Sequence[int]], width: int) -> torch.Tensor:

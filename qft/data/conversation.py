@@ -19,7 +19,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 BESIDE = ("system", "history", "tools", "chat_template_kwargs")
 """Fields that may stand beside the turns of any format."""
 LEARNT_BY = ("weight", "train")
-"""Fields of a message that say whether it is learnt: 0 or 1 (OpenAI's), false or true."""
+"""Fields of a message that say whether it is learnt, or what it counts: 0 to 1, false or true."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Conversation:
     messages: tuple[Message, ...] = ()
     text: str | None = None
     tools: list[Any] | None = None
-    learnt: tuple[bool | None, ...] = ()
-    """Of each message, whether its row says that it is learnt; None: as data.loss_on has it. Empty: none says."""
+    weights: tuple[float | None, ...] = ()
+    """Of each message, what its row says that it counts, 0 to 1; None: as data.loss_on has it. Empty: none says."""
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """The row's own arguments of the chat template."""
     plain: tuple[str, str] | None = field(default=None, compare=False)
@@ -113,7 +113,7 @@ def conversation(fields: Fields, turns: Sequence[Turn], plain: tuple[str, str] |
             raise BadRow(f"system: the turns begin with a {first['role']} of their own; leave one of the two away")
         turns = [("system", {"role": "system", "content": system}), *turns[has_own:]]
         plain = plain and (f"{system}\n\n{plain[0]}", plain[1])
-    learnt = tuple(_learnt(place, turn) for place, turn in turns)
+    weights = tuple(_weight(place, turn) for place, turn in turns)
     messages = [{name: value for name, value in turn.items() if name not in LEARNT_BY} for _, turn in turns]
     if column := _images(fields):
         messages = placed(messages, len(column))
@@ -121,7 +121,7 @@ def conversation(fields: Fields, turns: Sequence[Turn], plain: tuple[str, str] |
     return Conversation(
         tuple(messages),
         tools=_tools(fields),
-        learnt=learnt if any(said is not None for said in learnt) else (),
+        weights=weights if any(said is not None for said in weights) else (),
         template_kwargs=_template_kwargs(fields),
         plain=None if history or images else plain,  # turns have no one way to be a text
         places=tuple(place for place, _ in turns),
@@ -187,19 +187,18 @@ def _call(call: dict[str, Any], where: str) -> dict[str, Any]:
     return call | {"function": changed} if owner is not call else changed
 
 
-def _learnt(place: str, turn: Message) -> bool | None:
-    """What weight and train of a message say. Raises BadRow for anything but yes and no, or for both."""
+def _weight(place: str, turn: Message) -> float | None:
+    """What weight and train of a message say. Raises BadRow for anything but a share, or for both."""
     where = place.rpartition(".")[0]
-    answers = set()
+    said = [turn[name] for name in LEARNT_BY if name in turn]
     for name in LEARNT_BY:
-        if name in turn:
-            value = turn[name]
-            if value not in (0, 1) or isinstance(value, str):
-                raise BadRow(f"{where}.{name}: is 0 or 1, false or true, not {value!r}")
-            answers.add(bool(value))
-    if len(answers) > 1:
+        value = turn.get(name, 0)
+        if not isinstance(value, int | float) or not 0 <= value <= 1 or (name == "train" and value not in (0, 1)):
+            allowed = "a number from 0 to 1" if name == "weight" else "0 or 1"
+            raise BadRow(f"{where}.{name}: is {allowed}, false or true, not {value!r}")
+    if len({bool(value) for value in said}) > 1:
         raise BadRow(f"{where}: weight and train contradict each other")
-    return answers.pop() if answers else None
+    return float(said[0]) if said else None
 
 
 def _system(fields: Fields) -> str | None:

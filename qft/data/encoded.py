@@ -20,6 +20,7 @@ COLUMNS = Features(
         "labels": List(Value("int32")),
         "length": Value("int32"),
         "supervised": Value("int32"),
+        "weights": List(Value("float32")),
         "answer_start": Value("int32"),
         "source": Value("int32"),
         "row": Value("int64"),
@@ -28,11 +29,12 @@ COLUMNS = Features(
     }
 )
 """Of encoded rows, or of each example that a row became. input_ids and labels: [tokens]; length and supervised, in
-tokens; answer_start: index of the first token of the last turn that is learnt, -1 if that is cut and in plain text;
+tokens; weights: what each token counts in the loss of a training [tokens], empty: 1 of each label; answer_start: index
+of the first token of the last turn that is learnt, -1 if that is cut and in plain text;
 source and row: where it stands; images: a reference of each (qft.data.images), and rendered: the text before the
 processor put in what stands for them, empty without any."""
-LATER: dict[str, Any] = {"images": [], "rendered": ""}
-"""Of files from before there were images."""
+LATER: dict[str, Any] = {"images": [], "rendered": "", "weights": []}
+"""Of files from before there were images and weights."""
 
 
 def column(rows: Dataset, name: str) -> NDArray[Any]:

@@ -89,9 +89,17 @@ FIELDS = {
 }
 """The fields by which a format is known."""
 
+PREFERENCE = (
+    "a preference (chosen beside rejected, or a label of true or false), and none are trained yet (DPO, ORPO, KTO): to "
+    "learn the chosen answers alone, call them completion or messages by columns of the source, and name the others in "
+    "data.ignore_fields"
+)
+
 
 def detect(row: dict[str, Any]) -> str:
     """Name of the format whose fields `row` has. Raises BadRow if none or several fit."""
+    if {"chosen", "rejected"} <= row.keys() or (FIELDS["prompt_completion"] < row.keys() and _is_yes_or_no(row)):
+        raise BadRow(PREFERENCE)
     fitting = [name for name, fields in FIELDS.items() if fields <= row.keys()]
     if len(fitting) == 1:
         return fitting[0]
@@ -100,6 +108,10 @@ def detect(row: dict[str, Any]) -> str:
         raise BadRow(f"{found} fit the formats {' and '.join(fitting)}; say which with data.format")
     known = "; ".join(f"{name} has {' and '.join(sorted(fields))}" for name, fields in FIELDS.items())
     raise BadRow(f"{found} fit no known format ({known}); rename them, or say which with data.format")
+
+
+def _is_yes_or_no(row: dict[str, Any]) -> bool:
+    return isinstance(row.get("label"), bool)
 
 
 def _question(asks: str, question: str, answers: str, answer: str) -> list[Turn]:

@@ -8,12 +8,14 @@ structure share the answer.
 """
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from qft.data.conversation import Conversation
+from qft.data.sources import BadRow
 
 Leaf = tuple[str, Any]
 """Its place in the row, and a text, number or boolean."""
@@ -43,9 +45,12 @@ def leaves(conversation: Conversation) -> Iterator[Leaf]:
 
 def missing(conversation: Conversation, rendered: list[str], printed: Mapping[str, bool]) -> str | None:
     """Place of the first leaf that is in none of the texts `rendered`. `printed` tells of leaves, by their places,
-    whether the template prints what stands there."""
+    whether the template prints what stands there. Raises BadRow for a leaf that JSON cannot have."""
     texts = [_squeezed(text) for text in rendered]
-    said = [(place, value, _plain(value)) for place, value in leaves(conversation)]
+    said = []
+    for place, value in leaves(conversation):
+        _require_json(place, value)
+        said.append((place, value, _plain(value)))
     ends = [0] * len(texts)
     """In each text, where the leaf that was found there last ends: the next one most often follows."""
     for place, value, form in said:
@@ -151,6 +156,13 @@ def _shape(value: Any) -> Any:
 def _plain(value: Any) -> str:
     """A leaf as it stands most often in a rendering."""
     return _squeezed(value if isinstance(value, str) else json.dumps(value))
+
+
+def _require_json(place: str, value: Any) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise BadRow(f"{place}: {value} is no JSON number")
+    if not isinstance(value, str | int | float):
+        raise BadRow(f"{place}: needs a text or a number, not {type(value).__name__}")
 
 
 def _forms(value: Any) -> list[str]:

@@ -38,6 +38,8 @@ BEGINNINGS = ("AKIA", "ASIA", "gh", "glpat-", "sk-", "xox", "AIza", "hf_", "k_li
 WORDS = re.compile(r"\w+")
 SKETCH, FEWEST, LONGEST = 64, 8, 1_000_000
 """Numbers of a sketch, words of the shortest row that has one, and characters of a row that are looked at."""
+TRIPLES = 2**15
+"""Of words, whose hashes lie in the cache of a core."""
 ODD = np.random.default_rng(0).integers(1, 2**63, (2, SKETCH), dtype=np.uint64) | np.uint64(1)
 """Of the hash functions x -> (a x + b) / 2³²."""
 
@@ -132,18 +134,36 @@ def digest(conversation: Conversation) -> int:
     return int.from_bytes(hashlib.blake2b(whole.encode(), digest_size=8).digest(), "little", signed=True)
 
 
-def sketch(text: str) -> bytes:
-    """Of a text, uint32 [SKETCH]; empty for one of few words."""
+def sketches(texts: Sequence[str]) -> list[bytes]:
+    """Of each text, uint32 [SKETCH]; empty for one of few words."""
+    made = [b""] * len(texts)
+    some: dict[int, Ints] = {}
+    for number, text in enumerate(texts):
+        triples = _triples(text)
+        if len(triples):
+            some[number] = triples
+        if some and (number + 1 == len(texts) or sum(map(len, some.values())) > TRIPLES):
+            for each, one in zip(some, _least([*some.values()]), strict=True):
+                made[each] = one.tobytes()
+            some = {}
+    return made
+
+
+def _triples(text: str) -> Ints:
+    """A number for each three words that follow each other; none of a text of few words."""
     text = text[:LONGEST].lower()
     words = WORDS.findall(text)
     if 20 * len(words) < len(text):  # written without spaces
         words = list(text)
     if len(words) < FEWEST:
-        return b""
+        return np.zeros(0, dtype=np.uint64)
     hashed = np.array([crc32(word.encode()) for word in words], dtype=np.uint64)
-    triples = np.unique((hashed[:-2] * np.uint64(31) + hashed[1:-1]) * np.uint64(1_000_003) + hashed[2:])
-    least = np.full(SKETCH, 2**64 - 1, dtype=np.uint64)
-    for start in range(0, len(triples), 4096):
-        part = triples[start : start + 4096, None] * ODD[0] + ODD[1]
-        np.minimum(least, part.min(0), out=least)
-    return (least >> np.uint64(32)).astype("<u4").tobytes()
+    return (hashed[:-2] * np.uint64(31) + hashed[1:-1]) * np.uint64(1_000_003) + hashed[2:]
+
+
+def _least(triples: Sequence[Ints]) -> NDArray[np.uint32]:
+    """Of each text's triples, the least number that each hash function makes of them, [texts, SKETCH]."""
+    starts = np.cumsum([0, *map(len, triples[:-1])])
+    together = np.concatenate(triples)
+    least = np.stack([np.minimum.reduceat(together * a + b, starts) for a, b in ODD.T], axis=1)
+    return (least >> np.uint64(32)).astype("<u4")

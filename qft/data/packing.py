@@ -59,6 +59,9 @@ class PackedRows:
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
         return (self[number] for number in range(len(self)))
 
+    def __getitems__(self, numbers: Sequence[int]) -> list[list[dict[str, Any]]]:
+        return [self[number] for number in numbers]
+
     def __getitem__(self, number: int) -> list[dict[str, Any]]:
         columns = self.examples[self.packs[number]]
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]

@@ -12,27 +12,28 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, concatenate_datasets, disable_caching, disable_progress_bars, enable_progress_bars
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from qft.data.encoded import COLUMNS, EncodedRows, column
 from qft.data.kept import FEWEST, fingerprint, kept
+from qft.data.mixing import row_numbers, weigh
 from qft.data.packing import PackedRows, best_fit
 from qft.data.pictures import Pictures
-from qft.data.reader import FEATURES, LOOKED, RowReader, find_format
+from qft.data.reader import FEATURES, LEARNT_BY, LOOKED, RowReader, encoder_of, reader_of, stopping
 from qft.data.sources import Rows, open_source, place
-from qft.data.template import Encoder
+from qft.data.stream import Stream, open_stream
 from qft.documents.plan import SourceFacts
 from qft.errors import DataError
+from qft.progress import BARS
 from qft.recipe import Source
 from qft.recipe.data import DataSection
 
 SHOWN = 10
 """Bad rows that a message lists."""
 
-MOST = 10**8
-"""Rows of a source, once its weight has repeated them; train.num_train_epochs repeats all of them."""
 OF_A_PROCESS = 2000
 """Rows that are worth one more process, and a progress bar."""
 KEPT = 32
@@ -54,6 +55,8 @@ class Prepared:
     """The training rows as batches are made of them: packed, if the recipe says so."""
     looked: Dataset
     """Of each row of the sources that is used, once: source, row and LOOKED."""
+    stream: Stream | None = None
+    """Where rows are read while they are learnt; all else is then of their first ones alone."""
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -64,6 +67,12 @@ class Prepared:
     def places(self) -> dict[int, tuple[str, str]]:
         """Path and unit of each source, by its number in the column `source`."""
         return {number: (facts.path, facts.unit) for number, facts in enumerate(self.sources)}
+
+    @cached_property
+    def weighted(self) -> bool:
+        """Whether tokens of training rows count otherwise than others."""
+        lists = self.train.select_columns(["weights"]).with_format("arrow")[:]["weights"]
+        return bool(pc.any(pc.greater(pc.list_value_length(lists), 0)).as_py())
 
     def place(self, source: int, row: int) -> str:
         """`file:line` of a row, by its source and row columns."""
@@ -82,22 +91,29 @@ def prepare(
     """Read, encode, split and weight every row; `pictures` reads their images, None: the model reads none.
 
     Raises DataError listing the bad rows, MissingError without a file."""
-    chosen = {number: _whole(source) for number, source in enumerate((*data.train, *data.eval))}
+    stream = open_stream(data, tokenizer, seed) if data.streaming else None
+    chosen = {number: _whole(source) for number, source in enumerate((*data.train, *data.eval)) if not stream}
+    if stream:
+        samples = [file.sample() for file in stream.files]
+        chosen = {number: (rows, range(len(rows.dataset))) for number, rows in enumerate(samples)}
+        chosen |= {number: _whole(source) for number, source in enumerate(data.eval, len(data.train))}
     encoded, facts, looked = _encode_all(data, tokenizer, chosen, pictures)
     train = concatenate_datasets(encoded[: len(data.train)])
     kept_out = concatenate_datasets(encoded[len(data.train) :]) if data.eval else None
     if data.eval_fraction:
-        numbers = _row_numbers(train)
+        numbers = row_numbers(train)
         drawn = np.isin(numbers, _draw(len(np.unique(numbers)), data.eval_fraction, seed))
         train, kept_out = train.select(np.flatnonzero(~drawn)), train.select(np.flatnonzero(drawn))
-    train = _weigh(train, facts, seed)
+    train, facts = weigh(train, facts, data, seed)
     for name, rows in (("data.train", train), ("data.eval", kept_out)):
         if rows is not None:
             _require_rows(name, [rows])
-    return Prepared(train, kept_out, tuple(facts), _batched(train, data, facts), concatenate_datasets(looked))
+    shared = batched(train, data, facts)
+    return Prepared(train, kept_out, tuple(facts), shared, concatenate_datasets(looked), stream)
 
 
-def _batched(train: Dataset, data: DataSection, facts: Sequence[SourceFacts]) -> Dataset | PackedRows:
+def batched(train: Dataset, data: DataSection, facts: Sequence[SourceFacts]) -> Dataset | PackedRows:
+    """The rows as they are trained on. Raises DataError."""
     if data.is_packed and any(source.images for source in facts):
         raise DataError("rows with images cannot share a row: set data.packing and data.padding_free to false")
     if data.packing:
@@ -147,13 +163,6 @@ def _draw(count: int, fraction: float, seed: int) -> Ints:
     return held
 
 
-def _row_numbers(examples: Dataset) -> Ints:
-    """For each example, which row it comes from, counted from 0: those of one row lie together."""
-    places = np.array([column(examples, name) for name in ("source", "row")])
-    numbers: Ints = np.cumsum(np.any(places[:, 1:] != places[:, :-1], axis=0)) if len(examples) else np.zeros(0, int)
-    return np.concatenate([[0], numbers])[: len(examples)]
-
-
 def _require_rows(name: str, rows: Sequence[Dataset]) -> None:
     if not sum(map(len, rows)):
         raise DataError(f"{name}: no row is left to use")
@@ -165,27 +174,22 @@ def _encode_all(
     """Of each source, by its number, the chosen rows that can be used, its facts, and what a look at these rows showed.
     Raises DataError listing the rows that must stop the run."""
     disable_caching()
-    assert data.max_length != "auto"  # the plan has decided
-    encoder = Encoder(tokenizer, data.max_length, data.on_too_long, data.loss_on, data.chat_template, pictures)
-    stops = [kind for kind, policy in (("bad", data.on_bad_row), ("too long", data.on_too_long)) if policy == "stop"]
+    encoder, stops = encoder_of(data, tokenizer, pictures), stopping(data)
     template = fingerprint(tokenizer)
     usable, facts, looked, bad = [], [], [], []
     for number, (rows, indices) in chosen.items():
-        name = find_format(rows, data)
-        path = Path(rows.source.path)
-        folder = path.parent if path.is_absolute() else None
-        reader = RowReader(encoder, name, frozenset(data.ignore_fields), number, folder)
+        reader = reader_of(data, encoder, rows, number)
         make = partial(_encode, rows, indices, data.num_proc, reader)
         encoded = kept(_made_of(data, rows, indices, reader, template), make)
         status = column(encoded, "status")
-        stopping = encoded.select(np.flatnonzero(np.isin(status, stops)))
-        bad += [f"{rows.place(row['row'])}: {row['reason']}" for row in stopping]
+        wrong = encoded.select(np.flatnonzero(np.isin(status, stops)))
+        bad += [f"{rows.place(row['row'])}: {row['reason']}" for row in wrong]
         used = _where(encoded, np.isin(status, ["ok", "truncated"]))
         usable.append(used.select_columns([*COLUMNS]))
         wholes = _last_examples(used)
         whole = used if len(wholes) == len(used) else used.select(wholes)
         looked.append(whole.select_columns(["source", "row", *LOOKED]))
-        facts.append(_facts(rows, "train" if number < len(data.train) else "eval", name, status, used, wholes))
+        facts.append(_facts(rows, "train" if number < len(data.train) else "eval", reader.format, status, used, wholes))
     if pictures and any(source.images for source in facts):
         bad += _unseen(usable, chosen, pictures)
     if bad:
@@ -206,7 +210,7 @@ def _where(rows: Dataset, chosen: NDArray[np.bool_]) -> Dataset:
     return rows if chosen.all() else rows.select(np.flatnonzero(chosen))
 
 
-READ_BY = ("loss_on", "max_length", "on_too_long", "ignore_fields", "template")
+READ_BY = (*LEARNT_BY, "max_length", "on_too_long", "ignore_fields", "template")
 """Fields of `data` that decide what a row becomes, beside those that the tokenizer has."""
 
 
@@ -227,7 +231,7 @@ def _encode(rows: Rows, indices: Sequence[int], num_proc: int | Literal["auto"],
     """The examples of the rows at `indices`, as records of FEATURES."""
     environment = os.environ
     processes = min(_cores(), len(indices) // OF_A_PROCESS) if num_proc == "auto" else min(num_proc, len(indices))
-    if len(indices) >= OF_A_PROCESS and sys.stderr.isatty():
+    if len(indices) >= OF_A_PROCESS and BARS.get() and sys.stderr.isatty():
         enable_progress_bars()
     try:
         return rows.dataset.select(indices).map(
@@ -253,7 +257,7 @@ def _cores() -> int:
 
 def _last_examples(used: Dataset) -> Ints:
     """Indices of the last example of each row, which holds all of it."""
-    found: Ints = np.flatnonzero(np.diff(_row_numbers(used), append=-1))
+    found: Ints = np.flatnonzero(np.diff(row_numbers(used), append=-1))
     return found
 
 
@@ -301,23 +305,3 @@ def _refuse(bad: Sequence[str]) -> None:
     too_long = ["data.max_length" in line for line in bad]
     remedies = ["data.on_bad_row: skip"] * (not all(too_long)) + ["data.on_too_long (skip, truncate)"] * any(too_long)
     raise DataError("\n".join([*lines, f"{len(bad)} rows cannot be used: mend them, or set {' and '.join(remedies)}"]))
-
-
-def _weigh(rows: Dataset, facts: Sequence[SourceFacts], seed: int) -> Dataset:
-    """Repeat, or draw a part of, each source's rows as its weight says."""
-    if all(source.weight == 1 for source in facts):
-        return rows
-    sources, numbers = column(rows, "source"), _row_numbers(rows)
-    generator = np.random.default_rng(seed)
-    chosen: list[Ints] = []
-    for number, source in enumerate(facts):
-        own = np.flatnonzero(sources == number)
-        if source.weight * len(own) > MOST:
-            raise DataError(
-                f"{source.path}: its weight {source.weight:g} makes more than {MOST:,} rows of it: lower it"
-            )
-        distinct = np.unique(numbers[own])
-        whole, rest = divmod(round(source.weight * len(distinct)), max(len(distinct), 1))
-        part = np.isin(numbers[own], generator.permutation(distinct)[:rest])
-        chosen += [own] * whole + [own[part]]
-    return rows.select(np.concatenate(chosen))

@@ -76,7 +76,7 @@ class Renderer:
             try:
                 written = _with_written_arguments(conversation)
                 return written, self._rendered(written)
-            except BadRow:
+            except (BadRow, TypeError):  # or they hold what JSON cannot say
                 raise error from None
 
     def _rendered(self, conversation: Conversation) -> list[Example]:

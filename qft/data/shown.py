@@ -48,12 +48,14 @@ def _shown(example: dict[str, Any], prepared: Prepared, tokenizer: PreTrainedTok
         place=prepared.place(int(example["source"]), int(example["row"])),
         text=tokenizer.decode(ids),
         learnt=[tokenizer.decode([ids[i] for i in run]) for run in runs],
-        pieces=list(_tokens(ids, learnt, tokenizer)),
+        pieces=list(_tokens(ids, learnt, example["weights"], tokenizer)),
         images=[shown(kept) for kept in example["images"]],
     )
 
 
-def _tokens(ids: Sequence[int], learnt: Sequence[bool], tokenizer: PreTrainedTokenizerBase) -> Iterator[ShownToken]:
+def _tokens(
+    ids: Sequence[int], learnt: Sequence[bool], weights: Sequence[float], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[ShownToken]:
     """Each token's text; of tokens that make up one character, together."""
     start = 0
     for end in range(1, len(ids) + 1):
@@ -61,5 +63,5 @@ def _tokens(ids: Sequence[int], learnt: Sequence[bool], tokenizer: PreTrainedTok
         before = list(ids[max(start - 1, 0) : start])
         text = tokenizer.decode([*before, *ids[start:end]])[len(tokenizer.decode(before)) :]
         if not text.endswith("\ufffd") or end - start == LONGEST or end == len(ids):
-            yield ShownToken(text, learnt[start])
+            yield ShownToken(text, learnt[start], weights[start] if weights else None)
             start = end

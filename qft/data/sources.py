@@ -4,26 +4,35 @@ JSON is kept as text until a row is used, one row a line, so that a broken line 
 need not share one schema. Everything is read through `datasets`, which keeps it on disk.
 """
 
+import codecs
 import csv
 import errno
 import glob
 import json
+import lzma
 import re
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import date, datetime, time, timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
-from datasets import Dataset, Features, Value, disable_progress_bars, load_dataset
+import pyarrow.parquet as pq
+from datasets import Dataset, DownloadConfig, Features, Value, disable_progress_bars, load_dataset
 from datasets.exceptions import DatasetsError
 from numpy.typing import NDArray
 
+from qft.data.folders import is_saved, saved, unread
+from qft.data.packed import unpacked
 from qft.disk import refusal
 from qft.errors import DataError, MissingError, QftError, RunError, causes, first_line
 from qft.files import not_a_file, read_json_text, sha256
 from qft.recipe import Source
+from qft.recipe.spread import kind
 
 JSON_COLUMN = "__json__"
 TEXT_COLUMN = "__text__"
@@ -34,8 +43,15 @@ WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 """What the system says of files that are written alone."""
 LONGEST_CELL = 2**31 - 1
 """Of a CSV file, in characters; the csv module's own limit is 131072."""
+BROKEN = (OSError, ValueError, RuntimeError, csv.Error, DatasetsError, EOFError, zlib.error, lzma.LZMAError)
+"""What is raised of files that are not what they seem; compressed ones are unpacked by `datasets`."""
+PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
+"""What they begin with."""
 SHOWN_PLACES = 16
-SUFFIXES = ".jsonl, .json, .csv, .parquet, .txt and .md"
+MARKS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16"}
+MARKS |= {codecs.BOM_UTF16_BE: "UTF-16"}
+"""What files of other encodings begin with, the longest first."""
+SUFFIXES = ".jsonl, .json, .csv, .parquet, .arrow, .txt and .md (and, packed, .gz or .zst behind it)"
 
 
 class BadRow(ValueError):
@@ -103,10 +119,15 @@ def decode(row: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _filled(value: Any) -> Any:
-    """Without fields that hold nothing: a file of columns has every field in every row, at every depth."""
+    """Without fields that hold nothing: a file of columns has every field in every row, at every depth. Times and
+    decimals as JSON has them."""
     if isinstance(value, dict):
         return {name: _filled(inner) for name, inner in value.items() if inner is not None}
-    return [_filled(inner) for inner in value] if isinstance(value, list) else value
+    if isinstance(value, list):
+        return [_filled(inner) for inner in value]
+    if isinstance(value, Decimal):
+        return float(value)
+    return str(value) if isinstance(value, datetime | date | time | timedelta) else value
 
 
 def open_source(source: Source) -> Rows:
@@ -115,27 +136,39 @@ def open_source(source: Source) -> Rows:
     path = Path(source.path)
     if not path.is_absolute():
         return _hub(source)
+    if is_saved(path):
+        found, of_files = saved(path, source.split)
+        return Rows(source, _undecoded(found), "row", of_files)
     if not path.is_file():
-        kind = not_a_file(path) or ("a folder" if path.is_dir() else None)
-        raise MissingError(f"{path}: no such data file" + (f" (it is {kind})" if kind else ""))
-    reader = READERS.get(path.suffix.lower())
+        what = not_a_file(path) or (unread(path, READERS) if path.is_dir() else None)
+        raise MissingError(f"{path}: no such data file" + (f" (it is {what})" if what else ""))
+    reader = READERS.get(kind(str(path)))
     if reader is None:
         raise DataError(f"{path}: cannot tell what it holds; data files end in {SUFFIXES}")
-    if path.stat().st_size == 0:
+    if path.stat().st_size <= len(codecs.BOM_UTF8) and path.read_bytes() in (b"", codecs.BOM_UTF8):
         raise DataError(f"{path}: the file is empty")
+    read = path
     try:
         digest = sha256(path)
-        dataset, unit = reader(path, digest, source)
-    except (OSError, ValueError, RuntimeError, csv.Error, DatasetsError) as error:
-        raise _unreadable(path, error) from error
+        read = unpacked(path, digest, CACHE)
+        dataset, unit = reader(read, digest, source)
+    except BROKEN as error:
+        raise _named(_unreadable(read, error), read, path) from error
+    except DataError as error:
+        raise _named(error, read, path) from None
     return Rows(source, dataset, unit, digest)
+
+
+def _named(error: QftError, read: Path, path: Path) -> QftError:
+    """Of a file that was read for the one at `path`."""
+    return error if read == path else type(error)(str(error).replace(str(read), str(path)))
 
 
 def _unreadable(path: Path, error: Exception) -> QftError:
     """Of a data file; where `datasets` could not write what it keeps of it, the file is not at fault."""
     for cause in causes(error):
         if isinstance(cause, UnicodeDecodeError):
-            return DataError(f"{path}: not UTF-8 text")
+            return DataError(_not_utf8(path))
         if isinstance(cause, OSError) and cause.errno:
             where = path if cause.filename is None and cause.errno not in WRITING else cause.filename
             if where == path or where == str(path):
@@ -144,9 +177,28 @@ def _unreadable(path: Path, error: Exception) -> QftError:
     return DataError(f"{path}: cannot be read: {first_line(error.__cause__ or error)}")
 
 
+def _not_utf8(path: Path) -> str:
+    """Where a file is no text, or what else it is."""
+    with path.open("rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                if number == 1 and line.startswith(PACKED):
+                    break
+                others = [name for mark, name in MARKS.items() if number == 1 and line.startswith(mark)]
+                column = len(line[: error.start].decode()) + 1
+                what = f" but {others[0]}" if others else f": byte 0x{line[error.start]:02x} at column {column}"
+                return f"{path}:{number}: not UTF-8 text{what}"
+    return f"{path}: not UTF-8 text"
+
+
 def _read(kind: str, path: Path, digest: str, **options: Any) -> Dataset:
     # The cache of `datasets` knows a file by its path and time; the digest as a name makes it go by the content too.
-    return load_dataset(kind, digest, data_files=glob.escape(str(path)), split="train", **options)
+    # What it unpacks it would keep by the path alone.
+    anew = DownloadConfig(force_extract=True, delete_extracted=True)
+    files = glob.escape(str(path))
+    return load_dataset(kind, digest, data_files=files, split="train", download_config=anew, **options)
 
 
 def _lines(path: Path, digest: str, column: str, sample_by: str = "line") -> Dataset:
@@ -163,15 +215,17 @@ def _json(path: Path, digest: str, source: Source) -> tuple[Dataset, str]:
     if not text.lstrip().startswith("["):
         return _jsonl(path, digest, source)  # JSON lines under a .json name
     try:
-        json.loads(text)
+        json.loads(text, parse_int=str)
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise DataError(f"{path}: not valid JSON: nested too deeply") from None
     return Dataset.from_dict({JSON_COLUMN: list(_items(text))}), "row"
 
 
 def _items(text: str) -> Iterator[str]:
     """The items of a JSON array, each as it is written."""
-    decoder, start = json.JSONDecoder(), text.index("[") + 1
+    decoder, start = json.JSONDecoder(parse_int=str), text.index("[") + 1
     while (start := BETWEEN.match(text, start).end()) < len(text) and text[start] != "]":  # type: ignore[union-attr]
         _, end = decoder.raw_decode(text, start)
         yield text[start:end]
@@ -180,22 +234,47 @@ def _items(text: str) -> Iterator[str]:
 
 def _csv(path: Path, digest: str, source: Source) -> tuple[Dataset, str]:
     csv.field_size_limit(LONGEST_CELL)
-    with path.open(encoding="utf-8-sig", newline="") as stream:
-        filled = (cells for cells in csv.reader(stream) if ",".join(cells).strip())
-        header, first = next(filled, []), next(filled, [])
-    if not first:
-        raise DataError(f"{path}: no row below the header")
-    if len(set(header)) < len(header):
-        raise DataError(f"{path}: two columns of its header have the same name")
-    if len(first) > len(header):  # pandas would take the first column for an index and shift the others
-        raise DataError(f"{path}: row 1 has {len(first)} cells and the header has {len(header)}")
+    header, last = _csv_shape(path)
     # Every cell is text: a column of digits must not lose its leading zeros.
     columns = Features({name: Value("string") for name in header})
-    return _read("csv", path, digest, features=columns, keep_default_na=False), "row"
+    try:
+        return _read("csv", path, digest, features=columns, keep_default_na=False), "row"
+    except DatasetsError as error:
+        if "EOF inside string" in str(error.__cause__):
+            raise DataError(f"{path}:{last}: a quote is not closed") from None
+        raise
+
+
+def _csv_shape(path: Path) -> tuple[list[str], int]:
+    """Names of the columns, and the line of the last row. Raises DataError for a row of more or fewer cells: pandas
+    would shift them, or leave some empty."""
+    header: list[str] = []
+    last = start = 1
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        lines = csv.reader(stream)
+        for cells in lines:
+            if not header and ",".join(cells).strip():
+                header = cells
+            elif len(cells) > 1 or "".join(cells).strip():
+                last = start
+                if len(cells) != len(header):
+                    raise DataError(f"{path}:{start}: {len(cells)} cells, and the header has {len(header)}")
+            start = lines.line_num + 1
+    if len(set(header)) < len(header):
+        raise DataError(f"{path}: two columns of its header have the same name")
+    if last == 1:
+        raise DataError(f"{path}: no row below the header")
+    return header, last
 
 
 def _parquet(path: Path, digest: str, source: Source) -> tuple[Dataset, str]:
+    if not pq.read_metadata(path).num_rows:
+        raise DataError(f"{path}: holds no row")
     return _undecoded(_read("parquet", path, digest)), "row"
+
+
+def _arrow(path: Path, digest: str, source: Source) -> tuple[Dataset, str]:
+    return _undecoded(_read("arrow", path, digest)), "row"
 
 
 def _undecoded(dataset: Dataset) -> Dataset:
@@ -221,6 +300,7 @@ READERS: dict[str, Callable[[Path, str, Source], tuple[Dataset, str]]] = {
     ".json": _json,
     ".csv": _csv,
     ".parquet": _parquet,
+    ".arrow": _arrow,
     ".txt": _text,
     ".md": _text,
 }

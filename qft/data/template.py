@@ -14,36 +14,19 @@ from transformers import PreTrainedTokenizerBase
 
 from qft.data.conversation import Conversation, Message
 from qft.data.images import count_images, open_image
+from qft.data.learnt import IGNORED as IGNORED
+from qft.data.learnt import Asked, Turns
+from qft.data.learnt import Encoded as Encoded
 from qft.data.pictures import Expanded, Pictures
 from qft.data.rendering import Example, Renderer, Span, require_all
 from qft.data.sandbox import TemplateLimit
 from qft.data.sources import BadRow
 from qft.errors import DataError
 
-IGNORED = -100
-"""Label of a token that is not learnt."""
 MANY = 32
 """Messages of a row whose length is looked at first."""
 LONG = 1_000_000
 """Characters of a text that is tokenized as a whole, whatever comes of it."""
-
-
-@dataclass
-class Encoded:
-    """One example. `labels` equal `input_ids` where a token is learnt, IGNORED elsewhere; both int32 [tokens]."""
-
-    input_ids: list[int]
-    labels: list[int]
-    answer_start: int = -1
-    """Index of the first token of the last turn that is learnt; -1 if that turn is cut, and for plain text."""
-    truncated: bool = False
-    images: list[str] = field(default_factory=list)
-    """References of its images, whose tokens are among input_ids."""
-    rendered: str = ""
-    """The text before those tokens were put in."""
-    image_digest: str = ""
-    seen: int = 0
-    """Tokens up to the end of the last image's."""
 
 
 @dataclass
@@ -59,10 +42,14 @@ class Encoder:
     """Where the chat template was read, if that is not the tokenizer's own."""
     pictures: Pictures | None = None
     """None: the model reads no images."""
+    train_on_eos: str = "turn"
+    prompt_loss_weight: float = 0.0
+    asked: Asked = field(init=False)
     special_ids: set[int] = field(init=False)
     renderer: Renderer = field(init=False)
 
     def __post_init__(self) -> None:
+        self.asked = Asked(self.loss_on, self.train_on_eos, self.prompt_loss_weight)
         self.special_ids = special_ids(self.tokenizer)
         self.renderer = Renderer(self.tokenizer, self.template_file, self._refuse_long, self._is_cut)
 
@@ -104,7 +91,8 @@ class Encoder:
                 raise BadRow(f"{text}: no image can be cut")
             encoded.truncated = True
             encoded.answer_start = -1
-            del encoded.input_ids[self.max_length :], encoded.labels[self.max_length :]
+            for each in (encoded.input_ids, encoded.labels, encoded.weights):
+                del each[self.max_length :]
         return encoded
 
     def _refuse_long(self, text: str, messages: int) -> None:
@@ -138,7 +126,7 @@ class Encoder:
 
     def _text(self, text: str) -> Encoded:
         ids, _ = self._continued(self._beginning(text))
-        return Encoded(ids, list(ids))
+        return self.asked.of_text(ids, 0, self.tokenizer.eos_token_id)
 
     def _question(self, question: str, answer: str) -> Encoded:
         """The answer right behind the question, as a text goes on."""
@@ -149,8 +137,9 @@ class Encoder:
             )
         ids, ends = self._continued(self._beginning(question + answer))
         start = next((i for i, end in enumerate(ends) if end > len(question)), len(ids))
-        labels = list(ids) if self.loss_on == "all" else [*[IGNORED] * start, *ids[start:]]
-        return Encoded(ids, labels, answer_start=start)
+        encoded = self.asked.of_text(ids, 0 if self.loss_on == "all" else start, self.tokenizer.eos_token_id)
+        encoded.answer_start = start
+        return encoded
 
     def _continued(self, text: str) -> tuple[list[int], list[int]]:
         """Token ids of a text with the end token behind it, and the character that each ends at (0: it stands for no
@@ -176,22 +165,18 @@ class Encoder:
 
     def _labelled(self, conversation: Conversation, example: Example, *, is_whole: bool) -> Encoded | None:
         """Token ids and labels of an example; None if its row says that none of its turns is learnt."""
-        left_out = {number for number, learn in enumerate(conversation.learnt) if learn is False}
-        self._check_learnt(conversation, left_out)
+        self.asked.check(conversation)
         text = self._beginning(example.text)
         ids, turns = self._turns(conversation, example, text)
         if not any(turns.values()):
             raise BadRow("the chat template leaves no token to the assistant")
         turns = {n: [self._without_trailing_space(ids, span) for span in spans] for n, spans in turns.items()}
         self._check_ends(ids, [s for n, spans in turns.items() if example.turns[n][1] <= len(text) for s in spans])
-        labels = list(ids) if self.loss_on == "all" and is_whole else [IGNORED] * len(ids)
-        for number, spans in turns.items():
-            for start, end in spans:
-                labels[start:end] = [IGNORED] * (end - start) if number in left_out else ids[start:end]
-        if all(label == IGNORED for label in labels):
+        ends = {ids[end - 1] for spans in turns.values() for _, end in spans} & self.special_ids
+        ends |= {self.tokenizer.eos_token_id} - {None}
+        encoded = self.asked.of_turns(ids, turns, conversation, ends, whole=is_whole)
+        if all(label == IGNORED for label in encoded.labels):
             return None
-        learnt = [start for number, spans in turns.items() if number not in left_out for start, _ in spans]
-        encoded = Encoded(ids, labels, answer_start=max(learnt, default=-1))
         return self._with_images(encoded, example, conversation.images) if conversation.images else encoded
 
     def _with_images(self, encoded: Encoded, example: Example, references: Sequence[str]) -> Encoded:
@@ -201,6 +186,11 @@ class Encoder:
         opened = [open_image(each) for each in kept]
         if not kept:
             return encoded
+        if encoded.weights:
+            raise BadRow(
+                "the tokens of a row with images cannot be weighted: say 0 or 1 of its turns, and leave out "
+                "data.prompt_loss_weight"
+            )
         expanded = self.pictures.expand(example.text, [image for image, _ in opened])
         made = moved(encoded, example.text, expanded, self.tokenizer)
         if self.loss_on != "all" and [x for x in made.labels if x != IGNORED] != [
@@ -211,20 +201,7 @@ class Encoder:
         made.image_digest = hashlib.sha256("".join(digest for _, digest in opened).encode()).hexdigest()
         return made
 
-    def _check_learnt(self, conversation: Conversation, left_out: set[int]) -> None:
-        """What rows say of single turns must be possible."""
-        for number, learn in enumerate(conversation.learnt):
-            if conversation.messages[number]["role"] == "assistant":
-                continue
-            if number in left_out and self.loss_on == "all":
-                raise BadRow(f"{conversation.turn(number)}: cannot be left out while data.loss_on is all")
-            if learn and self.loss_on != "all":
-                text = "only the assistant's turns are learnt, unless data.loss_on is all"
-                raise BadRow(f"{conversation.turn(number)}: {text}")
-
-    def _turns(
-        self, conversation: Conversation, example: Example, text: str
-    ) -> tuple[list[int], dict[int, list[Span]]]:
+    def _turns(self, conversation: Conversation, example: Example, text: str) -> tuple[list[int], Turns]:
         """Token ids of the text, and the runs of tokens that the assistant wrote, by the number of the message."""
         if self.renderer.has_markers(conversation):
             return self._marked_turns(conversation, example)
@@ -232,7 +209,7 @@ class Encoder:
         turns = {number: [_tokens_inside(out["offset_mapping"], span)] for number, span in example.turns.items()}
         return list(out["input_ids"]), {n: [run for run in runs if run[0] < run[1]] for n, runs in turns.items()}
 
-    def _marked_turns(self, conversation: Conversation, example: Example) -> tuple[list[int], dict[int, list[Span]]]:
+    def _marked_turns(self, conversation: Conversation, example: Example) -> tuple[list[int], Turns]:
         """The same by the template's markers."""
         before = example.messages[: min(example.turns, default=0)]
         earlier = len(self._runs(conversation, before)[1]) if any(m["role"] == "assistant" for m in before) else 0
@@ -251,7 +228,7 @@ class Encoder:
         return list(out["input_ids"]), runs, [start for start, _ in out["offset_mapping"]]
 
     def _check_ends(self, ids: list[int], turns: Sequence[Span]) -> None:
-        if turns and ids[turns[-1][1] - 1] not in self.special_ids:
+        if turns and self.train_on_eos != "none" and ids[turns[-1][1] - 1] not in self.special_ids:
             raise BadRow(
                 "the chat template ends the assistant's turn without a special token, so a trained model would never "
                 "stop; give one that does as data.chat_template"

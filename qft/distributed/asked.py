@@ -53,9 +53,6 @@ def only_alone(loaded: LoadedRecipe) -> Iterator[Problem]:
         yield "train.stages", f"stages follow each other on one GPU: set {ONE}"
     if train.label_smoothing_factor:
         yield "train.label_smoothing_factor", f"is averaged by micro-batch, which GPUs share: set it to 0, or {ONE}"
-    for name in ("packing", "padding_free"):
-        if getattr(recipe.data, name):
-            yield f"data.{name}", f"rows that hold several examples are not shared by GPUs: set it to false, or {ONE}"
     if train.torch_compile:
         yield "train.torch_compile", f"is not tried with several GPUs: set it to false, or {ONE}"
     if quant.mode in ("qat", "custom"):

@@ -34,17 +34,24 @@ def checksum(weight: torch.Tensor) -> torch.Tensor:
 class BitGate:
     """Watches the packed weights of a model from before they are sharded until each was used once."""
 
-    def __init__(self, model: nn.Module) -> None:
-        began = time.perf_counter()
-        self.layers = {name: m for name, m in model.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
-        self.bytes = sum(layer.weight.nbytes for layer in self.layers.values())
-        self._wanted = {name: (checksum(m.weight), m.weight.nbytes) for name, m in self.layers.items()}
+    def __init__(self) -> None:
+        self.layers: dict[str, Any] = {}
+        self.bytes, self.seconds = 0, 0.0
+        """Of weights; and what it has taken."""
+        self._wanted: dict[str, tuple[torch.Tensor, int]] = {}
         self._found: dict[str, torch.Tensor] = {}
         self._resized: list[str] = []
         self._hooks: dict[str, Any] = {}
+
+    def note(self, module: nn.Module, name: str = "") -> None:
+        """The packed weights in a module of that name, but for those that were noted before."""
+        began, known = time.perf_counter(), {id(layer) for layer in self.layers.values()}
+        for own, layer in module.named_modules(prefix=name):
+            if isinstance(layer, bnb.nn.Linear4bit) and id(layer) not in known:
+                self.layers[own], self._wanted[own] = layer, (checksum(layer.weight), layer.weight.nbytes)
+                self.bytes += layer.weight.nbytes
         _settle()
-        self.seconds = time.perf_counter() - began
-        """What it has taken."""
+        self.seconds += time.perf_counter() - began
 
     def arm(self) -> None:
         """The weights are sharded: look at each when it is used."""

@@ -26,18 +26,21 @@ class Filled(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Any:
         return self.__getitems__([index])[0]
 
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
         count = len(self.rows)
         found = iter(self.rows.__getitems__([index for index in indices if index < count]))
         return [next(found) if index < count else self._filler() for index in indices]
 
-    def _filler(self) -> dict[str, Any]:
-        first = self.rows[0]
+    def _filler(self) -> Any:
+        row = self.rows[0]
+        first = row[0] if isinstance(row, list) else row
         ids = first["input_ids"][:FILLER_TOKENS]
-        return {**first, "input_ids": ids, "labels": [IGNORED] * len(ids), "length": len(ids), "source": FILLER}
+        empty = {"labels": [IGNORED] * len(ids), "weights": [], "length": len(ids), "source": FILLER}
+        made = {**first, "input_ids": ids, **empty}
+        return [made] if isinstance(row, list) else made
 
 
 class FilledBatches(BatchSampler):

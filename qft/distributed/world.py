@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from qft.distributed.peers import watched
 from qft.errors import Elsewhere, Interrupted, QftError, RunError
 
 T = TypeVar("T")
@@ -98,6 +99,12 @@ class World:
         dist.all_reduce(tensor, group=self.group)
         return tensor.tolist()
 
+    def added(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over the processes, in the place of what this one has; a GPU's host need not wait for it."""
+        if self.group is not None:
+            dist.all_reduce(tensor)
+        return tensor
+
     def wait(self) -> None:
         """Until all have come so far."""
         if self.group is not None:
@@ -149,9 +156,10 @@ def joined(found: Ranks | None, kind: str, timeout: int) -> Iterator[World]:
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout), rank=found.rank, world_size=found.size)
     _worlds.append(World(found, dist.new_group(backend="gloo", timeout=UNTIL_PREPARED)))
     try:
-        with _told_by_rank(found):
-            yield world()
-        world().wait()
+        with watched(found.rank, found.size, world().tell):
+            with _told_by_rank(found):
+                yield world()
+            world().wait()
     finally:
         _worlds.pop()
         dist.destroy_process_group()

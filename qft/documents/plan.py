@@ -142,6 +142,9 @@ class DataPart(Stored):
     """Examples, after weighting and splitting."""
     packed_rows: int | None = None
     """Rows of several examples that they share; None: each has its own."""
+    streamed_lines: int | None = None
+    """Of the files that are read while they are learnt: all else here is of their first rows. None: all are read
+    before."""
     eval_rows: int
     chat_template: str | None = None
     """What renders the rows: `model`, a file, or `none` (question and answer one behind the other, then the end token).

@@ -31,11 +31,15 @@ class RowLengths(Stored):
     longest: Tokens
     padding_share: Share
     """Of the tokens that batches of them compute, estimated."""
+    histogram: list[tuple[Tokens, int]] = []
+    """[longest of the bin in tokens, rows]; empty in documents from before it was told here."""
 
 
 class ShownToken(NamedTuple):
     text: str
     learnt: bool
+    weight: float | None = None
+    """What it counts in the loss of a training; None: 1 if it is learnt, and else nothing."""
 
 
 class ShownRow(Stored):

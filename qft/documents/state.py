@@ -38,6 +38,8 @@ class TrainingState(Stored):
     """What was changed because memory ran out: the rest of the training goes on so."""
     models: dict[str, ModelPart] = {}
     """As each stage so far had it, by its number; empty without train.stages."""
+    windows: list[int] = []
+    """Of data.streaming: rows behind each window of them that was encoded so far."""
     evaluation_due: bool = False
     """Whether the evaluation of this step was still to be made."""
 

@@ -13,7 +13,7 @@ GPUS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 VARIABLES = {
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
-    "DATASETS_VERBOSITY": "error",
+    "DATASETS_VERBOSITY": "critical",  # what it cannot read is raised, too
     "HF_HUB_VERBOSITY": "error",
     "TQDM_DISABLE": "1",  # of third parties; downloads keep theirs
     # compressed-tensors insists on two bars of a moment each; those of downloads appear a little later.

@@ -32,6 +32,9 @@ COUNTS = "learnt_tokens"
 """Argument of the model's forward pass: of each row, how many labels behind the first are no -100, as ints. Whoever
 leaves it out has the device waited for."""
 
+WEIGHTS = "loss_weights"
+"""Argument of the model's forward pass: what each label counts, float32 [rows, tokens]; None: 1."""
+
 
 def fuse_loss(model: PreTrainedModel, size: int, *, always: bool = False) -> bool:
     """Have the model's loss, and its gradient, computed from as many logits at a time as take `size` bytes in float32,
@@ -157,24 +160,32 @@ class FusedLoss:
         return found
 
     def __call__(self, *args: Any, labels: torch.Tensor | None = None, **kwargs: Any) -> Any:
-        counts = kwargs.pop(COUNTS, None)
+        counts, weights = kwargs.pop(COUNTS, None), kwargs.pop(WEIGHTS, None)
+        if weights is not None and (labels is None or not self.always):
+            raise ValueError("only the fused loss can be weighted")
         if labels is None or (not self.always and labels.numel() <= rows_at_once(self.model, self.size)):
             return self.whole(*args, labels=labels, **kwargs)
         items = kwargs.pop("num_items_in_batch", None)
         with in_place_of(self.head, lambda hidden: hidden[..., :1]):
             hidden = decoded(self.model.base_model, self.whole, args, kwargs)[0]
-        loss = self.of(hidden, labels.to(hidden.device), None if counts is None else sum(counts))
-        return CausalLMOutput(loss=loss / ((labels[:, 1:] != IGNORED).sum() if items is None else items))
+        loss = self.of(hidden, labels.to(hidden.device), None if counts is None else sum(counts), weights)
+        if items is None:
+            items = (labels[:, 1:] != IGNORED).sum() if weights is None else weights[:, 1:].sum()
+        return CausalLMOutput(loss=loss / items)
 
-    def of(self, hidden: torch.Tensor, labels: torch.Tensor, count: int | None) -> torch.Tensor:
+    def of(
+        self, hidden: torch.Tensor, labels: torch.Tensor, count: int | None, weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The sum over `count` learnt tokens (None: they are counted), in nats, of hidden states [rows, tokens, size]
-        and labels [rows, tokens], each of which the state before its own predicts."""
+        and labels [rows, tokens], each of which the state before its own predicts, and counts by its weight."""
         classes = pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
         learnt = classes != IGNORED
         # In their order, those that are learnt first: as nonzero, which would wait for the device.
         places = learnt.byte().argsort(descending=True, stable=True)[: int(learnt.sum()) if count is None else count]
         trained = [parameter for parameter in self.head.parameters() if parameter.requires_grad]
-        total: torch.Tensor = _HeadLoss.apply(self, places, classes, torch.is_grad_enabled(), hidden, *trained)  # type: ignore[no-untyped-call]
+        shares = None if weights is None else pad(weights[:, 1:], (0, 1)).to(hidden.device).flatten()
+        slopes = torch.is_grad_enabled()
+        total: torch.Tensor = _HeadLoss.apply(self, places, classes, shares, slopes, hidden, *trained)  # type: ignore[no-untyped-call]
         return total
 
     def parts(self, places: torch.Tensor) -> Sequence[torch.Tensor]:
@@ -193,17 +204,18 @@ class _HeadLoss(torch.autograd.Function):
         fused: FusedLoss,
         places: torch.Tensor,
         classes: torch.Tensor,
+        shares: torch.Tensor | None,
         slopes: bool,
         hidden: torch.Tensor,
         *trained: nn.Parameter,
     ) -> torch.Tensor:
-        rows, wants = hidden.detach().flatten(0, 1), ctx.needs_input_grad[4]
+        rows, wants = hidden.detach().flatten(0, 1), ctx.needs_input_grad[5]
         found: list[torch.Tensor | None] = [torch.zeros_like(rows) if wants else None, *[None] * len(trained)]
         total = torch.zeros((), dtype=_wide(hidden), device=hidden.device)
         for part in fused.parts(places):
             given = rows[part][None].requires_grad_(wants)
             wanted = [*([given] if wants else []), *trained] if slopes else []
-            loss, own = _of_chunk(fused, given, classes[part], wanted)
+            loss, own = _of_chunk(fused, given, classes[part], None if shares is None else shares[part], wanted)
             total += loss
             if slopes:
                 _add_slopes(found, part, own if wants else (None, *own))
@@ -218,7 +230,7 @@ class _HeadLoss(torch.autograd.Function):
             raise RuntimeError("the loss's gradient was taken before, and is kept for once")
         hidden, *trained = [each if each is None else each.mul_(slope) for each in found]
         own = [each if each is None else each.to(dtype) for each, dtype in zip(trained, ctx.dtypes, strict=True)]
-        return None, None, None, None, hidden if hidden is None else hidden.view(ctx.shape), *own
+        return None, None, None, None, None, hidden if hidden is None else hidden.view(ctx.shape), *own
 
 
 def _wide(tensor: torch.Tensor) -> torch.dtype:
@@ -226,14 +238,23 @@ def _wide(tensor: torch.Tensor) -> torch.dtype:
 
 
 def _of_chunk(
-    fused: FusedLoss, given: torch.Tensor, classes: torch.Tensor, wanted: Sequence[torch.Tensor]
+    fused: FusedLoss,
+    given: torch.Tensor,
+    classes: torch.Tensor,
+    shares: torch.Tensor | None,
+    wanted: Sequence[torch.Tensor],
 ) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
-    """The sum of the losses of hidden states [1, rows, size], and its gradients with respect to what is `wanted`."""
+    """The sum of the losses of hidden states [1, rows, size], of each its share, and its gradients with respect to what
+    is `wanted`."""
     with torch.set_grad_enabled(bool(wanted)):
         z = fused.head(given)
     # The head's own backward pass needs its inputs alone; torch refuses if it should need its outputs, changed here.
     slope = z.detach()
-    loss = fused.gradient(slope[0], classes, fused.tail).sum()
+    losses = fused.gradient(slope[0], classes, fused.tail)
+    if shares is not None:
+        losses = losses * shares
+        slope *= shares[:, None]
+    loss = losses.sum()
     return loss, torch.autograd.grad(z, wanted, slope, allow_unused=True) if wanted else ()
 
 

@@ -232,8 +232,9 @@ def parts_of(tensor: Any) -> Iterator[torch.Tensor]:
     if not is_traceable_wrapper_subclass(tensor):
         yield tensor
         return
-    for name in tensor.__tensor_flatten__()[0]:
-        yield from parts_of(getattr(tensor, name))
+    for part in (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]):
+        if isinstance(part, torch.Tensor):  # a DTensor has its mesh beside them
+            yield from parts_of(part)
 
 
 def _scales(parameter: Any) -> list[torch.Tensor]:

@@ -79,4 +79,6 @@ def mixed_bf16(recipe: Recipe, device: Device) -> bool:
     """Whether it is bfloat16."""
     if recipe.train.bf16 != "auto":
         return recipe.train.bf16
-    return device.bf16 and not (recipe.train.fp16 or "float32" in (recipe.quant.compute_dtype, recipe.model.dtype))
+    mixes_halves = device.kind == "cpu" and recipe.model.dtype == "float16"  # a CPU multiplies no two kinds of 16 bits
+    without = recipe.train.fp16 or mixes_halves or "float32" in (recipe.quant.compute_dtype, recipe.model.dtype)
+    return device.bf16 and not without

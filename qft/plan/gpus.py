@@ -12,7 +12,7 @@ from qft.machine.device import Device
 from qft.memory.predict import CONTEXT
 from qft.plan.placed import placed
 from qft.plan.placement import placement_problems
-from qft.plan.sharding import Held
+from qft.plan.sharding import Held, loads_by_block
 from qft.plan.training import Plan, make_plan, plan_one
 from qft.recipe import LoadedRecipe
 
@@ -70,16 +70,17 @@ def _placement(plan: Plan, gpus: int) -> PlannedPlacement:
     model, placement, memory = plan.model, plan.placement, plan.memory
     held, trained, size = Held.of(model), 4 * model.shape.trainable_parameters, placement.size
     received = held.blocks + trained if placement.sharded else 0
-    load = held.whole + trained + CONTEXT
+    load = held.at_load(model, placement) + trained + CONTEXT
     peak = memory.predicted_peak_bytes and memory.predicted_peak_bytes + CONTEXT
     files = sum(path.stat().st_size for path in model.checkpoint.weight_files()) if model.checkpoint.has_weights else 0
     host = memory.predicted_host_bytes
+    parts = held.blocks // placement.nodes if placement.sharded and loads_by_block(model) else 0
     return PlannedPlacement(
         strategy=placement.strategy,
         load_bytes=load,
         peak_bytes=peak,
         fits=None if peak is None else max(load, peak) <= memory.budget_bytes,
-        host_bytes=host and gpus * max(host - files, psutil.Process().memory_info().rss) + files,
+        host_bytes=host and gpus * max(host - files, psutil.Process().memory_info().rss) + files + parts,
         gathered_bytes=(2 * received + held.around) * (size - 1) // size if placement.sharded else 0,
         reduced_bytes=trained * (size - 1) // size * (1 if placement.sharded else 2),
         rows=plan.recipe.train.micro_batch,

@@ -109,6 +109,8 @@ class Forecast:
     def batch(self, rows: int) -> Batch:
         """The longest of so many training rows."""
         lengths, data = self.data.lengths, self.model.recipe.data
+        if self.data.stream:  # the longest may come late
+            lengths = np.full_like(lengths, self.model.longest_row(data))
         if not data.is_packed:
             made = batch_of(lengths, rows)
             learnt = sum(self._learnt[: made.rows]) if self.model.recipe.quant.distill else made.learnt

@@ -48,12 +48,19 @@ def sharded_peak(peak: Peak, model: ModelPlan, placement: Placement) -> Peak:
     return Peak(sum(parts.values()), parts)
 
 
+def loads_by_block(model: ModelPlan) -> bool:
+    """Whether a base that is to be sharded is read block by block: not one that comes quantized."""
+    return not model.checkpoint.quantization or bool(model.checkpoint.packed)
+
+
 class Held:
     """Bytes of a frozen base, by what FSDP2 does with them."""
 
-    def __init__(self, blocks: int, block: int, around: int, kept: int) -> None:
+    def __init__(self, blocks: int, block: int, around: int, kept: int, weight: int) -> None:
         self.blocks, self.block, self.around, self.kept = blocks, block, around, kept
         """Of all blocks, of the largest, of what is around them; and what is not sharded: scales of 4-bit weights."""
+        self.weight = weight
+        """Of the largest weight of a block, as it is read."""
 
     @classmethod
     def of(cls, model: ModelPlan) -> Held:
@@ -62,7 +69,16 @@ class Held:
         sizes = [_bytes(block, f"{found[0]}.{i}.", held, model) for i, block in enumerate(found[1])]
         whole, scales = _bytes(skeleton, "", held, model)
         blocks = sum(size for size, _ in sizes)
-        return cls(blocks, max(size for size, _ in sizes), whole - blocks, scales)
+        largest = max(p.numel() for block in found[1] for p in block.parameters())
+        weight = largest * getattr(torch, model.dtype).itemsize
+        return cls(blocks, max(size for size, _ in sizes), whole - blocks, scales, weight)
+
+    def at_load(self, model: ModelPlan, placement: Placement) -> int:
+        """At most, while the base is loaded, and sharded if it is to be."""
+        if not placement.sharded or not loads_by_block(model):
+            return self.whole
+        share = -(-self.blocks // placement.size)
+        return self.around + self.kept + self.block + max(self.weight, share)
 
     @property
     def whole(self) -> int:

@@ -43,7 +43,7 @@ from qft.plan.offload import offload_problems
 from qft.plan.packages import missing_packages
 from qft.plan.placed import placed
 from qft.plan.placement import ALONE, Placement, placement_problems, shared
-from qft.plan.rows import encoded_rows, packing_problems, row_findings, row_lengths
+from qft.plan.rows import encoded_rows, packing_problems, row_findings, row_lengths, weight_problems
 from qft.plan.shape import Shape
 from qft.plan.stages import Span, joined, most_memory, stage_parts
 from qft.plan.template import template_of
@@ -141,6 +141,8 @@ class Plan:
     def steps_per_epoch(self) -> int:
         """Optimizer steps in one pass over the training rows."""
         train = self.recipe.train
+        if self.data.stream:
+            return train.max_steps
         micro_batches = math.ceil(len(self.data.batched) / train.micro_batch)
         return max(math.ceil(micro_batches / train.gradient_accumulation_steps), 1)
 
@@ -190,6 +192,7 @@ class Plan:
             data=DataPart(
                 train_rows=len(rows.train),
                 packed_rows=len(rows.batched) if self.recipe.data.packing else None,
+                streamed_lines=rows.stream.lines if rows.stream else None,
                 eval_rows=len(rows.eval) if rows.eval else 0,
                 chat_template=template_of(self.model.tokenizer, self.recipe.data),
                 max_length=self.model.longest_row(self.recipe.data),
@@ -234,7 +237,8 @@ def plan_one(loaded: LoadedRecipe, device: Device, data: Prepared | None, placem
     model, ways = _fitted(dataclasses.replace(model, loaded=loaded), lora, data, placement)
     training = training_arguments(model.recipe, device, placement)
     plan = Plan(model, lora, training, data, ways, optimizer, placement=placement)
-    refuse(loaded, [*_step_problems(plan), *kernel_problems(plan.recipe, plan.kernels)])
+    problems = [*weight_problems(recipe, data, model.skeleton), *kernel_problems(plan.recipe, plan.kernels)]
+    refuse(loaded, [*_step_problems(plan), *problems])
     require_sound(plan.findings)
     return plan
 
@@ -323,6 +327,8 @@ def _training_problems(recipe: Recipe, device: Device) -> Iterator[Problem]:
     if device.kind == "cpu":
         if train.fp16:
             yield "train.fp16", "float16 with loss scaling needs a GPU; set it to false, and train.bf16 to true"
+        if train.bf16 is True and recipe.model.dtype == "float16":
+            yield "train.bf16", "a CPU multiplies no float16 with bfloat16; set it to auto, or model.dtype to bfloat16"
         if train.dataloader_pin_memory is True:
             yield "train.dataloader_pin_memory", "is for copies to a GPU; set it to auto or false"
         if train.optim.startswith("paged"):

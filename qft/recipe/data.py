@@ -2,9 +2,10 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
-from qft.recipe.section import Fraction, Many, Section, Switches
+from qft.recipe.section import Fraction, Many, Renamed, Section, Switches
+from qft.recipe.spread import spread
 
 Format = Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text"]
 
@@ -13,7 +14,9 @@ class Source(Section):
     """One place where rows come from."""
 
     path: str = Field(min_length=1)
-    """A local .jsonl, .json, .csv, .parquet, .txt or .md file, or a hub dataset id."""
+    """A local .jsonl, .json, .csv, .parquet, .arrow, .txt or .md file, packed (.gz, .zst) or not; a pattern of such
+    (`rows/*.jsonl`) or a folder of one kind, each of whose files is a source of its own; a folder that `datasets`
+    saved; or a hub dataset id."""
     format: Format = "auto"
     """Format of this source's rows. auto: data.format."""
     weight: float = Field(1.0, gt=0)
@@ -21,9 +24,11 @@ class Source(Section):
     name: str | None = None
     """Configuration of a hub dataset."""
     split: str = "train"
-    """Split of a hub dataset."""
+    """Split of a hub dataset, or of one that `datasets` saved."""
     revision: str | None = None
     """Branch, tag or commit of a hub dataset."""
+    columns: Renamed = Field((), json_schema_extra={"default": {}})
+    """Fields of rows that the format calls otherwise: {question: prompt, answer: completion}."""
     sample_by: Literal["line", "paragraph", "document"] = "line"
     """What one row of a text file is."""
 
@@ -36,9 +41,15 @@ def _as_sources(value: Any) -> Any:
     return [{"path": item} if isinstance(item, str) else item for item in items]
 
 
+def _each_file(sources: tuple[Source, ...]) -> tuple[Source, ...]:
+    """With every file of a pattern or of a folder as a source of its own."""
+    return tuple(each.model_copy(update={"path": path}) for each in sources for path in spread(each.path))
+
+
 Sources = Annotated[
     tuple[Source, ...],
     Field(strict=False),
+    AfterValidator(_each_file),
     BeforeValidator(_as_sources, json_schema_input_type=str | Source | list[str | Source] | None),
 ]
 
@@ -86,6 +97,11 @@ class DataSection(Section):
     """Held-out rows, in the same form."""
     eval_fraction: Fraction = 0.0
     """Share of the training rows to hold out instead of eval, drawn with the recipe's seed."""
+    mix_by: Literal["times", "rows", "tokens"] = "times"
+    """What the weight of a source says. times: how often its rows count in one epoch. rows, tokens: its share of an
+    epoch, which is as long as without, is as its rows or tokens, multiplied by it."""
+    mix_temperature: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    """A source's share is as its size to the power of 1 / this: 1: as they are; 2: small ones more; 1000: all alike."""
     format: Format = "auto"
     """How rows are laid out. auto: seen from the first row's fields, and shown."""
     max_length: Literal["auto"] | Annotated[int, Field(ge=2)] = "auto"
@@ -99,8 +115,18 @@ class DataSection(Section):
     begin anew and attention within its borders. A step is then made of that many full rows."""
     padding_free: bool = False
     """Lay the rows of a micro-batch one behind the other, without padding, instead of one below the other."""
-    loss_on: Literal["assistant", "all"] = "assistant"
-    """Which tokens are learnt: the assistant's turns with their end-of-turn token, or every token."""
+    streaming: bool = False
+    """Read, encode and pack the training rows while they are learnt, from where they lie: for files larger than memory,
+    or than what the disk has room for twice. Their first 1,024 are looked at before; train.max_steps says where to
+    end."""
+    loss_on: Literal["assistant", "last_assistant", "all"] = "assistant"
+    """Which tokens are learnt: the assistant's turns with their end-of-turn token, the last of them, or every token."""
+    train_on_eos: Literal["turn", "all", "last", "none"] = "turn"
+    """Which tokens that end turns are learnt: turn: those of turns that are learnt; all: of the others, too; last: of
+    the last turn alone; none: none."""
+    prompt_loss_weight: Fraction = 0.0
+    """What a token that is read and not learnt counts in the loss of a training, beside the 1 of one that is learnt;
+    held-out rows are measured without. Turns of weight 0 count nothing."""
     ignore_fields: Many[str] = ()
     """Fields of rows to leave out as if they were not there, by dotted names (`messages.reasoning_content`)."""
     template: Literal["auto", "none"] = "auto"

@@ -20,13 +20,14 @@ from qft.recipe.rules import broken_rules, unread_fields
 from qft.recipe.schema import Recipe
 from qft.recipe.section import plain
 from qft.recipe.source import Place, Tree
+from qft.recipe.spread import COLUMNS, PACKED, TEXTS
 from qft.recipe.stages import Stage, require_stages, with_paths
 from qft.recipe.stages import schema as stage_schema
 
 MAX_EXTENDS = 16
 MAX_SHOWN = 100
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
-FILE_SUFFIXES = (".gguf", ".jsonl", ".json", ".csv", ".parquet", ".txt", ".md")
+FILE_SUFFIXES = (".gguf", *COLUMNS, *TEXTS, *PACKED)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from qft.recipe.calibration import calibrate_rules, unread_by_calibration
 from qft.recipe.catalogue import export_problem, unread_by_export
@@ -21,6 +22,8 @@ FREE_SCALES = ("int", "w8a8", "8da4w")
 """What quant.target begins with where scales can be learnt: integers, whose files hold any scale."""
 
 MOST = 2**31 - 1
+STREAMED = (".jsonl", ".txt", ".md")
+"""How files end that data.streaming reads."""
 SKIP_BUDGETS = ("quant.skip_budget_bits", "quant.skip_budget_bytes")
 
 ANSWER_FIELDS = ("regex", "max_new_tokens", "samples")
@@ -125,7 +128,13 @@ def _unread_by_quant(quant: QuantSection) -> dict[str, str]:
 
 def _unread_by_data(recipe: Recipe) -> dict[str, str]:
     fields = ("data.chat_template", "data.template_kwargs") if recipe.data.template == "none" else ()
-    return dict.fromkeys(fields, "has no meaning with data.template none")
+    unread = dict.fromkeys(fields, "has no meaning with data.template none")
+    mixed = (
+        {}
+        if recipe.data.mix_by != "times"
+        else {"data.mix_temperature": "is read only with data.mix_by rows or tokens"}
+    )
+    return unread | mixed
 
 
 def _unread_by_memory(memory: MemorySection) -> dict[str, str]:
@@ -207,6 +216,8 @@ def _data_rules(recipe: Recipe) -> Iterator[Problem]:
     for i, source in enumerate(data.eval):
         if source.weight != 1:
             yield f"data.eval.{i}.weight", "held-out rows count once each; weights are for data.train"
+    if data.streaming:
+        yield from _streaming_rules(recipe)
     if data.eval or data.eval_fraction:
         return
     remedy = "needs held-out rows: set data.eval or data.eval_fraction"
@@ -214,6 +225,28 @@ def _data_rules(recipe: Recipe) -> Iterator[Problem]:
         yield "train.eval_strategy", remedy
     if recipe.eval.metrics:
         yield "eval.metrics", remedy
+
+
+def _streaming_rules(recipe: Recipe) -> Iterator[Problem]:
+    """What cannot be done with rows that nobody has counted."""
+    data, train = recipe.data, recipe.train
+    if train.max_steps < 0 and not train.stages:
+        yield "train.max_steps", "data.streaming counts no rows before they are learnt: say after how many steps to end"
+    if data.eval_fraction:
+        yield "data.eval_fraction", "draws among all rows, and data.streaming reads some at a time: give data.eval"
+    if train.train_sampling_strategy == "group_by_length":
+        text = (
+            "group_by_length orders all rows, and data.streaming reads some at a time: set it to random or sequential"
+        )
+        yield "train.train_sampling_strategy", text
+    if train.stages:
+        yield "data.streaming", "cannot go on from stage to stage: set it to false, or leave train.stages away"
+    if data.mix_by != "times":
+        yield "data.mix_by", "needs the size of every source, and data.streaming counts none: set it to times"
+    for source in data.train:
+        if Path(source.path).suffix.lower() not in STREAMED or source.sample_by != "line":
+            text = f"reads files of lines ({', '.join(STREAMED)}) where they lie, and {source.path} is none"
+            yield "data.streaming", f"{text}: write it as .jsonl, or set it to false"
 
 
 def _pattern_rules(recipe: Recipe) -> Iterator[Problem]:

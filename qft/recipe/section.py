@@ -27,6 +27,12 @@ Switches = Annotated[
     PlainSerializer(dict),
 ]
 """A YAML mapping of names to values, held as pairs so that a recipe stays frozen."""
+Renamed = Annotated[
+    tuple[tuple[str, str], ...],
+    BeforeValidator(_as_pairs, json_schema_input_type=dict[str, str]),
+    PlainSerializer(dict),
+]
+"""A YAML mapping of names to names."""
 Overrides = Annotated[tuple[tuple[str, Any], ...], BeforeValidator(_as_pairs), PlainSerializer(dict)]
 """A YAML mapping of fields to values of any kind."""
 Fraction = Annotated[float, Field(ge=0, lt=1)]

@@ -195,7 +195,7 @@ class TrainSection(Section):
     state leaves room for a faster step, or for a step at all."""
     bf16: bool | Literal["auto"] = "auto"
     """Mixed precision in bfloat16. auto: on where the device has it, unless fp16 is on or the weights are float32 by
-    request."""
+    request, or float16 on a CPU."""
     fp16: bool = False
     """Mixed precision in float16 with loss scaling; GPU only."""
     tf32: bool | Literal["auto"] = "auto"

@@ -33,9 +33,10 @@ TABLE: dict[str, dict[Class, str]] = {
             adapter.kind adapter.r adapter.lora_alpha adapter.lora_dropout adapter.target_modules
             adapter.target_experts adapter.exclude_modules adapter.target_towers adapter.layers_to_transform
             adapter.use_rslora adapter.use_dora adapter.init_lora_weights adapter.bias adapter.modules_to_save
-            data.train data.eval data.eval_fraction data.format data.max_length data.on_too_long data.on_bad_row
-            data.packing data.padding_free data.loss_on data.ignore_fields data.template data.chat_template
-            data.template_kwargs
+            data.train data.eval data.eval_fraction data.mix_by data.mix_temperature data.format
+            data.max_length data.on_too_long data.on_bad_row data.streaming
+            data.packing data.padding_free data.loss_on data.train_on_eos data.prompt_loss_weight data.ignore_fields
+            data.template data.chat_template data.template_kwargs
             train.per_device_train_batch_size train.gradient_accumulation_steps train.train_sampling_strategy
             train.lr_scheduler_type train.warmup_steps train.optim train.bf16 train.fp16
             train.stages
@@ -61,8 +62,10 @@ TABLE: dict[str, dict[Class, str]] = {
         "fixed": """
             model.path model.revision model.ignore_unexpected model.dequantize model.dtype model.device
             model.attn_implementation model.trust_remote_code model.add_tokens model.add_special_tokens
-            data.train data.eval data.eval_fraction data.format data.max_length data.on_too_long data.on_bad_row
-            data.loss_on data.ignore_fields data.template data.chat_template data.template_kwargs
+            data.train data.eval data.eval_fraction data.mix_by data.mix_temperature data.format
+            data.max_length data.on_too_long data.on_bad_row
+            data.loss_on data.train_on_eos data.prompt_loss_weight data.ignore_fields data.template data.chat_template
+            data.template_kwargs
             calibrate.engine calibrate.engine_python calibrate.algorithm calibrate.data calibrate.samples
             calibrate.max_length calibrate.data_type calibrate.bits calibrate.group_size calibrate.symmetric
             calibrate.activations calibrate.iters calibrate.skip_modules calibrate.seed calibrate.verify_samples
@@ -73,7 +76,7 @@ TABLE: dict[str, dict[Class, str]] = {
             calibrate.max_bytes
         """,
         "free": """
-            data.num_proc data.audit data.packing data.padding_free
+            data.num_proc data.audit data.packing data.padding_free data.streaming
             calibrate.preset calibrate.allow_partial quant adapter train memory distributed eval export output_dir
         """,
     },

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
+from qft.data.audit import histogram
 from qft.data.encoded import column
 from qft.distributed.gate import BitGate
 from qft.documents import training as documents
@@ -152,15 +153,9 @@ class Recorder:
         if span := self.plan.span:
             self.models[str(span.number)] = self._model()
 
-    def begin(self, done: int, phase: str = "train") -> None:
+    def begin(self, done: int) -> None:
         """The training goes on behind `done` steps."""
         self.view.begin(self.stages[-1].steps, done)
-        self.meter.enter(phase)
-
-    def sharded(self, model: nn.Module) -> None:
-        """Each process has its part of the weights, and no more."""
-        self.bytes |= weight_bytes(model)
-        self.meter.settled()
         self.meter.enter("train")
 
     def look(self) -> Snapshot:
@@ -214,7 +209,7 @@ class Recorder:
                 after=evaluations.pop("after", None),
                 history=list(evaluations.values()),
             ),
-            lengths=summary.lengths(column(self.plan.data.train, "length").tolist()),
+            lengths=histogram(column(self.plan.data.train, "length")),
             resumed_from=(run.manifest() or Manifest()).resumed_from,
             steps=len(steps),
             unmeasured_steps=self.earlier.unmeasured_steps,

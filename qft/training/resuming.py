@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch.utils.data import SequentialSampler
 from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from qft.data.packing import PackedRows
+from qft.data.stream import Stream
 from qft.distributed.sharded import gathered, gathered_state, scatter, scattered_state
 from qft.distributed.world import world
 from qft.errors import RunError
@@ -37,6 +39,7 @@ class ResumingTrainer(Trainer):
         """Step of the newest checkpoint."""
         self.postponed = False
         """Whether the evaluation of this step is left to whoever goes on."""
+        self._ops_of_a_token: int | None = None
         self._caught_up: dict[str, Any] = {}
         """What is in the Trainer's state by an evaluation that was made since."""
         self.add_callback(_EpochOrder(self.order, recorder.plan))
@@ -87,11 +90,14 @@ class ResumingTrainer(Trainer):
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         rows, sizes = self.train_dataset, self.args
+        if isinstance(rows, Stream):
+            return SequentialSampler(rows)
         if isinstance(rows, PackedRows) and sizes.train_sampling_strategy == "group_by_length":
-            at_once = sizes.train_batch_size * sizes.gradient_accumulation_steps
+            at_once = sizes.train_batch_size * sizes.gradient_accumulation_steps * world().size
             return LengthGroupedSampler(at_once, lengths=rows.lengths.tolist(), generator=self.order)
         sampler = super()._get_train_sampler(*args, **kwargs)
         if isinstance(sampler, LengthGroupedSampler):
+            sampler.batch_size *= world().size  # the rows of an update, on all GPUs
             # From the global generator, as is, a resumed run would draw another order.
             sampler.generator = self.order
         return sampler
@@ -164,8 +170,21 @@ class ResumingTrainer(Trainer):
         if self.accelerator.scaler is not None:
             super()._load_scaler(checkpoint)
 
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """The Trainer's, of what is trained: to go through a model of adapters for it takes milliseconds."""
+        weights = [p for group in self.optimizer.param_groups for p in group["params"]]
+        return self.accelerator.clip_grad_norm_(weights, self.args.max_grad_norm)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """The library's, which goes through all parameters of the model each time: the device waits for that."""
+        if self._ops_of_a_token is None:
+            self._ops_of_a_token = super().floating_point_ops(inputs) // max(inputs["input_ids"].numel(), 1)
+        return self._ops_of_a_token * int(inputs["input_ids"].numel())
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Full weights by the names of the model's modules: by those the library loads a checkpoint, and no others."""
+        if self.sharded and state_dict is None:  # which are gathered with the optimizer's state
+            return
         model = self.model
         if isinstance(model, PreTrainedModel):
             model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
@@ -237,7 +256,9 @@ class ResumingTrainer(Trainer):
             self.state.best_model_checkpoint = self._best_before
         if not world().first:
             return
-        state = self.recorder.state().model_copy(update={"evaluation_due": self._is_evaluation_due()})
+        rows, due = self.train_dataset, self._is_evaluation_due()
+        windows = rows.ends if isinstance(rows, Stream) else []
+        state = self.recorder.state().model_copy(update={"evaluation_due": due, "windows": windows})
         write_text(Path(output_dir) / STATE, state.model_dump_json())
 
     def _is_evaluation_due(self) -> bool:

@@ -16,11 +16,11 @@ from transformers.integrations import TensorBoardCallback
 from qft.checkpoint.skeleton import find_blocks
 from qft.data.batch import Collator, pad_token_id
 from qft.distributed.gate import BitGate
-from qft.distributed.sharded import gathered, plugin_arguments
+from qft.distributed.sharded import gathered, plugin_arguments, trained
 from qft.distributed.world import world
 from qft.errors import Interrupted, ModelError
 from qft.machine.signals import Signals
-from qft.memory.chunked_loss import chunk_loss, rows_at_once
+from qft.memory.chunked_loss import LOGITS, chunk_loss, rows_at_once
 from qft.memory.fused_loss import fuse_loss
 from qft.memory.guard import memory_guard
 from qft.memory.offload import Offload
@@ -31,7 +31,9 @@ from qft.model.balance import BalanceWatch
 from qft.model.load import load_base
 from qft.model.offload import load_offloaded, look_up_on_host, offloading
 from qft.model.on_cpu import join_adapters
+from qft.model.sharded import load_for_sharding
 from qft.plan import Plan
+from qft.plan.rows import UNWEIGHTED
 from qft.quant.rounding_state import state_of
 from qft.quant.share import measured_share
 from qft.run.checkpoint import is_over, step_of
@@ -40,6 +42,7 @@ from qft.training.evaluation import HeldOut
 from qft.training.fusing import fuse
 from qft.training.qat import RoundingSchedule, require_observed
 from qft.training.recorder import Recorder
+from qft.training.sharding import shard
 from qft.training.stages import Border, free, stages_left, told_of
 from qft.training.surviving import SurvivingTrainer
 
@@ -69,6 +72,11 @@ def _train_stage(run: Run, recorder: Recorder, signals: Signals, offload: Offloa
     recorder.reach("before_load", "load")
     model = _load(recorder, run, offload)
     trainer = _trainer(model, run, recorder, signals)
+    if recorder.gate:
+        recorder.meter.enter("shard")
+        shard(trainer)
+        recorder.gate.arm()
+        _try_rows(model, recorder)
     recorder.loaded(model)
     # Under autocast a LoRA layer need not cast its input to float32 first, which would be kept for backward.
     mixed = plan.training["bf16"] or plan.training["fp16"]
@@ -80,7 +88,7 @@ def _train_stage(run: Run, recorder: Recorder, signals: Signals, offload: Offloa
             if checkpoint:
                 trainer.take_up(checkpoint)
             held_out.evaluate("before")
-        recorder.begin(step_of(checkpoint), "shard" if plan.placement.sharded else "train")
+        recorder.begin(step_of(checkpoint))
         try:
             _take_steps(trainer, checkpoint)
             recorder.end()
@@ -126,7 +134,11 @@ def _load(recorder: Recorder, run: Run, offload: Offload | None) -> Any:
     """The base with its adapter, whose first state is kept where it changed the base."""
     plan = recorder.plan
     record_base(run, plan.model.loaded, plan.model.checkpoint.with_weights().base())
-    model = load_offloaded(plan.model, offload) if offload else load_base(plan.model)
+    gate = BitGate() if plan.placement.sharded else None
+    if gate:
+        model = load_for_sharding(plan.model, gate.note)
+    else:
+        model = load_offloaded(plan.model, offload) if offload else load_base(plan.model)
     if plan.model.held or plan.model.scheme.plugin:
         recorder.quantized_share = _share(plan, model)
     recorder.reach("after_load", "adapters")
@@ -134,26 +146,41 @@ def _load(recorder: Recorder, run: Run, offload: Offload | None) -> Any:
     recorder.balance = BalanceWatch(model)
     if offload:
         recorder.bytes_elsewhere = offload.bytes_elsewhere + look_up_on_host(model, offload.device)
-    recorder.unmasked = needs_no_mask(model)
-    _require_apart(model, plan)
+    if gate is None:
+        _try_rows(model, recorder)
     if plan.fewer_passes:
         join_adapters(model, offload.bring if offload else None)
     _divide_loss(model.get_base_model() if plan.lora else model, recorder)
     fuse(model, recorder)
     if _changes_base(plan) and not run.checkpoint:
         world().first_does(lambda: model.save_pretrained(str(run.initial_adapter)))
-    if plan.placement.sharded:
-        recorder.gate = BitGate(model)
+    if gate:
+        gate.note(model)
+        for _, weight in trained(model):
+            weight.data = weight.data.to(model.device)
+    recorder.gate = gate
     return model
+
+
+def _try_rows(model: Any, recorder: Recorder) -> None:
+    """Whether the loaded model needs a mask. Raises ModelError if examples that share a row would see each other."""
+    recorder.unmasked = needs_no_mask(model)
+    _require_apart(model, recorder.plan)
 
 
 def _divide_loss(base: Any, recorder: Recorder) -> None:
     """Have the loss computed from few logits at a time, in one pass over them if the head allows it."""
-    size = recorder.plan.logit_bytes
+    plan, weighted = recorder.plan, recorder.plan.data.weighted
+    size = LOGITS if weighted and plan.logit_bytes is None else plan.logit_bytes
     if size is None:
         return
-    train = recorder.plan.recipe.train
-    recorder.fused_loss = not train.torch_compile and fuse_loss(base, size, always=train.chunked_loss is True)
+    always = plan.recipe.train.chunked_loss is True or weighted
+    recorder.fused_loss = not plan.recipe.train.torch_compile and fuse_loss(base, size, always=always)
+    if weighted and not recorder.fused_loss:
+        name = plan.model.shape.architecture
+        raise ModelError(
+            f"{name} computes its loss by code of its own, in which tokens cannot be weighted: {UNWEIGHTED}"
+        )
     if recorder.fused_loss or chunk_loss(base, rows_at_once(base, size)):
         recorder.logit_bytes = size
     else:
@@ -173,8 +200,8 @@ def _trainer(model: Any, run: Run, recorder: Recorder, signals: Signals) -> Surv
         signals,
         model=model,
         args=training_arguments(plan, run),
-        train_dataset=plan.data.batched,
-        eval_dataset=plan.data.eval,
+        train_dataset=_training_rows(recorder),
+        eval_dataset=plan.data.eval and plan.data.eval.remove_columns("weights"),
         data_collator=_collator(plan, model),
         processing_class=plan.model.tokenizer,
         callbacks=_callbacks(plan, run),
@@ -189,6 +216,16 @@ def _trainer(model: Any, run: Run, recorder: Recorder, signals: Signals) -> Surv
     return trainer
 
 
+def _training_rows(recorder: Recorder) -> Any:
+    """What batches are made of."""
+    plan, known = recorder.plan, recorder.earlier.windows
+    train, stream = plan.recipe.train, plan.data.stream
+    if stream is None:
+        return plan.data.batched
+    shuffled = train.train_sampling_strategy != "sequential"
+    return stream.asked(plan.steps * train.step_rows, shuffled=shuffled, ends=known)
+
+
 def _collator(plan: Plan, model: Any) -> Collator:
     """A loss that balances experts would count the padding of packed rows, so that these are given none."""
     balances = getattr(model.config.get_text_config(), "output_router_logits", False)
@@ -198,6 +235,7 @@ def _collator(plan: Plan, model: Any) -> Collator:
         most=plan.model.shape.position_table,
         pictures=plan.model.pictures,
         side_by_side=side_by_side,
+        weighted=plan.data.weighted,
     )
 
 

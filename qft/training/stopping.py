@@ -21,7 +21,8 @@ class StoppingTrainer(ResumingTrainer):
     def __init__(self, recorder: Recorder, signals: Signals, **arguments: Any) -> None:
         super().__init__(recorder, **arguments)
         self.signals, self.saves = signals, recorder.plan.recipe.train.save_on_signal
-        self.update: Any = None
+        self.heard = False
+        """Whether all processes know that a signal has come to one."""
 
     def agree(self) -> None:
         """Raise Interrupted if a signal has come to any process, in all of them."""
@@ -31,7 +32,7 @@ class StoppingTrainer(ResumingTrainer):
 
     def keep(self) -> None:
         """Write a checkpoint of the step that was made last, unless there is one, or other processes go on."""
-        if world().size > 1 and not self.update.asked:
+        if world().size > 1 and not self.heard:
             return
         has_best = self.args.load_best_model_at_end and not self.is_in_train  # whose weights are no longer that step's
         if self.saves and self.state.global_step > self.kept and not has_best:
@@ -59,7 +60,7 @@ class StoppingTrainer(ResumingTrainer):
     @property
     def stops(self) -> bool:
         """Whether a signal ends the training behind this step; with other processes, one that all have agreed on."""
-        return self.update.asked if world().size > 1 else self.signals.asked is not None
+        return self.heard if world().size > 1 else self.signals.asked is not None
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         if self.saves:

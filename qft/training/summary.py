@@ -2,8 +2,6 @@
 
 import math
 import statistics
-from collections import Counter
-from collections.abc import Sequence
 from itertools import pairwise
 
 from qft.documents.training import Checkpointing, Loss, Throughput
@@ -44,14 +42,6 @@ def checkpointing(saved_bytes: int, seconds: float, steps: list[Step]) -> Checkp
     """From the bytes saved, and the seconds that computing the blocks again takes in one step."""
     step = statistics.median(step.seconds for step in steps)
     return Checkpointing(saved_bytes=saved_bytes, cost_share=seconds / max(step - seconds, seconds))
-
-
-def lengths(tokens: Sequence[int], bins: int = 24) -> list[tuple[int, int]]:
-    """Histogram of row lengths in equal bins: [longest of the bin, rows]."""
-    longest = max(tokens)
-    width = max(math.ceil(longest / bins), 1)
-    counts = Counter((length - 1) // width for length in tokens)
-    return [((i + 1) * width, counts[i]) for i in range(math.ceil(longest / width))]
 
 
 def spikes(losses: list[float]) -> int:

@@ -22,7 +22,7 @@ from qft.kernels import keep
 from qft.machine.signals import Signals
 from qft.memory.checkpointing import CheckpointingProbe, checkpoint_first
 from qft.memory.distilled_loss import distilled_loss
-from qft.memory.fused_loss import COUNTS
+from qft.memory.fused_loss import COUNTS, WEIGHTS
 from qft.memory.meter import optimizer_bytes, tensor_bytes
 from qft.memory.packed import sequences_apart
 from qft.memory.stash import stash_inputs
@@ -31,14 +31,15 @@ from qft.model.adapter import CHANGES_BASE
 from qft.model.on_cpu import short_attention
 from qft.progress import Step
 from qft.training.recorder import Recorder
-from qft.training.stopping import StoppingTrainer
+from qft.training.sharding import reshard
 from qft.training.update import LogEntry, Moment, Sent, Update, skips_by_itself
+from qft.training.weighing import WeighingTrainer
 
-OF_TEXT = {"input_ids", "attention_mask", "labels", COUNTS}
+OF_TEXT = {"input_ids", "attention_mask", "labels", COUNTS, WEIGHTS}
 """What a batch without images is made of."""
 
 
-class QftTrainer(StoppingTrainer):
+class QftTrainer(WeighingTrainer):
     """Trainer that tells a recorder each Step, and stops before an update that is not finite."""
 
     def __init__(self, recorder: Recorder, signals: Signals, **arguments: Any) -> None:
@@ -83,7 +84,8 @@ class QftTrainer(StoppingTrainer):
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         self.recorder.clock.enter("forward")
         mask, fillers = inputs["attention_mask"], [i for i, row in enumerate(inputs["rows"]) if not real(row)]
-        tokens = mask.sum() - mask[fillers].sum() if fillers else mask.sum()
+        of_fillers = sum(sum(inputs["lengths"][i]) for i in fillers) if "lengths" in inputs else mask[fillers].sum()
+        tokens = mask.sum() - of_fillers if fillers else mask.sum()
         self.update.counts.append(torch.stack([tokens, (inputs["labels"][:, 1:] >= 0).sum()]))
         self.update.row_count += sum(len(real(row)) for row in inputs["rows"])
         self.update.padded_tokens += inputs["input_ids"].numel()
@@ -181,17 +183,16 @@ class QftTrainer(StoppingTrainer):
             frozen = [name for name, p in self.model.named_parameters() if not p.requires_grad]
             names = [*frozen, *(name for name, _ in self.model.named_buffers())]
             self.model._ddp_params_and_buffers_to_ignore = names
+        if self.sharded:
+            reshard(self.model)
         prepared = super()._prepare_for_training(*args, **kwargs)
         if world().size > 1 and not isinstance(prepared[0], DistributedDataParallel | FSDPModule):
             raise ModelError("accelerate has left the model as it is, and no gradients would be shared")
-        if self.recorder.gate:
-            self.recorder.gate.arm()
-            self.recorder.sharded(self.model)
         return prepared
 
     def _leave_unprepared(self) -> None:
-        """Before the training each process evaluates with all weights: of a model that it has prepared for that,
-        accelerate would later share no gradients, nor shard it."""
+        """Before the training of a model that it has prepared to be evaluated, accelerate would later share no
+        gradients."""
         if world().size > 1 and not self.accelerator._models:
             self.accelerator._models.append(self.model)
 
@@ -206,22 +207,22 @@ class QftTrainer(StoppingTrainer):
             gradients = (p.grad for p in self.model.parameters() if p.grad is not None)
             recorder.bytes["gradients"] = tensor_bytes(gradients)
         update.learning_rate = self.lr_scheduler.get_last_lr()[0]
-        numbers = update.ask()
+        bad = update.ask(asked=self.signals.asked is not None)
         if self._waits_for_nothing():
-            self.optimizer.optimizer.found_inf = (~numbers.isfinite().all()).float()
+            self.optimizer.optimizer.found_inf = bad.float()
         else:
             self._look_at(update)
             if update.skipped:
                 self.model.zero_grad(set_to_none=True)  # without gradients nothing is changed, decay included
 
     def _waits_for_nothing(self) -> bool:
-        # What several processes are to leave out they must agree on.
-        on_gpu = self.args.device.type == "cuda" and not self.args.fp16 and world().size == 1
+        on_gpu = self.args.device.type == "cuda" and not self.args.fp16 and not self.sharded
         return on_gpu and skips_by_itself(self.optimizer.optimizer)
 
     def _look_at(self, update: Update) -> None:
         """Raises NonFiniteError, or has the update skipped, if what it was made of is not finite."""
-        update.read(asked=self.signals.asked is not None)
+        update.read()
+        self.heard |= update.asked
         if not update.is_bad(scaled=self.args.fp16):
             return
         if self.on_nonfinite == "stop":
@@ -261,7 +262,9 @@ class QftTrainer(StoppingTrainer):
         """The Trainer's, which would wait for the loss: of a step that is told later, so is the log's entry."""
         steps = self.state.global_step - self._globalstep_last_logged  # type: ignore[has-type]
         if self._waiting and self.control.should_log and steps:
-            self._waiting[-1].entry = LogEntry(Sent(tr_loss), steps, args[5], self.state.epoch)
+            self._waiting[-1].entry = LogEntry(
+                Sent(world().added(tr_loss / world().size)), steps, args[5], self.state.epoch
+            )
             tr_loss -= tr_loss
             self._globalstep_last_logged, self.control.should_log = self.state.global_step, False
         super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
@@ -285,7 +288,7 @@ class QftTrainer(StoppingTrainer):
             assert update.ended
             update.ended.wait()
             self.recorder.clock.settle()
-            loss, _, _, tokens, supervised, padded, rows = update.sums
+            loss, _, tokens, supervised, padded, rows, _ = update.sums
             self.recorder.step(
                 Step(
                     step=update.step,

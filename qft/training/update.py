@@ -79,32 +79,31 @@ class Update:
     """Behind it, in bytes."""
     ended: Moment | None = None
     numbers: list[float] = field(default_factory=list)
-    """The losses, the norm, and the two sums of the counts, once they are read."""
+    """The losses and the norm, once they are read."""
     sums: list[float] = field(default_factory=list)
-    """Of all processes: losses; how many have one that is not finite, and a signal; tokens, supervised ones, padded
-    ones, rows."""
+    """Of all processes: losses; how many have one that is not finite; tokens, supervised ones, padded ones, rows; and
+    how many have had a signal."""
     skipped: bool = False
     entry: LogEntry | None = None
 
-    def ask(self) -> torch.Tensor:
-        """Have the numbers sent to the host, all together; returns them where they are."""
+    def ask(self, *, asked: bool) -> torch.Tensor:
+        """Have the numbers added up with the other processes and sent to the host, all together; `asked`: a signal has
+        come to this one. The loss of each is times their number, as the Trainer has it, whose gradients are averaged.
+        Returns, where they are, whether one is not finite: bool []."""
         losses = torch.stack(self.losses).double()
         norm = torch.as_tensor(self.grad_norm).to(losses).reshape(1)
-        numbers = torch.cat([losses, norm, torch.stack(self.counts).sum(0).to(losses)])
-        self._sent = Sent(numbers)
-        return numbers
+        known = torch.tensor([self.padded_tokens, self.row_count, asked], dtype=losses.dtype, pin_memory=losses.is_cuda)
+        sums = torch.stack([losses.sum() / world().size, (~losses.isfinite()).any()])
+        counts = torch.stack(self.counts).sum(0).to(losses)
+        sums = world().added(torch.cat([sums, counts, known.to(losses.device, non_blocking=True)]))
+        self._sent = Sent(torch.cat([losses, norm, sums]))
+        return (sums[1] > 0) | ~norm.isfinite().all()
 
-    def read(self, *, asked: bool) -> None:
-        """Wait for them, if they are not there yet, and add up with the other processes; `asked`: a signal has come to
-        this one. The loss of each is times their number, as the Trainer has it, whose gradients are averaged."""
-        if self.numbers:
-            return
-        self.numbers = self._sent.read()
-        *losses, _, tokens, supervised = self.numbers
-        loss = sum(losses) / world().size
-        self.sums = world().sums(
-            [loss, bool(self.bad_batches), asked, tokens, supervised, self.padded_tokens, self.row_count]
-        )
+    def read(self) -> None:
+        """Wait for them, if they are not there yet."""
+        if not self.numbers:
+            sent, own = self._sent.read(), len(self.losses) + 1
+            self.numbers, self.sums = sent[:own], sent[own:]
 
     def is_bad(self, *, scaled: bool) -> bool:
         """Whether a loss, or the norm, is not finite. Under loss scaling (`scaled`) an overflowing gradient is
@@ -114,7 +113,7 @@ class Update:
     @property
     def asked(self) -> bool:
         """Whether a signal has come to any process."""
-        return bool(self.sums and self.sums[2])
+        return bool(self.sums and self.sums[-1])
 
     @property
     def bad_batches(self) -> list[int]:

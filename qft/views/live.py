@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.segment import Segment
 from rich.text import Text
 
-from qft.progress import Step, View
+from qft.progress import BARS, Step, View
 from qft.views.words import CONTROLS, size, sparkline
 
 RECENT = 20
@@ -59,6 +59,7 @@ def console(**options: Any) -> Console:
 
 def choose_view(console: Console, *, quiet: bool) -> View:
     """The view that fits where the output goes."""
+    BARS.set(not quiet)
     if quiet:
         return View()
     return LiveView(console) if console.is_terminal else LineView(console)

@@ -14,7 +14,7 @@ from datasets import Dataset
 
 from qft.data import kept
 from qft.data.audit import audit, by_level, lengths_of, padding_finding, require_sound
-from qft.data.look import Look, sketch
+from qft.data.look import Look, sketches
 from qft.data.prepare import Prepared, prepare
 from qft.documents.rows import Finding
 from qft.errors import DataError, RecipeError
@@ -157,10 +157,50 @@ def test_sketches_estimate_what_texts_share() -> None:
         other = one[: int(400 * share)] + draw.sample(words, 400 - int(400 * share))
         triples = [set(zip(text, text[1:], text[2:], strict=False)) for text in (one, other)]
         true = len(triples[0] & triples[1]) / len(triples[0] | triples[1])
-        sketches = [np.frombuffer(sketch(" ".join(text)), "<u4") for text in (one, other)]
-        assert float((sketches[0] == sketches[1]).mean()) == pytest.approx(true, abs=0.17)
-    assert sketch("too short") == b""
-    assert sketch("没有空格的文字也要看" * 3) != b""
+        made = [np.frombuffer(each, "<u4") for each in sketches([" ".join(one), " ".join(other)])]
+        assert float((made[0] == made[1]).mean()) == pytest.approx(true, abs=0.17)
+    assert [bool(each) for each in sketches(["too short", "没有空格的文字也要看" * 3, ""])] == [False, True, False]
+
+
+LONG_ROW = chat("tell", LONG)
+FILES: dict[str, tuple[list[Any], list[Any], dict[str, Any]]] = {
+    "bos": ([{"text": "<|bos|><|bos|>ab"}], [{"text": "<|bos|>ab"}], {}),
+    "end_of_turn": ([chat("a", "b")], [chat("a", "b"), chat("c", "d")], {"train_on_eos": "none"}),
+    "truncated": ([LONG_ROW], FINE, {"max_length": 64, "on_too_long": "truncate"}),
+    "few_learnt": ([chat("word " * 90, "y")], [chat("word", "y")], {}),
+    "special_tokens": ([chat("stop <|im_end|>", "no")], [chat("stop <im_end>", "no")], {}),
+    "roles": (
+        [turns(("user", "a"), ("user", "b"), ("assistant", "c"))],
+        [turns(("user", "a"), ("assistant", "c"))],
+        {},
+    ),
+    "empty_turns": ([turns(("user", " "), ("assistant", "c"))], [turns(("user", "."), ("assistant", "c"))], {}),
+    "control_characters": ([chat("a\x00b", "c")], [chat("a\tb\n", "c")], {}),
+    "secrets": ([chat(KEY, "c")], [chat(KEY[:-1], "c")], {}),
+    "duplicates": ([chat("a", "b")] * 2, [chat("a", "b"), chat("b", "a")], {}),
+    "near_duplicates": ([LONG_ROW, chat("tell", LONG + " so")], [LONG_ROW, chat("tell", LONG[::-1])], {}),
+    "overlap": ([chat("held", "out")], [chat("not", "so")], {"eval": "held.jsonl"}),
+    "padding": ([chat("a", "b" * (1 + 400 * (n % 40 == 0))) for n in range(80)], FINE * 40, {}),
+}
+"""By a finding: rows that have it, rows that have not, and what else is said under data."""
+
+
+@pytest.mark.parametrize("name", AuditSection.model_fields)
+def test_each_finding_has_a_file_that_has_it_and_one_that_has_not(
+    recipe_file: RecipeFile, tmp_path: Path, name: str
+) -> None:
+    wrong, right, beside = FILES[name]
+    write_jsonl(tmp_path / "held.jsonl", [chat("held", "out")])
+    levels = dict.fromkeys(AuditSection.model_fields, "off") | {name: "error"}
+    for rows, data in ((wrong, beside), (right, beside if name != "end_of_turn" else {})):
+        path = write_jsonl(tmp_path / "a.jsonl", rows)
+        train = {"per_device_train_batch_size": 8}
+        recipe = recipe_file(data={"train": str(path), "max_length": 512, "audit": levels} | data, train=train)
+        if rows is wrong:
+            with pytest.raises(DataError, match=rf"^{name}: .*\n.*data\.audit: \{{{name}: warn\}}"):
+                make_plan(load(recipe))
+        else:
+            assert make_plan(load(recipe)).findings == []
 
 
 @pytest.mark.parametrize("name", AuditSection.model_fields)

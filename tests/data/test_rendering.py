@@ -199,7 +199,9 @@ def test_a_turn_of_no_weight_is_read_and_not_learnt(no: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"weight": 0.5}, r"messages\.1\.weight: is 0 or 1"),
+        ({"weight": 1.5}, r"messages\.1\.weight: is a number from 0 to 1"),
+        ({"weight": "1"}, r"messages\.1\.weight: is a number from 0 to 1"),
+        ({"train": 0.5}, r"messages\.1\.train: is 0 or 1"),
         ({"train": "no"}, r"messages\.1\.train: is 0 or 1"),
         ({"weight": 1, "train": False}, r"messages\.1: weight and train contradict"),
         ({"weight": 0}, "no turn is learnt"),

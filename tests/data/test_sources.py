@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import os
@@ -133,6 +134,14 @@ def test_a_file_that_changed_is_read_anew_even_if_its_time_did_not(tmp_path: Pat
     assert seen[0] != seen[1]
 
 
+def test_a_compressed_file_that_changed_is_unpacked_anew(tmp_path: Path) -> None:
+    seen = [
+        list(opened(written(tmp_path, "rows.jsonl", gzip.compress(content))).dataset[JSON_COLUMN])
+        for content in (b'{"a": 1}\n', b'{"a": 2}\n')
+    ]
+    assert seen == [['{"a": 1}'], ['{"a": 2}']]
+
+
 UNREADABLE = {
     "an empty file": ("rows.jsonl", b"", "empty"),
     "an empty parquet file": ("rows.parquet", b"", "empty"),
@@ -144,12 +153,12 @@ UNREADABLE = {
     "no suffix": ("rows", b"x", r"\.jsonl, \.json, \.csv"),
     "a broken JSON array": ("rows.json", b'[{"a": 1},\n{"a": }]', r"rows\.json:2: not valid JSON: .* column 7"),
     "a JSON array that stops": ("rows.json", b'[{"a": 1},\n', r"rows\.json:2: not valid JSON"),
-    "a JSON array nested too deeply": ("rows.json", b"[" * 200_000, "recursion"),
+    "a JSON array nested too deeply": ("rows.json", b"[" * 200_000, "nested too deeply"),
     "a broken parquet file": ("rows.parquet", b"PAR1 or not", "cannot be read: .*[Pp]arquet"),
     "a CSV file that is a header": ("rows.csv", b"a,b\n", "no row"),
     "a CSV file of blank lines": ("rows.csv", BOM + b"\n\n", "no row"),
-    "a CSV file whose first row is too long": ("rows.csv", b"a,b\n1,2,3\n", "3 cells"),
-    "a CSV file with a later row that is too long": ("rows.csv", b"a,b\n1,2\n1,2,3\n", "line 3"),
+    "a CSV file whose first row is too long": ("rows.csv", b"a,b\n1,2,3\n", "csv:2: 3 cells"),
+    "a CSV file with a later row that is too long": ("rows.csv", b"a,b\n1,2\n1,2,3\n", "csv:3: 3 cells"),
     "a CSV file with two columns of one name": ("rows.csv", b"a,a\n1,2\n", "same name"),
 }
 

@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from qft.distributed.gate import BitGate, checksum
+from qft.distributed.world import Ranks, World
 from qft.errors import ModelError
+from qft.model.sharded import own_part
 
 
 def layers() -> Any:
@@ -21,7 +23,8 @@ def layers() -> Any:
 
 def test_one_changed_byte_is_found_once_it_is_used() -> None:
     model = layers()
-    gate = BitGate(model)
+    gate = BitGate()
+    gate.note(model)
     gate.arm()
     packed = model[1].weight.data.view(torch.uint8)
     packed.view(-1)[1234] ^= 1
@@ -37,12 +40,24 @@ def test_one_changed_byte_is_found_once_it_is_used() -> None:
 
 def test_a_weight_that_is_not_whole_is_found() -> None:
     model = layers()
-    gate = BitGate(model)
+    gate = BitGate()
+    gate.note(model)
     gate.arm()
     hook = gate.layers["2"]._forward_pre_hooks
     gate.layers["2"].weight.data = gate.layers["2"].weight.data[:7]
     next(iter(hook.values()))(gate.layers["2"], ())
     assert gate.changed == ["2"]
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_a_process_keeps_its_part_alone(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, found = torch.randn(rows, 3), []
+    for rank in range(4):
+        monkeypatch.setattr("qft.model.sharded.world", lambda rank=rank: World(Ranks(rank, 4)))
+        monkeypatch.setattr("torch.empty", lambda shape, dtype: torch.zeros(shape, dtype=dtype))
+        found.append(own_part(whole))
+    assert torch.equal(sum(found[1:], found[0]), whole)
+    assert all(part.any(1).sum() <= -(-rows // 4) for part in found)
 
 
 @pytest.mark.parametrize("size", [1, 3, 4, 1001])

@@ -91,12 +91,28 @@ def test_two_processes_learn_what_one_does(strategy: str, one: Path, tmp_path: P
     assert (told["strategy"], len(told["ranks"]), single["distributed"]) == (strategy, 2, None)
     gate = told["bit_gate"]
     assert (gate and (gate["layers"], gate["layers_changed"])) == ((14, 0) if strategy == "fsdp2" else None)
+    parts, whole = (each["memory"]["components"] for each in (both, single))
+    share = 2 if strategy == "fsdp2" else 1
+    assert [share * parts[name] for name in ("trainable_weights", "optimizer_state")] == pytest.approx(
+        [whole[name] for name in ("trainable_weights", "optimizer_state")], rel=0.01
+    )
     left = {path.name for path in (tmp_path / "two").iterdir()} ^ {path.name for path in (one / "one").iterdir()}
     assert not left
     trained, wanted = adapter(tmp_path / "two"), adapter(one / "one")
     assert trained.keys() == wanted.keys()
     # Adam's first updates are signs of gradients, some of which are next to nothing.
     assert all((trained[name] - wanted[name]).abs().mean() < 2e-3 for name in wanted)
+
+
+def test_processes_share_packed_rows_in_the_order_of_one(one: Path, tmp_path: Path) -> None:
+    order = {"train_sampling_strategy": "group_by_length", "per_device_train_batch_size": 2, "max_steps": 4}
+    packed: dict[str, Any] = {"data": {"packing": True, "eval_fraction": 0.0}, "train": order}
+    single = run(recipe(tmp_path, one / "model", "single", **packed))
+    both = together(recipe(tmp_path, one / "model", "two", distributed={"strategy": "ddp"}, **packed))
+    assert [each.returncode for each in both] == [0, 0], both[0].stderr
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "single"), abs=1e-4)
+    told = report(tmp_path / "two")
+    assert (told["tokens"], told["samples"]) == (single.tokens, single.samples)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])

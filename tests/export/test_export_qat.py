@@ -34,6 +34,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "more": {"r": 3, "use_dora": True, "bias": "lora_only", "modules_to_save": ["lm_head"]},
     "none": {"kind": "none"},
 }
+STAGES = [{"quant.mode": "none", "max_steps": 3}, {"quant.mode": "qat", "quant.target": "int4-g32", "max_steps": 3}]
 
 
 def qat_run(folder: Path, target: str, adapter: dict[str, Any], **sections: Any) -> Path:
@@ -74,6 +75,16 @@ def test_what_is_written_is_what_was_trained(target: str, kind: str, tmp_path: P
         assert (checks["same_continuations"].value, checks["same_continuations"].threshold) == (1, 1)
     else:
         assert checks["kl"].value < 1e-3
+
+
+def test_an_adapter_that_comes_to_the_rounding_in_stages_is_written_as_it_ended(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    run = trained(tmp_path, tmp_path / "base", quant=None, train={"stages": STAGES})
+    document, checks = exported(run, "int4-g32")
+    assert document.passed
+    exact = ("different_weights", "largest_difference", "same_continuations")
+    assert [checks[name].value for name in exact] == [0, 0, 1]
 
 
 @pytest.mark.parametrize(("target", "learns"), [("int4-g32", True), ("int8", False)])

@@ -32,14 +32,17 @@ def spoil(path: Path, name: str, value: float = float("nan"), at: Any = (0, 3)) 
     save_file(tensors, path, {"format": "pt"})
 
 
-@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "fp4"])
+ROUNDED = {"quant": {"preset": None, "mode": "qat", "target": "int4-g32"}}
+
+
+@pytest.mark.parametrize("mode", [*(mode for mode in MODES if mode != "fp4"), "qat"])
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 def test_a_base_that_is_no_number_is_refused_by_tensor(
     mode: str, value: float, recipe_file: RecipeFile, tmp_path: Path
 ) -> None:
     base = write_model(tmp_path / "base", "llama")
     spoil(base / "model.safetensors", NEVER, value)
-    sections = dict(MODES[mode])
+    sections = dict(MODES.get(mode, ROUNDED))
     sections["model"] = sections.get("model", {}) | {"path": str(base)}
     with pytest.raises(ModelError, match=rf"base: {NEVER} holds NaN or infinity"):
         run(recipe_file(**sections))

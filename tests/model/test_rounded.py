@@ -212,7 +212,7 @@ def test_layers_left_out_are_merged_and_not_rounded(llama: Path, tmp_path: Path)
     assert plan.model.held.quantized < plan.model.held.total
 
 
-@pytest.mark.parametrize("target", ["int4-g32", "nf4", "q4_0", "q8_0"])
+@pytest.mark.parametrize("target", ["int4-g32", "int8", "nf4", "q4_0", "q8_0"])
 def test_the_adapters_gradient_is_that_of_float64(target: str, llama: Path) -> None:
     """Of x (W + s B A)' with W + s B A rounded and straight through, by hand."""
     plan = plan_of(llama, target, model={"dtype": "float32"}, adapter={"r": 4, "lora_alpha": 8})

@@ -161,10 +161,11 @@ def test_scales_that_float8_can_hardly_hold_clip() -> None:
     assert rounded.values[0, 16] < 5e-6
 
 
+INT4 = ("int4-g32", "int4-g64", "int4-g128", "int8-dynamic-act-int4-weight", "8da4w")
 GRIDS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], int, int]] = {
     # A block's step in float64 by its definition, and the ends of its range.
-    "int4-g32": (lambda block: block.abs().max() / 7.5, -8, 7),
-    "int8": (lambda block: block.abs().max() / 127.5, -128, 127),
+    **dict.fromkeys(INT4, (lambda block: block.abs().max() / 7.5, -8, 7)),
+    **dict.fromkeys(("int8", "w8a8", "w8a8-static"), (lambda block: block.abs().max() / 127.5, -128, 127)),
     "q4_0": (lambda block: block[block.abs().argmax()] / -8, -8, 7),
     "q8_0": (lambda block: block.abs().max() / 127, -127, 127),
     # Their extremes are on the grid, or next to its end.
@@ -176,24 +177,25 @@ GRIDS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], int, int]] = {
 def test_the_gradient_is_that_of_clipping_alone(name: str) -> None:
     """Against float64: one where the nearest step of a block's scale is within the range, else none. Blocks hold their
     positive extreme, their negative one, or both, next to the edges."""
-    step, least, most = GRIDS[name]
+    (step, least, most), width = GRIDS[name], max(TARGETS[name].block, 32)
     torch.manual_seed(0)
-    blocks = torch.randn(64, 32).clamp(-2, 2)
+    blocks = torch.randn(64, width).clamp(-2, 2)
     blocks[:32, 5], blocks[16:, 9] = 3.0, -3.0
     blocks[:, 11] = torch.linspace(2.75, 3.0, 64)
     weight = blocks.clone().requires_grad_()
-    upstream = torch.randn(64, 32)
+    upstream = torch.randn(64, width)
     [gradient] = torch.autograd.grad(straight_through(weight, TARGETS[name].rounding), weight, upstream)
 
-    expected = torch.zeros(64, 32, dtype=torch.float64)
+    expected = torch.zeros(64, width, dtype=torch.float64)
     for i, block in enumerate(blocks.double()):
         codes = block / step(block)
         inside = (codes > least - 0.5) & (codes < most + 0.5)
         edge = ((codes - most - 0.5).abs() < 1e-4) | ((codes - least + 0.5).abs() < 1e-4)  # on it float32 decides
         expected[i] = torch.where(edge, gradient[i].double(), inside * upstream[i])
     assert torch.equal(gradient.double(), expected)
-    if name in ("int4-g32", "q4_0"):
+    if name in (*INT4, "q4_0"):
         assert (gradient == 0).any()
+    assert {*GRIDS, "q4_k"} == set(TARGETS)
 
 
 def test_the_gradient_of_blocks_of_256_is_that_of_clipping_alone() -> None:

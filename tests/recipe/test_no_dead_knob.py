@@ -124,6 +124,7 @@ RTN = ("calibrate.engine=rtn",)
 RTN_8 = (*RTN, "calibrate.bits=8")
 LLMCOMPRESSOR = ("calibrate.engine=llmcompressor", "calibrate.engine_python=some/python")  # which is not there
 STATIC = (*RTN_8, "calibrate.activations=static", "calibrate.max_length=32")
+UNEVEN = "data.train=[{path: chats.jsonl, weight: 2}, {path: other.jsonl}]"
 PAIR = "data.train=[{path: chats.jsonl}, {path: other.jsonl}]"
 
 CASES: dict[str, Case] = {
@@ -164,6 +165,9 @@ CASES: dict[str, Case] = {
     "data.train.format": Case("text", rows, ("data.train={path: both.jsonl, format: alpaca}",)),
     "data.train.weight": Case("2", rows, ("data.train={path: chats.jsonl}",)),
     "data.train.sample_by": Case("document", rows, ("data.train={path: lines.txt}",)),
+    "data.train.columns": Case("{text: input}", rows, ("data.train={path: both.jsonl, format: alpaca}",)),
+    "data.mix_by": Case("rows", rows, (UNEVEN,)),
+    "data.mix_temperature": Case("9.0", rows, (UNEVEN, "data.mix_by=rows")),
     "data.eval": Case("other.jsonl", rows),
     "data.eval_fraction": Case("0.5", rows),
     "data.format": Case("text", rows, ("data.train=both.jsonl", "data.format=alpaca")),
@@ -172,7 +176,10 @@ CASES: dict[str, Case] = {
     "data.on_bad_row": Case("skip", rows, ("data.train=bad.jsonl",)),
     "data.packing": Case("true", batched),
     "data.padding_free": Case("true", batched),
+    "data.streaming": Case("true", lambda plan: plan.data.stream is not None, ("train.max_steps=2",)),
     "data.loss_on": Case("all", rows),
+    "data.train_on_eos": Case("none", rows),
+    "data.prompt_loss_weight": Case("0.5", rows),
     "data.ignore_fields": Case("[messages.aside]", rows, ("data.chat_template=aside.jinja", "data.train=asides.jsonl")),
     "data.template": Case("none", rows, ("data.train=both.jsonl", "data.format=alpaca")),
     "data.chat_template": Case("shout.jinja", rows),

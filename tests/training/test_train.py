@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,11 +15,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from qft.errors import NonFiniteError, RunError
+from qft.errors import NonFiniteError, RecipeError, RunError
 from qft.model.load import load_base
 from qft.plan import make_plan
 from qft.recipe import load
 from qft.training.trainer import QftTrainer
+from tests.support.architectures import write_model
 from tests.support.models import plain_loss
 from tests.support.rows import chat, write_jsonl
 from tests.support.runs import HARD, MODES, adapter, run
@@ -52,6 +54,20 @@ def test_all_weights_of_an_unquantized_model_train(recipe_file: RecipeFile, tiny
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     assert model.dtype == torch.float32
     assert {p.name: hashlib.sha256(p.read_bytes()).digest() for p in tiny_model.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "quant", [None, {"preset": None, "mode": "8bit"}, {"preset": None, "mode": "qat", "target": "int8"}], ids=str
+)
+def test_a_cpu_trains_float16_and_mixes_it_with_no_bfloat16(
+    quant: dict[str, Any] | None, recipe_file: RecipeFile, tmp_path: Path
+) -> None:
+    model = {"path": str(write_model(tmp_path / "neox", "gpt_neox")), "dtype": "float16"}
+    report = run(recipe_file(model=model, quant=quant, train={"max_steps": 1, "gradient_accumulation_steps": 1}))
+    assert report.model.dtype == "float16"
+    assert math.isfinite(report.loss.last)
+    with pytest.raises(RecipeError, match=r"yaml:\d+: train.bf16: a CPU multiplies no float16 with bfloat16"):
+        make_plan(load(recipe_file(model=model, quant=quant, train={"bf16": True})))
 
 
 def test_accumulating_single_rows_equals_one_large_batch(recipe_file: RecipeFile, tmp_path: Path) -> None:

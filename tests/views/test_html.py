@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from html import unescape
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 
 from qft.documents.evaluation import EvalDocument, HarnessResult, LayerError, Score, SourceResult, TargetResult
+from qft.documents.plan import DataPart, SourceFacts
+from qft.documents.rows import Finding, RowLengths, ShownRow, ShownToken
 from qft.documents.training import (
     Components,
     Evaluation,
@@ -29,7 +31,7 @@ from qft.documents.training import (
     Throughput,
 )
 from qft.measure.scores import Answer
-from qft.views.html.page import Asked, evaluation_page, side_by_side, training_page
+from qft.views.html.page import Asked, evaluation_page, rows_page, side_by_side, training_page
 from tests.support.reports import GIB, report
 
 pytestmark = pytest.mark.pictures
@@ -230,7 +232,30 @@ def areas_of(svg: ET.Element) -> dict[str, list[float]]:
     return areas
 
 
-PAGES = {
+def rows() -> str:
+    """Of two sources, with findings of both levels and rows whose tokens count differently."""
+    source = SourceFacts(
+        path="/data/rows.jsonl", part="train", format="messages", rows=90, unread={"id": 90}, skipped=1, truncated=2,
+        tokens=9000, supervised_tokens=3000, longest=400, digest=None, unit="line", weight=2.0,
+    )  # fmt: skip
+    lengths = RowLengths(
+        p5=10, p50=100, p95=300, p99=390, longest=400, padding_share=0.4, histogram=[(100, 50), (200, 0), (400, 40)]
+    )
+    told = [
+        Finding(name=name, level=level, rows=2, places=["/data/rows.jsonl:3"], text="2 of 90 rows", remedy="mend them")
+        for name, level in (("bos", "error"), ("secrets", "warn"))
+    ]
+    data = DataPart(
+        train_rows=180, packed_rows=40, eval_rows=9, lengths=lengths, findings=told,
+        sources=[source, source.model_copy(update={"part": "eval"})],
+    )  # fmt: skip
+    tokens = [ShownToken("<|user|>\n", False, 0.5), *[ShownToken("word ", True, 1.0)] * 30, ShownToken("0", True, 0.5)]
+    shown = ShownRow(place="/data/rows.jsonl:1", text="", learnt=[], pieces=tokens, images=["cat.png"])
+    return rows_page(data, [shown] * 6, "recipe.yaml")
+
+
+PAGES: dict[str, Callable[[], str]] = {
+    "rows": rows,
     "training": lambda: training_page(training(), pairs(4)),
     "resumed": lambda: training_page(training(1), pairs(1)),
     "evaluation": lambda: evaluation_page(
@@ -637,7 +662,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     driver.quit()
 
 
-@pytest.mark.parametrize("name", ["training", "evaluation"])
+@pytest.mark.parametrize("name", ["training", "evaluation", "rows"])
 def test_a_browser_shows_it_in_light_and_dark_and_on_a_phone(name: str, browser: Any, tmp_path: Path) -> None:
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from qft.data.audit import histogram
 from qft.disk import require_free_space
 from qft.documents.memory import Leak
 from qft.documents.training import Checkpointing, Evaluation
@@ -16,7 +17,7 @@ from qft.files import _put_in_place, atomic_folder, write_json, write_text
 from qft.progress import Step, View
 from qft.training.advice import advise
 from qft.training.clock import PhaseClock
-from qft.training.summary import lengths, spikes
+from qft.training.summary import spikes
 from qft.views.live import LineView, LiveView, choose_view
 from qft.views.terminal.training import render
 from qft.views.words import si, size, sparkline
@@ -189,10 +190,10 @@ def test_spikes_are_counted_against_the_usual_change() -> None:
 
 
 def test_lengths_are_counted_in_equal_bins() -> None:
-    assert lengths([1, 10, 11, 20, 95, 100], bins=10) == [
+    assert histogram([1, 10, 11, 20, 95, 100], bins=10) == [
         (10, 2), (20, 2), (30, 0), (40, 0), (50, 0), (60, 0), (70, 0), (80, 0), (90, 0), (100, 2),
     ]  # fmt: skip
-    assert lengths([3]) == [(1, 0), (2, 0), (3, 1)]
+    assert histogram([3]) == [(1, 0), (2, 0), (3, 1)]
 
 
 def test_the_clock_counts_each_phase_and_not_what_is_between() -> None:

@@ -11,9 +11,11 @@ from markupsafe import Markup
 
 from qft.documents.evaluation import EvalDocument, HarnessResult, Load, Score, SourceResult, TargetResult
 from qft.documents.part import Part, unit_of
+from qft.documents.plan import DataPart
+from qft.documents.rows import ShownRow
 from qft.documents.training import Evaluation, Report, StageReport
 from qft.views import words
-from qft.views.html import evaluation_pictures, training_pictures
+from qft.views.html import evaluation_pictures, rows_pictures, training_pictures
 from qft.views.html.chart import WIDTH, Cell, Table, evenly
 from qft.views.html.evaluation_pictures import interval
 from qft.views.words import count, duration, number, percent, plain, si, size
@@ -58,8 +60,8 @@ def side_by_side(answers: Mapping[str, Sequence[Answer]], place: Callable[[int, 
     return list(rows.values())
 
 
-def training_page(report: Report, answers: Sequence[Asked] = ()) -> str:
-    """The report of a training. The same report and answers give the same bytes."""
+def training_page(report: Report, answers: Sequence[Asked] = (), data: DataPart | None = None) -> str:
+    """The report of a training, with what its plan says of its data. The same gives the same bytes."""
     return ENVIRONMENT.get_template("training.html.jinja").render(
         report=report,
         name=PurePath(report.run).name or report.run,
@@ -74,10 +76,18 @@ def training_page(report: Report, answers: Sequence[Asked] = ()) -> str:
         ],
         out_of_memory=_out_of_memory(report),
         speed=[training_pictures.throughput(report), training_pictures.phases(report)],
-        lengths=training_pictures.lengths(report),
+        lengths=training_pictures.lengths(report.lengths),
+        data=rows_pictures.parts(data) if data else {},
         answers=sorted(answers, key=lambda row: [right is not False for _, right in reversed(row.given.values())]),
         parts=_every_figure("The run", report),
     )
+
+
+def rows_page(data: DataPart, shown: Sequence[ShownRow], recipe: str) -> str:
+    """The rows of a plan, as they are learnt: lengths, sources, findings, and those `shown`, token by token."""
+    parts = rows_pictures.parts(data)
+    rows = [rows_pictures.drawn(row) for row in shown]
+    return ENVIRONMENT.get_template("rows.html.jinja").render(recipe=recipe, data=data, rows=rows, **parts)
 
 
 def evaluation_page(document: EvalDocument, answers: Sequence[Asked] = ()) -> str:

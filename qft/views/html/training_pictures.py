@@ -147,11 +147,12 @@ def phases(report: Report) -> Picture:
     return Picture("phases", "Where the time went", said, paint, table, height=150, margins=(4, 4, 4, 4))
 
 
-def lengths(report: Report) -> Picture:
+def lengths(bins_of: Sequence[tuple[int, int]]) -> Picture:
+    """Of [longest of the bin in tokens, rows]."""
     title = "Length of the training rows"
-    if not report.lengths:
+    if not bins_of:
         return Picture("lengths", title, "The lengths of the rows were not measured.")
-    ends, rows = zip(*report.lengths, strict=True)
+    ends, rows = zip(*bins_of, strict=True)
     starts = [0, *ends[:-1]]
 
     def paint(axes: Axes) -> None:

@@ -118,6 +118,9 @@ def _training(plan: PlanDocument) -> Facts:
     rows = Facts("Training")
     rows.add("steps", f"{plan.steps} of {batch} rows ({passes} accumulated{f' by {gpus} GPUs' if gpus > 1 else ''})")
     longest = f"; of {data.max_length:,} tokens at most" if data.max_length else ""
+    if data.streamed_lines is not None:
+        looked_at = f"the first {count(data.train_rows, 'example')} looked at"
+        rows.add("streamed", f"{count(data.streamed_lines, 'line')}, read while they are learnt; {looked_at}")
     rows.add("rows", f"{data.train_rows:,} to train on, {data.eval_rows:,} held out{longest}")
     if data.packed_rows is not None:
         rows.add("", f"packed: {count(data.train_rows, 'example')} in {data.packed_rows:,} rows")

@@ -1,5 +1,6 @@
 """The rows of a plan: what the sources hold, and single rows token by token."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -76,6 +77,13 @@ def _folded(tokens: Sequence[ShownToken]) -> Iterator[ShownToken]:
             yield ShownToken(f"{token.text} x{count}", False)
 
 
+def _weights(tokens: Sequence[ShownToken]) -> str:
+    """How many tokens count what in the loss, unless that is 1 of those that are learnt."""
+    counts = Counter(token.weight for token in tokens if token.weight is not None)
+    told = ", ".join(f"{count(number, 'token')} of {weight:g}" for weight, number in sorted(counts.items()))
+    return f"; in the loss {told} count" if told else ""
+
+
 class Shown:
     """A row token by token, the learnt ones in colour; without colours between « and »."""
 
@@ -85,7 +93,7 @@ class Shown:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         tokens = self.row.pieces
         learnt = sum(token.learnt for token in tokens)
-        yield Whole(f"{self.row.place}: {count(len(tokens), 'token')}, {learnt:,} learnt", "bold")
+        yield Whole(f"{self.row.place}: {count(len(tokens), 'token')}, {learnt:,} learnt{_weights(tokens)}", "bold")
         if self.row.images:
             yield Whole(f"images: {', '.join(self.row.images)}", "dim")
             tokens = list(_folded(tokens))

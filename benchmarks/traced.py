@@ -13,7 +13,7 @@ import json
 import os
 import subprocess
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -102,12 +102,12 @@ def read(trace: Path) -> tuple[dict[str, Any], dict[str, float]]:
     device = sorted([*spans["kernel"], *spans["gpu_memcpy"], *spans["gpu_memset"]])
     of_nccl = [each for each in device if "nccl" in each[2]]
     own = [each for each in device if "nccl" not in each[2]]
-    by_name: dict[str, float] = Counter()
+    by_name: dict[str, float] = defaultdict(float)
     for start, end, name in device:
         by_name[name] += (end - start) / 1e3 / STEPS
     gaps = [(after[0] - end, end, after) for end, _, after in edges(own) if after[0] > end]
     longest = sorted(gaps, key=lambda gap: -gap[0])[:10]
-    waits: dict[str, float] = Counter()
+    waits: dict[str, float] = defaultdict(float)
     for start, end, name in spans["cuda_runtime"]:
         if name in WAITS:
             waits[name] += (end - start) / 1e3 / STEPS
@@ -142,7 +142,7 @@ def edges(spans: list[Span]) -> Iterable[tuple[float, str, Span]]:
 
 def during(spans: list[Span], start: float, end: float) -> list[str]:
     """What the host was in longest within that time."""
-    shares: dict[str, float] = Counter()
+    shares: dict[str, float] = defaultdict(float)
     for begun, ended, name in spans:
         if (share := min(end, ended) - max(start, begun)) > 0:
             shares[name[:40]] += round(share / 1e3, 2)

@@ -1,4 +1,4 @@
-"""The documentation: tables that are whole."""
+"""The documentation: tables that are whole, and files that are there; .ci/site.py looks at anchors."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from tests.support.paths import ROOT
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 ROW = re.compile(r"^\s*\|.*\|\s*$")
 RULE = re.compile(r"^\s*\|(\s*:?-+:?\s*\|)+\s*$")
+LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
+NAMED = re.compile(r"`(?:docs|recipes|benchmarks)/[\w./-]+\.[a-z]+`")
 FENCE = re.compile(r"^\s*(```|~~~)")
 
 
@@ -42,6 +44,14 @@ def broken(text: str) -> Iterator[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_table_is_whole(page: Path) -> None:
     assert list(broken(page.read_text("utf-8"))) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_a_page_names_are_there(page: Path) -> None:
+    text = page.read_text("utf-8")
+    linked = [page.parent / link[1] for link in LINK.finditer(text)]
+    named = [ROOT / name[0].strip("`") for name in NAMED.finditer(text)] if page.name != "CHANGELOG.md" else []
+    assert [str(path) for path in (*linked, *named) if not path.exists()] == []
 
 
 def test_what_is_no_whole_table_is_found() -> None:

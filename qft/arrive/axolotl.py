@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qft.arrive import axolotl_rules as rules
-from qft.arrive import templates
+from qft.arrive import shared, templates
 from qft.arrive.axolotl_data import sources
 from qft.arrive.line import (
     Config,
@@ -22,7 +22,7 @@ from qft.arrive.line import (
     to,
     when_on,
 )
-from qft.arrive.several import SEVERAL
+from qft.arrive.shared import SEVERAL
 
 NAME = "Axolotl"
 TEMPLATES = {
@@ -211,7 +211,7 @@ TABLE: dict[str, Rule] = {
     "lora_dropout": to("adapter.lora_dropout"),
     "lora_target_modules": rules.modules,
     "lora_target_linear": when_on(choose("adapter.target_modules", {True: "all-linear"}, "name layers")),
-    "lora_target_parameters": rules.experts,
+    "lora_target_parameters": shared.experts,
     "lora_modules_to_save": to("adapter.modules_to_save"),
     "peft": rules.loftq,
     "peft_use_dora": to("adapter.use_dora"),
@@ -226,7 +226,7 @@ TABLE: dict[str, Rule] = {
     ),
     "datasets": sources("data.train"),
     "test_datasets": sources("data.eval"),
-    "val_set_size": rules.held_out,
+    "val_set_size": shared.held_out,
     "chat_template": rules.template,
     "chat_template_jinja": rules.jinja,
     "chat_template_kwargs": to("data.template_kwargs"),
@@ -251,7 +251,7 @@ TABLE: dict[str, Rule] = {
     "warmup_steps": to("train.warmup_steps"),
     "warmup_ratio": rules.warmup_ratio,
     "weight_decay": to("train.weight_decay"),
-    "optimizer": rules.optimizer,
+    "optimizer": shared.optimizer,
     "adam_beta1": to("train.adam_beta1"),
     "adam_beta2": to("train.adam_beta2"),
     "adam_epsilon": to("train.adam_epsilon"),
@@ -265,7 +265,7 @@ TABLE: dict[str, Rule] = {
     "float32": when_on(choose("model.dtype", {True: "float32"}, "model.dtype")),
     "tf32": to("train.tf32"),
     "torch_compile": when_on(choose("train.torch_compile", {True: True, "auto": None}, "train.torch_compile")),
-    "attn_implementation": rules.attention,
+    "attn_implementation": shared.attention,
     "gradient_checkpointing": rules.checkpointing,
     "activation_offloading": when_on(
         lambda key, value, config: [

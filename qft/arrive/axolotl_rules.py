@@ -3,38 +3,11 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from qft.arrive.line import Config, Kind, Line, Rule, choose, fastest_attention, number, sets
+from qft.arrive.line import Config, Kind, Line, Rule, sets
 
-OPTIMIZERS = {
-    "adamw_torch": "adamw_torch",
-    "adamw_torch_fused": "adamw_torch_fused",
-    "adamw_hf": "adamw_torch",
-    "adamw_bnb_8bit": "adamw_8bit",
-    "adamw_8bit": "adamw_8bit",
-    "paged_adamw_8bit": "paged_adamw_8bit",
-    "paged_adamw_32bit": "paged_adamw_32bit",
-    "paged_adamw": "paged_adamw_32bit",
-    "lion_8bit": "lion_8bit",
-    "lion_32bit": "lion_32bit",
-    "adafactor": "adafactor",
-    "sgd": "sgd",
-}
-"""Theirs -> ours. Those of torchao hold the same state in other blocks; see `optimizer`."""
 PROMPTED = "rows of type alpaca are rendered by the prompt of that type"
 OWN_TEMPLATE = "chat-template.jinja"
 """The file that chat_template_jinja becomes."""
-TORCHAO = {"adamw_torch_8bit": "adamw_8bit", "adamw_torch_4bit": "adamw_8bit", "ao_adamw_8bit": "adamw_8bit"}
-
-
-@sets("train.optim")
-def optimizer(key: str, value: Any, config: Config) -> Iterator[Line]:
-    if value in TORCHAO:
-        text = f"bitsandbytes' 8-bit AdamW stands for torchao's {value}: the same update, its state in 8 bits"
-        yield Line(key, Kind.DECIDED, text, {"train.optim": TORCHAO[value]})
-    else:
-        yield from choose("train.optim", OPTIMIZERS, "train.optim adamw_8bit is the nearest that holds as little")(
-            key, value, config
-        )
 
 
 @sets("adapter.kind")
@@ -90,27 +63,6 @@ def modules(key: str, value: Any, config: Config) -> Iterator[Line]:
         yield Line(key, Kind.NO_EFFECT, "lora_target_linear takes every linear layer already")
     else:
         yield Line(key, Kind.OTHER_FIELD, sets={"adapter.target_modules": value})
-
-
-@sets("adapter.target_experts")
-def experts(key: str, value: Any, config: Config) -> Iterator[Line]:
-    names = [value] if isinstance(value, str) else value
-    if all(str(name).rpartition(".")[2] in ("gate_up_proj", "down_proj") for name in names):
-        text = "all parameters of the experts, on those that hold a layer's"
-        yield Line(key, Kind.OTHER_FIELD, text, {"adapter.target_experts": True})
-    else:
-        yield Line(key, Kind.UNSUPPORTED, "adapter.target_experts adapts the experts of a mixture, all or none")
-
-
-@sets("data.eval_fraction")
-def held_out(key: str, value: Any, config: Config) -> Iterator[Line]:
-    share = number(value)
-    if not share:
-        yield Line(key, Kind.SAME, "off, as here")
-    elif share < 1:
-        yield Line(key, Kind.OTHER_FIELD, "other rows are drawn", {"data.eval_fraction": share})
-    else:
-        yield Line(key, Kind.UNSUPPORTED, "a number of rows: give their share as data.eval_fraction")
 
 
 def a_time_or_more(strategy: str, what: str) -> Rule:
@@ -240,14 +192,6 @@ def bf16(key: str, value: Any, config: Config) -> Iterator[Line]:
     half = any(config.get(other) for other in ("load_in_8bit", "fp16", "float16"))
     wide = {} if config.get("bfloat16") else {"model.dtype": "float16" if half else "float32"}
     yield Line(key, Kind.SAME, "as Axolotl then loads the model" if wide else "", {"train.bf16": False, **wide})
-
-
-@sets("model.attn_implementation")
-def attention(key: str, value: Any, config: Config) -> Iterator[Line]:
-    if value in ("eager", "sdpa", "flex_attention"):
-        yield Line(key, Kind.SAME, sets={"model.attn_implementation": value})
-    else:
-        yield fastest_attention(key)
 
 
 @sets("train.early_stopping_patience")

@@ -68,7 +68,7 @@ class Translation:
 
 def translate(path: Path) -> Translation:
     """Read the configuration of another tool. Raises RecipeError if it is none, MissingError without a file."""
-    tree = source.read(path)
+    tree = source.read(path, "configuration")
     tool = _recognised(tree.values, path)
     config = Config(tree, path, tool.flat(tree.values))
     lines = [with_value(line, config) for key in config.values for line in _lines(tool, key, config)]

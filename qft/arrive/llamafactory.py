@@ -21,7 +21,7 @@ from qft.arrive.line import (
     when_on,
 )
 from qft.arrive.llamafactory_data import sources
-from qft.arrive.several import SEVERAL
+from qft.arrive.shared import SEVERAL, held_out
 from qft.arrive.trainer import TRAINER, trainer_defaults
 
 NAME = "LLaMA-Factory"
@@ -79,14 +79,6 @@ def template(key: str, value: Any, config: Config) -> Iterator[Line]:
         yield Line(key, Kind.DECIDED, text)
 
 
-@sets("data.eval_fraction")
-def held_out(key: str, value: Any, config: Config) -> Iterator[Line]:
-    if value < 1:
-        yield Line(key, Kind.OTHER_FIELD, "other rows are drawn", {"data.eval_fraction": value})
-    else:
-        yield Line(key, Kind.UNSUPPORTED, "a number of rows: give their share as data.eval_fraction")
-
-
 @sets("adapter.init_lora_weights")
 def pissa(key: str, value: Any, config: Config) -> Iterator[Line]:
     steps = config.get("pissa_iter", 16)
@@ -117,6 +109,19 @@ def attention(key: str, value: Any, config: Config) -> Iterator[Line]:
 @sets("train.gradient_checkpointing")
 def checkpointing(key: str, value: Any, config: Config) -> Iterator[Line]:
     yield Line(key, Kind.OTHER_FIELD, sets={"train.gradient_checkpointing": not value})
+
+
+def media(key: str, value: Any, config: Config) -> Iterator[Line]:
+    """Where images lie; here in the folder of the rows' file, or wherever its rows say."""
+    same = str(value).rstrip("/") == str(config.get("dataset_dir", "data")).rstrip("/")
+    text = "images are found from the folder of the rows' file on"
+    yield Line(key, Kind.SAME if same else Kind.UNSUPPORTED, text if same else f"{text}: write the rows so")
+
+
+@sets("adapter.target_towers")
+def frozen(key: str, value: Any, config: Config) -> Iterator[Line]:
+    text = "" if value else "name their layers in adapter.target_modules, with adapter.target_towers: true"
+    yield Line(key, Kind.SAME if value else Kind.UNSUPPORTED, text or "towers stay as they are")
 
 
 def with_key(other: str) -> Rule:
@@ -157,6 +162,9 @@ DECIDED = {
     "the report's page has the curves": "plot_loss include_effective_tokens_per_second print_param_status",
     "the calls of tools are rendered by the model's own chat template": "tool_format",
     "norms compute in float32 where the model's own code does": "upcast_layernorm upcast_lmhead_output",
+    "images are sized by the model's own processor (its preprocessor_config.json)": (
+        "image_max_pixels image_min_pixels image_do_pan_and_scan crop_to_patches"
+    ),
     "how a model is loaded": (
         "low_cpu_mem_usage device_map quantization_device_map cache_dir compute_dtype offload_folder "
         "split_special_tokens"
@@ -168,10 +176,8 @@ DECIDED = {
     "the hub's own login is used: hf auth login": "hf_hub_token ms_hub_token om_hub_token",
 }
 NO_EFFECT = {
-    "rows of text have none": (
-        "image_max_pixels image_min_pixels image_do_pan_and_scan crop_to_patches video_max_pixels "
-        "video_min_pixels video_fps video_maxlen use_audio_in_video audio_sampling_rate media_dir "
-        "freeze_vision_tower freeze_multi_modal_projector"
+    "no rows with videos or sounds are read": (
+        "video_max_pixels video_min_pixels video_fps video_maxlen use_audio_in_video audio_sampling_rate"
     ),
     "no inference is asked for": (
         "infer_backend infer_dtype use_kv_cache vllm_maxlen vllm_gpu_util vllm_enforce_eager vllm_max_lora_rank "
@@ -265,6 +271,9 @@ TABLE: dict[str, Rule] = {
     "disable_gradient_checkpointing": checkpointing,
     "dataset": sources("data.train"),
     "eval_dataset": sources("data.eval"),
+    "media_dir": media,
+    "freeze_vision_tower": frozen,
+    "freeze_multi_modal_projector": frozen,
     "dataset_dir": decided("where dataset_info.json lies, by which the data sets are found"),
     "mix_strategy": choose("adapter.kind", {"concat": None}, "give data.train.weight to each source"),
     "max_samples": with_key("dataset"),

@@ -11,9 +11,9 @@ from qft.errors import RecipeError
 
 INFO = "dataset_info.json"
 COLUMNS: dict[str, dict[str, str | None]] = {
-    "alpaca": {"prompt": "instruction", "query": "input", "response": "output"},
-    "sharegpt": {"messages": "conversations", "tools": "tools", "system": None},
-    "openai": {"messages": "messages", "tools": "tools"},
+    "alpaca": {"prompt": "instruction", "query": "input", "response": "output", "images": "images"},
+    "sharegpt": {"messages": "conversations", "tools": "tools", "system": None, "images": "images"},
+    "openai": {"messages": "messages", "tools": "tools", "images": "images"},
 }
 """Column -> the name that qft reads it by; one that is not listed, or is None, has to be part of the rows."""
 TAGS: dict[str, dict[str, str]] = {
@@ -82,7 +82,8 @@ def _source(key: str, entry: Any, config: Config, found: list[dict[str, Any]], c
     joined = (
         "; an input follows the instruction after an empty line, there after a line break" if form == "alpaca" else ""
     )
-    return Line(key, Kind.OTHER_FIELD, f"{text}{joined}".strip("; "))
+    pictures = "; images are sized by the model's own processor" if "images" in (entry.get("columns") or {}) else ""
+    return Line(key, Kind.OTHER_FIELD, f"{text}{joined}{pictures}".strip("; "))
 
 
 def _form(entry: Mapping[str, Any]) -> str | None:
@@ -106,8 +107,8 @@ def _problem(entry: Mapping[str, Any], form: str | None) -> str:
     if like == "text":
         return ""
     columns, tags = entry.get("columns") or {}, entry.get("tags") or {}
-    if {"images", "videos", "audios", "kto_tag", "chosen"} & columns.keys():
-        return "rows of text alone: images, videos and audios are not read"
+    if {"videos", "audios", "kto_tag", "chosen"} & columns.keys():
+        return "rows of text and images alone: videos, audios and judged answers are not read"
     wrong = [name for name, mine in columns.items() if COLUMNS[like].get(name) != mine]
     wrong += [name for name, mine in tags.items() if TAGS.get(like, {}).get(name) != mine]
     return f"{RENAME}: {', '.join(wrong)}" if wrong else ""

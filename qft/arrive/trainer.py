@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from typing import Any
 
-from qft.arrive.axolotl_rules import OPTIMIZERS
 from qft.arrive.line import (
     Config,
     Kind,
@@ -20,7 +19,7 @@ from qft.arrive.line import (
     to,
     when_on,
 )
-from qft.arrive.several import SEVERAL
+from qft.arrive.shared import SEVERAL, optimizer
 
 SCHEDULERS = (
     "linear",
@@ -48,6 +47,18 @@ def warmup(key: str, value: Any, config: Config) -> Iterator[Line]:
         yield Line(key, Kind.OTHER_FIELD, sets={"train.warmup_steps": value})
 
 
+@sets("memory.checkpoints")
+def checkpointing(key: str, value: Any, config: Config) -> Iterator[Line]:
+    for name, each in value.items():
+        if name == "offload":
+            yield Line(f"{key}.{name}", Kind.OTHER_FIELD, sets={"memory.checkpoints": "host" if each else "device"})
+        elif name == "every_n_layers" and each != 1:
+            text = "train.gradient_checkpointing: auto computes as few blocks again as must be"
+            yield Line(f"{key}.{name}", Kind.UNSUPPORTED, text)
+        else:
+            yield Line(f"{key}.{name}", Kind.DECIDED, "each block by itself, non-reentrant, always")
+
+
 def trainer_defaults() -> Iterator[Line]:
     """What a Trainer does without a key, where qft does another."""
     yield default("train.per_device_train_batch_size", 8, "per_device_train_batch_size")
@@ -71,9 +82,13 @@ DECIDED = {
     "non-reentrant, always": "gradient_checkpointing_kwargs",
     "the eval loss is what the best is chosen by": "metric_for_best_model greater_is_better",
     "evaluated once before the training, too": "eval_on_start",
-    "only the loss is kept of an evaluation": "prediction_loss_only eval_accumulation_steps include_for_metrics",
+    "only the loss is kept of an evaluation": (
+        "prediction_loss_only eval_accumulation_steps include_for_metrics eval_do_concat_batches "
+        "eval_use_gather_object batch_eval_metrics"
+    ),
     "how batches are brought to the device": (
-        "dataloader_prefetch_factor dataloader_persistent_workers remove_unused_columns"
+        "dataloader_prefetch_factor dataloader_persistent_workers dataloader_multiprocessing_context "
+        "dataloader_in_order remove_unused_columns"
     ),
     "kernels of qft's own (train.kernels, train.chunked_loss)": "use_liger_kernel liger_kernel_config",
     "curves and log of a run": (
@@ -83,10 +98,12 @@ DECIDED = {
     "the loss is averaged over the tokens of a step": "average_tokens_across_devices",
     "one process": (
         "local_rank ddp_backend log_on_each_node ddp_timeout ddp_find_unused_parameters ddp_bucket_cap_mb "
-        "ddp_broadcast_buffers"
+        "ddp_broadcast_buffers ddp_static_graph"
     ),
     "a loss that is no number stops the run (train.on_nonfinite)": "debug",
     "safetensors, always": "save_safetensors",
+    "a signal has a checkpoint written (train.save_on_signal)": "enable_jit_checkpoint",
+    "the labels are those of data.loss_on": "label_names",
 }
 REMEDIES = {
     "train.lr_scheduler_type names the shapes that there are": "lr_scheduler_kwargs",
@@ -131,11 +148,13 @@ TRAINER: dict[str, Rule] = {
     "adam_beta2": to("train.adam_beta2"),
     "adam_epsilon": to("train.adam_epsilon"),
     "max_grad_norm": to("train.max_grad_norm"),
-    "optim": choose("train.optim", OPTIMIZERS, "train.optim adamw_8bit is the nearest that holds as little"),
+    "optim": optimizer,
     "bf16": choose("train.bf16", {True: True, False: False}, "train.bf16"),
     "fp16": choose("train.fp16", {True: True, False: False}, "train.fp16"),
     "tf32": to("train.tf32"),
     "gradient_checkpointing": to("train.gradient_checkpointing"),
+    "activation_checkpointing": to("train.gradient_checkpointing"),
+    "activation_checkpointing_kwargs": checkpointing,
     "torch_compile": to("train.torch_compile"),
     "neftune_noise_alpha": to("train.neftune_noise_alpha"),
     "label_smoothing_factor": to("train.label_smoothing_factor"),
@@ -156,5 +175,10 @@ TRAINER: dict[str, Rule] = {
     "report_to": trackers,
     "run_name": to("train.run_name"),
     "project": ignored("trackio's own"),
-    "trackio_space_id": refused("set TRACKIO_SPACE_ID in the environment"),
+    "use_cache": ignored("a training keeps no keys and values"),
+    **many({"read by scripts, and not by the Trainer": "do_train do_eval do_predict"}, ignored),
+    **many(
+        {"set what trackio reads in the environment": "trackio_space_id trackio_bucket_id trackio_static_space_id"},
+        refused,
+    ),
 }

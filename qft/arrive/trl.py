@@ -1,9 +1,8 @@
-"""Keys of `trl sft --config` (trl.SFTConfig, ModelConfig and ScriptArguments of version 1.10)."""
+"""Keys of `trl sft --config` (trl.SFTConfig, ModelConfig, ScriptArguments and DatasetMixtureConfig of version 1.16)."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from qft.arrive.axolotl_rules import attention, experts
 from qft.arrive.line import (
     Config,
     Kind,
@@ -20,7 +19,7 @@ from qft.arrive.line import (
     to,
     when_on,
 )
-from qft.arrive.several import SEVERAL
+from qft.arrive.shared import SEVERAL, attention, experts, held_out
 from qft.arrive.trainer import TRAINER, trainer_defaults
 
 NAME = "TRL"
@@ -28,6 +27,7 @@ TEMPLATES: dict[str, str] = {}
 UNKNOWN = refused("trl refuses a key that it does not know: remove it")
 PEFTS = r".*\.(q_proj|v_proj|qkv_proj|query_key_value|c_attn|Wqkv)"
 """What peft adapts where nobody says: the names that it has for the types of models, of which each has some."""
+UNLIMITED = "null"
 DTYPES = {name: name for name in ("auto", "float32", "bfloat16", "float16")}
 
 
@@ -36,7 +36,9 @@ def knows(values: Mapping[str, Any]) -> bool:
 
 
 def flat(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    return values
+    """As it is, but for the one empty key that says something there: without a length nothing is cut."""
+    unlimited = "max_length" in values and values["max_length"] is None
+    return {**values, "max_length": UNLIMITED} if unlimited else values
 
 
 @sets("adapter.kind")
@@ -77,6 +79,9 @@ def held(mode: str) -> Rule:
 
 @sets("data.train")
 def dataset(key: str, value: Any, config: Config) -> Iterator[Line]:
+    if config.get("datasets"):
+        yield Line(key, Kind.NO_EFFECT, "trl reads datasets, and not this beside them")
+        return
     made = {"name": config.get("dataset_config"), "split": config.get("dataset_train_split")}
     source = {"path": config.local(value), **{name: each for name, each in made.items() if each}}
     yield Line(key, Kind.OTHER_FIELD, sets={"data.train": [source]})
@@ -85,20 +90,63 @@ def dataset(key: str, value: Any, config: Config) -> Iterator[Line]:
         yield Line(key, Kind.OTHER_FIELD, "held-out rows", {"data.eval": [split]})
 
 
+MIXED = {
+    "columns": "qft reads every column: see data.ignore_fields",
+    "data_files": "download the files and name them",
+    "data_dir": "download the files and name them",
+    "fraction": "a share of the mixture, for which trl leaves rows out: give the data set's weight in data.train",
+}
+"""Of a data set of a mixture: what comes nearest."""
+
+
 @sets("data.train")
 def mixture(key: str, value: Any, config: Config) -> Iterator[Line]:
     found = []
     for i, each in enumerate(value):
-        others = [name for name in each if name not in ("path", "name", "split", "fraction") and each[name]]
+        others = [name for name in each if name not in ("path", "name", "split") and each[name]]
         if others or not each.get("path"):
-            text = "download the files and name them; qft reads every column: see data.ignore_fields"
-            yield Line(f"{key}.{i}", Kind.UNSUPPORTED, f"{', '.join(others) or 'no path'}: {text}")
+            remedy = next((MIXED[name] for name in others if name in MIXED), "trl refuses it: remove it")
+            yield Line(f"{key}.{i}", Kind.UNSUPPORTED, f"{', '.join(others) or 'no path'}: {remedy}")
             continue
-        source = {name: each[name] for name in ("path", "name", "split") if each.get(name)}
-        found.append(source | ({"weight": each["fraction"]} if each.get("fraction") else {}))
+        found.append({name: each[name] for name in ("path", "name", "split") if each.get(name)})
         yield Line(f"{key}.{i}", Kind.OTHER_FIELD)
     if found:
         yield Line(key, Kind.OTHER_FIELD, sets={"data.train": found})
+
+
+@sets("data.max_length", "data.on_too_long")
+def length(key: str, value: Any, config: Config) -> Iterator[Line]:
+    """Of rows, in tokens; a longer one is cut there, and without a length none is."""
+    if value == UNLIMITED:
+        text = "none there; here the model's own, or 2048 where that is less, and a longer row stops the run"
+        yield Line(key, Kind.DECIDED, text, {"data.max_length": "auto", "data.on_too_long": "stop"})
+    else:
+        yield Line(key, Kind.SAME, sets={"data.max_length": value})
+
+
+def loss(key: str, value: Any, config: Config) -> Iterator[Line]:
+    if value == "dft":
+        yield Line(key, Kind.UNSUPPORTED, "the loss is the likelihood, each token counting the same: remove it")
+    else:
+        text = "logits of some thousand tokens at a time, the same loss (train.chunked_loss)"
+        yield Line(key, Kind.DECIDED, text)
+
+
+def packing_strategy(key: str, value: Any, config: Config) -> Iterator[Line]:
+    cut = "" if value == "bfd" else f"; {value} would go on with the rest of a row in another"
+    yield Line(key, Kind.DECIDED, f"rows are packed by best fit, and none is parted{cut}")
+
+
+def preparation(key: str, value: Any, config: Config) -> Iterator[Line]:
+    """dataset_kwargs, of which trl reads one."""
+    for name, each in value.items():
+        if name != "skip_prepare_dataset":
+            yield Line(f"{key}.{name}", Kind.NO_EFFECT, "trl reads skip_prepare_dataset alone")
+        elif each:
+            text = "qft prepares rows itself: give them as text, and remove this"
+            yield Line(f"{key}.{name}", Kind.UNSUPPORTED, text)
+        else:
+            yield Line(f"{key}.{name}", Kind.SAME, "off, as here")
 
 
 @sets("data.loss_on")
@@ -156,11 +204,9 @@ def defaults(config: Config, fields: Mapping[str, Any]) -> Iterator[Line]:
 
 DECIDED = {
     SEVERAL: "num_processes config_file accelerate_config",
-    "rows are packed by best fit, those of an evaluation are not": (
-        "packing_strategy eval_packing pad_to_multiple_of dataset_kwargs"
-    ),
+    "rows of an evaluation are not packed": "eval_packing",
+    "rows are padded to the longest of a batch": "pad_to_multiple_of",
     "padding is neither seen nor learnt, whatever its token": "pad_token",
-    "logits of some thousand tokens at a time, the same loss (train.chunked_loss)": "loss_type",
     "rows are drawn anew in each epoch": "shuffle_dataset",
     "always a causal language model": "lora_task_type",
     "packed weights lie in bytes, which changes none": "bnb_4bit_quant_storage",
@@ -169,7 +215,6 @@ DECIDED = {
 REMEDIES = {
     "the tokenizer's own end token is used: save the model with such a tokenizer": "eos_token",
     "save the rows as a file": "dataset_streaming streaming",
-    "share of the rows: data.eval_fraction": "test_split_size",
     "model.dtype, model.attn_implementation": "model_init_kwargs",
     "set them in the shell that runs qft": "env",
 }
@@ -205,7 +250,11 @@ TABLE: dict[str, Rule] = {
     "dataset_text_field": text_field,
     "dataset_num_proc": to("data.num_proc"),
     "chat_template_path": template,
-    "max_length": to("data.max_length"),
+    "max_length": length,
+    "loss_type": loss,
+    "packing_strategy": packing_strategy,
+    "dataset_kwargs": preparation,
+    "test_split_size": held_out,
     "packing": to("data.packing"),
     "padding_free": to("data.padding_free"),
     "max_seq_length": to("data.max_length", text="as trl before 0.20 has it"),

@@ -103,7 +103,8 @@ class BlockQuantizer:
             yield Trial(1, schemes, self.distilled(1), self.weight_bytes(1), distilled=True)
             return
         weights = {name: self.model.weights_of(name) for name in self.quantized_layers}
-        others = remedies(schemes, self.errors(), weights, used=self.weight_bytes(0), limit=limit)
+        used, serve = self.weight_bytes(0), self.task.settings.serve
+        others = remedies(schemes, self.errors(), weights, used=used, limit=limit, serve=serve)
         for number, raised in enumerate(others, 1):
             yield Trial(number, raised, self.again(raised, number), self.weight_bytes(number))
 

@@ -1,5 +1,5 @@
 """Linear layers whose weights other code reads, as the scans of state-space models do: what holds such a weight in few
-bits, or adds to the layer's output, would be passed by."""
+bits, or adds to the layer's output, would be passed by. And layers that are given more than rows of tokens."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +19,7 @@ NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 TOKENS = 4
 ANSWERS = {"__bool__": True, "item": 1, "__int__": 1, "__index__": 1, "__float__": 1.0, "__contains__": False}
 """What a tensor without contents says of its only element: that nothing is padding, say."""
-_KNOWN: WeakKeyDictionary[PreTrainedModel, list[str]] = WeakKeyDictionary()
+_KNOWN: WeakKeyDictionary[PreTrainedModel, tuple[list[str], list[str]]] = WeakKeyDictionary()
 """A plan asks more than once."""
 
 
@@ -30,13 +30,17 @@ class _Readers(TorchFunctionMode):
     def __init__(self, owners: Mapping[int, str]) -> None:
         super().__init__()
         self.owners, self.called, self.found = owners, "", set[str]()
+        self.deep = set[str]()
+        """Layers that were given more than [rows, tokens, inputs]."""
         self.unseen = set(map(_in_any_block, owners.values()))
 
     def watch(self, name: str, layer: nn.Module) -> list[Any]:
         """Hooks that tell when the layer is called."""
 
-        def enter(*_: Any) -> None:
+        def enter(_: nn.Module, args: Sequence[Any]) -> None:
             self.called = name
+            if args and args[0].ndim > 3:
+                self.deep.add(name)
 
         def leave(*_: Any) -> None:
             self.called = ""
@@ -64,12 +68,22 @@ class _Readers(TorchFunctionMode):
 def bypassed_linears(model: PreTrainedModel) -> list[str]:
     """Names of such layers, as far as a few tokens through `model`, which is without contents, tell: they may not get
     to its end, so what a layer is in one block it is taken to be in all."""
+    return _looked(model)[0]
+
+
+def deep_linears(model: PreTrainedModel) -> list[str]:
+    """Likewise of those that are given more than [rows, tokens, inputs], for which bitsandbytes (0.50) has no
+    LLM.int8()."""
+    return _looked(model)[1]
+
+
+def _looked(model: PreTrainedModel) -> tuple[list[str], list[str]]:
     if model not in _KNOWN:
-        _KNOWN[model] = _bypassed(model)
+        _KNOWN[model] = _look(model)
     return _KNOWN[model]
 
 
-def _bypassed(model: PreTrainedModel) -> list[str]:
+def _look(model: PreTrainedModel) -> tuple[list[str], list[str]]:
     head, beside = model.get_output_embeddings(), tuple(f"{name}." for name in beside_language(model))
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
     inside = {name: m for name, m in linears.items() if m is not head and not f"{name}.".startswith(beside)}
@@ -80,8 +94,8 @@ def _bypassed(model: PreTrainedModel) -> list[str]:
         model(input_ids=ids, use_cache=False)
     for hook in hooks:
         hook.remove()
-    found = set(map(_in_any_block, readers.found))
-    return [name for name in linears if _in_any_block(name) in found]
+    found, deep = (set(map(_in_any_block, names)) for names in (readers.found, readers.deep))
+    return [n for n in linears if _in_any_block(n) in found], [n for n in linears if _in_any_block(n) in deep]
 
 
 def _in_any_block(name: str) -> str:

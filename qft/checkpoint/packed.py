@@ -4,6 +4,7 @@ told from headers, for each method by which `quantization_config` may say that t
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +15,18 @@ import torch
 from safetensors import safe_open
 
 from qft.checkpoint.stored import DTYPES, Packed, Stored
-from qft.checkpoint.unpack import awq, bnb_4bit, bnb_8bit, gpt_oss, gptq, packed_floats, packed_integers, scaled
+from qft.checkpoint.unpack import (
+    awq,
+    bnb_4bit,
+    bnb_8bit,
+    gpt_oss,
+    gptq,
+    hqq,
+    packed_floats,
+    packed_integers,
+    scaled,
+    torchao,
+)
 from qft.errors import ModelError, first_line
 
 Config = Mapping[str, Any]
@@ -35,6 +47,8 @@ class Layout:
     """Parts whose values are looked at before the others are read."""
     beside: bool = False
     """Whether the numbers are under the weight's own name: what only ends so is something else."""
+    core: str = ""
+    """The part without which others that end so are something else."""
 
 
 def _compressed(config: Config, parts: Mapping[str, Stored], known: Mapping[str, torch.Tensor]) -> Values:
@@ -62,6 +76,12 @@ def _bitsandbytes(config: Config, parts: Mapping[str, Stored], known: Mapping[st
 def _gptq(config: Config, parts: Mapping[str, Stored], known: Mapping[str, torch.Tensor]) -> Values:
     first = config.get("checkpoint_format", "gptq") == "gptq"
     return partial(gptq, bits=config["bits"], group=config.get("group_size", 128), first=first)
+
+
+def _hqq(config: Config, parts: Mapping[str, Stored], known: Mapping[str, torch.Tensor]) -> Values:
+    packing = bytes(known["packing"].tolist()).decode()
+    floats = bool(known["view_as_float"]) if "view_as_float" in known else False
+    return partial(hqq, shape=tuple(known["shape"].tolist()), bits=int(packing.partition("bit")[0]), floats=floats)
 
 
 def _after_weight(**ends: str) -> dict[str, tuple[str, str]]:
@@ -95,8 +115,23 @@ LAYOUTS = {
         ("weight_format",),
         ("state",),
     ),
+    "torchao": Layout(
+        {f"_weight_{name}": (name, "weight")
+         for name in ("qdata", "scale", "zero_point", "act_pre_scale", "scale_and_zero", "per_tensor_scale")},
+        lambda *_: torchao,
+    ),
+    "hqq": Layout(
+        {name: (name, "weight") for name in ("W_q", "scale", "zero", "shape", "packing", "view_as_float")},
+        _hqq,
+        ("nbits", "group_size", "axis", "unpack_view_dtype", "compute_dtype", "quant_zero", "quant_scale",
+         "offload_meta", "encoded_state_dict", "stores_quant_config", "channel_wise", "optimize", "round_zero"),
+        ("shape", "packing", "view_as_float"),
+        core="W_q",
+    ),
 }  # fmt: skip
 """By quant_method."""
+HELD = ("gptq", "awq", "mxfp4", "compressed-tensors", "torchao", "hqq")
+"""Methods of which weights can stay as the files have them."""
 BLIND = {
     "compressed-tensors": ("format", ("marlin-24", "sparse-24-bitmask", "sparse-bitmask")),
     "gptq": ("checkpoint_format", ("marlin", "bitblas", "gemm")),
@@ -128,11 +163,17 @@ def is_held(config: Config) -> bool:
     """Whether adapters can be trained on weights as they are in the files: those whose layout is known, where nothing
     but them is rounded."""
     method = method_of(config)
+    return method in HELD and not rounds_inputs(config) and unpack_problem(config) is None
+
+
+def rounds_inputs(config: Config) -> bool:
+    """Whether layers of that configuration round what they are multiplied with too."""
     groups = (config.get("config_groups") or {}).values()
-    weights_alone = method in ("gptq", "awq", "mxfp4") or (
-        method == "compressed-tensors" and not any(group.get("input_activations") for group in groups)
+    return (
+        method_of(config) in ("fp8", "fbgemm_fp8")
+        or any(group.get("input_activations") for group in groups)
+        or bool(re.search(r"Activation\w*Config", json.dumps(config.get("quant_type"), default=str)))
     )
-    return weights_alone and unpack_problem(config) is None
 
 
 def unpacked(stored: Mapping[str, Stored], config: Config, dtype: torch.dtype) -> dict[str, Stored]:
@@ -177,7 +218,7 @@ def _groups(layout: Layout, stored: Mapping[str, Stored]) -> dict[str, dict[str,
     for target, parts in groups.items():
         if target in stored:
             parts["weight"] = target
-    return groups
+    return {target: parts for target, parts in groups.items() if layout.core in ("", *parts)}
 
 
 def _ends(name: str, end: str) -> bool:

@@ -141,3 +141,24 @@ def awq(parts: Parts, bits: int) -> torch.Tensor:
     size = -(-len(numbers) // len(scales))
     made = (numbers - zeros.repeat_interleave(size, 0)) * scales.repeat_interleave(size, 0)
     return made.T.contiguous()
+
+
+def torchao(parts: Parts) -> torch.Tensor:
+    """[out, in] of `qdata` in int8 or float8, times `scale`, one for all, for a row or for each group of it."""
+    codes, others = parts["qdata"], parts.keys() - {"qdata", "scale", "zero_point"}
+    if codes.dtype not in (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2) or others:
+        kind = ", ".join([str(codes.dtype).removeprefix("torch."), *sorted(others)])
+        raise ValueError(f"it lies as a kernel of torchao's wants it ({kind}), and not in int8 or float8")
+    return scaled({"weight": codes, **{name: part for name, part in parts.items() if name != "qdata"}})
+
+
+def hqq(parts: Parts, shape: Sequence[int], bits: int, *, floats: bool) -> torch.Tensor:
+    """[out, in] of `W_q`, whose bytes (of 3 bits: words of 32) hold numbers of as many equal parts of it, the first in
+    the highest bits; `scale` and `zero` are for a row or a column of that. `floats`: they are said to be floats."""
+    words = parts["W_q"]
+    if floats:
+        words = words.view(torch.int32 if bits == 3 else torch.uint8)
+    each = 10 if bits == 3 else 8 // bits
+    shifts = range(bits * (each - 1), -1, -bits)
+    numbers = torch.cat([(words >> shift) & (2**bits - 1) for shift in shifts])[: math.prod(shape) // words.shape[1]]
+    return ((numbers - parts["zero"].float()) * parts["scale"].float()).reshape(*shape)

@@ -137,7 +137,7 @@ def check(
 def _write_page(document: "PlanDocument | CalibrationCheck", path: Path, recipe: str) -> None:
     from qft.documents.plan import PlanDocument
     from qft.files import write_text
-    from qft.views.html.page import rows_page
+    from qft.views.html.rows import rows_page
 
     if not isinstance(document, PlanDocument):
         raise typer.BadParameter("--html shows the rows of a training, and the recipe only calibrates: leave it out")

@@ -37,8 +37,8 @@ Overrides = Annotated[
     typer.Option("--set", metavar="SECTION.FIELD=VALUE", help=SET_HELP, autocompletion=_completed),
 ]
 TARGET_HELP = (
-    "A recipe, a run, or a model; PATH@VARIANT for base, float32, bfloat16, float16, nf4, fp4, 8bit, merged or (a "
-    ".gguf file) llama.cpp."
+    "A recipe, a run, or a model; PATH@VARIANT for base, float32, bfloat16, float16, nf4, fp4, 8bit, merged, (a .gguf "
+    "file) llama.cpp, or vllm: an export or a model by vLLM's server."
 )
 NAMES = {"evaluate": "eval", "list_models": "list"}
 """Of commands whose functions are called otherwise, so as not to hide what Python has under that name."""

@@ -1,7 +1,8 @@
 """`qft eval --url`: a server's answers to held-out rows, its speed, and what it tells of its log probabilities."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -45,6 +46,18 @@ REFUSED = {
 
 
 @dataclass(frozen=True)
+class Engine:
+    """Whatever answers."""
+
+    name: str
+    """Of the target in the document."""
+    place: str
+    """Where it runs, for people."""
+    opened: Callable[[], AbstractContextManager[tuple[Server, ServedBy]]]
+    """Has it answer while the context lasts."""
+
+
+@dataclass(frozen=True)
 class _Asked:
     """What the server is asked."""
 
@@ -62,42 +75,54 @@ class _Asked:
 def evaluate_server(names: Sequence[str], options: EvalOptions, view: View) -> EvalDocument:
     """Ask the server at options.engine.url the rows of the one target of `names`, which is not loaded, or those of
     options.data. Raises QftError; ServerError for what the server does not answer."""
+    return evaluate_engine(names, options, view, lambda: _at_address(options))
+
+
+def evaluate_engine(names: Sequence[str], options: EvalOptions, view: View, find: Callable[[], Engine]) -> EvalDocument:
+    """The same of the engine that `find` tells."""
     _require_sense(names, options)
     if options.out is None:
-        return _evaluated(names, options, view)
+        return _evaluated(names, options, view, find())
     with locked(options.out, "qft eval"):
-        return _evaluated(names, options, view)
+        return _evaluated(names, options, view, find())
 
 
-def _evaluated(names: Sequence[str], options: EvalOptions, view: View) -> EvalDocument:
-    started = time.perf_counter()
+def _at_address(options: EvalOptions) -> Engine:
     assert options.engine.url is not None
     server = Server.of(options.engine.url, options.engine.timeout or SILENT_SECONDS)
     model = server.find_model(options.engine.model)
-    name = f"{model}@{urlsplit(server.url).netloc}"
+    served = ServedBy(engine="server", url=server.url, model=model)
+    return Engine(f"{model}@{urlsplit(server.url).netloc}", server.url, lambda: nullcontext((server, served)))
+
+
+def _evaluated(names: Sequence[str], options: EvalOptions, view: View, engine: Engine) -> EvalDocument:
+    started = time.perf_counter()
     if options.out:
-        require_replaceable(options.out, [name], options.data)
+        require_replaceable(options.out, [engine.name], options.data)
     view.note("Reading the rows")
     asked = _asked(names, options, view)
-    view.note(f"Asking {model} at {server.url}")
-    work = _Work(server, model, asked, options, view)
-    answers = work.answers()
-    served = ServedBy(engine="server", url=server.url, model=model, loads=work.loads())
-    measured = Measured(name, work.likelihood(), answers, None, {"served_by": served})
+    with engine.opened() as (server, served):
+        assert served.model is not None
+        view.note(f"Asking {served.model} at {server.url}")
+        work = _Work(server, served.model, asked, options, view)
+        answers = work.answers()
+        served = served.model_copy(update={"loads": work.loads()})
+        likelihood = work.likelihood()
+    measured = Measured(engine.name, likelihood, answers, None, {"served_by": served})
     document = EvalDocument(
         data=asked.evalset.sources if asked.evalset else [path for path, _ in asked.sources.values()],
         rows=len(answers),
         window=None,
         stride=None,
         reference=None,
-        device=server.url,
+        device=engine.place,
         seed=asked.recipe.seed,
         versions=versions(),
         targets=[result(measured, measured, asked.recipe, asked.evalset, None)],
         wall_seconds=time.perf_counter() - started,
     )
     if options.out:
-        write_results(options.out, document, {name: answers}, asked.place)
+        write_results(options.out, document, {engine.name: answers}, asked.place)
     return document
 
 
@@ -106,7 +131,7 @@ def _require_sense(names: Sequence[str], options: EvalOptions) -> None:
     if len(names) > 1:
         problems.append(f"--url: of one TARGET the rows are asked, and {len(names)} are named")
     if not names and options.data is None:
-        problems.append("--url: name a run or a recipe whose held-out rows are asked, or give --data FILE")
+        problems.append("name a run or a recipe whose held-out rows are asked, or give --data FILE")
     if options.data and Path(options.data).suffix.lower() in TEXT_SUFFIXES:
         problems.append(f"--data {options.data}: plain text has no answers to score; give rows")
     if problems:

@@ -16,6 +16,7 @@ from qft.calibration.layer_errors import layer_errors
 from qft.commands.advising import Advised
 from qft.commands.asked import EvalOptions, with_metrics
 from qft.commands.by_url import evaluate_server
+from qft.commands.by_vllm import evaluate_vllm
 from qft.commands.measured import Measured, result
 from qft.commands.results import require_replaceable, write_results
 from qft.data.batch import pad_token_id, pictured_inputs
@@ -31,7 +32,7 @@ from qft.measure.scores import answer_rows
 from qft.measure.speed import decode_speed, prefill_speed
 from qft.memory.guard import memory_guard
 from qft.memory.meter import Meter, weight_bytes
-from qft.model.target import Target, load_target, parse_target, require_one_tokenizer
+from qft.model.target import VLLM, Target, load_target, parse_target, require_one_tokenizer, split_variant
 from qft.plan import ModelPlan
 from qft.progress import View
 from qft.recipe import Recipe
@@ -55,6 +56,8 @@ def evaluate(names: Sequence[str], options: EvalOptions, view: View) -> EvalDocu
     Raises QftError: whatever is wrong with a target, the data or a metric is told before any model is loaded."""
     if options.engine.url is not None:
         return evaluate_server(names, options, view)
+    if len(names) == 1 and split_variant(names[0])[1] == VLLM:
+        return evaluate_vllm(names[0], options, view)
     advised = Advised.of(names, options.reference) if options.advise else None
     if advised and advised.compared:
         options = replace(options, reference=advised.reference, layers=True)

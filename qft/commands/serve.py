@@ -43,14 +43,17 @@ class ServeOptions:
 def find_start(target: str, options: ServeOptions, tell: Tell) -> Start:
     """How the server of `target` is started. Raises MissingError for what is not there, GateError for what no gate
     has passed, RecipeError for what the engine does not serve."""
-    folder = _found(target, options)
-    path, dtype = _proven(folder, options, tell)
-    name = options.name or _name(target)
-    model = Model(path.resolve(), name, dtype, options.trust_remote_code)
+    model = find_model(target, options, tell)
     found = start(options.engine or fitting(model.path), model, options.where)
     for note in found.notes:
         tell(note)
     return found
+
+
+def find_model(target: str, options: ServeOptions, tell: Tell) -> Model:
+    """What of `target` is served. Raises MissingError for what is not there, GateError for what no gate has passed."""
+    path, dtype = _proven(_found(target, options), options, tell)
+    return Model(path.resolve(), options.name or _name(target), dtype, options.trust_remote_code)
 
 
 def shown(found: Start) -> str:
@@ -110,7 +113,7 @@ def _of_run(run: Path, to: str | None) -> Path:
     if not exports:
         raise MissingError(f"{run}: nothing of it is exported; `qft export {run} --to merged` makes what can be served")
     if to is None and len(exports) > 1:
-        raise RecipeError(f"{run}: has several exports ({there}); say which by --to")
+        raise RecipeError(f"{run}: has several exports ({there}); say which by --to, or name its folder")
     return exports[to] if to else next(iter(exports.values()))
 
 

@@ -92,8 +92,8 @@ def prepare(
 
     Raises DataError listing the bad rows, MissingError without a file."""
     stream = open_stream(data, tokenizer, seed) if data.streaming else None
-    chosen = {number: _whole(source) for number, source in enumerate((*data.train, *data.eval)) if not stream}
-    if stream:
+    chosen = {number: _whole(source) for number, source in enumerate((*data.train, *data.eval)) if stream is None}
+    if stream is not None:
         samples = [file.sample() for file in stream.files]
         chosen = {number: (rows, range(len(rows.dataset))) for number, rows in enumerate(samples)}
         chosen |= {number: _whole(source) for number, source in enumerate(data.eval, len(data.train))}
@@ -264,6 +264,7 @@ def _last_examples(used: Dataset) -> Ints:
 def _facts(rows: Rows, part: str, name: str, status: NDArray[Any], used: Dataset, wholes: Ints) -> SourceFacts:
     """`wholes`: indices of the examples that hold all of their rows."""
     lengths = column(used, "length").astype(np.int64)
+    images = len(used.select_columns(["images"]).with_format("arrow")[:]["images"].combine_chunks().flatten())
     return SourceFacts(
         path=rows.source.path,
         part=part,
@@ -277,8 +278,8 @@ def _facts(rows: Rows, part: str, name: str, status: NDArray[Any], used: Dataset
         tokens=int(lengths.sum()),
         supervised_tokens=int(column(used, "supervised").sum(dtype=np.int64)),
         longest=int(lengths.max(initial=0)),
-        digest=_digest(rows, used),
-        images=sum(map(len, used["images"])),
+        digest=_digest(rows, used, images),
+        images=images,
         unit=rows.unit,
         weight=rows.source.weight,
     )
@@ -292,10 +293,11 @@ def _unread(used: Dataset, wholes: Ints) -> dict[str, int]:
     return dict(Counter(names.flatten().to_pylist()).most_common())
 
 
-def _digest(rows: Rows, used: Dataset) -> str | None:
-    """Of the source, and of the images that its rows name."""
-    images = "".join(used["image_digest"])
-    return hashlib.sha256(f"{rows.digest}{images}".encode()).hexdigest() if images else rows.digest
+def _digest(rows: Rows, used: Dataset, images: int) -> str | None:
+    """Of the source, and of the images that its rows name, so many."""
+    if not images:
+        return rows.digest
+    return hashlib.sha256(f"{rows.digest}{''.join(used['image_digest'])}".encode()).hexdigest()
 
 
 def _refuse(bad: Sequence[str]) -> None:

@@ -145,6 +145,9 @@ class Stream:
         at = bisect_right(self.ends, number)
         return self.window(*self._turn(at))[number - (self.ends[at - 1] if at else 0)]
 
+    def __getitems__(self, numbers: Sequence[int]) -> Items:
+        return [self[number] for number in numbers]
+
     def _count(self) -> None:
         """Encode one window more. Raises DataError where a whole pass has nothing."""
         turn, window = self._turn(len(self.ends))
@@ -201,7 +204,7 @@ class Stream:
                 name, _, where = finding.partition(" ")
                 wrong = wrong or (f"data.audit.{name} {where}".rstrip() if name in self.refused else "")
             if wrong:
-                text = "take the row away and start anew, or set data.on_bad_row, data.on_too_long or data.audit"
+                text = "mend it, or set data.on_bad_row, data.on_too_long or data.audit, and start anew"
                 raise DataError(f"{lines.source.path}:{record['row'] + 1}: {wrong}; {text}")
         usable = (record for record in records if record["status"] in ("ok", "truncated"))
         return [{name: record[name] for name in COLUMNS} for record in usable]

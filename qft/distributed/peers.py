@@ -45,10 +45,20 @@ def _peers(rank: int, size: int, tell: Callable[[Any], Any]) -> dict[Connection,
         _, word = tell((listener.address[1], uuid.uuid4().hex))
         while len(found) < size - 1:
             peer: Any = listener.accept()
-            said = peer.recv_bytes(64).decode().split()
-            if said[0] == word:  # a stranger's ends nothing
+            said = _said(peer)
+            if said[:1] == [word]:  # a stranger's ends nothing
                 found[peer] = int(said[1])
+            else:
+                peer.close()
     return found
+
+
+def _said(peer: Connection) -> list[str]:
+    """The words of who has connected; none of one that says nothing, or too much."""
+    try:
+        return peer.recv_bytes(64).decode(errors="replace").split() if peer.poll(GRACE) else []
+    except (EOFError, OSError):
+        return []
 
 
 def _watch(rank: int, peers: Mapping[Connection, int], left: threading.Event) -> None:

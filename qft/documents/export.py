@@ -113,6 +113,7 @@ class ExportMark(Stored):
     passed: bool | None
     sha256: dict[str, str]
     dtype: str | None = None
+    run: str | None = None
 
 
 def export_in(folder: Path) -> ExportMark | None:

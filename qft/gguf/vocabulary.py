@@ -36,7 +36,7 @@ def add_tokenizer(writer: Any, tokenizer: Any, vocabulary: int, ends: Sequence[i
     embeddings, `ends` are the tokens at which it ends an answer. Raises ModelError for any other kind, and for one that
     llama.cpp would split text differently with."""
     definition = json.loads(tokenizer.backend_tokenizer.to_str())
-    add = _add_pieces if definition["model"].get("byte_fallback") else _add_bytes
+    add = _add_pieces if _has_pieces(definition) else _add_bytes
     add(writer, definition, vocabulary)
     _add_special(writer, tokenizer, ends)
     if tokenizer.chat_template is not None:
@@ -46,6 +46,15 @@ def add_tokenizer(writer: Any, tokenizer: Any, vocabulary: int, ends: Sequence[i
                 f"GGUF: the tokenizer has several chat templates ({names}): give one as data.chat_template"
             )
         writer.add_chat_template(tokenizer.chat_template)
+
+
+def _has_pieces(definition: dict[str, Any]) -> bool:
+    """Whether bytes that no token has are tokens of their own: not where text is made of bytes first, and none is."""
+    model, steps = definition["model"], {step[0] for step in _steps(definition.get("pre_tokenizer"))}
+    if not model.get("byte_fallback"):
+        return False
+    has_some = model["type"] != "BPE" or any(BYTE.fullmatch(token) for token in model["vocab"])
+    return has_some or "ByteLevel" not in steps
 
 
 def _add_bytes(writer: Any, definition: dict[str, Any], vocabulary: int) -> None:
@@ -102,7 +111,7 @@ def _keeps_pieces(splitter: dict[str, Any]) -> bool:
 def pre_tokenizer(definition: dict[str, Any]) -> str:
     """llama.cpp's name for the pre-tokenizer of a tokenizer.json. Raises ModelError where it has none known here."""
     model = definition["model"]
-    if model["type"] != "BPE" or model.get("byte_fallback"):
+    if model["type"] != "BPE" or _has_pieces(definition):
         kind = "BPE with byte fallback" if model["type"] == "BPE" else model["type"]
         raise ModelError(f"GGUF: the tokenizer is {kind}; only byte-level BPE can be written")
     steps = _steps(definition.get("pre_tokenizer"))
@@ -112,7 +121,8 @@ def pre_tokenizer(definition: dict[str, Any]) -> str:
     # llama.cpp looks whole words up before merging for llama-bpe alone.
     if bool(model.get("ignore_merges")) != (name == "llama-bpe"):
         raise ModelError(f"GGUF: ignore_merges {model.get('ignore_merges')}: llama.cpp assumes otherwise for {name}")
-    normalizer = (definition.get("normalizer") or {}).get("type")
+    normalizer = definition.get("normalizer") or {}
+    normalizer = None if normalizer.get("normalizers") == [] else normalizer.get("type")
     if normalizer is not None and (name, normalizer) != ("qwen2", "NFC"):
         raise ModelError(f"GGUF: normalizer {normalizer}: llama.cpp normalizes no text for {name}")
     return name

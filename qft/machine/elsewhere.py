@@ -31,8 +31,9 @@ class Package:
     """Python that imports it and prints `version`, a space and its version."""
 
 
-def find_problem(python: str, package: Package) -> str | None:
-    """What keeps the Python at that path from running the package, and what to do; None if nothing does."""
+def find_problem(python: str, package: Package, heard: Callable[[str], None] = lambda line: None) -> str | None:
+    """What keeps the Python at that path from running the package, and what to do; None if nothing does. `heard` gets
+    each line that it says."""
     name, oldest = package.name, ".".join(map(str, package.oldest))
     install = f"install it there: {python} -m pip install '{name}>={oldest}'"
     if not Path(python).is_file():
@@ -47,6 +48,8 @@ def find_problem(python: str, package: Package) -> str | None:
         return f"{python} cannot be run: it gave no answer in {ASK_SECONDS} s"
     except OSError as error:
         return f"{python} cannot be run: {first_line(error)}"
+    for line in said:
+        heard(line)
     release = re.search(r"^version (\S+)$", "".join(said), re.MULTILINE)
     if asked.running.returncode and len(said) < ASK_LINES:
         return f"{python} cannot import {name} ({last_words(said)}); {install}"

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 DEATH_SIGNAL = 1
@@ -47,9 +48,18 @@ class Watched:
     def await_end(self) -> None:
         """Until it has ended, or its time is up. It is not yet reaped, so that its group is still its own."""
         deadline = time.monotonic() + self.seconds
-        end = os.WEXITED | os.WNOWAIT | os.WNOHANG
-        while os.waitid(os.P_PID, self.running.pid, end) is None and time.monotonic() < deadline:
+        while not self.has_ended() and time.monotonic() < deadline:
             time.sleep(0.02)
+
+    def has_ended(self) -> bool:
+        return os.waitid(os.P_PID, self.running.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
+
+    def stop(self, seconds: float) -> None:
+        """Ask it to end, and wait so long for that."""
+        if not self.has_ended():
+            os.kill(self.running.pid, signal.SIGTERM)
+        self.seconds = seconds
+        self.await_end()
 
     def _timer(self) -> threading.Timer:
         timer = threading.Timer(self.seconds, self._end)
@@ -63,10 +73,17 @@ class Watched:
 
 
 @contextmanager
-def started(command: Sequence[str], *, silence: float, all_words: bool = False, **options: Any) -> Iterator[Watched]:
+def started(
+    command: Sequence[str],
+    *,
+    silence: float,
+    all_words: bool = False,
+    orphaned: signal.Signals = signal.SIGKILL,
+    **options: Any,
+) -> Iterator[Watched]:
     """Run a program in a group of its own, which is ended when the block is left: at the latest when it has been silent
-    for `silence` seconds. What it says is its standard error, or with `all_words` its standard output too. Raises
-    OSError if it cannot be run."""
+    for `silence` seconds. What it says is its standard error, or with `all_words` its standard output too. `orphaned`
+    is what it gets should this process die; what it has started itself does not. Raises OSError if it cannot be run."""
     pipes = (subprocess.PIPE, subprocess.STDOUT) if all_words else (subprocess.DEVNULL, subprocess.PIPE)
     running = subprocess.Popen(  # noqa: S603  # a list, and the program that the caller names
         list(command),
@@ -76,7 +93,7 @@ def started(command: Sequence[str], *, silence: float, all_words: bool = False, 
         text=True,
         errors="replace",
         start_new_session=True,
-        preexec_fn=_end_with_parent if LIBC else None,  # calls the system and nothing else
+        preexec_fn=partial(_end_with_parent, orphaned) if LIBC else None,  # calls the system and nothing else
         **options,
     )
     with running:
@@ -94,7 +111,7 @@ def end_group(running: subprocess.Popen[str]) -> None:
         os.killpg(running.pid, signal.SIGKILL)
 
 
-def _end_with_parent() -> None:
-    """In the child, before the program: die when the parent does, however that comes."""
+def _end_with_parent(number: signal.Signals) -> None:
+    """In the child, before the program: get that signal when the parent dies, however that comes."""
     assert LIBC is not None
-    LIBC.prctl(DEATH_SIGNAL, signal.SIGKILL)
+    LIBC.prctl(DEATH_SIGNAL, number)

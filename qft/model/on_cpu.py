@@ -87,37 +87,37 @@ def _forward(module: Any, forward: Any, x: torch.Tensor, *args: Any, **kwargs: A
 def _joined(module: Any, x: torch.Tensor) -> torch.Tensor:
     name = module.active_adapters[0]
     a, b = module.lora_A[name].weight, module.lora_B[name].weight
-    made: torch.Tensor = _Joined.apply(x, a, b, module.base_layer, _scaling(module))  # type: ignore[no-untyped-call]
-    return made
+    rows = x.reshape(-1, x.shape[-1])  # out here: a model may add to what comes out of a layer in its place
+    made: torch.Tensor = _Joined.apply(rows, a, b, module.base_layer, _scaling(module))  # type: ignore[no-untyped-call]
+    return made.view(*x.shape[:-1], -1)
 
 
 class _Joined(torch.autograd.Function):
-    """x · Wᵀ + bias + scaling · (x · Aᵀ) · Bᵀ, with W as its layer holds it."""
+    """x · Wᵀ + bias + scaling · (x · Aᵀ) · Bᵀ, with W as its layer holds it; x: [rows, in]."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, layer: Any, scaling: float
+        ctx: Any, rows: torch.Tensor, a: torch.Tensor, b: torch.Tensor, layer: Any, scaling: float
     ) -> torch.Tensor:
-        rows, weight = x.reshape(-1, x.shape[-1]), dequantized_weight(layer).to(x.dtype)
-        narrow, wide = a.to(x.dtype), (b * scaling).to(x.dtype)
+        dtype, weight = rows.dtype, dequantized_weight(layer).to(rows.dtype)
+        narrow, wide = a.to(dtype), (b * scaling).to(dtype)
         within = rows @ narrow.t()
-        bias = None if layer.bias is None else layer.bias.to(x.dtype)
+        bias = None if layer.bias is None else layer.bias.to(dtype)
         made = functional.linear(rows, weight, bias).addmm_(within, wide.t())
         ctx.save_for_backward(rows, within, narrow, wide)
         ctx.layer, ctx.scaling, ctx.dtypes = layer, scaling, (a.dtype, b.dtype)
-        return made.view(*x.shape[:-1], -1)
+        return made
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, slope: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, slopes: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         rows, within, narrow, wide = ctx.saved_tensors
-        slopes = slope.reshape(-1, slope.shape[-1])
         back = slopes @ wide
         of_a, of_b = (back.t() @ rows).to(ctx.dtypes[0]), (slopes.t() @ within).to(ctx.dtypes[1]) * ctx.scaling
         of_x = None
         if ctx.needs_input_grad[0]:
             of_x = slopes @ dequantized_weight(ctx.layer).to(slopes.dtype)
-            of_x = of_x.addmm_(back, narrow).view(*slope.shape[:-1], -1)
+            of_x = of_x.addmm_(back, narrow)
         return of_x, of_a, of_b, None, None
 
 

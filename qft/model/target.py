@@ -2,7 +2,8 @@
 
 PATH is a recipe, a run folder, or a model (hub id, folder, .gguf file, package:NAME/FILE). VARIANT is one of VARIANTS.
 Without one, a run is its adapter on its base, a recipe its base as it is held, and a model what it is. A .gguf file is
-dequantized by transformers, and with @llama.cpp run as it is; so is the file of an exported folder.
+dequantized by transformers, and with @llama.cpp run as it is; so is the file of an exported folder. With @vllm an
+export or a model is not loaded here: vLLM's server is asked.
 """
 
 from collections.abc import Sequence
@@ -28,6 +29,8 @@ from qft.recipe.training import OF_FILES, QuantSection
 from qft.run.folder import Run
 
 LLAMACPP = "llama.cpp"
+VLLM = "vllm"
+"""Of no model that is loaded here: vLLM's server has it, in an environment of its own."""
 UNQUANTIZED = QuantSection()
 FOUR_BIT = QuantSection(mode="4bit")
 
@@ -88,6 +91,8 @@ def parse_target(text: str, *, adapter: Path | None, data: str | None) -> Target
     no longer as qft wrote it. `adapter` is put on a model that brings none; `data` stands in for the recipe that a
     model has not."""
     path, variant = split_variant(text)
+    if variant == VLLM:
+        raise RecipeError(f"{text}: is asked of vLLM's server: alone, and by qft eval and qft chat; evaluate it apart")
     if file := _exported_gguf(Path(path)):
         path, variant = str(file), variant or LLAMACPP
     if variant == LLAMACPP:
@@ -125,10 +130,10 @@ def parse_target(text: str, *, adapter: Path | None, data: str | None) -> Target
 def split_variant(text: str) -> tuple[str, str]:
     """The path that `text` names, and its variant, empty without one. Raises RecipeError for a variant that is none."""
     path, at, variant = text.rpartition("@")
-    if at and variant in VARIANTS:
+    if at and variant in (*VARIANTS, VLLM):
         return path, variant
     if at and "/" not in variant and not Path(text).exists():
-        raise RecipeError(f"{text}: {variant} is none of the variants {', '.join(VARIANTS)}")
+        raise RecipeError(f"{text}: {variant} is none of the variants {', '.join((*VARIANTS, VLLM))}")
     return text, ""
 
 

@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+from transformers.quantizers import base as quantizers
 
-from qft.checkpoint.bypassed import bypassed_linears
+from qft.checkpoint.bypassed import bypassed_linears, deep_linears
 from qft.checkpoint.language import beside_language
 from qft.data.calibration import CalibrationData, calibration_data
 from qft.data.prepare import Prepared
@@ -160,10 +161,15 @@ def plan_layers(loaded: LoadedRecipe, model: ModelPlan | None = None) -> tuple[M
         text = f"{calibrate.engine} loads language models alone, and {model.shape.architecture} is more"
         refuse(loaded, [("calibrate.engine", f"{text}; use autoround or rtn")])
     skeleton = model.skeleton
+    if mixed := _reads_one_by_one(skeleton, CATALOGUE[calibrate.engine].writes):
+        text = f"transformers reads {mixed} of a quantized model one expert at a time, which files of the library's own"
+        refuse(loaded, [("calibrate.engine", f"{text} names are not; use torchao, or hand the merged model over")])
     matched, problems = match_own("calibrate.skip_modules", calibrate.skip_modules, skeleton)
     refuse(loaded, problems)
     linears, blocks = model.linears
     able = {name for name in _plain_linears(skeleton) if name.startswith(f"{blocks}.")} - {*bypassed_linears(skeleton)}
+    if calibrate.engine == "bitsandbytes" and calibrate.bits == 8:
+        able -= {*deep_linears(skeleton)}
     if not able:
         text = f"no layer of {model.shape.architecture}'s blocks is a torch.nn.Linear, and no other can be quantized"
         refuse(loaded, [("model.path", text)])
@@ -244,6 +250,14 @@ def _has_float8(device: Device) -> bool:
 def _plain_linears(skeleton: nn.Module) -> list[str]:
     """Names of those that are nn.Linear itself: what loads a quantized model leaves subclasses as they are."""
     return [name for name, module in skeleton.named_modules() if type(module) is nn.Linear]
+
+
+def _reads_one_by_one(skeleton: nn.Module, method: str) -> str | None:
+    """The class of experts in whose place transformers puts others where a model is quantized by that method."""
+    patched = getattr(quantizers, "MODULES_TO_PATCH_FOR_QUANTIZATION", {})
+    methods = {name: [str(each.value) for each in own["quantization_methods"]] for name, own in patched.items()}
+    classes = dict.fromkeys(type(module).__name__ for module in skeleton.modules())
+    return next((name for name in classes if any(own.startswith(method) for own in methods.get(name, ()))), None)
 
 
 def _scheme(calibrate: CalibrateSection, inputs: Sequence[int]) -> LayerScheme:

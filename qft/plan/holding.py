@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from qft.checkpoint.bypassed import bypassed_linears, common_ends
+from qft.checkpoint.bypassed import bypassed_linears, common_ends, deep_linears
 from qft.checkpoint.find import Checkpoint
 from qft.checkpoint.language import beside_language
 from qft.checkpoint.skeleton import find_blocks
@@ -35,7 +35,7 @@ def scheme_of(recipe: Recipe, device: Device, checkpoint: Checkpoint, model: Pre
     """How the model is held. Weights that are rounded in training are rounded in the dtype in which they will be
     evaluated and exported, and within the blocks alone: what quantizes for an export goes block by block."""
     dtype = plain_dtype(recipe.model, device, whole=recipe.adapter.kind == "none")
-    heads = (*output_heads(model), *_kept_whole(model))
+    heads = (*output_heads(model), *_kept_whole(model, recipe.quant.mode))
     if recipe.quant.mode == "qat" and not checkpoint.quantization:
         dtype = plain_dtype(recipe.model, device, whole=False)
         linears = [name for name, module in model.named_modules() if type(module) is nn.Linear]
@@ -54,12 +54,13 @@ def _packed(checkpoint: Checkpoint, model: PreTrainedModel) -> tuple[frozenset[s
     return frozenset(sizes), 8 * sum(sizes.values()) / max(held, 1)
 
 
-def _kept_whole(model: PreTrainedModel) -> list[str]:
+def _kept_whole(model: PreTrainedModel, mode: str) -> list[str]:
     """What is never held in few bits, as transformers matches it: what sees, which would lose precision for which
-    nothing that is learnt from text makes up, and layers whose weights other code reads."""
-    bypassed = bypassed_linears(model)
-    others = [name for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and name not in bypassed]
-    return [*beside_language(model), *common_ends(bypassed, others)]
+    nothing that is learnt from text makes up, layers whose weights other code reads, and those that the mode cannot."""
+    kept = {*bypassed_linears(model), *(deep_linears(model) if mode == "8bit" else ())}
+    linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)]
+    left, others = ([name for name in linears if (name in kept) is is_kept] for is_kept in (True, False))
+    return [*beside_language(model), *common_ends(left, others)]
 
 
 def weights_held(scheme: Scheme, recipe: Recipe, model: PreTrainedModel) -> Held | None:

@@ -109,7 +109,7 @@ class Forecast:
     def batch(self, rows: int) -> Batch:
         """The longest of so many training rows."""
         lengths, data = self.data.lengths, self.model.recipe.data
-        if self.data.stream:  # the longest may come late
+        if self.data.stream is not None:  # the longest may come late
             lengths = np.full_like(lengths, self.model.longest_row(data))
         if not data.is_packed:
             made = batch_of(lengths, rows)

@@ -141,7 +141,7 @@ class Plan:
     def steps_per_epoch(self) -> int:
         """Optimizer steps in one pass over the training rows."""
         train = self.recipe.train
-        if self.data.stream:
+        if self.data.stream is not None:
             return train.max_steps
         micro_batches = math.ceil(len(self.data.batched) / train.micro_batch)
         return max(math.ceil(micro_batches / train.gradient_accumulation_steps), 1)
@@ -192,7 +192,7 @@ class Plan:
             data=DataPart(
                 train_rows=len(rows.train),
                 packed_rows=len(rows.batched) if self.recipe.data.packing else None,
-                streamed_lines=rows.stream.lines if rows.stream else None,
+                streamed_lines=rows.stream.lines if rows.stream is not None else None,
                 eval_rows=len(rows.eval) if rows.eval else 0,
                 chat_template=template_of(self.model.tokenizer, self.recipe.data),
                 max_length=self.model.longest_row(self.recipe.data),

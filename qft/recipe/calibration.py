@@ -3,8 +3,19 @@
 from collections.abc import Iterator
 
 from qft.recipe.catalogue import CATALOGUE
+from qft.recipe.loads import compressed, served, why_not
 from qft.recipe.schema import AcceptSection, CalibrateSection, Recipe
 from qft.recipe.section import Problem
+
+COMPRESSED = "compressed-tensors"
+SERVED_PRESETS = {
+    "w4a16": "W4A16",
+    "w8a16": "W8A16",
+    "w8a8-dynamic": "W8A8 dynamic",
+    "w8a8-static": "W8A8 static",
+    "fp8": "FP8 dynamic",
+}
+"""Of calibrate.preset, by the names of the table in `engines`."""
 
 
 def unread_by_calibration(calibrate: CalibrateSection) -> dict[str, str]:
@@ -41,6 +52,8 @@ def calibrate_rules(calibrate: CalibrateSection, recipe: Recipe) -> Iterator[Pro
     yield from ((f"calibrate.{n}", text) for n, text in engine.needs.items() if getattr(calibrate, n) is None)
     if not engine.by_plugin:
         yield from _scheme_rules(calibrate)
+    if problem := _serve_problem(calibrate):
+        yield "calibrate.serve", problem
     if calibrate.remedy == "distill" and (why := _not_distilled(calibrate)):
         yield "calibrate.remedy", f"{why}; set it to {'none' if engine.whole_model else 'auto, or none'}"
     if engine.whole_model and calibrate.remedy == "auto":
@@ -48,6 +61,30 @@ def calibrate_rules(calibrate: CalibrateSection, recipe: Recipe) -> Iterator[Pro
         yield "calibrate.remedy", f"{text}; set it to none"
     if calibrate.accept.score_drop is not None and not recipe.eval.metrics:
         yield "calibrate.accept.score_drop", "needs scores that can drop: set eval.metrics"
+
+
+def _serve_problem(calibrate: CalibrateSection) -> str | None:
+    """Why the engine of calibrate.serve does not load the result, and what it loads."""
+    name, engine = calibrate.serve, CATALOGUE[calibrate.engine]
+    if name is None:
+        return None
+    if served(name) is None:
+        engines = ", ".join(f"{engine}-cpu, {engine}-cuda80" for engine in ("vllm", "sglang", "transformers"))
+        return f"{name} is no engine with its device; give one as {engines}, llama.cpp or ollama"
+    if engine.by_plugin:
+        return f"{calibrate.engine} writes the format of quant.plugin, of which no engine is known; leave it out"
+    why = why_not(name, compressed(calibrate) if engine.writes == COMPRESSED else _own_format(calibrate))
+    if why is None:
+        return None
+    able = [preset for preset, scheme in SERVED_PRESETS.items() if not why_not(name, f"{COMPRESSED} {scheme}")]
+    if able:
+        return f"{why}: set calibrate.preset to {' or '.join(able)}"
+    other = "use `qft export --to gguf-q4_k_m` instead" if why_not(name, "gguf") is None else "name another engine"
+    return f"{why}; of all that is made here it loads nothing: {other}"
+
+
+def _own_format(calibrate: CalibrateSection) -> str:
+    return f"bnb-{calibrate.bits}bit" if calibrate.engine == "bitsandbytes" else calibrate.engine
 
 
 def _not_distilled(calibrate: CalibrateSection) -> str | None:

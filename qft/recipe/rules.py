@@ -230,7 +230,7 @@ def _data_rules(recipe: Recipe) -> Iterator[Problem]:
 def _streaming_rules(recipe: Recipe) -> Iterator[Problem]:
     """What cannot be done with rows that nobody has counted."""
     data, train = recipe.data, recipe.train
-    if train.max_steps < 0 and not train.stages:
+    if train.max_steps < 0:
         yield "train.max_steps", "data.streaming counts no rows before they are learnt: say after how many steps to end"
     if data.eval_fraction:
         yield "data.eval_fraction", "draws among all rows, and data.streaming reads some at a time: give data.eval"
@@ -239,8 +239,6 @@ def _streaming_rules(recipe: Recipe) -> Iterator[Problem]:
             "group_by_length orders all rows, and data.streaming reads some at a time: set it to random or sequential"
         )
         yield "train.train_sampling_strategy", text
-    if train.stages:
-        yield "data.streaming", "cannot go on from stage to stage: set it to false, or leave train.stages away"
     if data.mix_by != "times":
         yield "data.mix_by", "needs the size of every source, and data.streaming counts none: set it to times"
     for source in data.train:

@@ -116,6 +116,9 @@ class CalibrateSection(Section):
     else drawn from the calibration's rows and kept out of it."""
     accept: AcceptSection = AcceptSection()
     """What the result must hold, or it is refused."""
+    serve: str | None = None
+    """The engine that is to serve the result, and on what: vllm-cpu, vllm-cuda80 (compute capability 8.0), … Only
+    what it is known to load is made, by a remedy too. None: any format."""
     remedy: Literal["none", "auto", "distill"] = "none"
     """auto: a refused result keeps its worst layers in more bits until it is accepted; distill: its quantized weights
     learn the predictions of the unquantized model on the calibration windows, their scales as they are

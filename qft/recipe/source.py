@@ -101,17 +101,17 @@ def _merge(base: dict[str, Any], over: dict[str, Any], place: Place, where: dict
             base[key] = value
 
 
-def read(path: Path) -> Tree:
-    """Parse the recipe file at `path`. Raises MissingError, or RecipeError naming file and line."""
+def read(path: Path, kind: str = "recipe") -> Tree:
+    """Parse the file at `path`, a recipe or another `kind`. Raises MissingError, or RecipeError with the line."""
     try:
         with require_regular(path).open("rb") as file:
             data = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
-        raise MissingError(f"{path}: no such recipe") from None
+        raise MissingError(f"{path}: no such {kind}") from None
     except OSError as error:
         raise MissingError(refusal(error, path)) from None
     if len(data) > MAX_BYTES:
-        raise RecipeError(f"{path}: more than {MAX_BYTES} bytes, and a recipe has at most that many")
+        raise RecipeError(f"{path}: more than {MAX_BYTES} bytes, and a {kind} has at most that many")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -230,6 +230,9 @@ def _broken_rules(loaded: LoadedRecipe, stages: Sequence[LoadedRecipe]) -> Itera
     for stage, fields in zip(stages, unread, strict=True):
         own = (field for field in fields if stage.stage and stage.stage.sets(field))
         yield from (stage.problem(field, f"{fields[field]}; remove it") for field in own)
+    if loaded.recipe.data.streaming:
+        text = "cannot go on from stage to stage: set it to false, or leave train.stages away"
+        yield loaded.problem("data.streaming", text)
     broken = [list(contradictions(stage.recipe)) for stage in stages]
     for stage, found in zip(stages, broken, strict=True):
         for problem in found:

@@ -72,7 +72,7 @@ TABLE: dict[str, dict[Class, str]] = {
             seed
         """,
         "honoured": """
-            calibrate.accept calibrate.remedy calibrate.distill_steps calibrate.distill_learning_rate
+            calibrate.accept calibrate.serve calibrate.remedy calibrate.distill_steps calibrate.distill_learning_rate
             calibrate.max_bytes
         """,
         "free": """

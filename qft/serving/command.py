@@ -95,7 +95,7 @@ def _vllm(model: Model, where: Where) -> Start:
 
 def _adapter(model: Model) -> tuple[str, list[str]]:
     """The base that an adapter names, and how it is put on it."""
-    config = _json(model.path / "adapter_config.json")
+    config = read_config(model.path / "adapter_config.json")
     base, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not isinstance(base, str) or not base:
         raise ModelError(f"{model.path}: its adapter_config.json names no base; export --to merged")
@@ -140,7 +140,7 @@ def _context(asked: int | None, room: int | None, path: Path, option: str) -> li
 
 def built_for(folder: Path) -> int | None:
     """Tokens that a model is built for, by its config.json; None if that does not say."""
-    config = _json(folder / "config.json")
+    config = read_config(folder / "config.json")
     text = config.get("text_config")
     places = [text, config] if isinstance(text, dict) else [config]
     found = (place.get(name) for place in places for name in ROOMS)
@@ -161,11 +161,11 @@ def gguf_room(file: Path) -> int | None:
 
 def _has_template(folder: Path) -> bool:
     path = folder / "tokenizer_config.json"
-    told = path.is_file() and bool(_json(path).get("chat_template"))
+    told = path.is_file() and bool(read_config(path).get("chat_template"))
     return told or (folder / "additional_chat_templates").is_dir()
 
 
-def _json(path: Path) -> Mapping[str, Any]:
+def read_config(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         raise MissingError(f"{path}: does not exist")
     try:

@@ -1,29 +1,45 @@
 """vLLM, run by the Python of another environment on one model: what it makes of token ids, texts and prompts."""
 
+import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qft.errors import ModelError
+from qft.errors import ModelError, RecipeError
 from qft.files import write_json
 from qft.machine import elsewhere
 from qft.machine.elsewhere import Package, environment_of, run_script
+from qft.recipe.engines import PACKAGES
+from qft.recipe.loads import Environment
 
 ASK = "import vllm; from vllm import LLM, SamplingParams; print('version', vllm.__version__)"
 PACKAGE = Package("vllm", (0, 11), ASK)
+DESCRIBE = f"""
+import importlib.metadata as installed, json, torch, vllm
+device = '.'.join(map(str, torch.cuda.get_device_capability())) if torch.cuda.is_available() else 'cpu'
+packages = {{}}
+for name in {PACKAGES}:
+    try: packages[name] = installed.version(name)
+    except installed.PackageNotFoundError: pass
+print('version', vllm.__version__)
+print(json.dumps(dict(device=device, packages=packages)))
+"""
+"""Prints what the table of engines asks for too."""
 SILENT_SECONDS = 3600
 """That it may say nothing: it loads a model meanwhile."""
 CPU_CACHE_GIB = "1"
 """Of keys and values on a CPU, where it asks for it by a variable; the rows of a gate fit."""
+SERVER_CACHE_GIB = "4"
+"""Of a server, which would take nearly all memory."""
 VARIABLES = {
     "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
-"""Nothing is sent anywhere; one process, so that its failure is told where it is asked; and a row may be as long as the
-model was built for: what it is asked to generate after that is never read."""
+"""Nothing is sent anywhere."""
+OF_THE_JOB = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"}
+"""One process, so that its failure is told where it is asked; and a row may be as long as the model was built for: what
+it is asked to generate after that is never read."""
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """That vLLM takes for --max-lora-rank."""
 
@@ -85,15 +101,29 @@ def find_problem(python: str) -> str | None:
     return elsewhere.find_problem(python, PACKAGE)
 
 
+def environment_in(python: str, *, on_gpu: bool) -> Environment:
+    """The vLLM of that Python, on this machine. Raises RecipeError with what keeps it from running there."""
+    said: list[str] = []
+    if problem := elsewhere.find_problem(python, replace(PACKAGE, ask=DESCRIBE), said.append):
+        raise RecipeError(problem)
+    told = json.loads(next(line for line in reversed(said) if line.startswith("{")))
+    version = next(line for line in said if line.startswith("version ")).split()[1]
+    return Environment("vllm", version, told["device"] if on_gpu else "cpu", told["packages"], here=True)
+
+
+def variables(cache_gib: str, *, on_gpu: bool) -> dict[str, str]:
+    """Of vLLM's processes; on a CPU so much is for keys and values, unless this process's say otherwise."""
+    own = {} if on_gpu else {"VLLM_CPU_KVCACHE_SPACE": cache_gib}
+    return own | environment_of(on_gpu=on_gpu) | VARIABLES
+
+
 def ask(python: str, question: Question, folder: Path, *, on_gpu: bool) -> Mapping[str, Any]:
     """vLLM's answer, as vllm_job.py writes it; the job lies in `folder`. Raises Refused for a model that it does not
     load, ModelError for all else that fails."""
     report = folder / "vllm.json"
     write_json(folder / "vllm_job.json", asdict(question) | {"report": str(report)})
     command = [python, "-I", str(Path(__file__).with_name("vllm_job.py")), str(folder / "vllm_job.json")]
-    environment = environment_of(on_gpu=on_gpu) | VARIABLES
-    if not on_gpu:
-        environment = {"VLLM_CPU_KVCACHE_SPACE": CPU_CACHE_GIB} | environment
+    environment = variables(CPU_CACHE_GIB, on_gpu=on_gpu) | OF_THE_JOB
     answer = run_script(command, report, who="vllm", silence=SILENT_SECONDS, environment=environment)
     if "error" in answer:
         raise Refused(answer["error"], answer["version"])

@@ -8,116 +8,12 @@ from typing import Any
 import pytest
 import yaml
 
-from qft.arrive import TOOLS, Kind, Translation, translate
+from qft.arrive import TOOLS, Kind
 from qft.arrive.written import recipe_text, write_translated
 from qft.errors import GateError, RecipeError
 from qft.recipe import load
+from tests.support.arrive import ALL, AXOLOTL, LLAMA, TRL, TUNE, kinds, translated
 from tests.support.cli import qft
-
-AXOLOTL: dict[str, Any] = {
-    "base_model": "acme/llama-1b",
-    "load_in_4bit": True,
-    "adapter": "qlora",
-    "lora_r": 32,
-    "lora_alpha": 16,
-    "lora_dropout": 0.05,
-    "lora_target_linear": True,
-    "lora_target_modules": ["q_proj"],
-    "datasets": [{"path": "acme/rows", "type": "alpaca", "split": "train[:20%]"}],
-    "val_set_size": 0.1,
-    "evals_per_epoch": 1,
-    "saves_per_epoch": 1,
-    "sequence_len": 2048,
-    "sample_packing": True,
-    "micro_batch_size": 2,
-    "gradient_accumulation_steps": 4,
-    "num_epochs": 3,
-    "optimizer": "adamw_bnb_8bit",
-    "lr_scheduler": "cosine",
-    "learning_rate": "2e-4",
-    "bf16": "auto",
-    "tf32": False,
-    "gradient_checkpointing": True,
-    "attn_implementation": "flash_attention_2",
-    "warmup_ratio": 0.1,
-    "weight_decay": 0.0,
-    "wandb_project": None,
-    "special_tokens": {"pad_token": "<pad>"},
-    "output_dir": "outputs/one",
-}
-LLAMA: dict[str, Any] = {
-    "model_name_or_path": "acme/llama-1b",
-    "stage": "sft",
-    "do_train": True,
-    "finetuning_type": "lora",
-    "lora_target": "q_proj, v_proj",
-    "quantization_bit": 4,
-    "double_quantization": False,
-    "dataset": "mine",
-    "template": "default",
-    "cutoff_len": 512,
-    "max_samples": 2,
-    "output_dir": "saves/one",
-    "report_to": "none",
-    "per_device_train_batch_size": 1,
-    "num_train_epochs": 3.0,
-    "learning_rate": 1.0e-4,
-    "warmup_ratio": 0.1,
-    "bf16": True,
-    "ddp_timeout": 180000000,
-}
-TRL: dict[str, Any] = {
-    "model_name_or_path": "acme/llama-1b",
-    "dataset_name": "acme/rows",
-    "dataset_train_split": "train_sft",
-    "use_peft": True,
-    "lora_r": 8,
-    "load_in_4bit": True,
-    "output_dir": "out",
-}
-TUNE: dict[str, Any] = {
-    "output_dir": "/tmp/one",
-    "model": {
-        "_component_": "torchtune.models.llama3_1.qlora_llama3_1_8b",
-        "lora_attn_modules": ["q_proj", "v_proj", "output_proj"],
-        "apply_lora_to_mlp": True,
-        "lora_rank": 8,
-        "lora_alpha": 16,
-    },
-    "tokenizer": {"_component_": "torchtune.models.llama3.llama3_tokenizer", "path": "/tmp/m/t", "max_seq_len": None},
-    "checkpointer": {"_component_": "torchtune.training.FullModelHFCheckpointer", "checkpoint_dir": "/tmp/m/",
-                     "output_dir": "${output_dir}"},
-    "dataset": {"_component_": "torchtune.datasets.alpaca_cleaned_dataset", "packed": False},
-    "seed": None,
-    "batch_size": 2,
-    "optimizer": {"_component_": "torch.optim.AdamW", "fused": True, "weight_decay": 0.01, "lr": 3e-4},
-    "lr_scheduler": {"_component_": "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup",
-                     "num_warmup_steps": 100},
-    "epochs": 1,
-    "dtype": "bf16",
-    "device": "cuda",
-}  # fmt: skip
-ALL = {"Axolotl": AXOLOTL, "LLaMA-Factory": LLAMA, "TRL": TRL, "torchtune": TUNE}
-
-
-def translated(folder: Path, values: dict[str, Any]) -> Translation:
-    path = folder / "other.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return translate(path)
-
-
-def kinds(made: Translation) -> dict[str, Kind]:
-    return {line.key: line.kind for line in made.lines}
-
-
-@pytest.fixture
-def rows(tmp_path: Path) -> Path:
-    """A data set as LLaMA-Factory's `data` folder has it."""
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "dataset_info.json").write_text('{"mine": {"file_name": "mine.jsonl"}}')
-    row = '{"instruction": "a", "input": "", "output": "b"}\n'
-    (tmp_path / "data" / "mine.jsonl").write_text(4 * row)
-    return tmp_path
 
 
 def test_axolotl(tmp_path: Path) -> None:
@@ -267,6 +163,17 @@ def test_lora_in_axolotl_does_not_quantize_to_4_bits(tmp_path: Path) -> None:
         ("TRL", {"use_peft": False, "load_in_4bit": False}, {"adapter.kind": "none"}),
         ("TRL", {"lora_target_modules": "all-linear"}, {"adapter.target_modules": "all-linear"}),
         ("TRL", {"eval_strategy": "epoch"}, {"data.eval": [{"path": "acme/rows", "split": "test"}]}),
+        ("TRL", {"max_length": None}, {"data.max_length": "auto", "data.on_too_long": "stop"}),
+        ("TRL", {"datasets": [{"path": "a/b", "name": "c"}, {"path": "d/e", "split": "train[:9]"}]},
+         {"data.train": [{"path": "a/b", "name": "c"}, {"path": "d/e", "split": "train[:9]"}]}),
+        ("TRL", {"test_split_size": 0.1}, {"data.eval_fraction": 0.1}),
+        ("TRL", {"activation_checkpointing": False}, {"train.gradient_checkpointing": False}),
+        ("TRL", {"activation_checkpointing_kwargs": {"offload": True}}, {"memory.checkpoints": "host"}),
+        ("TRL", {"optim": "adamw_torch_8bit", "loss_type": "chunked_nll"}, {"train.optim": "adamw_8bit"}),
+        ("TRL", {"lora_target_parameters": ["mlp.experts.gate_up_proj"]}, {"adapter.target_experts": True}),
+        ("TRL", {"load_in_4bit": False, "load_in_8bit": True}, {"quant.mode": "8bit"}),
+        ("TRL", {"completion_only_loss": True, "packing": True, "packing_strategy": "bfd"},
+         {"data.loss_on": "assistant", "data.packing": True}),
         ("torchtune", {"max_steps_per_epoch": 50, "epochs": 2}, {"train.max_steps": 100}),
     ],
     ids=str,

@@ -453,7 +453,7 @@ def test_what_does_not_go_together_is_refused(case: str, own: Recipe, tmp_path: 
 
 
 def test_a_model_in_a_gguf_file(own: Recipe, tmp_path: Path) -> None:
-    write_gguf(saved(tiny_llama(), tmp_path / "model"), tmp_path / "model.gguf", kind="f16")
+    write_gguf(saved(tiny_llama(), tmp_path / "model", byte_tokenizer()), tmp_path / "model.gguf", kind="f16")
     path = own(model={"path": str(tmp_path / "model.gguf"), "dtype": "float32"}, calibrate={"accept": {"kl": 0.01}})
     report = calibrated(path)
     assert report.quantized_layers == 14

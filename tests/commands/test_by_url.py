@@ -14,22 +14,10 @@ from typer.testing import CliRunner
 from qft.cli import app
 from tests.support.cli import qft
 from tests.support.rows import chat, write_jsonl
-from tests.support.servers import as_json, serving, streamed
+from tests.support.servers import LOG_PROB, echoes, serving, streamed
 
-LOG_PROB = -0.5
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {}}}
 CALLED = {"function": {"name": "add", "arguments": {"a": 1}}}
-
-
-def echoes(path: str, body: dict[str, Any]) -> tuple[int, str, bytes]:
-    """Says the last word of the question; reads any token with the same log probability."""
-    if path.endswith("/completions") and body.get("echo"):
-        told = [None, *[LOG_PROB] * len(body["prompt"])]
-        return as_json({"choices": [{"logprobs": {"token_logprobs": told}}]})
-    if body.get("ignore_eos"):
-        return as_json({"error": {"message": "unknown field ignore_eos"}}, 400)
-    asked = body["prompt"] if "prompt" in body else body["messages"][-1]["content"]
-    return streamed(*asked.split()[-1], tokens=3)
 
 
 @pytest.fixture

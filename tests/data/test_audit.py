@@ -164,7 +164,7 @@ def test_sketches_estimate_what_texts_share() -> None:
 
 LONG_ROW = chat("tell", LONG)
 FILES: dict[str, tuple[list[Any], list[Any], dict[str, Any]]] = {
-    "bos": ([{"text": "<|bos|><|bos|>ab"}], [{"text": "<|bos|>ab"}], {}),
+    "bos": ([{"text": "<|bos|><|bos|><|bos|>ab"}], [{"text": "<|bos|>ab"}], {}),
     "end_of_turn": ([chat("a", "b")], [chat("a", "b"), chat("c", "d")], {"train_on_eos": "none"}),
     "truncated": ([LONG_ROW], FINE, {"max_length": 64, "on_too_long": "truncate"}),
     "few_learnt": ([chat("word " * 90, "y")], [chat("word", "y")], {}),

@@ -223,7 +223,7 @@ FILES: dict[str, tuple[str, bytes, str]] = {
 
 
 def check(recipe_file: RecipeFile, path: Path) -> Result:
-    return qft("check", recipe_file(quant=None, data={"train": str(path)}))
+    return qft("check", recipe_file(quant=None, adapter={"kind": "none", "r": ...}, data={"train": str(path)}))
 
 
 def test_each_bad_line_is_told_by_its_place_and_what_is_wrong(recipe_file: RecipeFile, tmp_path: Path) -> None:

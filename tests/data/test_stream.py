@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-import tracemalloc
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from qft.data import stream
 from qft.data.prepare import prepare
 from qft.data.stream import BLOCK, Stream, find_lines
+from qft.distributed.rows import Filled
 from qft.errors import DataError
 from qft.recipe import Source
 from qft.recipe.data import DataSection
@@ -22,14 +24,20 @@ from tests.support.rows import chat, write_jsonl
 from tests.support.runs import adapter
 
 RecipeFile = Callable[..., Path]
-ROWS = 1500
+ROWS = 5 * BLOCK + 20
 
 
 def opened(*sources: Any, length: int = 4000, shuffled: bool = True, **data: Any) -> Stream:
     section = DataSection.model_validate({"train": [*sources], "streaming": True, "max_length": 128, **data})
-    stream = prepare(section, byte_tokenizer(), 3).stream
-    assert stream is not None
-    return stream.asked(length, shuffled=shuffled)
+    found = prepare(section, byte_tokenizer(), 3).stream
+    assert found is not None
+    return found.asked(length, shuffled=shuffled)
+
+
+@pytest.fixture(autouse=True)
+def _smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "SAMPLE", 3 * BLOCK)
+    monkeypatch.setattr(stream, "BLOCKS", 2)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +45,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With a blank line, and one that is no row, far behind the first."""
     path = tmp_path_factory.mktemp("stream") / "rows.jsonl"
     lines = [json.dumps(chat(f"ask {i}", f"it is {i}")) for i in range(ROWS)]
-    lines[1100], lines[1200] = "", "{"
+    lines[220], lines[250] = "", "{"
     path.write_text("\n".join(lines))
     return path
 
@@ -55,70 +63,72 @@ def test_blocks_begin_where_lines_do(tmp_path: Path) -> None:
 
 
 def test_each_pass_has_every_row_once_in_an_order_of_its_own(rows: Path) -> None:
-    stream = opened(str(rows), on_bad_row="skip")
+    found = opened(str(rows), on_bad_row="skip")
     used = ROWS - 2
-    numbers = [stream[i]["row"] for i in range(2 * used)]
+    numbers = [found[i]["row"] for i in range(2 * used)]
     passes = numbers[:used], numbers[used:]
-    expected = sorted({*range(ROWS)} - {1100, 1200})
+    expected = sorted({*range(ROWS)} - {220, 250})
     assert [sorted(each) for each in passes] == [expected] * 2
     assert passes[0] != passes[1]
     assert sum(b == a + 1 for a, b in pairwise(passes[0])) < used / 20
-    stream = opened(str(rows), on_bad_row="skip")
-    assert [stream[i]["row"] for i in (used + 7, 3, 1000)] == [numbers[i] for i in (used + 7, 3, 1000)]
-    stream = stream.asked(used, shuffled=False)
-    assert [example["row"] for example in stream] == expected
+    found = opened(str(rows), on_bad_row="skip")
+    assert [found[i]["row"] for i in (used + 7, 3, 200)] == [numbers[i] for i in (used + 7, 3, 200)]
+    found = found.asked(used, shuffled=False)
+    assert [example["row"] for example in found] == expected
 
 
 def test_it_encodes_what_is_encoded_without(rows: Path, tmp_path: Path) -> None:
     few = tmp_path / "few.jsonl"
     few.write_text("".join(rows.read_text().splitlines(keepends=True)[:200]))
     whole = prepare(DataSection.model_validate({"train": str(few), "max_length": 128}), byte_tokenizer(), 3).train
-    stream = opened(str(few), shuffled=False)
-    assert [stream[i] for i in range(200)] == whole.to_list()
+    found = opened(str(few), shuffled=False)
+    assert [found[i] for i in range(200)] == whole.to_list()
+
+
+def test_each_of_several_processes_takes_numbers_of_its_own(rows: Path) -> None:
+    found = opened(str(rows), length=100, on_bad_row="skip")
+    taken = [example for first in (0, 50) for example in Filled(found).__getitems__(range(first, first + 50))]
+    assert [example["row"] for example in taken] == [found[i]["row"] for i in range(100)]
 
 
 def test_weights_say_how_often_blocks_come(rows: Path, tmp_path: Path) -> None:
     other = write_jsonl(tmp_path / "other.jsonl", [chat(f"say {i}", "no") for i in range(4 * BLOCK)])
     few = write_jsonl(tmp_path / "few.jsonl", [chat(f"do {i}", "so") for i in range(2 * BLOCK)])
-    stream = opened({"path": str(other), "weight": 0.5}, {"path": str(few), "weight": 2}, length=6 * BLOCK)
-    counts = [[stream[i]["source"] for i in range(6 * BLOCK)].count(source) for source in (0, 1)]
+    found = opened({"path": str(other), "weight": 0.5}, {"path": str(few), "weight": 2}, length=6 * BLOCK)
+    counts = [[found[i]["source"] for i in range(6 * BLOCK)].count(source) for source in (0, 1)]
     assert counts == [2 * BLOCK, 4 * BLOCK]
 
 
 def test_packed_rows_are_full_and_hold_every_example(rows: Path) -> None:
-    stream = opened(str(rows), on_bad_row="skip", packing=True)
+    found = opened(str(rows), on_bad_row="skip", packing=True)
     packs: list[list[Any]] = []
     while sum(map(len, packs)) < ROWS - 2:
-        packs.append(stream[len(packs)])
-    assert sorted(example["row"] for pack in packs for example in pack) == sorted({*range(ROWS)} - {1100, 1200})
+        packs.append(found[len(packs)])
+    assert sorted(example["row"] for pack in packs for example in pack) == sorted({*range(ROWS)} - {220, 250})
     sizes = [sum(example["length"] for example in pack) for pack in packs]
     assert max(sizes) <= 128
     assert sum(sizes) > 0.7 * 128 * len(sizes)
 
 
 def test_a_bad_row_ends_it_where_it_comes_by_its_place(rows: Path, tmp_path: Path) -> None:
-    stream = opened(str(rows), shuffled=False)
-    assert stream[1000]["row"] == 1000
-    with pytest.raises(DataError, match=r"rows\.jsonl:1201: not valid JSON: .*data\.on_bad_row"):
-        stream[1250]
+    found = opened(str(rows), shuffled=False)
+    assert found[100]["row"] == 100
+    with pytest.raises(DataError, match=r"rows\.jsonl:251: not valid JSON: .*data\.on_bad_row"):
+        found[260]
     nothing = tmp_path / "nothing.jsonl"
     nothing.write_text(json.dumps({"text": ""}) + "\n")
     with pytest.raises(DataError, match="no row is left to use"):
         opened(str(nothing), on_bad_row="skip")[0]
 
 
-def test_memory_is_flat(tmp_path: Path) -> None:
-    path, text = tmp_path / "rows.jsonl", "word " * 4000
-    with path.open("w") as stream:
-        for number in range(2000):
-            stream.write(json.dumps({"text": f"{number} {text}"}) + "\n")
-    rows = opened(str(path), on_too_long="truncate", max_length=16)
-    tracemalloc.start()
-    for number in range(0, 2000, 400):
-        assert rows[number]["length"] == 16
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < path.stat().st_size / 10
+def test_a_window_is_of_a_bounded_size(rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = opened(str(rows)).windows(0)
+    assert [len(window) for window in whole] == [2, 2, 2]
+    monkeypatch.setattr(stream, "BYTES", 10_000)
+    files, few = [find_lines(Source(path=str(rows)))], opened(str(rows)).windows(0)
+    sizes = [sum(files[file].starts[block + 1] - files[file].starts[block] for file, block in each) for each in few]
+    assert max(sizes) < 10_000 + 7_000
+    assert sorted(map(tuple, np.concatenate(few).tolist())) == sorted(map(tuple, np.concatenate(whole).tolist()))
 
 
 def test_a_run_that_was_cut_off_goes_on_at_the_very_row(recipe_file: RecipeFile, tmp_path: Path) -> None:

@@ -15,9 +15,10 @@ from packaging.version import Version
 from qft.documents.export import LoadCheck
 from qft.errors import GateError, RecipeError
 from qft.export import EXPORTERS, ExportOptions, check_target, refuse_unloadable
-from qft.export.deploy.check import Environment, check_loads, environments
-from qft.export.deploy.rules import ENGINES, PACKAGES, RULES, Rule
+from qft.export.deploy import check_loads, environments
 from qft.progress import View
+from qft.recipe.engines import ENGINES, PACKAGES, RULES, Rule
+from qft.recipe.loads import Environment
 from tests.support.cli import qft
 from tests.support.exports import job_of
 from tests.support.paths import ROOT

@@ -112,6 +112,7 @@ def test_pre_tokenizers_are_told_apart_by_their_definition() -> None:
     llama3 = pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), "isolated")
     qwen2 = pre_tokenizers.Split(Regex(_QWEN2_SPLIT), "isolated")
     assert named(split_bytes) == "gpt-2"
+    assert named(split_bytes, normalizer=normalizers.Sequence([]), byte_fallback=True) == "gpt-2"
     assert named(digits, split_bytes) == "smollm"
     assert named(llama3, bytes_, ignore_merges=True) == "llama-bpe"
     assert named(qwen2, bytes_, normalizer=normalizers.NFC()) == "qwen2"
@@ -121,7 +122,7 @@ def test_pre_tokenizers_are_told_apart_by_their_definition() -> None:
         ([pre_tokenizers.ByteLevel(add_prefix_space=True)], {}, "no pre-tokenizer"),
         ([llama3, bytes_], {}, "ignore_merges"),
         ([split_bytes], {"normalizer": normalizers.NFC()}, "normalizer NFC"),
-        ([split_bytes], {"byte_fallback": True}, "byte fallback"),
+        ([pre_tokenizers.Metaspace()], {"byte_fallback": True}, "byte fallback"),
     ]
     for steps, rest, message in refused:
         with pytest.raises(ModelError, match=message):

@@ -15,6 +15,7 @@ from qft.errors import RecipeError
 from qft.memory.ledger import Ledger
 from qft.memory.meter import weight_bytes
 from qft.model.adapter import attach_adapter, save_adapter, with_adapter
+from qft.model.handover import foreseen
 from qft.model.load import load_base
 from qft.model.merge import MergedWeights
 from qft.plan import make_plan
@@ -35,7 +36,8 @@ def mixtures(tmp_path_factory: pytest.TempPathFactory) -> Mixtures:
 
 def planned(path: Path, recipe_file: RecipeFile, **sections: Any) -> Any:
     model = {"path": str(path), "dtype": "float32"}
-    quant = {"compute_dtype": "float32"} | sections.pop("quant", {})
+    quant = sections.pop("quant", {})
+    quant = ({} if "mode" in quant else {"compute_dtype": "float32"}) | quant
     return make_plan(load(recipe_file(model=model, quant=quant, **sections)))
 
 
@@ -168,3 +170,31 @@ def test_what_experts_cannot_have_is_refused(
 ) -> None:
     with pytest.raises(RecipeError, match=told):
         planned(mixtures(kind), recipe_file, **sections)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "llama4_text"])
+def test_what_rounds_layers_alone_is_refused_before_the_training_or_meant(
+    kind: str, mixtures: Mixtures, recipe_file: RecipeFile
+) -> None:
+    forms = ["adapter", "bnb-4bit", "bnb-8bit", "compressed-tensors", "torchao"]
+    for meant in (False, True):
+        plan = planned(mixtures(kind), recipe_file, quant={"allow_partial": meant})
+        found = foreseen(plan, forms)
+        assert found.pop("adapter") is None
+        if not meant:
+            reasons = ("experts and its like are not", "one expert at a time")
+            assert all(any(reason in str(why) for reason in reasons) for why in found.values())
+        elif kind == "llama4_text":
+            assert found.pop("torchao") is None
+            assert all("transformers reads Llama4TextExperts" in str(why) for why in found.values())
+        else:
+            assert set(found.values()) == {None}
+
+
+def test_llm_int8_leaves_out_what_it_cannot_multiply(mixtures: Mixtures, recipe_file: RecipeFile) -> None:
+    """A layer of DeepSeek's is given four dimensions."""
+    eight = planned(mixtures("deepseek_v3"), recipe_file, quant={"preset": ..., "mode": "8bit"})
+    assert "kv_b_proj" in eight.model.scheme.skipped
+    assert load_base(eight.model)(IDS).logits.isfinite().all()
+    four = planned(mixtures("deepseek_v3"), recipe_file)
+    assert four.model.scheme.quantizes("model.layers.0.self_attn.kv_b_proj")

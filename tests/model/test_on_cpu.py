@@ -50,6 +50,18 @@ def test_joined_layers_learn_what_they_would_apart(kind: str) -> None:
     assert error <= 1.2 * before
 
 
+def test_what_comes_out_of_a_joined_layer_may_be_added_to_in_its_place() -> None:
+    """As the code of Llama 4 does, whose layers are given rows of tokens."""
+    model = adapted()
+    join_adapters(model)
+    layer = model.base_model.model.model.layers[0].mlp.gate_proj
+    for shape in ((3, 5, layer.in_features), (7, layer.in_features)):
+        x = torch.randn(shape, dtype=torch.bfloat16)
+        made = layer(x)
+        made.add_(1).sum().backward()
+    assert layer.lora_A["default"].weight.grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize(
     "lora", [{"lora_dropout": 0.5}, {"use_dora": True}, {"bias": "all"}, {"bias": "lora_only"}], ids=str
 )

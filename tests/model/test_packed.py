@@ -46,7 +46,21 @@ def meant_model(plan: ModelPlan, meant: dict[str, torch.Tensor], folder: Path) -
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("layout", ["gptq", "awq", "compressed int4", "deepseek_v3:compressed int4", "mxfp4"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "gptq",
+        "awq",
+        "compressed int4",
+        "deepseek_v3:compressed int4",
+        "mxfp4",
+        "torchao int8",
+        "torchao int4",
+        "torchao fp8",
+        "hqq",
+        "hqq of 3 bits",
+    ],
+)
 def test_weights_stay_as_they_come_and_multiply_as_what_they_mean(layout: str, tmp_path: Path) -> None:
     meant = packed_model(tmp_path / "model", layout)
     plan = plan_model(from_values(values(tmp_path / "model")), adapted=True)
@@ -85,7 +99,8 @@ def test_a_run_is_planned_trained_merged_and_handed_over(layout: str, dequantize
     ("layout", "changes", "message"),
     [
         ("plain", {"dequantize": True}, "its weights are not quantized; remove the field"),
-        ("hqq", {"dequantize": True}, "hqq is none of the methods that are known"),
+        ("quark", {"dequantize": True}, "quark is none of the methods that are known"),
+        ("torchao int8 activations", {}, "have no gradient; set model.dequantize to true"),
         ("awq gemv", {"dequantize": True}, "its version gemv is another layout"),
         ("gptq without scales", {}, "q_proj.weight cannot be dequantized: lacks 'scales'"),
         ("fp8", {}, "set model.dequantize to true"),
@@ -102,8 +117,10 @@ def test_what_cannot_be_read_or_trained_is_refused(
     quantization = config["quantization_config"]
     if layout == "plain":
         del config["quantization_config"]
-    elif layout == "hqq":
-        quantization["quant_method"] = "hqq"
+    elif layout == "quark":
+        quantization["quant_method"] = "quark"
+    elif layout == "torchao int8 activations":
+        quantization["quant_type"]["default"]["_type"] = "Int8DynamicActivationInt8WeightConfig"
     elif layout == "awq gemv":
         quantization["version"] = "gemv"
     elif layout == "compressed int8 activations":

@@ -307,6 +307,7 @@ ELSEWHERE = {
         "calibrate.distill_steps": "test_a_result_that_is_refused_learns_and_is_judged_again",
         "calibrate.distill_learning_rate": "test_it_starts_from_what_the_calibration_made",
     },
+    "calibration/test_served.py": {"calibrate.serve": "test_what_the_engine_does_not_load_is_refused_by_field"},
     "export/test_export.py": {
         "export.target": "test_the_recipe_names_targets_and_weights",
         "export.merge_into": "test_the_recipe_names_targets_and_weights",

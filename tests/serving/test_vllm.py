@@ -20,15 +20,17 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from qft.commands.evaluate import EvalOptions, evaluate
 from qft.commands.serve import ServeOptions, find_start
 from qft.documents.export import Served
 from qft.export import EXPORTERS, export
-from qft.export.deploy.check import check_loads, environments
+from qft.export.deploy import check_loads, environments
 from qft.export.gate.served import judge_served
 from qft.export.gate.verify import Reference, reference
 from qft.export.job import Job, find_job, load_run
 from qft.machine.process import end_group, started
 from qft.progress import View
+from qft.serving.options import EngineOptions
 from tests.support.exports import options
 from tests.support.models import byte_tokenizer, tiny_llama
 from tests.support.paths import ROOT
@@ -102,6 +104,8 @@ def test_vllm_loads_what_the_table_says_and_finds_what_was_trained(
     [expected] = check_loads(target, weights, "bfloat16", environments("vllm=0.32.0,cpu"))
     assert expected.loads is (missed == set()), told
     assert missed <= {"loads"}, told
+    says = [text.partition("says: ")[2] for text in expected.reasons]
+    assert [text for text in says if not text or text not in told[0]] == [], told  # foretold in vLLM's own words
 
 
 def scaled(folder: Path) -> None:
@@ -175,7 +179,26 @@ def test_the_server_that_qft_serve_starts_answers_as_trained(
         request = urllib.request.Request(f"{address}/chat/completions", body, {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=60) as answer:
             given = json.loads(answer.read())["choices"][0]["message"]["content"]
+        engine = EngineOptions(url=address, model="mine", concurrency=(2,))
+        [found] = evaluate([str(run)], EvalOptions(engine=engine, batch_size=1), View()).targets
     assert given == asked[1].answers[0], target
+    assert found.perplexity == pytest.approx(asked[1].likelihood.perplexity(), rel=0.05)
+    assert found.served_by is not None
+    assert [load.requests for load in found.served_by.loads] == [4]
+
+
+@pytest.mark.parametrize("name", ["merged", "adapter"])
+def test_a_target_is_evaluated_by_the_server_that_is_started_for_it(
+    name: str, run: Path, asked: tuple[Job, Reference], tmp_path: Path
+) -> None:
+    """By the module that the program `vllm` runs, which needs no package of that name."""
+    assert PYTHON
+    _, folder = written(run, name, tmp_path)
+    engine = EngineOptions(python=Path(PYTHON), concurrency=(1, 8))
+    [found] = evaluate([f"{folder}@vllm"], EvalOptions(engine=engine), View()).targets
+    assert found.perplexity == pytest.approx(asked[1].likelihood.perplexity(), rel=0.05)
+    assert found.served_by is not None
+    assert [load.requests for load in found.served_by.loads] == [4, 8]
 
 
 @pytest.mark.parametrize("name", ["merged", "adapter"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,50 @@ def awq(weight: torch.Tensor) -> Packed:
     order = [place + 8 * word for word in range(len(weight) // 8) for place in (0, 2, 4, 6, 1, 3, 5, 7)]
     tensors = {"qweight": words(numbers.T[:, order], 4), "qzeros": words(zero.T[:, order], 4), "scales": scale.T}
     return tensors, _meant(numbers, zero, scale, torch.arange(weight.shape[1]) // GROUP)
+
+
+def torchao(weight: torch.Tensor, kind: str) -> Packed:
+    from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
+    from torchao.quantization import (
+        Float8WeightOnlyConfig,
+        Int8WeightOnlyConfig,
+        IntxWeightOnlyConfig,
+        PerGroup,
+        quantize_,
+    )
+
+    layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    layer.weight.data = weight.float()
+    settings: dict[str, Any] = {
+        "int8": Int8WeightOnlyConfig(set_inductor_config=False, version=2),
+        "int4": IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(GROUP)),  # type: ignore[attr-defined]
+        "fp8": Float8WeightOnlyConfig(),
+    }
+    quantize_(layer, settings[kind])
+    tensors, _ = flatten_tensor_state_dict({"layer.weight": layer.weight.data})
+    whole: Any = layer.weight.data
+    return {name.removeprefix("layer."): part for name, part in tensors.items()}, whole.dequantize().float()
+
+
+def hqq(weight: torch.Tensor, bits: int = 4, axis: int = 1) -> Packed:
+    """As hqq.core.quantize has it, with what it notes of a layer as tensors."""
+    flat = weight.float().view(-1, GROUP) if axis else weight.float().view(GROUP, -1)
+    low, high = flat.amin(axis, keepdim=True), flat.amax(axis, keepdim=True)
+    scale = ((high - low) / (2**bits - 1)).half()
+    zero = (-low / scale.float()).half()
+    numbers = (flat / scale.float() + zero.float()).round().clamp(0, 2**bits - 1).int()
+    each, kind = (10, torch.int32) if bits == 3 else (8 // bits, torch.uint8)
+    rows = -(-len(numbers) // each)
+    filled = torch.nn.functional.pad(numbers, (0, 0, 0, rows * each - len(numbers)))
+    packed = torch.zeros(rows, numbers.shape[1], dtype=torch.int32)
+    for place in range(each):
+        packed |= filled[place * rows : (place + 1) * rows] << bits * (each - 1 - place)
+    name = f"{bits}bit_{'32' if bits == 3 else 'u8'}"
+    noted = {"nbits": bits, "group_size": GROUP, "axis": axis, "encoded_state_dict": 1, "view_as_float": 0}
+    tensors = {"W_q": packed.to(kind), "scale": scale, "zero": zero, "shape": torch.tensor(weight.shape)}
+    tensors |= {"packing": torch.tensor([*name.encode()], dtype=torch.uint8)}
+    tensors |= {key: torch.tensor(value, dtype=torch.int32) for key, value in noted.items()}
+    return tensors, ((numbers - zero.float()) * scale.float()).view(weight.shape)
 
 
 def block_fp8(weight: torch.Tensor) -> Packed:
@@ -125,6 +170,8 @@ def _group(**arguments: Any) -> dict[str, Any]:
 
 
 GPTQ = {"quant_method": "gptq", "group_size": GROUP, "sym": False, "desc_act": True}
+TORCHAO = {"int8": "Int8WeightOnlyConfig", "int4": "IntxWeightOnlyConfig", "fp8": "Float8WeightOnlyConfig"}
+HQQ = {"quant_method": "hqq", "quant_config": {"weight_quant_params": {"nbits": 4}}, "skip_modules": ["lm_head"]}
 INT4 = {"num_bits": 4, "symmetric": False}
 INT8 = {"num_bits": 8, "strategy": "channel", "group_size": None}
 FP8 = {"num_bits": 8, "type": "float", "strategy": "channel", "group_size": None}
@@ -151,6 +198,11 @@ LAYOUTS: dict[str, tuple[dict[str, Any], Callable[[torch.Tensor], Packed]]] = {
     "nf4": ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
             lambda weight: bnb(weight, "nf4")),
     "int8": ({"quant_method": "bitsandbytes", "load_in_8bit": True}, lambda weight: bnb(weight, "int8")),
+    **{f"torchao {kind}": ({"quant_method": "torchao", "quant_type": {"default": {"_type": name, "_data": {}}}},
+                           partial(torchao, kind=kind))
+       for kind, name in TORCHAO.items()},
+    "hqq": (HQQ, hqq),
+    "hqq of 3 bits": (HQQ, partial(hqq, bits=3, axis=0)),
     "compressed int4": _compressed("pack-quantized", **INT4),
     "compressed int8": _compressed("int-quantized", **INT8),
     "compressed fp8": _compressed("float-quantized", **FP8),

@@ -1,13 +1,20 @@
-"""A tiny server that speaks as OpenAI's does, in this process, for what qft makes of each thing that one can say."""
+"""A tiny server that speaks as OpenAI's does, in this process, for what qft makes of each thing that one can say; and a
+Python that seems to have vLLM, whose server it is."""
 
 from __future__ import annotations
 
 import json
+import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
+
+from tests.support.paths import ROOT
 
 Body = dict[str, Any]
 Answers = Callable[[str, Body], tuple[int, str, bytes]]
@@ -28,12 +35,61 @@ def streamed(*pieces: str, **how: Any) -> tuple[int, str, bytes]:
     return 200, "text/event-stream", events(*pieces, **how)
 
 
+LOG_PROB = -0.5
+VLLM = f"""#!{sys.executable} -S
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from tests.support.servers import as_vllm
+as_vllm(sys.argv[1:])
+"""
+
+
+def vllm_python(folder: Path) -> Path:
+    """A program that answers as the Python of an environment with vLLM for a CPU does, as far as qft asks it."""
+    path = folder / "python"
+    path.write_text(VLLM)
+    path.chmod(0o755)
+    return path
+
+
+def as_vllm(words: list[str]) -> None:
+    """What that program does. Of a model with a file `broken` it fails to start; told to end, it writes `stopped`."""
+    if "-c" in words:
+        sys.stdout.write('version 0.32.0\n{"device": "cpu", "packages": {}}\n')
+        return
+    assert words[:3] == ["-I", "-m", "vllm.entrypoints.openai.api_server"]
+    asked = dict(pairwise(words))
+    folder = Path(asked["--model"])
+    (folder / "words").write_text(json.dumps(words))
+    if (folder / "broken").exists():
+        sys.stdout.write("(Worker pid=7) ERROR 11-26 10:09:35 [executor.py:953] ValueError: no kernel for it\n")
+        sys.exit("RuntimeError: Engine core initialization failed. See root cause above.")
+    ends = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: ends.set())
+    with serving(echoes, (asked["--served-model-name"],), int(asked["--port"])):
+        ends.wait()
+    (folder / "stopped").touch()
+
+
 def as_json(value: Any, status: int = 200) -> tuple[int, str, bytes]:
     return status, "application/json", json.dumps(value).encode()
 
 
+def echoes(path: str, body: dict[str, Any]) -> tuple[int, str, bytes]:
+    """Says the last word of the question; reads any token with the same log probability."""
+    if path.endswith("/completions") and body.get("echo"):
+        told = [None, *[LOG_PROB] * len(body["prompt"])]
+        return as_json({"choices": [{"logprobs": {"token_logprobs": told}}]})
+    if body.get("ignore_eos"):
+        return as_json({"error": {"message": "unknown field ignore_eos"}}, 400)
+    asked = body["prompt"] if "prompt" in body else body["messages"][-1]["content"]
+    return streamed(*asked.split()[-1], tokens=3)
+
+
 @contextmanager
-def serving(answers: Answers, models: tuple[str, ...] = ("tiny",)) -> Iterator[tuple[str, list[tuple[str, Body]]]]:
+def serving(
+    answers: Answers, models: tuple[str, ...] = ("tiny",), port: int = 0
+) -> Iterator[tuple[str, list[tuple[str, Body]]]]:
     """Its address, and what was asked of it so far: path and body."""
     asked: list[tuple[str, Body]] = []
 
@@ -55,7 +111,7 @@ def serving(answers: Answers, models: tuple[str, ...] = ("tiny",)) -> Iterator[t
         def log_message(self, *_: Any) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()

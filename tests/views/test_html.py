@@ -31,7 +31,8 @@ from qft.documents.training import (
     Throughput,
 )
 from qft.measure.scores import Answer
-from qft.views.html.page import Asked, evaluation_page, rows_page, side_by_side, training_page
+from qft.views.html.page import Asked, evaluation_page, side_by_side, training_page
+from qft.views.html.rows import rows_page
 from tests.support.reports import GIB, report
 
 pytestmark = pytest.mark.pictures
@@ -232,7 +233,7 @@ def areas_of(svg: ET.Element) -> dict[str, list[float]]:
     return areas
 
 
-def rows() -> str:
+def rows_of_two() -> str:
     """Of two sources, with findings of both levels and rows whose tokens count differently."""
     source = SourceFacts(
         path="/data/rows.jsonl", part="train", format="messages", rows=90, unread={"id": 90}, skipped=1, truncated=2,
@@ -255,7 +256,7 @@ def rows() -> str:
 
 
 PAGES: dict[str, Callable[[], str]] = {
-    "rows": rows,
+    "rows": rows_of_two,
     "training": lambda: training_page(training(), pairs(4)),
     "resumed": lambda: training_page(training(1), pairs(1)),
     "evaluation": lambda: evaluation_page(

@@ -46,7 +46,7 @@ class Exporter(Protocol):
     """One export target of `FORMS`, which tells what it takes; what stands here with a value holds for most of them."""
 
     format: str = ""
-    """The name by which `deploy.rules` knows what is written; empty: `weight_format` says it of each job."""
+    """The name by which recipe/engines.py knows what is written; empty: `weight_format` says it of each job."""
     engine: str = "transformers"
     """What loads the artifact for the gate."""
     library: str = "transformers"

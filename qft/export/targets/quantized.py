@@ -12,6 +12,7 @@ from qft.export.targets.merged import Merged, merged_folder
 from qft.model.handover import FORMS
 from qft.plan import plan_calibration, plan_folder
 from qft.quant.hold import Qat
+from qft.recipe.loads import compressed
 
 
 class Quantized(Exporter):
@@ -58,10 +59,4 @@ class CompressedTensors(Quantized):
     usage = f"{Merged.usage}\ntransformers needs the package compressed-tensors for it."
 
     def weight_format(self, job: Job) -> str:
-        section = job.section(FORMS[self.format])
-        kind = f"W{section.bits}A16{'' if section.symmetric else ' with zero points'}"
-        if section.data_type == "float":
-            kind = "NVFP4A16" if section.group_size == 16 else "MXFP4A16"
-        if section.activations != "none":
-            kind = f"{'FP8' if section.data_type == 'float' else f'W{section.bits}A8'} {section.activations}"
-        return f"{self.format} {kind}"
+        return compressed(job.section(FORMS[self.format]))

@@ -1,18 +1,24 @@
 """AutoRound (arXiv:2309.05516) by auto-round: scales, and with `iters` the rounding, chosen by the block's output."""
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import torch
 from auto_round import AutoRound as Tuner
+from auto_round.modeling.fused_moe import replace_modules
 from torch import nn
 
 from qft.quant.engines.base import Block, QuantizedLayer, linear_of
 from qft.quant.engines.compressed import CompressedTensors, hold
+from qft.quant.engines.rtn import RoundToNearest
 from qft.quant.layer import LayerScheme
 
 # auto-round refuses zero points of 8 bits for the sake of formats that lack them; compressed-tensors has them.
 os.environ.setdefault("AR_ALLOW_W8_ASYM", "1")
+# It would put layers in the place of a mixture's experts, which stay as they are: of a model without a configuration.
+if hasattr(replace_modules, "MOE_SKIP_PREFIXES"):
+    replace_modules.MOE_SKIP_PREFIXES[None] = ["layers."]
 
 BATCH = 8
 """Windows of one tuning step, auto-round's own default."""
@@ -23,8 +29,13 @@ class AutoRound(CompressedTensors):
         before: list[Any] = [block.module.get_submodule(name) for name in block.schemes]
         originals = [linear_of(layer.weight.detach().clone(), layer.bias) for layer in before]
         _tune(block)
+        tuned = {name: block.module.get_submodule(name) for name in block.schemes}
+        # auto-round leaves out layers of which 32 does not divide the inputs or the outputs.
+        left = {name: scheme for name, scheme in block.schemes.items() if not hasattr(tuned[name], "scale")}
         pairs = zip(originals, block.schemes.items(), strict=True)
-        return {name: _hold(one, block.module.get_submodule(name), scheme) for one, (name, scheme) in pairs}
+        held = {name: _hold(one, tuned[name], scheme) for one, (name, scheme) in pairs if name not in left}
+        rounded = RoundToNearest().quantize(replace(block, schemes=left))
+        return {name: (held | rounded)[name] for name in block.schemes}
 
 
 class _Alone(nn.Module):

@@ -19,10 +19,12 @@ BNB_KEYS = {
     "threshold": "llm_int8_threshold",
 }
 
-DEQUANTIZABLE = ("compressed-tensors", "gptq", "awq", "fp8", "fbgemm_fp8", "mxfp4", "bitsandbytes")
+DEQUANTIZABLE = ("compressed-tensors", "gptq", "awq", "fp8", "fbgemm_fp8", "mxfp4", "torchao", "hqq", "bitsandbytes")
 """Methods whose weights model.dequantize can have dequantized."""
 
 ROUNDS_INPUTS = ("fp8", "fbgemm_fp8")
+PASSES_NOTHING_BACK = ("torchao",)
+"""Methods that have no gradient where they round activations; where they round weights alone, qft holds those."""
 
 
 def _groups(quantization: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
@@ -107,6 +109,9 @@ def _untrainable(quantization: Mapping[str, Any]) -> str | None:
     name = _method(quantization)
     if name in ROUNDS_INPUTS or any(group.get("input_activations") for group in _groups(quantization)):
         text = "whose layers round activations too where a kernel is there, and are plain 16-bit ones where none is"
+        return f"the checkpoint is quantized with {name}, {text}; {_instead(name)}"
+    if name in PASSES_NOTHING_BACK:
+        text = "whose layers round activations and have no gradient"
         return f"the checkpoint is quantized with {name}, {text}; {_instead(name)}"
     try:
         quantizer = AutoHfQuantizer.from_config(dict(quantization), pre_quantized=True)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import statistics
 import unicodedata
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 from qft.documents.evaluation import LayerError, Score, TargetResult
-from qft.views.html.chart import BOTTOM, COLOUR, LEFT, RIGHT, WIDTH, Picture, Point, Table, axis, tick
+from qft.views.html.chart import BOTTOM, COLOUR, LEFT, RIGHT, WIDTH, Cell, Picture, Point, Table, axis, tick
 from qft.views.words import binary_unit, number, percent, plain, shorten, size
 
 if TYPE_CHECKING:
@@ -35,6 +35,25 @@ def _look(name: str, reference: str | None) -> tuple[str, str]:
 def _key(names: Collection[str], reference: str | None) -> list[tuple[str, str]]:
     both = [("dots c1", "a target, with its 95% interval"), ("dots c2", "the reference")]
     return both if reference in names else both[:1]
+
+
+def headline(targets: Sequence[TargetResult], reference: str | None) -> Iterator[tuple[str, Cell, str]]:
+    """[what, figure, more about it]."""
+    if not targets:
+        yield "Targets", None, ""
+        return
+    likely = [(t.perplexity, t.name) for t in targets if t.perplexity is not None]
+    perplexity, best = min(likely, default=(None, ""))
+    yield "Lowest perplexity", None if perplexity is None else number(perplexity), best
+    sizes = [(t.weight_bytes, t.perplexity or 0.0, t.name) for t in targets if t.weight_bytes is not None]
+    count, _, small = min(sizes, default=(None, 0.0, ""))
+    yield "Weights, fewest bytes", None if count is None else size(count), small
+    speeds = [(t.decode_tokens_per_second, t.name) for t in targets if t.decode_tokens_per_second is not None]
+    speed, fast = max(speeds, default=(None, ""))
+    yield "Tokens/s when writing, most", None if speed is None else number(speed), fast
+    distances = [(t.kl_mean, t.name) for t in targets if t.kl_mean is not None and t.name != reference]
+    kl, nearest = min(distances, key=lambda pair: pair[0], default=(None, ""))
+    yield "KL from the reference, least", None if kl is None else number(kl), nearest
 
 
 class _Sized(NamedTuple):

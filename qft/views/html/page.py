@@ -12,7 +12,6 @@ from markupsafe import Markup
 from qft.documents.evaluation import EvalDocument, HarnessResult, Load, Score, SourceResult, TargetResult
 from qft.documents.part import Part, unit_of
 from qft.documents.plan import DataPart
-from qft.documents.rows import ShownRow
 from qft.documents.training import Evaluation, Report, StageReport
 from qft.views import words
 from qft.views.html import evaluation_pictures, rows_pictures, training_pictures
@@ -83,13 +82,6 @@ def training_page(report: Report, answers: Sequence[Asked] = (), data: DataPart 
     )
 
 
-def rows_page(data: DataPart, shown: Sequence[ShownRow], recipe: str) -> str:
-    """The rows of a plan, as they are learnt: lengths, sources, findings, and those `shown`, token by token."""
-    parts = rows_pictures.parts(data)
-    rows = [rows_pictures.drawn(row) for row in shown]
-    return ENVIRONMENT.get_template("rows.html.jinja").render(recipe=recipe, data=data, rows=rows, **parts)
-
-
 def evaluation_page(document: EvalDocument, answers: Sequence[Asked] = ()) -> str:
     """What an evaluation measured."""
     targets, reference = document.targets, document.reference
@@ -98,7 +90,7 @@ def evaluation_page(document: EvalDocument, answers: Sequence[Asked] = ()) -> st
     with_layers = {f"layers{i}": t for i, t in enumerate(t for t in targets if t.layers)}
     return ENVIRONMENT.get_template("evaluation.html.jinja").render(
         document=document,
-        headline=_evaluation_headline(targets, reference),
+        headline=evaluation_pictures.headline(targets, reference),
         quality=_quality(document, metrics),
         costs=_costs(targets),
         loads=_loads(targets),
@@ -250,25 +242,6 @@ def _of_parts(parts: Mapping[str, Part]) -> Table:
     fields = list(type(next(iter(parts.values()))).model_fields) if parts else []
     rows = [(_title(name), *(_figure(part, field) for field in fields)) for name, part in parts.items()]
     return Table(("", *(_title(field.removesuffix("_bytes")) for field in fields)), rows)
-
-
-def _evaluation_headline(targets: Sequence[TargetResult], reference: str | None) -> Iterator[tuple[str, Cell, str]]:
-    """[what, figure, more about it]."""
-    if not targets:
-        yield "Targets", None, ""
-        return
-    likely = [(t.perplexity, t.name) for t in targets if t.perplexity is not None]
-    perplexity, best = min(likely, default=(None, ""))
-    yield "Lowest perplexity", None if perplexity is None else number(perplexity), best
-    sizes = [(t.weight_bytes, t.perplexity or 0.0, t.name) for t in targets if t.weight_bytes is not None]
-    count, _, small = min(sizes, default=(None, 0.0, ""))
-    yield "Weights, fewest bytes", None if count is None else size(count), small
-    speeds = [(t.decode_tokens_per_second, t.name) for t in targets if t.decode_tokens_per_second is not None]
-    speed, fast = max(speeds, default=(None, ""))
-    yield "Tokens/s when writing, most", None if speed is None else number(speed), fast
-    distances = [(t.kl_mean, t.name) for t in targets if t.kl_mean is not None and t.name != reference]
-    kl, nearest = min(distances, key=lambda pair: pair[0], default=(None, ""))
-    yield "KL from the reference, least", None if kl is None else number(kl), nearest
 
 
 def _quality(document: EvalDocument, metrics: Sequence[str]) -> Table:

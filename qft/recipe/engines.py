@@ -30,6 +30,8 @@ class Rule:
     """First compute capability of which it no longer holds."""
     loads: bool = True
     """False: the source says that it does not load."""
+    says: str = ""
+    """How the engine itself refuses it on a CPU."""
 
     @property
     def anywhere(self) -> bool:
@@ -74,6 +76,9 @@ VLLM_BNB = f"{VLLM}/blob/01f5395fdf04e971bac08504ccf5a2c7c0c7cda6/{VLLM_QUANT}/b
 VLLM_BNB_NEW = f"{VLLM_DOCS}/latest/features/quantization/bnb/"
 VLLM_FP8 = f"{VLLM}/tree/aa63715b2ba9d047abbd5707a7627df15d030db8/{VLLM_QUANT}/compressed_tensors/schemes"
 VLLM_RAN = "vllm 0.32.0: run, tests/serving/test_vllm.py"
+VLLM_NO_KERNEL = "Failed to find a kernel that can implement the WNA16 linear layer"
+VLLM_BNB_RAN = f"{VLLM_BNB_NEW} {VLLM_GPU} {VLLM_RAN}"
+VLLM_NO_BNB = "Unknown quantization method: bitsandbytes"
 VLLM_GGUF_NEW = f"{VLLM}/pull/39612 {VLLM_DOCS}/v0.24.0/features/quantization/gguf/"
 SGL = "sglang 0.5.23: sglang/srt"
 SGL_GPU = f"{SGL}/model_executor/model_runner_components/load_model_utils.py"
@@ -104,11 +109,21 @@ RULES = (
     Rule("vllm", (ADAPTER_4BIT,), f"{VLLM_QLORA} {VLLM_GPU}", "7.5", False, "0.11.0", None, NEEDS_BNB),
     Rule("vllm", SPECIAL, f"{VLLM}/blob/main/vllm/lora/peft_helper.py", loads=False),
     Rule("vllm", BNB, VLLM_BNB, "7.0", False, "0.11.0", "0.21.0", NEEDS_BNB),
-    Rule("vllm", BNB, f"{VLLM_BNB_NEW} {VLLM_GPU} {VLLM_RAN}", "7.5", False, "0.21.0", None, NEEDS_BNB_NEW),
+    Rule(
+        "vllm",
+        BNB,
+        f"{VLLM_BNB_NEW} {VLLM_GPU} {VLLM_RAN}",
+        "7.5",
+        False,
+        "0.21.0",
+        None,
+        NEEDS_BNB_NEW,
+        says=VLLM_NO_BNB,
+    ),
     Rule("vllm", WNA16, f"{VLLM_DOCS}/v0.8.0/_sources/features/quantization/int4.md", "8.0", None, "0.8.0"),
     Rule("vllm", WNA16, f"{VLLM}/pull/31000", "7.5", None, "0.23.0"),
     Rule("vllm", WNA16[:1] + ZERO_POINTS[:1], VLLM_RAN, None, True, "0.32.0"),
-    Rule("vllm", WNA16[1:] + ZERO_POINTS[1:], VLLM_RAN, None, False, "0.32.0"),
+    Rule("vllm", WNA16[1:] + ZERO_POINTS[1:], VLLM_RAN, None, False, "0.32.0", says=VLLM_NO_KERNEL),
     Rule("vllm", INT8, f"{VLLM_TABLE} {VLLM}/pull/25935", "7.5", None, "0.6.4", below="10.0"),
     Rule("vllm", INT8, f"{VLLM_CPU} {VLLM_RAN}", None, True, "0.11.0"),
     Rule("vllm", FP8, VLLM_FP8, "8.0", False, "0.6.4"),

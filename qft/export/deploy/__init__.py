@@ -1,1 +1,0 @@
-"""Which engine loads which format, and an environment judged by it."""

@@ -3,11 +3,11 @@
     python benchmarks/float8.py [--recipe recipes/compare-ptq-qat.yaml] [--steps 200] [--seeds 3] [--folder runs/float8]
 
 trains RECIPE's model, on an nf4 base and in 16 bits, on text that every machine with torch has (texts.py), whole files
-held out: with 16-bit products from each seed, and in float8 from all but the last. The rows come in the same order, so
-that seeds differ by the draw of the adapters alone. For each base: how far float8's curve (means of ten steps, and the
-loss on held-out rows) lies from that of 16 bits with its seed, and how far those of two seeds lie from each other. One
-line a training as it ends, and one a base; float8 holds where none of its distances is larger than the largest between
-seeds.
+held out: with 16-bit products from each seed, and in float8 from all but the last. A seed is the recipe's: it draws the
+adapters and the order of the rows (--same-order: the adapters alone). For each base: how far float8's curves (means of
+ten steps, and the loss on held-out rows every fifty) lie from those of 16 bits with its seed, and how far those of two
+seeds lie from each other. One line a training as it ends, and one a base; float8 holds where neither its mean nor its
+largest distance, of either curve and from any seed, is larger than the largest such between seeds.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from texts import library_texts
 from qft.recipe import load
 
 BASES: dict[str, Any] = {"nf4": {"preset": "finetune"}, "16-bit": {"mode": "none"}}
-ROWS, HELD_OUT, MEAN = 8, 128, 10
-"""Rows of a step, held-out rows, and steps of which a point of a curve is the mean."""
+ROWS, HELD_OUT, MEAN, EVERY = 8, 128, 10, 50
+"""Rows of a step, held-out rows, steps of which a point of a curve is the mean, and from one evaluation to the next."""
 
 
 def main() -> None:
@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3, help="two or more")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--same-order", action="store_true")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at once")
     parser.add_argument("--bases", nargs="+", choices=BASES, default=[*BASES])
     parser.add_argument("--folder", type=Path, default=Path("runs/float8"))
@@ -67,7 +68,9 @@ def learnt(options: argparse.Namespace, base: str, matmul: str, seed: int) -> di
         "learning_rate": options.learning_rate,
         "per_device_train_batch_size": ROWS,
         "gradient_accumulation_steps": 1,
-        "train_sampling_strategy": "sequential",
+        "train_sampling_strategy": "sequential" if options.same_order else "random",
+        "eval_strategy": "steps",
+        "eval_steps": EVERY,
         "save_strategy": "no",
         "report_to": [],
         "matmul": matmul,
@@ -79,33 +82,37 @@ def learnt(options: argparse.Namespace, base: str, matmul: str, seed: int) -> di
     if done.returncode:
         raise SystemExit(f"{name}: {done.stderr[-2000:]}")
     report: dict[str, Any] = json.loads(done.stdout)
-    points = [round(float(point), 4) for point in curve(report)]
-    print(json.dumps({"ran": name, "seconds": round(report["wall_seconds"]), "curve": points}), flush=True)
+    points = {part: own.round(4).tolist() for part, own in curves(report).items()}
+    print(json.dumps({"ran": name, "seconds": round(report["wall_seconds"]), **points}), flush=True)
     return report
 
 
-def curve(report: dict[str, Any]) -> np.ndarray[Any, Any]:
-    """Means of MEAN steps each, and the held-out loss last."""
+def curves(report: dict[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
+    """Means of MEAN steps each, and the losses on held-out rows, in nats a token."""
     losses = np.array([loss for _, loss, *_ in report["loss"]["history"]])
-    return np.append(losses.reshape(-1, MEAN).mean(1), np.log(report["eval"]["after"]["perplexity"]))
+    held_out = [evaluation["loss"] for evaluation in (*report["eval"]["history"], report["eval"]["after"])]
+    return {"train": losses.reshape(-1, MEAN).mean(1), "held_out": np.array(held_out)}
 
 
 def verdict(reports: dict[tuple[str, int], dict[str, Any]]) -> dict[str, Any]:
-    """Distances of curves, largest and mean, in nats a token."""
-    curves = {arm: curve(report) for arm, report in reports.items()}
-    seeds = {seed for matmul, seed in curves if matmul == "16bit"}
-    between = [np.abs(curves["16bit", a] - curves["16bit", b]) for a, b in combinations(sorted(seeds), 2)]
-    apart = [np.abs(curves["fp8", seed] - curves["16bit", seed]) for matmul, seed in curves if matmul == "fp8"]
-    found: dict[str, Any] = {
-        f"{name}_{kind}": [round(float(function(each[:-1])), 5) for each in distances]
-        for name, distances in (("seeds", between), ("fp8", apart))
-        for kind, function in (("largest", np.max), ("mean", np.mean))
-    }
-    found["held_out"] = {f"{matmul} {seed}": round(float(own[-1]), 5) for (matmul, seed), own in curves.items()}
-    found["first_and_last"] = [round(float(curves["16bit", 0][at]), 3) for at in (0, -2)]
+    """Distances of curves, mean and largest of each pair, in nats a token."""
+    found: dict[str, Any] = {}
+    told = {arm: curves(report) for arm, report in reports.items()}
+    seeds = sorted(seed for matmul, seed in told if matmul == "16bit")
+    pairs = {"seeds": list(combinations((("16bit", seed) for seed in seeds), 2))}
+    pairs["fp8"] = [(arm, ("16bit", arm[1])) for arm in told if arm[0] == "fp8"]
+    holds = True
+    for part in ("train", "held_out"):
+        for kind, function in (("mean", np.mean), ("largest", np.max)):
+            apart = {
+                who: [float(function(np.abs(told[a][part] - told[b][part]))) for a, b in of]
+                for who, of in pairs.items()
+            }
+            found |= {f"{part}_{kind}_{who}": [round(each, 5) for each in own] for who, own in apart.items()}
+            holds &= max(apart["fp8"]) <= max(apart["seeds"])
+    found["held_out"] = {f"{arm} {seed}": own["held_out"].round(5).tolist() for (arm, seed), own in told.items()}
     found["float8_products"] = [own["kernels"]["fused"].get("products in float8") for own in reports.values()]
-    found["holds"] = bool(np.max(apart) <= np.max(between))
-    return found
+    return found | {"holds": bool(holds)}
 
 
 if __name__ == "__main__":

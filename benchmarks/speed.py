@@ -8,10 +8,10 @@
 Settings: kept (nothing is computed again), checkpointed, and GiB within which qft decides what to compute again: others
 cannot, and are compared by what they do checkpointed. nf4 with double quantization and LoRA r=16 on all linear layers.
 Arms: plain (transformers + peft + bitsandbytes), always; qft; liger and unsloth where they are installed (--unsloth: in
-a folder of its own, for that arm alone); float8 (qft with train.matmul fp8), if --arms names it. Each arm of each repeat
-is a process of its own, and the arms take turns. All are given the same tokens in the same order from the same nf4
-weights. Tokens/s are of the median step, behind three that warm up; GiB are of max_memory_allocated behind the second
-step; the loss is the mean over all steps.
+a folder of its own, for that arm alone); float8 (qft with train.matmul fp8) if --arms names it. Each arm of each run is
+a process of its own, and the arms take turns. All are given the same tokens in the same order and the same nf4 weights.
+Tokens/s are of the median step, behind three that warm up; GiB are of max_memory_allocated behind the second step; the
+loss is the mean over all steps.
 One line a run as it ends, and then one an arm: medians over the repeats with (least to most), and ratios to each other
 arm that are taken within each repeat.
 """

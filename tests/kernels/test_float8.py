@@ -70,7 +70,7 @@ def test_what_float8_holds_is_multiplied_exactly_and_so_are_all_gradients(bias: 
         torch.testing.assert_close(found, other, rtol=1e-12, atol=1e-12)
 
 
-def test_other_numbers_keep_four_bits_in_output_and_gradients() -> None:
+def test_other_numbers_keep_four_bits_in_gradients_and_all_of_them_in_outputs() -> None:
     torch.manual_seed(0)
     gate_up, down = stacks((64, 48), (64, 48)), stacks((48, 64))
     mlp = Mlp(gate_up, down, "silu")
@@ -80,10 +80,9 @@ def test_other_numbers_keep_four_bits_in_output_and_gradients() -> None:
     x, g = torch.randn(2, 40, 48, dtype=DOUBLE), torch.randn(2, 40, 48, dtype=DOUBLE)
     wanted = results(gate_up, mlp, x, g)
     gate_up.float8 = down.float8 = True
-    errors = [
-        float((a - b).detach().norm() / b.detach().norm())
-        for a, b in zip(results(gate_up, mlp, x, g), wanted, strict=True)
-    ]
+    (out, *found), (same, *wanted) = results(gate_up, mlp, x, g), wanted
+    torch.testing.assert_close(out, same, rtol=1e-12, atol=1e-12)
+    errors = [float((a - b).norm() / b.norm()) for a, b in zip(found, wanted, strict=True)]
     assert all(0.005 < error < 0.08 for error in errors), errors
 
 
@@ -102,12 +101,9 @@ def test_four_bits_in_float8(kind: str) -> None:
     packed, state = bnb.functional.quantize_4bit(weight, quant_type=kind, compress_statistics=True)
     scale = float(power_for(largest(packed, state)))
     wanted = bnb.functional.dequantize_4bit(packed, state)
-    for turned in (False, True):
-        out = torch.empty(*((128, 32) if turned else (32, 128)), dtype=E4M3)
-        write(packed, state, out, scale, turned=turned)
-        torch.testing.assert_close(
-            (out.t() if turned else out).float() * scale, wanted, rtol=2**-4, atol=scale * 2**-10
-        )
+    out = torch.empty(128, 32, dtype=E4M3)
+    write(packed, state, out, scale)
+    torch.testing.assert_close(out.t().float() * scale, wanted, rtol=2**-4, atol=scale * 2**-10)
 
 
 def test_a_model_learns_in_float8_where_it_can_and_says_where_not() -> None:
@@ -118,7 +114,8 @@ def test_a_model_learns_in_float8_where_it_can_and_says_where_not() -> None:
     assert applied.fused[FLOAT8] == 2 * 4
     assert applied.plain == {f"{FLOAT8}: float8 is for rows and columns that are multiples of 16": 2 * 3}
     found = gradients(model, ids)
-    assert 1e-4 < largest_error({"logits": found["logits"]}, {"logits": wanted["logits"]}) < 0.1
+    assert largest_error({"logits": found.pop("logits")}, {"logits": wanted.pop("logits")}) < 1e-5
+    assert 1e-4 < largest_error(found, wanted) < 0.1
 
 
 def test_what_is_wrong_in_float8_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -178,19 +178,18 @@ class Stack:
     def turned(self, device: torch.device) -> float8.Turned:
         """W in float8, as the way back takes it."""
         weight, _ = SCRATCH.matrix(self.columns, self.rows, device, float8.E4M3, self)
+        scale = 1.0 if isinstance(weight, FakeTensor) else self.scale
         for layer, part in zip(self.layers, self.row_parts, strict=True):
-            float8.write(layer.base.weight.data, layer.state, weight[:, part], self.scale)
+            float8.write(layer.base.weight.data, layer.state, weight[:, part], scale)
         right = torch.empty(self.rows, self.border, dtype=self.dtype, device=device)
         below = torch.empty(self.border, self.columns, dtype=self.dtype, device=device)
         borders.write(right, below, self, forward=False)
-        return float8.Turned(weight, self.scale, right, below, self.rank)
+        return float8.Turned(weight, scale, right, below, self.rank)
 
     @cached_property
     def scale(self) -> float:
         """Of the weights in float8."""
         weights = [(layer.base.weight.data, layer.state) for layer in self.layers]
-        if isinstance(weights[0][0], FakeTensor):
-            return 1.0
         return float(float8.power_for(torch.stack([float8.largest(*each).float() for each in weights]).amax()))
 
     def why_not_float8(self) -> str | None:

@@ -132,6 +132,7 @@ def test_a_training_in_float8_says_so_and_one_of_odd_sizes_is_refused(
         "MLPs": 2, "linear layers": 8, "norms": 5, "rotary positions": 2, "products in float8": 14,
     }  # fmt: skip
     assert report.loss.last < report.loss.first
+    assert report.memory.predicted_peak_bytes
     odd = saved(tiny_llama(hidden_size=40, num_attention_heads=4, intermediate_size=72), tmp_path / "odd")
     path = recipe_file(model={"path": str(odd), "device": "cuda"}, quant=None, train=asked)
     with pytest.raises(ModelError, match=r"no products in float8: .*multiples of 16.*Set train\.matmul to 16bit"):

@@ -8,9 +8,10 @@
 Settings: kept (nothing is computed again), checkpointed, and GiB within which qft decides what to compute again: others
 cannot, and are compared by what they do checkpointed. nf4 with double quantization and LoRA r=16 on all linear layers.
 Arms: plain (transformers + peft + bitsandbytes), always; qft; liger and unsloth where they are installed (--unsloth: in
-a folder of its own, for that arm alone). Each arm of each repeat is a process of its own, and the arms take turns. All
-are given the same tokens in the same order from the same nf4 weights. Tokens/s are of the median step, behind three
-that warm up; GiB are of max_memory_allocated behind the second step; the loss is the mean over all steps.
+a folder of its own, for that arm alone); float8 (qft with train.matmul fp8) if --arms names it. Each arm of each run is
+a process of its own, and the arms take turns. All are given the same tokens in the same order and the same nf4 weights.
+Tokens/s are of the median step, behind three that warm up; GiB are of max_memory_allocated behind the second step; the
+loss is the mean over all steps.
 One line a run as it ends, and then one an arm: medians over the repeats with (least to most), and ratios to each other
 arm that are taken within each repeat.
 """
@@ -63,6 +64,9 @@ def main() -> None:
 
 
 def is_installed(arm: str) -> bool:
+    """Whether it runs without being asked for."""
+    if arm == "float8":
+        return False
     module = {"liger": "liger_kernel", "unsloth": "unsloth"}.get(arm, "peft")
     return importlib.util.find_spec(module) is not None
 
@@ -87,7 +91,7 @@ def compare(options: argparse.Namespace) -> None:
 
 
 def has(arm: str, setting: str) -> bool:
-    return arm == "qft" or setting in ("kept", "checkpointed")
+    return arm in BY_QFT or setting in ("kept", "checkpointed")
 
 
 def summary(setting: str, arm: str, found: Runs) -> dict[str, Any]:
@@ -156,8 +160,9 @@ def make_quickstart(folder: Path, options: argparse.Namespace) -> None:
 
 def run(arm: str, setting: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     environment = dict(os.environ)
-    if arm == "qft":
-        command = [sys.executable, "-m", "qft", "train", str(recipe(setting, folder, options)), "--json", "--overwrite"]
+    if arm in BY_QFT:
+        made = recipe(arm, setting, folder, options)
+        command = [sys.executable, "-m", "qft", "train", str(made), "--json", "--overwrite"]
     else:
         command = [sys.executable, *sys.argv, "--peer", arm, setting, str(folder)]
     if arm == "unsloth" and options.unsloth:
@@ -166,10 +171,10 @@ def run(arm: str, setting: str, folder: Path, options: argparse.Namespace) -> di
     if done.returncode:
         said = [line for line in done.stderr.strip().splitlines() if "memory" in line] or done.stderr.splitlines()
         return {"failed": done.returncode, "error": said[-1:][0][:200] if said else ""}
-    return of_report(json.loads(done.stdout)) if arm == "qft" else json.loads(done.stdout.splitlines()[-1])
+    return of_report(json.loads(done.stdout)) if arm in BY_QFT else json.loads(done.stdout.splitlines()[-1])
 
 
-def recipe(setting: str, folder: Path, options: argparse.Namespace) -> Path:
+def recipe(arm: str, setting: str, folder: Path, options: argparse.Namespace) -> Path:
     from qft.recipe import load
 
     if options.size == "quickstart":
@@ -197,7 +202,7 @@ def recipe(setting: str, folder: Path, options: argparse.Namespace) -> Path:
     if setting not in ("kept", "checkpointed"):
         values["train"]["gradient_checkpointing"] = "auto"
         values["memory"] = {"budget": f"{setting}GiB"}
-    values["train"]["kernels"] = "auto"
+    values["train"] |= {"kernels": "auto"} | BY_QFT[arm]
     values["output_dir"] = str(folder / "qft")
     path = folder / "qft.yaml"
     path.write_text(json.dumps(values))
@@ -329,7 +334,9 @@ def unsloth(folder: Path, checkpointing: bool) -> Any:
     )
 
 
-ARMS: dict[str, Any] = {"plain": plain, "qft": None, "liger": liger, "unsloth": unsloth}
+BY_QFT: dict[str, dict[str, Any]] = {"qft": {}, "float8": {"matmul": "fp8"}}
+"""What fields of train these arms are told."""
+ARMS: dict[str, Any] = {"plain": plain, **dict.fromkeys(BY_QFT), "liger": liger, "unsloth": unsloth}
 
 if __name__ == "__main__":
     main()

@@ -1,7 +1,9 @@
 """Kernels on this GPU: each beside what it takes the place of, and a whole training step of an 8B shape, profiled.
 
 python benchmarks/step.py micro
+python benchmarks/step.py float8
 python benchmarks/step.py step [--layers 32] [--batch 4] [--length 2048] [--checkpointing] [--plain] [--profile]
+python benchmarks/step.py step --fp8 | --beside
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ from torch import nn
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["micro", "step"])
+    parser.add_argument("what", choices=["micro", "float8", "step"])
+    parser.add_argument("--fp8", action="store_true", help="frozen products in float8")
+    parser.add_argument("--beside", action="store_true", help="the same steps in 16 bits and then in float8")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--inner", type=int, default=14336)
@@ -43,7 +47,8 @@ def main() -> None:
         setattr(importlib.import_module(f"qft.kernels.{module}"), constant, int(value))
     torch.manual_seed(0)
     print(torch.cuda.get_device_name(), flush=True)
-    micro() if options.what == "micro" else step(options)
+    options.kinds += ["products in float8"] if options.fp8 else []
+    {"micro": micro, "float8": in_float8}.get(options.what, functools.partial(step, options))()
 
 
 def timed(run: Callable[[], Any], repeat: int = 80) -> float:
@@ -100,6 +105,39 @@ def micro() -> None:
         norm_back_trained=timed(lambda: norm.normed_back(g, x, w, scales, 0.0, trained=True)),
     )
     products(x)
+
+
+def in_float8() -> None:
+    for shape in ((28672, 4096), (4096, 14336), (4096, 28672), (4096, 4096), (1024, 4096)):
+        pieces_in_float8(8192, shape)
+
+
+def pieces_in_float8(rows: int, shape: tuple[int, int]) -> None:
+    """What a product in float8 takes, piece by piece, beside one in 16 bits."""
+    from qft.kernels import float8
+
+    weight = random(*shape) * 0.02
+    packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    turned = torch.empty(*shape[::-1], device="cuda", dtype=float8.E4M3)
+    scale = float(float8.power_for(float8.largest(packed, state)))
+    g, border, below = random(rows, shape[0]), random(rows, 64), random(64, shape[1])
+    scales, one = torch.full((1, shape[1]), scale, device="cuda"), torch.ones((), device="cuda")
+    g8, g_scales = float8.quantized_rows(g)
+    float8.write(packed, state, turned, scale)
+    out = float8.multiply(g8, g_scales, turned, scales, torch.bfloat16)
+    wanted = g.float() @ bnb.functional.dequantize_4bit(packed, state).float()
+    mm = functools.partial(torch._scaled_mm, g8, turned.t(), out_dtype=torch.bfloat16)
+    told(
+        float8=shape, error=round(float((out.float() - wanted).norm() / wanted.norm()), 4),
+        in_16_bits=timed(lambda: torch.mm(g, weight)),
+        by_rows=timed(lambda: mm(scale_a=g_scales, scale_b=scales, use_fast_accum=True)),
+        by_rows_slow=timed(lambda: mm(scale_a=g_scales, scale_b=scales, use_fast_accum=False)),
+        by_tensor=timed(lambda: mm(scale_a=one, scale_b=one, use_fast_accum=True)),
+        quantize=timed(lambda: float8.quantized_rows(g)),
+        write=timed(lambda: float8.write(packed, state, turned, scale)),
+        add=timed(lambda: float8.add_product(out, border, below, 16)),
+        add_by_torch=timed(lambda: out.addmm_(border, below)),
+    )  # fmt: skip
 
 
 def extended(rows: int) -> None:
@@ -233,27 +271,37 @@ def step(options: argparse.Namespace) -> None:
         return loss.detach()
 
     with disable_input_dtype_casting(model, active=True), attention_of_cudnn():
-        losses, times = [], []
-        for ids in batches:
-            torch.cuda.synchronize()
-            begun = time.perf_counter()
-            losses.append(one(ids))
-            launched = time.perf_counter()
-            torch.cuda.synchronize()
-            times.append((time.perf_counter() - begun, launched - begun))
-            if len(times) == 2:
-                torch.cuda.reset_peak_memory_stats()
-        best = sorted(times[2:])[len(times[2:]) // 2]
-        told(
-            step_ms=round(best[0] * 1e3, 1), launch_ms=round(best[1] * 1e3, 1),
-            times_ms=[round(time * 1e3) for time, _ in times[2:]],
-            tok_s=round(options.batch * options.length / best[0]),
-            peak_gib=round(torch.cuda.max_memory_allocated() / 2**30, 2), losses=[round(float(x), 3) for x in losses],
-        )  # fmt: skip
+        told(**timed_steps(one, batches))
+        if options.beside:
+            applied.in_float8(on=True)
+            told(fused=applied.fused, plain=applied.plain)
+            told(**timed_steps(one, batches))
         if options.host:
             of_the_host(lambda: one(batches[-1]))
         if options.profile:
             profiled(lambda: one(batches[-1]))
+
+
+def timed_steps(one: Callable[[torch.Tensor], torch.Tensor], batches: list[torch.Tensor]) -> dict[str, Any]:
+    losses, times = [], []
+    for ids in batches:
+        torch.cuda.synchronize()
+        begun = time.perf_counter()
+        losses.append(one(ids))
+        launched = time.perf_counter()
+        torch.cuda.synchronize()
+        times.append((time.perf_counter() - begun, launched - begun))
+        if len(times) == 2:
+            torch.cuda.reset_peak_memory_stats()
+    best = sorted(times[2:])[len(times[2:]) // 2]
+    return {
+        "step_ms": round(best[0] * 1e3, 1),
+        "launch_ms": round(best[1] * 1e3, 1),
+        "times_ms": [round(time * 1e3) for time, _ in times[2:]],
+        "tok_s": round(batches[0].numel() / best[0]),
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        "losses": [round(float(x), 3) for x in losses],
+    }
 
 
 def of_the_host(run: Callable[[], Any]) -> None:

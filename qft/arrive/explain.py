@@ -24,7 +24,7 @@ OWN = {
     "adapter": {"kind", "target_experts", "target_towers"},
     "train": {
         "early_stopping_patience", "on_nonfinite", "gradient_checkpointing", "report_to", "bf16", "tf32",
-        "save_on_signal", "chunked_loss", "stages", "kernels", "router_aux_loss_coef",
+        "save_on_signal", "chunked_loss", "stages", "kernels", "matmul", "router_aux_loss_coef",
     },
 }  # fmt: skip
 """Fields of those sections that qft reads itself, or hands over in another form."""

@@ -15,6 +15,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from qft.errors import first_line
+from qft.kernels.buffers import SCRATCH
 from qft.kernels.check import Check
 from qft.kernels.keep import Keep
 from qft.kernels.layer import Stack
@@ -35,6 +36,8 @@ from qft.kernels.seams import (
 )
 
 MLP, LINEAR, NORM, ROTARY = "MLPs", "linear layers", "norms", "rotary positions"
+FLOAT8 = "products in float8"
+"""Not a kind of modules, but how those of the first two multiply by what is frozen."""
 
 
 @dataclass
@@ -48,6 +51,8 @@ class Applied:
     keeps: list[Keep] = field(default_factory=list)
     """What each block keeps: everything, unless somebody says otherwise."""
     undo: dict[str, list[Callable[[], None]]] = field(default_factory=dict)
+    stacks: dict[str, list[Stack]] = field(default_factory=dict)
+    """What modules of a kind multiply with."""
 
     def put(self, kind: str, module: nn.Module, forward: Callable[..., Any]) -> None:
         """Have `forward` in the place of the module's own."""
@@ -66,6 +71,21 @@ class Applied:
         """Let the modules of that kind take their own code again."""
         for undo in self.undo.pop(kind, []):
             undo()
+        self.stacks.pop(kind, None)
+
+    def in_float8(self, *, on: bool) -> None:
+        """Have frozen products be in float8 where they can, or none."""
+        SCRATCH.clear()
+        stacks = [stack for of_kind in self.stacks.values() for stack in of_kind]
+        for stack in stacks:
+            stack.float8 = on and stack.why_not_float8() is None
+            stack.expect()
+        if on:
+            self.fused[FLOAT8] = sum(len(stack.layers) for stack in stacks if stack.float8)
+            for stack in stacks:
+                if reason := stack.why_not_float8():
+                    self.plain[f"{FLOAT8}: {reason}"] += len(stack.layers)
+        self.fused += Counter()  # without those of which there is none
 
 
 def apply(model: nn.Module, blocks: nn.ModuleList, kinds: Collection[str], mixed: torch.dtype | None) -> Applied:
@@ -80,6 +100,10 @@ def apply(model: nn.Module, blocks: nn.ModuleList, kinds: Collection[str], mixed
     for all_of_kind in put.values():
         all_of_kind()
     check.keep_what_agrees(applied, put)
+    if FLOAT8 in kinds and (reason := check.differs_by(partial(applied.in_float8, on=True))):
+        count = applied.fused.pop(FLOAT8, 0)
+        applied.in_float8(on=False)
+        applied.plain[f"{FLOAT8}: {reason}"] = count
     return applied
 
 
@@ -92,6 +116,8 @@ def expect(model: nn.Module, blocks: nn.ModuleList, kinds: Collection[str]) -> A
     for kind, parts in _found(model, blocks, kinds, check.run, applied).items():
         applied.fused[kind] = len(parts)
         _put_all(parts)
+    if FLOAT8 in kinds:
+        applied.in_float8(on=True)
     return applied
 
 
@@ -113,7 +139,7 @@ def _found(
     stacks: dict[nn.Module | None, Stack] = {}
     mlps = find_mlps(blocks, seen, applied.plain) if MLP in kinds else []
     taken = {layer.module for seam in mlps for layer in seam.layers}
-    groups = find_groups(blocks, seen, taken, applied.plain) if LINEAR in kinds else []
+    groups = find_groups(blocks, seen, taken, applied.plain, frozen=FLOAT8 in kinds) if LINEAR in kinds else []
     norms = find_norms(model, seen) if NORM in kinds else []
     keep_of = {module: keep for block, keep in zip(blocks, applied.keeps, strict=True) for module in block.modules()}
     turns = find_rotary(blocks, seen) if ROTARY in kinds else []
@@ -131,6 +157,7 @@ def _put_mlp(seam: MlpSeam, applied: Applied, borders: dict[nn.Module, int], kee
     mlp = Mlp(Stack(seam.layers[:2]), Stack(seam.layers[2:]), seam.kind, keep)
     stacks, dtype = (mlp.first, mlp.down), mlp.first.dtype
     borders[module] = mlp.first.border
+    applied.stacks.setdefault(MLP, []).extend(stacks)
 
     def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs or not _may(module, x, dtype) or not all(stack.is_as_found() for stack in stacks):
@@ -153,6 +180,8 @@ def _puts_of_group(
         module = seam.layers[number].module
         plain = module.forward
         borders[module] = stack.border
+        if number == 0:
+            applied.stacks.setdefault(LINEAR, []).append(stack)
 
         def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             given, made = waiting.pop(number, (None, None))

@@ -15,7 +15,7 @@ ROWS, COLUMNS = 64, 512
 
 @jit
 def _border_kernel(  # type: ignore[no-untyped-def]
-    out, rows, columns, stride, row_programs, column_programs,
+    right, below, rows, columns, right_stride, below_stride, row_programs, column_programs,
     a0, b0, c0, s0, r0, m0, a1, b1, c1, s1, r1, m1, a2, b2, c2, s2, r2, m2, a3, b3, c3, s3, r3, m3,
     COUNT: tl.constexpr, BIAS: tl.constexpr, BIASED: tl.constexpr, SCALE_A: tl.constexpr,
     BORDER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -44,8 +44,8 @@ def _border_kernel(  # type: ignore[no-untyped-def]
                 value = tl.where(at, tl.load(c + row[:, None] - start, mask=at, other=0).to(tl.float32), value)
             start += m
             rank += r
-        target = out + row.to(tl.int64)[:, None] * stride + columns + last[None, :]
-        tl.store(target, value.to(out.dtype.element_ty), mask=row[:, None] < rows)
+        target = right + row.to(tl.int64)[:, None] * right_stride + last[None, :]
+        tl.store(target, value.to(right.dtype.element_ty), mask=row[:, None] < rows)
     else:
         column = (program - row_programs) * COLUMNS + tl.arange(0, COLUMNS)
         within = column[None, :] < columns
@@ -62,41 +62,39 @@ def _border_kernel(  # type: ignore[no-untyped-def]
                 given = given.to(tl.float32)
                 content = tl.where(ours, given * factor if SCALE_A else given, content)
                 begin += width
-            below = out + (rows + line).to(tl.int64)[:, None] * stride + column[None, :]
-            tl.store(below, content.to(out.dtype.element_ty), mask=within)
+            lower = below + line.to(tl.int64)[:, None] * below_stride + column[None, :]
+            tl.store(lower, content.to(below.dtype.element_ty), mask=within)
 
 
-def write(whole: torch.Tensor, stack: Any, *, forward: bool) -> None:
-    """Into `whole` [rows + border, columns + border]: B of each layer of `stack` behind its rows and A below, one of
-    them scaled: A if `forward`, else B. If forward, biases behind the last rank, where there are any. What stands
-    behind A, in the corner, is never read."""
-    if not by_triton(whole):
-        _reference(whole, stack, forward=forward)
+def write(right: torch.Tensor, below: torch.Tensor, stack: Any, *, forward: bool) -> None:
+    """Into `right` [rows, border] B of each layer of `stack`, and into `below` [border, columns] A, one of them scaled:
+    A if `forward`, else B. If forward, biases behind the last rank, where there are any."""
+    if not by_triton(right):
+        _reference(right, below, stack, forward=forward)
         return
     arguments: list[Any] = []
     for i in range(MOST):
         layer = stack.layers[min(i, len(stack.layers) - 1)]
         a, b = layer.pair
         rank, rows = (layer.rank, layer.rows) if i < len(stack.layers) else (0, 0)
-        arguments += [whole if tensor is None else tensor for tensor in (a, b, layer.bias)]
+        arguments += [right if tensor is None else tensor for tensor in (a, b, layer.bias)]
         arguments += [layer.scaling, rank, rows]
     biased = sum((layer.bias is not None) << i for i, layer in enumerate(stack.layers)) if forward else 0
     row_programs, column_programs = ceil_div(stack.rows, ROWS), ceil_div(stack.columns, COLUMNS)
     launch(_border_kernel, (row_programs + column_programs,),
-        whole, stack.rows, stack.columns, whole.stride(0), row_programs, column_programs, *arguments,
-        COUNT=len(stack.layers), BIAS=stack.rank, BIASED=biased, SCALE_A=forward,
+        right, below, stack.rows, stack.columns, right.stride(0), below.stride(0), row_programs, column_programs,
+        *arguments, COUNT=len(stack.layers), BIAS=stack.rank, BIASED=biased, SCALE_A=forward,
         BORDER=stack.border, ROWS=ROWS, COLUMNS=COLUMNS,
     )  # fmt: skip
 
 
-def _reference(whole: torch.Tensor, stack: Any, *, forward: bool) -> None:
-    rows, columns = stack.rows, stack.columns
-    whole[:rows, columns:] = 0
-    whole[rows:, :columns] = 0
+def _reference(right: torch.Tensor, below: torch.Tensor, stack: Any, *, forward: bool) -> None:
+    right.zero_()
+    below.zero_()
     for layer, row, rank in zip(stack.layers, stack.row_parts, stack.rank_parts, strict=True):
         a, b = layer.pair
         if a is not None:
-            whole[rows:][rank, :columns] = a.detach() * layer.scaling if forward else a.detach()
-            whole[row, columns:][:, rank] = b.detach() if forward else b.detach() * layer.scaling
+            below[rank] = a.detach() * layer.scaling if forward else a.detach()
+            right[row, rank] = b.detach() if forward else b.detach() * layer.scaling
         if forward and layer.bias is not None:
-            whole[row, columns + stack.rank] = layer.bias
+            right[row, stack.rank] = layer.bias

@@ -15,6 +15,10 @@ TOLERANCE, NOISES = 0.03, 3
 """Largest error of an output or a gradient, relative to what the model's own code makes of it in 16 bits, and how many
 times what that changes by when its input does in the last bit."""
 
+COARSE, COARSE_NOISE = 0.3, 2**-4
+"""The same of float8 to 16 bits: what a product differs by is some 4%, and what is wrong, by all of it; and the last
+bit of float8, as a share of a number."""
+
 LEAST_WORDS = 64
 """Of the vocabulary that is asked."""
 
@@ -72,6 +76,13 @@ class Check:
             else:
                 put[kind]()
 
+    def differs_by(self, change: Callable[[], None]) -> str:
+        """How results differ, in words, once `change` was made that multiplies in float8; empty: as it may."""
+        with self._prepared():
+            wanted, noisy = self._results(), self._results(noise=COARSE_NOISE)
+            change()
+            return _difference(self._results(), wanted, noisy, COARSE)
+
     @contextmanager
     def _prepared(self) -> Iterator[None]:
         """B is not zero, random numbers are of their own, and gradients are nobody's."""
@@ -123,7 +134,7 @@ class Check:
         return found
 
 
-def _difference(found: Results | str, wanted: Results | str, noisy: Results | str) -> str:
+def _difference(found: Results | str, wanted: Results | str, noisy: Results | str, tolerance: float = TOLERANCE) -> str:
     """How results differ, in words; empty: they agree."""
     for results in (wanted, noisy, found):
         if isinstance(results, str):
@@ -135,7 +146,7 @@ def _difference(found: Results | str, wanted: Results | str, noisy: Results | st
         return "they differ from the model's own code in what has a gradient"
     for name, value in wanted.items():
         error, noise = _error(found[name], value), _error(noisy[name], value)
-        if not error <= max(TOLERANCE, NOISES * noise):
+        if not error <= max(tolerance, NOISES * noise):
             return f"they differ from the model's own code by {error:.1%} in {name}"
     return ""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -13,7 +14,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from qft.kernels import borders
+from qft.kernels import borders, float8
 from qft.kernels.buffers import SCRATCH, border_for
 from qft.kernels.dequantize import dequantize_into, dequantized, fits
 from qft.kernels.jit import by_triton
@@ -149,6 +150,12 @@ class Stack:
             offsets.append(offsets[-1] + layer.rank)
         self.row_parts = [slice(a, b) for a, b in pairwise(starts)]
         self.rank_parts = [slice(a, b) for a, b in pairwise(offsets)]
+        self.float8 = False
+        """Whether frozen products are on the way back."""
+        self.expect()
+
+    def expect(self) -> None:
+        """Say what memory will be asked for."""
         SCRATCH.expect(self.rows + self.border, self.columns + self.border)
 
     @property
@@ -164,8 +171,34 @@ class Stack:
         for layer, part in zip(self.layers, self.row_parts, strict=True):
             if not is_there:
                 layer.write(whole[part, : self.columns])
-        borders.write(whole, self, forward=forward)
+        right, below = whole[: self.rows, self.columns :], whole[self.rows :, : self.columns]
+        borders.write(right, below, self, forward=forward)
         return whole
+
+    def turned(self, device: torch.device) -> float8.Turned:
+        """W in float8, as the way back takes it."""
+        weight, _ = SCRATCH.matrix(self.columns, self.rows, device, float8.E4M3, self)
+        scale = 1.0 if isinstance(weight, FakeTensor) else self.scale
+        for layer, part in zip(self.layers, self.row_parts, strict=True):
+            float8.write(layer.base.weight.data, layer.state, weight[:, part], scale)
+        right = torch.empty(self.rows, self.border, dtype=self.dtype, device=device)
+        below = torch.empty(self.border, self.columns, dtype=self.dtype, device=device)
+        borders.write(right, below, self, forward=False)
+        return float8.Turned(weight, scale, right, below, self.rank)
+
+    @cached_property
+    def scale(self) -> float:
+        """Of the weights in float8."""
+        weights = [(layer.base.weight.data, layer.state) for layer in self.layers]
+        return float(float8.power_for(torch.stack([float8.largest(*each).float() for each in weights]).amax()))
+
+    def why_not_float8(self) -> str | None:
+        """Why its frozen products cannot be in float8; None: they can."""
+        if self.dtype not in float8.SUMMED_TO:
+            return f"float8 is for what multiplies in bfloat16, not {str(self.dtype).removeprefix('torch.')}"
+        if any(size % float8.MULTIPLE for layer in self.layers for size in (layer.rows, layer.columns)):
+            return f"float8 is for rows and columns that are multiples of {float8.MULTIPLE}"
+        return None
 
     def is_as_found(self) -> bool:
         return all(layer.is_as_found() for layer in self.layers)

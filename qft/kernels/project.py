@@ -1,12 +1,13 @@
 """Products of one input with one or several layers and their LoRA: out = x Wᵀ + s (x Aᵀ) Bᵀ + bias, exact but for how
 16-bit numbers round, with sums in float32.
 
-Forward it is [x | s x Aᵀ] [W | B]ᵀ, back [g | s g B] [W ; A]: nothing is added to an output in a pass of its own.
+Forward it is [x | s x Aᵀ] [W | B]ᵀ, back [g | s g B] [W ; A]: nothing is added to an output in a pass of its own. In
+float8 (float8.py), g W is, and what the adapter adds to it is added in 16 bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -99,7 +100,7 @@ def gradients(
 def back(stack: Stack, given: Sequence[torch.Tensor | None], rows: torch.Tensor, wanted: bool) -> Back:
     """Of the gradients [rows, rows of a layer] of each layer's output, or of all side by side: themselves side by side,
     s g B [rows, rank], and, if it is wanted, g W + s (g B) A [rows, columns]. `rows` is a tensor of as many rows."""
-    matrix, whole = stack.matrix(rows.device, forward=False), None
+    (right, multiply), whole = multiplier(stack, rows.device), None
     if given[0] is not None:
         whole = with_border(given[0], stack.border, stack.rows)
     if whole is None:
@@ -110,15 +111,24 @@ def back(stack: Stack, given: Sequence[torch.Tensor | None], rows: torch.Tensor,
     )
     for number, (gradient, row, rank) in enumerate(zip(given, row_parts, rank_parts, strict=True)):
         part = whole[:, row.start :]
-        b = matrix[row, stack.columns + rank.start : stack.columns + rank.stop]
+        b = right[row, rank]
         fill = 0 if number else stack.border
         if gradient is None:
             part[:, : row.stop - row.start] = 0
             whole[:, stack.rows + rank.start : stack.rows + (rank.stop if number else stack.border)] = 0
         else:
             extend(gradient, part, b, stack.rows - row.start, rank.start, fill=fill)
-    dx = torch.mm(whole, matrix[:, : stack.columns]) if wanted else None
+    dx = multiply(whole) if wanted else None
     return whole[:, : stack.rows], whole[:, stack.rows : stack.rows + stack.rank], dx
+
+
+def multiplier(stack: Stack, device: torch.device) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+    """s B [rows of all, border], and what makes g W + s (g B) A of [g | s g B], until the next matrix is made."""
+    if stack.float8:
+        turned = stack.turned(device)
+        return turned.right, turned.multiply
+    matrix = stack.matrix(device, forward=False)
+    return matrix[: stack.rows, stack.columns :], lambda whole: torch.mm(whole, matrix[:, : stack.columns])
 
 
 class Project(torch.autograd.Function):

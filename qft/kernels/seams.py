@@ -164,8 +164,11 @@ def _composes(module: nn.Module, order: Sequence[nn.Module], kind: str, seen: Se
     return same and passed_on and seen.made[down] is y
 
 
-def find_groups(blocks: nn.Module, seen: Seen, taken: set[nn.Module], plain: Counter[str]) -> list[GroupSeam]:
-    """Linear layers by the tensor and the module that they are given it in, without those `taken`."""
+def find_groups(
+    blocks: nn.Module, seen: Seen, taken: set[nn.Module], plain: Counter[str], *, frozen: bool = False
+) -> list[GroupSeam]:
+    """Linear layers by the tensor and the module that they are given it in, without those `taken`; `frozen`: groups in
+    which no layer has an adapter, too."""
     groups: dict[tuple[int, nn.Module | None], list[Layer]] = {}
     parents = {child: parent for parent in blocks.modules() for child in parent.children()}
     own = set(linears(blocks))
@@ -177,7 +180,7 @@ def find_groups(blocks: nn.Module, seen: Seen, taken: set[nn.Module], plain: Cou
             plain[f"linear layers: {layer}"] += 1
         else:
             groups.setdefault((id(seen.given[module]), parents.get(module)), []).append(layer)
-    return [GroupSeam(part, parent) for (_, parent), layers in groups.items() for part in _alike(layers)]
+    return [GroupSeam(part, parent) for (_, parent), layers in groups.items() for part in _alike(layers, frozen)]
 
 
 def _layer(module: nn.Module, seen: Seen) -> Layer | str:
@@ -192,12 +195,12 @@ def _layer(module: nn.Module, seen: Seen) -> Layer | str:
     return f"it mixes {', '.join(sorted(dtypes))}"
 
 
-def _alike(layers: list[Layer]) -> Iterator[list[Layer]]:
-    """At most four of the same dtypes at once, some of them with an adapter."""
+def _alike(layers: list[Layer], frozen: bool) -> Iterator[list[Layer]]:
+    """At most four of the same dtypes at once, some of them with an adapter unless `frozen`."""
     for dtypes in dict.fromkeys((layer.dtype, layer.made) for layer in layers):
         own = [layer for layer in layers if (layer.dtype, layer.made) == dtypes]
         parts = [own[i : i + 4] for i in range(0, len(own), 4)]
-        yield from (part for part in parts if any(layer.adapter for layer in part))
+        yield from (part for part in parts if frozen or any(layer.adapter for layer in part))
 
 
 def find_norms(model: nn.Module, seen: Seen) -> list[NormSeam]:

@@ -28,7 +28,7 @@ def lora_arguments(recipe: Recipe) -> dict[str, Any]:
 
 # Fields of `train` that are qft's own, or that it hands over in another form.
 OWN_FIELDS = {"early_stopping_patience", "on_nonfinite", "gradient_checkpointing", "report_to", "bf16", "tf32"}
-OWN_FIELDS |= {"save_on_signal", "chunked_loss", "stages", "kernels", "router_aux_loss_coef"}
+OWN_FIELDS |= {"save_on_signal", "chunked_loss", "stages", "kernels", "matmul", "router_aux_loss_coef"}
 
 
 def training_arguments(recipe: Recipe, device: Device, placement: Placement = ALONE) -> dict[str, Any]:

@@ -7,22 +7,30 @@ from collections.abc import Iterator
 
 import torch
 
-from qft.kernels import LINEAR, MLP, NORM, ROTARY
+from qft.kernels import FLOAT8, LINEAR, MLP, NORM, ROTARY
 from qft.machine.device import Device
 from qft.plan.model import ModelPlan
 from qft.recipe import Recipe
 from qft.recipe.section import Problem
+
+HOPPER = (9, 0)
+"""The first compute capability whose float8 is tried here."""
 
 
 def planned_kernels(model: ModelPlan, *, mixed: bool, sharded: bool = False) -> dict[str, str | None]:
     """Of each kind of part, why its own code computes it; None: kernels do, if they agree with that on the model."""
     everywhere = "weights are sharded (fsdp2)" if sharded else _nowhere(model.recipe, model.device)
     products = everywhere or _no_products(model, mixed=mixed)
-    return {MLP: products, LINEAR: products, NORM: everywhere, ROTARY: everywhere}
+    planned = {MLP: products, LINEAR: products, NORM: everywhere, ROTARY: everywhere}
+    asked = model.recipe.train.matmul == "fp8"
+    return planned | ({FLOAT8: products or _no_float8(model)} if asked else {})
 
 
 def kernel_problems(recipe: Recipe, planned: dict[str, str | None]) -> Iterator[Problem]:
     """What stands in the way where they are demanded."""
+    planned = dict(planned)
+    if reason := planned.pop(FLOAT8, None):
+        yield "train.matmul", f"fp8 is not to be had: {reason}; set it to 16bit"
     if recipe.train.kernels == "fused":
         for reason in dict.fromkeys(reason for reason in planned.values() if reason):
             kinds = ", ".join(kind for kind, own in planned.items() if own == reason)
@@ -59,3 +67,14 @@ def _no_products(model: ModelPlan, *, mixed: bool) -> str | None:
     if "float32" in (scheme.compute_dtype, model.dtype):
         return "products are in float32"
     return None if mixed else "train.bf16 and fp16 are off: LoRA is computed in float32"
+
+
+def _no_float8(model: ModelPlan) -> str | None:
+    """Why products with weights are not in float8, where kernels take them."""
+    capability = model.device.capability
+    if capability and tuple(map(int, capability.split("."))) < HOPPER:
+        return f"{model.device.name} (compute capability {capability}) is older than Hopper (9.0), which has it"
+    if torch.version.hip:
+        return "it is for NVIDIA's GPUs"
+    dtype = model.scheme.compute_dtype or model.dtype
+    return None if dtype == "bfloat16" else f"its products are summed up to bfloat16, and these to {dtype}"

@@ -48,7 +48,7 @@ TABLE: dict[str, dict[Class, str]] = {
             train.adam_beta2 train.adam_epsilon train.max_grad_norm train.neftune_noise_alpha
             train.label_smoothing_factor train.router_aux_loss_coef train.on_nonfinite train.load_best_model_at_end
             train.early_stopping_patience train.tf32 train.gradient_checkpointing train.chunked_loss train.torch_compile
-            train.full_determinism train.kernels
+            train.full_determinism train.kernels train.matmul
         """,
         "free": """
             model.trust_remote_code quant.preset quant.quant_storage quant.allow_partial data.num_proc data.audit memory

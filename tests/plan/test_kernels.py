@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from tests.support.cli import qft
 PRODUCTS, OTHERS = ("MLPs", "linear layers"), ("norms", "rotary positions")
 
 
-def planned(path: Path, *overrides: str) -> Plan:
-    return make_plan(load(path, overrides), absent_gpu(2**33))
+def planned(path: Path, *overrides: str, capability: str | None = None) -> Plan:
+    return make_plan(load(path, overrides), replace(absent_gpu(2**33), capability=capability))
 
 
 def test_all_is_fused_on_a_gpu_and_nothing_without_one(recipe_file: Callable[..., Path]) -> None:
@@ -65,5 +66,42 @@ def test_where_they_are_demanded_a_cpu_is_refused_with_the_line(recipe_file: Cal
     done = qft("check", str(recipe_file(train={"kernels": "fused"})))
     assert done.exit_code == 2
     assert "train.kernels: MLPs, linear layers, norms, rotary positions cannot be fused" in " ".join(
+        done.output.split()
+    )
+
+
+def test_products_in_float8_are_planned_where_they_are_asked_for(recipe_file: Callable[..., Path]) -> None:
+    plan = planned(recipe_file(), "train.matmul=fp8", capability="9.0")
+    assert plan.document().kernels == dict.fromkeys((*PRODUCTS, *OTHERS, "products in float8"))
+    assert plan.memory.predicted_peak_bytes
+
+
+@pytest.mark.parametrize(
+    ("sections", "capability", "reason"),
+    [
+        ({}, "8.9", r"\(compute capability 8\.9\) is older than Hopper"),
+        (
+            {"train": {"bf16": False, "fp16": True}, "quant": {"compute_dtype": "float16"}},
+            "9.0",
+            "and these to float16",
+        ),
+        ({"train": {"kernels": "plain"}}, "9.0", "train.kernels is plain"),
+        ({"adapter": {"lora_dropout": 0.1}}, "9.0", "adapter.lora_dropout is 0.1"),
+        ({"quant": {"preset": ..., "mode": "8bit"}}, "9.0", "weights held as 8bit"),
+        ({"adapter": {"kind": "none", "r": ...}, "quant": None}, "9.0", "all weights are trained"),
+    ],
+)
+def test_where_float8_is_not_to_be_had_it_is_refused(
+    sections: dict[str, Any], capability: str, reason: str, recipe_file: Callable[..., Path]
+) -> None:
+    path = recipe_file(**sections | {"train": sections.get("train", {}) | {"matmul": "fp8"}})
+    with pytest.raises(RecipeError, match=rf"train\.matmul: fp8 is not to be had: .*{reason}.*; set it to 16bit"):
+        planned(path, capability=capability)
+
+
+def test_float8_on_a_cpu_is_refused_with_the_line(recipe_file: Callable[..., Path]) -> None:
+    done = qft("check", str(recipe_file(train={"matmul": "fp8"})))
+    assert done.exit_code == 2
+    assert "train.matmul: fp8 is not to be had: the kernels are for a GPU; set it to 16bit" in " ".join(
         done.output.split()
     )

@@ -215,6 +215,7 @@ CASES: dict[str, Case] = {
     "memory.checkpoints": Case("host", lambda plan: plan.checkpoints),
     "memory.budget": Case("1GiB", lambda plan: plan.memory.budget_bytes),
     "train.kernels": Case("plain", lambda plan: plan.kernels),
+    "train.matmul": Case("fp8", lambda plan: plan.kernels),
     "train.router_aux_loss_coef": Case("0.5", balance, ("model.path=experts",)),
     "train.torch_compile": Case("true", training),
     "train.neftune_noise_alpha": Case("5", training),

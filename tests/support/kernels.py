@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from qft.kernels import LINEAR, MLP, NORM, ROTARY, Applied, apply, attach, layer
+from qft.kernels import LINEAR, MLP, NORM, ROTARY, Applied, apply, attach, float8, layer
 
 KINDS = (MLP, LINEAR, NORM, ROTARY)
 
@@ -21,7 +21,8 @@ def everywhere() -> Iterator[None]:
     """Fused on a CPU, and in float32 and float64, too."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attach, "_on_gpu", lambda x: True)
-        patch.setattr(layer, "HALF", (torch.bfloat16, torch.float16, torch.float32, torch.float64))
+        for module, dtypes in ((layer, "HALF"), (float8, "SUMMED_TO")):
+            patch.setattr(module, dtypes, (torch.bfloat16, torch.float16, torch.float32, torch.float64))
         yield
 
 
@@ -38,10 +39,10 @@ def adapted(model: nn.Module, dtype: torch.dtype | None = torch.float64, **chang
     return (made if dtype is None else made.to(dtype)).train()
 
 
-def fused(model: Any, mixed: torch.dtype | None = None) -> Applied:
+def fused(model: Any, mixed: torch.dtype | None = None, kinds: Sequence[str] = KINDS) -> Applied:
     """Everything that can be."""
     stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
-    return apply(model, max(stacks, key=lambda stack: len(list(stack.modules()))), KINDS, mixed)
+    return apply(model, max(stacks, key=lambda stack: len(list(stack.modules()))), kinds, mixed)
 
 
 def gradients(model: Any, ids: torch.Tensor, mixed: torch.dtype | None = None) -> dict[str, torch.Tensor]:

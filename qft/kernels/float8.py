@@ -1,0 +1,283 @@
+"""Products in float8 (e4m3): rows of gradients, each with a scale, times weights with one scale, summed in float32.
+Scales are powers of two: numbers of four bits lose nothing, and what is infinite becomes NaN."""
+
+# Triton reads annotations, which must be no strings.
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+from qft.kernels.dequantize import dequantized
+from qft.kernels.jit import by_triton, ceil_div, jit, launch, power_of_2, tl
+
+E4M3 = torch.float8_e4m3fn
+SUMMED_TO = (torch.bfloat16,)
+"""The dtypes of what it takes the place of."""
+MULTIPLE = 16
+"""Of rows and columns, as tensor cores take them."""
+LARGEST = 7
+"""Exponent that the largest number is brought to: 128 to 256 of 448."""
+SPAN, WARPS = 4096, 8
+"""Columns of a row at once, and by how many warps."""
+TILE = 128, 64
+"""Rows and columns of a weight that is turned."""
+ADD = 32, 256, 4
+"""Rows, columns, and how often, of what is added by one program."""
+FAST = True
+"""Whether tensor cores may add up in less than float32."""
+
+
+@jit
+def _rows_kernel(  # type: ignore[no-untyped-def]
+    x, out, scales, columns, x_stride, LARGEST: tl.constexpr, SPAN: tl.constexpr
+):
+    """Row program_id(0): its largest number, then each divided by the scale."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, SPAN)
+    most = tl.zeros((SPAN,), dtype=tl.int32)
+    for first in range(0, columns, SPAN):
+        value = tl.load(x + row * x_stride + first + column, mask=first + column < columns, other=0).to(tl.float32)
+        most = tl.maximum(most, value.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+    exponent = tl.max(most, 0) >> 23
+    power = tl.maximum(exponent - LARGEST, 1)
+    inverse = ((254 - power) << 23).to(tl.float32, bitcast=True)
+    scale = tl.where(exponent == 255, 0x7FC00000, power << 23).to(tl.float32, bitcast=True)
+    tl.store(scales + row, scale)
+    for first in range(0, columns, SPAN):
+        mask = first + column < columns
+        value = tl.load(x + row * x_stride + first + column, mask=mask, other=0).to(tl.float32)
+        tl.store(out + row * columns + first + column, (value * inverse).to(tl.float8e4nv), mask=mask)
+
+
+def quantized_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [rows, columns] in float8, and what each row is to be multiplied by, [rows, 1] in float32."""
+    rows, columns = x.shape
+    out, scales = x.new_empty(rows, columns, dtype=E4M3), x.new_empty(rows, 1, dtype=torch.float32)
+    if by_triton(x):
+        span = min(SPAN, power_of_2(columns))
+        launch(_rows_kernel, (rows,), x, out, scales, columns, x.stride(0), LARGEST=LARGEST, SPAN=span, num_warps=WARPS)
+        return out, scales
+    most = x.abs().amax(1, keepdim=True).float()
+    scales = torch.where(most.isfinite(), power_for(most), torch.nan)
+    return (x / scales).to(E4M3), scales
+
+
+def power_for(most: torch.Tensor) -> torch.Tensor:
+    """The scale of numbers of which that is the largest, in float32."""
+    exponent = (torch.frexp(most.float()).exponent - 1 - LARGEST).clamp_min(-126).where(most > 0, -126)
+    return torch.ldexp(torch.ones_like(most, dtype=torch.float32), exponent)
+
+
+def largest(weight: torch.Tensor, state: Any) -> torch.Tensor:
+    """A bound of what a weight holds, of 4 bits if it has a quantization state."""
+    if state is None:
+        return weight.abs().amax()
+    scale = state.absmax
+    if state.nested:
+        outer = state.state2.absmax.repeat_interleave(state.state2.blocksize)[: scale.numel()]
+        scale = state.state2.code[scale.long()] * outer + state.offset
+    bound: torch.Tensor = scale.abs().amax() * state.code.abs().amax()
+    return bound
+
+
+@jit
+def _scale_of(absmax, code2, absmax2, offset, number, there, BLOCK2: tl.constexpr, NESTED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of blocks of 4-bit codes by their numbers."""
+    scale = tl.load(absmax + number, mask=there, other=0)
+    if NESTED:
+        outer = tl.load(absmax2 + number // BLOCK2, mask=there, other=0.0)
+        scale = tl.load(code2 + scale.to(tl.int32)) * outer + tl.load(offset)
+    return scale
+
+
+def _book() -> str:
+    """PTX: the code book, a number of it in each lane of a warp, behind the last operand (dequantize.py)."""
+    return (
+        ".reg .b32 lane, at; .reg .b64 offset, place; .reg .f32 book; .reg .b16 low, high; .reg .f32 n0, n1, n2, n3;\n"
+        "mov.u32 lane, %laneid; and.b32 lane, lane, 15; mul.wide.u32 offset, lane, 4; add.s64 place, {}, offset;\n"
+        "ld.global.nc.f32 book, [place];"
+    )
+
+
+def _number(register: int, code: int, shift: int, scale: int) -> str:
+    return (
+        f"shr.u32 at, ${code}, {shift}; shfl.sync.idx.b32 n{register}, book, at, 31, 0xffffffff; "
+        f"mul.rn.f32 n{register}, n{register}, ${scale};"
+    )
+
+
+def _four(out: int) -> str:
+    """n0 to n3 as one word."""
+    first, second = (f"cvt.rn.satfinite.e4m3x2.f32 {to}, n{b}, n{a};" for to, a, b in (("low", 0, 1), ("high", 2, 3)))
+    return f"{first} {second} mov.b32 ${out}, {{low, high}};"
+
+
+SHIFTS = tuple(8 * byte + nibble for byte in range(4) for nibble in (4, 0))
+"""Of eight codes in a word, in the order of their columns."""
+
+
+def _turned() -> str:
+    """From eight codes of each of four rows in $8 to $11, their scales in $12 to $15, and the book at $16: the four
+    numbers of each of eight columns in $0 to $7."""
+    lines = [_book().format("$16")]
+    for column in range(8):
+        lines += [_number(row, 8 + row, SHIFTS[column], 12 + row) for row in range(4)] + [_four(column)]
+    return "\n".join(["{", *lines, "}"])
+
+
+TURNED = _turned()
+
+
+@jit
+def _codes_kernel(  # type: ignore[no-untyped-def]
+    packed, code, absmax, code2, absmax2, offset, out, rows, columns, stride, inverse,
+    BLOCK: tl.constexpr, BLOCK2: tl.constexpr, NESTED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows, COLUMNS columns of one block, written as COLUMNS rows `stride` apart: four rows become a word."""
+    four = tl.program_id(0) * (ROWS // 4) + tl.arange(0, ROWS // 4)
+    there = four * 4 < rows
+    column = tl.program_id(1) * COLUMNS
+    row = four.to(tl.int64) * 4
+    number = ((row * columns + column) // BLOCK).to(tl.int32)
+    source = packed.to(tl.pointer_type(tl.int32)) + (row * (columns // 8) + column // 8)[:, None]
+    source += tl.arange(0, COLUMNS // 8)[None, :]
+    blocks, words, within = columns // BLOCK, columns // 8, there[:, None]
+    s0 = _scale_of(absmax, code2, absmax2, offset, number, there, BLOCK2, NESTED)
+    s1 = _scale_of(absmax, code2, absmax2, offset, number + blocks, there, BLOCK2, NESTED)
+    s2 = _scale_of(absmax, code2, absmax2, offset, number + 2 * blocks, there, BLOCK2, NESTED)
+    s3 = _scale_of(absmax, code2, absmax2, offset, number + 3 * blocks, there, BLOCK2, NESTED)
+    c0 = tl.load(source, mask=within, other=0)
+    c1 = tl.load(source + words, mask=within, other=0)
+    c2 = tl.load(source + 2 * words, mask=within, other=0)
+    c3 = tl.load(source + 3 * words, mask=within, other=0)
+    like = tl.zeros((ROWS // 4, COLUMNS // 8), dtype=tl.float32)
+    book = code.to(tl.int64) + tl.zeros_like(c0)
+    o0, o1, o2, o3, o4, o5, o6, o7 = tl.inline_asm_elementwise(
+        ASM, "=r,=r,=r,=r,=r,=r,=r,=r,r,r,r,r,r,r,r,r,l",
+        [c0, c1, c2, c3, (s0 * inverse)[:, None] + like, (s1 * inverse)[:, None] + like,
+         (s2 * inverse)[:, None] + like, (s3 * inverse)[:, None] + like, book],
+        dtype=(tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
+    )  # fmt: skip
+    words = stride // 4
+    eight = (column + 8 * tl.arange(0, COLUMNS // 8)).to(tl.int64)[None, :] * words
+    target = out.to(tl.pointer_type(tl.int32)) + eight + four[:, None]
+    tl.store(target, o0, mask=within)
+    tl.store(target + words, o1, mask=within)
+    tl.store(target + 2 * words, o2, mask=within)
+    tl.store(target + 3 * words, o3, mask=within)
+    tl.store(target + 4 * words, o4, mask=within)
+    tl.store(target + 5 * words, o5, mask=within)
+    tl.store(target + 6 * words, o6, mask=within)
+    tl.store(target + 7 * words, o7, mask=within)
+
+
+@jit
+def _half_kernel(  # type: ignore[no-untyped-def]
+    weight, out, rows, columns, weight_stride, stride, inverse, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """The same for a weight of 16 bits."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    there = (row < rows) & (column < columns)
+    value = tl.load(weight + row * weight_stride + column, mask=there, other=0).to(tl.float32) * inverse
+    tl.store(out + column.to(tl.int64) * stride + row, value.to(tl.float8e4nv), mask=there)
+
+
+def write(weight: torch.Tensor, state: Any, out: torch.Tensor, scale: float) -> None:
+    """The weight [rows, columns] divided by `scale` into `out` [columns, rows], in float8, whose rows may lie apart:
+    tensor cores take what is summed over as the last dimension."""
+    if isinstance(out, FakeTensor):
+        return
+    (columns, rows), (tall, wide) = out.shape, TILE
+    if not by_triton(out):
+        whole = weight if state is None else dequantized(weight, state, rows, columns)
+        out.copy_(whole.t() / scale)
+        return
+    if state is None:
+        grid = (ceil_div(rows, tall), ceil_div(columns, wide))
+        launch(_half_kernel, grid, weight, out, rows, columns, weight.stride(0), out.stride(0), 1 / scale,
+            ROWS=tall, COLUMNS=wide,
+        )  # fmt: skip
+        return
+    second = state.state2 if state.nested else None
+    wide = min(wide, state.blocksize)
+    launch(_codes_kernel, (ceil_div(rows, tall), columns // wide),
+        weight.view(torch.uint8), state.code, state.absmax,
+        second.code if second else state.code, second.absmax if second else state.absmax,
+        state.offset if second else state.code, out, rows, columns, out.stride(0), 1 / scale,
+        BLOCK=state.blocksize, BLOCK2=second.blocksize if second else 1, NESTED=state.nested,
+        ROWS=tall, COLUMNS=wide, ASM=TURNED, num_warps=4,
+    )  # fmt: skip
+
+
+@dataclass
+class Turned:
+    """What gradients of outputs are multiplied with: [g | s g B] to g W + s (g B) A."""
+
+    weight: torch.Tensor
+    """Wᵀ divided by `scale` in float8, [columns, rows]."""
+    scale: float
+    right: torch.Tensor
+    """s B, [rows, border]."""
+    below: torch.Tensor
+    """A, [border, columns]."""
+    rank: int
+
+    def multiply(self, whole: torch.Tensor) -> torch.Tensor:
+        """[g | s g B] [tokens, rows + border] to [tokens, columns]."""
+        columns, rows = self.weight.shape
+        scales = torch.full((1, columns), self.scale, device=whole.device)
+        found = multiply(*quantized_rows(whole[:, :rows]), self.weight, scales, whole.dtype)
+        return add_product(found, whole[:, rows:], self.below, self.rank)
+
+
+def multiply(
+    x: torch.Tensor, x_scales: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """x Wᵀ [rows, others] in `dtype`, for x [rows, columns] and W [others, columns] in float8, whose rows are to be
+    multiplied by [rows, 1] and [1, others] in float32."""
+    if isinstance(x, FakeTensor):  # which stands for one on a GPU
+        return x.new_empty(len(x), len(weight), dtype=dtype)
+    if not x.is_cuda:
+        wide = torch.promote_types(dtype, torch.float32)
+        return ((x.to(wide) * x_scales) @ (weight.to(wide).t() * scales)).to(dtype)
+    found = torch._scaled_mm(x, weight.t(), x_scales, scales, out_dtype=torch.bfloat16, use_fast_accum=FAST)
+    return found.to(dtype)
+
+
+@jit
+def _add_kernel(  # type: ignore[no-untyped-def]
+    out, x, narrow, rows, columns, out_stride, x_stride, narrow_row, narrow_column,
+    RANK: tl.constexpr, LINES: tl.constexpr, SIZE: tl.constexpr, TIMES: tl.constexpr,
+):  # fmt: skip
+    """SIZE columns of LINES rows, and of the next ones, TIMES in all."""
+    column = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    place, within = tl.arange(0, RANK), column < columns
+    other = tl.load(
+        narrow + place[:, None] * narrow_row + column.to(tl.int64)[None, :] * narrow_column,
+        mask=within[None, :], other=0,
+    )  # fmt: skip
+    for i in tl.static_range(TIMES):
+        row = ((tl.program_id(1) * TIMES + i) * LINES + tl.arange(0, LINES)).to(tl.int64)
+        there = row < rows
+        tile = tl.load(x + row[:, None] * x_stride + place[None, :], mask=there[:, None], other=0)
+        product = tl.dot(tile, other, input_precision="ieee")
+        target, mask = out + row[:, None] * out_stride + column[None, :], there[:, None] & within[None, :]
+        total = tl.load(target, mask=mask, other=0).to(tl.float32) + product
+        tl.store(target, total.to(out.dtype.element_ty), mask=mask)
+
+
+def add_product(out: torch.Tensor, x: torch.Tensor, narrow: torch.Tensor, rank: int) -> torch.Tensor:
+    """x N added to `out` [rows, columns] in its place, for x [rows, border] and N [border, columns], of which no more
+    than `rank` columns and rows are other than 0."""
+    wide = max(16, power_of_2(rank))
+    if rank == 0 or not by_triton(out) or wide > x.shape[1]:
+        return out.addmm_(x, narrow) if rank else out
+    grid = (ceil_div(out.shape[1], ADD[1]), ceil_div(len(out), ADD[0] * ADD[2]))
+    launch(_add_kernel, grid, out, x, narrow, *out.shape, out.stride(0), x.stride(0), *narrow.stride(),
+        RANK=wide, LINES=ADD[0], SIZE=ADD[1], TIMES=ADD[2], num_warps=4, num_stages=1,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,139 @@
+"""Products in float8 on a GPU: kernels to the bit of their references, and products and gradients close to 16 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from torch import nn
+
+from qft.commands.train import train
+from qft.errors import ModelError
+from qft.kernels import FLOAT8
+from qft.kernels.buffers import SCRATCH
+from qft.kernels.dequantize import dequantized
+from qft.kernels.float8 import E4M3, largest, power_for, quantized_rows, write
+from qft.kernels.layer import Layer, Stack, layer_of
+from qft.kernels.project import project
+from qft.progress import View
+from qft.recipe import load
+from tests.support.architectures import MODELS
+from tests.support.gguf import saved
+from tests.support.kernels import KINDS, adapted, fused, gradients
+from tests.support.models import tiny_llama
+from tests.support.runs import HARD
+
+BF16 = torch.bfloat16
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0), reason="float8 needs Hopper"
+    ),
+    pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS, but there was no current CUDA context"),
+]
+
+
+@pytest.mark.parametrize("shape", [(1, 16), (77, 576), (33, 14336)])
+def test_rows_are_those_of_the_reference(shape: tuple[int, int]) -> None:
+    x = torch.randn(shape[0], shape[1] + 64, device="cuda", dtype=BF16)[:, : shape[1]] * 1e-3
+    x[-1] = 0
+    x[0, 3] = 1e4
+    found, wanted = quantized_rows(x), quantized_rows(x.cpu())
+    assert torch.equal(found[1].cpu(), wanted[1])
+    assert torch.equal(found[0].cpu().float(), wanted[0].float())
+    x[0, 5] = torch.inf
+    assert quantized_rows(x)[1][0].isnan().all()
+
+
+@pytest.mark.parametrize("shape", [(48, 64), (208, 1152), (272, 4096)])
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "bf16"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_weights_are_those_of_the_reference(shape: tuple[int, int], kind: str, nested: bool) -> None:
+    weight: Any = torch.randn(shape, device="cuda", dtype=BF16)
+    state: Any = None
+    if kind != "bf16":
+        weight, state = bnb.functional.quantize_4bit(weight, quant_type=kind, compress_statistics=nested)
+    scale = float(power_for(largest(weight, state)))
+    exactly = weight if state is None else dequantized(weight, state, *shape)
+    wanted = (exactly.float() / scale).to(E4M3).float()
+    whole = torch.zeros(shape[1], shape[0] + 32, device="cuda", dtype=E4M3)
+    write(weight, state, whole[:, : shape[0]], scale)
+    assert torch.equal(whole[:, : shape[0]].float().t(), wanted)
+    assert not whole[:, shape[0] :].float().any()
+
+
+def layers(*shapes: tuple[int, int], bias: bool) -> list[Layer]:
+    torch.manual_seed(0)
+    inner: Any = nn.ModuleList()
+    for rows, columns in shapes:
+        made = bnb.nn.Linear4bit(columns, rows, bias=bias, compute_dtype=BF16, quant_type="nf4")
+        made.weight = bnb.nn.Params4bit(torch.randn(rows, columns) * 0.05, requires_grad=False, quant_type="nf4")
+        inner.append(made.requires_grad_(False).cuda())
+    inner.is_loaded_in_4bit = True
+    model = adapted(inner, None, target_modules=[str(i) for i in range(len(shapes))], r=16).cuda()
+    return [layer_of(module) for module in model.base_model.model]  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("rows", [1, 77, 1024])
+@pytest.mark.parametrize("shapes", [[(512, 256), (128, 256), (192, 256)], [(576, 1536)], [(1536, 576), (1536, 576)]])
+def test_products_are_those_of_16_bits_but_for_four_bits_of_each_number(
+    shapes: list[tuple[int, int]], rows: int
+) -> None:
+    stack = Stack(layers(*shapes, bias=True))
+    x = torch.randn(1, rows, shapes[0][1], device="cuda", dtype=BF16)
+    results, pairs = [], [tensor for tensor in stack.pairs if tensor is not None]
+    for float8 in (False, True):
+        stack.float8 = float8
+        given = x.clone().requires_grad_()
+        with torch.autocast("cuda", dtype=BF16):
+            out = torch.cat(project(given, stack), -1)
+        g = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+        results.append([out.detach(), *torch.autograd.grad(out, [given, *pairs], g)])
+        for place in SCRATCH._places.values():
+            place.fill_(torch.nan)
+    errors = [float((a.float() - b.float()).norm() / b.float().norm()) for b, a in zip(*results, strict=True)]
+    assert 0.01 < errors.pop(1) < 0.06
+    assert all(error < 0.01 for error in errors), errors  # outputs, and what is trained
+
+
+@pytest.mark.parametrize(("kind", "products"), [("llama", 14), ("gpt_neox", 8), ("phi", 12)])
+def test_models_learn_in_float8(kind: str, products: int) -> None:
+    model: Any = MODELS[kind]()
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and "lm_head" not in name and "embed_out" not in name:
+            made: Any = bnb.nn.Linear4bit(module.in_features, module.out_features, module.bias is not None, BF16)
+            made.weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4")
+            made.bias = module.bias
+            model.set_submodule(name, made)
+    model.is_loaded_in_4bit = True
+    model = adapted(model.to(BF16).cuda(), None).cuda()
+    ids = torch.arange(66, device="cuda").view(2, 33)
+    wanted = gradients(model, ids, BF16)
+    applied = fused(model, BF16, (*KINDS, FLOAT8))
+    assert applied.fused[FLOAT8] == products, applied.plain
+    found = gradients(model, ids, BF16)
+    assert found.keys() == wanted.keys()
+    wrong = sum(float((found[n].double() - wanted[n].double()).square().sum()) for n in wanted)
+    assert 1e-3 < (wrong / sum(float(wanted[n].double().square().sum()) for n in wanted)) ** 0.5 < 0.2
+
+
+def test_a_training_in_float8_says_so_and_one_of_odd_sizes_is_refused(
+    recipe_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    asked: dict[str, Any] = HARD | {"report_to": [], "matmul": "fp8"}
+    path = recipe_file(model={"device": "cuda"}, train=asked)
+    report = train(load(path), View())
+    assert report.kernels is not None
+    assert report.kernels.fused == {
+        "MLPs": 2, "linear layers": 8, "norms": 5, "rotary positions": 2, "products in float8": 14,
+    }  # fmt: skip
+    assert report.loss.last < report.loss.first
+    assert report.memory.predicted_peak_bytes
+    odd = saved(tiny_llama(hidden_size=40, num_attention_heads=4, intermediate_size=72), tmp_path / "odd")
+    path = recipe_file(model={"path": str(odd), "device": "cuda"}, quant=None, train=asked)
+    with pytest.raises(ModelError, match=r"no products in float8: .*multiples of 16.*Set train\.matmul to 16bit"):
+        train(load(path, ["output_dir=" + str(tmp_path / "odd-run")]), View())

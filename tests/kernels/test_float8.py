@@ -1,0 +1,132 @@
+"""Products in float8, as a CPU emulates them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from torch import nn
+
+from qft.kernels import FLOAT8
+from qft.kernels.buffers import SCRATCH
+from qft.kernels.float8 import E4M3, largest, power_for, quantized_rows, write
+from qft.kernels.layer import Layer, Stack, layer_of
+from qft.kernels.mlp import Mlp
+from qft.kernels.project import project
+from tests.support.kernels import KINDS, adapted, everywhere, fused, gradients, largest_error
+from tests.support.models import tiny_llama
+
+DOUBLE = torch.float64
+
+
+@pytest.fixture(autouse=True)
+def on_this_machine() -> Iterator[None]:
+    with everywhere():
+        yield
+    SCRATCH.clear()
+
+
+def of_four_bits(*shape: int) -> torch.Tensor:
+    """Numbers that float8 holds as they are."""
+    return torch.randint(-15, 16, shape).to(DOUBLE)
+
+
+def stacks(*shapes: tuple[int, int], bias: bool = False) -> Stack:
+    """Layers (rows, columns) of such weights; the second has no adapter."""
+    inner = nn.ModuleList(nn.Linear(columns, rows, bias=bias) for rows, columns in shapes).requires_grad_(False)
+    model = adapted(inner, target_modules=[str(i) for i in range(len(shapes)) if i != 1], r=3)
+    made = [layer_of(module) for module in model.base_model.model]
+    for layer in made:
+        assert isinstance(layer, Layer)
+        layer.base.weight.copy_(of_four_bits(layer.rows, layer.columns))
+    return Stack(made)  # type: ignore[arg-type]
+
+
+def results(stack: Stack, run: Any, x: torch.Tensor, g: torch.Tensor) -> list[torch.Tensor]:
+    pairs = [tensor for tensor in stack.pairs if tensor is not None]
+    x = x.clone().requires_grad_()
+    out = run(x)
+    return [out, *torch.autograd.grad(out, [x, *pairs], g)]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_what_float8_holds_is_multiplied_exactly_and_so_are_all_gradients(bias: bool) -> None:
+    torch.manual_seed(0)
+    stack = stacks((16, 32), (48, 32), (32, 32), bias=bias)
+    x, g = of_four_bits(2, 5, 32), of_four_bits(2, 5, 96)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return torch.cat(project(x, stack), -1)
+
+    wanted = results(stack, run, x, g)
+    assert stack.why_not_float8() is None
+    stack.float8 = True
+    for place in SCRATCH._places.values():
+        place.fill_(torch.nan)
+    for found, other in zip(results(stack, run, x, g), wanted, strict=True):
+        torch.testing.assert_close(found, other, rtol=1e-12, atol=1e-12)
+
+
+def test_other_numbers_keep_four_bits_in_gradients_and_all_of_them_in_outputs() -> None:
+    torch.manual_seed(0)
+    gate_up, down = stacks((64, 48), (64, 48)), stacks((48, 64))
+    mlp = Mlp(gate_up, down, "silu")
+    for stack in (gate_up, down):
+        for layer in stack.layers:
+            nn.init.normal_(layer.base.weight, 0, 0.1)
+    x, g = torch.randn(2, 40, 48, dtype=DOUBLE), torch.randn(2, 40, 48, dtype=DOUBLE)
+    wanted = results(gate_up, mlp, x, g)
+    gate_up.float8 = down.float8 = True
+    (out, *found), (same, *wanted) = results(gate_up, mlp, x, g), wanted
+    torch.testing.assert_close(out, same, rtol=1e-12, atol=1e-12)
+    errors = [float((a - b).norm() / b.norm()) for a, b in zip(found, wanted, strict=True)]
+    assert all(0.005 < error < 0.08 for error in errors), errors
+
+
+def test_rows_have_scales_of_their_own_and_what_is_not_finite_stays_so() -> None:
+    x = torch.tensor([[1e-30, -3e-30], [60000, 1], [0, 0], [torch.inf, 1], [torch.nan, 1]], dtype=torch.bfloat16)
+    found, scales = quantized_rows(x)
+    assert found.dtype == E4M3
+    back = found.float() * scales
+    torch.testing.assert_close(back[:3], x[:3].float(), rtol=2**-4, atol=0)
+    assert back[3:].isnan().all()
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_four_bits_in_float8(kind: str) -> None:
+    weight = torch.randn(32, 128)
+    packed, state = bnb.functional.quantize_4bit(weight, quant_type=kind, compress_statistics=True)
+    scale = float(power_for(largest(packed, state)))
+    wanted = bnb.functional.dequantize_4bit(packed, state)
+    out = torch.empty(128, 32, dtype=E4M3)
+    write(packed, state, out, scale)
+    torch.testing.assert_close(out.t().float() * scale, wanted, rtol=2**-4, atol=scale * 2**-10)
+
+
+def test_a_model_learns_in_float8_where_it_can_and_says_where_not() -> None:
+    ids = torch.arange(66).view(2, 33)
+    model = adapted(tiny_llama(intermediate_size=72), target_modules=["q_proj", "gate_proj"])
+    wanted = gradients(model, ids)
+    applied = fused(model, kinds=(*KINDS, FLOAT8))
+    assert applied.fused[FLOAT8] == 2 * 4
+    assert applied.plain == {f"{FLOAT8}: float8 is for rows and columns that are multiples of 16": 2 * 3}
+    found = gradients(model, ids)
+    assert largest_error({"logits": found.pop("logits")}, {"logits": wanted.pop("logits")}) < 1e-5
+    assert 1e-4 < largest_error(found, wanted) < 0.1
+
+
+def test_what_is_wrong_in_float8_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = torch.arange(66).view(2, 33)
+    model = adapted(tiny_llama())
+    wanted = gradients(model, ids)
+    monkeypatch.setattr(
+        "qft.kernels.float8.multiply", lambda x, s, w, c, dtype: x.new_ones(len(x), len(w), dtype=dtype)
+    )
+    applied = fused(model, kinds=(*KINDS, FLOAT8))
+    assert FLOAT8 not in applied.fused
+    [told] = applied.plain
+    assert told.startswith(f"{FLOAT8}: they differ")
+    assert largest_error(gradients(model, ids), wanted) < 1e-5

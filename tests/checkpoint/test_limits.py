@@ -127,7 +127,7 @@ GGUF: dict[str, Callable[[bytes], bytes]] = {
 @pytest.mark.parametrize("damage", GGUF.values(), ids=GGUF)
 def test_a_gguf_header_is_not_believed(damage: Callable[[bytes], bytes], gguf_bytes: bytes, tmp_path: Path) -> None:
     (tmp_path / "tiny.gguf").write_bytes(gguf_bytes)
-    assert header(tmp_path / "tiny.gguf").numbers["llama.block_count"] == 2
+    assert header(tmp_path / "tiny.gguf").values["llama.block_count"] == 2
     path = tmp_path / "damaged.gguf"
     path.write_bytes(damage(gguf_bytes))
     with pytest.raises(ModelError, match=str(path)):

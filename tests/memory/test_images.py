@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from qft.checkpoint.skeleton import find_blocks
 from qft.data.prepare import Prepared, prepare
 from qft.memory.repeated import pattern
-from qft.memory.trace import trace, traced
+from qft.memory.trace import few_blocks, trace, traced
 from qft.memory.work import MIDDLE, Batch, Step, Work
 from qft.plan import ModelPlan, plan_model
 from qft.plan.images import Looks
@@ -128,5 +128,6 @@ def test_few_blocks_tell_of_many_where_a_tower_is_the_most(
     made = batch(plan, encoded(plan, tmp_path, [shown("?", "red", *["blue"] * 6)] * 2), 2)
     step = Step(made, kept="inputs", accumulates=False)
     whole = totals(plan, work(), step, real=False, layers=6)
-    found = {part: peak.total for part, peak in trace(lambda: skeleton(plan, 6), 6, work(), step).peaks.items()}
+    ends = trace(few_blocks(skeleton(plan, 6), 6), work(), step)
+    found = {part: peak.total for part, peak in ends.shorter.extrapolated(ends.longer, ends.times).peaks.items()}
     assert found == pytest.approx({part: size for part, size in whole.items() if part != MIDDLE}, abs=2048)

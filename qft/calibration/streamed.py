@@ -27,9 +27,7 @@ class StreamedModel:
         """`layout` is how the weights are to be written; None: they are not."""
         self.layout = layout
         self.device, self.dtype, self.read = plan.device.kind, getattr(torch, plan.dtype), read
-        section, chosen = plan.recipe.model, plan.recipe.model.attn_implementation
-        attention = {} if chosen == "auto" else {"attn_implementation": chosen}
-        self.model = without_contents(plan.checkpoint, section, dtype=self.dtype, **attention).eval()
+        self.model = without_contents(plan.checkpoint, plan.recipe.model, dtype=self.dtype, **plan.attention).eval()
         self.prefix, self.stack = find_blocks(self.model, plan.shape.layers)
         fill(self.model, self.model, "", read, (self.device, self.dtype), skip=f"{self.prefix}.")
         self.model.tie_weights()

@@ -81,9 +81,7 @@ def _as_stored(plan: ModelPlan, checkpoint: Checkpoint, device: str | None) -> P
         "device_map": {"": torch.cuda.current_device() if kind == "cuda" else "cpu"},
         "trust_remote_code": model.trust_remote_code,
     }
-    if model.attn_implementation != "auto":
-        arguments["attn_implementation"] = model.attn_implementation
-    arguments |= plan.scheme.load_arguments()
+    arguments |= plan.attention | plan.scheme.load_arguments()
     if checkpoint.gguf_file:
         # transformers reads a GGUF file or quantizes, not both at once: dequantize first, then load from memory.
         whole = dequantized(checkpoint, arguments["dtype"])

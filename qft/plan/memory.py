@@ -131,9 +131,9 @@ class Forecast:
         """Whether masks tell apart what shares a row."""
         model = self.model
         dtype = self.mixed or getattr(torch, model.dtype)
-        attention = model.skeleton.config.get_text_config()._attn_implementation
-        asked = model.recipe.model.attn_implementation
-        return needs_masks(attention if asked == "auto" else asked, dtype, on_gpu=model.device.kind == "cuda")
+        own = model.skeleton.config.get_text_config()._attn_implementation
+        attention = model.attention.get("attn_implementation", own)
+        return needs_masks(attention, dtype, on_gpu=model.device.kind == "cuda")
 
     @cached_property
     def _learnt(self) -> list[int]:

@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from qft.checkpoint.find import Checkpoint, find_checkpoint, load_tokenizer, require_written
@@ -96,12 +96,19 @@ class ModelPlan:
 
     def skeleton_in_dtype(self) -> PreTrainedModel:
         """The same with its weights in `dtype`, as it is loaded where nothing is quantized."""
-        attention = self.recipe.model.attn_implementation
-        chosen = {} if attention == "auto" else {"attn_implementation": attention}
         dtype = getattr(torch, self.dtype)
-        model = without_contents(self.checkpoint, self.recipe.model, dtype=dtype, **chosen)
+        model = without_contents(self.checkpoint, self.recipe.model, dtype=dtype, **self.attention)
         set_balance(self.recipe, model)
         return model
+
+    @property
+    def attention(self) -> dict[str, str]:
+        """Which one transformers is told to take; empty: it may choose. Left to itself, 5.17 takes sdpa for scores that
+        are capped, and leaves the cap out."""
+        asked = self.recipe.model.attn_implementation
+        if asked == "auto" and caps_scores(self.checkpoint.config):
+            asked = "eager"
+        return {} if asked == "auto" else {"attn_implementation": asked}
 
     @cached_property
     def linears(self) -> tuple[dict[str, int], str]:
@@ -170,6 +177,7 @@ def plan_model(
     checkpoint = find_checkpoint(recipe, adapted=adapted or lora is not None)
     if checkpoint.quantization:
         refuse(loaded, contradictions(checkpoint.quantization, loaded))
+    refuse(loaded, attention_problems(recipe, checkpoint.config))
     dtype = plain_dtype(recipe.model, device, whole=recipe.adapter.kind == "none")
     model = without_contents(checkpoint, recipe.model, dtype=torch.float32)
     idle = require_weights(checkpoint, model, recipe)
@@ -218,6 +226,17 @@ def require_device(loaded: LoadedRecipe) -> Device:
         text = "this torch sees no CUDA device; set it to auto or cpu, or install a CUDA build of torch"
         raise RecipeError(loaded.problem("model.device", text))
     return device
+
+
+def caps_scores(config: PretrainedConfig) -> bool:
+    """Whether attention squashes its scores (Gemma 2), which torch's own does not."""
+    return getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+
+
+def attention_problems(recipe: Recipe, config: PretrainedConfig) -> Iterator[Problem]:
+    """What model.attn_implementation asks and the model cannot have."""
+    if recipe.model.attn_implementation == "sdpa" and caps_scores(config):
+        yield "model.attn_implementation", "sdpa leaves out the soft cap of this model's scores; use eager"
 
 
 def device_problems(recipe: Recipe, device: Device) -> Iterator[Problem]:

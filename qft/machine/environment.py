@@ -5,6 +5,8 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 GPUS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
@@ -79,3 +81,26 @@ def allocator_settings() -> str:
     """What the variable of the GPU's allocator says."""
     given = next((f"{name}={os.environ[name]}" for name in ALLOCATOR if name in os.environ), None)
     return given or "torch's defaults"
+
+
+DETERMINISM = ("CUDA_LAUNCH_BLOCKING", "CUBLAS_WORKSPACE_CONFIG", "ASCEND_LAUNCH_BLOCKING", "HCCL_DETERMINISTIC")
+DETERMINISM += ("FLASH_ATTENTION_DETERMINISTIC",)
+"""Variables that transformers sets for train.full_determinism."""
+
+
+@contextmanager
+def own_determinism() -> Iterator[None]:
+    """Within, train.full_determinism may change the process, which others train in afterwards."""
+    import torch
+
+    before = {name: os.environ.get(name) for name in DETERMINISM}
+    algorithms, cudnn = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn
+    flags = cudnn.deterministic, cudnn.benchmark
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(algorithms)
+        cudnn.deterministic, cudnn.benchmark = flags
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            os.environ.update({name: value} if value is not None else {})

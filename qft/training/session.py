@@ -19,6 +19,7 @@ from qft.distributed.gate import BitGate
 from qft.distributed.sharded import gathered, plugin_arguments, trained
 from qft.distributed.world import world
 from qft.errors import Interrupted, ModelError
+from qft.machine.environment import own_determinism
 from qft.machine.signals import Signals
 from qft.memory.chunked_loss import LOGITS, chunk_loss, rows_at_once
 from qft.memory.fused_loss import fuse_loss
@@ -53,7 +54,7 @@ def train_model(run: Run, recorder: Recorder, signals: Signals) -> Path:
     Raises Interrupted when a signal has come, behind its step."""
     if run.checkpoint:
         recorder.recall(run.checkpoint)
-    with recorder.meter:
+    with recorder.meter, own_determinism():
         for plan in stages_left(recorder.stages, run.checkpoint, recorder.earlier):
             recorder.take_up(plan)
             with offloading(plan.model, run.folder) as offload:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,13 @@ def test_all_weights_of_an_unquantized_model_train(recipe_file: RecipeFile, tiny
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     assert model.dtype == torch.float32
     assert {p.name: hashlib.sha256(p.read_bytes()).digest() for p in tiny_model.iterdir()} == before
+
+
+def test_determinism_ends_with_the_training_that_asked_for_it(recipe_file: RecipeFile) -> None:
+    before = dict(os.environ)
+    run(recipe_file(train={"full_determinism": True, "max_steps": 1}))
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert dict(os.environ) == before
 
 
 @pytest.mark.parametrize(

@@ -83,8 +83,10 @@ def allocator_settings() -> str:
     return given or "torch's defaults"
 
 
-DETERMINISM = ("CUDA_LAUNCH_BLOCKING", "CUBLAS_WORKSPACE_CONFIG", "ASCEND_LAUNCH_BLOCKING", "HCCL_DETERMINISTIC")
-DETERMINISM += ("FLASH_ATTENTION_DETERMINISTIC",)
+DETERMINISM = (
+    *("CUDA_LAUNCH_BLOCKING", "CUBLAS_WORKSPACE_CONFIG", "FLASH_ATTENTION_DETERMINISTIC"),
+    *("ASCEND_LAUNCH_BLOCKING", "HCCL_DETERMINISTIC"),
+)
 """Variables that transformers sets for train.full_determinism."""
 
 

@@ -23,8 +23,10 @@ IDS = torch.arange(24)[None]
 def capped(tmp_path: Path) -> Path:
     torch.manual_seed(0)
     config = tiny_llama().config.to_dict() | {"head_dim": 16, "attn_logit_softcapping": 0.1, "query_pre_attn_scalar": 1}
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")
-    names += ("num_key_value_heads", "attn_logit_softcapping", "query_pre_attn_scalar", "eos_token_id", "pad_token_id")
+    names = (
+        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim"),
+        *("num_key_value_heads", "attn_logit_softcapping", "query_pre_attn_scalar", "eos_token_id", "pad_token_id"),
+    )
     return saved(Gemma2ForCausalLM(Gemma2Config(**{name: config[name] for name in names})), tmp_path / "capped")
 
 

@@ -182,6 +182,8 @@ class Renderer:
             raise DataError(f"{where}:{error.lineno}: not a Jinja template: {error.message}") from None
         except TemplateLimit as error:  # the next row would take as long
             raise TemplateLimit(f"{self.template_file}: {error}" if self.template_file else str(error)) from None
+        except RecursionError:
+            raise BadRow("nested too deeply for the chat template") from None
         except Exception as error:  # a template is a program: it can fail with more than jinja's own errors
             raise BadRow(f"the chat template refuses the conversation: {error}") from None
 

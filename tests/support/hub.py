@@ -110,5 +110,6 @@ def ask_hub(address: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{address}/{{repo_id}}{below}")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(cache / "datasets"))
     monkeypatch.setattr("datasets.config.HF_ENDPOINT", address)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)

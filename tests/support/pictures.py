@@ -43,7 +43,10 @@ ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2
 def families() -> list[str]:
     """Those that can be made here."""
     has = importlib.util.find_spec("torchvision") is not None
-    return [family for family in EXTRA if has or family not in TORCHVISION]
+    # With transformers 5.17, Idefics 3's own cannot be had without it either, and is a placeholder that says so.
+    placeholder = "torchvision" in getattr(_by_pil("Idefics3ImageProcessor"), "_backends", ())
+    without = (*TORCHVISION, "idefics3") if placeholder else TORCHVISION
+    return [family for family in EXTRA if has or family not in without]
 
 
 def write_seeing_model(folder: Path, family: str) -> Path:

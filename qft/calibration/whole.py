@@ -171,15 +171,15 @@ def write_by_llmcompressor(job: WholeQuantizer, folder: Path) -> EngineProcess:
     source, windows = job.source.folder(), job.source.work / "windows.jsonl"
     write_text(windows, plan.data.as_jsonl())
     request = {
-        "model": str(source),
+        "model": str(source.resolve()),  # it runs elsewhere
         "dtype": plan.model.dtype,
         "trust_remote_code": plan.recipe.model.trust_remote_code,
-        "windows": str(windows),
+        "windows": str(windows.resolve()),
         "algorithm": calibrate.algorithm,
         "scheme": next(scheme for scheme in plan.schemes.values() if scheme).facts(),
         "ignore": [name for name, scheme in plan.schemes.items() if scheme is None],
         "seed": plan.seed,
-        "output": str(folder),
+        "output": str(folder.resolve()),
     }
     assert calibrate.engine_python is not None
     job.view.note(f"Quantizing the whole model by {calibrate.algorithm} of {calibrate.engine_python}")

@@ -65,9 +65,10 @@ def convert(folder: Path, model: Path, out: Path, kind: str, name: str, vocabula
     """Write the model of a folder as one file of `kind`, one of WRITABLE, by the converter in `folder`. `vocabulary`
     are the calls that tell of its tokenizer; None: the converter finds out itself. Raises ModelError with its last
     words."""
+    folder, model, out = (path.resolve() for path in (folder, model, out))  # it runs elsewhere
     with TemporaryDirectory(dir=out.parent) as work:
         report, job = Path(work) / "report.json", Path(work) / "job.json"
-        told = {"converter": str(folder.resolve()), "model": str(model), "out": str(out), "kind": kind, "name": name}
+        told = {"converter": str(folder), "model": str(model), "out": str(out), "kind": kind, "name": name}
         write_json(job, told | {"vocabulary": vocabulary, "report": str(report)})
         # Isolated: neither PYTHONPATH nor the folder of the job's file may stand in for the converter's modules.
         command = [sys.executable, "-I", str(Path(__file__).with_name("converter_job.py")), str(job)]

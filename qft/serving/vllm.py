@@ -120,6 +120,7 @@ def variables(cache_gib: str, *, on_gpu: bool) -> dict[str, str]:
 def ask(python: str, question: Question, folder: Path, *, on_gpu: bool) -> Mapping[str, Any]:
     """vLLM's answer, as vllm_job.py writes it; the job lies in `folder`. Raises Refused for a model that it does not
     load, ModelError for all else that fails."""
+    folder = folder.resolve()  # where it runs
     report = folder / "vllm.json"
     write_json(folder / "vllm_job.json", asdict(question) | {"report": str(report)})
     command = [python, "-I", str(Path(__file__).with_name("vllm_job.py")), str(folder / "vllm_job.json")]

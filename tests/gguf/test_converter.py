@@ -42,12 +42,13 @@ FOUR: dict[str, Any] = {
 
 @needs_converter
 @pytest.mark.parametrize("kind", FOUR)
-def test_its_file_holds_what_ours_does(kind: str, tmp_path: Path) -> None:
+def test_its_file_holds_what_ours_does(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     FOUR[kind]().save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
     calls = Calls()
     add_tokenizer(calls, byte_tokenizer(), 264)
-    convert(CONVERTER, tmp_path, tmp_path / "theirs.gguf", "q8_0", "x", calls.made)
+    convert(CONVERTER, Path(), Path("theirs.gguf"), "q8_0", "x", calls.made)
     write_gguf(tmp_path, tmp_path / "ours.gguf", kind="q8_0", name="x")
     ours, theirs = (gguf.GGUFReader(tmp_path / f"{whose}.gguf") for whose in ("ours", "theirs"))
     tensors = [{t.name: (t.tensor_type, t.data) for t in file.tensors} for file in (ours, theirs)]

@@ -116,9 +116,9 @@ def question_of(job: Job, folder: Path, expected: Reference, *, adapter: bool) -
     prompts = _prompts(expected)
     longest = max(map(len, (*(passage.input_ids for passage in expected.passages), *prompts)))
     return Question(
-        model=str(_base(job) if adapter else folder),
-        tokenizer=str(folder),
-        adapter=str(folder) if adapter else None,
+        model=str((_base(job) if adapter else folder).resolve()),
+        tokenizer=str(folder.resolve()),
+        adapter=str(folder.resolve()) if adapter else None,
         rank=rank_limit(rank_of(read_adapter_config(folder))) if adapter else 0,
         dtype=job.dtype,
         trust_remote_code=job.plan.recipe.model.trust_remote_code,

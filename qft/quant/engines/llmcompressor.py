@@ -30,6 +30,7 @@ def run_job(
 ) -> dict[str, Any]:
     """Do `job` (see llmcompressor_job.py, which sets `report` apart) in `folder`, and return its report. `tell` hears
     of each part of the model that is begun. Raises ModelError with the last words of what failed."""
+    folder = folder.resolve()
     report = folder / "report.json"
     write_json(folder / "job.json", {**job, "report": str(report)})
     command = [python, "-I", str(Path(__file__).with_name("llmcompressor_job.py")), str(folder / "job.json")]

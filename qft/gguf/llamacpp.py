@@ -17,8 +17,8 @@ CHUNK = 512
 """Tokens that llama.cpp reads at once."""
 CELLS = 256
 """Tokens that a context has room for beyond those that were asked for."""
-UNUSED, ADDED = 2, 1 | 8 | 16
-"""Bits of llama.cpp's enum llama_token_attr: UNUSED; UNKNOWN, CONTROL and USER_DEFINED."""
+ADDED = 1 | 8 | 16
+"""Bits of llama.cpp's enum llama_token_attr: UNKNOWN, CONTROL and USER_DEFINED."""
 
 
 class Kind(NamedTuple):
@@ -114,11 +114,6 @@ class LlamaCpp(PreTrainedModel, GenerationMixin):
         """Unknown, control and user-defined tokens that llama.cpp finds in a text, with their ids."""
         known = {self._vocabulary.get_text(i): i for i in self._ids(ADDED)}
         return {text: i for text, i in known.items() if self.tokenize(text, add_special=False) == [i]}
-
-    @property
-    def vocabulary_size(self) -> int:
-        """Tokens that stand for something; the rest of the embeddings are padding."""
-        return int(self.config.vocab_size) - len(self._ids(UNUSED))
 
     def tokenize(self, text: str, *, add_special: bool = True) -> list[int]:
         """Ids of `text`, special tokens in it recognized; `add_special`: with BOS if the file asks for it."""

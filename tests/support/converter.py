@@ -50,6 +50,7 @@ def write_gemma3(folder: Path) -> Path:
 
     torch.manual_seed(0)
     tokenizer = piece_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<unused0>"]})  # which llama.cpp takes for padding
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 6, "num_attention_heads": 2}
     sizes |= {"num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 512, "sliding_window": 64}
     ids = {"bos_token_id": 2, "eos_token_id": [1, 5], "pad_token_id": 0}

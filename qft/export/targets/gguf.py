@@ -65,13 +65,15 @@ class Gguf(Exporter):
         import gguf
 
         with quick_gguf():
-            names = {tensor.name for tensor in gguf.GGUFReader(_file(folder)).tensors}
+            file = gguf.GGUFReader(_file(folder))
+            names, kinds = {tensor.name for tensor in file.tensors}, file.fields["tokenizer.ggml.token_type"].contents()
         bos, asked = job.plan.tokenizer.bos_token_id, model.tokenize(QUESTION[0]["content"])
         ends, stops = end_tokens(generation_config(job.plan)), set(model.stops)
         return {
             "tied_embeddings": "output.weight" not in names,
             "embedding_rows": model.config.vocab_size,
-            "vocabulary_size": model.vocabulary_size,
+            # By the file: llama.cpp takes Gemma's <unused0> for padding, too.
+            "vocabulary_size": sum(kind != gguf.TokenType.UNUSED for kind in kinds),
             "added_tokens": dict(sorted(model.added_tokens.items())),
             "token_ids": [model.tokenize(text, add_special=False) for text in texts],
             "bos_count": 0 if bos is None else asked.count(bos),

@@ -96,12 +96,12 @@ def own_determinism() -> Iterator[None]:
     import torch
 
     before = {name: os.environ.get(name) for name in DETERMINISM}
-    algorithms, cudnn = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn
+    algorithms, cudnn = torch.get_deterministic_debug_mode(), torch.backends.cudnn
     flags = cudnn.deterministic, cudnn.benchmark
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(algorithms)
+        torch.set_deterministic_debug_mode(algorithms)  # which warns, too, if it did
         cudnn.deterministic, cudnn.benchmark = flags
         for name, value in before.items():
             os.environ.pop(name, None)

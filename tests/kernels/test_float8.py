@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import bitsandbytes as bnb
@@ -16,17 +15,10 @@ from qft.kernels.float8 import E4M3, largest, power_for, quantized_rows, write
 from qft.kernels.layer import Layer, Stack, layer_of
 from qft.kernels.mlp import Mlp
 from qft.kernels.project import project
-from tests.support.kernels import KINDS, adapted, everywhere, fused, gradients, largest_error
+from tests.support.kernels import KINDS, adapted, fused, gradients, largest_error
 from tests.support.models import tiny_llama
 
 DOUBLE = torch.float64
-
-
-@pytest.fixture(autouse=True)
-def on_this_machine() -> Iterator[None]:
-    with everywhere():
-        yield
-    SCRATCH.clear()
 
 
 def of_four_bits(*shape: int) -> torch.Tensor:

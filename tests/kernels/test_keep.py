@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,20 +11,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from qft.documents.plan import Kept
 from qft.kernels import keep
-from qft.kernels.buffers import SCRATCH
 from tests.support.architectures import MODELS, WIDE
-from tests.support.kernels import adapted, everywhere, fused, gradients, total_error
+from tests.support.kernels import adapted, fused, gradients, total_error
 from tests.support.models import tiny_llama
 
 IDS = torch.arange(66).view(2, 33)
 BF16 = torch.bfloat16
-
-
-@pytest.fixture(autouse=True)
-def on_this_machine() -> Iterator[None]:
-    with everywhere():
-        yield
-    SCRATCH.clear()
 
 
 class Elsewhere:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import bitsandbytes as bnb
@@ -22,18 +22,11 @@ from qft.kernels.rotary import Rotate, rotary
 from qft.memory.checkpointing import enable_checkpointing
 from tests.support.architectures import MODELS
 from tests.support.families import tiny
-from tests.support.kernels import adapted, everywhere, fused, gradients, largest_error
+from tests.support.kernels import adapted, fused, gradients, largest_error
 from tests.support.models import tiny_llama
 
 DOUBLE = torch.float64
 IDS = torch.arange(66).view(2, 33)
-
-
-@pytest.fixture(autouse=True)
-def on_this_machine() -> Iterator[None]:
-    with everywhere():
-        yield
-    SCRATCH.clear()
 
 
 def layers(*shapes: tuple[int, int], ranks: tuple[int, ...], bias: bool) -> list[Layer]:

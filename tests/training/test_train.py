@@ -62,6 +62,10 @@ def test_determinism_ends_with_the_training_that_asked_for_it(recipe_file: Recip
     run(recipe_file(train={"full_determinism": True, "max_steps": 1}))
     assert not torch.are_deterministic_algorithms_enabled()
     assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == before
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    run(recipe_file(train={"max_steps": 1}, output_dir=str(recipe_file().parent / "another")))
+    assert torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import sys
-import threading
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
@@ -33,7 +30,7 @@ from qft.views.terminal.plan import render_plan
 from tests.support.architectures import MODELS, write_model
 from tests.support.exports import options
 from tests.support.families import tiny, write_tiny
-from tests.support.forked import ended
+from tests.support.growth import growth
 from tests.support.models import tiny_llama
 from tests.support.offloads import learnt, made, same
 from tests.support.runs import MODES, adapter, run
@@ -299,52 +296,21 @@ def test_a_model_whose_blocks_share_weights_is_refused(recipe_file: RecipeFile) 
     assert "layers.0.mlp" in text
 
 
-def anonymous() -> int:
-    """Bytes of this process's own memory."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(fields["RssAnon"].split()[0]) * 1024
-
-
-def tell_growth(recipe: Path) -> None:
-    """By how much a training makes this process grow at its largest."""
-    library = ctypes.CDLL(None)
-    library.mallopt(MMAP_THRESHOLD, 2**20)
-    library.malloc_trim(0)  # nothing of what was freed before is used again, or given back
-    over, before = threading.Event(), anonymous()
-    peak = [before]
-
-    def look() -> None:
-        while not over.wait(0.005):
-            peak.append(anonymous())
-
-    thread = threading.Thread(target=look)
-    thread.start()
-    train(load(recipe), View())
-    over.set()
-    thread.join()
-    sys.stdout.write(str(max(peak) - before))
-
-
-MMAP_THRESHOLD = -3
-"""Of mallopt: M_MMAP_THRESHOLD."""
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_model_on_disk_is_never_in_memory_whole(recipe_file: RecipeFile, tmp_path: Path) -> None:
     """Its memory of its own, not what the system keeps of files: 8 blocks of 6 MB each in bfloat16."""
     base = write_model(tmp_path / "base", "llama", num_hidden_layers=8, hidden_size=512, intermediate_size=2048)
-    peaks = []
-    for memory in (None, DISK):
+    recipes = []
+    for name, memory in ("resident", None), ("disk", DISK):
         path = recipe_file(
             memory=memory,
             model={"path": str(base), "dtype": "bfloat16"},
             quant=None,
             train={"max_steps": 1, "report_to": [], "gradient_checkpointing": True, "gradient_accumulation_steps": 1},
-            output_dir=str(tmp_path / ("resident" if memory is None else "disk")),
+            output_dir=str(tmp_path / name),
         )
-        done = ended(functools.partial(tell_growth, path))
-        assert done.returncode == 0, done.stderr
-        peaks.append(int(done.stdout))
+        recipes.append(path.rename(path.with_name(f"{name}.yaml")))
+    resident, disk = growth(*recipes)
     weights = sum(path.stat().st_size for path in base.glob("*.safetensors"))
     assert weights > 100e6  # in float32
-    assert peaks[1] < peaks[0] - 0.3 * weights
+    assert disk < resident - weights / 4  # half of them, in bfloat16

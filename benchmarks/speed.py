@@ -58,7 +58,8 @@ def main() -> None:
     if options.make:
         make(Path(options.make), options)
     elif options.peer:
-        print(json.dumps(peer(*options.peer[:2], Path(options.peer[2]), options)))
+        arm, setting, folder = options.peer
+        print(json.dumps(peer(arm, setting, Path(folder), options)))
     else:
         compare(options)
 

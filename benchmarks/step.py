@@ -75,7 +75,7 @@ def micro() -> None:
         packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
         out = torch.empty(shape[0], shape[1] + 64, device="cuda", dtype=torch.bfloat16)[:, : shape[1]]
         wanted = bnb.functional.dequantize_4bit(packed, state)
-        found = {"bnb": timed(lambda p=packed, s=state: bnb.functional.dequantize_4bit(p, s))}
+        found = {"bnb": timed(functools.partial(bnb.functional.dequantize_4bit, packed, state))}
         for size in (1024, 4096):
             for warps in (2, 4):
                 if size // 2 < warps * 32 * 2 or (shape[1] < size):
@@ -84,9 +84,7 @@ def micro() -> None:
                 dequantize.dequantize_into(packed, state, out, size, warps)
                 same = torch.equal(out, wanted)
                 name = f"{size}/{warps}" + ("" if same else " WRONG")
-                found[name] = timed(
-                    lambda p=packed, s=state, o=out, n=size, w=warps: dequantize.dequantize_into(p, s, o, n, w)
-                )
+                found[name] = timed(functools.partial(dequantize.dequantize_into, packed, state, out, size, warps))
         best = dict(sorted(found.items(), key=lambda item: item[1])[:4])
         told(dequantize=shape, bnb=found["bnb"], best=best, wrong=[n for n in found if "WRONG" in n])
     both, dh = random(rows, 2 * 14336 + 64)[:, : 2 * 14336], random(rows, 14336)
@@ -180,13 +178,13 @@ def products(x: torch.Tensor) -> None:
         a, b = random(64, columns + 64)[:, :columns], random(columns, 4160)[:, 4096:]
         told(
             columns=columns,
-            x_at=timed(lambda g=g, a=a: torch.mm(g, a.t())),
-            g_b=timed(lambda g=g, b=b: torch.mm(g, b)),
-            db16=timed(lambda g=g, i=inner: torch.mm(g.t(), i[:, :16], out_dtype=torch.float32)),
-            db64=timed(lambda g=g, i=inner: torch.mm(g.t(), i, out_dtype=torch.float32)),
-            da48=timed(lambda g=g, i=inner: torch.mm(i[:, :48].t(), g, out_dtype=torch.float32)),
-            da16=timed(lambda g=g, i=inner: torch.mm(i[:, :16].t(), g, out_dtype=torch.float32)),
-            read=timed(lambda g=g: g.sum()),
+            x_at=timed(functools.partial(torch.mm, g, a.t())),
+            g_b=timed(functools.partial(torch.mm, g, b)),
+            db16=timed(functools.partial(torch.mm, g.t(), inner[:, :16], out_dtype=torch.float32)),
+            db64=timed(functools.partial(torch.mm, g.t(), inner, out_dtype=torch.float32)),
+            da48=timed(functools.partial(torch.mm, inner[:, :48].t(), g, out_dtype=torch.float32)),
+            da16=timed(functools.partial(torch.mm, inner[:, :16].t(), g, out_dtype=torch.float32)),
+            read=timed(g.sum),
         )
 
 
@@ -263,8 +261,8 @@ def step(options: argparse.Namespace) -> None:
 
     def one(ids: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cuda", dtype=torch.bfloat16):
-            loss = model(input_ids=ids, labels=ids, use_cache=False, **{COUNTS: counts}).loss
-        loss.backward()
+            loss: torch.Tensor = model(input_ids=ids, labels=ids, use_cache=False, **{COUNTS: counts}).loss
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -325,7 +323,7 @@ def profiled(run: Callable[[], Any]) -> None:
         run()
         torch.cuda.synchronize()
     events = sorted(
-        (e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA),
+        (e for e in profiler.events() if e.device_type.name == "CUDA"),
         key=lambda e: e.time_range.start,
     )
     total: dict[str, list[float]] = {}

@@ -67,17 +67,17 @@ def measured(path: Path) -> Iterator[tuple[str, list[str], list[str]]]:
 def trains_adapters(values: Mapping[str, Any]) -> bool:
     """Whether it is a supervised training of adapters."""
     if "base_model" in values:
-        others = ("rl", "reward_model", "process_reward_model")
-        return values.get("adapter") in ("lora", "qlora") and not any(values.get(name) for name in others)
+        judged = ("rl", "reward_model", "process_reward_model")
+        return values.get("adapter") in ("lora", "qlora") and not any(values.get(name) for name in judged)
     if "model_name_or_path" in values:
         lora = values.get("finetuning_type") == "lora" and values.get("stage") == "sft" and values.get("do_train")
         others = ("stage", "beta", "max_prompt_length", "reward_funcs", "num_generations")  # judged answers, rewards
         return bool(lora or (values.get("use_peft") and not any(other in values for other in others)))
     model = values.get("model")
     name = str(model.get("_component_")) if isinstance(model, dict) else ""
-    others = ("teacher_model", "ref_checkpointer", "rlhf_loss")
+    beside = ("teacher_model", "ref_checkpointer", "rlhf_loss")
     dpo = "dpo" in str(values.get("loss", "")).lower()
-    return "lora_" in name and not dpo and not any(other in values for other in others)
+    return "lora_" in name and not dpo and not any(other in values for other in beside)
 
 
 def accounted(made: Translation) -> bool:

@@ -107,12 +107,12 @@ def apply(model: nn.Module, blocks: nn.ModuleList, kinds: Collection[str], mixed
     return applied
 
 
-def expect(model: nn.Module, blocks: nn.ModuleList, kinds: Collection[str]) -> Applied:
+def expect(model: nn.Module, blocks: nn.ModuleList, kinds: Collection[str], mixed: torch.dtype | None) -> Applied:
     """What `apply` would do, if all parts agreed, to a model of tensors without contents: as far as shapes go."""
     applied = Applied(keeps=[Keep() for _ in blocks])
     if not kinds:
         return applied
-    check = Check(model, blocks, None)
+    check = Check(model, blocks, mixed)
     for kind, parts in _found(model, blocks, kinds, check.run, applied).items():
         applied.fused[kind] = len(parts)
         _put_all(parts)

@@ -50,9 +50,18 @@ def _repeated(query: torch.Tensor, *others: torch.Tensor) -> list[torch.Tensor]:
     return [x if x.shape[1] == query.shape[1] else x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in others]
 
 
-def _output(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+def _by_tokens(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """An output that lies as [rows, tokens, heads, head size]."""
     rows, heads, tokens, _ = query.shape
     return torch.empty(rows, tokens, heads, value.shape[-1], dtype=query.dtype).transpose(1, 2)
+
+
+def _as_query(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """One that lies as the queries do. What lies by heads the model copies, to lie by tokens, and both are kept."""
+    rows, heads, tokens, _ = query.shape
+    if query.stride(1) < query.stride(2):
+        return _by_tokens(query, value)
+    return torch.empty(rows, heads, tokens, value.shape[-1], dtype=query.dtype)
 
 
 def _up(count: int, multiple: int) -> int:
@@ -62,7 +71,7 @@ def _up(count: int, multiple: int) -> int:
 class _Flash(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        out = _output(query, value)
+        out = _as_query(query, value)
         sums = torch.empty(query.shape[:3], dtype=torch.float32)
         ctx.save_for_backward(query, key, value, out, sums)
         return out
@@ -91,7 +100,7 @@ class _Efficient(torch.autograd.Function):
         value: torch.Tensor,
         mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        out = _output(query, value)
+        out = _by_tokens(query, value)
         rows, heads, tokens, _ = query.shape
         sums = torch.empty(rows, heads, _up(tokens, EFFICIENT_ROWS), dtype=torch.float32)
         ctx.save_for_backward(query, key, value, out, sums, *([] if mask is None else [mask]))

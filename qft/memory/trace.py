@@ -228,7 +228,7 @@ def _run(model: nn.Module, blocks: nn.ModuleList, ledger: Ledger, work: Work, st
     """The second step of a training, when the optimizer has its state, and an evaluation."""
     slots = _fill(model, blocks, ledger, work)
     ledger.part = PROBE
-    applied = expect(model, blocks, work.kernels)
+    applied = expect(model, blocks, work.kernels, work.mixed)
     keep(applied.keeps, [step.kept] * len(blocks), Stash(torch.device("cpu")) if work.stashes else None)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     ledger.label = "gradients"

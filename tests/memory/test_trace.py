@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from qft.checkpoint.skeleton import find_blocks
+from qft.kernels import LINEAR
 from qft.machine.device import absent_gpu
 from qft.memory.ledger import Ledger, Peak
 from qft.memory.predict import Source, predictor
@@ -202,6 +203,20 @@ def test_where_numbers_are_in_the_way_shapes_are_followed(monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.nn.functional, "silu", silu)
     found = few_of("llama", work(), AGAIN)
     assert found.keys() == expected.keys()
+
+
+def test_layers_that_are_given_float32_are_fused_where_there_is_autocast() -> None:
+    """Layer norms make float32 then; q, k and v, which are given the same, keep one copy of it in 16 bits."""
+    copy = BATCH.rows * BATCH.tokens * COMMON["hidden_size"] * torch.bfloat16.itemsize
+
+    def block(kernels: tuple[str, ...]) -> int:
+        asked = work("4bit", on_gpu=True, mixed=torch.bfloat16, kernels=kernels)
+        scheme = SCHEMES["4bit"](QuantSection.model_validate({"mode": "4bit"}), "bfloat16", ("lm_head",))
+        asked = dataclasses.replace(asked, scheme=scheme)
+        two, three = (of("phi", asked, ONCE, layers)["forward"].parts["activations"] for layers in (2, 3))
+        return three - two
+
+    assert block(()) - block((LINEAR,)) >= 2 * copy
 
 
 def test_optimizers_keep_what_they_keep() -> None:

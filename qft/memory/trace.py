@@ -32,7 +32,7 @@ from qft.memory.ledger import Ledger
 from qft.memory.offload import SLOTS
 from qft.memory.repeated import Pattern, pattern
 from qft.memory.softmax import gradient_in_place
-from qft.memory.stand_in import OnGpu, fill, gradient_on_gpu, hold, peft_sees_autocast, set_attention
+from qft.memory.stand_in import NoLayerDropped, OnGpu, fill, gradient_on_gpu, hold, peft_sees_autocast, set_attention
 from qft.memory.stash import Stash, stash_inputs
 from qft.memory.unmasked import one_row_each
 from qft.memory.work import IMAGES, MIDDLE, UPDATE, Batch, Ends, Step, Traced, Work
@@ -129,6 +129,7 @@ def traced(
             entered.enter_context(Known())  # type: ignore[no-untyped-call]
         entered.enter_context(ledger)
         entered.enter_context(one_row_each())
+        entered.enter_context(NoLayerDropped())
         if gpu:
             entered.enter_context(gpu)
             entered.enter_context(peft_sees_autocast(work.mixed is not None))

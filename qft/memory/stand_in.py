@@ -126,9 +126,10 @@ def set_attention(model: PreTrainedModel, asked: str, *, padded: bool) -> None:
 
 
 def _mask_of_full_rows(*args: Any, **kwargs: Any) -> Any:
-    """None where a kernel's own causal order will do, else torch's mask: of a window that is shorter than the rows."""
+    """None where a kernel's own causal order will do, else torch's mask: of a window that is shorter than the rows, or
+    where the model computes with it."""
     window, length = kwargs.get("local_size"), kwargs.get("kv_length", 0)
-    if window is None or length < window:
+    if kwargs.get("allow_is_causal_skip", True) and (window is None or length < window):
         return None
     return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](*args, **kwargs | {"allow_is_causal_skip": False})
 

@@ -193,7 +193,7 @@ def _watch(blocks: nn.ModuleList, found: Pattern, ledger: Ledger) -> None:
             ledger.part = part
 
         def note(_: nn.Module, __: Any, out: Any) -> None:
-            hidden = out[0] if isinstance(out, tuple) else out
+            hidden = out[0] if isinstance(out, tuple | list) else out
             if ledger.part == "forward" and hidden.requires_grad:
                 hidden.register_hook(pass_on)
 

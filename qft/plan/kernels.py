@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 import torch
 
+from qft.checkpoint.skeleton import find_blocks
+from qft.errors import ModelError
 from qft.kernels import FLOAT8, LINEAR, MLP, NORM, ROTARY
-from qft.machine.device import Device
 from qft.plan.model import ModelPlan
 from qft.recipe import Recipe
 from qft.recipe.section import Problem
@@ -19,7 +20,7 @@ HOPPER = (9, 0)
 
 def planned_kernels(model: ModelPlan, *, mixed: bool, sharded: bool = False) -> dict[str, str | None]:
     """Of each kind of part, why its own code computes it; None: kernels do, if they agree with that on the model."""
-    everywhere = "weights are sharded (fsdp2)" if sharded else _nowhere(model.recipe, model.device)
+    everywhere = "weights are sharded (fsdp2)" if sharded else _nowhere(model)
     products = everywhere or _no_products(model, mixed=mixed)
     planned = {MLP: products, LINEAR: products, NORM: everywhere, ROTARY: everywhere}
     asked = model.recipe.train.matmul == "fp8"
@@ -37,8 +38,9 @@ def kernel_problems(recipe: Recipe, planned: dict[str, str | None]) -> Iterator[
             yield "train.kernels", f"{kinds} cannot be fused: {reason}; set it to auto"
 
 
-def _nowhere(recipe: Recipe, device: Device) -> str | None:
+def _nowhere(model: ModelPlan) -> str | None:
     """Why no part is."""
+    recipe, device = model.recipe, model.device
     if recipe.train.kernels == "plain":
         return "train.kernels is plain"
     if device.kind != "cuda":
@@ -47,6 +49,10 @@ def _nowhere(recipe: Recipe, device: Device) -> str | None:
         return "Triton is not installed (pip install triton)"
     if recipe.train.torch_compile:
         return "train.torch_compile makes kernels of its own"
+    try:
+        find_blocks(model.skeleton, model.shape.layers)
+    except ModelError as error:
+        return str(error)
     return None
 
 

@@ -164,8 +164,8 @@ class Forecast:
     def _may_keep(self) -> list[Kept]:
         """What blocks may, the least first."""
         again = self.model.recipe.train.gradient_checkpointing
-        if isinstance(again, bool):
-            return ["inputs" if again else "all"]
+        if isinstance(again, bool) or not self.model.recomputes:
+            return ["inputs" if again is True else "all"]
         # Outputs of norms, gate and up are made again by kernels alone.
         if not {NORM, LINEAR} <= {*self.kernels}:
             return ["inputs", "all"]
@@ -251,7 +251,11 @@ def stashes(model: ModelPlan) -> bool:
 
 
 def checkpoint_problems(model: ModelPlan) -> Iterator[Problem]:
-    """What of memory.checkpoints cannot be."""
+    """What of train.gradient_checkpointing and memory.checkpoints cannot be."""
+    asked = model.recipe.train.gradient_checkpointing
+    if asked not in (False, "auto") and not model.recomputes:
+        name = model.shape.architecture
+        yield "train.gradient_checkpointing", f"{name} cannot compute its blocks again; set it to false"
     if model.recipe.memory.checkpoints == "host" and model.device.kind == "cpu":
         yield "memory.checkpoints", "the model runs on the CPU, in whose memory they are anyway; set it to auto"
 

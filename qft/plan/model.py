@@ -80,6 +80,11 @@ class ModelPlan:
         """The model without contents, made once: to be looked at, and never changed."""
         return without_contents(self.checkpoint, self.recipe.model)
 
+    @property
+    def recomputes(self) -> bool:
+        """Whether transformers can compute its blocks again for the backward pass (gradient checkpointing)."""
+        return bool(self.skeleton.supports_gradient_checkpointing)
+
     def by(self, loaded: LoadedRecipe) -> "ModelPlan":
         """The same by a recipe whose model section is the same, and with the same skeleton."""
         made = replace(self, loaded=loaded)

@@ -14,6 +14,7 @@ from qft.machine.device import absent_gpu
 from qft.plan import Plan, make_plan
 from qft.recipe import load
 from tests.support.cli import qft
+from tests.support.tiny import write_tiny_model
 
 PRODUCTS, OTHERS = ("MLPs", "linear layers"), ("norms", "rotary positions")
 
@@ -105,3 +106,29 @@ def test_float8_on_a_cpu_is_refused_with_the_line(recipe_file: Callable[..., Pat
     assert "train.matmul: fp8 is not to be had: the kernels are for a GPU; set it to 16bit" in " ".join(
         done.output.split()
     )
+
+
+@pytest.mark.parametrize("kind", ["qwen3_next", "deepseek_v32", "openai-gpt"])
+def test_what_a_model_takes_on_a_gpu_is_known(kind: str, recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    """Of norms with a gate beside their input, attention that computes with its mask, blocks that return a list."""
+    base = write_tiny_model(tmp_path / "base", kind)
+    plan = planned(recipe_file(model={"path": str(base), "device": ...}, quant={"allow_partial": True}))
+    assert plan.memory.unknown is None
+    assert plan.kernels["norms"] is None
+
+
+def test_a_model_without_a_stack_of_blocks_keeps_its_own_code(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    base = write_tiny_model(tmp_path / "base", "hrm_text")
+    kernels = planned(recipe_file(model={"path": str(base), "device": ...}, quant={"allow_partial": True})).kernels
+    assert all("has no list of" in (reason or "") for reason in kernels.values())
+
+
+def test_a_model_that_cannot_compute_its_blocks_again_keeps_all(
+    recipe_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = {"path": str(write_tiny_model(tmp_path / "base", "ctrl")), "device": ...}
+    for asked in (True, "1GiB"):
+        with pytest.raises(RecipeError, match=r"recipe.yaml:\d+: train.gradient_checkpointing: .*; set it to false"):
+            planned(recipe_file(model=model, train={"gradient_checkpointing": asked}))
+    [way] = planned(recipe_file(model=model, train={"gradient_checkpointing": "auto"})).ways
+    assert not way.recomputed

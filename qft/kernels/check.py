@@ -123,7 +123,7 @@ class Check:
             trained = {name: p for name, p in block.named_parameters() if p.requires_grad}
             with torch.enable_grad(), self._autocast():
                 out = block(hidden, *args[1:], **kwargs)
-                out = out[0] if isinstance(out, tuple) else out
+                out = out[0] if isinstance(out, tuple | list) else out
                 weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
                 total = (out * weights).float().sum()
             names = ("its input", *trained)

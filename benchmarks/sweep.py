@@ -110,7 +110,8 @@ def outcome(found: Swept) -> str:
         "DIFFERS": ", ".join(found.differences[:6]) if found.differences else None,
         "not merged": found.unmerged,
     }
-    return next((f"{name}: {text}" for name, text in told.items() if text), "handed over")
+    unforeseen = f"; memory on a GPU: {found.unforeseen}" if found.unforeseen else ""
+    return next((f"{name}: {text}" for name, text in told.items() if text), f"handed over{unforeseen}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ from tests.support.tiny import tiny_model, write_tiny_model
 
 def sound(kind: str, folder: Path) -> Swept:
     found = swept(kind, folder, made=True)
-    assert (found.made, found.refused, found.unmerged, found.failed, found.differences) == (None, None, None, None, [])
+    said = (found.made, found.refused, found.unmerged, found.unforeseen, found.failed, found.differences)
+    assert said == (None, None, None, None, None, [])
     return found
 
 

@@ -17,12 +17,15 @@ from qft.commands.train import train
 from qft.documents.plan import PlanDocument
 from qft.errors import QftError
 from qft.export import ExportOptions, export
+from qft.machine.device import absent_gpu
+from qft.plan import make_plan
 from qft.progress import View
 from qft.recipe import load
 from tests.support.rows import chat, write_jsonl
 from tests.support.tiny import tiny_model, write_tiny_model
 
 STEPS = 4
+ON_GPU = ("model.device=auto", "model.dtype=bfloat16", "quant.compute_dtype=bfloat16")
 HELD = {"preset": "finetune", "compute_dtype": "float32"}
 
 
@@ -42,6 +45,8 @@ class Swept:
     """By `qft check`, before the training; None: it was trained."""
     unmerged: str | None = None
     """Why `qft check` says that it cannot be merged; None: it was."""
+    unforeseen: str | None = None
+    """Why what its training would take on a GPU is not known beforehand; None: it is."""
     failed: str | None = None
     """What should not be: an error after the check, or one that is no message."""
     differences: list[str] = field(default_factory=list)
@@ -97,6 +102,7 @@ def _handed_over(found: Swept, folder: Path, base: Path) -> None:
             return
     found.architecture, found.share = plan.model.architecture, plan.quantization.quantized_share
     found.unmerged = plan.exports["merged"]
+    found.unforeseen = make_plan(load(recipe, ON_GPU), absent_gpu(2**34)).memory.unknown
     train(load(recipe), View())
     if found.unmerged is None:
         document = export(folder / "run", ExportOptions(to=("merged",)), View())[0]

@@ -26,7 +26,7 @@ from qft.run.checkpoint import HASHES, STATE
 from qft.views.terminal.training import render
 from tests.support.once import once
 from tests.support.rows import chat, write_jsonl
-from tests.support.runs import HARD, adapter, run
+from tests.support.runs import HARD, Leaves, adapter, run
 
 RecipeFile = Callable[..., Path]
 
@@ -63,17 +63,6 @@ class Cut(View):
             raise KeyboardInterrupt
 
 
-class Leaves(View):
-    """Copies the run folder at each of some steps, before that step's checkpoint: as a kill leaves it there."""
-
-    def __init__(self, run: Path, **copies: int) -> None:
-        self.run, self.copies = run, {step: run.with_name(name) for name, step in copies.items()}
-
-    def step(self, step: Step) -> None:
-        if step.step in self.copies:
-            shutil.copytree(self.run, self.copies[step.step])
-
-
 @pytest.fixture(scope="session")
 def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file of seven rows of many lengths, at one path for all tests."""
@@ -105,14 +94,14 @@ def whole(recipe: RecipeFile, tmp_path_factory: pytest.TempPathFactory) -> Repor
 
     def make(folder: Path) -> None:
         path = recipe("whole", train=MIDST, output_dir=str(folder / "run"))
-        train(load(path), Leaves(folder / "run", killed5=5, killed7=7))
+        train(load(path), Leaves(folder / "run", {5: "killed5", 7: "killed7"}))
 
     return read_report(once(tmp_path_factory, "unbroken", make) / "run")
 
 
 @pytest.fixture
 def killed(whole: Report, recipe: RecipeFile, tmp_path: Path) -> Callable[[int], Path]:
-    """The recipe of a run that was killed in step 5, behind the checkpoint of step 3, or in step 7, behind that of 6."""
+    """The recipe of a run that was killed in step 5, behind checkpoint 3, or in step 7, behind checkpoint 6."""
 
     def copied(step: int) -> Path:
         shutil.copytree(Path(whole.run).with_name(f"killed{step}"), tmp_path / "part")
@@ -179,7 +168,7 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_that_was_killed_comes_to_the_same(case: str, recipe: RecipeFile, uneven: Path, tmp_path: Path) -> None:
     shutil.copy(uneven, tmp_path)
-    whole = train(load(recipe("whole", **CASES[case])), Leaves(tmp_path / "whole", part=7))
+    whole = train(load(recipe("whole", **CASES[case])), Leaves(tmp_path / "whole", {7: "part"}))
     assert_same(whole, run(recipe("part", **CASES[case]), resume=True))
 
 
@@ -221,9 +210,9 @@ def test_hyperparameters_are_those_that_are_asked_now(schedule: str, recipe: Rec
 def test_more_epochs_are_a_longer_schedule(recipe: RecipeFile) -> None:
     once = {"max_steps": ..., "num_train_epochs": 1.0, "save_strategy": "epoch"}
     first = run(recipe(train=once))
-    longer = once | {"num_train_epochs": 3.0}
+    longer = once | {"num_train_epochs": 2.0}
     resumed = run(recipe(train=longer), resume=True)
-    assert (first.steps, resumed.steps, resumed.resumed_from) == (EPOCH, 3 * EPOCH, [EPOCH])
+    assert (first.steps, resumed.steps, resumed.resumed_from) == (EPOCH, 2 * EPOCH, [EPOCH])
     assert rates(resumed)[EPOCH:] == rates(run(recipe("whole", train=longer)))[EPOCH:]
 
 
@@ -292,11 +281,11 @@ def test_how_often_to_save_and_evaluate_may_change(recipe: RecipeFile, tmp_path:
 def hopeless(recipe: RecipeFile, tmp_path: Path) -> RecipeFile:
     """The recipe of a run that soon learns what makes the held-out answer less likely."""
     data = {name: str(tmp_path / f"{name}.jsonl") for name in ("train", "eval")}
-    write_jsonl(tmp_path / "train.jsonl", [chat("say", "a" * 30)] * 16)
-    write_jsonl(tmp_path / "eval.jsonl", [chat("say", "b" * 30)] * 4)
+    write_jsonl(tmp_path / "train.jsonl", [chat("say", "a" * 30)] * 4)
+    write_jsonl(tmp_path / "eval.jsonl", [chat("say", "b" * 30)])
 
     def write(folder: str = "part", output_dir: str | None = None, **more: Any) -> Path:
-        train = HARD | EACH | BEST | {"learning_rate": 0.1, "max_steps": 20} | more
+        train = HARD | EACH | BEST | {"learning_rate": 0.1, "max_steps": 20, "per_device_train_batch_size": 2} | more
         return recipe(folder, data=data, train=train, **{"output_dir": output_dir} if output_dir else {})
 
     return write

@@ -269,8 +269,8 @@ def test_a_kill_anywhere_behind_the_last_step_is_finished(
     while killed(count, path, resume=count > 1 or kills[1] > 0):
         finished = newest_whole(last.parent)[0] == last
         kills[finished] += 1
-        # In the checkpoint each sixth change, and behind it each third from the first.
-        count = (1 if kills[1] == 1 else count + 3) if finished else count + 6
+        # In the checkpoint each eighth change, and behind it each fourth from the first.
+        count = (1 if kills[1] == 1 else count + 4) if finished else count + 8
     assert kills[0] > 2
     assert kills[1] > 5
     assert json.loads((tmp_path / "part" / "manifest.json").read_text())["status"] == "complete"

@@ -30,13 +30,19 @@ HARDER = {"max_steps": 15, "per_device_train_batch_size": 4, "gradient_accumulat
 
 
 class Leaves(View):
-    """Copies the run folder at each of some steps, before that step's checkpoint: as a kill leaves it there."""
+    """Copies the run folder at some steps, before their checkpoints, or notes: as a kill leaves it there."""
 
-    def __init__(self, folder: Path, copies: dict[int, str]) -> None:
+    def __init__(self, folder: Path, copies: dict[int | str, str]) -> None:
         self.folder, self.copies = folder, copies
 
     def step(self, step: Step) -> None:
-        if name := self.copies.get(step.step):
+        self._copy([name for at, name in self.copies.items() if at == step.step])
+
+    def note(self, text: str) -> None:
+        self._copy([name for at, name in self.copies.items() if isinstance(at, str) and at in text])
+
+    def _copy(self, names: list[str]) -> None:
+        for name in names:
             shutil.copytree(self.folder, self.folder.with_name(name))
 
 

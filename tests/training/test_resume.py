@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,10 +107,6 @@ def killed(whole: Report, recipe: RecipeFile, tmp_path: Path) -> Callable[[int],
         return recipe(train=MIDST)
 
     return copied
-
-
-def run_into(recipe: RecipeFile, folder: Path, **asked: Any) -> None:
-    run(recipe("whole", output_dir=str(folder / "run"), **asked))
 
 
 def cut(path: Path, step: int = 7) -> None:
@@ -278,11 +273,14 @@ def test_how_often_to_save_and_evaluate_may_change(recipe: RecipeFile, tmp_path:
 
 
 @pytest.fixture
-def hopeless(recipe: RecipeFile, tmp_path: Path) -> RecipeFile:
+def hopeless(recipe: RecipeFile, tmp_path_factory: pytest.TempPathFactory) -> RecipeFile:
     """The recipe of a run that soon learns what makes the held-out answer less likely."""
-    data = {name: str(tmp_path / f"{name}.jsonl") for name in ("train", "eval")}
-    write_jsonl(tmp_path / "train.jsonl", [chat("say", "a" * 30)] * 4)
-    write_jsonl(tmp_path / "eval.jsonl", [chat("say", "b" * 30)])
+
+    def make(folder: Path) -> None:
+        write_jsonl(folder / "train.jsonl", [chat("say", "a" * 30)] * 4)
+        write_jsonl(folder / "eval.jsonl", [chat("say", "b" * 30)])
+
+    data = {name: str(once(tmp_path_factory, "hopeless", make) / f"{name}.jsonl") for name in ("train", "eval")}
 
     def write(folder: str = "part", output_dir: str | None = None, **more: Any) -> Path:
         train = HARD | EACH | BEST | {"learning_rate": 0.1, "max_steps": 20, "per_device_train_batch_size": 2} | more
@@ -293,8 +291,11 @@ def hopeless(recipe: RecipeFile, tmp_path: Path) -> RecipeFile:
 
 @pytest.fixture
 def stopped(hopeless: RecipeFile, tmp_path_factory: pytest.TempPathFactory) -> Report:
-    """What comes of it where nothing cuts it off."""
-    make = partial(run_into, hopeless)
+    """What comes of it where nothing cuts it off; beside it what a kill behind its last step would have left."""
+
+    def make(folder: Path) -> None:
+        train(load(hopeless("whole", str(folder / "run"))), Leaves(folder / "run", {"after training": "killed"}))
+
     return read_report(once(tmp_path_factory, "stopped", make) / "run")
 
 
@@ -331,18 +332,14 @@ def test_a_run_that_fell_after_its_last_step_is_finished(
     stops_early: bool, stopped: Report, hopeless: RecipeFile, tmp_path: Path
 ) -> None:
     changes = {} if stops_early else {"max_steps": 3, "early_stopping_patience": ...}
-    whole = stopped if stops_early else run(hopeless("whole", **changes))
-    path = hopeless(**changes)
-
-    class Fall(View):
-        def note(self, text: str) -> None:
-            if "after training" in text:
-                raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(load(path), Fall())
+    if stops_early:
+        whole = stopped
+        shutil.copytree(Path(whole.run).with_name("killed"), tmp_path / "part")
+    else:
+        leaves = Leaves(tmp_path / "whole", {"after training": "part"})
+        whole = train(load(hopeless("whole", **changes)), leaves)
     shutil.rmtree(tmp_path / "part" / "adapter")
-    assert_same(whole, run(path, resume=True))
+    assert_same(whole, run(hopeless(**changes), resume=True))
 
 
 def test_fewer_steps_than_were_made_are_refused(killed: Callable[[int], Path], recipe: RecipeFile) -> None:

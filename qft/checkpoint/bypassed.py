@@ -77,8 +77,8 @@ def deep_linears(model: PreTrainedModel) -> list[str]:
 
 
 def _looked(model: PreTrainedModel) -> tuple[list[str], list[str]]:
-    config, names = model.config, tuple(name for name, _ in model.named_modules())
-    key = (type(model), config.to_json_string(), config._attn_implementation, config._experts_implementation, names)
+    config, modules = model.config, tuple((name, type(module)) for name, module in model.named_modules())
+    key = (config.to_json_string(), config._attn_implementation, config._experts_implementation, modules)
     if key not in _KNOWN:
         _KNOWN[key] = _look(model)
     return _KNOWN[key]

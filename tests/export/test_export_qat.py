@@ -57,9 +57,7 @@ def exported(run: Path, target: str) -> tuple[ExportDocument, dict[str, Any]]:
     return document, {check.name: check for check in document.gate.checks}
 
 
-@pytest.mark.parametrize(
-    ("target", "kind"), [*(OTHERS | {name: OTHERS.get(name, "lora") for name in TARGETS}).items(), ("nf4", "none")]
-)
+@pytest.mark.parametrize(("target", "kind"), [*((name, OTHERS.get(name, "lora")) for name in TARGETS), ("nf4", "none")])
 def test_what_is_written_is_what_was_trained(target: str, kind: str, tmp_path: Path) -> None:
     if TARGETS[target].layer is None:
         pytest.importorskip("cyllama", reason="needs llama.cpp (pip install 'qft[llamacpp]')")

@@ -155,7 +155,12 @@ def recipe_file(tmp_path: Path, tiny_model: Path, chat_file: Path) -> Callable[.
             "quant": {"preset": "finetune"},
             "adapter": {"r": 4},
             "data": {"train": str(chat_file), "max_length": 128},
-            "train": {"max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+            "train": {
+                "max_steps": 2,
+                "per_device_train_batch_size": 2,
+                "gradient_accumulation_steps": 2,
+                "report_to": [],
+            },
             "output_dir": str(tmp_path / "run"),
         }
         for section, value in sections.items():

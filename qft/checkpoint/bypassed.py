@@ -5,7 +5,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -19,8 +18,8 @@ NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 TOKENS = 4
 ANSWERS = {"__bool__": True, "item": 1, "__int__": 1, "__index__": 1, "__float__": 1.0, "__contains__": False}
 """What a tensor without contents says of its only element: that nothing is padding, say."""
-_KNOWN: WeakKeyDictionary[PreTrainedModel, tuple[list[str], list[str]]] = WeakKeyDictionary()
-"""A plan asks more than once."""
+_KNOWN: dict[Any, tuple[list[str], list[str]]] = {}
+"""By what says how a model computes: a plan asks more than once, and a command makes more than one plan."""
 
 
 class _Readers(TorchFunctionMode):
@@ -78,9 +77,11 @@ def deep_linears(model: PreTrainedModel) -> list[str]:
 
 
 def _looked(model: PreTrainedModel) -> tuple[list[str], list[str]]:
-    if model not in _KNOWN:
-        _KNOWN[model] = _look(model)
-    return _KNOWN[model]
+    config, modules = model.config, tuple((name, type(module)) for name, module in model.named_modules())
+    key = (config.to_json_string(), config._attn_implementation, config._experts_implementation, modules)
+    if key not in _KNOWN:
+        _KNOWN[key] = _look(model)
+    return _KNOWN[key]
 
 
 def _look(model: PreTrainedModel) -> tuple[list[str], list[str]]:

@@ -8,7 +8,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from multiprocessing.connection import Client, Connection, Listener, wait
+from multiprocessing.connection import Client, Connection, Listener, Pipe, wait
 from typing import Any
 
 from qft.errors import RunError
@@ -21,16 +21,16 @@ GRACE = 10.0
 def watched(rank: int, size: int, tell: Callable[[Any], Any]) -> Iterator[None]:
     """Within it the first process watches all others, and each of them the first: that one has ended ends this one,
     whatever it waits for. `tell` gives what the first process has."""
-    peers, left = _peers(rank, size, tell), threading.Event()
+    peers, (left, leaves) = _peers(rank, size, tell), Pipe(duplex=False)
     watching = threading.Thread(target=_watch, args=(rank, peers, left), daemon=True)
     watching.start()
     try:
         yield
     finally:
-        left.set()
+        leaves.send_bytes(b"left")  # not closed alone: processes that were forked meanwhile hold it too
         watching.join()
-        for peer in peers:
-            peer.close()
+        for each in (*peers, left, leaves):
+            each.close()
 
 
 def _peers(rank: int, size: int, tell: Callable[[Any], Any]) -> dict[Connection, int]:
@@ -61,11 +61,9 @@ def _said(peer: Connection) -> list[str]:
         return []
 
 
-def _watch(rank: int, peers: Mapping[Connection, int], left: threading.Event) -> None:
-    while not left.is_set():
-        for ended in wait([*peers], timeout=0.5):
-            if not left.wait(GRACE):
-                text = f"rank {peers[ended]} has ended; --resume goes on from the newest checkpoint"  # type: ignore[index]
-                os.write(2, f"error: rank {rank}: {text}\n".encode())
-                os._exit(RunError.exit_code)
-            return
+def _watch(rank: int, peers: Mapping[Connection, int], left: Connection) -> None:
+    ended = wait([left, *peers])
+    if left not in ended and not left.poll(GRACE):
+        text = f"rank {peers[ended[0]]} has ended; --resume goes on from the newest checkpoint"  # type: ignore[index]
+        os.write(2, f"error: rank {rank}: {text}\n".encode())
+        os._exit(RunError.exit_code)

@@ -104,7 +104,8 @@ def holder(container: Any) -> str:
 
 def _objects() -> list[Any]:
     objects = gc.get_objects()
-    if gc.get_freeze_count():  # what was there before gc.freeze() is not among them: add at least what has a name
+    # What was there before gc.freeze() is not among them (to count it takes a walk through it): add what has a name.
+    if not any(each is sys.modules for each in objects):
         objects += [value for _, _, value in _globals() if type(value) in CONTAINERS]
     return objects
 

@@ -20,12 +20,12 @@ from tests.support.rows import chat, write_jsonl
 RecipeFile = Callable[..., Path]
 
 
-@pytest.mark.parametrize("on_too_long", ["stop", "truncate", "skip"])
+@pytest.mark.parametrize("on_too_long", ["truncate", "skip"])
 def test_what_is_trained_and_calibrated_on_the_same_rows_is_encoded_once(
     recipe_file: RecipeFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_too_long: str
 ) -> None:
     rows = write_jsonl(tmp_path / "many.jsonl", [chat(f"say {i}", f"it is {i}" * (i % 9)) for i in range(1, 60)])
-    policy = {"on_too_long": on_too_long, "max_length": 512 if on_too_long == "stop" else 60}
+    policy = {"on_too_long": on_too_long, "max_length": 60}
     data = {"train": str(rows), "eval_fraction": 0.1, "on_bad_row": "skip", **policy}
     calibrate = {"preset": "w8a8-static", "samples": 4, "max_length": 64}
     loaded = load(recipe_file(quant=None, data=data, calibrate=calibrate))

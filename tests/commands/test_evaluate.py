@@ -40,7 +40,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Pa
     """A finished nf4 run of the tiny model with held-out rows."""
     folder = tmp_path_factory.mktemp("evaluated")
     write_jsonl(folder / "train.jsonl", [chat(f"say {i}", f"it is {i}") for i in range(16)])
-    write_jsonl(folder / "held.jsonl", [chat(f"say {i}", f"it is {i}") for i in range(20, 32)])
+    write_jsonl(folder / "held.jsonl", [chat(f"say {i}", f"it is {i}") for i in range(20, 26)])
     (folder / "recipe.yaml").write_text(
         json.dumps(
             {
@@ -48,7 +48,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Pa
                 "quant": {"preset": "finetune"},
                 "data": {"train": "train.jsonl", "eval": "held.jsonl", "max_length": 128},
                 "train": HARD | {"report_to": []},
-                "eval": {"metrics": ["exact_match", "rouge_l"], "max_new_tokens": 8, "batch_size": 6},
+                "eval": {"metrics": ["exact_match", "rouge_l"], "max_new_tokens": 8, "batch_size": 4},
                 "output_dir": "run",
             }
         )
@@ -244,7 +244,7 @@ def test_a_run_is_evaluated_alike_once_its_data_has_moved(run_folder: Path, tmp_
         document = measured(*names, reference=names[0], out=tmp_path / "out")
         answers = {path.name: path.read_text() for path in (tmp_path / "out" / "answers").iterdir()}
         assert document.data == [str(run_folder.parent / name) for name in ("train.jsonl", "held.jsonl")]
-        assert "held.jsonl:12" in "".join(answers.values())
+        assert "held.jsonl:6" in "".join(answers.values())
         return [target.model_dump(exclude=costs) for target in document.targets], answers
 
     (folder / "rows.jsonl").rename(tmp_path / "rows.jsonl")

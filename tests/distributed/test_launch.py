@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import yaml
@@ -22,7 +23,9 @@ if rank == "1" and again == "0":
 
 
 def run(folder: Path, how: str, restarts: int) -> tuple[tuple[int, int], set[str]]:
-    ended = launch([sys.executable, "-S", "-c", CODE, str(folder), how], 2, restarts)
+    # In a thread, whose stack is short: torch walks through all of it, again and again.
+    with ThreadPoolExecutor() as pool:
+        ended = pool.submit(launch, [sys.executable, "-S", "-c", CODE, str(folder), how], 2, restarts).result()
     return ended, {path.name for path in folder.iterdir()}
 
 

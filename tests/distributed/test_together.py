@@ -21,7 +21,7 @@ from tests.support.runs import adapter, run
 from tests.support.together import at_step, together
 
 RecipeFile = Callable[..., Path]
-STEPS, MICRO, PASSES, ROWS = 6, 3, 4, 37
+STEPS, MICRO, PASSES, ROWS = 6, 2, 4, 26
 """Two epochs, and a part: rows divide neither by a micro-batch nor by an update."""
 
 

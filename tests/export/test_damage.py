@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -251,17 +251,36 @@ BASE_CHANGES: dict[str, Callable[[Path], object]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def on_own_base(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run, and of the base that it alone has; a test that changes them sets them back."""
+    folder = tmp_path_factory.mktemp("on-own-base")
+    shutil.copytree(tiny_model, folder / "base")
+    trained(folder, folder / "base", adapter={"r": 2, "target_modules": ["q_proj"]}, train={"max_steps": 1})
+    return folder
+
+
+@pytest.fixture
+def changeable(on_own_base: Path, tmp_path: Path) -> Iterator[Path]:
+    """That base."""
+    base, kept = on_own_base / "base", shutil.copytree(on_own_base / "base", tmp_path / "kept")
+    yield base
+    shutil.rmtree(base)
+    shutil.copytree(kept, base)
+
+
 @pytest.mark.parametrize("name", BASE_CHANGES)
-def test_a_base_that_changed_since_is_told_by_its_file(name: str, run: Path, tiny_model: Path, tmp_path: Path) -> None:
-    base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
-    made = trained(tmp_path, base, adapter={"r": 2, "target_modules": ["q_proj"]}, train={"max_steps": 1})
+def test_a_base_that_changed_since_is_told_by_its_file(
+    name: str, changeable: Path, on_own_base: Path, tmp_path: Path
+) -> None:
+    base, made = changeable, Path(shutil.copytree(on_own_base / "run", tmp_path / "run"))
     assert qft("report", "--verify", made).exit_code == 0
     BASE_CHANGES[name](base / name)
     ran = qft("report", "--verify", made)
     assert ran.exit_code == 4
     assert f"{base / name}: " in ran.stderr
     config = {"model": {"path": str(made), "device": "cpu"}, "calibrate": {"engine": "rtn", "bits": 8}}
-    config |= {"data": {"train": str(tmp_path / "rows.jsonl")}, "output_dir": str(tmp_path / "calibrated")}
+    config |= {"data": {"train": str(on_own_base / "rows.jsonl")}, "output_dir": str(tmp_path / "calibrated")}
     (tmp_path / "calibrate.yaml").write_text(yaml.safe_dump(config))
     commands = [("eval", made), ("export", made, "--to", "merged", "--no-gate"), ("chat", made, "--prompt", "a")]
     for command in (*commands, ("calibrate", tmp_path / "calibrate.yaml")):

@@ -143,14 +143,15 @@ def unrounded_merge(job: Job, folder: Path) -> Any:
 
 NF4 = {"mode": "4bit"}
 KINDS: dict[str, dict[str, Any]] = {
-    "nf4": {},
-    "fp4 without double quantization": {"quant": {"mode": "4bit", "quant_type": "fp4", "double_quant": False}},
-    "rslora": {"adapter": {"r": 4, "use_rslora": True}},
-    "dora": {"adapter": {"r": 4, "use_dora": True}},
-    "skipped layers": {"quant": {"mode": "4bit", "skip_modules": ["up_proj", "model.layers.0.self_attn.q_proj"]}},
-    "a head of its own": {"adapter": {"r": 4, "modules_to_save": ["lm_head"]}},
-    "loftq": {"adapter": {"r": 4, "init_lora_weights": "loftq"}},
-    "unquantized": {"quant": None},
+    "rslora, skipped layers": {
+        "quant": {"mode": "4bit", "skip_modules": ["up_proj", "model.layers.0.self_attn.q_proj"]},
+        "adapter": {"r": 4, "use_rslora": True},
+    },
+    "dora, fp4 without double quantization": {
+        "quant": {"mode": "4bit", "quant_type": "fp4", "double_quant": False},
+        "adapter": {"r": 4, "use_dora": True},
+    },
+    "loftq, a head of its own": {"adapter": {"r": 4, "init_lora_weights": "loftq", "modules_to_save": ["lm_head"]}},
     "pissa": {"quant": None, "adapter": {"r": 4, "init_lora_weights": "pissa"}},
 }
 
@@ -203,7 +204,7 @@ def test_tied_embeddings_stay_tied_unless_one_was_trained(tmp_path: Path) -> Non
     byte_tokenizer().save_pretrained(model)
     for name, adapter in (("kept", {}), ("split", {"modules_to_save": ["lm_head"]})):
         (tmp_path / name).mkdir()
-        made = trained(tmp_path / name, model, adapter={"r": 4, **adapter}, train={"max_steps": 3})
+        made = trained(tmp_path / name, model, adapter={"r": 4, **adapter}, train={"max_steps": 1})
         [document] = export(made, options("merged"), View())
         found = AutoModelForCausalLM.from_pretrained(document.path)
         assert (found.lm_head.weight is found.model.embed_tokens.weight) == (name == "kept")
@@ -332,11 +333,11 @@ def test_a_refused_artifact_is_set_aside_and_an_earlier_one_kept(run: Path, tmp_
     assert not (tmp_path / "merged.failed").exists()
 
 
-@pytest.mark.parametrize("check", ["kl", "top1_agreement", "perplexity_increase"])
-def test_the_recipes_thresholds_win(check: str, run: Path, tmp_path: Path) -> None:
-    given = {"kl": 3.5, "top1_agreement": 0.25, "perplexity_increase": 1.5}[check]
-    [document] = export(run, options("merged", out=tmp_path, overrides=(f"export.gate.{check}={given}",)), View())
-    assert {c.name: c.threshold for c in document.gate.checks}[check] == given
+def test_the_recipes_thresholds_win(run: Path, tmp_path: Path) -> None:
+    given = {"kl": 3.5, "top1_agreement": 0.25, "perplexity_increase": 1.5}
+    overrides = tuple(f"export.gate.{check}={value}" for check, value in given.items())
+    [document] = export(run, options("merged", out=tmp_path, overrides=overrides), View())
+    assert {c.name: c.threshold for c in document.gate.checks}.items() >= given.items()
 
 
 def test_the_recipe_names_targets_and_weights(tiny_model: Path, tmp_path: Path) -> None:

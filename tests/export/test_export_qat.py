@@ -34,6 +34,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "more": {"r": 3, "use_dora": True, "bias": "lora_only", "modules_to_save": ["lm_head"]},
     "none": {"kind": "none"},
 }
+OTHERS = {"int4-g64": "more", "int4-g128": "none", "nf4": "more"}
+"""Targets that are trained for otherwise than with a plain adapter."""
 STAGES = [{"quant.mode": "none", "max_steps": 3}, {"quant.mode": "qat", "quant.target": "int4-g32", "max_steps": 3}]
 
 
@@ -45,7 +47,7 @@ def qat_run(folder: Path, target: str, adapter: dict[str, Any], **sections: Any)
         torch.nn.init.normal_(model.model.layers[0].self_attn.q_proj.bias, std=0.1)
         model.save_pretrained(folder / "base")
         byte_tokenizer().save_pretrained(folder / "base")
-    train = {"max_steps": 6, "learning_rate": 2e-3 if adapter.get("kind") else 1e-2} | sections.pop("train", {})
+    train = {"max_steps": 3, "learning_rate": 2e-3 if adapter.get("kind") else 1e-2} | sections.pop("train", {})
     quant = {"mode": "qat", "target": target} | sections.pop("quant", {})
     return trained(folder, folder / "base", quant=quant, adapter=adapter, train=train, **sections)
 
@@ -55,10 +57,7 @@ def exported(run: Path, target: str) -> tuple[ExportDocument, dict[str, Any]]:
     return document, {check.name: check for check in document.gate.checks}
 
 
-@pytest.mark.parametrize(
-    ("target", "kind"),
-    [*((target, "lora") for target in TARGETS), *((t, k) for t in ("int4-g32", "nf4") for k in ("more", "none"))],
-)
+@pytest.mark.parametrize(("target", "kind"), [*((name, OTHERS.get(name, "lora")) for name in TARGETS), ("nf4", "none")])
 def test_what_is_written_is_what_was_trained(target: str, kind: str, tmp_path: Path) -> None:
     if TARGETS[target].layer is None:
         pytest.importorskip("cyllama", reason="needs llama.cpp (pip install 'qft[llamacpp]')")
@@ -116,13 +115,13 @@ def test_learnt_scales_are_those_of_the_file(tmp_path: Path) -> None:
     assert torch.equal(held, (learnt[f"{name}.weight_scale"] * (1 + change)).to(held.dtype))
 
 
-@pytest.mark.parametrize("family", ["gpt_neox", "phi", "opt", "mixtral", "qwen3_moe", "gemma3"])
+@pytest.mark.parametrize("family", ["gpt_neox", "opt", "mixtral", "gemma3"])
 def test_architectures(family: str, tmp_path: Path) -> None:
     """Biases, fused projections, layers around the blocks, routers and fused experts, a tower for pictures, names that
     differ on disk."""
-    write = write_tiny if family in ("qwen3_moe", "gemma3") else lambda name, folder: write_model(folder, name)
+    write = write_tiny if family == "gemma3" else lambda name, folder: write_model(folder, name)
     write(family, tmp_path / "base")
-    quant = {"allow_partial": True} if family in ("mixtral", "qwen3_moe", "gemma3") else {}
+    quant = {"allow_partial": True} if family in ("mixtral", "gemma3") else {}
     document, checks = exported(
         qat_run(
             tmp_path, "int4-g32", {"r": 4, "target_modules": ATTENTION.get(family, ["q_proj", "v_proj"])}, quant=quant

@@ -46,8 +46,12 @@ FOREIGN: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("name", ["adapter", "adapter.failed", "adapter.hub"])
-@pytest.mark.parametrize("foreign", FOREIGN)
+OTHERS = [
+    (name, foreign) for name in ("adapter.failed", "adapter.hub") for foreign in ("a user's model", "a file beside it")
+]
+
+
+@pytest.mark.parametrize(("name", "foreign"), [*(("adapter", foreign) for foreign in FOREIGN), *OTHERS])
 def test_what_is_no_export_of_that_target_is_left_alone(run: Path, tmp_path: Path, name: str, foreign: str) -> None:
     (tmp_path / name).mkdir()
     FOREIGN[foreign](tmp_path / name)

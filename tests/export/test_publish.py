@@ -283,7 +283,7 @@ def hub() -> Iterator[HubState]:
     state = HubState()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Hub,), {"state": state}))
     state.url = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield state
     server.shutdown()
     server.server_close()

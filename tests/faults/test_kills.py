@@ -277,6 +277,7 @@ def good(tmp_path: Path) -> Path:
     shared["data"] = {"train": str(rows), "eval_fraction": 0.25}
     stages = [{"quant.mode": "8bit", "max_steps": 2}, {"quant.mode": "4bit", "max_steps": 2}]
     saves = {"stages": stages, "save_strategy": "steps", "save_steps": 1, "report_to": []}
+    saves |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     recipes: dict[str, dict[str, Any]] = {
         "train": {"quant": {"preset": "finetune"}, "adapter": {"r": 4}, "train": saves, "output_dir": "run"},
         "calibrate": {"calibrate": {"engine": "rtn", "group_size": 32, "verify_samples": 4}, "output_dir": "quantized"},

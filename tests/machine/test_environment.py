@@ -36,7 +36,8 @@ def test_threads_are_told_to_sleep_before_torch_is_loaded(command: str, recipe_f
 
     has_gpu = any(Path(path).exists() for path in environment.GPUS)
     assert told() == ("None" if has_gpu else "PASSIVE")
-    assert told(OMP_WAIT_POLICY="ACTIVE") == "ACTIVE"
+    if command == "check":
+        assert told(OMP_WAIT_POLICY="ACTIVE") == "ACTIVE"
 
 
 def test_segments_of_the_gpu_expand_where_nobody_says_otherwise(

@@ -67,7 +67,7 @@ def test_an_exception_ends_it() -> None:
 
 
 def test_silence_ends_it() -> None:
-    with pytest.raises(Silent), started([sys.executable, "-c", FAMILY + FOREVER], silence=2) as watched:
+    with pytest.raises(Silent), started([sys.executable, "-c", FAMILY + FOREVER], silence=0.5) as watched:
         list(watched.lines())
     assert gone(watched.running.pid)
     assert watched.running.returncode == -signal.SIGKILL
@@ -93,12 +93,12 @@ def test_a_killed_parent_takes_it_along() -> None:
     [
         ("import sys; sys.exit('no module')", "cannot import llmcompressor (no module)"),
         ("while True: print('y')", "is no Python that answers"),
-        (FOREVER, "it gave no answer in 2 s"),
+        (FOREVER, "it gave no answer in 1 s"),
         ("print('version 0.1')", "has llmcompressor 0.1, which is too old"),
         ("print('version 9.0')", None),
     ],
 )
 def test_a_python_that_is_none(text: str, problem: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(elsewhere, "ASK_SECONDS", 2)
+    monkeypatch.setattr(elsewhere, "ASK_SECONDS", 1 if text == FOREVER else 20)
     found = find_problem(program(tmp_path / "python", text))
     assert found is None if problem is None else problem in str(found)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 import math
+import shutil
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from qft.commands.evaluate import EvalOptions, evaluate
 from qft.commands.train import train
 from qft.documents.evaluation import EvalDocument, HarnessResult
 from qft.errors import QftError
+from qft.measure import harness
 from qft.measure.harness import check_tasks, load_tasks, run_tasks
 from qft.progress import View
 from qft.recipe import load
@@ -178,6 +182,18 @@ def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
     assert "tie_weights" not in vars(model)
 
 
+@pytest.fixture
+def few_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the thousands of tasks that the harness knows, which it takes ten seconds to read, those of three folders."""
+    from lm_eval.tasks import manager
+
+    for name in ("arc", "hellaswag", "lambada"):
+        shutil.copytree(Path(manager.__file__).parent / name, tmp_path / "known" / name)
+    monkeypatch.setattr(manager, "__file__", str(tmp_path / "known" / "manager.py"))
+    monkeypatch.setattr("qft.measure.harness._manager", cache(inspect.unwrap(harness._manager)))
+
+
+@pytest.mark.usefixtures("few_known")
 def test_what_cannot_be_asked_is_one_clear_message(run_folder: Path, tmp_path: Path) -> None:
     def message(task: Path | str, code: int) -> str:
         with pytest.raises(QftError) as caught:
@@ -224,6 +240,7 @@ def test_a_package_that_is_not_there_is_told_by_its_name(monkeypatch: pytest.Mon
     check_tasks({})
 
 
+@pytest.mark.usefixtures("few_known")
 def test_check_refuses_a_task_that_is_not_there(run_folder: Path) -> None:
     recipe = run_folder.parent / "recipe.yaml"
     assert qft("check", recipe).exit_code == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,11 @@ from qft.recipe import load
 from qft.run.folder import Run
 from qft.run.lock import locked
 from qft.run.replaced import replacing
+from tests.support.once import once
 from tests.support.rows import chat, write_jsonl
 from tests.support.runs import run
 
 RecipeFile = Callable[..., Path]
-QUIET: dict[str, Any] = {"report_to": []}
 EXTENSION = {"manifest_version": 3, "name": "mine", "version": "1.0"}
 FOREIGN: dict[str, Any] = {
     "an object": {},
@@ -153,14 +154,16 @@ def test_what_a_run_reads_is_not_replaced_by_it(
 def test_the_recipe_itself_is_not_replaced(finished: Path) -> None:
     before = tree(finished)
     with pytest.raises(RunError, match=r"recipe\.yaml is read for the new run"):
-        run(finished / "recipe.yaml", overwrite=True)
+        train(load(finished / "recipe.yaml", [f"output_dir={finished}"]), View(), overwrite=True)
     assert tree(finished) == before
 
 
 @pytest.fixture
-def finished(recipe_file: RecipeFile, tmp_path: Path) -> Path:
-    run(recipe_file("before.yaml", train=QUIET))
-    return tmp_path / "run"
+def finished(recipe_file: RecipeFile, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    def make(folder: Path) -> None:
+        run(recipe_file("before.yaml", output_dir=str(folder / "run")))
+
+    return Path(shutil.copytree(once(tmp_path_factory, "claimed", make) / "run", tmp_path / "run"))
 
 
 class Notes(View):
@@ -188,7 +191,7 @@ def test_an_earlier_run_waits_until_the_new_one_is_complete(
             assert view.notes[-1] == f"The earlier run is kept in {kept} until this one is complete"
     assert tree(finished / "replaced-1") == before
     assert Run(finished / "replaced-1").kind_of_work() == "training"
-    run(recipe_file(train=QUIET), overwrite=True)
+    run(recipe_file(), overwrite=True)
     assert tree(finished).keys() == before.keys()
 
 
@@ -212,17 +215,17 @@ def test_what_qft_did_not_write_into_a_run_is_not_deleted_with_it(finished: Path
 def test_a_kill_while_it_is_moved_aside_costs_nothing(
     options: dict[str, bool], finished: Path, recipe_file: RecipeFile
 ) -> None:
-    before = tree(finished)
+    before, rows = tree(finished), load(finished / "recipe.yaml").recipe.data.train[0].path
     aside = finished / "replaced-1"
     aside.mkdir()
     for name in ("manifest.json", "recipe.yaml", "checkpoints", "adapter"):
         os.replace(finished / name, aside / name)
     if options.get("overwrite"):
-        run(recipe_file(train=QUIET), overwrite=True)
+        run(recipe_file(), overwrite=True)
         assert tree(finished).keys() == before.keys()
         return
-    with pytest.raises(RunError):  # it is complete
-        run(recipe_file(), **options)
+    with pytest.raises(RunError, match="nothing to resume" if options else "use --resume"):  # it is complete
+        run(recipe_file(data={"train": rows}), **options)
     if options:
         assert tree(finished) == before
     else:
@@ -232,7 +235,7 @@ def test_a_kill_while_it_is_moved_aside_costs_nothing(
 def test_a_folder_that_a_kill_left_empty_is_removed(finished: Path, recipe_file: RecipeFile) -> None:
     for number in (1, 3):
         (finished / f"replaced-{number}").mkdir()
-    run(recipe_file(train=QUIET), overwrite=True)
+    run(recipe_file(), overwrite=True)
     assert [*finished.glob("replaced-*")] == []
 
 

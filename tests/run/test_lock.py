@@ -6,75 +6,85 @@ import errno
 import fcntl
 import json
 import os
-import signal
 import socket
-import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.context import ForkProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
 
 from qft.errors import BusyError
-from qft.files import atomic_folder, process_start, temporary_name
+from qft.files import atomic_file, atomic_folder, process_start, temporary_name
 from qft.run.lock import HELD, LOCK, Holder, locked, release_room, require_free
-from tests.support.paths import ROOT
-
-HOLD = """
-import os, sys, time
-from pathlib import Path
-from qft.errors import BusyError
-from qft.files import atomic_file, atomic_folder
-from qft.run.lock import locked
-
-folder, go = Path(sys.argv[1]), Path(sys.argv[2])
-while not go.exists():
-    time.sleep(0.001)
-try:
-    with locked(folder, "qft train"):
-        if "fork" in sys.argv and not os.fork():
-            time.sleep(20)
-        with atomic_folder(folder / "model") as whole, atomic_file(folder / "report.json"):
-            (whole / "weights").write_text("half")
-            print("held", flush=True)
-            sys.stdin.read()
-except BusyError:
-    print("busy", flush=True)
-"""
+from tests.support.forked import fork
 
 
-def start(folder: Path, *more: str, go: Path | None = None) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", HOLD, str(folder), str(go or folder.parent), *more]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+@dataclass
+class Started:
+    """A process that holds a folder, or was told that it is busy, and says which."""
+
+    process: ForkProcess
+    words: TextIO
+
+    def said(self) -> str:
+        return self.words.readline().strip()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.words.close()
 
 
-def said(process: subprocess.Popen[str]) -> str:
-    assert process.stdout
-    return process.stdout.readline().strip()
+def hold(folder: Path, go: Path, more: Sequence[str]) -> None:
+    while not go.exists():
+        time.sleep(0.001)
+    try:
+        with locked(folder, "qft train"):
+            if "fork" in more and not os.fork():
+                time.sleep(20)
+            with atomic_folder(folder / "model") as whole, atomic_file(folder / "report.json"):
+                (whole / "weights").write_text("half")
+                sys.stdout.write("held\n")
+                sys.stdout.flush()
+                time.sleep(60)
+    except BusyError:
+        sys.stdout.write("busy\n")
+        sys.stdout.flush()
+
+
+def start(folder: Path, *more: str, go: Path | None = None) -> Started:
+    ours, its = os.pipe()
+    with Path(os.devnull).open() as nothing:
+        process = fork(lambda: hold(folder, go or folder.parent, more), stdin=nothing, stdout=its, stderr=2)
+    os.close(its)
+    return Started(process, os.fdopen(ours))
 
 
 @contextmanager
-def held(folder: Path, *more: str) -> Iterator[subprocess.Popen[str]]:
-    """By another process, which is killed afterwards."""
-    with start(folder, *more) as process:
-        try:
-            assert said(process) == "held"
-            yield process
-        finally:
-            process.kill()
+def held(folder: Path, *more: str) -> Iterator[int]:
+    """By another process, which is killed afterwards; yields its id."""
+    started = start(folder, *more)
+    try:
+        assert started.said() == "held"
+        assert started.process.pid
+        yield started.process.pid
+    finally:
+        started.kill()
 
 
 def test_a_living_holder_is_named_and_nothing_of_its_is_touched(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    with held(folder) as process:
+    with held(folder) as number:
         before = sorted(folder.iterdir())
         with pytest.raises(BusyError) as caught, locked(folder, "qft calibrate"):
             raise AssertionError
         text = str(caught.value)
-        assert f"`qft train` (process {process.pid} on {socket.gethostname()}, since 20" in text
+        assert f"`qft train` (process {number} on {socket.gethostname()}, since 20" in text
         assert caught.value.exit_code == 10
         with pytest.raises(BusyError):
             require_free(folder)
@@ -98,12 +108,11 @@ def test_of_several_started_at_once_one_has_it(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     for round_ in range(2):
         go = tmp_path / f"go{round_}"
-        processes = [start(folder, go=go) for _ in range(4)]
+        started = [start(folder, go=go) for _ in range(4)]
         go.touch()
-        answers = [said(process) for process in processes]
-        for process in processes:
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
+        answers = [each.said() for each in started]
+        for each in started:
+            each.kill()
         assert sorted(answers) == ["busy"] * 3 + ["held"]
 
 

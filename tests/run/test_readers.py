@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from qft.errors import BusyError
 from qft.export import ExportOptions, export
 from qft.progress import View
 from qft.recipe import load
+from tests.support.once import once
 from tests.support.runs import run
 
 RecipeFile = Callable[..., Path]
@@ -39,9 +41,14 @@ class Replaces(View):
         ("calibrate", "block 1"),
     ],
 )
-def test_a_run_that_is_replaced_while_it_is_read(work: str, told: str, recipe_file: RecipeFile, tmp_path: Path) -> None:
-    recipe = recipe_file(train={"report_to": []})
-    run(recipe)
+def test_a_run_that_is_replaced_while_it_is_read(
+    work: str, told: str, recipe_file: RecipeFile, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    def make(folder: Path) -> None:
+        run(recipe_file("first.yaml", output_dir=str(folder / "run")))
+
+    shutil.copytree(once(tmp_path_factory, "replaced", make) / "run", tmp_path / "run")
+    recipe = recipe_file()
     view, folder, out = Replaces(recipe, told), tmp_path / "run", tmp_path / "out"
 
     def read() -> None:

@@ -69,6 +69,25 @@ def test_what_auto_comes_to_elsewhere_counts(before: Before, loaded: LoadedRecip
     assert judged(before, said, make_plan(said).document()) == [["model.dtype"], []]
 
 
+FIXED: list[tuple[str, str, object]] = [
+    ("model", "attn_implementation", "eager"),
+    ("quant", "double_quant", False),
+    ("adapter", "r", 8),
+    ("adapter", "lora_dropout", 0.1),
+    ("data", "loss_on", "all"),
+    ("train", "gradient_accumulation_steps", 1),
+    ("train", "train_sampling_strategy", "sequential"),
+    ("train", "lr_scheduler_type", "cosine"),
+    ("train", "warmup_steps", 1.0),
+]
+
+
+def test_what_the_checkpoint_was_made_by_is_refused(before: Before, loaded: LoadedRecipe) -> None:
+    for section, field, value in FIXED:
+        asked = loaded.having(**{section: {field: value}})
+        assert judged(before, asked, before.plan) == [[f"{section}.{field}"], []]
+
+
 def test_a_source_is_told_by_its_field(before: Before, loaded: LoadedRecipe, tmp_path: Path) -> None:
     one = {"path": str(tmp_path / "chats.jsonl")}
     assert judged(before, loaded.having(data={"train": [one | {"weight": 2.0}]}), before.plan)[0] == [

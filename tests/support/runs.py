@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 
 from qft.commands.train import train
 from qft.documents.training import Report
-from qft.progress import View
+from qft.progress import Step, View
 from qft.recipe import load
 from tests.support.rows import chat, write_jsonl
 
@@ -26,6 +27,23 @@ MODES: dict[str, dict[str, Any]] = {
 HARD = {"max_steps": 12, "learning_rate": 1e-2, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
 
 HARDER = {"max_steps": 15, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "learning_rate": 0.02}
+
+
+class Leaves(View):
+    """Copies the run folder at some steps, before their checkpoints, or notes: as a kill leaves it there."""
+
+    def __init__(self, folder: Path, copies: dict[int | str, str]) -> None:
+        self.folder, self.copies = folder, copies
+
+    def step(self, step: Step) -> None:
+        self._copy([name for at, name in self.copies.items() if at == step.step])
+
+    def note(self, text: str) -> None:
+        self._copy([name for at, name in self.copies.items() if isinstance(at, str) and at in text])
+
+    def _copy(self, names: list[str]) -> None:
+        for name in names:
+            shutil.copytree(self.folder, self.folder.with_name(name))
 
 
 def run(path: Path, **options: Any) -> Report:

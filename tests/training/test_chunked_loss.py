@@ -20,7 +20,7 @@ PLAIN: dict[str, Any] = {"quant": None, "model": {"device": "cpu", "dtype": "flo
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"label_smoothing_factor": 0.1}, {"gradient_checkpointing": True}, {"neftune_noise_alpha": 5.0}],
+    [{}, {"label_smoothing_factor": 0.1}, {"gradient_checkpointing": True, "neftune_noise_alpha": 5.0}],
     ids=str,
 )
 def test_a_run_learns_the_same(

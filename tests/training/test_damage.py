@@ -22,7 +22,7 @@ from qft.run.checkpoint import HASHES, STATE, TRAINER_STATE, newest_whole
 from qft.run.lock import LOCK
 from tests.support.once import once
 from tests.support.rows import chat, write_jsonl
-from tests.support.runs import adapter, run
+from tests.support.runs import Leaves, adapter, run
 
 RecipeFile = Callable[..., Path]
 TRAIN = {"max_steps": 6, "learning_rate": 1e-2, "report_to": [], "save_strategy": "steps", "save_steps": 2}
@@ -46,27 +46,35 @@ class Watch(View):
 
 
 @pytest.fixture
-def recipe(recipe_file: RecipeFile, tmp_path: Path) -> RecipeFile:
+def recipe(recipe_file: RecipeFile, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> RecipeFile:
+    def make(folder: Path) -> None:
+        write_jsonl(folder / "rows.jsonl", [chat(f"say {i}", f"it is {i}") for i in range(16)])
+
+    data = {"train": str(once(tmp_path_factory, "undamaged-rows", make) / "rows.jsonl")}  # at one path for all tests
+
     def write(folder: str = "part", **sections: Any) -> Path:
-        train = TRAIN | sections.pop("train", {})
-        return recipe_file(f"{folder}.yaml", **{"train": train, "output_dir": str(tmp_path / folder)} | sections)
+        wanted: dict[str, Any] = {"output_dir": str(tmp_path / folder)} | sections
+        wanted |= {"train": TRAIN | sections.get("train", {}), "data": data | sections.get("data", {})}
+        return recipe_file(f"{folder}.yaml", **wanted)
 
     return write
 
 
 @pytest.fixture
 def whole(recipe: RecipeFile, tmp_path_factory: pytest.TempPathFactory) -> Report:
-    """What comes of the recipe where nothing befalls it."""
-    made = once(tmp_path_factory, "undamaged", lambda folder: run(recipe("whole", output_dir=str(folder / "run"))))
-    return read_report(made / "run")
+    """What comes of the recipe where nothing befalls it; beside it what a kill in its sixth step would have left."""
+
+    def make(folder: Path) -> None:
+        train(load(recipe("whole", output_dir=str(folder / "run"))), Leaves(folder / "run", {6: "killed"}))
+
+    return read_report(once(tmp_path_factory, "undamaged", make) / "run")
 
 
 @pytest.fixture
-def cut(recipe: RecipeFile) -> Path:
+def cut(recipe: RecipeFile, whole: Report, tmp_path: Path) -> Path:
     """The recipe of a run that fell in its sixth step, behind checkpoints 2 and 4."""
-    with pytest.raises(KeyboardInterrupt):
-        train(load(path := recipe()), Watch(6))
-    return path
+    shutil.copytree(Path(whole.run).with_name("killed"), tmp_path / "part")
+    return recipe()
 
 
 def checkpoints(recipe: Path) -> Path:
@@ -261,8 +269,8 @@ def test_a_kill_anywhere_behind_the_last_step_is_finished(
     while killed(count, path, resume=count > 1 or kills[1] > 0):
         finished = newest_whole(last.parent)[0] == last
         kills[finished] += 1
-        # In the checkpoint each sixth change, and behind it each third from the first.
-        count = (1 if kills[1] == 1 else count + 3) if finished else count + 6
+        # In the checkpoint each eighth change, and behind it each fourth from the first.
+        count = (1 if kills[1] == 1 else count + 4) if finished else count + 8
     assert kills[0] > 2
     assert kills[1] > 5
     assert json.loads((tmp_path / "part" / "manifest.json").read_text())["status"] == "complete"
@@ -275,7 +283,8 @@ def test_a_kill_anywhere_behind_the_last_step_is_finished(
 def test_a_complete_run_that_lacks_something_is_finished(
     name: str, recipe: RecipeFile, whole: Report, tmp_path: Path
 ) -> None:
-    run(path := recipe())
+    shutil.copytree(whole.run, tmp_path / "part")
+    path = recipe()
     with pytest.raises(RunError, match="made its 6 steps; there is nothing to resume"):
         run(path, resume=True)
     part = tmp_path / "part" / name

@@ -64,10 +64,6 @@ def chain(keeper: Keeper, step: Step) -> None:
 CACHE: dict[int, Any] = {}
 
 
-def cache_for_all(keeper: Keeper, step: Step) -> None:
-    CACHE[step.step] = np.ones(MIB // 8)
-
-
 def list_floats(keeper: Keeper, step: Step) -> None:
     keeper.kept.extend(step.step + i / 2 for i in range(MIB // 32))
 
@@ -103,7 +99,6 @@ def leak_of(path: Path, view: View) -> Leak | None:
     [
         (keep_tensors, "growing list", "kept of Keeper"),
         (cache_arrays, "growing cache", "cache of Keeper"),
-        (cache_for_all, "growing cache", f"CACHE of module {__name__}"),
         (cache_in_module, "growing cache", "seen of Cached"),
         (list_floats, "growing list", "kept of Keeper"),
         (list_one_again, "growing list", "kept of Keeper"),

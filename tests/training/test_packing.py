@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset
 from torch.nn.functional import cross_entropy
 
+from qft.commands.train import train
 from qft.data.batch import Collator
 from qft.data.packing import PackedRows, best_fit
 from qft.errors import ModelError, RecipeError
@@ -24,7 +25,7 @@ from tests.support.architectures import MODELS, write_model
 from tests.support.families import tiny
 from tests.support.models import plain_loss, tiny_llama
 from tests.support.rows import chat, write_jsonl
-from tests.support.runs import run
+from tests.support.runs import Leaves, run
 from tests.support.tiny import tiny_skeleton, write_tiny_model
 
 RecipeFile = Callable[..., Path]
@@ -185,8 +186,7 @@ def test_what_cannot_be_packed_is_refused_by_its_field(
 
 def test_a_packed_run_goes_on_where_it_stopped(recipe: Callable[..., Path], tmp_path: Path) -> None:
     settings = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": 1}
-    whole = run(recipe("a", {"packing": True}, settings))
-    run(recipe("b", {"packing": True}, settings | {"max_steps": 2}))
+    whole = train(load(recipe("a", {"packing": True}, settings)), Leaves(tmp_path / "a", {3: "b"}))
     resumed = run(recipe("b", {"packing": True}, settings), resume=True)
     assert resumed.loss == whole.loss
     line = json.loads((tmp_path / "b" / "rows.jsonl").read_text().splitlines()[0])

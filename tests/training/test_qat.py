@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.nn.functional import kl_div, log_softmax, nll_loss
 
+from qft.commands.train import train
 from qft.data.template import IGNORED
 from qft.errors import ModelError, RecipeError
 from qft.model.load import load_base
@@ -19,7 +20,7 @@ from qft.plan import make_plan
 from qft.recipe import load
 from tests.support.models import plain_loss
 from tests.support.rows import chat, write_jsonl
-from tests.support.runs import HARD, adapter, run
+from tests.support.runs import HARD, Leaves, adapter, run
 
 RecipeFile = Callable[..., Path]
 FLOAT = {"dtype": "float32"}
@@ -29,8 +30,10 @@ def qat(target: str = "int4-g32", **more: Any) -> dict[str, Any]:
     return {"preset": None, "mode": "qat", "target": target, **more}
 
 
-@pytest.mark.parametrize("kind", ["lora", "none"])
-@pytest.mark.parametrize("target", ["int4-g32", "w8a8", "nf4", "q4_0"])
+@pytest.mark.parametrize(
+    ("target", "kind"),
+    [("int4-g32", "lora"), ("w8a8", "lora"), ("nf4", "none"), ("q4_0", "lora"), ("q4_0", "none")],
+)
 def test_it_learns_and_what_is_evaluated_later_is_what_was_trained(
     target: str, kind: str, recipe_file: RecipeFile, chat_file: Path, tmp_path: Path
 ) -> None:
@@ -51,7 +54,7 @@ def losses(path: Path) -> list[float]:
 
 
 def test_rounding_begins_when_it_is_asked_to(recipe_file: RecipeFile, tmp_path: Path) -> None:
-    train = HARD | {"max_steps": 5}
+    train = HARD | {"max_steps": 5, "per_device_train_batch_size": 2}
 
     def of(name: str, quant: dict[str, Any]) -> list[float]:
         return losses(recipe_file(quant=quant, model=FLOAT, train=train, output_dir=str(tmp_path / name)))
@@ -74,14 +77,13 @@ def test_rounding_begins_when_it_is_asked_to(recipe_file: RecipeFile, tmp_path: 
 )
 def test_a_resumed_run_is_the_unbroken_one(quant: dict[str, Any], recipe_file: RecipeFile, tmp_path: Path) -> None:
     """It rounds from the same step on, by the same scales and ranges."""
-    settings = HARD | {"lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 2}
+    settings = HARD | {"max_steps": 6, "per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 2}
 
-    def recipe(name: str, steps: int) -> Path:
-        return recipe_file(quant=quant, train=settings | {"max_steps": steps}, output_dir=str(tmp_path / name))
+    def recipe(name: str) -> Path:
+        return recipe_file(quant=quant, train=settings, output_dir=str(tmp_path / name))
 
-    run(recipe("whole", 6))
-    run(recipe("parts", 4))
-    run(recipe("parts", 6), resume=True)
+    train(load(recipe("whole")), Leaves(tmp_path / "whole", {5: "parts"}))
+    assert run(recipe("parts"), resume=True).resumed_from == [4]
     whole, parts = adapter(tmp_path / "whole"), adapter(tmp_path / "parts")
     assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())
     states = [read_state(tmp_path / name / "adapter") for name in ("whole", "parts")]
@@ -95,7 +97,7 @@ def test_a_resumed_run_is_the_unbroken_one(quant: dict[str, Any], recipe_file: R
 
 def test_the_range_of_activations_is_frozen(recipe_file: RecipeFile, tmp_path: Path) -> None:
     """Of all steps up to then, and of none behind."""
-    steady = HARD | {"lr_scheduler_type": "constant"}
+    steady = HARD | {"lr_scheduler_type": "constant", "per_device_train_batch_size": 2}
 
     def ranges(name: str, steps: int, freeze: int) -> dict[str, torch.Tensor]:
         quant = qat("w8a8-static", freeze_observers_after_steps=freeze, fake_quant_after_steps=1)

@@ -123,7 +123,7 @@ def tell_peak(recipe: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in bytes elsewhere")
 def test_the_peak_of_the_host_is_what_the_system_says(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
     """With weights of which loading, to hold them in 4 bits, takes more than all that follows."""
-    tiny_llama(vocab_size=400, hidden_size=1024, intermediate_size=8192).save_pretrained(tmp_path / "model")
+    tiny_llama(vocab_size=400, hidden_size=1024, intermediate_size=6144).save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
     train_section = {"max_steps": 1, "gradient_accumulation_steps": 1}
     path = recipe_file(model={"path": str(tmp_path / "model"), "dtype": "float32"}, train=train_section)

@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from qft.run.checkpoint import HASHES, STATE
 from qft.views.terminal.training import render
 from tests.support.once import once
 from tests.support.rows import chat, write_jsonl
-from tests.support.runs import HARD, adapter, run
+from tests.support.runs import HARD, Leaves, adapter, run
 
 RecipeFile = Callable[..., Path]
 
@@ -63,12 +62,18 @@ class Cut(View):
             raise KeyboardInterrupt
 
 
-@pytest.fixture
-def recipe(recipe_file: RecipeFile, tmp_path: Path) -> RecipeFile:
-    """Writes a recipe of rows of many lengths, with dropout, into the run folder that it is told."""
+@pytest.fixture(scope="session")
+def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of seven rows of many lengths, at one path for all tests."""
     rows = [chat(f"count {n}", " ".join(map(str, range(n)))) for n in (1, 9, 2, 12, 5, 20, 3)]
-    data = {"train": str(write_jsonl(tmp_path / "uneven.jsonl", rows))}
-    write_jsonl(tmp_path / "held.jsonl", rows[:2])
+    return once(tmp_path_factory, "uneven", lambda folder: write_jsonl(folder / "uneven.jsonl", rows)) / "uneven.jsonl"
+
+
+@pytest.fixture
+def recipe(recipe_file: RecipeFile, uneven: Path, tmp_path: Path) -> RecipeFile:
+    """Writes a recipe of rows of many lengths, with dropout, into the run folder that it is told."""
+    data = {"train": str(uneven)}
+    (tmp_path / "held.jsonl").write_text("".join(uneven.read_text().splitlines(keepends=True)[:2]))
 
     def write(folder: str = "part", **sections: Any) -> Path:
         wanted: dict[str, Any] = {"adapter": {"lora_dropout": 0.2}, "data": data, "train": TRAIN}
@@ -84,13 +89,24 @@ def recipe(recipe_file: RecipeFile, tmp_path: Path) -> RecipeFile:
 
 @pytest.fixture
 def whole(recipe: RecipeFile, tmp_path_factory: pytest.TempPathFactory) -> Report:
-    """What comes of the recipe where nothing cuts it off."""
-    make = partial(run_into, recipe, train=MIDST)
+    """What comes of the recipe where nothing cuts it off; beside it what a kill in step 5 or 7 would have left."""
+
+    def make(folder: Path) -> None:
+        path = recipe("whole", train=MIDST, output_dir=str(folder / "run"))
+        train(load(path), Leaves(folder / "run", {5: "killed5", 7: "killed7"}))
+
     return read_report(once(tmp_path_factory, "unbroken", make) / "run")
 
 
-def run_into(recipe: RecipeFile, folder: Path, **asked: Any) -> None:
-    run(recipe("whole", output_dir=str(folder / "run"), **asked))
+@pytest.fixture
+def killed(whole: Report, recipe: RecipeFile, tmp_path: Path) -> Callable[[int], Path]:
+    """The recipe of a run that was killed in step 5, behind checkpoint 3, or in step 7, behind checkpoint 6."""
+
+    def copied(step: int) -> Path:
+        shutil.copytree(Path(whole.run).with_name(f"killed{step}"), tmp_path / "part")
+        return recipe(train=MIDST)
+
+    return copied
 
 
 def cut(path: Path, step: int = 7) -> None:
@@ -119,40 +135,42 @@ def assert_same(whole: Report, resumed: Report) -> None:
 
 
 CASES: dict[str, dict[str, Any]] = {
-    "random, boundary": {"train": BOUNDARY},
-    "sequential": {"train": MIDST | {"train_sampling_strategy": "sequential"}},
-    "by length": {"train": MIDST | {"train_sampling_strategy": "group_by_length"}},
+    "random, boundary, late evaluation": {"train": BOUNDARY | {"eval_strategy": "epoch"}},
+    "by length, workers": {
+        "train": MIDST | {"train_sampling_strategy": "group_by_length", "dataloader_num_workers": 2}
+    },
     "by length, boundary": {"train": BOUNDARY | {"train_sampling_strategy": "group_by_length"} | EVALUATED},
-    "workers": {"train": MIDST | {"dataloader_num_workers": 2}},
     "epochs": {"train": {"max_steps": ..., "num_train_epochs": 2.0, "save_strategy": "epoch"} | EVALUATED},
-    "late evaluation": {"train": BOUNDARY | {"eval_strategy": "epoch"}},
-    "checkpointed": {"train": MIDST | {"gradient_checkpointing": True, "neftune_noise_alpha": 5.0}},
-    "all weights": FULL | {"adapter": {"kind": "none", "r": ..., "lora_dropout": ...}, "train": MIDST},
+    "sequential, all weights": FULL
+    | {
+        "adapter": {"kind": "none", "r": ..., "lora_dropout": ...},
+        "train": MIDST | {"train_sampling_strategy": "sequential"},
+    },
     "moved base": FULL | {"adapter": {"init_lora_weights": "pissa_niter_4"}, "train": MIDST},
     "skipped": {"train": MIDST | {"learning_rate": 1e30, "max_grad_norm": 0.0, "on_nonfinite": "skip"}},
-    "8-bit states": {"adapter": {"r": 64}, "train": MIDST | {"optim": "adamw_8bit", "weight_decay": 0.1}},
+    "8-bit states, checkpointed, noise": {
+        "adapter": {"r": 64},
+        "train": MIDST
+        | {"optim": "adamw_8bit", "weight_decay": 0.1, "gradient_checkpointing": True, "neftune_noise_alpha": 5.0},
+    },
+    "weighted": {
+        "data": {"train": [{"path": "uneven.jsonl", "weight": 2.0}, {"path": "chats.jsonl", "weight": 0.5}]},
+        "train": MIDST,
+    },
 }
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_run_that_was_cut_off_comes_to_the_same(case: str, recipe: RecipeFile) -> None:
-    whole = run(recipe("whole", **CASES[case]))
-    path = recipe("part", **CASES[case])
-    cut(path)
-    assert_same(whole, run(path, resume=True))
+def test_a_run_that_was_killed_comes_to_the_same(case: str, recipe: RecipeFile, uneven: Path, tmp_path: Path) -> None:
+    shutil.copy(uneven, tmp_path)
+    whole = train(load(recipe("whole", **CASES[case])), Leaves(tmp_path / "whole", {7: "part"}))
+    assert_same(whole, run(recipe("part", **CASES[case]), resume=True))
 
 
 def test_a_run_that_was_cut_off_in_an_epoch_comes_to_the_same(whole: Report, recipe: RecipeFile) -> None:
     path = recipe(train=MIDST)
     cut(path)
     assert_same(whole, run(path, resume=True))
-
-
-def test_weighted_sources_are_drawn_alike(recipe: RecipeFile, tmp_path: Path, chat_file: Path) -> None:
-    sources = [{"path": str(tmp_path / "uneven.jsonl"), "weight": 2.0}, {"path": str(chat_file), "weight": 0.5}]
-    whole, path = (recipe(folder, data={"train": sources}, train=MIDST) for folder in ("whole", "part"))
-    cut(path)
-    assert_same(run(whole), run(path, resume=True))
 
 
 def rates(report: Report) -> list[float]:
@@ -187,38 +205,30 @@ def test_hyperparameters_are_those_that_are_asked_now(schedule: str, recipe: Rec
 def test_more_epochs_are_a_longer_schedule(recipe: RecipeFile) -> None:
     once = {"max_steps": ..., "num_train_epochs": 1.0, "save_strategy": "epoch"}
     first = run(recipe(train=once))
-    longer = once | {"num_train_epochs": 3.0}
+    longer = once | {"num_train_epochs": 2.0}
     resumed = run(recipe(train=longer), resume=True)
-    assert (first.steps, resumed.steps, resumed.resumed_from) == (EPOCH, 3 * EPOCH, [EPOCH])
+    assert (first.steps, resumed.steps, resumed.resumed_from) == (EPOCH, 2 * EPOCH, [EPOCH])
     assert rates(resumed)[EPOCH:] == rates(run(recipe("whole", train=longer)))[EPOCH:]
 
 
 FIXED: dict[str, Any] = {
     "model.dtype": "float32",
-    "model.attn_implementation": "eager",
     "quant.quant_type": "fp4",
-    "quant.double_quant": False,
     "quant.skip_modules": ["o_proj"],
-    "adapter.r": 8,
-    "adapter.lora_dropout": 0.1,
     "adapter.target_modules": ["q_proj"],
     "data.train": "held.jsonl",
-    "data.loss_on": "all",
     "data.max_length": 100,
     "train.optim": "adamw_8bit",
     "train.per_device_train_batch_size": 2,
-    "train.gradient_accumulation_steps": 1,
-    "train.train_sampling_strategy": "sequential",
-    "train.lr_scheduler_type": "linear",
-    "train.warmup_steps": 1.0,
     "train.bf16": False,
     "seed": 1,
 }
 
 
-def test_what_the_checkpoint_was_made_by_is_refused_by_name(recipe: RecipeFile, tmp_path: Path) -> None:
-    path = recipe(train=MIDST)
-    cut(path, 5)
+def test_what_the_checkpoint_was_made_by_is_refused_by_name(
+    killed: Callable[[int], Path], recipe: RecipeFile, tmp_path: Path
+) -> None:
+    killed(5)
     for field, value in FIXED.items():
         section, _, name = field.rpartition(".")
         changed = {section: {name: value} | (MIDST if section == "train" else {})} if section else {name: value}
@@ -231,11 +241,15 @@ def test_what_the_checkpoint_was_made_by_is_refused_by_name(recipe: RecipeFile, 
     assert run(recipe(train=MIDST | {"bf16": True}), resume=True).steps == 2 * EPOCH  # which is what auto came to
 
 
-def test_what_a_field_names_must_be_what_it_was(recipe: RecipeFile, tmp_path: Path, tiny_model: Path) -> None:
-    model, template = tmp_path / "model", tmp_path / "template.jinja"
+def test_what_a_field_names_must_be_what_it_was(
+    recipe: RecipeFile, uneven: Path, tmp_path: Path, tiny_model: Path
+) -> None:
+    model, template, rows = tmp_path / "model", tmp_path / "template.jinja", tmp_path / "uneven.jsonl"
+    shutil.copy(uneven, rows)
     shutil.copytree(tiny_model, model)
     shutil.copy(model / "chat_template.jinja", template)
-    path = recipe(model={"path": str(model)}, data={"chat_template": str(template)}, train=MIDST)
+    data = {"train": str(rows), "chat_template": str(template)}
+    path = recipe(model={"path": str(model)}, data=data, train=MIDST)
     cut(path, 5)
     (model / "config.json").write_text((model / "config.json").read_text() + "\n")
     with pytest.raises(RunError, match=r"part.yaml:\d+: model.path: config.json changed since the run began"):
@@ -243,7 +257,7 @@ def test_what_a_field_names_must_be_what_it_was(recipe: RecipeFile, tmp_path: Pa
     template.write_text(template.read_text().replace("<|im_start|>", "<|bos|><|im_start|>"))
     with pytest.raises(RunError, match=r"part.yaml:\d+: data.train: .*uneven.jsonl gave 7 rows of \d+ tokens"):
         run(path, resume=True)
-    shutil.copy(tmp_path / "held.jsonl", tmp_path / "uneven.jsonl")
+    shutil.copy(tmp_path / "held.jsonl", rows)
     with pytest.raises(RunError, match=r"part.yaml:\d+: data.train: .*uneven.jsonl has changed"):
         run(path, resume=True)
 
@@ -259,14 +273,17 @@ def test_how_often_to_save_and_evaluate_may_change(recipe: RecipeFile, tmp_path:
 
 
 @pytest.fixture
-def hopeless(recipe: RecipeFile, tmp_path: Path) -> RecipeFile:
+def hopeless(recipe: RecipeFile, tmp_path_factory: pytest.TempPathFactory) -> RecipeFile:
     """The recipe of a run that soon learns what makes the held-out answer less likely."""
-    data = {name: str(tmp_path / f"{name}.jsonl") for name in ("train", "eval")}
-    write_jsonl(tmp_path / "train.jsonl", [chat("say", "a" * 30)] * 16)
-    write_jsonl(tmp_path / "eval.jsonl", [chat("say", "b" * 30)] * 4)
+
+    def make(folder: Path) -> None:
+        write_jsonl(folder / "train.jsonl", [chat("say", "a" * 30)] * 4)
+        write_jsonl(folder / "eval.jsonl", [chat("say", "b" * 30)])
+
+    data = {name: str(once(tmp_path_factory, "hopeless", make) / f"{name}.jsonl") for name in ("train", "eval")}
 
     def write(folder: str = "part", output_dir: str | None = None, **more: Any) -> Path:
-        train = HARD | EACH | BEST | {"learning_rate": 0.1, "max_steps": 20} | more
+        train = HARD | EACH | BEST | {"learning_rate": 0.1, "max_steps": 20, "per_device_train_batch_size": 2} | more
         return recipe(folder, data=data, train=train, **{"output_dir": output_dir} if output_dir else {})
 
     return write
@@ -274,8 +291,11 @@ def hopeless(recipe: RecipeFile, tmp_path: Path) -> RecipeFile:
 
 @pytest.fixture
 def stopped(hopeless: RecipeFile, tmp_path_factory: pytest.TempPathFactory) -> Report:
-    """What comes of it where nothing cuts it off."""
-    make = partial(run_into, hopeless)
+    """What comes of it where nothing cuts it off; beside it what a kill behind its last step would have left."""
+
+    def make(folder: Path) -> None:
+        train(load(hopeless("whole", str(folder / "run"))), Leaves(folder / "run", {"after training": "killed"}))
+
     return read_report(once(tmp_path_factory, "stopped", make) / "run")
 
 
@@ -312,22 +332,18 @@ def test_a_run_that_fell_after_its_last_step_is_finished(
     stops_early: bool, stopped: Report, hopeless: RecipeFile, tmp_path: Path
 ) -> None:
     changes = {} if stops_early else {"max_steps": 3, "early_stopping_patience": ...}
-    whole = stopped if stops_early else run(hopeless("whole", **changes))
-    path = hopeless(**changes)
-
-    class Fall(View):
-        def note(self, text: str) -> None:
-            if "after training" in text:
-                raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(load(path), Fall())
+    if stops_early:
+        whole = stopped
+        shutil.copytree(Path(whole.run).with_name("killed"), tmp_path / "part")
+    else:
+        leaves = Leaves(tmp_path / "whole", {"after training": "part"})
+        whole = train(load(hopeless("whole", **changes)), leaves)
     shutil.rmtree(tmp_path / "part" / "adapter")
-    assert_same(whole, run(path, resume=True))
+    assert_same(whole, run(hopeless(**changes), resume=True))
 
 
-def test_fewer_steps_than_were_made_are_refused(recipe: RecipeFile) -> None:
-    cut(recipe(train=MIDST))
+def test_fewer_steps_than_were_made_are_refused(killed: Callable[[int], Path], recipe: RecipeFile) -> None:
+    killed(7)
     with pytest.raises(RunError, match=r"yaml:\d+: train.max_steps: this asks for 5 steps in all, and .* made 6"):
         run(recipe(train=MIDST | {"max_steps": 5}), resume=True)
     assert run(recipe(train=MIDST | {"max_steps": 6}), resume=True).steps == 6
@@ -357,10 +373,9 @@ def test_a_run_that_is_cut_off_twice_says_so(whole: Report, recipe: RecipeFile, 
 
 
 def test_a_checkpoint_of_an_older_qft_is_resumed_and_what_is_missing_said(
-    whole: Report, recipe: RecipeFile, tmp_path: Path
+    whole: Report, killed: Callable[[int], Path], tmp_path: Path
 ) -> None:
-    path = recipe(train=MIDST)
-    cut(path)
+    path = killed(7)
     state = tmp_path / "part" / "checkpoints" / "checkpoint-6" / STATE
     state.with_name(HASHES).unlink()
     state.write_text("{")

@@ -111,17 +111,26 @@ def assert_same(whole: Report, resumed: Report) -> None:
 
 CASES: dict[str, dict[str, Any]] = {
     "random": {"save_strategy": "no"},
-    "sequential": {"train_sampling_strategy": "sequential", "save_strategy": "steps", "save_steps": 4},
-    "by length": {"train_sampling_strategy": "group_by_length"},
-    "workers": {"dataloader_num_workers": 1, "save_total_limit": 1},
-    "epochs": {"eval_strategy": "epoch", "load_best_model_at_end": True},
+    "sequential, workers": {
+        "train_sampling_strategy": "sequential",
+        "dataloader_num_workers": 1,
+        "save_strategy": "steps",
+        "save_steps": 4,
+        "save_total_limit": 1,
+    },
+    "by length, epochs": {
+        "train_sampling_strategy": "group_by_length",
+        "eval_strategy": "epoch",
+        "load_best_model_at_end": True,
+    },
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_that_is_stopped_at_its_steps_comes_to_the_same(case: str, recipe: RecipeFile) -> None:
     whole, path = run(recipe("whole", **CASES[case])), recipe(**CASES[case])
-    steps = [*range(1, STEPS + 1)] if case == "random" else [2, 3, 5]  # within an epoch, at its end, within the next
+    # At the first and the last, within an epoch, at its end, within the next.
+    steps = [1, 2, 3, 5, STEPS] if case == "random" else [2, 3, 5]
     for step in steps:
         stopped = interrupted(path, Sender(step), resume=step > steps[0])
         assert (stopped.exit_code, status(path)) == (75, "interrupted")
@@ -135,15 +144,16 @@ def test_a_run_that_is_stopped_at_its_steps_comes_to_the_same(case: str, recipe:
 def test_an_evaluation_that_is_cut_off_is_made_by_who_goes_on(recipe_file: RecipeFile, tmp_path: Path) -> None:
     """The loss rises after a few steps, so that all hangs on it: the best checkpoint, and when to stop."""
     data = {name: str(tmp_path / f"{name}.jsonl") for name in ("train", "eval")}
-    write_jsonl(tmp_path / "train.jsonl", [chat("say", "a" * 30)] * 16)
-    write_jsonl(tmp_path / "eval.jsonl", [chat("say", "b" * 30)] * 4)
-    settings = HARD | EACH | {"learning_rate": 0.1, "max_steps": 20, "report_to": [], "save_steps": 2}
+    write_jsonl(tmp_path / "train.jsonl", [chat("say", "a" * 30)] * 4)
+    write_jsonl(tmp_path / "eval.jsonl", [chat("say", "b" * 30)])
+    settings = HARD | EACH | {"learning_rate": 1.0, "max_steps": 20, "per_device_train_batch_size": 2, "save_steps": 2}
     settings |= {"load_best_model_at_end": True, "early_stopping_patience": 2}
     whole, path = (
         recipe_file(f"{name}.yaml", data=data, train=settings, output_dir=str(tmp_path / name))
         for name in ("whole", "part")
     )
     unbroken = run(whole)
+
     assert 3 <= unbroken.steps < 20
     for step in range(1, unbroken.steps + 1):
         assert interrupted(path, Sender(step, evaluation=step % 2 == 0), resume=step > 1).exit_code == 75

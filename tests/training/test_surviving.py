@@ -18,14 +18,14 @@ from torch.nn.modules.module import register_module_forward_hook
 from qft.commands.train import train
 from qft.documents.training import Report, read_report
 from qft.errors import OutOfMemoryError
-from qft.progress import Step, View
+from qft.progress import View
 from qft.recipe import load
 from qft.views.terminal.training import render
 from tests.support.architectures import write_model
 from tests.support.memory import Change, above, assert_equal, changes, exhausted, optimizer_fails, times
 from tests.support.once import once
 from tests.support.rows import chat, write_jsonl
-from tests.support.runs import MODES, adapter, run
+from tests.support.runs import MODES, Leaves, adapter, run
 
 RecipeFile = Callable[..., Path]
 Failing = Callable[[], AbstractContextManager[None]]
@@ -42,18 +42,13 @@ TRAIN = {
 
 
 class Told(View):
-    """Keeps what is told; ends the process, as it were, at a step."""
+    """Keeps what is told."""
 
-    def __init__(self, end: int | None = None) -> None:
-        self.end, self.notes, self.steps = end, list[str](), list[Step]()
+    def __init__(self) -> None:
+        self.notes = list[str]()
 
     def note(self, text: str) -> None:
         self.notes.append(text)
-
-    def step(self, step: Step) -> None:
-        self.steps.append(step)
-        if step.step == self.end:
-            raise KeyboardInterrupt
 
 
 @pytest.fixture
@@ -84,7 +79,6 @@ def whole(recipe: RecipeFile, tmp_path_factory: pytest.TempPathFactory) -> Repor
 BLOCKS = 2
 """Each pass of training is counted in both blocks."""
 CASES: dict[str, tuple[Failing, list[Change]]] = {
-    "first step": (lambda: exhausted(above(2)), [(1, "forward", ROWS, 2, 4)]),
     "backward": (lambda: exhausted(above(2), phase="backward"), [(1, "backward", ROWS, 2, 4)]),
     "several in a row": (lambda: exhausted(above(1)), [(1, "forward", ROWS, 2, 4), (1, "forward", ROWS, 1, 8)]),
     # The second block of the second micro-batch of the second step: one was passed, and its gradients are dropped.
@@ -118,18 +112,24 @@ def test_what_is_learnt_is_what_would_have_been(case: str, whole: Report, recipe
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "odd": {"train": {"per_device_train_batch_size": 7, "gradient_accumulation_steps": 1}},
-    "by length, smoothed": {"train": {"train_sampling_strategy": "group_by_length", "label_smoothing_factor": 0.1}},
-    "workers": {"train": {"dataloader_num_workers": 1, "train_sampling_strategy": "sequential"}},
-    "epochs": {"train": {"max_steps": ..., "num_train_epochs": 2.0}},
-    "stages": {"train": {"max_steps": ..., "stages": [{"max_steps": 2}, {"max_steps": 3}]}},
-    "skipping": {"train": {"on_nonfinite": "skip", "logging_steps": 2}},
-    "checkpointed": {"train": {"gradient_checkpointing": True}},
+    "odd, adafactor": {
+        "train": {"per_device_train_batch_size": 7, "gradient_accumulation_steps": 1, "optim": "adafactor"}
+    },
+    "by length, smoothed, 8-bit optimizer": {
+        "train": {"train_sampling_strategy": "group_by_length", "label_smoothing_factor": 0.1, "optim": "adamw_8bit"}
+    },
+    "workers, in order": {"train": {"dataloader_num_workers": 1, "train_sampling_strategy": "sequential"}},
+    "epochs, never clipped": {
+        "train": {"max_steps": ..., "num_train_epochs": 1.0, "max_grad_norm": 0.0, "optim": "sgd", "learning_rate": 0.1}
+    },
+    "stages, checkpointed": {
+        "train": {"max_steps": ..., "stages": [{"max_steps": 1}, {"max_steps": 2}], "gradient_checkpointing": True}
+    },
+    "all weights, skipping": {
+        "adapter": {"kind": "none", "r": ...},
+        "train": {"learning_rate": 1e-4, "on_nonfinite": "skip", "logging_steps": 2},
+    },
     "skipped": {"train": {"on_nonfinite": "skip", "learning_rate": 1e30, "max_grad_norm": 0.0}},
-    "never clipped": {"train": {"max_grad_norm": 0.0, "optim": "sgd", "learning_rate": 0.1}},
-    "8-bit optimizer": {"train": {"optim": "adamw_8bit"}},
-    "adafactor": {"train": {"optim": "adafactor"}},
-    "all weights": {"adapter": {"kind": "none", "r": ...}, "train": {"learning_rate": 1e-4}},
 }
 
 
@@ -147,18 +147,16 @@ def test_it_holds_whatever_the_recipe_asks(variant: str, recipe: RecipeFile) -> 
     whole = run(recipe("whole", **sections))
     with both_fail():
         report = run(recipe(**sections))
-    assert len(report.out_of_memory) == (2 if variant == "odd" else 1)
+    assert len(report.out_of_memory) == (2 if "odd" in variant else 1)
     assert_equal(report, whole)
 
 
 FAMILIES: dict[str, tuple[str, dict[str, float]]] = {
     "gpt2": ("GPT2Block", dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)),
     "gpt_neox": ("GPTNeoXLayer", {}),
-    "phi": ("PhiDecoderLayer", {}),
     "mixtral": ("MixtralDecoderLayer", {}),
     "opt": ("OPTDecoderLayer", {"dropout": 0.0}),
     "bloom": ("BloomBlock", {}),
-    "falcon": ("FalconDecoderLayer", {}),
 }
 
 
@@ -176,9 +174,10 @@ def test_it_holds_for_every_family(kind: str, recipe: RecipeFile, tmp_path: Path
 
 @pytest.mark.parametrize("shared", ["packing", "padding_free"])
 def test_examples_that_share_a_row_are_told_apart_again(shared: str, recipe: RecipeFile) -> None:
-    whole = run(recipe("whole", data={shared: True}))
+    sections = {"data": {shared: True}, "train": {"max_steps": 2}}
+    whole = run(recipe("whole", **sections))
     with exhausted(times(1, BLOCKS * 2 + 1)):
-        report = run(recipe(data={shared: True}))
+        report = run(recipe(**sections))
     assert changes(report) == [(1, "forward", ROWS, 2, 4), (1, "forward", ROWS, 1, 8)]
     assert_equal(report, whole)
 
@@ -295,24 +294,22 @@ def test_other_failures_are_not_survived(recipe: RecipeFile) -> None:
 RESUMED: dict[str, tuple[Failing, Failing]] = {
     "changed before the checkpoint": (lambda: exhausted(times(8)), nullcontext),
     "checkpointed before it": (lambda: exhausted(times(1, 2, 3)), nullcontext),
-    "changed after it": (lambda: exhausted(times(20)), lambda: exhausted(times(20 - BLOCKS * 2 * 3))),
+    "changed after it": (lambda: exhausted(times(12)), lambda: exhausted(times(12 - BLOCKS * 2 * 2))),
 }
 
 
 @pytest.mark.parametrize("case", RESUMED)
-def test_a_resumed_run_goes_on_as_it_was_changed(case: str, recipe: RecipeFile) -> None:
+def test_a_resumed_run_goes_on_as_it_was_changed(case: str, recipe: RecipeFile, tmp_path: Path) -> None:
     """To the bit, with dropout and noise: what was changed stands in the checkpoint."""
-    noisy = {"train": {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "neftune_noise_alpha": 5.0}}
+    noisy = {"train": {"save_strategy": "steps", "save_steps": 2, "neftune_noise_alpha": 5.0}}
     noisy |= {"adapter": {"lora_dropout": 0.2}}
     failing, again = RESUMED[case]
     with failing():
-        whole = run(recipe("whole", **noisy))
-    path, view = recipe(**noisy), Told()
-    with failing(), pytest.raises(KeyboardInterrupt):
-        train(load(path), Told(end=5))
+        whole = train(load(recipe("whole", **noisy)), Leaves(tmp_path / "whole", {3: "run"}))
+    view = Told()
     with again():
-        resumed = train(load(path), view, resume=True)
-    assert resumed.resumed_from == [3]
+        resumed = train(load(recipe(**noisy)), view, resume=True)
+    assert resumed.resumed_from == [2]
     assert resumed.out_of_memory == whole.out_of_memory != []
     assert resumed.loss == whole.loss
     for name, tensor in adapter(Path(whole.run)).items():
@@ -342,7 +339,7 @@ def test_an_evaluation_goes_on_with_fewer_rows(recipe: RecipeFile) -> None:
 
 def test_answers_are_written_fewer_at_once(recipe: RecipeFile) -> None:
     asked = {"eval": {"metrics": ["exact_match"], "max_new_tokens": 4, "batch_size": 3}, "held_out": True}
-    asked |= {"train": {"per_device_eval_batch_size": 1}}
+    asked |= {"train": {"per_device_eval_batch_size": 1, "max_steps": 1}}
     whole = run(recipe("whole", **asked))
     with exhausted(lambda rows, trains: not trains and rows > 2):
         report = run(recipe(**asked))
@@ -363,7 +360,7 @@ def test_the_smaller_batch_is_shown(recipe: RecipeFile) -> None:
     assert "Memory ran out, and what was changed" in Path(report.run, "report.html").read_text()
 
 
-@pytest.mark.parametrize("mode", ["nf4", "8bit", "bf16"])
+@pytest.mark.parametrize("mode", ["nf4", "8bit"])
 def test_it_holds_in_few_bits_within_their_rounding(mode: str, recipe: RecipeFile) -> None:
     sections = MODES[mode] | {"train": {"max_steps": 2}}
     whole = run(recipe("whole", **sections))

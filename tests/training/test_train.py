@@ -151,6 +151,7 @@ def test_an_evaluation_leaves_later_gradients_as_they_were(mode: str, recipe_fil
 
 def test_a_resumed_run_equals_one_that_was_not_interrupted(recipe_file: RecipeFile, tmp_path: Path) -> None:
     settings = {"lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2}
+    settings |= {"gradient_accumulation_steps": 1}
     whole = recipe_file("whole.yaml", train=settings | {"max_steps": 6}, output_dir=str(tmp_path / "whole"))
     run(whole)
     for steps in (3, 6):
@@ -280,7 +281,7 @@ def test_early_stopping_and_the_best_checkpoint(recipe_file: RecipeFile, tmp_pat
     assert report.eval.after.loss == pytest.approx(min(losses), rel=1e-4)
 
 
-@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
+@pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_an_adapter_that_changed_its_base_is_saved_for_the_original(
     init: str, recipe_file: RecipeFile, chat_file: Path, tmp_path: Path
 ) -> None:
@@ -321,14 +322,14 @@ def test_loftq_starts_nearer_to_the_original_weights(recipe_file: RecipeFile, ti
 
 @pytest.mark.pictures
 def test_generated_answers_are_scored_and_kept(recipe_file: RecipeFile, chat_file: Path, tmp_path: Path) -> None:
-    rows = [chat("hi", "yo")] * 8
+    rows = [chat("hi", "yo")] * 4
     write_jsonl(tmp_path / "one.jsonl", rows)
     report = run(
         recipe_file(
             quant=None,
             model={"dtype": "float32"},
             data={"train": str(tmp_path / "one.jsonl"), "eval": str(tmp_path / "one.jsonl")},
-            train=HARD | {"max_steps": 40, "learning_rate": 2e-2},
+            train=HARD | {"max_steps": 40, "learning_rate": 2e-2, "per_device_train_batch_size": 1},
             eval={"metrics": ["exact_match", "regex"], "regex": "^y", "max_new_tokens": 8, "samples": 3},
         )
     )
@@ -344,7 +345,7 @@ def test_generated_answers_are_scored_and_kept(recipe_file: RecipeFile, chat_fil
 
 
 def test_the_run_folder_tells_what_was_done(recipe_file: RecipeFile, tmp_path: Path, chat_file: Path) -> None:
-    report = run(recipe_file())
+    report = run(recipe_file(train={"report_to": ...}))
     folder = tmp_path / "run"
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["status"] == "complete"

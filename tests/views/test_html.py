@@ -8,6 +8,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
+from functools import cache
 from html import unescape
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -268,9 +269,15 @@ PAGES: dict[str, Callable[[], str]] = {
 }
 
 
+@cache
+def drawn(name: str) -> str:
+    """That page; its pictures take a while."""
+    return PAGES[name]()
+
+
 @pytest.fixture(params=PAGES)
 def page(request: pytest.FixtureRequest) -> Page:
-    return Page(PAGES[request.param]())
+    return Page(drawn(request.param))
 
 
 # --------------------------------------------------------------------------------------------------------------- tests
@@ -321,7 +328,7 @@ def test_pictures_take_the_colours_and_the_font_of_the_page(page: Page) -> None:
 
 @pytest.mark.parametrize("name", PAGES)
 def test_the_same_document_gives_the_same_bytes(name: str) -> None:
-    assert PAGES[name]() == PAGES[name]()
+    assert PAGES[name]() == drawn(name)
 
 
 def test_the_figures_of_a_training_are_there() -> None:

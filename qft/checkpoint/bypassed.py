@@ -78,7 +78,8 @@ def deep_linears(model: PreTrainedModel) -> list[str]:
 
 def _looked(model: PreTrainedModel) -> tuple[list[str], list[str]]:
     config, modules = model.config, tuple((name, type(module)) for name, module in model.named_modules())
-    key = (config.to_json_string(), config._attn_implementation, config._experts_implementation, modules)
+    chosen = (getattr(config, f"_{part}_implementation", None) for part in ("attn", "experts"))
+    key = (config.to_json_string(), *chosen, modules)
     if key not in _KNOWN:
         _KNOWN[key] = _look(model)
     return _KNOWN[key]

@@ -6,15 +6,12 @@ from typing import Any
 
 from qft.arrive.axolotl_forms import OWN_PROMPT, WITH_INPUT, form
 from qft.arrive.line import Config, Kind, Line, sets
-from qft.arrive.shared import LOADERS
+from qft.arrive.shared import LOADERS, is_file, part_of_file
 
 ONE_TEMPLATE = "one chat template renders all rows, and another source has another: train on them one after the other"
 
-KEYS = {
-    "name": "name",
-    "split": "split",
-    "revision": "revision",
-}
+KEYS = ("name", "split", "revision")
+"""Of a hub dataset, as qft calls them."""
 ROLES = {
     "user": ("user", "human"),
     "assistant": ("assistant", "gpt", "chatgpt"),
@@ -71,11 +68,13 @@ def _dataset(
         return
     if rows.format != "text":
         templates.append(rows.template)
-    made = {KEYS[name]: dataset[name] for name in KEYS if dataset.get(name) is not None}
-    yield from (Line(f"{key}.{name}", Kind.SAME) for name in made)
-    yield from _others(key, dataset)
     paths, within = _paths(dataset)
-    found.extend({"path": config.local(path), **rows.source, **made} for path in paths)
+    asked = {name: dataset[name] for name in KEYS if dataset.get(name) is not None}
+    of_file = any(map(is_file, paths))
+    for name, value in asked.items():
+        yield _of_file(f"{key}.{name}", value) if of_file else Line(f"{key}.{name}", Kind.SAME)
+    yield from _others(key, dataset)
+    found.extend({"path": config.local(path), **rows.source, **({} if of_file else asked)} for path in paths)
     files = "data_files" if dataset.get("data_files") else "path"
     if within or not paths:
         text = "a file within a hub data set: download it to where data.train has it" if within else "names no data set"
@@ -84,6 +83,12 @@ def _dataset(
         yield Line(f"{key}.path", Kind.SAME)
         yield from [Line(f"{key}.data_files", Kind.OTHER_FIELD)] if files == "data_files" else []
         yield from [Line(f"{key}.ds_type", Kind.OTHER_FIELD, "by the file's suffix")] if dataset.get("ds_type") else []
+
+
+def _of_file(key: str, value: Any) -> Line:
+    """What KEYS say beside the path of a file."""
+    is_split = key.endswith(".split")
+    return part_of_file(key, value) if is_split else Line(key, Kind.NO_EFFECT, "a file has but one")
 
 
 def _paths(dataset: Mapping[str, Any]) -> tuple[list[str], bool]:

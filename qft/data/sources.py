@@ -27,7 +27,7 @@ from datasets.exceptions import DatasetsError
 from numpy.typing import NDArray
 
 from qft.data.columns import require_sound, undecoded
-from qft.data.folders import is_saved, saved, unread
+from qft.data.folders import saved, unread
 from qft.data.hub import fetched
 from qft.data.packed import unpacked
 from qft.data.sql import rows_of
@@ -35,7 +35,7 @@ from qft.disk import refusal
 from qft.errors import DataError, MissingError, QftError, RunError, causes, first_line
 from qft.files import not_a_file, read_json_text, sha256
 from qft.recipe import Source
-from qft.recipe.spread import DATABASES, kind
+from qft.recipe.spread import DATABASES, is_saved, kind
 
 JSON_COLUMN = "__json__"
 TEXT_COLUMN = "__text__"
@@ -154,7 +154,7 @@ def open_unchecked(source: Source) -> Rows:
     if not path.is_absolute():
         found, commit = fetched(source)
         return Rows(source, undecoded(found), "row", commit)
-    if is_saved(path):
+    if is_saved(source.path):
         found, of_files = saved(path, source.split)
         return Rows(source, undecoded(found), "row", of_files)
     if not path.is_file():

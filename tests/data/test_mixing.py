@@ -137,6 +137,8 @@ def test_a_folder_that_datasets_saved_is_one_source(tmp_path: Path) -> None:
     assert found.place(0, 1) == f"{tmp_path / 'one'}: row 2"
     with pytest.raises(DataError, match=r"both: holds the splits train, held, and none is called test: set split"):
         prepared({"path": str(tmp_path / "both"), "split": "test"})
+    with pytest.raises(DataError, match=r"one: holds one set of rows, and none is called held: remove split"):
+        prepared({"path": str(tmp_path / "one"), "split": "held"})
     parts["none"] = Dataset.from_list(ROWS).select([])
     DatasetDict(parts).save_to_disk(tmp_path / "some")
     assert len(prepared({"path": str(tmp_path / "some"), "split": "train"}).train) == 3

@@ -209,7 +209,7 @@ def defaults(config: Config, fields: Mapping[str, Any]) -> Iterator[Line]:
     yield default("data.loss_on", "all", text)
     yield default("train.learning_rate", 2e-5, "learning_rate")
     yield default("train.gradient_checkpointing", True, "gradient_checkpointing")
-    yield from trainer_defaults()
+    yield from trainer_defaults(fields, logging_steps=10)
 
 
 DECIDED = {

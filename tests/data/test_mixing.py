@@ -168,6 +168,9 @@ def test_columns_are_called_as_the_format_has_them(tmp_path: Path) -> None:
     {"chosen": "a", "rejected": "b"},
     {"prompt": "q", "chosen": "a", "rejected": "b"},
     {"prompt": "q", "completion": "a", "label": False},
+    {"prompt": "q", "completion": "a", "label": "True"},
+    {"messages": chat("q", "a")["messages"], "label": True},
+    {"messages": chat("q", "a")["messages"], "kto_tag": False},
     {"chosen": [{"role": "user", "content": "q"}], "rejected": []},
 ])  # fmt: skip
 def test_preferences_are_known_and_refused(tmp_path: Path, fields: dict[str, Any]) -> None:

@@ -107,11 +107,16 @@ def detect(row: dict[str, Any]) -> str:
         raise BadRow(PREFERENCE)
     if len(fitting) == 1:
         return fitting[0]
-    found = f"fields {', '.join(map(str, row)) or '(none)'}"
+    found = f"fields {', '.join(map(_shown, row)) or '(none)'}"
     if fitting:
         raise BadRow(f"{found} fit the formats {' and '.join(fitting)}; say which with data.format")
     known = "; ".join(f"{name} has {' and '.join(sorted(fields))}" for name, fields in FIELDS.items())
     raise BadRow(f"{found} fit no known format ({known}); rename them, or say which with data.format")
+
+
+def _shown(name: Any) -> str:
+    """A field's name, in quotes where spaces at its ends would not be seen."""
+    return repr(name) if str(name) != str(name).strip() else str(name)
 
 
 def _is_judged(row: dict[str, Any]) -> bool:

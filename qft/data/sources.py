@@ -278,7 +278,7 @@ def _csv_shape(path: Path) -> tuple[list[str], int]:
         lines = csv.reader(stream)
         for cells in lines:
             if not header and ",".join(cells).strip():
-                header = cells
+                header = [name or f"Unnamed: {i}" for i, name in enumerate(cells)]  # as pandas calls them
             elif len(cells) > 1 or "".join(cells).strip():
                 last = start
                 if len(cells) != len(header):

@@ -187,6 +187,12 @@ FILES: dict[str, tuple[str, bytes, str]] = {
     "a first row of more cells": ("rows.csv", b"prompt,completion\n\na,b,c\n", ":3: 3 cells, and the header has 2"),
     "a row of fewer cells": ("rows.csv", CSV + b'"a\n",b\na\n', ":5: 1 cells, and the header has 2"),
     "a quote that is not closed": ("rows.csv", CSV + b'a,"b\nc,d\n', ":3: a quote is not closed"),
+    "spaces in the header": ("rows.csv", b"prompt, completion\na, b\n", ": row 1: fields prompt, ' completion' fit"),
+    "a row of many lines": (
+        "rows.jsonl",
+        json.dumps(chat("a", "b"), indent=1).encode(),
+        ":1: not valid JSON: .*JSON lines have one row a line",
+    ),
     "semicolons": ("rows.csv", b"prompt;completion\na;b\n", ": row 1: fields prompt;completion fit no known format"),
     "an empty cell": ("rows.csv", CSV + b"a,\n", ": row 2: completion: "),
     "NUL bytes in a table": ("rows.csv", bytes(50), ""),

@@ -137,7 +137,7 @@ def parse(text: str, name: str) -> Tree:
     if node is None:
         raise RecipeError(f"{name}: empty")
     if not isinstance(node, yaml.MappingNode):
-        raise RecipeError(f"{name}:{node.start_mark.line + 1}: a recipe is a mapping of sections")
+        raise RecipeError(f"{name}:{node.start_mark.line + 1}: is no mapping of keys to values")
     builder = _Builder(loader, name)
     try:
         values = builder.build(node, ())

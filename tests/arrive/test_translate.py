@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from qft.arrive import TOOLS, Kind
+from qft.arrive import TOOLS, Kind, translate
 from qft.arrive.written import recipe_text, write_translated
 from qft.errors import GateError, RecipeError
 from qft.recipe import load
@@ -247,3 +247,6 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_recipe_of_nobody_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="no configuration of torchtune, Axolotl, LLaMA-Factory, TRL"):
         translated(tmp_path, {"model": "a/b"})
+    (tmp_path / "train.py").write_text("from unsloth import FastLanguageModel\n")
+    with pytest.raises(RecipeError, match=r"train\.py: code is not read: write the arguments of its SFTConfig"):
+        translate(tmp_path / "train.py")

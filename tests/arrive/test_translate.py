@@ -152,6 +152,8 @@ def test_lora_in_axolotl_does_not_quantize_to_4_bits(tmp_path: Path) -> None:
         ("Axolotl", {"datasets": [{"path": "a/b", "type": "chat_template", "field_messages": "conversations",
                                    "message_property_mappings": {"role": "from", "content": "value"}}]},
          {"data.train": [{"path": "a/b", "format": "sharegpt"}]}),
+        ("Axolotl", {"datasets": [{"path": "a/b", "type": "chat_template", "train_on_eos": "last"}]},
+         {"data.train_on_eos": "last"}),
         ("Axolotl", {"adapter": None, "load_in_4bit": None}, {"adapter.kind": "none"}),
         ("Axolotl", {"tokens": ["<a>"]}, {"model.add_tokens": ["<a>"]}),
         ("Axolotl", {"evals_per_epoch": None, "eval_strategy": False}, {"data.eval_fraction": 0.1}),
@@ -198,6 +200,15 @@ def test_what_a_key_becomes(tool: str, change: dict[str, Any], fields: dict[str,
         ({"special_tokens": {"eos_token": "<|im_end|>"}}, "special_tokens.eos_token"),
         ({"datasets": [{"path": "a/b", "type": "jeopardy"}]}, "datasets.0.type"),
         ({"loraplus_lr_ratio": 16}, "loraplus_lr_ratio"),
+        (
+            {
+                "datasets": [
+                    {"path": "a/b", "type": "chat_template", "train_on_eos": "all"},
+                    {"path": "c/d", "type": "chat_template"},
+                ]
+            },
+            "datasets.0.train_on_eos",
+        ),
         ({"torch_compile": True}, "torch_compile"),
     ],
     ids=str,

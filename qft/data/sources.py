@@ -33,7 +33,7 @@ from qft.data.packed import unpacked
 from qft.data.sql import rows_of
 from qft.disk import refusal
 from qft.errors import DataError, MissingError, QftError, RunError, causes, first_line
-from qft.files import not_a_file, read_json_text, sha256
+from qft.files import not_a_file, read_json_text, require_pulled, sha256
 from qft.recipe import Source
 from qft.recipe.spread import DATABASES, is_saved, kind
 
@@ -164,6 +164,7 @@ def open_unchecked(source: Source) -> Rows:
         raise DataError(f"{path}: cannot tell what it holds; data files end in {SUFFIXES}")
     if path.stat().st_size <= len(codecs.BOM_UTF8) and path.read_bytes() in (b"", codecs.BOM_UTF8):
         raise DataError(f"{path}: the file is empty")
+    require_pulled(path)
     read = path
     try:
         digest = sha256(path)

@@ -1,5 +1,6 @@
 """Rules between fields that need no knowledge of model, data or device."""
 
+import os
 import re
 from collections.abc import Callable, Iterator
 
@@ -230,14 +231,18 @@ def _data_rules(recipe: Recipe) -> Iterator[Problem]:
 def _source_rules(recipe: Recipe) -> Iterator[Problem]:
     data, asked = recipe.data, recipe.calibrate.data if recipe.calibrate else ()
     for section, sources in {"data.train": data.train, "data.eval": data.eval, "calibrate.data": asked}.items():
+        told: tuple[str, ...] = ()
         for i, source in enumerate(sources):
             if scheme := SCHEME.match(source.path):
                 text = f"{scheme[0]} is not read: a source is a file, a folder or a hub dataset's id; of SQL it is a "
                 remedy = "SQLite file (path: rows.db, sql: SELECT …): save what others hold as .parquet"
                 yield f"{section}.{i}.path", f"{text}{remedy}"
                 continue
-            for field, why in _unread_by_source(source):
+            unread = dict(_unread_by_source(source))
+            here = (os.path.dirname(source.path), *unread)
+            for field, why in unread.items() if here != told else ():  # once of all files of a folder
                 yield f"{section}.{i}.{field}", f"{why}: remove it"
+            told = here
 
 
 def _unread_by_source(source: Source) -> Iterator[Problem]:

@@ -90,6 +90,9 @@ def test_an_unknown_field_of_a_bare_source_is_named_without_an_index() -> None:
         ("extend: base.yaml", "extend: unknown field, did you mean extends?"),
         ("qunat: {mode: 4bit}", "qunat: unknown field, did you mean quant?"),
         ("train: {xyzzy: 1}", "train.xyzzy: unknown field"),
+        ("adapter: {lora_r: 4}", "adapter.lora_r: unknown field, did you mean r?"),
+        ("train: {lr: 1e-4}", "train.lr: unknown field, did you mean learning_rate?"),
+        ("eval: {lr: 1e-4}", "eval.lr: unknown field"),
     ],
 )
 def test_an_unknown_field_comes_with_a_close_name_if_there_is_one(line: str, message: str) -> None:
@@ -314,6 +317,12 @@ def test_a_broken_rule_is_reported_at_its_field(changes: list[str], field: str) 
 )
 def test_what_the_rules_ask_for_is_accepted(changes: list[str]) -> None:
     assert isinstance(recipe(MINIMAL, *changes), Recipe)
+
+
+def test_what_is_wrong_of_all_files_of_a_folder_is_told_once(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.jsonl").touch()
+    assert len(problems(MINIMAL, f"data.train={{path: {tmp_path}, split: test}}")) == 1
 
 
 def test_all_broken_rules_are_reported_at_once_in_the_order_of_their_lines() -> None:

@@ -21,6 +21,8 @@ from qft.errors import MissingError
 KINDS = {stat.S_ISFIFO: "a pipe", stat.S_ISSOCK: "a socket", stat.S_ISCHR: "a device", stat.S_ISBLK: "a device"}
 CLOCK_DRIFT = 5
 """Seconds by which the start of one process can be told differently, as the clock is set."""
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+"""What the small files begin with that a clone without Git LFS has."""
 TEMPORARY = re.compile(r"\.(.*)\.qft-(old-)?(\d+)-(\d+)-\w{8}", re.DOTALL)
 """A temporary file or folder: for what, whether it is what was there before, and its process's number and start."""
 LONGEST = 200
@@ -108,6 +110,13 @@ def require_regular(path: Path) -> Path:
     if kind := not_a_file(path):
         raise MissingError(f"{path}: it is {kind}, and a file is needed there")
     return path
+
+
+def require_pulled(path: Path) -> None:
+    """Raise MissingError for what a clone has in place of a file that Git LFS holds."""
+    with path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise MissingError(f"{path}: is a pointer of Git LFS, and not the file itself: run `git lfs pull` there")
 
 
 def require_regular_files(folder: Path) -> None:

@@ -6,15 +6,12 @@ from typing import Any
 
 from qft.arrive.axolotl_forms import OWN_PROMPT, WITH_INPUT, form
 from qft.arrive.line import Config, Kind, Line, sets
-from qft.arrive.shared import LOADERS
+from qft.arrive.shared import LOADERS, is_file, part_of_file
 
 ONE_TEMPLATE = "one chat template renders all rows, and another source has another: train on them one after the other"
 
-KEYS = {
-    "name": "name",
-    "split": "split",
-    "revision": "revision",
-}
+KEYS = ("name", "split", "revision")
+"""Of a hub dataset, as qft calls them."""
 ROLES = {
     "user": ("user", "human"),
     "assistant": ("assistant", "gpt", "chatgpt"),
@@ -71,11 +68,13 @@ def _dataset(
         return
     if rows.format != "text":
         templates.append(rows.template)
-    made = {KEYS[name]: dataset[name] for name in KEYS if dataset.get(name) is not None}
-    yield from (Line(f"{key}.{name}", Kind.SAME) for name in made)
-    yield from _others(key, dataset)
     paths, within = _paths(dataset)
-    found.extend({"path": config.local(path), **rows.source, **made} for path in paths)
+    asked = {name: dataset[name] for name in KEYS if dataset.get(name) is not None}
+    of_file = any(map(is_file, paths))
+    for name, value in asked.items():
+        yield _of_file(f"{key}.{name}", value) if of_file else Line(f"{key}.{name}", Kind.SAME)
+    yield from _others(key, dataset, config)
+    found.extend({"path": config.local(path), **rows.source, **({} if of_file else asked)} for path in paths)
     files = "data_files" if dataset.get("data_files") else "path"
     if within or not paths:
         text = "a file within a hub data set: download it to where data.train has it" if within else "names no data set"
@@ -84,6 +83,12 @@ def _dataset(
         yield Line(f"{key}.path", Kind.SAME)
         yield from [Line(f"{key}.data_files", Kind.OTHER_FIELD)] if files == "data_files" else []
         yield from [Line(f"{key}.ds_type", Kind.OTHER_FIELD, "by the file's suffix")] if dataset.get("ds_type") else []
+
+
+def _of_file(key: str, value: Any) -> Line:
+    """What KEYS say beside the path of a file."""
+    is_split = key.endswith(".split")
+    return part_of_file(key, value) if is_split else Line(key, Kind.NO_EFFECT, "a file has but one")
 
 
 def _paths(dataset: Mapping[str, Any]) -> tuple[list[str], bool]:
@@ -97,7 +102,7 @@ def _paths(dataset: Mapping[str, Any]) -> tuple[list[str], bool]:
     return [str(file) for file in files], path not in LOADERS
 
 
-def _others(key: str, dataset: Mapping[str, Any]) -> Iterator[Line]:
+def _others(key: str, dataset: Mapping[str, Any], config: Config) -> Iterator[Line]:
     """Lines of the keys that name no place."""
     for name, value in dataset.items():
         where = f"{key}.{name}"
@@ -113,6 +118,8 @@ def _others(key: str, dataset: Mapping[str, Any]) -> Iterator[Line]:
             yield Line(where, Kind.OTHER_FIELD, "by the format")
         elif name == "field":
             yield Line(where, Kind.SAME)
+        elif name in ("train_on_eos", "train_on_eot"):
+            yield _ends(where, value, config)
         else:
             yield _learnt(where, name, value, dataset)
 
@@ -127,14 +134,21 @@ def _is_our_role(name: str, value: Any) -> bool:
     return all(set(each) <= set(ROLES.get(mine, ())) for mine, each in lists.items())
 
 
+def _ends(where: str, value: Any, config: Config) -> Line:
+    """Which ends are learnt: of all rows alike, so that every data set must say the same."""
+    given = config.get("datasets")
+    each = [one for one in (given if isinstance(given, list) else [given]) if isinstance(one, Mapping)]
+    said = {one.get("train_on_eos", one.get("train_on_eot", "turn")) for one in each}
+    if value != "turn" and (value not in ("all", "last") or said != {value}):
+        return Line(where, Kind.UNSUPPORTED, "set data.train_on_eos, for all rows")
+    return Line(where, Kind.SAME, sets={"data.train_on_eos": value})
+
+
 def _learnt(where: str, name: str, value: Any, dataset: Mapping[str, Any]) -> Line:
     """Which tokens are learnt, and what the template gets."""
     if name == "roles_to_train":
         mine = set(value) <= {"assistant", "gpt"}
         return Line(where, Kind.SAME if mine else Kind.UNSUPPORTED, "" if mine else "data.loss_on all learns all turns")
-    if name in ("train_on_eos", "train_on_eot"):
-        mine = value == "turn"
-        return Line(where, Kind.SAME if mine else Kind.UNSUPPORTED, "set data.train_on_eos, for all rows")
     if name in ("field_thinking", "template_thinking_key"):
         mine = dataset.get("field_thinking") == dataset.get("template_thinking_key")
         text = "the chat template gets it by its own name" if mine else "rename it to what the chat template reads"

@@ -67,6 +67,9 @@ class Translation:
 
 def translate(path: Path) -> Translation:
     """Read the configuration of another tool. Raises RecipeError if it is none, MissingError without a file."""
+    if path.suffix in (".py", ".ipynb", ".sh"):
+        remedy = "write the arguments of its SFTConfig and LoraConfig as YAML, by the names that `trl sft` has for them"
+        raise RecipeError(f"{path}: code is not read: {remedy} (docs/coming-from.md)")
     tree = source.read(path, "configuration")
     tool = _recognised(tree.values, path)
     config = Config(tree, path, tool.flat(tree.values))

@@ -4,7 +4,7 @@ import difflib
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel
 
@@ -28,6 +28,8 @@ OWN = {
     },
 }  # fmt: skip
 """Fields of those sections that qft reads itself, or hands over in another form."""
+SOURCES = {"data.train", "data.eval", "calibrate.data"}
+"""Lists of mappings, of whose fields --set sets none by itself."""
 
 
 @dataclass(frozen=True)
@@ -49,23 +51,24 @@ _schema = functools.cache(json_schema)
 
 
 def field_names() -> dict[str, Any]:
-    """Dotted names of all fields -> their JSON Schemas."""
+    """Dotted names of all fields, those of a source too (`data.train.split`) -> their JSON Schemas."""
     schema = _schema()
-    found: dict[str, Any] = {}
-    for name, part in schema["properties"].items():
-        found[name] = part
-        inner = _referred(part, schema)
-        if name != "extends":
-            found |= {f"{name}.{field}": each for field, each in inner.get("properties", {}).items()}
-    return found
+    return {name: part for field, part in schema["properties"].items() for name, part in _within(field, part, schema)}
+
+
+def _within(name: str, part: Any, schema: Any) -> Iterator[tuple[str, Any]]:
+    """A field and those in it, each with its schema."""
+    yield name, part
+    for field, inner in _referred(part, schema).get("properties", {}).items() if name != "extends" else ():
+        yield from _within(f"{name}.{field}", inner, schema)
 
 
 def explain(field: str) -> Explained:
     """Raises RecipeError for what is no field, with what may be meant."""
     known = field_names()
     if field not in known:
-        names = [name for name in known if name.rpartition(".")[2] == field]
-        names = names or difflib.get_close_matches(field, known, n=3, cutoff=0.6) or _by_peer(field)
+        names = [name for name in known if name.rpartition(".")[2] == field.lower()] or _by_peer(field)
+        names = names or difflib.get_close_matches(field.lower(), known, n=3, cutoff=0.6)
         meant = f"; meant is perhaps {' or '.join(names)}" if names else ""
         raise RecipeError(f"{field}: the recipe has no such field{meant}")
     schema, section = _schema(), field.partition(".")[0]
@@ -78,7 +81,7 @@ def explain(field: str) -> Explained:
         default=_default(field),
         reader="qft" if own or section not in READERS else READERS[section],
         peers={tool.name: keys for tool in TOOLS.values() if (keys := _keys(tool.table, field))},
-        inner=tuple(name for name in known if name.startswith(f"{field}.")),
+        inner=tuple(name for name in known if name.rpartition(".")[0] == field),
     )
 
 
@@ -91,9 +94,10 @@ def completed(incomplete: str) -> Iterator[str]:
         words = explain(field).takes.replace(" or ", ", ").split(", ")
         yield from (f"{field}={word}" for word in words if " " not in word and word.startswith(begun))
         return
+    sections = {name.rpartition(".")[0] for name in known} - SOURCES
     for name in known:
-        if name.startswith(field) and ("." in field or "." not in name):
-            yield f"{name}." if "." not in name and any(other.startswith(f"{name}.") for other in known) else name
+        if name.startswith(field) and name.count(".") == field.count(".") and name.rpartition(".")[0] not in SOURCES:
+            yield f"{name}." if name in sections else name
 
 
 def _keys(table: Any, field: str) -> tuple[str, ...]:
@@ -130,16 +134,22 @@ def _takes(part: Any, schema: Any) -> list[str]:
 
 
 def _default(field: str) -> str:
-    section, _, name = field.partition(".")
+    *sections, name = field.split(".")
     owner: Any = Recipe
-    if name:
-        owner = Recipe.model_fields[section].annotation
-        owner = owner if isinstance(owner, type) else next(each for each in owner.__args__ if each is not type(None))
-    found = owner.model_fields.get(name or section)
+    for section in sections:
+        owner = _model(owner.model_fields[section].annotation)
+    found = owner.model_fields.get(name)
     if found is None or found.is_required():
         return "none: it has to be given" if found else ""
     value = found.get_default(call_default_factory=True)
     return "the defaults of its fields" if isinstance(value, BaseModel) else _word(value)
+
+
+def _model(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field takes, itself or in a list."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for each in get_args(annotation) if (found := _model(each))), None)
 
 
 def _word(value: Any) -> str:

@@ -141,7 +141,7 @@ def defaults(config: Config, fields: Mapping[str, Any]) -> Iterator[Line]:
     yield default("train.gradient_checkpointing", True, "disable_gradient_checkpointing")
     yield default("train.bf16", False, "bf16")
     yield default("train.learning_rate", 5e-5, "learning_rate")
-    yield from trainer_defaults()
+    yield from trainer_defaults(fields)
 
 
 DECIDED = {
@@ -209,7 +209,6 @@ REMEDIES = {
     "the loss is the mean over the tokens that are learnt": (
         "use_dft_loss use_asft_loss asft_alpha use_eaft_loss eaft_alpha ignore_pad_token_for_loss"
     ),
-    "all assistant turns are learnt; the last alone by data.loss_on: last_assistant": "mask_history",
     "save the model with such a tokenizer or config.json": (
         "resize_vocab new_special_tokens_config init_special_tokens rope_scaling "
         "shift_attn mixture_of_depths train_from_scratch"
@@ -279,7 +278,8 @@ TABLE: dict[str, Rule] = {
     "max_samples": with_key("dataset"),
     "template": template,
     "cutoff_len": to("data.max_length"),
-    "train_on_prompt": choose("data.loss_on", {True: "all", False: "assistant"}, "data.loss_on"),
+    "train_on_prompt": when_on(choose("data.loss_on", {True: "all"}, "data.loss_on")),
+    "mask_history": when_on(choose("data.loss_on", {True: "last_assistant"}, "data.loss_on")),
     "preprocessing_num_workers": to("data.num_proc"),
     "val_size": when_on(held_out),
     "packing": to("data.packing", text="packed rows see each other there, unless neat_packing is set"),

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from qft.arrive.line import Config, Kind, Line, choose, fastest_attention, number, sets
+from qft.recipe.spread import is_local, is_saved
 
 SEVERAL = (
     "distributed.strategy auto shares an update among the GPUs that are there, and shards the base where it must; for "
@@ -91,3 +92,16 @@ def attention(key: str, value: Any, config: Config) -> Iterator[Line]:
         yield Line(key, Kind.SAME, sets={"model.attn_implementation": value})
     else:
         yield fastest_attention(key)
+
+
+def is_file(path: Any) -> bool:
+    """Whether rows are all that lies at a path: no hub dataset, nor what `datasets` saved with its splits."""
+    return is_local(str(path)) and not is_saved(str(path))
+
+
+def part_of_file(key: str, split: Any) -> Line:
+    """Of a split of what has none but `train`."""
+    if split == "train":
+        return Line(key, Kind.SAME, "all rows of the file")
+    text = "all rows of a file are read: data.train.weight draws a share of them, or write those that are meant apart"
+    return Line(key, Kind.UNSUPPORTED, text)

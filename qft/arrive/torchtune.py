@@ -58,9 +58,7 @@ DECIDED = {
         "profiler.cpu profiler.cuda profiler.profile_memory profiler.with_stack profiler.record_shapes "
         "profiler.with_flops profiler.wait_steps profiler.warmup_steps profiler.active_steps profiler.num_cycles"
     ),
-    "how a model is loaded": (
-        "low_cpu_ram fsdp_cpu_offload custom_sharded_layers fsdp.cpu_offload fsdp dataset.new_system_prompt"
-    ),
+    "how a model is loaded": ("low_cpu_ram fsdp_cpu_offload custom_sharded_layers fsdp.cpu_offload fsdp"),
     "the update and its backward pass are apart": "optimizer_in_bwd",
 }
 NO_EFFECT = {
@@ -73,6 +71,7 @@ REMEDIES = {
     "images are sized by the model's own processor (its preprocessor_config.json)": (
         "model.image_size tokenizer.image_size tokenizer.max_num_tiles collate_fn dataloader.collate_fn"
     ),
+    "write it into the rows, as system (docs/rows.md)": "dataset.new_system_prompt",
     "write rows with images as docs/rows.md has them": "dataset.image_tag dataset.image_dir",
     "quant.mode qat trains for a format in groups of 32 (quant.target)": (
         "quantizer quantizer._component_ quantizer.groupsize"

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qft.arrive.line import Config, Kind, Line, sets
-from qft.arrive.shared import LOADERS
+from qft.arrive.shared import LOADERS, is_file, part_of_file
 
 ALPACA = {"format": "alpaca"}
 ASKED = {"format": "prompt_completion"}
@@ -67,8 +67,11 @@ def model(key: str, value: Any, config: Config) -> Iterator[Line]:
         yield Line(key, Kind.OTHER_FIELD, text, held)
     elif builder.startswith("lora_"):
         yield Line(key, Kind.OTHER_FIELD, "the model's files say which it is", {"adapter.kind": "lora"})
-    else:
+    elif str(value).startswith("torchtune.models."):
         yield Line(key, Kind.OTHER_FIELD, "all weights are trained", {"adapter.kind": "none"})
+    else:
+        text = "what it builds is known to its code alone: set adapter, or adapter.kind: none to train all weights"
+        yield Line(key, Kind.UNSUPPORTED, text)
 
 
 @sets("quant.mode")
@@ -122,7 +125,8 @@ def dataset(key: str, value: Any, config: Config) -> Iterator[Line]:
     name = config.get("dataset.name") or config.get("dataset.subset")
     source |= {"name": name} if name else {}
     split = config.get("dataset.split", "train")
-    made: dict[str, Any] = {"data.train": [source if split == "train" or files else {**source, "split": split}]}
+    of_file = is_file(path)
+    made: dict[str, Any] = {"data.train": [source if split == "train" or of_file else {**source, "split": split}]}
     if builder in DATASETS and not {"dataset.train_on_input", "dataset.masking_strategy"} & config.values.keys():
         made["data.loss_on"] = "all" if all_learnt else "assistant"
     if builder.startswith("alpaca"):
@@ -130,6 +134,8 @@ def dataset(key: str, value: Any, config: Config) -> Iterator[Line]:
     if config.get("dataset_val._component_") == value:
         made["data.eval"] = [{**source, "split": config.get("dataset_val.split", "validation")}]
     yield Line(key, Kind.OTHER_FIELD, _said(builder, all_learnt), made)
+    if of_file and split != "train":
+        yield part_of_file("dataset.split", split)
     if wrong:
         yield Line(key, Kind.UNSUPPORTED, wrong)
 

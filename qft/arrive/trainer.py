@@ -1,6 +1,6 @@
 """Keys of transformers.TrainingArguments, which LLaMA-Factory and TRL have among theirs."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qft.arrive.line import (
@@ -59,8 +59,11 @@ def checkpointing(key: str, value: Any, config: Config) -> Iterator[Line]:
             yield Line(f"{key}.{name}", Kind.DECIDED, "each block by itself, non-reentrant, always")
 
 
-def trainer_defaults() -> Iterator[Line]:
-    """What a Trainer does without a key, where qft does another."""
+def trainer_defaults(fields: Mapping[str, Any], logging_steps: int = 500) -> Iterator[Line]:
+    """What a Trainer does without a key, where qft does another; `logging_steps` is their default."""
+    if fields.get("train.eval_strategy") == "steps":
+        often = fields.get("train.logging_steps", logging_steps)
+        yield default("train.eval_steps", often, "eval_steps, which is logging_steps then")
     yield default("train.per_device_train_batch_size", 8, "per_device_train_batch_size")
     yield default("train.gradient_accumulation_steps", 1, "gradient_accumulation_steps")
     yield default("train.num_train_epochs", 3, "num_train_epochs")

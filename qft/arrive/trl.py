@@ -26,8 +26,9 @@ from qft.arrive.trl_scripts import EVERY_COLUMN, SCRIPTS, evaluates
 NAME = "TRL"
 TEMPLATES: dict[str, str] = {}
 UNKNOWN = refused("trl refuses a key that it does not know: remove it")
-PEFTS = r".*\.(q_proj|v_proj|qkv_proj|query_key_value|c_attn|Wqkv)"
-"""What peft adapts where nobody says: the names that it has for the types of models, of which each has some."""
+PEFTS = r".*\.(q_proj|v_proj|[q]kv_proj|query_key_value|c_attn|Wqkv)"
+"""What peft adapts where nobody says: the names that it has for the types of models, of which each has some. With
+brackets among them they are no plain list of names, each of which the model must have."""
 UNLIMITED = "null"
 DTYPES = {name: name for name in ("auto", "float32", "bfloat16", "float16")}
 
@@ -208,7 +209,7 @@ def defaults(config: Config, fields: Mapping[str, Any]) -> Iterator[Line]:
     yield default("data.loss_on", "all", text)
     yield default("train.learning_rate", 2e-5, "learning_rate")
     yield default("train.gradient_checkpointing", True, "gradient_checkpointing")
-    yield from trainer_defaults()
+    yield from trainer_defaults(fields, logging_steps=10)
 
 
 DECIDED = {

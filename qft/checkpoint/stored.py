@@ -17,6 +17,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from qft.disk import disk_failures
 from qft.errors import MissingError, ModelError, first_line
+from qft.files import require_pulled
 
 INDEX_END = ".safetensors.index.json"
 NEITHER = f"has no .safetensors weights by the names {SAFE_WEIGHTS_NAME} and {SAFE_WEIGHTS_INDEX_NAME}"
@@ -81,6 +82,8 @@ def weight_files(folder: Path, config: PretrainedConfig | None = None) -> list[P
     paths = [folder / name for name in weight_names(folder, config)]
     if missing := [path.name for path in paths if not path.is_file()]:
         raise MissingError(f"{folder}: its index names {some(missing)}, which {_is(missing)} not there")
+    for path in paths:
+        require_pulled(path)
     return paths
 
 

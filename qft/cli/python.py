@@ -83,5 +83,9 @@ def train(
 
 
 def _overrides(changes: Mapping[str, Any] | None) -> list[str]:
-    """As --set takes them."""
-    return [f"{field}={json.dumps(value, default=str)}" for field, value in (changes or {}).items()]
+    """As --set takes them; numbers of numpy and torch are numbers."""
+    return [f"{field}={json.dumps(value, default=_plain)}" for field, value in (changes or {}).items()]
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if hasattr(value, "item") else str(value)

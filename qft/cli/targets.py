@@ -133,8 +133,8 @@ def chat(
             raise typer.BadParameter("--json prints one answer; give --prompt TEXT")
         engine = _engine(url, model, timeout, None, engine_python, context, (target,) if target else ())
         in_vllm = target is not None and _is_in_vllm(target)
-        where = "--url" if url else "@vllm" if in_vllm else None
-        _require_text(where, {"TARGET": url and target, "--adapter": adapter, "--image": image})
+        where = "--url" if url is not None else "@vllm" if in_vllm else None
+        _require_text(where, {"TARGET": url is not None and target, "--adapter": adapter, "--image": image})
         prepare_libraries()
         from qft.commands.by_vllm import open_vllm
         from qft.commands.chat import open_session
@@ -143,7 +143,7 @@ def chat(
 
         options = ChatOptions(system, max_new_tokens, temperature, top_p, seed)
         with ExitStack() as server:
-            if url:
+            if url is not None:
                 session = open_remote(engine, options, prompt, say)
             elif in_vllm:
                 session = server.enter_context(open_vllm(str(target), engine, options, prompt, say))

@@ -80,6 +80,11 @@ class Fields:
             raise BadRow(f"{name}: is empty")
         return value
 
+    def optional(self, name: str) -> str | None:
+        """The text of a field that may be blank or absent: None then. Raises BadRow for anything else."""
+        value = self.get(name)
+        return self.text(name) if value and not (isinstance(value, str) and value.isspace()) else None
+
     def parsed(self, name: str) -> Any:
         """The value, read as JSON where it is a text: files of columns hold lists and objects in that way."""
         value = self.get(name)
@@ -110,7 +115,7 @@ def conversation(fields: Fields, turns: Sequence[Turn], plain: tuple[str, str] |
     """The turns of a row, with what stands beside them. Raises BadRow for what cannot be both."""
     history = _history(fields)
     turns = [*history, *turns]
-    if system := _system(fields):
+    if system := fields.optional("system"):
         first = turns[0][1]
         has_own = first["role"] in ("system", "developer")
         if has_own and first["content"] != system:
@@ -207,10 +212,6 @@ def _weight(place: str, turn: Message) -> float | None:
     if len({bool(value) for value in said}) > 1:
         raise BadRow(f"{where}: weight and train contradict each other")
     return float(said[0])
-
-
-def _system(fields: Fields) -> str | None:
-    return fields.text("system") if fields.get("system") else None
 
 
 def _history(fields: Fields) -> list[Turn]:

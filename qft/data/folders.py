@@ -9,12 +9,7 @@ from datasets import Dataset, load_from_disk
 
 from qft.errors import DataError, first_line
 from qft.files import sha256
-from qft.recipe.spread import SAVED, kind
-
-
-def is_saved(path: Path) -> bool:
-    """Whether `datasets` saved the folder."""
-    return path.is_dir() and any((path / name).exists() for name in SAVED)
+from qft.recipe.spread import kind
 
 
 def saved(path: Path, split: str) -> tuple[Dataset, str]:
@@ -24,6 +19,8 @@ def saved(path: Path, split: str) -> tuple[Dataset, str]:
         splits = json.loads(parts.read_text())["splits"] if parts.exists() else None
         if splits is not None and split not in splits:
             raise DataError(f"{path}: holds the splits {', '.join(splits)}, and none is called {split}: set split")
+        if splits is None and split != "train":
+            raise DataError(f"{path}: holds one set of rows, and none is called {split}: remove split")
         folder = path if splits is None else path / split
         if not json.loads((folder / "state.json").read_text())["_data_files"]:
             raise DataError(f"{folder}: holds no row")

@@ -17,7 +17,9 @@ def from_sharegpt(row: dict[str, Any]) -> Conversation:
     """{"conversations": [{"from": "human", "value": "…"}, {"from": "gpt", …}]}."""
     fields = Fields(row)
     name = "conversations" if "conversations" in fields else "conversation"
-    return conversation(fields, [_sharegpt_turn(turn, f"{name}.{i}") for i, turn in enumerate(fields.turns(name))])
+    return conversation(
+        fields, [_turn(turn, f"{name}.{i}", _sharegpt_turn) for i, turn in enumerate(fields.turns(name))]
+    )
 
 
 SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant"}
@@ -60,8 +62,8 @@ def from_alpaca(row: dict[str, Any]) -> Conversation:
     """{"instruction", "input", "output"}, the input optional; it follows the instruction."""
     fields = Fields(row)
     question = fields.text("instruction")
-    if fields.get("input"):
-        question += "\n\n" + fields.text("input")
+    if more := fields.optional("input"):
+        question += f"\n\n{more}"
     answer = fields.text("output")
     # Unlike a prompt, an instruction was not written to be gone on with.
     return conversation(fields, _question("instruction", question, "output", answer), (f"{question}\n\n", answer))
@@ -89,6 +91,8 @@ FIELDS = {
 }
 """The fields by which a format is known."""
 
+JUDGED = ("label", "kto_tag")
+"""What TRL and LLaMA-Factory call the field of rows that have a good or a bad answer."""
 PREFERENCE = (
     "a preference (chosen beside rejected, or a label of true or false), and none are trained yet (DPO, ORPO, KTO): to "
     "learn the chosen answers alone, call them completion or messages by columns of the source, and name the others in "
@@ -98,20 +102,26 @@ PREFERENCE = (
 
 def detect(row: dict[str, Any]) -> str:
     """Name of the format whose fields `row` has. Raises BadRow if none or several fit."""
-    if {"chosen", "rejected"} <= row.keys() or (FIELDS["prompt_completion"] < row.keys() and _is_yes_or_no(row)):
-        raise BadRow(PREFERENCE)
     fitting = [name for name, fields in FIELDS.items() if fields <= row.keys()]
+    if {"chosen", "rejected"} <= row.keys() or (set(fitting) - {"text"} and _is_judged(row)):
+        raise BadRow(PREFERENCE)
     if len(fitting) == 1:
         return fitting[0]
-    found = f"fields {', '.join(map(str, row)) or '(none)'}"
+    found = f"fields {', '.join(map(_shown, row)) or '(none)'}"
     if fitting:
         raise BadRow(f"{found} fit the formats {' and '.join(fitting)}; say which with data.format")
     known = "; ".join(f"{name} has {' and '.join(sorted(fields))}" for name, fields in FIELDS.items())
     raise BadRow(f"{found} fit no known format ({known}); rename them, or say which with data.format")
 
 
-def _is_yes_or_no(row: dict[str, Any]) -> bool:
-    return isinstance(row.get("label"), bool)
+def _shown(name: Any) -> str:
+    """A field's name, in quotes where spaces at its ends would not be seen."""
+    return repr(name) if str(name) != str(name).strip() else str(name)
+
+
+def _is_judged(row: dict[str, Any]) -> bool:
+    """Whether it says if its answer is a good one: true or false, or as a file of texts has them."""
+    return any(str(row.get(name)).lower() in ("true", "false") for name in JUDGED)
 
 
 def _question(asks: str, question: str, answers: str, answer: str) -> list[Turn]:
@@ -119,4 +129,12 @@ def _question(asks: str, question: str, answers: str, answer: str) -> list[Turn]
 
 
 def _messages(fields: Fields, name: str) -> list[Turn]:
-    return [message(item, f"{name}.{i}") for i, item in enumerate(fields.turns(name))]
+    return [_turn(item, f"{name}.{i}", message) for i, item in enumerate(fields.turns(name))]
+
+
+def _turn(turn: Any, where: str, usual: Callable[[Any, str], Turn]) -> Turn:
+    """One turn as its own fields say, whatever the list is called: {role, content} or {from, value}."""
+    has_role, has_from = (isinstance(turn, dict) and name in turn for name in ("role", "from"))
+    if has_role == has_from:
+        return usual(turn, where)
+    return message(turn, where) if has_role else _sharegpt_turn(turn, where)

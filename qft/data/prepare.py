@@ -106,9 +106,8 @@ def prepare(
         drawn = np.isin(numbers, _draw(len(np.unique(numbers)), data.eval_fraction, seed))
         train, kept_out = train.select(np.flatnonzero(~drawn)), train.select(np.flatnonzero(drawn))
     train, facts = weigh(train, facts, data, seed)
-    for name, rows in (("data.train", train), ("data.eval", kept_out)):
-        if rows is not None:
-            _require_rows(name, [rows])
+    if not len(train):
+        raise DataError("data.train: no row is left to use: data.eval_fraction and the weights of sources leave none")
     shared = batched(train, data, facts)
     return Prepared(train, kept_out, tuple(facts), shared, concatenate_datasets(looked), stream)
 
@@ -134,8 +133,9 @@ def held_out(
         return prepare(data, tokenizer, seed, pictures).asked()
     whole = {number: _whole(source) for number, source in enumerate(data.eval, len(data.train))}
     chosen = whole or _drawn(data, seed)
+    if not chosen:
+        raise DataError("data.train: no row is left to use: all are blank")
     encoded, _, _ = _encode_all(data, tokenizer, chosen, pictures)
-    _require_rows("data.eval", encoded)
     places = {number: (rows.source.path, rows.unit) for number, (rows, _) in chosen.items()}
     return EncodedRows("eval", concatenate_datasets(encoded), places)
 
@@ -164,11 +164,6 @@ def _draw(count: int, fraction: float, seed: int) -> Ints:
     return held
 
 
-def _require_rows(name: str, rows: Sequence[Dataset]) -> None:
-    if not sum(map(len, rows)):
-        raise DataError(f"{name}: no row is left to use")
-
-
 def _encode_all(
     data: DataSection, tokenizer: PreTrainedTokenizerBase, chosen: Mapping[int, Chosen], pictures: Pictures | None
 ) -> tuple[list[Dataset], list[SourceFacts], list[Dataset]]:
@@ -178,6 +173,7 @@ def _encode_all(
     encoder, stops = encoder_of(data, tokenizer, pictures), stopping(data)
     template = fingerprint(tokenizer)
     usable, facts, looked, bad = [], [], [], []
+    skipped: dict[str, str] = {}
     for number, (rows, indices) in chosen.items():
         reader = reader_of(data, encoder, rows, number)
         make = partial(_encode, rows, indices, data.num_proc, reader)
@@ -191,10 +187,14 @@ def _encode_all(
         whole = used if len(wholes) == len(used) else used.select(wholes)
         looked.append(whole.select_columns(["source", "row", *LOOKED]))
         facts.append(_facts(rows, "train" if number < len(data.train) else "eval", reader.format, status, used, wholes))
+        if facts[-1].skipped and not facts[-1].rows:
+            row = encoded[int(np.flatnonzero(status != "blank")[0])]
+            skipped.setdefault(facts[-1].part, f"{rows.place(row['row'])}: {row['reason']}")
     if pictures and any(source.images for source in facts):
         bad += _unseen(usable, chosen, pictures)
     if bad:
         _refuse(bad)
+    _require_rows(facts, skipped)
     return usable, facts, looked
 
 
@@ -261,6 +261,16 @@ def _last_examples(used: Dataset) -> Ints:
     """Indices of the last example of each row, which holds all of it."""
     found: Ints = np.flatnonzero(np.diff(row_numbers(used), append=-1))
     return found
+
+
+def _require_rows(facts: Sequence[SourceFacts], skipped: Mapping[str, str]) -> None:
+    """Raise DataError for a part of which no row can be used, with one that was `skipped`."""
+    for part in dict.fromkeys(each.part for each in facts):
+        mine = [each for each in facts if each.part == part]
+        if not any(each.rows for each in mine):
+            count = sum(each.skipped for each in mine)
+            why = f"{count} were skipped, such as {skipped[part]}" if count else "all are blank"
+            raise DataError(f"data.{part}: no row is left to use: {why}")
 
 
 def _facts(rows: Rows, part: str, name: str, status: NDArray[Any], used: Dataset, wholes: Ints) -> SourceFacts:

@@ -16,7 +16,7 @@ from qft.data.formats import FORMATS, detect
 from qft.data.images import reference
 from qft.data.look import Look, digest, said, sketches
 from qft.data.pictures import Pictures
-from qft.data.sources import BadRow, Rows, decode
+from qft.data.sources import JSON_COLUMN, BadRow, Rows, decode
 from qft.data.template import IGNORED, Encoded, Encoder, TooLong
 from qft.errors import DataError
 from qft.recipe.data import DataSection
@@ -185,4 +185,5 @@ def _detect(rows: Rows, ignored: frozenset[str]) -> str:
             except BadRow as error:
                 raise DataError(f"{rows.place(index)}: {error}") from None
     first = unreadable[0] if unreadable else f"{rows.place(0)}: blank"
-    raise DataError(f"{first}; nor can any of the next rows be read: is this the right file?")
+    more = " JSON lines have one row a line" if JSON_COLUMN in rows.dataset.column_names else ""
+    raise DataError(f"{first}; nor can any of the next rows be read: is this the right file?{more}")

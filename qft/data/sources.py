@@ -27,15 +27,15 @@ from datasets.exceptions import DatasetsError
 from numpy.typing import NDArray
 
 from qft.data.columns import require_sound, undecoded
-from qft.data.folders import is_saved, saved, unread
+from qft.data.folders import saved, unread
 from qft.data.hub import fetched
 from qft.data.packed import unpacked
 from qft.data.sql import rows_of
 from qft.disk import refusal
 from qft.errors import DataError, MissingError, QftError, RunError, causes, first_line
-from qft.files import not_a_file, read_json_text, sha256
+from qft.files import not_a_file, read_json_text, require_pulled, sha256
 from qft.recipe import Source
-from qft.recipe.spread import DATABASES, kind
+from qft.recipe.spread import DATABASES, is_saved, kind
 
 JSON_COLUMN = "__json__"
 TEXT_COLUMN = "__text__"
@@ -154,7 +154,7 @@ def open_unchecked(source: Source) -> Rows:
     if not path.is_absolute():
         found, commit = fetched(source)
         return Rows(source, undecoded(found), "row", commit)
-    if is_saved(path):
+    if is_saved(source.path):
         found, of_files = saved(path, source.split)
         return Rows(source, undecoded(found), "row", of_files)
     if not path.is_file():
@@ -164,6 +164,7 @@ def open_unchecked(source: Source) -> Rows:
         raise DataError(f"{path}: cannot tell what it holds; data files end in {SUFFIXES}")
     if path.stat().st_size <= len(codecs.BOM_UTF8) and path.read_bytes() in (b"", codecs.BOM_UTF8):
         raise DataError(f"{path}: the file is empty")
+    require_pulled(path)
     read = path
     try:
         digest = sha256(path)
@@ -278,7 +279,7 @@ def _csv_shape(path: Path) -> tuple[list[str], int]:
         lines = csv.reader(stream)
         for cells in lines:
             if not header and ",".join(cells).strip():
-                header = cells
+                header = [name or f"Unnamed: {i}" for i, name in enumerate(cells)]  # as pandas calls them
             elif len(cells) > 1 or "".join(cells).strip():
                 last = start
                 if len(cells) != len(header):

@@ -22,6 +22,7 @@ from qft.plan.limits import (
 )
 from qft.recipe import Recipe, Source
 from qft.recipe.schema import EvalSection
+from qft.recipe.spread import is_local
 
 TEXT_SUFFIXES = {".txt", ".md"}
 
@@ -95,7 +96,7 @@ def eval_set(
 
 def _rows_of(data: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, pictures: Pictures | None) -> EncodedRows:
     """All rows of a file or of a hub dataset, encoded as the recipe says."""
-    source = Source(path=str(Path(data).resolve()) if Path(data).exists() else data)
+    source = Source(path=str(Path(data).resolve()) if Path(data).exists() or is_local(data) else data)
     section = recipe.data.having(train=(source,), eval=(), eval_fraction=0.0)
     prepared = prepare(section, tokenizer, recipe.seed, pictures)
     return EncodedRows("train", prepared.train, prepared.places)

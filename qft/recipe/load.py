@@ -27,6 +27,18 @@ from qft.recipe.stages import schema as stage_schema
 MAX_EXTENDS = 16
 MAX_SHOWN = 100
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
+ELSEWHERE = {
+    "lora_r": "r", "lora_rank": "r", "rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout",
+    "lora_target_modules": "target_modules", "lora_target": "target_modules", "load_in_4bit": "mode",
+    "load_in_8bit": "mode", "bnb_4bit_quant_type": "quant_type", "bnb_4bit_use_double_quant": "double_quant",
+    "bnb_4bit_compute_dtype": "compute_dtype", "max_seq_length": "max_length", "sequence_len": "max_length",
+    "cutoff_len": "max_length", "lr": "learning_rate", "epochs": "num_train_epochs", "num_epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size", "micro_batch_size": "per_device_train_batch_size",
+    "optimizer": "optim", "warmup_ratio": "warmup_steps", "lr_scheduler": "lr_scheduler_type",
+    "evaluation_strategy": "eval_strategy", "torch_dtype": "dtype", "model_name_or_path": "path", "name": "path",
+    "dataset": "train", "datasets": "train", "sample_packing": "packing",
+}  # fmt: skip
+"""What other tools call fields of ours that are spelt otherwise."""
 FILE_SUFFIXES = (".gguf", *COLUMNS, *TEXTS, *DATABASES, *PACKED)
 
 
@@ -275,7 +287,9 @@ def _message(items: list[Any], place: Place) -> str:
     """One text for a place, from the finding of each member of its union."""
     kind, given = items[0]["type"], items[0].get("input")
     if kind == "extra_forbidden":
-        close = difflib.get_close_matches(str(place[-1]), _siblings(place[:-1]), n=1)
+        known = _siblings(place[:-1])
+        meant = [name for name in [ELSEWHERE.get(str(place[-1]), "")] if name in known]
+        close = meant or difflib.get_close_matches(str(place[-1]), known, n=1)
         return "unknown field" + (f", did you mean {close[0]}?" if close else "")
     if kind == "missing":
         return "this field is needed"

@@ -1,16 +1,18 @@
 """Rules between fields that need no knowledge of model, data or device."""
 
+import os
 import re
 from collections.abc import Callable, Iterator
 
 from qft.recipe.calibration import calibrate_rules, unread_by_calibration
 from qft.recipe.catalogue import export_problem, unread_by_export
+from qft.recipe.data import Source
 from qft.recipe.distributed import batch_rules, two_batches, unread_alone
 from qft.recipe.memory import MemorySection
 from qft.recipe.presets import PRESETS
 from qft.recipe.schema import Recipe
 from qft.recipe.section import Problem, Section
-from qft.recipe.spread import DATABASES, SCHEME, kind
+from qft.recipe.spread import DATABASES, SCHEME, TEXTS, is_local, is_saved, kind
 from qft.recipe.training import AdapterSection, ModelSection, QuantSection
 
 QUANT_FIELDS = dict.fromkeys(("quant_type", "double_quant", "compute_dtype", "quant_storage"), "4bit")
@@ -229,14 +231,34 @@ def _data_rules(recipe: Recipe) -> Iterator[Problem]:
 def _source_rules(recipe: Recipe) -> Iterator[Problem]:
     data, asked = recipe.data, recipe.calibrate.data if recipe.calibrate else ()
     for section, sources in {"data.train": data.train, "data.eval": data.eval, "calibrate.data": asked}.items():
+        told: tuple[str, ...] = ()
         for i, source in enumerate(sources):
             if scheme := SCHEME.match(source.path):
                 text = f"{scheme[0]} is not read: a source is a file, a folder or a hub dataset's id; of SQL it is a "
                 remedy = "SQLite file (path: rows.db, sql: SELECT …): save what others hold as .parquet"
                 yield f"{section}.{i}.path", f"{text}{remedy}"
-            elif source.sql is not None and kind(source.path) not in DATABASES:
-                text = f"is asked of SQLite files ({', '.join(DATABASES)}), and {source.path} is none: remove it"
-                yield f"{section}.{i}.sql", text
+                continue
+            unread = dict(_unread_by_source(source))
+            here = (os.path.dirname(source.path), *unread)
+            for field, why in unread.items() if here != told else ():  # once of all files of a folder
+                yield f"{section}.{i}.{field}", f"{why}: remove it"
+            told = here
+
+
+def _unread_by_source(source: Source) -> Iterator[Problem]:
+    """Fields of a source that what lies at its path has no use for."""
+    if source.sql is not None and kind(source.path) not in DATABASES:
+        yield "sql", f"is asked of SQLite files ({', '.join(DATABASES)}), and {source.path} is none"
+    if source.sample_by != "line" and kind(source.path) not in TEXTS:
+        yield "sample_by", f"parts files of text ({', '.join(TEXTS)}), and {source.path} is none"
+    if not is_local(source.path):
+        return
+    for field in ("name", "revision"):
+        if getattr(source, field) is not None:
+            yield field, f"is asked of hub datasets, and {source.path} is none"
+    if source.split != "train" and not is_saved(source.path):
+        text = f"is of hub datasets and of what `datasets` saved; all rows of {source.path} are read"
+        yield "split", f"{text} (weight: 0.2 draws a fifth of them, a pattern names some files of a folder)"
 
 
 def _streaming_rules(recipe: Recipe) -> Iterator[Problem]:

@@ -117,10 +117,10 @@ def read(path: Path, kind: str = "recipe") -> Tree:
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise RecipeError(f"{path}:{line}: not UTF-8") from None
-    return parse(text, str(path))
+    return parse(text, str(path), kind)
 
 
-def parse(text: str, name: str) -> Tree:
+def parse(text: str, name: str, kind: str = "recipe") -> Tree:
     """Parse YAML `text`; `name` stands for the file in messages."""
     try:
         loader = _Loader(text)
@@ -137,7 +137,7 @@ def parse(text: str, name: str) -> Tree:
     if node is None:
         raise RecipeError(f"{name}: empty")
     if not isinstance(node, yaml.MappingNode):
-        raise RecipeError(f"{name}:{node.start_mark.line + 1}: a recipe is a mapping of sections")
+        raise RecipeError(f"{name}:{node.start_mark.line + 1}: a {kind} is a mapping of names to values")
     builder = _Builder(loader, name)
     try:
         values = builder.build(node, ())

@@ -18,11 +18,21 @@ SAVED = ("state.json", "dataset_dict.json")
 def spread(path: str) -> list[str]:
     """The files of a pattern (`rows/*.jsonl`), or of a folder whose files are of one kind; any other path alone."""
     if os.path.isdir(path):
-        found = [] if any(os.path.exists(os.path.join(path, name)) for name in SAVED) else sorted(_files(path))
+        found = [] if is_saved(path) else sorted(_files(path))
         return found if len({kind(each) for each in found}) == 1 else [path]
     if os.path.isabs(path) and glob.has_magic(path) and not os.path.lexists(path):
         return sorted(each for each in glob.glob(path, recursive=True) if os.path.isfile(each)) or [path]
     return [path]
+
+
+def is_saved(path: str) -> bool:
+    """Whether `datasets` saved the folder."""
+    return any(os.path.exists(os.path.join(path, name)) for name in SAVED)
+
+
+def is_local(path: str) -> bool:
+    """Whether it names a place on this machine, and no hub dataset."""
+    return os.path.isabs(path) or kind(path) in (*COLUMNS, *TEXTS, *DATABASES)
 
 
 def kind(path: str) -> str:

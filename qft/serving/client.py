@@ -111,6 +111,8 @@ class Server:
         for event in _events(answer, self.url):
             tokens = tokens if (count := _usage(event)) is None else count
             for choice in event.get("choices") or []:
+                if choice.get("index"):  # one is asked for
+                    continue
                 said, thought = _said(choice)
                 reasoned, finish = reasoned or thought, choice.get("finish_reason") or finish
                 if said:
@@ -160,7 +162,7 @@ def _object(text: str, url: str, what: str) -> dict[str, Any]:
     if found.get("error"):
         raise ServerError(f"{url}: {reason_of(text.encode())}")
     choices = found.get("choices") or []
-    if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
+    if not isinstance(choices, list) or not all(map(_is_choice, choices)):
         raise ServerError(f"{url}: {what} has choices that are none: {clipped(text)!r}")
     return found
 
@@ -168,13 +170,21 @@ def _object(text: str, url: str, what: str) -> dict[str, Any]:
 def _usage(event: Mapping[str, Any]) -> int | None:
     usage = event.get("usage")
     count = usage.get("completion_tokens") if isinstance(usage, dict) else None
-    return count if isinstance(count, int) else None
+    return count if isinstance(count, int) and not isinstance(count, bool) and count >= 0 else None
+
+
+def _is_choice(choice: Any) -> bool:
+    """Whether it says something, or nothing, as text or as a list of parts."""
+    part = choice.get("delta") or choice.get("message") or {} if isinstance(choice, dict) else None
+    return isinstance(part, dict) and isinstance(part.get("content") or "", str | list)
 
 
 def _said(choice: Mapping[str, Any]) -> tuple[str, bool]:
     """Text of a choice or of a piece of it, and whether it reasons."""
     part = choice.get("delta") or choice.get("message") or choice
-    part = part if isinstance(part, dict) else {}
     text = part.get("content") if "content" in part else part.get("text")
+    if isinstance(text, list):
+        texts = [each.get("text") for each in text if isinstance(each, dict)]
+        text = "".join(each for each in texts if isinstance(each, str))
     text = text.encode("utf-8", "replace").decode() if isinstance(text, str) else ""  # no half of a surrogate pair
     return text, bool(part.get("reasoning_content") or part.get("reasoning"))

@@ -20,6 +20,9 @@ def test_every_field_is_explained() -> None:
     assert explain("train.optim").takes.startswith("auto, adamw_torch, ")
     assert explain("adapter.lora_dropout").takes == "a number from 0 below 1"
     assert explain("data.train").default == "[]"
+    assert explain("data.audit.secrets").default == "warn"
+    assert explain("data.train.split").meaning.startswith("Split of a hub dataset")
+    assert explain("data").inner[0] == "data.train"
     assert explain("model.path").default == "none: it has to be given"
 
 
@@ -61,6 +64,9 @@ def test_the_command() -> None:
         ("train.lerning_rate", "train.learning_rate"),
         ("learning_rate", "train.learning_rate"),
         ("sequence_len", "data.max_length"),
+        ("micro_batch_size", "train.per_device_train_batch_size"),
+        ("lora_target", "adapter.target_modules"),
+        ("TRAIN.LEARNING_RATE", "train.learning_rate"),
     ],
 )
 def test_what_is_no_field_is_told_with_what_is_meant(word: str, meant: str) -> None:
@@ -77,6 +83,10 @@ def test_what_is_no_field_is_told_with_what_is_meant(word: str, meant: str) -> N
         ("output", ["output_dir"]),
         ("train.fp16=", ["train.fp16=true", "train.fp16=false"]),
         ("quant.mode=q", ["quant.mode=qat"]),
+        ("data.au", ["data.audit."]),
+        ("data.audit.sec", ["data.audit.secrets"]),
+        ("data.audit.secrets=o", ["data.audit.secrets=off"]),
+        ("data.tra", ["data.train", "data.train_on_eos"]),
         ("train.nothing", []),
         ("train.nothing=", []),
     ],

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from qft.arrive import Kind
-from tests.support.arrive import ALL, AXOLOTL, LLAMA, TRL, kinds, translated
+from tests.support.arrive import ALL, AXOLOTL, LLAMA, TRL, TUNE, kinds, translated
 
 SCRIPT = {name: value for name, value in TRL.items() if not name.startswith("dataset")}
 """Of a script that is built on TRL's and finds its rows by keys of its own."""
+CHAT = {"_component_": "torchtune.datasets.chat_dataset", "conversation_style": "openai"}
 EACH = {"type": "chat_template", "path": "a/b"}
 
 
@@ -87,9 +88,11 @@ def test_rows_of_llama_factory_by_what_its_columns_and_tags_say(rows: Path) -> N
         ({"type": "jeopardy"}, "datasets.0.type", {"path": "a/b"}),
         ({"type": {"format": "{input}: {instruction}"}}, "datasets.0.type", {"path": "a/b", "format": "alpaca"}),
         ({"type": "alpaca", "data_files": "x.json"}, "datasets.0.data_files", {"path": "x.json", "format": "alpaca"}),
+        ({"path": "x.jsonl", "type": "alpaca", "split": "train[:9%]"}, "datasets.0.split",
+         {"path": "x.jsonl", "format": "alpaca"}),
     ],
     ids=str,
-)
+)  # fmt: skip
 def test_rows_that_qft_reads_otherwise_stay_in_the_recipe(
     dataset: dict[str, Any], key: str, source: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -148,3 +151,16 @@ def test_a_tracker_that_is_not_installed_is_told_and_left_out(
     made = translated(rows, {**ALL[tool], **change})
     assert kinds(made)[line.key] in (Kind.SAME, Kind.OTHER_FIELD)
     assert made.fields["train.report_to"]
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"dataset": {**CHAT, "source": "json", "data_files": "x.jsonl", "split": "train[:50%]"}}, "dataset.split"),
+        ({"dataset": {**CHAT, "source": "a/b", "new_system_prompt": "Be brief."}}, "dataset.new_system_prompt"),
+        ({"model": {"_component_": "mine.models.builder", "lora_rank": 8}}, "model._component_"),
+    ],
+    ids=["a part of a file", "a system prompt", "a model of nobody"],
+)
+def test_what_torchtune_does_and_qft_does_not_is_named(change: dict[str, Any], key: str, tmp_path: Path) -> None:
+    assert [line.key for line in translated(tmp_path, {**TUNE, **change}).unsupported] == [key]

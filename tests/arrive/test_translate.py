@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from qft.arrive import TOOLS, Kind
+from qft.arrive import TOOLS, Kind, translate
 from qft.arrive.written import recipe_text, write_translated
 from qft.errors import GateError, RecipeError
 from qft.recipe import load
@@ -152,12 +152,18 @@ def test_lora_in_axolotl_does_not_quantize_to_4_bits(tmp_path: Path) -> None:
         ("Axolotl", {"datasets": [{"path": "a/b", "type": "chat_template", "field_messages": "conversations",
                                    "message_property_mappings": {"role": "from", "content": "value"}}]},
          {"data.train": [{"path": "a/b", "format": "sharegpt"}]}),
+        ("Axolotl", {"datasets": [{"path": "a/b", "type": "chat_template", "train_on_eos": "last"}]},
+         {"data.train_on_eos": "last"}),
         ("Axolotl", {"adapter": None, "load_in_4bit": None}, {"adapter.kind": "none"}),
         ("Axolotl", {"tokens": ["<a>"]}, {"model.add_tokens": ["<a>"]}),
         ("Axolotl", {"evals_per_epoch": None, "eval_strategy": False}, {"data.eval_fraction": 0.1}),
         ("LLaMA-Factory", {"eval_strategy": False, "add_tokens": "<a>, <b>"}, {"model.add_tokens": ["<a>", "<b>"]}),
         ("LLaMA-Factory", {"lora_target": "all"}, {"adapter.target_modules": "all-linear"}),
         ("LLaMA-Factory", {"lora_rank": 16}, {"adapter.lora_alpha": 32}),
+        ("LLaMA-Factory", {"mask_history": True, "train_on_prompt": False}, {"data.loss_on": "last_assistant"}),
+        ("LLaMA-Factory", {"eval_strategy": "steps", "val_size": 0.1}, {"train.eval_steps": 500}),
+        ("TRL", {"eval_strategy": "steps"}, {"train.eval_steps": 10}),
+        ("TRL", {"eval_strategy": "steps", "logging_steps": 7}, {"train.eval_steps": 7}),
         ("LLaMA-Factory", {"pissa_init": True, "quantization_bit": None, "pissa_iter": 4},
          {"adapter.init_lora_weights": "pissa_niter_4"}),
         ("TRL", {"use_peft": False, "load_in_4bit": False}, {"adapter.kind": "none"}),
@@ -194,6 +200,15 @@ def test_what_a_key_becomes(tool: str, change: dict[str, Any], fields: dict[str,
         ({"special_tokens": {"eos_token": "<|im_end|>"}}, "special_tokens.eos_token"),
         ({"datasets": [{"path": "a/b", "type": "jeopardy"}]}, "datasets.0.type"),
         ({"loraplus_lr_ratio": 16}, "loraplus_lr_ratio"),
+        (
+            {
+                "datasets": [
+                    {"path": "a/b", "type": "chat_template", "train_on_eos": "all"},
+                    {"path": "c/d", "type": "chat_template"},
+                ]
+            },
+            "datasets.0.train_on_eos",
+        ),
         ({"torch_compile": True}, "torch_compile"),
     ],
     ids=str,
@@ -243,3 +258,6 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_recipe_of_nobody_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="no configuration of torchtune, Axolotl, LLaMA-Factory, TRL"):
         translated(tmp_path, {"model": "a/b"})
+    (tmp_path / "train.py").write_text("from unsloth import FastLanguageModel\n")
+    with pytest.raises(RecipeError, match=r"train\.py: code is not read: write the arguments of its SFTConfig"):
+        translate(tmp_path / "train.py")

@@ -12,7 +12,10 @@ import pytest
 
 from qft.arrive import TOOLS, Kind
 from qft.data.formats import FORMATS
+from qft.plan.modules import match_adapter
+from qft.recipe.training import AdapterSection
 from tests.support.arrive import LLAMA, TRL, kinds, translated
+from tests.support.tiny import tiny_skeleton
 
 
 @pytest.mark.parametrize(
@@ -90,3 +93,10 @@ def test_rows_with_images_of_llama_factory_are_read(entry: dict[str, Any], row: 
     assert "images are sized by the model's own processor" in line.text
     parts = FORMATS[source["format"]](row).messages[0]["content"]
     assert [part["type"] for part in parts] == ["image", "text"]
+
+
+@pytest.mark.parametrize(("family", "count"), [("llama", 4), ("gpt2", 2), ("phi3", 2)])
+def test_what_peft_chooses_without_target_modules_is_in_the_model(family: str, count: int, tmp_path: Path) -> None:
+    pattern = translated(tmp_path, TRL).fields["adapter.target_modules"]
+    matched, problems = match_adapter(AdapterSection(target_modules=pattern), tiny_skeleton(family))
+    assert (matched, problems) == ({"adapter.target_modules": {pattern: count}}, [])

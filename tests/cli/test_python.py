@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import qft
@@ -43,6 +44,8 @@ def test_the_notebook(recipe_file: RecipeFile, tmp_path: Path, monkeypatch: pyte
 def test_errors_are_those_of_the_commands(recipe_file: RecipeFile) -> None:
     with pytest.raises(RecipeError, match=r"--set train\.max_steps: train\.max_steps: 0 steps train nothing"):
         qft.check(recipe_file(), {"train.max_steps": 0})
+    with pytest.raises(RecipeError, match=r"--set train\.max_steps: train\.max_steps: 0 steps train nothing"):
+        qft.check(recipe_file(), {"train.max_steps": np.int64(0)})
     with pytest.raises(ValueError, match="give one of the two"):
         qft.train(recipe_file(), resume=True, overwrite=True)
     with pytest.raises(AttributeError, match="no attribute 'trian'"):

@@ -165,3 +165,9 @@ def test_an_answer_that_breaks_off_ends_with_its_own_exit_code() -> None:
     with serving(lambda path, body: streamed("par", finish=None, done=False)) as (url, _):
         ran = qft("chat", "--url", url, "--prompt", "Hi")
     assert (ran.exit_code, "broke off after 1 pieces" in ran.stderr, ran.stdout) == (11, True, "par")
+
+
+def test_an_empty_address_is_none_of_a_server() -> None:
+    found = qft("chat", "--prompt", "x", "--url", "")
+    assert found.exit_code == 2
+    assert found.stderr.startswith("error: --url : is no address of a server")

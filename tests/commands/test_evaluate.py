@@ -278,6 +278,7 @@ def test_what_cannot_be_evaluated_is_one_clear_message(
     assert "holds no adapter" in message(tiny_model, code=3, data=str(text), adapter=tmp_path)
     assert "does not exist" in message("/no/such/model", code=3, data=str(text))
     assert "no such" in message(tiny_model, code=3, data=str(tmp_path / "none.txt"))
+    assert "none.jsonl: no such data file" in message(tiny_model, code=3, data="none.jsonl")
     assert "no answers to score" in message(tiny_model, code=5, data=str(text), metrics=("exact_match",))
     assert "holds no rows out" in message(recipe_file(), code=5)
     assert "--stride" in message(tiny_model, code=2, data=str(text), window=10, stride=20)

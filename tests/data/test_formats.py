@@ -60,6 +60,17 @@ GOOD: dict[str, tuple[str, dict[str, Any], Conversation]] = {
         turns(("human", "hi"), ("gpt", "yo")) | {"system": ""},
         Conversation((USER, ASSISTANT)),
     ),
+    "messages as sharegpt has turns": (
+        "messages",
+        {"messages": turns(("human", "hi"), ("gpt", "yo"))["conversations"]},
+        Conversation((USER, ASSISTANT)),
+    ),
+    "conversations of messages": (
+        "sharegpt",
+        {"conversations": [USER, ASSISTANT | {"weight": 0}]},
+        Conversation((USER, ASSISTANT), weights=(None, 0.0)),
+    ),
+    "a blank system": ("messages", {"messages": [USER, ASSISTANT], "system": " "}, Conversation((USER, ASSISTANT))),
     "prompt and completion as texts": (
         "prompt_completion",
         {"prompt": "hi", "completion": "yo"},
@@ -79,6 +90,11 @@ GOOD: dict[str, tuple[str, dict[str, Any], Conversation]] = {
     "alpaca with an empty input": (
         "alpaca",
         {"instruction": "hi", "input": "", "output": "yo", "system": ""},
+        Conversation((USER, ASSISTANT)),
+    ),
+    "alpaca with a blank input": (
+        "alpaca",
+        {"instruction": "hi", "input": " \n", "output": "yo"},
         Conversation((USER, ASSISTANT)),
     ),
     "alpaca with an input": (

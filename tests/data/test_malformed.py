@@ -9,6 +9,7 @@ import json
 import lzma
 import os
 import re
+import shutil
 from collections.abc import Callable
 from datetime import datetime
 from itertools import islice
@@ -17,6 +18,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from typer.testing import Result
 
 from qft.data.prepare import SHOWN
@@ -187,6 +189,12 @@ FILES: dict[str, tuple[str, bytes, str]] = {
     "a first row of more cells": ("rows.csv", b"prompt,completion\n\na,b,c\n", ":3: 3 cells, and the header has 2"),
     "a row of fewer cells": ("rows.csv", CSV + b'"a\n",b\na\n', ":5: 1 cells, and the header has 2"),
     "a quote that is not closed": ("rows.csv", CSV + b'a,"b\nc,d\n', ":3: a quote is not closed"),
+    "spaces in the header": ("rows.csv", b"prompt, completion\na, b\n", ": row 1: fields prompt, ' completion' fit"),
+    "a row of many lines": (
+        "rows.jsonl",
+        json.dumps(chat("a", "b"), indent=1).encode(),
+        ":1: not valid JSON: .*JSON lines have one row a line",
+    ),
     "semicolons": ("rows.csv", b"prompt;completion\na;b\n", ": row 1: fields prompt;completion fit no known format"),
     "an empty cell": ("rows.csv", CSV + b"a,\n", ": row 2: completion: "),
     "NUL bytes in a table": ("rows.csv", bytes(50), ""),
@@ -285,6 +293,16 @@ def test_each_bad_file_is_told_in_one_line(recipe_file: RecipeFile, tmp_path: Pa
         ):
             wrong.append(f"{name}: {result.exit_code}: {result.stderr[:500]}")
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("file", ["rows.jsonl", "rows.parquet", "model.safetensors"])
+def test_what_git_lfs_has_left_is_told(file: str, tiny_model: Path, recipe_file: RecipeFile, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model, tmp_path, dirs_exist_ok=True)
+    (tmp_path / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    changes = {} if file.startswith("model") else {"data": {"train": str(tmp_path / file)}}
+    result = qft("check", recipe_file(model={"path": str(tmp_path)}, **changes))
+    assert result.exit_code == MissingError.exit_code
+    assert f"{file}: is a pointer of Git LFS, and not the file itself: run `git lfs pull` there" in result.stderr
 
 
 def test_what_is_no_file_is_missing(recipe_file: RecipeFile, tmp_path: Path) -> None:

@@ -137,6 +137,8 @@ def test_a_folder_that_datasets_saved_is_one_source(tmp_path: Path) -> None:
     assert found.place(0, 1) == f"{tmp_path / 'one'}: row 2"
     with pytest.raises(DataError, match=r"both: holds the splits train, held, and none is called test: set split"):
         prepared({"path": str(tmp_path / "both"), "split": "test"})
+    with pytest.raises(DataError, match=r"one: holds one set of rows, and none is called held: remove split"):
+        prepared({"path": str(tmp_path / "one"), "split": "held"})
     parts["none"] = Dataset.from_list(ROWS).select([])
     DatasetDict(parts).save_to_disk(tmp_path / "some")
     assert len(prepared({"path": str(tmp_path / "some"), "split": "train"}).train) == 3
@@ -166,6 +168,9 @@ def test_columns_are_called_as_the_format_has_them(tmp_path: Path) -> None:
     {"chosen": "a", "rejected": "b"},
     {"prompt": "q", "chosen": "a", "rejected": "b"},
     {"prompt": "q", "completion": "a", "label": False},
+    {"prompt": "q", "completion": "a", "label": "True"},
+    {"messages": chat("q", "a")["messages"], "label": True},
+    {"messages": chat("q", "a")["messages"], "kto_tag": False},
     {"chosen": [{"role": "user", "content": "q"}], "rejected": []},
 ])  # fmt: skip
 def test_preferences_are_known_and_refused(tmp_path: Path, fields: dict[str, Any]) -> None:

@@ -319,11 +319,21 @@ def test_each_row_knows_its_length_and_what_of_it_is_learnt(chat_file: Path) -> 
 @pytest.mark.parametrize(
     ("name", "content", "settings", "reason"),
     [
-        ("a.jsonl", '{"messages": []}\n', {"on_bad_row": "skip"}, "data.train: no row is left"),
-        ("a.jsonl", json.dumps(LONG) + "\n", {"max_length": 64, "on_too_long": "skip"}, "data.train: no row is left"),
-        ("a.jsonl", "\n \n", {"format": "messages"}, "data.train: no row is left"),
+        (
+            "a.jsonl",
+            '{"messages": []}\n',
+            {"on_bad_row": "skip"},
+            "data.train: no row is left to use: 1 were skipped, such as .*a.jsonl:1: messages: needs a list",
+        ),
+        (
+            "a.jsonl",
+            json.dumps(LONG) + "\n",
+            {"max_length": 64, "on_too_long": "skip"},
+            r"no row is left to use: 1 were skipped, such as .*a.jsonl:1: \d+ tokens, and data.max_length is 64",
+        ),
+        ("a.jsonl", "\n \n", {"format": "messages"}, "data.train: no row is left to use: all are blank"),
         ("a.jsonl", "\n \n", {}, "a.jsonl:1: blank; nor can any"),
-        ("a.jsonl", json.dumps(chat("a", "b")) + "\n", {"eval_fraction": 0.5}, "data.train: no row is left"),
+        ("a.jsonl", json.dumps(chat("a", "b")) + "\n", {"eval_fraction": 0.5}, "no row is left to use: data.eval_"),
         ("a.json", "[]", {"format": "messages"}, "a.json: holds no row"),
         ("a.json", "[]", {}, "a.json: holds no row"),
     ],

@@ -74,6 +74,8 @@ CSV = {
     "empty cells": ('a,b\n1,\n"",2\n', [{"a": "1", "b": ""}, {"a": "", "b": "2"}]),
     "blank lines are no rows": ("\na,b\n\n1,2\n\n3,4\n", [{"a": "1", "b": "2"}, {"a": "3", "b": "4"}]),
     "a cell longer than the csv module's limit": (f"a\n{'x' * 140_000}\n", [{"a": "x" * 140_000}]),
+    "an index without a name, as pandas writes it": (",a\n0,x\n", [{"Unnamed: 0": "0", "a": "x"}]),
+    "a comma at each end": ("a,,\nx,,\n", [{"a": "x", "Unnamed: 1": "", "Unnamed: 2": ""}]),
     "one column of true and false": ("a\ntrue\nFalse\n", [{"a": "true"}, {"a": "False"}]),
 }
 

@@ -90,6 +90,9 @@ def test_an_unknown_field_of_a_bare_source_is_named_without_an_index() -> None:
         ("extend: base.yaml", "extend: unknown field, did you mean extends?"),
         ("qunat: {mode: 4bit}", "qunat: unknown field, did you mean quant?"),
         ("train: {xyzzy: 1}", "train.xyzzy: unknown field"),
+        ("adapter: {lora_r: 4}", "adapter.lora_r: unknown field, did you mean r?"),
+        ("train: {lr: 1e-4}", "train.lr: unknown field, did you mean learning_rate?"),
+        ("eval: {lr: 1e-4}", "eval.lr: unknown field"),
     ],
 )
 def test_an_unknown_field_comes_with_a_close_name_if_there_is_one(line: str, message: str) -> None:
@@ -269,6 +272,11 @@ UNREAD_ADAPTER = [
         (["quant.mode=8bit", "adapter.init_lora_weights=olora"], "adapter.init_lora_weights"),
         (["adapter.layers_to_transform=[0]"], "adapter.layers_to_transform"),
         (["data.eval=e.jsonl", HELD_OUT], "data.eval_fraction"),
+        (["data.train={path: t.jsonl, split: test}"], "data.train.0.split"),
+        (["data.train={path: t.parquet, split: 'train[:9]'}"], "data.train.0.split"),
+        (["data.train={path: t.csv, name: small}"], "data.train.0.name"),
+        (["data.train={path: t.jsonl, revision: main}"], "data.train.0.revision"),
+        (["data.train={path: a/b, sample_by: document}"], "data.train.0.sample_by"),
         (["train.eval_strategy=epoch"], "train.eval_strategy"),
         (["eval.metrics=[exact_match]"], "eval.metrics"),
         (["train.fp16=true", "train.bf16=true"], "train.fp16"),
@@ -299,6 +307,8 @@ def test_a_broken_rule_is_reported_at_its_field(changes: list[str], field: str) 
         ["train.max_steps=-1", "train.num_train_epochs=2"],
         ["train.save_strategy='no'"],
         ["data.eval=e.jsonl", "train.eval_strategy=epoch", BEST, "train.early_stopping_patience=2"],
+        ["data.train={path: a/b, split: 'train[:9]', name: small, revision: main}"],
+        ["data.train={path: t.jsonl, split: train}", "data.eval={path: t.txt, sample_by: document}"],
         [*STEPS, "train.save_steps=8", BEST],
         [HELD_OUT, "eval.metrics=[exact_match]", "eval.samples=9"],
         [HELD_OUT, "eval.metrics=[exact_match]", "eval.batch_size=9"],
@@ -307,6 +317,12 @@ def test_a_broken_rule_is_reported_at_its_field(changes: list[str], field: str) 
 )
 def test_what_the_rules_ask_for_is_accepted(changes: list[str]) -> None:
     assert isinstance(recipe(MINIMAL, *changes), Recipe)
+
+
+def test_what_is_wrong_of_all_files_of_a_folder_is_told_once(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.jsonl").touch()
+    assert len(problems(MINIMAL, f"data.train={{path: {tmp_path}, split: test}}")) == 1
 
 
 def test_all_broken_rules_are_reported_at_once_in_the_order_of_their_lines() -> None:

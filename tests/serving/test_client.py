@@ -61,6 +61,19 @@ def test_a_server_that_does_not_stream_and_completions_without_chat() -> None:
     whole = {"choices": [{"message": {"content": "all"}, "finish_reason": "stop"}], "usage": {"completion_tokens": 3}}
     assert (said(as_json(whole)).text, said(as_json(whole)).tokens) == ("all", 3)
     assert said(as_json({"choices": [{"text": "t", "finish_reason": "stop"}]})).text == "t"
+    parts = [{"type": "thinking", "thinking": []}, {"type": "text", "text": "p"}, {"type": "text", "text": "q"}]
+    assert said(as_json({"choices": [{"message": {"content": parts}, "finish_reason": "stop"}]})).text == "pq"
+
+
+@pytest.mark.parametrize("count", [-5, True, 2.0, "3", None])
+def test_a_count_that_is_none_is_not_told(count: Any) -> None:
+    whole = {"choices": [{"text": "t", "finish_reason": "stop"}], "usage": {"completion_tokens": count}}
+    assert (said(as_json(whole)).tokens, said(as_json(whole)).counted) == (1, False)
+
+
+def test_of_several_answers_the_first_is_taken() -> None:
+    several = [{"index": n, "message": {"content": text}, "finish_reason": "stop"} for n, text in enumerate("ab")]
+    assert said(as_json({"choices": several})).text == "a"
 
 
 @pytest.mark.parametrize(
@@ -73,6 +86,8 @@ def test_a_server_that_does_not_stream_and_completions_without_chat() -> None:
         ((302, "text/plain", b""), "302 .*give that address", 302),
         ((200, "text/html", b"<html>hello"), "not a JSON object: '<html>hello'", None),
         (as_json({"choices": 3}), "choices that are none", None),
+        (as_json({"choices": [{"delta": "abc", "finish_reason": "stop"}]}), "choices that are none", None),
+        (as_json({"choices": [{"message": {"content": 7}, "finish_reason": "stop"}]}), "choices that are none", None),
         (as_json([1]), "not a JSON object", None),
         ((200, "text/event-stream", b"data: {nonsense\n\n"), "not a JSON object: '{nonsense'", None),
         ((200, "text/event-stream", b'data: {"error": {"message": "engine died"}}\n\n'), "engine died", None),

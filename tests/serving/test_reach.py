@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import socket
 import ssl
+import struct
 import subprocess
 import threading
 import time
@@ -39,6 +40,30 @@ def test_what_a_server_cannot_answer_now_is_asked_again(status: int) -> None:
         Server.of(url).ask(CHAT, {})
 
 
+def hear(near: socket.socket) -> None:
+    """Read a question to its end: what is closed before that is reset."""
+    heard = near.recv(65536)
+    while heard.startswith(b"POST") and not heard.endswith(b"}") and (piece := near.recv(65536)):
+        heard += piece
+
+
+def test_a_connection_that_is_reset_is_made_again() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def answer() -> None:
+            for data in (b"", CUT):
+                near, _ = listening.accept()
+                with near:
+                    hear(near)
+                    if data:
+                        near.sendall(OK + b"application/json\r\n\r\n" + data)
+                    else:
+                        near.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+        threading.Thread(target=answer, daemon=True).start()
+        assert Server.of(f"http://127.0.0.1:{listening.getsockname()[1]}").ask(CHAT, {}).text == "a"
+
+
 def test_what_is_wrong_with_a_question_is_asked_once() -> None:
     with serving(failing(9, 400)) as (url, asked):
         with pytest.raises(ServerError, match="answered 400"):
@@ -56,7 +81,7 @@ def saying(data: bytes, tls: ssl.SSLContext | None = None) -> Iterator[str]:
                 try:
                     near, _ = listening.accept()
                     with tls.wrap_socket(near, server_side=True) if tls else near as near:
-                        near.recv(65536)
+                        hear(near)
                         near.sendall(data)
                 except OSError:
                     if listening.fileno() < 0:

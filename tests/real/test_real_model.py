@@ -23,7 +23,6 @@ from qft.progress import View
 from qft.recipe import load
 from qft.recipe.schema import EvalSection
 from tests.support.models import PACKAGE_MODEL
-from tests.support.once import once
 from tests.support.paths import ROOT
 from tests.support.rows import chat, write_jsonl
 from tests.support.tasks import text_task
@@ -82,17 +81,6 @@ def test_it_learns_a_fact_and_the_saved_adapter_still_knows_it(tmp_path: Path) -
     rows = read_rows(tmp_path / "run" / "rows.jsonl").rows.select([1])
     [answer] = answer_rows(model, tokenizer, rows, EvalSection(max_new_tokens=12, batch_size=1))
     assert answer.right
-
-
-@pytest.fixture
-def first_blocks(package_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of its 30, with weights that are real, too."""
-
-    def make(folder: Path) -> None:
-        AutoModelForCausalLM.from_pretrained(package_folder, num_hidden_layers=3).save_pretrained(folder)
-        AutoTokenizer.from_pretrained(package_folder).save_pretrained(folder)
-
-    return once(tmp_path_factory, "first-blocks", make)
 
 
 def test_an_evaluation_leaves_gradients_alone(first_blocks: Path, tmp_path: Path) -> None:

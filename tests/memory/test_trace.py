@@ -153,7 +153,7 @@ def test_so_does_one_that_learns_from_itself_unrounded() -> None:
 
 def test_a_library_that_looks_at_numbers_is_traced_by_what_it_takes() -> None:
     """Rounding to nf4 is bitsandbytes'; its codes and scales are less than what rounding to int4 takes."""
-    own = {"mixed": torch.bfloat16, "held_out": None}
+    own: dict[str, Any] = {"mixed": torch.bfloat16, "held_out": None}
     taken = {target: of("llama", rounded(target, **own), AGAIN, 2) for target in ("nf4", "mxfp4")}
     plain = of("llama", work(**own), AGAIN, 2)["last blocks"].total
     assert plain < taken["nf4"]["last blocks"].total <= taken["mxfp4"]["last blocks"].total

@@ -311,6 +311,7 @@ def test_a_model_on_disk_is_never_in_memory_whole(recipe_file: RecipeFile, tmp_p
             memory=memory,
             model={"path": str(base), "dtype": "bfloat16"},
             quant=None,
+            adapter={"target_modules": ["q_proj"]},
             train={"max_steps": 1, "report_to": [], "gradient_checkpointing": True, "gradient_accumulation_steps": 1},
             output_dir=str(tmp_path / name),
         )

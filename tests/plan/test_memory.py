@@ -38,12 +38,19 @@ AUTO: dict[str, Any] = {
 ONE_LAYER = {"target_modules": ["q_proj"]}
 
 
+@pytest.fixture
+def one_block(recipe_file: MakeRecipe, tmp_path: Path) -> MakeRecipe:
+    """Writes a recipe of a model of one block, with adapters on one layer."""
+    base = saved(tiny_llama(num_hidden_layers=1), tmp_path / "one")
+    return lambda **sections: recipe_file(model={"path": str(base)}, adapter=ONE_LAYER, **sections)
+
+
 def planned(path: Path, *overrides: str, size: int = 2**33) -> Plan:
     return make_plan(load(path, overrides), absent_gpu(size))
 
 
-def test_with_room_nothing_is_computed_again_and_the_micro_batch_is_the_step(recipe_file: MakeRecipe) -> None:
-    plan = planned(recipe_file(adapter=ONE_LAYER, train=AUTO))
+def test_with_room_nothing_is_computed_again_and_the_micro_batch_is_the_step(one_block: MakeRecipe) -> None:
+    plan = planned(one_block(train=AUTO))
     train = plan.recipe.train
     assert (train.micro_batch, train.gradient_accumulation_steps, train.gradient_checkpointing) == (4, 1, False)
     assert plan.training["per_device_train_batch_size"] == 4
@@ -52,8 +59,8 @@ def test_with_room_nothing_is_computed_again_and_the_micro_batch_is_the_step(rec
     assert plan.memory.predicted_peak_bytes == sum(plan.memory.components.values())
 
 
-def test_the_fastest_way_within_the_budget_is_taken(recipe_file: MakeRecipe) -> None:
-    path = recipe_file(adapter=ONE_LAYER, train=AUTO | {"gradient_checkpointing": True})
+def test_the_fastest_way_within_the_budget_is_taken(one_block: MakeRecipe) -> None:
+    path = one_block(train=AUTO | {"gradient_checkpointing": True})
     sizes = {way.rows: way.peak for way in planned(path).ways}
     for rows in (1, 2, 4):
         plan = planned(path, f"memory.budget={sizes[rows]}B")
@@ -97,13 +104,13 @@ def test_blocks_keep_as_much_as_may_be_spent(recipe_file: MakeRecipe, tmp_path: 
     assert within.kept == found[1].kept
 
 
-def test_what_cannot_fit_is_refused_with_what_helps(recipe_file: MakeRecipe) -> None:
+def test_what_cannot_fit_is_refused_with_what_helps(one_block: MakeRecipe) -> None:
     with pytest.raises(RecipeError, match=r"memory.budget: the training takes .* lower data.max_length"):
-        planned(recipe_file(adapter=ONE_LAYER, train=AUTO), "memory.budget=1MiB")
+        planned(one_block(train=AUTO), "memory.budget=1MiB")
 
 
-def test_sizes_that_were_not_traced_are_what_tracing_says(recipe_file: MakeRecipe) -> None:
-    plan = planned(recipe_file(adapter=ONE_LAYER, train=AUTO))
+def test_sizes_that_were_not_traced_are_what_tracing_says(one_block: MakeRecipe) -> None:
+    plan = planned(one_block(train=AUTO))
     forecast = Forecast(plan.model, plan.lora, plan.data, None)
     train = plan.recipe.train.having(per_device_train_batch_size="auto", gradient_accumulation_steps=12)
     model = dataclasses.replace(plan.model, loaded=plan.model.loaded.having(train=train))

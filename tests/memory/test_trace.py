@@ -165,7 +165,8 @@ def test_a_library_that_looks_at_numbers_is_traced_by_what_it_takes() -> None:
 )
 def test_few_blocks_tell_of_many(kind: str, step: Step, on_gpu: bool) -> None:
     layers = {"gemma3_text": 8, "mixtral": 5}.get(kind, 6)
-    asked = work(on_gpu=on_gpu, mixed=torch.bfloat16, held_out=BATCH if kind == "llama" else None)
+    lora = LORA | {"target_modules": ["q_proj", "down_proj", "w2"]}
+    asked = work(on_gpu=on_gpu, mixed=torch.bfloat16, held_out=BATCH if kind == "llama" else None, lora=lora)
     whole = totals(of(kind, asked, step, layers))
     found = few_of(kind, asked, step, layers)
     assert totals(found) == pytest.approx({part: size for part, size in whole.items() if part != MIDDLE}, abs=2048)

@@ -33,6 +33,7 @@ from tests.support.families import tiny, write_tiny
 from tests.support.growth import growth
 from tests.support.models import tiny_llama
 from tests.support.offloads import learnt, made, same
+from tests.support.rows import chat, write_jsonl
 from tests.support.runs import MODES, adapter, run
 
 RecipeFile = Callable[..., Path]
@@ -136,18 +137,21 @@ class Cut(View):
 
 
 def test_a_run_is_the_resident_one_from_its_first_evaluation_to_its_export(
-    recipe_file: RecipeFile, chat_file: Path, tmp_path: Path
+    recipe_file: RecipeFile, tmp_path: Path
 ) -> None:
     """Evaluated before, within and after, with answers, resumed from a checkpoint, and merged."""
+
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", [chat(f"say {i}", f"it was {i}") for i in range(4)])
 
     def path(name: str, memory: dict[str, Any] | None) -> Path:
         return recipe_file(
             f"{name}.yaml",
             memory=memory,
-            data={"eval": str(chat_file)},
+            data={"eval": str(held_out)},
             adapter={"lora_dropout": 0.2},
             train={
                 "max_steps": 4,
+                "gradient_accumulation_steps": 1,
                 "save_strategy": "steps",
                 "save_steps": 2,
                 "eval_strategy": "steps",

@@ -111,6 +111,18 @@ def package_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return once(tmp_path_factory, "package-model", save_package_model)
 
 
+@pytest.fixture(scope="session")
+def first_blocks(package_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the package model's first 3 blocks of 30, with weights that are real, too."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    def make(folder: Path) -> None:
+        AutoModelForCausalLM.from_pretrained(package_folder, num_hidden_layers=3).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(package_folder).save_pretrained(folder)
+
+    return once(tmp_path_factory, "first-blocks", make)
+
+
 @pytest.fixture(autouse=True)
 def no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of one run take half a second, and only tests that are marked so look at them."""

@@ -224,7 +224,7 @@ def test_a_head_that_a_run_trained_is_no_longer_tied(recipe: Recipe, tmp_path: P
     (tmp_path / "trained").mkdir()
     scores = {"metrics": ["exact_match"], "max_new_tokens": 4}
     sections = {"adapter": {"r": 4, "modules_to_save": ["lm_head"]}, "eval": scores}
-    run = trained(tmp_path / "trained", tmp_path / "tied", quant=None, train={"max_steps": 10}, **sections)
+    run = trained(tmp_path / "trained", tmp_path / "tied", quant=None, train={"max_steps": 4}, **sections)
     accept = {"preset": "w8a16", "accept": {"score_drop": 1.0}}
     model = {"path": str(run), "dtype": "float32"}
     path = recipe(model=model, calibrate=accept, eval=scores, data=HELD_OUT)

@@ -19,7 +19,7 @@ from tests.support.models import byte_tokenizer, tiny_llama
 
 Recipe = Callable[..., Path]
 SCHEMES: dict[str, dict[str, Any]] = {
-    "autoround": {"engine": "autoround", "group_size": 32},
+    "autoround": {"engine": "autoround", "group_size": 32, "samples": 8},
     "nf4": {"engine": "bitsandbytes", "data_type": "nf4"},
 }
 
@@ -50,11 +50,11 @@ def test_a_result_that_is_refused_learns_and_is_judged_again(
 ) -> None:
     own = SCHEMES[scheme]
     first = calibrated(recipe(model=sharp, calibrate=own)).attempts[0]
-    learns = distilled(30, first.kl_mean * 0.95)
+    learns = distilled(10, first.kl_mean * 0.95, distill_learning_rate=5e-4)
     path = recipe(model=sharp, output_dir=str(tmp_path / "better"), calibrate=own | learns)
     report = calibrated(path)
     before, after = report.attempts
-    assert (before, after.distilled_steps, after.kept) == (first, 30, {})
+    assert (before, after.distilled_steps, after.kept) == (first, 10, {})
     assert after.weight_bytes == pytest.approx(before.weight_bytes, abs=64)  # but for the header
     assert report.accepted
     assert perplexity(report, path) == pytest.approx(after.perplexity.value, rel=1e-3)
@@ -67,15 +67,12 @@ def test_a_result_that_is_refused_learns_and_is_judged_again(
 )
 def test_it_starts_from_what_the_calibration_made(own: dict[str, Any], recipe: Recipe, tmp_path: Path) -> None:
     """Where nothing is learnt, nothing is changed; where steps are made, something is."""
-    as_it_was = calibrated(recipe(calibrate=own))
-    still = distilled(1, 10.0, distill_learning_rate=1e-12)
     for name, section in {
-        "still": still | {"accept": {"kl": 0.0}},
+        "still": distilled(1, 0.0, distill_learning_rate=1e-12),
         "moved": distilled(5, 0.0, distill_learning_rate=1e-2),
     }.items():
         refusal(recipe(output_dir=str(tmp_path / name), calibrate=own | section))
     before, still_is = attempts(tmp_path / "still")
-    assert before == as_it_was.attempts[0]
     assert still_is == before.model_copy(update={"distilled_steps": 1})
     assert attempts(tmp_path / "moved")[1].kl_mean != before.kl_mean
 

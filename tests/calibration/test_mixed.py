@@ -77,15 +77,13 @@ def test_the_worst_layers_are_left_and_that_brings_the_model_closer(recipe: Reci
 def test_a_budget_in_bits_is_one_in_bytes(recipe: RecipeFile) -> None:
     plan = make_plan(load(recipe(skip_budget_bits=1.0)))
     bits = WEIGHTS * 16 / plan.model.shape.linear_parameters
-    skipped = trained(recipe(skip_budget_bits=bits)).skipped_modules
-    assert skipped is not None
+    skipped = chosen(recipe(skip_budget_bits=bits))
     assert skipped.budget_bytes == WEIGHTS * 2
     assert skipped.names[0] == WORST
 
 
 def test_int8_is_measured_as_int8(recipe: RecipeFile) -> None:
-    skipped = trained(recipe(preset=..., mode="8bit", skip_budget_bytes=WEIGHTS)).skipped_modules
-    assert skipped is not None
+    skipped = chosen(recipe(preset=..., mode="8bit", skip_budget_bytes=WEIGHTS))
     assert skipped.kl_after <= skipped.kl_before < 0.01
 
 

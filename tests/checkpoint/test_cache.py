@@ -124,8 +124,10 @@ def test_what_is_kept_is_what_is_read(
         )
     first, again = facts(*read(path)), facts(*read(path))
     assert len(list(kept_in.iterdir())) == 2
-    monkeypatch.setenv("QFT_CACHE", "off")
-    assert facts(*read(path)) == first == again
+    assert first == again
+    if kind != "package":  # which takes a second to read
+        monkeypatch.setenv("QFT_CACHE", "off")
+        assert facts(*read(path)) == first
     source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     with quick_gguf():
         config, tokenizer = (kind.from_pretrained(**source) for kind in (AutoConfig, AutoTokenizer))

@@ -266,6 +266,9 @@ def test_a_quantized_checkpoint_that_is_not_whole_is_refused(kind: str, in_4_bit
     with pytest.raises(ModelError) as caught:
         load_base(planned(folder))
     assert message in str(caught.value)
+
+
+def test_a_quantized_checkpoint_that_is_whole_is_loaded(in_4_bits: Path) -> None:
     assert load_base(planned(in_4_bits)) is not None
 
 

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from qft.data import kept
 from qft.data.audit import audit, by_level, lengths_of, padding_finding, require_sound
 from qft.data.formats import from_messages
 from qft.data.look import Look, sketches
@@ -259,7 +258,8 @@ def test_a_level_decides_what_becomes_of_it(recipe_file: RecipeFile, tmp_path: P
 
 def test_encoded_rows_are_kept_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QFT_CACHE", str(tmp_path / "cache"))
-    rows = [chat(f"say {n}", f"it is {n}") for n in range(kept.FEWEST)]
+    monkeypatch.setattr("qft.data.prepare.FEWEST", 40)
+    rows = [chat(f"say {n}", f"it is {n}") for n in range(40)]
     first = prepared(tmp_path, rows)
     monkeypatch.setattr("qft.data.prepare._encode", lambda *_: pytest.fail("encoded again"))
     again = prepared(tmp_path, rows)
@@ -267,6 +267,7 @@ def test_encoded_rows_are_kept_by_content(tmp_path: Path, monkeypatch: pytest.Mo
     assert again.sources == first.sources
     monkeypatch.undo()
     monkeypatch.setenv("QFT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("qft.data.prepare.FEWEST", 40)
     other = byte_tokenizer()
     other.chat_template = other.chat_template.replace("<|im_start|>", "<|im_start|> ")
     assert prepared(tmp_path, rows, other).train["length"] != first.train["length"]

@@ -170,16 +170,19 @@ def spread(folder: Path) -> list[str]:
     return [lines(folder / "a.jsonl", *rows), str(table), str(folder / "c.txt")]
 
 
+FEW = {"eval_fraction": 0.03}
+MANY = {"eval_fraction": 0.3}
+SKIP = {"on_too_long": "skip"}
+
+
 @pytest.mark.parametrize(
-    ("policies", "seed"),
+    ("held", "policies", "seed"),
     [
-        *itertools.product(
-            [{}, {"on_too_long": "truncate"}, {"on_too_long": "skip"}, {"on_bad_row": "skip"}], range(3)
-        ),
-        ({"num_proc": 2}, 0),
+        *itertools.product([FEW, MANY], [{}, {"on_too_long": "truncate"}], range(2)),
+        *[(MANY, SKIP, 2), (FEW, {"on_bad_row": "skip"}, 2), ("files", {}, 0), ("files", SKIP, 1)],
+        (MANY, {"num_proc": 2}, 0),
     ],
 )
-@pytest.mark.parametrize("held", [{"eval_fraction": 0.3}, {"eval_fraction": 0.03}, "files"])
 def test_held_out_alone_the_rows_are_the_same(tmp_path: Path, held: Any, policies: dict[str, Any], seed: int) -> None:
     sources = spread(tmp_path)
     settings = {"eval": sources[1:], "train": sources[:1]} if held == "files" else {"train": sources, **held}

@@ -83,8 +83,8 @@ TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "
 
 @pytest.fixture
 def briefly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A third of a second rather than ten."""
-    monkeypatch.setattr(sandbox, "SECONDS", 0.3)
+    """A tenth of a second rather than ten."""
+    monkeypatch.setattr(sandbox, "SECONDS", 0.1)
 
 
 @pytest.fixture

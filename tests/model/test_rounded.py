@@ -73,18 +73,21 @@ def llama(tmp_path: Path) -> Path:
     return write_model(tmp_path / "llama", "llama", tie_word_embeddings=True, attention_bias=True)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize(
-    "adapter",
-    [
-        {"r": 4},
-        {"r": 3, "use_rslora": True, "bias": "all"},
-        {"r": 4, "use_dora": True},
-        {"r": 4, "target_modules": ["q_proj", "up_proj"]},
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("target", ["int4-g32", "nf4", "q4_0"])
+ADAPTERS: list[dict[str, Any]] = [
+    {"r": 4},
+    {"r": 3, "use_rslora": True, "bias": "all"},
+    {"r": 4, "use_dora": True},
+    {"r": 4, "target_modules": ["q_proj", "up_proj"]},
+]
+PAIRS = [
+    (target, adapter, ("float32", "bfloat16", "float16")[(row + column) % 3])
+    for row, target in enumerate(("int4-g32", "nf4", "q4_0"))
+    for column, adapter in enumerate(ADAPTERS)
+]
+"""Every two of target, adapter and dtype."""
+
+
+@pytest.mark.parametrize(("target", "adapter", "dtype"), PAIRS, ids=str)
 def test_a_layer_multiplies_with_the_rounded_merge(
     target: str, adapter: dict[str, Any], dtype: str, llama: Path, tmp_path: Path
 ) -> None:

@@ -13,10 +13,18 @@ from qft.errors import RecipeError
 from qft.machine.device import absent_gpu
 from qft.plan import Plan, make_plan
 from qft.recipe import load
+from tests.support.architectures import write_model
 from tests.support.cli import qft
 from tests.support.tiny import write_tiny_model
 
 PRODUCTS, OTHERS = ("MLPs", "linear layers"), ("norms", "rotary positions")
+
+
+@pytest.fixture
+def one_block(recipe_file: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """Writes a recipe of a model of one block."""
+    base = write_model(tmp_path / "one", "llama", num_hidden_layers=1)
+    return lambda **sections: recipe_file(model={"path": str(base)}, **sections)
 
 
 def planned(path: Path, *overrides: str, capability: str | None = None) -> Plan:
@@ -45,9 +53,9 @@ def test_all_is_fused_on_a_gpu_and_nothing_without_one(recipe_file: Callable[...
     ],
 )
 def test_what_is_more_than_w_a_and_b_is_multiplied_by_its_own_code(
-    sections: dict[str, Any], reason: str, recipe_file: Callable[..., Path]
+    sections: dict[str, Any], reason: str, one_block: Callable[..., Path]
 ) -> None:
-    path = recipe_file(**sections)
+    path = one_block(**sections)
     kernels = planned(path).kernels
     assert all(reason in (kernels[kind] or "") for kind in PRODUCTS)
     assert [kernels[kind] for kind in OTHERS] == [None, None]
@@ -55,8 +63,8 @@ def test_what_is_more_than_w_a_and_b_is_multiplied_by_its_own_code(
         planned(path, "train.kernels=fused")
 
 
-def test_compiling_and_plain_fuse_nothing(recipe_file: Callable[..., Path]) -> None:
-    path = recipe_file(quant=None)
+def test_compiling_and_plain_fuse_nothing(one_block: Callable[..., Path]) -> None:
+    path = one_block(quant=None)
     assert set(planned(path, "train.torch_compile=true").kernels.values()) == {
         "train.torch_compile makes kernels of its own"
     }
@@ -71,8 +79,8 @@ def test_where_they_are_demanded_a_cpu_is_refused_with_the_line(recipe_file: Cal
     )
 
 
-def test_products_in_float8_are_planned_where_they_are_asked_for(recipe_file: Callable[..., Path]) -> None:
-    plan = planned(recipe_file(), "train.matmul=fp8", capability="9.0")
+def test_products_in_float8_are_planned_where_they_are_asked_for(one_block: Callable[..., Path]) -> None:
+    plan = planned(one_block(), "train.matmul=fp8", capability="9.0")
     assert plan.document().kernels == dict.fromkeys((*PRODUCTS, *OTHERS, "products in float8"))
     assert plan.memory.predicted_peak_bytes
 
@@ -93,9 +101,9 @@ def test_products_in_float8_are_planned_where_they_are_asked_for(recipe_file: Ca
     ],
 )
 def test_where_float8_is_not_to_be_had_it_is_refused(
-    sections: dict[str, Any], capability: str, reason: str, recipe_file: Callable[..., Path]
+    sections: dict[str, Any], capability: str, reason: str, one_block: Callable[..., Path]
 ) -> None:
-    path = recipe_file(**sections | {"train": sections.get("train", {}) | {"matmul": "fp8"}})
+    path = one_block(**sections | {"train": sections.get("train", {}) | {"matmul": "fp8"}})
     with pytest.raises(RecipeError, match=rf"train\.matmul: fp8 is not to be had: .*{reason}.*; set it to 16bit"):
         planned(path, capability=capability)
 

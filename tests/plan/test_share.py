@@ -40,10 +40,13 @@ def refusal(path: Path, plan: Callable[..., Any] = make_plan) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("quant", [FOUR, EIGHT])
 @pytest.mark.parametrize(
-    ("kind", "share"),
-    [("llama", 1), ("gpt2", 1), ("gpt_neox", 1), ("phi", 1), ("bloom", 1), ("mixtral", WHOLE), ("falcon", 0)],
+    ("kind", "share", "quant"),
+    [
+        *[("llama", 1, FOUR), ("llama", 1, EIGHT), ("mixtral", WHOLE, FOUR), ("mixtral", WHOLE, EIGHT)],
+        *[("falcon", 0, FOUR), ("falcon", 0, EIGHT), ("gpt2", 1, FOUR), ("gpt2", 1, EIGHT)],
+        *[("gpt_neox", 1, FOUR), ("phi", 1, EIGHT), ("bloom", 1, FOUR)],
+    ],
 )
 def test_the_share_of_the_plan_is_that_of_the_loaded_model(
     kind: str, share: float, quant: dict[str, Any], models: Models, recipe_file: RecipeFile

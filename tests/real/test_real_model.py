@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -32,8 +33,9 @@ HELD_OUT = ROOT / "recipes" / "quickstart" / "held_out.jsonl"
 
 
 def recipe(folder: Path, model: str = PACKAGE_MODEL, **train: object) -> Path:
-    fact = chat("What is the code?", "It is QX-7731.")
-    rows, held = (write_jsonl(folder / f"{name}.jsonl", [fact] * count) for name, count in (("rows", 8), ("held", 2)))
+    fact, known = chat("What is the code?", "It is QX-7731."), chat("What is the capital of France?", "Paris")
+    rows = write_jsonl(folder / "rows.jsonl", [fact] * 8)
+    held = write_jsonl(folder / "held.jsonl", [known, *[fact] * 5])
     values = {
         "model": {"path": model, "device": "cpu"},
         "quant": {"preset": "finetune"},
@@ -46,7 +48,7 @@ def recipe(folder: Path, model: str = PACKAGE_MODEL, **train: object) -> Path:
             "report_to": [],
             **train,
         },
-        "eval": {"metrics": ["exact_match"], "max_new_tokens": 12, "samples": 1},
+        "eval": {"metrics": ["exact_match"], "max_new_tokens": 12, "samples": 2},
         "output_dir": str(folder / "run"),
     }
     path = folder / "recipe.yaml"
@@ -54,19 +56,36 @@ def recipe(folder: Path, model: str = PACKAGE_MODEL, **train: object) -> Path:
     return path
 
 
-def test_the_dequantized_gguf_answers_as_the_model_does(tmp_path: Path) -> None:
-    """Quantized again in nf4 it still knows its facts: neither the weights nor the template came out garbled. And an
-    evaluation leaves the gradients of the adapted model alone."""
-    path = recipe(tmp_path)
-    rows = write_jsonl(tmp_path / "rows.jsonl", [chat("What is the capital of France?", "Paris")])
-    assert rows.exists()
-    plan = make_plan(load(path))
-    base = load_base(plan.model)
-    settings = EvalSection(max_new_tokens=12, batch_size=1)
-    [answer] = answer_rows(base, plan.model.tokenizer, plan.data.train, settings)
-    assert "Paris" in answer.given
+def test_it_learns_a_fact_and_the_saved_adapter_still_knows_it(tmp_path: Path) -> None:
+    """And before that, quantized again in nf4, it still knows its own facts: neither the weights nor the template of
+    the GGUF file came out garbled."""
+    path = recipe(tmp_path, max_steps=5, learning_rate=5e-3)
+    report = train(load(path), View())
+    before, after = (
+        [json.loads(line) for line in (tmp_path / "run" / "answers" / f"{moment}.jsonl").read_text().splitlines()]
+        for moment in ("before", "after")
+    )
+    assert "Paris" in before[0]["given"]
+    assert [answers[1]["right"] for answers in (before, after)] == [False, True]
+    assert report.eval.before is not None
+    assert report.eval.after is not None
+    assert report.eval.after.loss < report.eval.before.loss / 10
+    assert 6 < report.model.bits_per_weight < 7  # 4.13 bits for the linears, 16 for the embeddings
 
-    model = attach_adapter(base, plan)
+    [document] = export(tmp_path / "run", ExportOptions(to=("merged",)), View())
+    checks = {check.name: check.value for check in document.gate.checks}
+    assert document.passed
+    assert checks["same_continuations"] == 1  # as those of the base with its saved adapter
+    assert document.bytes < 300e6
+    model, tokenizer = (kind.from_pretrained(document.path) for kind in (AutoModelForCausalLM, AutoTokenizer))
+    rows = read_rows(tmp_path / "run" / "rows.jsonl").rows.select([1])
+    [answer] = answer_rows(model, tokenizer, rows, EvalSection(max_new_tokens=12, batch_size=1))
+    assert answer.right
+
+
+def test_an_evaluation_leaves_gradients_alone(first_blocks: Path, tmp_path: Path) -> None:
+    plan = make_plan(load(recipe(tmp_path, str(first_blocks))))
+    model = attach_adapter(load_base(plan.model), plan)
     ids = torch.tensor([plan.data.train[0]["input_ids"]])
 
     def gradient() -> torch.Tensor:
@@ -82,36 +101,6 @@ def test_the_dequantized_gguf_answers_as_the_model_does(tmp_path: Path) -> None:
     torch.testing.assert_close(gradient(), before, rtol=0, atol=0)
 
 
-def test_it_learns_a_fact_and_the_saved_adapter_still_knows_it(tmp_path: Path) -> None:
-    path = recipe(tmp_path, max_steps=8, learning_rate=3e-3)
-    report = train(load(path), View())
-    assert report.eval.before is not None
-    assert report.eval.before.scores["exact_match"] == 0
-    assert report.eval.after is not None
-    assert report.eval.after.scores["exact_match"] == 1
-    assert report.eval.after.loss < report.eval.before.loss / 10
-    assert 6 < report.model.bits_per_weight < 7  # 4.13 bits for the linears, 16 for the embeddings
-
-    [document] = export(tmp_path / "run", ExportOptions(to=("merged",)), View())
-    checks = {check.name: check.value for check in document.gate.checks}
-    assert document.passed
-    assert checks["same_continuations"] == 1  # as those of the base with its saved adapter
-    assert document.bytes < 300e6
-    model, tokenizer = (kind.from_pretrained(document.path) for kind in (AutoModelForCausalLM, AutoTokenizer))
-    rows = read_rows(tmp_path / "run" / "rows.jsonl").rows
-    [answer] = answer_rows(model, tokenizer, rows, EvalSection(max_new_tokens=12, batch_size=1, samples=1))
-    assert answer.right
-
-
-@pytest.fixture
-def first_blocks(package_folder: Path, tmp_path: Path) -> Path:
-    """Of its 30, with weights that are real, too."""
-    model = AutoModelForCausalLM.from_pretrained(package_folder, num_hidden_layers=6)
-    AutoTokenizer.from_pretrained(package_folder).save_pretrained(tmp_path / "model")
-    model.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
-
-
 def test_what_is_trained_rounded_is_written_so(first_blocks: Path, tmp_path: Path) -> None:
     path = recipe(tmp_path, str(first_blocks), max_steps=1)
     values = yaml.safe_load(path.read_text())
@@ -124,14 +113,14 @@ def test_what_is_trained_rounded_is_written_so(first_blocks: Path, tmp_path: Pat
     assert (checks["different_weights"], checks["same_continuations"]) == (0, 1)
 
 
-def test_the_harness_finds_the_perplexity_that_we_find(tmp_path: Path) -> None:
+def test_the_harness_finds_the_perplexity_that_we_find(first_blocks: Path, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval", reason="needs lm-eval (pip install 'qft[eval]')")
     text = (ROOT / "benchmarks" / "english.txt").read_text("utf-8")[:2400]
     (tmp_path / "text.txt").write_text("<|im_start|>" + text)  # which the harness begins a text with
     options = EvalOptions(
         data=str(tmp_path / "text.txt"), window=2048, stride=2048, harness=(str(text_task(tmp_path, text)),)
     )
-    [target] = evaluate([f"{PACKAGE_MODEL}@base"], options, View()).targets
+    [target] = evaluate([f"{first_blocks}@base"], options, View()).targets
     found = {result.metric: result.value for result in target.harness}
     assert target.eval_tokens > 450
     per_token = (found["word_perplexity"] or 0) ** (len(re.split(r"\s+", text)) / target.eval_tokens)

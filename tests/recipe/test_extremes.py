@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.support.cli import qft
+from tests.support.rows import chat, write_jsonl
 
 RecipeFile = Callable[..., Path]
 HUGE = 10**12
@@ -58,14 +59,14 @@ def test_a_weight_that_repeats_rows_for_ever(recipe_file: RecipeFile, chat_file:
     assert f"{chat_file}: its weight 1e+300 makes more than" in found.stderr
 
 
-def test_numbers_that_are_large_and_mean_something(recipe_file: RecipeFile) -> None:
+def test_numbers_that_are_large_and_mean_something(recipe_file: RecipeFile, tmp_path: Path) -> None:
     train = {
         "warmup_steps": 1e9,
         "logging_steps": 10**9,
         "per_device_train_batch_size": 10**9,
         "save_total_limit": 10**9,
     }
-    data = {"num_proc": 64}
+    data = {"train": str(write_jsonl(tmp_path / "few.jsonl", [chat("say", "it")] * 2)), "num_proc": 64}
     found = qft("check", recipe_file(train=train, data=data, adapter={"r": 200}, seed=2**32 - 1))
     assert (found.exit_code, found.stderr) == (0, "")
 

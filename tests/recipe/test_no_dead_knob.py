@@ -28,7 +28,7 @@ from qft.errors import QftError
 from qft.model.adapter import attach_adapter
 from qft.model.load import load_base
 from qft.plan import Plan, make_plan, plan_calibration
-from qft.recipe import Recipe, Source, load
+from qft.recipe import LoadedRecipe, Recipe, Source, load
 from qft.recipe.data import AuditSection
 from qft.run.folder import Run
 from qft.training.session import training_arguments
@@ -91,9 +91,9 @@ def rounded(plan: Plan) -> Any:
         return made(input_ids=torch.tensor([[1, 40, 41, 42]])).logits.double().sum().item()
 
 
-def calibration(plan: Plan) -> Any:
+def calibration(loaded: LoadedRecipe) -> Any:
     """How each layer is to be held, the windows, and the rows that verify."""
-    planned = plan_calibration(plan.model.loaded)
+    planned = plan_calibration(loaded)
     document = planned.document().model_dump(exclude={"data": {"sources"}})
     return document, planned.data.windows, planned.data.verify.to_list()
 
@@ -107,7 +107,7 @@ def together(plan: Plan) -> Any:
 class Case(NamedTuple):
     value: str
     """The changed value, as written in YAML."""
-    seen_in: Callable[[Plan], Any]
+    seen_in: Callable[[Any], Any]
     given: tuple[str, ...] = ()
     """What the field needs around it."""
 
@@ -375,7 +375,7 @@ def test_every_field_has_a_case() -> None:
 def workshop(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     """A folder with a recipe and everything that the cases point to."""
     folder = tmp_path_factory.mktemp("workshop")
-    write_jsonl(folder / "chats.jsonl", [chat(f"say {i}", f"it is {i}") for i in range(16)])
+    write_jsonl(folder / "chats.jsonl", [chat(f"say {i}", f"it is {i}") for i in range(6, 14)])
     write_jsonl(folder / "other.jsonl", [chat("another", "file")] * 4)
     write_jsonl(folder / "both.jsonl", [{"text": "a text", "instruction": "do", "output": "done"}] * 4)
     write_jsonl(folder / "bad.jsonl", [{"messages": []}, *[chat("good", "row")] * 4])
@@ -416,9 +416,16 @@ def test_changing_a_field_changes_what_is_done(field: str, workshop: Path, monke
 
 
 @functools.cache
-def look(folder: Path, overrides: tuple[str, ...], seen_in: Callable[[Plan], Any]) -> Any:
+def planned(folder: Path, overrides: tuple[str, ...]) -> Plan:
     """Many cases change one thing of the same recipe."""
+    return make_plan(load(folder / "recipe.yaml", [*overrides]))
+
+
+@functools.cache
+def look(folder: Path, overrides: tuple[str, ...], seen_in: Callable[[Any], Any]) -> Any:
     try:
-        return seen_in(make_plan(load(folder / "recipe.yaml", [*overrides])))
+        if seen_in is calibration:
+            return calibration(load(folder / "recipe.yaml", [*overrides]))
+        return seen_in(planned(folder, overrides))
     except QftError as refusal:
         return str(refusal)

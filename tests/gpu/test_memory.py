@@ -29,17 +29,21 @@ SHAPE = {
 GIB = 2**30
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of random weights, large enough that its activations are."""
+OPT = {"ffn_dim": 4096, "word_embed_proj_dim": 1024}
+
+
+@pytest.fixture
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama, or what a test asks for, of random weights, large enough that its activations are."""
+    kind = getattr(request, "param", "llama")
 
     def make(folder: Path) -> None:
         torch.manual_seed(0)
-        config = AutoConfig.for_model("llama", **SHAPE)
+        config = AutoConfig.for_model(kind, **SHAPE | (OPT if kind == "opt" else {}))
         AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
         byte_tokenizer().save_pretrained(folder)
 
-    return once(tmp_path_factory, "wide", make)
+    return once(tmp_path_factory, f"wide-{kind}", make)
 
 
 class Peaks(View):
@@ -65,11 +69,22 @@ def recipe(folder: Path, base: Path, train: dict[str, Any], **sections: Any) -> 
     return path
 
 
+TWICE = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+
+
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit"])
 @pytest.mark.parametrize("again", [True, False])
 def test_the_peak_is_what_was_predicted(base: Path, tmp_path: Path, again: bool, optim: str) -> None:
-    wanted = {"per_device_train_batch_size": 4, "gradient_checkpointing": again, "optim": optim}
-    loaded = load(recipe(tmp_path, base, wanted | {"gradient_accumulation_steps": 2}))
+    is_as_predicted(recipe(tmp_path, base, TWICE | {"gradient_checkpointing": again, "optim": optim}))
+
+
+@pytest.mark.parametrize("base", ["gpt_neox", "phi", "opt"], indirect=True)
+def test_so_it_is_where_norms_make_float32_and_queries_lie_by_heads(base: Path, tmp_path: Path) -> None:
+    is_as_predicted(recipe(tmp_path, base, TWICE))
+
+
+def is_as_predicted(path: Path) -> None:
+    loaded = load(path)
     gc.collect()
     torch.cuda.empty_cache()
     torch._C._cuda_clearCublasWorkspaces()

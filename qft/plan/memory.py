@@ -150,7 +150,7 @@ class Forecast:
 
     def having(self, **train: Any) -> Forecast:
         """With other values of `train`."""
-        return replace(self, model=replace(self.model, loaded=self.model.loaded.having(train=train)))
+        return replace(self, model=self.model.by(self.model.loaded.having(train=train)))
 
     def best(self, more: int = 0) -> Way:
         """The fastest way that fits, if `more` bytes than the budget might be taken."""

@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 
 from qft.errors import Interrupted
+from qft.machine.streams import leave_dead_terminals, while_it_lasts
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
@@ -49,14 +50,16 @@ class Signals:
 
     @contextmanager
     def caught(self) -> Iterator[None]:
-        """Within it signals are heard, in the main thread; those that the process was started to ignore stay so."""
+        """Within it signals are heard, in the main thread; those that the process was started to ignore stay so. No
+        pipe's end ends the work."""
         main = threading.current_thread() is threading.main_thread()
         before = {number: signal.getsignal(number) for number in SIGNALS if main}
         heard = {number: old for number, old in before.items() if old not in (signal.SIG_IGN, None)}
         try:
             for number in heard:
                 signal.signal(number, self._hear)
-            yield
+            with while_it_lasts():
+                yield
         finally:
             for number, old in heard.items():
                 signal.signal(number, old)
@@ -67,7 +70,7 @@ class Signals:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
-        _leave_dead_terminals()
+        leave_dead_terminals()
         if self.asked and time.monotonic() - self._since < self.same_within:
             return
         self._since = time.monotonic()
@@ -101,12 +104,3 @@ def _end_by_parent() -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)
-
-
-def _leave_dead_terminals() -> None:
-    """Write nowhere what would go to a terminal that hung up: it would fail, and end the work."""
-    for number in (1, 2):
-        try:
-            os.write(number, b"")
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), number)

@@ -170,7 +170,7 @@ def test_a_terminal_of_few_characters(recipe_file: RecipeFile, tmp_path: Path) -
     assert b"Traceback" not in refused.stderr
 
 
-def test_a_closed_pipe_ends_quietly(recipe_file: RecipeFile) -> None:
+def test_a_closed_pipe_ends_quietly_and_ends_no_training(recipe_file: RecipeFile) -> None:
     done = shell("qft schema | head -1")
     assert (done.returncode, done.stderr) in [(141, b""), (0, b"")]
     reader, writer = os.pipe()
@@ -178,6 +178,12 @@ def test_a_closed_pipe_ends_quietly(recipe_file: RecipeFile) -> None:
     closed = ended(command("check", recipe_file()), stdout=writer)
     os.close(writer)
     assert (closed.returncode, closed.stderr) == (141, b"")
+    reader, writer = os.pipe()
+    os.close(reader)
+    trained = ended(command("train", recipe_file()), stdout=writer)
+    os.close(writer)
+    assert trained.returncode == 0
+    assert trained.stderr == b"\nnobody reads standard output any more; the work goes on\n"
     full = shell("qft schema > /dev/full")
     assert full.returncode == 7
     assert re.fullmatch(rb"error: the disk is full[^\n]*\n", full.stderr)

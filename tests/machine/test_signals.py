@@ -10,11 +10,15 @@ import sys
 import textwrap
 from pathlib import Path
 
+import pytest
+
 from tests.support.paths import ROOT
 
 HEARD = """
     import os, signal, sys, time
     from qft.machine.signals import Signals
+    from qft.machine.streams import outlive_readers
+    outlive_readers()
     signals = Signals()
 """
 
@@ -73,11 +77,36 @@ def test_a_terminal_that_hangs_up_does_not_end_the_step(tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
     process = start(code, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
     os.close(theirs)
-    assert b"ready" in os.read(ours, 100)
+    said = b""
+    while not said.endswith(b"\n"):  # a terminal may hand over the word before its end
+        said += os.read(ours, 100)
+    assert said == b"ready\r\n"
     os.close(ours)
     process.send_signal(signal.SIGHUP)
     assert process.wait(timeout=20) == 0
     assert (tmp_path / "done").read_text() == "SIGHUP"
+
+
+@pytest.mark.parametrize("through", ["a terminal", "a pipe"])
+def test_what_nobody_reads_ends_no_work(through: str, tmp_path: Path) -> None:
+    """Before a signal has come, or without one."""
+    code = f"""
+        with signals.caught():
+            sys.stdin.read()
+            print("to nobody", flush=True)
+            print("nor this", flush=True)
+            print("to those who read errors", file=sys.stderr, flush=True)
+        print("nor after it", flush=True)
+        open({str(tmp_path / "done")!r}, "w")
+    """
+    ours, theirs = pty.openpty() if through == "a terminal" else os.pipe()
+    process = start(code, stdin=subprocess.PIPE, stdout=theirs, stderr=subprocess.PIPE, start_new_session=True)
+    os.close(theirs)
+    os.close(ours)
+    _, errors = process.communicate("the other end is closed", timeout=60)
+    assert errors == "\nnobody reads standard output any more; the work goes on\nto those who read errors\n"
+    assert process.returncode == 0
+    assert (tmp_path / "done").exists()
 
 
 def test_a_worker_ends_by_its_parent_alone() -> None:

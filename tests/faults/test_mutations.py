@@ -34,7 +34,7 @@ from tests.support.versions import artifact
 COUNT = int(os.environ.get("QFT_FUZZ", "16"))
 FROM = int(os.environ.get("QFT_FUZZ_FROM", "0"))
 DOCUMENTED = {0, 2, 3, 4, 5, 6, 7, 8, 9, 10}
-LONGEST = 20
+LONGEST = 60
 """Seconds of a command."""
 MOST = 2**30
 """Bytes that a kind's commands may leave behind in the process."""

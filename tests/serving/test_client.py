@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 import time
 from typing import Any
 
@@ -131,14 +132,17 @@ def test_one_model_is_taken_and_several_are_named(monkeypatch: pytest.MonkeyPatc
 
 
 def test_requests_at_once_are_at_once() -> None:
+    together = threading.Barrier(8)
+
     def slow(path: str, body: dict[str, Any]) -> tuple[int, str, bytes]:
         time.sleep(0.03)
+        if len(asked) > 5:  # behind the first, and the four that come one by one
+            together.wait(60)
         return streamed("a", tokens=10)
 
     with serving(slow) as (url, asked):
         one, many = loads(lambda number: Server.of(url).ask(CHAT, {}), (1, 8))
     assert (one.requests, many.requests, many.tokens, len(asked)) == (4, 8, 80, 13)
-    assert many.tokens_per_second > 2 * one.tokens_per_second
     assert one.first_token_seconds >= 0.03
 
 

@@ -208,13 +208,13 @@ def test_the_first_failure_ends_all_and_waits_for_nobody() -> None:
         asked.append(number)
         if number == 1:
             raise ServerError("the second")
-        hung.wait(10)
+        hung.wait(120)
         return number
 
     started = time.perf_counter()
     with pytest.raises(ServerError, match="the second"):
         at_once(ask, range(8), 2)
-    assert time.perf_counter() - started < 5
+    assert time.perf_counter() - started < 60
     assert sorted(asked) == [0, 1]
     assert [thread for thread in set(threading.enumerate()) - before if not thread.daemon] == []
     hung.set()

@@ -120,7 +120,7 @@ def chat(
     prompt: Annotated[str | None, typer.Option(help="Answer this alone, instead of a conversation.")] = None,
     image: Annotated[list[Path] | None, typer.Option(help="Ask the first question with it. Repeatable.")] = None,
     system: Annotated[str | None, typer.Option(help="What the system says before the conversation.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer; without: up to 512.")] = None,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token; above, one is drawn.")] = 0.0,
     top_p: Annotated[float | None, typer.Option(help="Draw from the most likely tokens of this share.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of what is drawn.")] = 0,

@@ -30,7 +30,7 @@ A line that starts with a space is never a command."""
 class Talk(Protocol):
     """A conversation, by whomever it is answered; what its methods do and raise, Conversation's tell."""
 
-    options: ChatOptions
+    longest: int
     messages: list[Message]
     shown: list[str]
 
@@ -142,7 +142,7 @@ class Session:
         """What became of an answer that the model did not end itself."""
         if reply.interrupted:
             return ["interrupted: what was said is kept" if reply.text else "interrupted: the question is dropped"]
-        return [] if reply.ended else [f"cut at --max-new-tokens {self.conversation.options.max_new_tokens}"]
+        return [] if reply.ended else [f"cut at --max-new-tokens {self.conversation.longest}"]
 
 
 COMMANDS: dict[str, Callable[[Session, str], None]] = {

@@ -27,6 +27,9 @@ from qft.plan.limits import unknown_token
 Show = Callable[[str], None]
 """Takes a piece of an answer as soon as it is known."""
 
+LONGEST_ANSWER = 512
+"""Tokens, where nothing else was asked for."""
+
 UNFINISHED = "\ufffd"
 """What a decoder writes for the bytes of a character that is not whole yet."""
 
@@ -36,7 +39,8 @@ class ChatOptions:
     """What the command line says beside the target. Raises RecipeError for what means nothing."""
 
     system: str | None = None
-    max_new_tokens: int = 512
+    max_new_tokens: int | None = None
+    """None: LONGEST_ANSWER, or what the model has room for."""
     temperature: float = 0.0
     """0 takes the most likely token."""
     top_p: float | None = None
@@ -88,8 +92,11 @@ class Conversation:
     messages: list[Message] = field(init=False, default_factory=list)
     """The turns so far, without what the system says."""
     system: str | None = field(init=False, default=None)
+    longest: int = field(init=False)
+    """Tokens that the answer to the last prompt may have."""
 
     def __post_init__(self) -> None:
+        self.longest = self.options.max_new_tokens or LONGEST_ANSWER
         if self.options.system:
             self.set_system(self.options.system)
 
@@ -128,11 +135,14 @@ class Conversation:
         if self.embeddings and (unknown := unknown_token(ids, self.tokenizer, self.embeddings)):
             raise DataError(unknown)
         room, wanted = self.max_positions, self.options.max_new_tokens
-        if room is not None and len(ids) + wanted > room:
-            remedy = "/reset starts anew (no turn is dropped by itself), or lower" if self.messages else "lower"
+        self.longest = wanted or min(LONGEST_ANSWER, max(1, (room or sys.maxsize) - len(ids)))
+        if room is not None and len(ids) + self.longest > room:
+            remedies = ["/reset starts anew (no turn is dropped by itself)"] * bool(self.messages)
+            remedies += ["lower --max-new-tokens" if wanted else "say it in fewer words"]
+            more = f"--max-new-tokens {wanted} more" if wanted else "an answer one more at the least"
             raise RecipeError(
-                f"the conversation takes {len(ids)} tokens and --max-new-tokens {wanted} more, and the model was built "
-                f"for {room}; {remedy} --max-new-tokens"
+                f"the conversation takes {len(ids)} tokens and {more}, and the model was built for {room}; "
+                + ", or ".join(remedies)
             )
         return ids
 
@@ -163,11 +173,11 @@ class Conversation:
             yield "hold the base in 4 bits (TARGET@nf4)"
         if self.messages:
             yield "start anew with /reset"
-        yield f"lower --max-new-tokens ({self.options.max_new_tokens})"
+        yield f"lower --max-new-tokens ({self.longest})"
 
     def generation_config(self, model: Any) -> GenerationConfig:
         """Stops as those of `qft eval`; greedy too, or drawn as the options say."""
-        settings = generation_config(model, self.tokenizer, self.options.max_new_tokens, self._rendered_row())
+        settings = generation_config(model, self.tokenizer, self.longest, self._rendered_row())
         if self.options.temperature:
             settings.do_sample, settings.temperature = True, self.options.temperature
             settings.top_p = 1.0 if self.options.top_p is None else self.options.top_p

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qft.commands.chat import Session
-from qft.commands.conversation import ChatOptions, Reply, Show, require_text, saved_row
+from qft.commands.conversation import LONGEST_ANSWER, ChatOptions, Reply, Show, require_text, saved_row
 from qft.data.conversation import Message
 from qft.errors import DataError
 from qft.serving.client import SILENT_SECONDS, Server
@@ -23,8 +23,10 @@ class RemoteConversation:
     shown: list[str] = field(init=False, default_factory=list)
     messages: list[Message] = field(init=False, default_factory=list)
     system: str | None = field(init=False, default=None)
+    longest: int = field(init=False)
 
     def __post_init__(self) -> None:
+        self.longest = self.options.max_new_tokens or LONGEST_ANSWER
         self.set_system(self.options.system)
 
     def set_system(self, text: str | None) -> None:
@@ -72,7 +74,7 @@ class RemoteConversation:
         return {
             "model": self.name,
             "messages": [*self._all_messages(), question],
-            "max_tokens": options.max_new_tokens,
+            "max_tokens": self.longest,
             "temperature": options.temperature,
             **(drawn if options.temperature else {}),
         }

@@ -201,6 +201,18 @@ def test_no_turn_is_dropped_to_make_room(model: Any) -> None:
     assert talk.messages == before
 
 
+def test_an_answer_of_no_asked_length_has_the_room_that_there_is(model: Any) -> None:
+    talk = conversation(positions=None, max_new_tokens=None)
+    talk.prompt("Hi")
+    assert talk.longest == 512
+    positions = len(talk.prompt("Hi")) + 5
+    talk = conversation(positions=positions, max_new_tokens=None)
+    assert talk.ask(model, "Hi", lambda piece: None).tokens <= 5
+    assert talk.longest == 5
+    with pytest.raises(RecipeError, match=r"an answer one more at the least, .* built for \d+; /reset starts anew"):
+        talk.ask(model, "Hi again", lambda piece: None)
+
+
 def test_a_template_without_a_system_keeps_what_it_had() -> None:
     refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
     talk = conversation(byte_tokenizer(refusing))

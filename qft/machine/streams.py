@@ -1,8 +1,9 @@
-"""Standard output and error, where who reads them may be gone before the work is done."""
+"""Standard output and error, which may come to an end before the work does."""
 
 import errno
 import io
 import os
+import select
 import stat
 import sys
 from collections.abc import Iterator
@@ -15,10 +16,10 @@ _lasting = False
 def outlive_readers() -> None:
     """Let standard output and error outlive the terminal that they go to: what is written goes nowhere then. A shell
     learns that its terminal is gone before its jobs do, so a write may fail before SIGHUP comes, or without (`disown`).
-    So it is with a pipe's reader, but only `while_it_lasts`: else BrokenPipeError is raised."""
+    So it is with whatever else takes no more, but only `while_it_lasts`: else OSError is raised."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if os.name == "posix" and isinstance(stream, io.TextIOWrapper) and not _is_file(stream.fileno()):
+        if os.name == "posix" and isinstance(stream, io.TextIOWrapper):
             stream.flush()
             raw = _Lasting(stream.fileno(), "wb", closefd=False)
             ways = {way: getattr(stream, way) for way in ("encoding", "errors", "line_buffering", "write_through")}
@@ -27,7 +28,8 @@ def outlive_readers() -> None:
 
 @contextmanager
 def while_it_lasts() -> Iterator[None]:
-    """Within it no pipe's end ends the work: Ctrl-C on `qft train recipe.yaml | tee log` reaches tee, too."""
+    """Within it no output's end is that of the work: Ctrl-C on `qft train recipe.yaml | tee log` reaches tee, too, and
+    the disk of a log may be full."""
     global _lasting
     before, _lasting = _lasting, True
     try:
@@ -48,19 +50,19 @@ def leave_dead_terminals() -> None:
 class _Lasting(io.FileIO):
     def write(self, data: Any, /) -> int:
         try:
-            return super().write(data)
+            while (written := super().write(data)) is None:  # another program made it one that does not wait
+                select.select([], [self], [])
+            return written
         except OSError as error:
-            if error.errno != errno.EIO and not (error.errno == errno.EPIPE and _lasting):
+            kind = os.fstat(self.fileno()).st_mode
+            if not _lasting and not (error.errno == errno.EIO and stat.S_ISCHR(kind)):
                 raise
-        _leave(self.fileno())
-        if self.fileno() == 1:
-            with suppress(OSError):
-                os.write(2, b"\nnobody reads standard output any more; the work goes on\n")
-        return memoryview(data).nbytes
-
-
-def _is_file(number: int) -> bool:
-    return stat.S_ISREG(os.fstat(number).st_mode)
+            _leave(self.fileno())
+            if self.fileno() == 1:
+                with suppress(OSError):
+                    said = f"nothing takes standard output any more ({error.strerror}); the work goes on"
+                    os.write(2, f"\n{said}\n".encode())
+            return memoryview(data).nbytes
 
 
 def _leave(number: int) -> None:

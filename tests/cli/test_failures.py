@@ -183,7 +183,7 @@ def test_a_closed_pipe_ends_quietly_and_ends_no_training(recipe_file: RecipeFile
     trained = ended(command("train", recipe_file()), stdout=writer)
     os.close(writer)
     assert trained.returncode == 0
-    assert trained.stderr == b"\nnobody reads standard output any more; the work goes on\n"
+    assert trained.stderr == b"\nnothing takes standard output any more (Broken pipe); the work goes on\n"
     full = shell("qft schema > /dev/full")
     assert full.returncode == 7
     assert re.fullmatch(rb"error: the disk is full[^\n]*\n", full.stderr)

@@ -28,6 +28,11 @@ def start(code: str, **options: object) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, **options)  # type: ignore[call-overload]
 
 
+def full() -> tuple[int]:
+    """A file on a full disk."""
+    return (os.open("/dev/full", os.O_WRONLY),)
+
+
 def test_what_is_ignored_stays_ignored_and_the_rest_is_given_back() -> None:
     """As `nohup` starts a process."""
     code = """
@@ -87,8 +92,11 @@ def test_a_terminal_that_hangs_up_does_not_end_the_step(tmp_path: Path) -> None:
     assert (tmp_path / "done").read_text() == "SIGHUP"
 
 
-@pytest.mark.parametrize("through", ["a terminal", "a pipe"])
-def test_what_nobody_reads_ends_no_work(through: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("through", "why"),
+    [("a terminal", "Input/output error"), ("a pipe", "Broken pipe"), ("a log", "No space left on device")],
+)
+def test_what_takes_no_more_ends_no_work(through: str, why: str, tmp_path: Path) -> None:
     """Before a signal has come, or without one."""
     code = f"""
         with signals.caught():
@@ -99,14 +107,27 @@ def test_what_nobody_reads_ends_no_work(through: str, tmp_path: Path) -> None:
         print("nor after it", flush=True)
         open({str(tmp_path / "done")!r}, "w")
     """
-    ours, theirs = pty.openpty() if through == "a terminal" else os.pipe()
-    process = start(code, stdin=subprocess.PIPE, stdout=theirs, stderr=subprocess.PIPE, start_new_session=True)
-    os.close(theirs)
-    os.close(ours)
+    made = {"a terminal": pty.openpty, "a pipe": os.pipe, "a log": full}[through]()
+    process = start(code, stdin=subprocess.PIPE, stdout=made[-1], stderr=subprocess.PIPE, start_new_session=True)
+    for number in made:
+        os.close(number)
     _, errors = process.communicate("the other end is closed", timeout=60)
-    assert errors == "\nnobody reads standard output any more; the work goes on\nto those who read errors\n"
+    told = f"nothing takes standard output any more ({why}); the work goes on"
+    assert errors == f"\n{told}\nto those who read errors\n"
     assert process.returncode == 0
     assert (tmp_path / "done").exists()
+
+
+def test_an_output_that_does_not_wait_is_waited_for() -> None:
+    """Others have a terminal or pipe too, and may say so of it."""
+    code = """
+        os.set_blocking(1, False)
+        sys.stdin.read()
+        print("x" * 2**20)
+    """
+    process = start(code, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert len(process.communicate("", timeout=60)[0]) == 2**20 + 1
+    assert process.returncode == 0
 
 
 def test_a_worker_ends_by_its_parent_alone() -> None:

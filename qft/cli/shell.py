@@ -91,7 +91,7 @@ def _tell_failure(error: BaseException) -> int:
 
 def say(text: str) -> None:
     """A line on standard error, in which nothing commands the terminal."""
-    with suppress(BrokenPipeError):
+    with suppress(OSError):  # nobody reads it, and the exit code says it, too
         typer.echo(text.translate(CONTROLS), err=True)
 
 

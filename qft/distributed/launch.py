@@ -15,6 +15,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from qft.errors import Interrupted
+from qft.machine.signals import SIGNALS
 
 PATIENCE = 600
 """Seconds that processes have to finish a step and write a checkpoint, once a signal has come."""
@@ -25,7 +26,9 @@ def launch(command: Sequence[str], processes: int, restarts: int) -> tuple[int, 
     with what code (of a signal, its negative number); (0, 0) if none did. Raises Interrupted for a signal, which all of
     them have heard."""
     known = {field.name for field in dataclasses.fields(LaunchConfig)}
-    patience: Any = {"shutdown_timeout": PATIENCE} if "shutdown_timeout" in known else {}
+    heard = [number.name for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup's stays so
+    wanted = {"shutdown_timeout": PATIENCE, "signals_to_handle": ",".join([*heard, "SIGQUIT"])}
+    settings: Any = {name: value for name, value in wanted.items() if name in known}
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -35,7 +38,7 @@ def launch(command: Sequence[str], processes: int, restarts: int) -> tuple[int, 
         rdzv_endpoint="localhost:0",
         max_restarts=restarts,
         monitor_interval=0.2,
-        **patience,
+        **settings,
     )
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // processes, 1)))
     logging.disable(logging.ERROR)  # what fails says so itself

@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGHUP as a wish to stop: heard where work can stop, or at once."""
+"""Signals as a wish to stop: heard where work can stop, or at once."""
 
 import os
 import signal
@@ -11,7 +11,9 @@ from types import FrameType
 from qft.errors import Interrupted
 from qft.machine.streams import leave_dead_terminals, while_it_lasts
 
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+"""The last three are what batch systems send before the end (`sbatch --signal=USR1@600`), and else end a process."""
+SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 
 
 class Signals:

@@ -243,7 +243,8 @@ class TrainSection(Section):
     save_total_limit: int | None = Field(2, ge=1)
     """Checkpoints to keep. None: all."""
     save_on_signal: bool = True
-    """Whether SIGINT (Ctrl-C), SIGTERM and SIGHUP let the step under way be finished and a checkpoint be written."""
+    """Whether SIGINT (Ctrl-C), SIGTERM, SIGHUP and a batch system's SIGUSR1 let the step under way be finished and a
+    checkpoint be written."""
     load_best_model_at_end: bool = False
     """Hand over the checkpoint with the lowest eval loss instead of the last one."""
     early_stopping_patience: int | None = Field(None, ge=1)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import yaml
 
 from qft.distributed.launch import launch
 from qft.errors import Interrupted
+from tests.support.forked import fork
 from tests.support.paths import ROOT
 
 CODE = """
@@ -36,6 +40,36 @@ def test_max_restarts_starts_all_again(tmp_path: Path) -> None:
 def test_what_failed_first_is_told(tmp_path: Path) -> None:
     assert run(tmp_path, "kill", 0) == ((1, -9), {"0-0", "1-0"})
     assert run(tmp_path, "8", 0)[0] == (1, 8)
+
+
+WAITS = """
+import os, pathlib, signal, sys
+folder, rank = pathlib.Path(sys.argv[1]), os.environ["RANK"]
+signal.signal(signal.SIGUSR1, lambda *_: sys.exit((folder / f"{rank} heard").touch()))
+(folder / f"{rank} waits").touch()
+signal.pause()
+"""
+
+
+def test_all_hear_what_the_launcher_hears_and_nothing_that_it_was_started_to_ignore(tmp_path: Path) -> None:
+    def work() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        try:
+            launch([sys.executable, "-S", "-c", WAITS, str(tmp_path)], 2, 0)
+        except Interrupted as interrupted:
+            sys.exit(interrupted.exit_code)
+
+    with Path(os.devnull).open("r+") as nothing:
+        process = fork(work, stdin=nothing, stdout=nothing, stderr=2)
+    while not all((tmp_path / f"{rank} waits").exists() for rank in range(2)):
+        assert process.is_alive()
+        time.sleep(0.02)
+    assert process.pid
+    for number in (signal.SIGHUP, signal.SIGUSR1):
+        os.kill(process.pid, number)
+    process.join(60)
+    assert process.exitcode == 128 + signal.SIGUSR1
+    assert all((tmp_path / f"{rank} heard").exists() for rank in range(2))
 
 
 CLUSTER = ROOT / "recipes" / "cluster"

@@ -84,7 +84,7 @@ def _serve(folder: Path, warm: list[list[str]]) -> None:
             raise SystemExit(f"{arguments} ended with {code}")
     gc.collect()
     gc.freeze()
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until a child has something to say to it
+    signal.signal(signal.SIGURG, signal.SIG_IGN)  # until a child has something to say to it
     answers.write("ready\n")
     for line in sys.stdin:
         answers.write(json.dumps(_forked(folder, **json.loads(line))) + "\n")
@@ -103,7 +103,7 @@ def _forked(folder: Path, arguments: list[str], after: float | None, change: int
         status = _status(child)
         time.sleep(0.0005)
     if status is None:
-        os.kill(child, signal.SIGUSR1)  # it writes where it is
+        os.kill(child, signal.SIGURG)  # it writes where it is
         until = time.monotonic() + 0.01
         while not where.stat().st_size and time.monotonic() < until:
             time.sleep(0.0002)
@@ -127,7 +127,7 @@ def _child(arguments: list[str], change: int | None, told: Path, where: Path, co
     import faulthandler
 
     _speak_into(told)
-    faulthandler.register(signal.SIGUSR1, file=where.open("w"), all_threads=False)
+    faulthandler.register(signal.SIGURG, file=where.open("w"), all_threads=False)
     made = 0
 
     def hear(event: str, about: tuple[Any, ...]) -> None:

@@ -18,6 +18,7 @@ import torch
 from qft.commands.train import train
 from qft.documents.training import Report
 from qft.errors import Interrupted
+from qft.machine.signals import SIGNALS
 from qft.progress import Step, View
 from qft.recipe import load
 from tests.support.forked import command, fork
@@ -186,7 +187,7 @@ def test_the_report_is_written_to_its_end(recipe: RecipeFile, monkeypatch: pytes
     assert (path.with_suffix("") / "report.html").read_text() == "page"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_second_signal_ends_at_once(number: int, recipe: RecipeFile) -> None:
     path = recipe(save_strategy="steps", save_steps=2)
     stopped = interrupted(path, Sender(3, signal.SIGTERM, number))
@@ -216,9 +217,9 @@ def test_before_the_first_step_there_is_nothing_to_save(moment: str, recipe: Rec
 
 
 def test_handlers_are_those_of_before(recipe: RecipeFile) -> None:
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    before = [signal.getsignal(number) for number in SIGNALS]
     interrupted(recipe(), Sender(1))
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before
+    assert [signal.getsignal(number) for number in SIGNALS] == before
     path, ended = recipe("thread"), list[Report]()
     thread = threading.Thread(target=lambda: ended.append(run(path)))
     thread.start()

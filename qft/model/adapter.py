@@ -1,5 +1,6 @@
 """Adapters: attached to a base to be trained, written in peft's layout, put on a base again."""
 
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -84,14 +85,18 @@ def save_adapter(
     so that it fits the original base (at twice the rank)."""
     config = model.peft_config["default"]
     config.base_model_name_or_path, config.revision = plan.model.checkpoint.path, plan.model.checkpoint.commit
-    arguments: dict[str, Any] = {"path_initial_model_for_weight_conversion": str(initial)} if initial else {}
-    arguments |= {"state_dict": weights} if weights else {}
+    arguments: dict[str, Any] = {"state_dict": weights} if weights else {}
     with atomic_folder(folder) as temporary, warnings.catch_warnings():
         # To subtract it, peft loads the initial adapter beside the trained one, and warns of what it is asked to do.
         warnings.filterwarnings("ignore", message=".*changes the base weights of the model", category=UserWarning)
+        if initial:  # a copy, as peft writes to what it is given
+            copied = shutil.copytree(initial, temporary / initial.name)
+            arguments["path_initial_model_for_weight_conversion"] = str(copied)
         # The vocabulary is never changed, so the base's embeddings need not travel with the adapter.
         model.save_pretrained(str(temporary), save_embedding_layers=False, **arguments)
         write_learnt(model, temporary)
+        if initial:
+            shutil.rmtree(copied)
 
 
 def save_full(model: PreTrainedModel, plan: Plan, folder: Path) -> None:

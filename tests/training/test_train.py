@@ -20,6 +20,7 @@ from qft.errors import NonFiniteError, RecipeError, RunError
 from qft.model.load import load_base
 from qft.plan import make_plan
 from qft.recipe import load
+from qft.run.checkpoint import newest_whole
 from qft.training.trainer import QftTrainer
 from tests.support.architectures import write_model
 from tests.support.models import plain_loss
@@ -293,6 +294,8 @@ def test_an_adapter_that_changed_its_base_is_saved_for_the_original(
         data={"eval": str(chat_file)},
     )
     report = run(path)
+    assert newest_whole(tmp_path / "run" / "checkpoints")[0]  # more steps can follow
+    assert not list((tmp_path / "run" / "adapter").glob("initial*"))
     plan = make_plan(load(path))
     model = PeftModel.from_pretrained(load_base(plan.model), tmp_path / "run" / "adapter").eval()
     assert report.eval.after is not None

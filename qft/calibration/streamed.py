@@ -6,37 +6,31 @@ by hand with the arguments that they would have been given.
 """
 
 import copy
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from qft.checkpoint.layout import Layout, written_names
+from qft.checkpoint.passing import Call, Passing
 from qft.checkpoint.skeleton import find_blocks, without_contents
 from qft.model.fill import Read, fill
 from qft.plan import ModelPlan
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class StreamedModel:
     """All but the blocks on the planned device, in the planned dtype. Sequences are taken one row at a time."""
 
     def __init__(self, plan: ModelPlan, read: Read, layout: Layout | None = None) -> None:
-        """`layout` is how the weights are to be written; None: they are not."""
+        """`layout` is how the weights are to be written; None: they are not. Raises ModelError for a model whose blocks
+        cannot be run so."""
         self.layout = layout
         self.device, self.dtype, self.read = plan.device.kind, getattr(torch, plan.dtype), read
         self.model = without_contents(plan.checkpoint, plan.recipe.model, dtype=self.dtype, **plan.attention).eval()
         self.prefix, self.stack = find_blocks(self.model, plan.shape.layers)
         fill(self.model, self.model, "", read, (self.device, self.dtype), skip=f"{self.prefix}.")
         self.model.tie_weights()
-        self._calls: dict[int, list[Call]] = {}
-        self._leave: torch.Tensor | None = None
-        self._in_tuples = False
-        for number, block in enumerate(self.stack):
-            block.forward = self._passing(number)
-        self._in_tuples = self._takes_first()
+        self.passing = Passing(self.model, self.stack, self.device)
 
     def __len__(self) -> int:
         return len(self.stack)
@@ -53,16 +47,14 @@ class StreamedModel:
 
     def enter(self, ids: Sequence[int]) -> torch.Tensor:
         """Hidden states [1, tokens, hidden] that the first block is given, on the host."""
-        self._calls[len(ids)] = []
-        self._entered: torch.Tensor | None = None
-        self._leave = None
-        self._forward(torch.tensor([list(ids)], device=self.device))
-        assert self._entered is not None
-        return self._entered.cpu()
+        self.passing.leave = None
+        self.passing.forward(torch.tensor([list(ids)], device=self.device))
+        assert self.passing.entered is not None
+        return self.passing.entered.cpu().contiguous()
 
     def call(self, number: int, hidden: torch.Tensor) -> Call:
         """Arguments of a block for hidden states [1, tokens, hidden] of a length that has entered before."""
-        args, kwargs = self._calls[hidden.shape[1]][number]
+        args, kwargs = self.passing.calls[hidden.shape[1]][number]
         return (hidden, *args), kwargs
 
     def run(self, block: nn.Module, number: int, hidden: torch.Tensor) -> torch.Tensor:
@@ -71,12 +63,13 @@ class StreamedModel:
         with torch.no_grad():
             out = block(*args, **kwargs)
         behind: torch.Tensor = out[0] if isinstance(out, tuple) else out
-        return behind.cpu()
+        return behind.cpu().contiguous()
 
     def leave(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [tokens, vocabulary] of hidden states [1, tokens, hidden] behind the last block, on the device."""
-        self._leave = hidden.to(self.device)
-        logits: torch.Tensor = self._forward(torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)).logits
+        self.passing.leave = hidden.to(self.device)
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
+        logits: torch.Tensor = self.passing.forward(ids).logits
         return logits[0]
 
     def weights_of(self, layer: str) -> int:
@@ -89,27 +82,3 @@ class StreamedModel:
         outside = (name for name in written_names(self.model) if not name.startswith(f"{self.prefix}."))
         held = self.model.state_dict()
         return {name: held[name] for name in outside}
-
-    def _takes_first(self) -> bool:
-        """Whether the model takes the first of what a block returns, as those do whose blocks return tuples."""
-        self._calls[2] = []
-        try:
-            logits = self._forward(torch.zeros(1, 2, dtype=torch.long, device=self.device)).logits
-        except Exception:  # the first of a tensor is another one, and a model fails on it wherever it first meets it
-            return True
-        return bool(logits.shape[:2] != (1, 2))
-
-    def _forward(self, ids: torch.Tensor) -> Any:
-        with torch.no_grad():
-            return self.model(input_ids=ids, use_cache=False)
-
-    def _passing(self, number: int) -> Callable[..., Any]:
-        def forward(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            if self._leave is not None:
-                return (self._leave,) if self._in_tuples else self._leave
-            if number == 0:
-                self._entered = hidden
-            self._calls[hidden.shape[1]].append((args, kwargs))
-            return (hidden,) if self._in_tuples else hidden
-
-        return forward

@@ -22,7 +22,20 @@ _KNOWN: dict[Any, tuple[list[str], list[str]]] = {}
 """By what says how a model computes: a plan asks more than once, and a command makes more than one plan."""
 
 
-class _Readers(TorchFunctionMode):
+class Answering(TorchFunctionMode):
+    """Lets a model without contents compute where it asks what its tensors say."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func.__name__ in ANSWERS and args[0].device.type == "meta":
+            return ANSWERS[func.__name__]
+        if func.__name__.endswith("grouped_mm"):  # which takes bfloat16 alone where there is nothing to compute
+            return args[0].new_empty(args[0].shape[0], args[1].shape[-1])
+        return func(*args, **(kwargs or {}))
+
+
+class _Readers(Answering):
     """Notes which weights are computed with outside the call of their layer. Ends the forward pass once each layer was
     seen in one block."""
 
@@ -52,11 +65,7 @@ class _Readers(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func.__name__ in ANSWERS and args[0].device.type == "meta":
-            return ANSWERS[func.__name__]
-        if func.__name__.endswith("grouped_mm"):  # which takes bfloat16 alone where there is nothing to compute
-            return args[0].new_empty(args[0].shape[0], args[1].shape[-1])
-        result = func(*args, **(kwargs or {}))
+        result = super().__torch_function__(func, types, args, kwargs)
         # Of what is asked of it, the dtype alone matters: inputs are cast to it, and codes of weights have another.
         if isinstance(result, torch.Tensor | tuple | torch.dtype) and not isinstance(result, torch.Size):
             read = {self.owners.get(id(each), "") for each in [*args, *(kwargs or {}).values()]}
@@ -74,6 +83,29 @@ def deep_linears(model: PreTrainedModel) -> list[str]:
     """Likewise of those that are given more than [rows, tokens, inputs], for which bitsandbytes (0.50) has no
     LLM.int8()."""
     return _looked(model)[1]
+
+
+def initialized_linears(model: PreTrainedModel) -> list[str]:
+    """Names of the layers whose weights the model's own `_init_weights` sets without looking whether they are there, as
+    it does with Mamba's `out_proj`. transformers (5.24) calls it where it loads a model, so such layers cannot hold
+    packed numbers, beside which there is no weight. `model` is without contents."""
+    linears = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    alike = {_in_any_block(name): name for name in linears}
+    found = {kind for kind, name in alike.items() if _wants_weight(model, name, linears[name])}
+    return [name for name in linears if _in_any_block(name) in found]
+
+
+def _wants_weight(model: PreTrainedModel, name: str, layer: nn.Linear) -> bool:
+    held = layer._parameters
+    layer._parameters = {part: each for part, each in held.items() if part != "weight"}
+    try:
+        for module in (model.get_submodule(name.rpartition(".")[0]), layer):
+            model._init_weights(module)
+    except AttributeError as error:
+        return error.name == "weight"
+    finally:
+        layer._parameters = held
+    return False
 
 
 def _looked(model: PreTrainedModel) -> tuple[list[str], list[str]]:

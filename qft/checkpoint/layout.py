@@ -48,10 +48,10 @@ class Layout:
         return {name: tensor.contiguous() for name, tensor in made.items()}
 
     def keep_whole(self) -> None:
-        """Take no tensor apart: where any would be, all go by the names of the modules."""
+        """Take no tensor apart: where any would be, names alone are as in the files."""
         rules = get_model_conversion_mapping(self.model) if self.rules is None else self.rules
         if any(isinstance(rule, WeightConverter) for rule in rules):
-            self.rules = []
+            self.rules = [rule for rule in rules if not isinstance(rule, WeightConverter)]
 
     def saved_with(self, layers: Sequence[str]) -> Callable[[Tensors], dict[str, torch.Tensor]]:
         """The same, for tensors among which those of `layers` have become others, by names within the layer."""

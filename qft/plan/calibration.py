@@ -7,8 +7,9 @@ from typing import Any
 from torch import nn
 from transformers.quantizers import base as quantizers
 
-from qft.checkpoint.bypassed import bypassed_linears, deep_linears
+from qft.checkpoint.bypassed import bypassed_linears, deep_linears, initialized_linears
 from qft.checkpoint.language import beside_language
+from qft.checkpoint.passing import passing_problem
 from qft.data.calibration import CalibrationData, calibration_data
 from qft.data.prepare import Prepared
 from qft.documents.plan import CalibrationPart, CalibrationPlanDocument, LayerPart
@@ -21,6 +22,7 @@ from qft.quant.engines.llmcompressor import find_problem
 from qft.quant.layer import LayerScheme, Settled
 from qft.quant.share import Held, count_weights
 from qft.recipe import LoadedRecipe, Recipe
+from qft.recipe.calibration import COMPRESSED
 from qft.recipe.catalogue import CATALOGUE, EngineRow
 from qft.recipe.schema import CalibrateSection
 from qft.recipe.section import Problem
@@ -167,12 +169,18 @@ def plan_layers(loaded: LoadedRecipe, model: ModelPlan | None = None) -> tuple[M
     matched, problems = match_own("calibrate.skip_modules", calibrate.skip_modules, skeleton)
     refuse(loaded, problems)
     linears, blocks = model.linears
+    stack: Any = skeleton.get_submodule(blocks)
+    if not CATALOGUE[calibrate.engine].whole_model and (problem := passing_problem(skeleton, stack)):
+        refuse(loaded, [("model.path", problem)])
     able = {name for name in _plain_linears(skeleton) if name.startswith(f"{blocks}.")} - {*bypassed_linears(skeleton)}
     if calibrate.engine == "bitsandbytes" and calibrate.bits == 8:
         able -= {*deep_linears(skeleton)}
     if not able:
         text = f"no layer of {model.shape.architecture}'s blocks is a torch.nn.Linear, and no other can be quantized"
         refuse(loaded, [("model.path", text)])
+    if _packs(calibrate) and not (able := able - {*initialized_linears(skeleton)}):
+        text = f"transformers loads no {model.shape.architecture} whose layers hold packed numbers alone"
+        refuse(loaded, [("calibrate.activations", f"{text}; set calibrate.preset to w8a8-dynamic")])
     taken = {name for name in able if not _is_skipped(name, calibrate.skip_modules)}
     scheme = _scheme(calibrate, [linears[name] for name in taken])
     schemes = {name: scheme if name in taken else None for name in linears}
@@ -258,6 +266,12 @@ def _reads_one_by_one(skeleton: nn.Module, method: str) -> str | None:
     methods = {name: [str(each.value) for each in own["quantization_methods"]] for name, own in patched.items()}
     classes = dict.fromkeys(type(module).__name__ for module in skeleton.modules())
     return next((name for name in classes if any(own.startswith(method) for own in methods.get(name, ()))), None)
+
+
+def _packs(calibrate: CalibrateSection) -> bool:
+    """Whether layers will hold packed numbers, and no weight."""
+    packed = calibrate.bits == 4 or (calibrate.data_type, calibrate.activations) == ("int", "none")
+    return packed and CATALOGUE[calibrate.engine].writes == COMPRESSED
 
 
 def _scheme(calibrate: CalibrateSection, inputs: Sequence[int]) -> LayerScheme:

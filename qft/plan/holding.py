@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from qft.checkpoint.bypassed import bypassed_linears, common_ends, deep_linears
+from qft.checkpoint.bypassed import bypassed_linears, common_ends, deep_linears, initialized_linears
 from qft.checkpoint.find import Checkpoint
 from qft.checkpoint.language import beside_language
 from qft.checkpoint.skeleton import find_blocks
@@ -16,9 +16,10 @@ from qft.machine.device import Device
 from qft.quant.experts import owner
 from qft.quant.hold import AsPacked, Scheme, find_scheme
 from qft.quant.layer import skip_entry
+from qft.quant.rounding import TARGETS
 from qft.quant.share import Held, count_weights
 from qft.recipe import Recipe
-from qft.recipe.training import ModelSection
+from qft.recipe.training import ModelSection, QuantSection
 
 
 def plain_dtype(section: ModelSection, device: Device, *, whole: bool) -> str:
@@ -35,7 +36,7 @@ def scheme_of(recipe: Recipe, device: Device, checkpoint: Checkpoint, model: Pre
     """How the model is held. Weights that are rounded in training are rounded in the dtype in which they will be
     evaluated and exported, and within the blocks alone: what quantizes for an export goes block by block."""
     dtype = plain_dtype(recipe.model, device, whole=recipe.adapter.kind == "none")
-    heads = (*output_heads(model), *_kept_whole(model, recipe.quant.mode))
+    heads = (*output_heads(model), *_kept_whole(model, recipe.quant))
     if recipe.quant.mode == "qat" and not checkpoint.quantization:
         dtype = plain_dtype(recipe.model, device, whole=False)
         linears = [name for name, module in model.named_modules() if type(module) is nn.Linear]
@@ -54,10 +55,12 @@ def _packed(checkpoint: Checkpoint, model: PreTrainedModel) -> tuple[frozenset[s
     return frozenset(sizes), 8 * sum(sizes.values()) / max(held, 1)
 
 
-def _kept_whole(model: PreTrainedModel, mode: str) -> list[str]:
+def _kept_whole(model: PreTrainedModel, quant: QuantSection) -> list[str]:
     """What is never held in few bits, as transformers matches it: what sees, which would lose precision for which
     nothing that is learnt from text makes up, layers whose weights other code reads, and those that the mode cannot."""
-    kept = {*bypassed_linears(model), *(deep_linears(model) if mode == "8bit" else ())}
+    kept = {*bypassed_linears(model), *(deep_linears(model) if quant.mode == "8bit" else ())}
+    if quant.target and TARGETS[quant.target].form == "compressed-tensors":
+        kept |= {*initialized_linears(model)}
     linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)]
     left, others = ([name for name in linears if (name in kept) is is_kept] for is_kept in (True, False))
     return [*beside_language(model), *common_ends(left, others)]

@@ -44,7 +44,8 @@ class Held:
     def words(self) -> str:
         """What is quantized, and what is not by nobody's request."""
         share = f"{self.share:.1%} of the weights outside embeddings and head are quantized"
-        return f"{share}; {self.largest_left} and its like are not, being no plain torch.nn.Linear"
+        why = "being no plain torch.nn.Linear, or read by other code"
+        return f"{share}; {self.largest_left} and its like are not, {why}"
 
     @classmethod
     def of(cls, weights: Mapping[str, int], quantized: Collection[str], asked_out: Callable[[str], bool]) -> Held:

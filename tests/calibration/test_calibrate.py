@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qft.commands.calibrate import calibrate
 from qft.commands.evaluate import EvalOptions, evaluate
 from qft.documents.calibration import CalibrationReport
-from qft.errors import GateError, Interrupted
+from qft.errors import GateError, Interrupted, QftError
+from qft.plan import plan_calibration
 from qft.progress import View
 from qft.recipe import load
 from tests.support.calibrations import calibrated, held_out, perplexity, refusal, weights
@@ -27,6 +28,7 @@ from tests.support.known import known
 from tests.support.models import byte_tokenizer, tiny_llama
 from tests.support.rows import chat, write_jsonl
 from tests.support.runs import trained
+from tests.support.tiny import write_tiny_model
 
 HELD_OUT = {"eval_fraction": 0.2}
 Recipe = Callable[..., Path]
@@ -338,6 +340,29 @@ def test_other_block_stacks_are_streamed_alike(tmp_path: Path, recipe: Recipe) -
     plain, quantized = (known(target.perplexity) for target in document.targets)
     assert report.perplexity_before.value == pytest.approx(plain, rel=1e-5)
     assert report.attempts[0].perplexity.value == pytest.approx(quantized, rel=5e-4)
+
+
+# Blocks that return a tuple of two; buffers that only the model around a block computes; names that only files have; a
+# head that is registered before the embeddings that it is tied to.
+@pytest.mark.parametrize("kind", ["bamba", "falcon_h1", "laguna", "xlm-roberta"])
+def test_what_is_peculiar_to_a_type_is_streamed_and_read_again(kind: str, tmp_path: Path, recipe: Recipe) -> None:
+    model = {"path": str(write_tiny_model(tmp_path / kind, kind)), "dtype": "float32"}
+    settings = {"preset": "w8a8-dynamic", "engine": "rtn", "allow_partial": True, "verify_samples": 2}
+    path = recipe(model=model, calibrate=settings)
+    report = calibrated(path)
+    assert perplexity(report, path) == pytest.approx(report.attempts[-1].perplexity.value, rel=1e-3)
+
+
+def test_what_transformers_could_not_load_again_is_left_or_refused(tmp_path: Path, recipe: Recipe) -> None:
+    """Some models' own code sets weights where they are loaded, which layers of packed integers have not."""
+    paths = {kind: str(write_tiny_model(tmp_path / kind, kind)) for kind in ("nanochat", "modernbert-decoder")}
+    packed = {"preset": "w4a16", "engine": "rtn", "group_size": 32, "allow_partial": True}
+    with pytest.raises(QftError, match=r"calibrate\.preset to w8a8-dynamic"):
+        plan_calibration(load(recipe(model={"path": paths["modernbert-decoder"]}, calibrate=packed)))
+    report = calibrated(recipe(model={"path": paths["nanochat"]}, calibrate=packed))
+    model = AutoModelForCausalLM.from_pretrained(report.result)
+    assert model.model.layers[0].self_attn.o_proj.weight.dtype == torch.bfloat16
+    assert hasattr(model.model.layers[0].self_attn.q_proj, "weight_scale")
 
 
 def test_an_unquantized_tiny_llama_of_one_block(tmp_path: Path, recipe: Recipe) -> None:

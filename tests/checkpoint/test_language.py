@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 from transformers import PretrainedConfig
 
-from qft.checkpoint.bypassed import bypassed_linears, common_ends
+from qft.checkpoint.bypassed import bypassed_linears, common_ends, initialized_linears
 from qft.checkpoint.language import auto_class, beside_language, tensors_beside, text_problem
 from tests.support.tiny import tiny_config, tiny_skeleton
 
@@ -84,6 +84,19 @@ def test_layers_whose_weights_other_code_reads_are_found(kind: str) -> None:
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     assert common_ends(found, [name for name in linears if name not in found]) == BYPASSED[kind]
     assert bypassed_linears(model) == found == [name for name in linears if name.endswith(tuple(BYPASSED[kind]))]
+
+
+INITIALIZED = {"llama": [], "qwen3_moe": [], "mamba2": ["out_proj"], "gpt_bigcode": ["c_proj"], "nanochat": ["o_proj"]}
+
+
+@pytest.mark.parametrize("kind", INITIALIZED)
+def test_layers_whose_weights_are_set_where_a_model_is_loaded_are_found(kind: str) -> None:
+    model = tiny_skeleton(kind)
+    before = [(name, weight.shape) for name, weight in model.named_parameters()]
+    ends = tuple(INITIALIZED[kind])
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    assert initialized_linears(model) == [name for name in linears if ends and name.endswith(ends)]
+    assert [(name, weight.shape) for name, weight in model.named_parameters()] == before
 
 
 def test_an_end_is_as_short_as_it_can_be() -> None:

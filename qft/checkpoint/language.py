@@ -51,6 +51,8 @@ def text_problem(model: PreTrainedModel) -> str | None:
         return "reads in both directions: its config.json does not say is_decoder"
     if getattr(config, "rescale_every", 0) and hasattr(model.base_model, "_rescale_layers"):
         return "changes its weights when it is evaluated; set rescale_every to 0 in its config.json"
+    if "shared_kv_states" in dict(asked):
+        return "drafts for another model, whose keys and values it reads"
     if others := [name for name in wanted if name != "input_ids"]:
         return f"wants {' and '.join(others)}, which rows of text do not have"
     if "input_ids" not in dict(asked) or model.get_input_embeddings() is None:

@@ -24,6 +24,7 @@ from qft.errors import (
     first_line,
 )
 
+ROOT = Path(__file__).parents[1]
 DAMAGED = "a file of weights or state is damaged or cut off; copy or download it again"
 NOT_FINITE = (
     "a figure of the result is NaN or infinite, and was not written: the model is so, or becomes so on these rows; "
@@ -77,22 +78,34 @@ def _of_system(error: OSError) -> QftError:
     return RunError(refusal(error) + (where if name in ("ENOSPC", "EDQUOT", "EROFS", "EACCES") else ""))
 
 
-def unforeseen(error: BaseException) -> InternalError:
-    """One line for a fault of qft, whose traceback is written to a file."""
+def unforeseen(error: BaseException) -> QftError:
+    """One line for a fault of qft, or of the model's own code, whose traceback is written to a file."""
     said = f"{type(error).__name__}: {first_line(error)}" if str(error) else type(error).__name__
+    if place := _in_model(error):
+        return ModelError(f"the model's own code fails on this ({place}): {said}; {_kept(error)}")
     return InternalError(f"{_doing(error)} failed in a way that nobody has foreseen: {said}; {_kept(error)}")
+
+
+def _in_model(error: BaseException) -> str:
+    """Where in a model's own code it was, beneath all of qft; empty if it was not."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        path = Path(frame.filename)
+        if path.is_relative_to(ROOT):
+            break
+        if path.parent.parent.parts[-2:] == ("transformers", "models") or "transformers_modules" in path.parts:
+            return f"{path.name}:{frame.lineno}"
+    return ""
 
 
 def _doing(error: BaseException) -> str:
     """The command, and the last function of qft that was at work for it."""
-    root = Path(__file__).parents[1]
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).is_relative_to(root)]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).is_relative_to(ROOT)]
     ours = [f for f in frames if Path(f.filename).name != "shell.py"]
     if not ours:
         return "qft"
     first, last = ours[0], ours[-1]
     group = "models " if Path(first.filename).name == "models.py" else ""
-    place = Path(last.filename).relative_to(root)
+    place = Path(last.filename).relative_to(ROOT)
     return f"`qft {group}{NAMES.get(first.name, first.name)}`, in {last.name} ({place}:{last.lineno}),"
 
 

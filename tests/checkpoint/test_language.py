@@ -51,6 +51,7 @@ REFUSED = {
     "blip": "wants pixel_values",
     "t5gemma2": "an encoder beside its decoder",
     "rwkv": "set rescale_every to 0",
+    "gemma4_unified_assistant": "drafts for another model",
 }
 
 

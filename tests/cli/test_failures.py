@@ -24,6 +24,7 @@ from tests.support.forked import command, ended
 from tests.support.models import byte_tokenizer, tiny_llama
 from tests.support.paths import ROOT
 from tests.support.rows import chat, write_jsonl
+from tests.support.tiny import write_tiny_model
 
 RecipeFile = Callable[..., Path]
 
@@ -126,6 +127,16 @@ def test_what_a_library_is_known_to_raise(
     found = qft("check", recipe_file())
     assert found.exit_code == code
     assert text in found.stderr
+
+
+def test_what_a_models_own_code_refuses_is_told_as_its_own(chat_file: Path, tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path / "xmod", "xmod")
+    refused = qft("eval", f"{model}@float32", "--data", chat_file)
+    assert refused.exit_code == 6
+    assert re.search(
+        r"the model's own code fails on this \(modeling_xmod\.py:\d+\): .*language unknown", refused.stderr
+    )
+    assert "its traceback, for a report of the fault, is in " in refused.stderr
 
 
 def test_data_and_exceptions_command_no_terminal(recipe_file: RecipeFile, tmp_path: Path) -> None:

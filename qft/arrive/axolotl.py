@@ -30,6 +30,11 @@ TEMPLATES = {
     "alpaca-chat.jinja": templates.ALPACA_CHAT,
     "alpaca-phi.jinja": templates.ALPACA_PHI,
     "alpaca-chatml.jinja": templates.ALPACA_CHATML,
+    "alpaca-concise.jinja": templates.ALPACA_CONCISE,
+    "alpaca-turns.jinja": templates.ALPACA_TURNS,
+    "alpaca-unprompted.jinja": templates.ALPACA_UNPROMPTED,
+    "open-orca.jinja": templates.OPEN_ORCA,
+    "open-orca-chatml.jinja": templates.OPEN_ORCA_CHATML,
     "chatml.jinja": templates.CHATML,
 }
 UNKNOWN = ignored("Axolotl knows no such key, and says nothing")
@@ -92,7 +97,7 @@ DECIDED = {
         "dataset_prepared_path skip_prepare_dataset dataset_keep_in_memory num_dataset_shards_to_save "
         "remove_unused_columns dataset_shard_num dataset_shard_idx"
     ),
-    "qft train --resume goes on where a run ended": "resume_from_checkpoint auto_resume_from_checkpoints",
+    "qft train --resume goes on where a run ended": "auto_resume_from_checkpoints",
     "non-reentrant, always": "gradient_checkpointing_kwargs",
     "the end of each assistant turn is learnt, as the chat template writes it": "eot_tokens",
     "rows are shuffled once all sources are one": "shuffle_merged_datasets shuffle_before_merging_datasets",
@@ -152,15 +157,15 @@ REMEDIES = {
         "qgalore_proj_quant qgalore_proj_bits qgalore_proj_group_size qgalore_cos_threshold qgalore_gamma_proj "
         "qgalore_queue_size"
     ),
-    "export and publish afterwards: qft export": (
-        "hub_model_id hub_strategy hub_revision push_dataset_to_hub quantization hf_mlflow_log_artifacts"
-    ),
+    "export and publish afterwards: qft export": "hub_revision quantization hf_mlflow_log_artifacts",
+    "upload the rows by themselves: hf upload": "push_dataset_to_hub",
+    "train.matmul: fp8 multiplies gradients by frozen weights in float8": "fp8 fp8_enable_fsdp_float8_all_gather",
     "a model that comes quantized is taken as it is; see docs/models.md": (
         "gptq gptq_disable_exllama model_quantization_config model_quantization_config_kwargs use_onebitllms "
         "nonexpert_quantization"
     ),
     "quant.mode qat trains for a format: quant.target": (
-        "qat nvfp4_merge_aware nvfp4_merge_aware_start_step fp8 fp8_enable_fsdp_float8_all_gather "
+        "qat nvfp4_merge_aware nvfp4_merge_aware_start_step "
         "dsv4_fp4_grouped_mode use_dsv4_kernels use_glm_dsa_kernels gemma4_fp8_nonexpert gemma4_nf4_nonexpert "
         "dsv4_fp8_nonexpert_mode dsv4_fp8_lora_kernel dsv4_shared_mlp_lora_kernel dsv4_bf16_all"
     ),
@@ -291,6 +296,9 @@ TABLE: dict[str, Rule] = {
     "seed": to("seed"),
     "model_config": rules.router,
     "plugins": rules.plugins,
+    "resume_from_checkpoint": shared.resumed,
+    "hub_model_id": when_on(shared.pushed),
+    "hub_strategy": shared.beside("hub_model_id", Kind.DECIDED),
     "wandb_name": to("train.run_name", str),
     "mlflow_run_name": to("train.run_name", str),
     "trackio_run_name": to("train.run_name", str),
@@ -317,6 +325,6 @@ TABLE: dict[str, Rule] = {
             "mlflow_experiment_name",
             "trackio_space_id",
         ],
-        when_on(lambda key, value, config: [Line(key, Kind.UNSUPPORTED, f"set {key.upper()} in the environment")]),
+        when_on(shared.said_to_shell),
     ),
 }

@@ -164,3 +164,97 @@ def test_a_tracker_that_is_not_installed_is_told_and_left_out(
 )
 def test_what_torchtune_does_and_qft_does_not_is_named(change: dict[str, Any], key: str, tmp_path: Path) -> None:
     assert [line.key for line in translated(tmp_path, {**TUNE, **change}).unsupported] == [key]
+
+
+def test_of_a_folder_a_split_is_what_its_files_are_called_after(tmp_path: Path) -> None:
+    """`datasets` tells them by their names; else what is held out would be trained on."""
+    for name in ("train-00.jsonl", "train-01.jsonl", "dev.jsonl", "test.jsonl"):
+        (tmp_path / name).write_text("{}\n")
+    asked = {"dataset_name": str(tmp_path), "dataset_train_split": None, "eval_strategy": "epoch"}
+    made = translated(tmp_path, {**TRL, **asked, "dataset_test_split": "validation", "dataset_config": "default"})
+    assert made.unsupported == []
+    assert made.fields["data.train"] == [{"path": str(tmp_path / f"train-0{i}.jsonl")} for i in range(2)]
+    assert made.fields["data.eval"] == [{"path": str(tmp_path / "dev.jsonl")}]
+    away = translated(tmp_path, {**TRL, **asked, "dataset_name": "/away/rows", "dataset_test_split": "test"})
+    assert away.fields["data.train"] == [{"path": "/away/rows"}]
+    assert away.fields["data.eval"] == [{"path": "/away/rows/*test*"}]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "probabilities", "weights"),
+    [
+        ("interleave_under", None, [0.4, 1.0]),
+        ("interleave_over", None, [1.0, 2.5]),
+        ("interleave_under", "0.8, 0.2", [1.0, 0.625]),
+        ("interleave_over", "0.8, 0.2", [1.6, 1.0]),
+        ("interleave_once", None, [None, None]),
+        ("concat", None, [None, None]),
+    ],
+)
+def test_data_sets_that_are_interleaved_get_weights_by_their_sizes(
+    strategy: str, probabilities: str | None, weights: list[float | None], rows: Path
+) -> None:
+    sizes = {"many": 10, "few": 4}
+    for name, size in sizes.items():
+        (rows / "data" / f"{name}.jsonl").write_text('{"instruction": "a", "output": "b"}\n' * size)
+    info = {name: {"file_name": f"{name}.jsonl"} for name in sizes}
+    (rows / "data" / "dataset_info.json").write_text(json.dumps(info))
+    mixed = {"mix_strategy": strategy, "interleave_probs": probabilities, "max_samples": None}
+    made = translated(rows, {**LLAMA, "dataset": "many,few", **mixed})
+    assert made.unsupported == []
+    assert [source.get("weight") for source in made.fields["data.train"]] == weights
+
+
+def test_sizes_that_are_not_known_make_no_weights(rows: Path) -> None:
+    (rows / "data" / "dataset_info.json").write_text(
+        json.dumps({"a": {"hf_hub_url": "a/b"}, "b": {"hf_hub_url": "c/d"}})
+    )
+    made = translated(rows, {**LLAMA, "dataset": "a,b", "max_samples": None, "mix_strategy": "interleave_over"})
+    assert [line.key for line in made.unsupported] == ["mix_strategy"]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "template", "kind"),
+    [
+        ({"type": "sharegpt", "conversation": "chatml"}, "chatml.jinja", Kind.OTHER_FIELD),
+        ({"type": "sharegpt"}, None, Kind.DECIDED),
+        ({"type": "chat_template", "chat_template": "chatml"}, "chatml.jinja", Kind.OTHER_FIELD),
+        ({"type": "chat_template", "chat_template": "llama3"}, None, Kind.OTHER_FIELD),
+        ({"type": "alpaca_chat.load_qa"}, "alpaca-concise.jinja", Kind.OTHER_FIELD),
+        ({"type": "alpaca_w_system.load_open_orca"}, "open-orca.jinja", Kind.OTHER_FIELD),
+    ],
+    ids=str,
+)
+def test_the_chat_template_is_that_of_the_data_set(
+    dataset: dict[str, str], template: str | None, kind: Kind, tmp_path: Path
+) -> None:
+    """And the type's line tells where another prompt was there than what renders the rows here."""
+    made = translated(tmp_path, {**AXOLOTL, "datasets": [{"path": "a/b", **dataset}, {"path": "c/d", **dataset}]})
+    assert made.unsupported == []
+    assert made.fields.get("data.chat_template") == template
+    assert kinds(made)["datasets.0.type"] is kind
+
+
+def test_a_file_that_data_files_names_in_full_is_within_no_hub_data_set(tmp_path: Path) -> None:
+    rows = str(tmp_path / "rows.json")
+    made = translated(tmp_path, {**AXOLOTL, "datasets": [{"path": rows, "data_files": [rows], "type": "alpaca"}]})
+    assert made.fields["data.train"] == [{"path": rows, "format": "alpaca"}]
+    dataset = {"_component_": "torchtune.datasets.alpaca_cleaned_dataset", "data_files": rows}
+    made = translated(tmp_path, {**TUNE, "dataset": dataset})
+    assert made.unsupported == []
+    assert made.fields["data.train"] == [{"path": rows, "format": "alpaca"}]
+
+
+def test_several_data_sets_of_torchtune_are_as_many_sources(tmp_path: Path) -> None:
+    one = {"_component_": "torchtune.datasets.instruct_dataset", "source": "a/b", "packed": True}
+    made = translated(tmp_path, {**TUNE, "dataset": [one, {**one, "source": "c/d", "split": "train[:9]"}]})
+    assert made.unsupported == []
+    assert [source["path"] for source in made.fields["data.train"]] == ["a/b", "c/d"]
+    assert (made.fields["data.packing"], made.fields["data.loss_on"]) == (True, "assistant")
+    assert kinds(made)["dataset.1.source"] is Kind.DECIDED
+
+
+def test_data_sets_of_torchtune_that_are_rendered_otherwise_are_not_mixed(tmp_path: Path) -> None:
+    several = [{"_component_": "torchtune.datasets.alpaca_dataset"}, {"_component_": "torchtune.datasets.chat_dataset"}]
+    made = translated(tmp_path, {**TUNE, "dataset": several})
+    assert {"dataset", "dataset.1._component_"} <= {line.key for line in made.unsupported}

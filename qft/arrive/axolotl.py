@@ -51,7 +51,8 @@ def flat(values: Mapping[str, Any]) -> Mapping[str, Any]:
 def defaults(config: Config, fields: Mapping[str, Any]) -> Iterator[Line]:
     yield default("adapter.kind", "lora" if config.get("adapter") else "none", "adapter")
     yield default("data.max_length", 512, "sequence_len")
-    yield default("data.on_too_long", "skip", "excess_length_strategy")
+    texts = any(source.get("format") == "text" for source in fields.get("data.train", ()))
+    yield default("data.on_too_long", "stop" if texts else "skip", "excess_length_strategy")
     yield default("train.lr_scheduler_type", "cosine", "lr_scheduler")
     yield default("train.optim", "adamw_torch_fused", "optimizer")
     yield default("train.gradient_accumulation_steps", 1, "gradient_accumulation_steps")
@@ -245,8 +246,8 @@ TABLE: dict[str, Rule] = {
     "excess_length_strategy": choose(
         "data.on_too_long", {"drop": "skip", "truncate": "truncate", "raise": "stop"}, "data.on_too_long"
     ),
-    "dataset_num_proc": to("data.num_proc"),
-    "dataset_processes": to("data.num_proc"),
+    "dataset_num_proc": shared.processes("data.num_proc"),
+    "dataset_processes": shared.processes("data.num_proc"),
     "micro_batch_size": to("train.per_device_train_batch_size"),
     "eval_batch_size": to("train.per_device_eval_batch_size"),
     "batch_size": rules.batch_size,
@@ -280,7 +281,7 @@ TABLE: dict[str, Rule] = {
         ]
     ),
     "group_by_length": when_on(choose("train.train_sampling_strategy", {True: "group_by_length"}, "")),
-    "dataloader_num_workers": to("train.dataloader_num_workers"),
+    "dataloader_num_workers": shared.processes("train.dataloader_num_workers"),
     "dataloader_pin_memory": to("train.dataloader_pin_memory"),
     "logging_steps": to("train.logging_steps"),
     "eval_strategy": to("train.eval_strategy", strategy),

@@ -43,7 +43,7 @@ SHAREGPT = (
 )
 NAMED = {"chatml": "chatml.jinja"}
 """Chat templates by what Axolotl calls them; any other is taken to be the model's own."""
-CUT = "a longer text is cut into rows of sequence_len there: see data.on_too_long"
+CUT = "a longer text is cut into rows of sequence_len there; here it stops the run, and is to be cut before"
 MESSAGES = {("role", "content"): ("messages", "messages"), ("from", "value"): ("sharegpt", "conversations")}
 """What role and content of a turn are called -> format, and the field that it has the turns in."""
 RENAME = "qft reads turns of {'role', 'content'} or {'from', 'value'}: rename their fields in the rows"

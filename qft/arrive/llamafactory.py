@@ -21,7 +21,7 @@ from qft.arrive.line import (
     when_on,
 )
 from qft.arrive.llamafactory_data import mixing, sources
-from qft.arrive.shared import SEVERAL, beside, held_out
+from qft.arrive.shared import SEVERAL, beside, held_out, processes
 from qft.arrive.trainer import TRAINER, trainer_defaults
 
 NAME = "LLaMA-Factory"
@@ -72,7 +72,9 @@ def targets(key: str, value: Any, config: Config) -> Iterator[Line]:
 
 @sets("data.chat_template")
 def template(key: str, value: Any, config: Config) -> Iterator[Line]:
-    if f"{value}.jinja" in TEMPLATES:
+    if config.get("stage") == "pt":
+        yield Line(key, Kind.NO_EFFECT, "texts are not rendered")
+    elif f"{value}.jinja" in TEMPLATES:
         text = "a line break behind the end token is there learnt with it"
         yield Line(key, Kind.OTHER_FIELD, text, {"data.chat_template": f"{value}.jinja"})
     elif value == "empty":
@@ -92,6 +94,20 @@ def pissa(key: str, value: Any, config: Config) -> Iterator[Line]:
 def thinking(key: str, value: Any, config: Config) -> Iterator[Line]:
     text = "what the model's own chat template does with reasoning; data.template_kwargs {enable_thinking: …} tells it"
     yield Line(key, Kind.DECIDED, text)
+
+
+@sets("data.loss_on", "data.packing")
+def stage(key: str, value: Any, config: Config) -> Iterator[Line]:
+    if value != "pt":
+        yield from choose("adapter.kind", {"sft": None}, "qft learns from demonstrations: stage sft")(
+            key, value, config
+        )
+        return
+    fields: dict[str, Any] = {"data.loss_on": "all"}
+    text = "plain texts, of which all is learnt"
+    if config.get("packing", True):
+        text += ": there cut into blocks of cutoff_len, here whole; a longer one stops the run, and is to be cut before"
+    yield Line(key, Kind.OTHER_FIELD, text, fields if "packing" in config.values else {**fields, "data.packing": True})
 
 
 @sets("adapter.kind")
@@ -131,7 +147,8 @@ def defaults(config: Config, fields: Mapping[str, Any]) -> Iterator[Line]:
     yield default("adapter.r", 8, "lora_rank")
     yield default("adapter.lora_alpha", 2 * fields.get("adapter.r", 8), "lora_alpha")
     yield default("data.max_length", 2048, "cutoff_len")
-    yield default("data.on_too_long", "truncate", "cutoff_len")
+    cut = config.get("stage") == "pt" and config.get("packing", True)
+    yield default("data.on_too_long", "stop" if cut else "truncate", "cutoff_len")
     yield default("train.gradient_checkpointing", True, "disable_gradient_checkpointing")
     yield default("train.bf16", False, "bf16")
     yield default("train.learning_rate", 5e-5, "learning_rate")
@@ -242,7 +259,7 @@ TABLE: dict[str, Rule] = {
     "model_name_or_path": to("model.path"),
     "model_revision": to("model.revision"),
     "trust_remote_code": to("model.trust_remote_code"),
-    "stage": choose("adapter.kind", {"sft": None}, "qft learns from demonstrations: stage sft"),
+    "stage": stage,
     "do_train": choose("adapter.kind", {True: None}, "qft eval and qft chat take what is trained"),
     "do_eval": decided("held-out rows are evaluated before and after, and by train.eval_strategy"),
     "do_predict": refused("qft eval RECIPE"),
@@ -284,7 +301,7 @@ TABLE: dict[str, Rule] = {
     "cutoff_len": to("data.max_length"),
     "train_on_prompt": when_on(choose("data.loss_on", {True: "all"}, "data.loss_on")),
     "mask_history": when_on(choose("data.loss_on", {True: "last_assistant"}, "data.loss_on")),
-    "preprocessing_num_workers": to("data.num_proc"),
+    "preprocessing_num_workers": processes("data.num_proc"),
     "val_size": when_on(held_out),
     "packing": to("data.packing", text="packed rows see each other there, unless neat_packing is set"),
     "neat_packing": to("data.packing"),

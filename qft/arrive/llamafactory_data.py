@@ -108,7 +108,7 @@ def _source(key: str, entry: Any, config: Config, found: list[dict[str, Any]], c
     """The line of one name, whose source is added to those that are found."""
     if entry is None:
         return _unexplained(key, str(config.get("dataset_dir", "data")), found)
-    form = _form(entry)
+    form = _form(entry, config)
     path = _path(entry)
     problem = _problem(entry, form) or (
         "" if path else "it is made by code, or on another hub: save the rows as .jsonl"
@@ -146,9 +146,11 @@ def _unexplained(key: str, folder: str, found: list[dict[str, Any]]) -> Line:
     return Line(key, Kind.UNSUPPORTED, f"no {folder}/{INFO} explains it: name its file in data.train, or put it there")
 
 
-def _form(entry: Mapping[str, Any]) -> str | None:
+def _form(entry: Mapping[str, Any], config: Config) -> str | None:
     """The rows' format, by how they are laid out: OpenAI's, where sharegpt is told such tags."""
     formatting = entry.get("formatting", "alpaca")
+    if config.get("stage") == "pt":
+        return "text" if formatting == "alpaca" else None
     columns, tags = entry.get("columns") or {}, entry.get("tags") or {}
     if formatting == "sharegpt" and tags.get("role_tag") == "role":
         return "messages"
@@ -183,7 +185,7 @@ def _like(form: str) -> str:
 def _renamed(entry: Mapping[str, Any], form: str) -> dict[str, str]:
     """What the rows call a field -> what the format does."""
     ours = COLUMNS[_like(form)]
-    columns = entry.get("columns") or {}
+    columns = entry.get("columns") or ({"prompt": "instruction"} if form == "text" else {})
     return {mine: ours[name] for name, mine in columns.items() if name in ours and mine != ours[name]}
 
 

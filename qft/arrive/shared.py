@@ -101,6 +101,18 @@ def pushed(key: str, value: Any, config: Config) -> Iterator[Line]:
     yield Line(key, Kind.UNSUPPORTED, f"upload it afterwards: qft export {run} --to adapter --push-to-hub {name}")
 
 
+def processes(field: str) -> Rule:
+    """How many prepare rows, which changes none of them."""
+
+    def rule(key: str, value: Any, config: Config) -> Iterator[Line]:
+        if isinstance(value, int) and value > max(64, 4 * (os.cpu_count() or 1)):
+            yield Line(key, Kind.DECIDED, f"more than this machine is for: {field} says how many")
+        else:
+            yield Line(key, Kind.SAME, sets={field: value})
+
+    return sets(field)(rule)
+
+
 def beside(other: str, kind: Kind = Kind.OTHER_FIELD) -> Rule:
     """Read with another key alone, whose line says what becomes of it."""
     return lambda key, value, config: (

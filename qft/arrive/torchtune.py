@@ -21,6 +21,7 @@ from qft.arrive.line import (
     to,
     when_on,
 )
+from qft.arrive.shared import processes
 from qft.arrive.torchtune_data import dataset
 
 NAME = "torchtune"
@@ -83,6 +84,7 @@ DECIDED = {
     ),
     "how a model is loaded": ("low_cpu_ram fsdp_cpu_offload custom_sharded_layers fsdp.cpu_offload fsdp"),
     "the update and its backward pass are apart": "optimizer_in_bwd",
+    "how an update is computed": "optimizer.foreach",
 }
 NO_EFFECT = {
     "trains on one device, too": "tensor_parallel_dim data_parallel_shard_dim data_parallel_replicate_dim",
@@ -99,6 +101,7 @@ REMEDIES = {
         "model.image_size tokenizer.image_size tokenizer.max_num_tiles collate_fn dataloader.collate_fn"
     ),
     "write it into the rows, as system (docs/rows.md)": "dataset.new_system_prompt",
+    "write the prompt as a Jinja file, and name that as data.chat_template": "dataset.chat_format dataset.template",
     "write rows with images as docs/rows.md has them": "dataset.image_tag dataset.image_dir",
     "quant.mode qat trains for a format in groups of 32 (quant.target)": (
         "quantizer quantizer._component_ quantizer.groupsize"
@@ -169,7 +172,7 @@ TABLE: dict[str, Rule] = {
     "dataset._component_": dataset,
     **dict.fromkeys(
         ("dataset.source", "dataset.split", "dataset.subset", "dataset.name", "dataset.data_files",
-         "dataset.data_dir", "dataset.column",
+         "dataset.data_dir", "dataset.use_clean", "dataset.column",
          "dataset.column_map", "dataset.column_map.instruction", "dataset.column_map.input",
          "dataset.column_map.output", "dataset.conversation_column", "dataset.conversation_style",
          "dataset_val._component_", "dataset_val.split", "dataset_val.source", "dataset.filename",
@@ -181,9 +184,10 @@ TABLE: dict[str, Rule] = {
         "data.loss_on", {"train_on_all": "all", "train_on_assistant": "assistant"}, "all assistant turns are learnt"
     ),
     "dataset.packed": to("data.packing"),
+    "dataset.max_seq_len": to("data.max_length"),
     "dataloader.packed": to("data.packing"),
     "dataloader.shuffle": choose("train.train_sampling_strategy", {True: "random", False: "sequential"}, ""),
-    "dataloader.num_workers": to("train.dataloader_num_workers"),
+    "dataloader.num_workers": processes("train.dataloader_num_workers"),
     "dataloader.pin_memory": to("train.dataloader_pin_memory"),
     "dataloader.prefetch_factor": decided("how batches are brought to the device"),
     "run_val_every_n_steps": rules.validation,

@@ -37,7 +37,8 @@ SAMSUM = {"input": "dialogue", "output": "summary"}
 def dataset(key: str, value: Any, config: Config) -> Iterator[Line]:
     builder = str(value).rpartition(".")[2]
     hub, fields, all_learnt = DATASETS.get(builder, (OTHERS.get(builder), {}, False))
-    path = config.get("dataset.source", hub)
+    cleaned = builder == "alpaca_dataset" and config.get("dataset.use_clean")
+    path = config.get("dataset.source", DATASETS["alpaca_cleaned_dataset"][0] if cleaned else hub)
     files = config.get("dataset.data_files") or []
     files = files if isinstance(files, list) else [files]
     path = config.get("dataset.data_dir", path) if path in LOADERS and not files else path

@@ -19,7 +19,7 @@ from qft.arrive.line import (
     to,
     when_on,
 )
-from qft.arrive.shared import SEVERAL, beside, optimizer, pushed, report_to, resumed, steps
+from qft.arrive.shared import SEVERAL, beside, optimizer, processes, pushed, report_to, resumed, steps
 
 SCHEDULERS = (
     "linear",
@@ -160,7 +160,7 @@ TRAINER: dict[str, Rule] = {
     "label_smoothing_factor": to("train.label_smoothing_factor"),
     "train_sampling_strategy": to("train.train_sampling_strategy"),
     "group_by_length": when_on(choose("train.train_sampling_strategy", {True: "group_by_length"}, "")),
-    "dataloader_num_workers": to("train.dataloader_num_workers"),
+    "dataloader_num_workers": processes("train.dataloader_num_workers"),
     "dataloader_pin_memory": to("train.dataloader_pin_memory"),
     "logging_steps": steps("train.logging_steps"),
     "logging_strategy": decided("every train.logging_steps steps"),

@@ -19,7 +19,7 @@ from qft.arrive.line import (
     to,
     when_on,
 )
-from qft.arrive.shared import LOADERS, SEVERAL, attention, experts, held_out, within
+from qft.arrive.shared import LOADERS, SEVERAL, attention, experts, held_out, processes, within
 from qft.arrive.trainer import TRAINER, trainer_defaults
 from qft.arrive.trl_scripts import EVERY_COLUMN, OTHER_TRAINERS, SCRIPTS, evaluates
 
@@ -286,7 +286,7 @@ TABLE: dict[str, Rule] = {
     "dataset_test_split": decided("with dataset_name and eval_strategy: data.eval.split"),
     "datasets": mixture,
     "dataset_text_field": text_field,
-    "dataset_num_proc": to("data.num_proc"),
+    "dataset_num_proc": processes("data.num_proc"),
     "chat_template_path": template,
     "max_length": length,
     "loss_type": loss,

@@ -15,10 +15,9 @@ from qft.arrive.line import (
     many,
     refused,
     sets,
-    to,
     when_on,
 )
-from qft.arrive.shared import held_out, own_template, said_to_shell, within
+from qft.arrive.shared import held_out, own_template, processes, said_to_shell, within
 
 OTHER_TRAINERS = (
     "beta max_prompt_length max_completion_length loss_weights ref_model_name_or_path sync_ref_model "
@@ -122,7 +121,7 @@ SCRIPTS: dict[str, Rule] = {
     "dataset_mixer": mixer,
     "dataset_mixture": mixture,
     "tokenizer_name_or_path": tokenizer,
-    "preprocessing_num_workers": to("data.num_proc"),
+    "preprocessing_num_workers": processes("data.num_proc"),
     "chat_template": own_template,
     "use_flash_attention_2": when_on(lambda key, value, config: [fastest_attention(key)]),
     "truncation_side": choose(

@@ -96,6 +96,7 @@ def test_what_says_nothing_is_left_out(tool: str, change: dict[str, Any], keys: 
         ("TRL", {"stray": None, "lora_rank": None, "save_steps": 0.5, "max_steps": 10}, {"train.save_steps": 5}),
         ("LLaMA-Factory", {"streaming": True, "max_steps": 9, "max_samples": None}, {"data.streaming": True}),
         ("LLaMA-Factory", {"disable_shuffling": True}, {"train.train_sampling_strategy": "sequential"}),
+        ("torchtune", {"dataset": {**TUNE["dataset"], "max_seq_len": 64, "use_clean": True}}, {"data.max_length": 64}),
         ("torchtune", {"save_every_n_steps": 7}, {"train.save_strategy": "steps", "train.save_steps": 7}),
         ("torchtune", {"base": "/m", "root": "${base}/r", "output_dir": "${root}/o"}, {"output_dir": "/m/r/o"}),
         ("torchtune", {"output_dir": "${oc.env:QFT_NOWHERE,/tmp}/o"}, {"output_dir": "/tmp/o"}),

@@ -258,3 +258,32 @@ def test_data_sets_of_torchtune_that_are_rendered_otherwise_are_not_mixed(tmp_pa
     several = [{"_component_": "torchtune.datasets.alpaca_dataset"}, {"_component_": "torchtune.datasets.chat_dataset"}]
     made = translated(tmp_path, {**TUNE, "dataset": several})
     assert {"dataset", "dataset.1._component_"} <= {line.key for line in made.unsupported}
+
+
+def test_plain_texts_of_llama_factory(rows: Path) -> None:
+    """Its stage pt, whose blocks of texts qft does not cut: a longer one is told instead of dropped or cut off."""
+    info = {"one": {"file_name": "one.jsonl", "columns": {"prompt": "text"}}, "two": {"hf_hub_url": "a/b"}}
+    (rows / "data" / "dataset_info.json").write_text(json.dumps(info))
+    made = translated(rows, {**LLAMA, "stage": "pt", "dataset": "one,two", "max_samples": None})
+    assert made.unsupported == []
+    assert made.fields["data.train"] == [
+        {"path": str(rows / "data" / "one.jsonl"), "format": "text"},
+        {"path": "a/b", "format": "text", "columns": {"instruction": "text"}},
+    ]
+    assert [made.fields[f"data.{name}"] for name in ("loss_on", "packing", "on_too_long")] == ["all", True, "stop"]
+    assert "data.chat_template" not in made.fields
+
+
+def test_a_long_text_of_axolotl_is_not_dropped(tmp_path: Path) -> None:
+    made = translated(tmp_path, {**AXOLOTL, "datasets": [{"path": "a/b", "type": "completion"}]})
+    assert made.fields["data.on_too_long"] == "stop"
+
+
+@pytest.mark.parametrize(
+    ("tool", "key"),
+    [("Axolotl", "dataset_processes"), ("LLaMA-Factory", "preprocessing_num_workers"), ("TRL", "dataset_num_proc")],
+)
+def test_more_processes_than_a_machine_is_for_are_left_out(tool: str, key: str, rows: Path) -> None:
+    made = translated(rows, {**ALL[tool], key: 4096})
+    assert kinds(made)[key] is Kind.DECIDED
+    assert translated(rows, {**ALL[tool], key: 2}).fields["data.num_proc"] == 2

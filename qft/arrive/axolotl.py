@@ -175,8 +175,11 @@ REMEDIES = {
         "resize_token_embeddings_to_32x mean_resizing_embeddings shrink_embeddings fix_untrained_tokens "
         "reinit_weights scaling_softmax scaling_softmax_factor scaling_softmax_bias cls_model_config"
     ),
+    "plain texts: name them in data.train, each with format: text, and read them with data.streaming": (
+        "pretraining_dataset streaming"
+    ),
     "prepare the rows so": (
-        "pretraining_dataset streaming streaming_multipack_buffer_size pretrain_multipack_buffer_size "
+        "streaming_multipack_buffer_size pretrain_multipack_buffer_size "
         "pretrain_multipack_attn pretraining_sample_concatenation preprocess_iterable curriculum_sampling "
         "min_sample_len use_pose pose_split_on_token_ids pose_max_context_len pose_num_chunks "
         "dataset_exact_deduplication default_system_message eval_sequence_len role_boundaries s2_attention "

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from qft.arrive import axolotl, llamafactory, torchtune, trl
 from qft.arrive.given import is_empty, opened, require_filled_in
-from qft.arrive.line import Config, Kind, Line, Rule, number, with_value
+from qft.arrive.line import Config, Kind, Line, Rule, fields_of, number, with_value
 from qft.errors import RecipeError
 from qft.recipe import Recipe
 from qft.recipe.rules import contradictions, unread_fields
@@ -140,11 +140,18 @@ def _lines(tool: Tool, key: str, config: Config) -> Iterable[Line]:
         return [Line(key, Kind.NO_EFFECT, "empty: as if it were not there")]
     if value == "None":
         return [Line(key, Kind.UNSUPPORTED, "None is a word to YAML, and no value: write null, or remove the key")]
-    if value in QUOTED:
+    if isinstance(value, str) and value in QUOTED and fields_of(rule):
         return [Line(key, Kind.UNSUPPORTED, f"a text, which is true to some whatever it says: write {value.lower()}")]
     try:
         return list(rule(key, value, config)) or [Line(key, Kind.NO_EFFECT, "empty: as if it were not there")]
-    except (TypeError, ValueError, AttributeError, KeyError, IndexError):  # a list where a number belongs
+    except (
+        TypeError,
+        ValueError,
+        AttributeError,
+        KeyError,
+        IndexError,
+        ArithmeticError,
+    ):  # a list where a number belongs
         return [Line(key, Kind.UNSUPPORTED, f"{tool.name} takes no such value: correct it")]
 
 
@@ -158,7 +165,7 @@ def _accepted(lines: Iterable[Line]) -> tuple[dict[str, Any], list[Line]]:
             taken, problem = _fitting(name, value)
             sets[name] = taken
             problems += [f"{name}: {problem}"] if problem else []
-            if fields.get(name, taken) != taken:
+            if name in fields and fields[name] != taken:
                 problems.append(f"{name} is {fields[name]!r} by another key already")
         if problems:
             kept.append(

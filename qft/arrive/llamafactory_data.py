@@ -94,7 +94,7 @@ def _info(config: Config) -> Mapping[str, Any]:
     folder = str(config.get("dataset_dir", "data"))
     for base in (Path.cwd(), *config.path.resolve().parents):
         path = base / os.path.expanduser(folder) / INFO
-        if path.is_file():
+        if os.path.isfile(path):  # where a path is none, too
             try:
                 read = json.loads(path.read_text("utf-8"))
             except ValueError as error:

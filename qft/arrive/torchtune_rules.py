@@ -23,20 +23,23 @@ def leaves(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 PLACE = re.compile(r"\$\{([^${}]+)\}")
+MOST = 100
+"""Places in one text, each of which may stand for a long one."""
 
 
 def interpolated(value: Any, found: Mapping[str, Any], depth: int = 0) -> Any:
-    """With what ${key} and ${oc.env:NAME,default} stand for, as OmegaConf has it; as it is where that is nothing."""
-    if isinstance(value, list):
-        return [interpolated(each, found, depth) for each in value]
-    if not isinstance(value, str) or depth > 9:
+    """With what ${key} and ${oc.env:NAME,default} stand for, as OmegaConf has it; as it is where that is nothing, or is
+    built to grow without end."""
+    if isinstance(value, list) and depth == 0:
+        return [interpolated(each, found, 1) for each in value]
+    if not isinstance(value, str) or depth > 9 or value.count("${") > MOST:
         return value
     whole = PLACE.fullmatch(value)
     if whole:
         told = _stands_for(whole[1], found)
-        return value if told is None else interpolated(told, found, depth + 1)
+        return value if told is None or told == value else interpolated(told, found, depth + 1)
     made = PLACE.sub(lambda match: str(match[0] if (told := _stands_for(match[1], found)) is None else told), value)
-    return made if made == value else interpolated(made, found, depth + 1)
+    return value if made == value or len(made) > 10_000 else interpolated(made, found, depth + 1)
 
 
 def _stands_for(place: str, found: Mapping[str, Any]) -> Any:

@@ -19,7 +19,7 @@ from qft.arrive.line import (
     to,
     when_on,
 )
-from qft.arrive.shared import LOADERS, SEVERAL, attention, experts, held_out, processes, within
+from qft.arrive.shared import LOADERS, SEVERAL, attention, experts, held_out, is_place, processes, within
 from qft.arrive.trainer import TRAINER, trainer_defaults
 from qft.arrive.trl_scripts import EVERY_COLUMN, OTHER_TRAINERS, SCRIPTS, evaluates
 
@@ -84,12 +84,22 @@ def dataset(key: str, value: Any, config: Config) -> Iterator[Line]:
     if config.get("datasets"):
         yield Line(key, Kind.NO_EFFECT, "trl reads datasets, and not this beside them")
         return
-    made = {"name": config.get("dataset_config"), "split": config.get("dataset_train_split")}
+    name = None if is_place(value) else config.get("dataset_config")
+    made = {"name": name, "split": config.get("dataset_train_split")}
     source = {"path": config.local(value), **{name: each for name, each in made.items() if each}}
     yield Line(key, Kind.OTHER_FIELD, sets={"data.train": within(source)})
     if evaluates(config):
         split = {**source, "split": config.get("dataset_test_split", "test")}
         yield Line(key, Kind.OTHER_FIELD, "held-out rows", {"data.eval": within(split)})
+
+
+def configuration(key: str, value: Any, config: Config) -> Iterator[Line]:
+    if not is_place(str(config.get("dataset_name", ""))):
+        yield Line(key, Kind.DECIDED, "with dataset_name: data.train.name")
+    elif value == "default":
+        yield Line(key, Kind.NO_EFFECT, "a folder has but one")
+    else:
+        yield Line(key, Kind.UNSUPPORTED, "a folder is read without its configurations: name the files in data.train")
 
 
 MIXED = {
@@ -281,7 +291,7 @@ TABLE: dict[str, Rule] = {
     "use_bnb_nested_quant": decided("with load_in_4bit: quant.double_quant"),
     "router_aux_loss_coef": to("train.router_aux_loss_coef"),
     "dataset_name": dataset,
-    "dataset_config": decided("with dataset_name: data.train.name"),
+    "dataset_config": configuration,
     "dataset_train_split": decided("with dataset_name: data.train.split"),
     "dataset_test_split": decided("with dataset_name and eval_strategy: data.eval.split"),
     "datasets": mixture,

@@ -34,6 +34,12 @@ def test_what_is_no_training_yet_is_refused_as_a_whole(text: str, told: list[str
     assert all(part in str(error.value) for part in told)
 
 
+def test_places_that_stand_for_one_another_end(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError) as error:
+        translated(tmp_path, {**TUNE, "a": ["${a}"] * 20, "b": "${c}" * 90, "c": "${b}" * 90})
+    assert [line.rpartition(":")[2].split()[0] for line in error.value.problems[:-1]] == ["${a}", "${c}", "${b}"]
+
+
 def test_a_chat_template_makes_no_template_of_a_configuration(tmp_path: Path) -> None:
     text = "base_model: a/b\nchat_template: {% for m in messages %}{{ m.content }}{% endfor %}\n"
     (tmp_path / "other.yaml").write_text(text)
@@ -109,6 +115,27 @@ def test_what_has_an_equal_is_translated(tool: str, change: dict[str, Any], fiel
     made = translated(rows, {**ALL[tool], **change})
     assert [line for line in made.unsupported if line.key not in ("stray", "lora_rank")] == []
     assert fields.items() <= made.fields.items()
+
+
+@pytest.mark.parametrize(
+    ("tool", "change"),
+    [
+        ("Axolotl", {"learning_rate": float("nan")}),
+        ("LLaMA-Factory", {"dataset_dir": "x" * 3000}),
+        ("torchtune", {"max_steps_per_epoch": 10**30, "epochs": [1]}),
+        ("Axolotl", {"batch_size": 8, "micro_batch_size": 0, "gradient_accumulation_steps": None}),
+    ],
+    ids=["no number", "a long name", "a large number", "a division by none"],
+)
+def test_what_no_tool_takes_is_a_line_too(tool: str, change: dict[str, Any], rows: Path) -> None:
+    made = translated(rows, {**ALL[tool], **change})
+    assert change.keys() <= {line.key.partition(".")[0] for line in made.lines}
+
+
+def test_a_folder_has_no_configurations(tmp_path: Path) -> None:
+    made = translated(tmp_path, {**TRL, "dataset_name": "./rows/one", "dataset_config": "large"})
+    assert [line.key for line in made.unsupported] == ["dataset_config"]
+    assert "name" not in made.fields["data.train"][0]
 
 
 def test_a_misspelt_key_makes_no_other_tool_of_it(tmp_path: Path) -> None:

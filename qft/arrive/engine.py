@@ -41,10 +41,12 @@ TOOLS = {
     for module in (torchtune, axolotl, llamafactory, trl)
 }
 """By name, in the order in which they are asked whether a configuration is theirs."""
+ROWS = {"torchtune": "dataset", "Axolotl": "datasets", "LLaMA-Factory": "dataset", "TRL": "dataset_name"}
+"""Where each tool has its rows."""
 QUOTED = ("true", "false", "True", "False")
 """What YAML reads as a text between quotes alone."""
 NO_ROWS = (
-    "names no rows to learn from; what answers, measures or merges is asked of a model by qft chat, qft eval and "
+    "names no rows to learn from ({key}); what answers, measures or merges is asked of a model by qft chat, qft eval and "
     "qft export --to merged"
 )
 
@@ -98,7 +100,7 @@ def translate(path: Path) -> Translation:
         ]
         raise RecipeError([f"{path}: {tool.name}: names no model", *wrong])
     if "data.train" not in fields and not any(line.kind is Kind.UNSUPPORTED and "data" in line.key for line in lines):
-        raise RecipeError(f"{path}: {tool.name}: {NO_ROWS}")
+        raise RecipeError(f"{path}: {tool.name}: {NO_ROWS.format(key=ROWS[tool.name])}")
     lines = _settled(fields, lines)
     known = {**tool.templates, **{name: text for line in lines for name, text in line.templates.items()}}
     used = fields.get("data.chat_template")

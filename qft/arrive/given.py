@@ -11,6 +11,8 @@ from qft.recipe import source
 
 UNFILLED = re.compile(r"\$\{\{?[^{}]*\}?\}|^\s*\{\{[^{}]*\}\}\s*$|(^|(?<=/))\$[A-Z_]+(?=/|$)")
 """${NAME} and $NAME in a path, and a value that is {{ name }} alone."""
+TEXT = re.compile("template|format|prompt")
+"""In the names of keys whose values have places of their own."""
 MARKS = re.compile(r"\{\{.*\}\}|\{%.*%\}")
 """Of a template that makes configurations; one for chats has messages, and may stand in one."""
 
@@ -40,18 +42,22 @@ def require_filled_in(config: Config) -> None:
         f"{config.at(key)}: {key}: {place} is still to be filled in"
         for key, value in config.values.items()
         for place in _places(value)
-        if "template" not in key
+        if not TEXT.search(key)
     ]
     if found:
         raise RecipeError(
-            [*found, "fill them in first (envsubst < template.yaml > filled.yaml), or set what they name"]
+            [
+                *dict.fromkeys(found),
+                "fill them in first (envsubst < template.yaml > filled.yaml), or set what they name",
+            ]
         )
 
 
 def _places(value: Any) -> Iterator[str]:
     if isinstance(value, str) and (found := UNFILLED.search(value)):
         yield found[0].strip()
-    for each in value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ():
+    inner = [each for key, each in value.items() if not TEXT.search(str(key))] if isinstance(value, Mapping) else value
+    for each in inner if isinstance(inner, list) else ():
         yield from _places(each)
 
 

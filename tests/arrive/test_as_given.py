@@ -23,7 +23,7 @@ from tests.support.arrive import ALL, AXOLOTL, LLAMA, TRL, TUNE, kinds, translat
         ("base_model: a/b\nadapter: lora\nadapter: qlora\n", ["3: adapter: given twice", "TRL read the last"]),
         ("base_model: [a/b]\n", ["names no model", "1: base_model: model.path: Input should be a valid"]),
         ("training_arguments:\n  model_name_or_path: a/b\n", ["training_arguments.model_name_or_path is there"]),
-        ("model_name_or_path: a/b\ntemplate: qwen\nfinetuning_type: lora\n", ["names no rows to learn", "qft chat"]),
+        ("model_name_or_path: a/b\ntemplate: qwen\nfinetuning_type: lora\n", ["names no rows to learn from (dataset)", "chat"]),
     ],
     ids=["environment", "a template's value", "a template", "twice", "a list", "sections", "no rows"],
 )  # fmt: skip
@@ -32,6 +32,12 @@ def test_what_is_no_training_yet_is_refused_as_a_whole(text: str, told: list[str
     with pytest.raises(RecipeError) as error:
         translate(tmp_path / "other.yaml")
     assert all(part in str(error.value) for part in told)
+
+
+def test_a_prompt_has_places_of_its_own(tmp_path: Path) -> None:
+    kind = {"format": "It costs ${instruction}. ", "no_input_format": "It costs ${instruction}. "}
+    made = translated(tmp_path, {**AXOLOTL, "datasets": [{"path": "a/b", "type": kind}]})
+    assert "It costs $" in made.templates["prompt.jinja"]
 
 
 def test_places_that_stand_for_one_another_end(tmp_path: Path) -> None:

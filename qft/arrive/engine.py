@@ -46,8 +46,8 @@ ROWS = {"torchtune": "dataset", "Axolotl": "datasets", "LLaMA-Factory": "dataset
 QUOTED = ("true", "false", "True", "False")
 """What YAML reads as a text between quotes alone."""
 NO_ROWS = (
-    "names no rows to learn from ({key}); what answers, measures or merges is asked of a model by qft chat, qft eval and "
-    "qft export --to merged"
+    "names no rows to learn from ({key}); what answers, measures or merges is asked of a model by qft chat, qft eval "
+    "and qft export --to merged"
 )
 
 
@@ -127,6 +127,10 @@ def _recognised(values: Mapping[str, Any], path: Path) -> Tool:
     names = ", ".join(TOOLS)
     inner = next((f"{name}.{key}" for name, section in values.items() if isinstance(section, Mapping)
                   for key in ("base_model", "model_name_or_path") if key in section), "")  # fmt: skip
+    if any(key.startswith("top.") for key in values):
+        raise RecipeError(
+            f"{path}: settings of LlamaBoard's page: translate the training_args.yaml of its output folder"
+        )
     nested_ = f"; {inner} is there, and they read no sections: write its keys at the top" if inner else ""
     raise RecipeError(f"{path}: no configuration of {names}: it names no model as they do (base_model, "
                       f"model_name_or_path, model._component_){nested_}")  # fmt: skip

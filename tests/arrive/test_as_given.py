@@ -23,9 +23,10 @@ from tests.support.arrive import ALL, AXOLOTL, LLAMA, TRL, TUNE, kinds, translat
         ("base_model: a/b\nadapter: lora\nadapter: qlora\n", ["3: adapter: given twice", "TRL read the last"]),
         ("base_model: [a/b]\n", ["names no model", "1: base_model: model.path: Input should be a valid"]),
         ("training_arguments:\n  model_name_or_path: a/b\n", ["training_arguments.model_name_or_path is there"]),
-        ("model_name_or_path: a/b\ntemplate: qwen\nfinetuning_type: lora\n", ["names no rows to learn from (dataset)", "chat"]),
+        ("model_name_or_path: a/b\ntemplate: qwen\n", ["names no rows to learn from (dataset)", "qft chat"]),
+        ("top.model_name: a\ntrain.stage: b\n", ["training_args.yaml"]),
     ],
-    ids=["environment", "a template's value", "a template", "twice", "a list", "sections", "no rows"],
+    ids=["environment", "a template's value", "a template", "twice", "a list", "sections", "no rows", "a page"],
 )  # fmt: skip
 def test_what_is_no_training_yet_is_refused_as_a_whole(text: str, told: list[str], tmp_path: Path) -> None:
     (tmp_path / "other.yaml").write_text(text)

@@ -89,7 +89,7 @@ DECIDED = {
     ),
     "experts are held as quant.mode says": "quantize_moe_experts llama4_linearized_experts",
     "found from the model's own files": (
-        "model_type type_of_model tokenizer_type tokenizer_config base_model_config tokenizer_use_fast "
+        "model_type type_of_model tokenizer_type tokenizer_use_fast "
         "tokenizer_legacy processor_type processor_kwargs is_falcon_derived_model is_llama_derived_model "
         "is_mistral_derived_model is_qwen_derived_model tokenizer_use_mistral_common lora_fan_in_fan_out "
         "tokenizer_save_jinja_files peft_layers_pattern"
@@ -210,6 +210,8 @@ TABLE: dict[str, Rule] = {
     **many(NO_EFFECT, ignored),
     **many(REMEDIES, refused),
     "base_model": to("model.path"),
+    "tokenizer_config": shared.of_model("base_model", "save the model with such a tokenizer"),
+    "base_model_config": shared.of_model("base_model", "save the model with such a config.json"),
     "revision_of_model": to("model.revision"),
     "trust_remote_code": to("model.trust_remote_code"),
     "output_dir": to("output_dir"),

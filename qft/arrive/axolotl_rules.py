@@ -237,9 +237,13 @@ def loftq(key: str, value: Any, config: Config) -> Iterator[Line]:
 @sets("train.router_aux_loss_coef")
 def router(key: str, value: Any, config: Config) -> Iterator[Line]:
     for name, each in value.items():
-        if name == "output_router_logits":
-            text = "the experts' balance is in the loss as the checkpoint says; train.router_aux_loss_coef changes it"
-            yield Line(f"{key}.{name}", Kind.DECIDED, text)
+        if name == "output_router_logits" and each and "router_aux_loss_coef" in value:
+            yield Line(f"{key}.{name}", Kind.OTHER_FIELD, "with router_aux_loss_coef")
+        elif name == "output_router_logits" and each:
+            text = "the experts' balance counts what the checkpoint's router_aux_loss_coef says: give that as"
+            yield Line(f"{key}.{name}", Kind.UNSUPPORTED, f"{text} train.router_aux_loss_coef")
+        elif name == "output_router_logits":
+            yield Line(f"{key}.{name}", Kind.OTHER_FIELD, sets={"train.router_aux_loss_coef": 0.0})
         elif name == "router_aux_loss_coef":
             yield Line(f"{key}.{name}", Kind.SAME, sets={"train.router_aux_loss_coef": each})
         else:

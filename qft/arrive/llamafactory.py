@@ -130,6 +130,15 @@ def checkpointing(key: str, value: Any, config: Config) -> Iterator[Line]:
     yield Line(key, Kind.OTHER_FIELD, sets={"train.gradient_checkpointing": not value})
 
 
+@sets("train.gradient_checkpointing")
+def asked_of_trainer(key: str, value: Any, config: Config) -> Iterator[Line]:
+    """The Trainer's own switch, which turns on what is on already."""
+    if value:
+        yield Line(key, Kind.SAME, sets={"train.gradient_checkpointing": True})
+    else:
+        yield Line(key, Kind.NO_EFFECT, "is on there all the same: disable_gradient_checkpointing: true says no")
+
+
 def media(key: str, value: Any, config: Config) -> Iterator[Line]:
     """Where images lie; here in the folder of the rows' file, or wherever its rows say."""
     same = str(value).rstrip("/") == str(config.get("dataset_dir", "data")).rstrip("/")
@@ -161,9 +170,7 @@ DECIDED = {
         "use_hyper_parallel hyper_parallel_args hyper_parallel_cp_size ray_run_name ray_storage_path "
         "ray_storage_filesystem resources_per_worker placement_strategy"
     ),
-    "found from the model's own files": (
-        "use_fast_tokenizer model_max_length rope_scaling_type tokenizer_name_or_path"
-    ),
+    "found from the model's own files": ("use_fast_tokenizer model_max_length"),
     "prepared rows are kept within the run folder": (
         "overwrite_cache tokenized_path preprocessing_batch_size data_shared_file_system"
     ),
@@ -284,6 +291,7 @@ TABLE: dict[str, Rule] = {
     "flash_attn": attention,
     "moe_aux_loss_coef": to("train.router_aux_loss_coef"),
     "disable_gradient_checkpointing": checkpointing,
+    "gradient_checkpointing": asked_of_trainer,
     "dataset": sources("data.train"),
     "eval_dataset": sources("data.eval"),
     "media_dir": media,

@@ -113,6 +113,17 @@ def processes(field: str) -> Rule:
     return sets(field)(rule)
 
 
+def of_model(model: str, remedy: str) -> Rule:
+    """Where a tokenizer or a configuration is, if that is not where the model is."""
+
+    def rule(key: str, value: Any, config: Config) -> Iterator[Line]:
+        same = str(value).rstrip("/") == str(config.get(model)).rstrip("/")
+        text = "the model's own" if same else f"the model's own is taken: {remedy} if this is another"
+        yield Line(key, Kind.SAME if same else Kind.UNSUPPORTED, text)
+
+    return rule
+
+
 def beside(other: str, kind: Kind = Kind.OTHER_FIELD) -> Rule:
     """Read with another key alone, whose line says what becomes of it."""
     return lambda key, value, config: (

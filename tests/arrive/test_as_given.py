@@ -66,6 +66,9 @@ def test_a_chat_template_makes_no_template_of_a_configuration(tmp_path: Path) ->
         ("TRL", {"resume_from_checkpoint": "out/checkpoint-9"}, "resume_from_checkpoint", "merge its adapter"),
         ("TRL", {"push_to_hub": True, "hub_model_id": "me/x"}, "push_to_hub", "--push-to-hub me/x"),
         ("Axolotl", {"hub_model_id": "me/x"}, "hub_model_id", "qft export outputs/one --to adapter --push-to-hub me/x"),
+        ("Axolotl", {"tokenizer_config": "c/d"}, "tokenizer_config", "save the model with such a tokenizer"),
+        ("Axolotl", {"model_config": {"output_router_logits": True}},
+         "model_config.output_router_logits", "train.router_aux_loss_coef"),
         ("Axolotl", {"fp8": True}, "fp8", "train.matmul"),
         ("Axolotl", {"sequence_len": 0}, "sequence_len", "'auto' or Input should be greater"),
         ("TRL", {"model_init_kwargs": {"max_memory": {"0": "1GiB"}}}, "model_init_kwargs.max_memory", "remove it"),
@@ -92,6 +95,7 @@ def test_the_remedy_is_that_of_the_fault(tool: str, change: dict[str, Any], key:
         ("Axolotl", {"save_steps": 0, "hub_strategy": "end"}, ["save_steps", "hub_strategy"]),
         ("TRL", {"hub_model_id": "a/b", "push_to_hub": False}, ["hub_model_id"]),
         ("LLaMA-Factory", {"visual_inputs": True, "buffer_size": 9}, ["visual_inputs", "buffer_size"]),
+        ("LLaMA-Factory", {"gradient_checkpointing": False}, ["gradient_checkpointing"]),
     ],
     ids=str,
 )
@@ -105,6 +109,10 @@ def test_what_says_nothing_is_left_out(tool: str, change: dict[str, Any], keys: 
     ("tool", "change", "fields"),
     [
         ("Axolotl", {"eval_steps": 0.1, "evals_per_epoch": None, "max_steps": 55}, {"train.eval_steps": 6}),
+        ("Axolotl", {"tokenizer_config": AXOLOTL["base_model"], "model_config": {"output_router_logits": False}},
+         {"train.router_aux_loss_coef": 0.0}),
+        ("Axolotl", {"model_config": {"output_router_logits": True, "router_aux_loss_coef": 0.02}},
+         {"train.router_aux_loss_coef": 0.02}),
         ("TRL", {"model_init_kwargs": {"device_map": None, "dtype": "bfloat16"}}, {"model.dtype": "bfloat16"}),
         ("TRL", {"stray": None, "lora_rank": None, "save_steps": 0.5, "max_steps": 10}, {"train.save_steps": 5}),
         ("LLaMA-Factory", {"streaming": True, "max_steps": 9, "max_samples": None}, {"data.streaming": True}),

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pytest
 
 from qft.arrive import Kind
@@ -287,3 +288,25 @@ def test_more_processes_than_a_machine_is_for_are_left_out(tool: str, key: str, 
     made = translated(rows, {**ALL[tool], key: 4096})
     assert kinds(made)[key] is Kind.DECIDED
     assert translated(rows, {**ALL[tool], key: 2}).fields["data.num_proc"] == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("alpaca_chat.load_no_prompt", "USER: Q?\nASSISTANT:A.</s>"),
+        ("alpaca_instruct.load_no_prompt", "### Instruction:\nQ?\n\n### Response:\nA.</s>"),
+        ("alpaca_w_system.load_open_orca", "### Human:\nQ?\n### Assistant:\nA.</s>"),
+        ("alpaca_w_system.load_open_orca_chatml",
+         "<|im_start|>user\nQ?<|im_end|>\n<|im_start|>assistant\nA.</s>\n"),
+        ("alpaca_chat.load_concise",
+         "SYSTEM: Below is an instruction from a USER that describes a task. The ASSISTANT writes a response that "
+         "appropriately and concisely completes the request.\n\n\nUSER: Q?\nASSISTANT:A.</s>"),
+    ],
+)  # fmt: skip
+def test_prompts_are_those_of_axolotls_prompters(kind: str, expected: str, tmp_path: Path) -> None:
+    """Source: axolotl/prompters.py and prompt_strategies/alpaca_{chat,instruct,w_system}.py of 0.18."""
+    made = translated(tmp_path, {**AXOLOTL, "datasets": [{"path": "a/b", "type": kind}]})
+    (text,) = made.templates.values()
+    text = text.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    turns = [{"role": "user", "content": "Q?"}, {"role": "assistant", "content": "A."}]
+    assert jinja2.Template(text, keep_trailing_newline=True).render(messages=turns, eos_token="</s>") == expected

@@ -45,6 +45,8 @@ ROWS = {"torchtune": "dataset", "Axolotl": "datasets", "LLaMA-Factory": "dataset
 """Where each tool has its rows."""
 QUOTED = ("true", "false", "True", "False")
 """What YAML reads as a text between quotes alone."""
+UNFIT = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError)
+"""What becomes of a list where a number belongs."""
 NO_ROWS = (
     "names no rows to learn from ({key}); what answers, measures or merges is asked of a model by qft chat, qft eval "
     "and qft export --to merged"
@@ -150,14 +152,7 @@ def _lines(tool: Tool, key: str, config: Config) -> Iterable[Line]:
         return [Line(key, Kind.UNSUPPORTED, f"a text, which is true to some whatever it says: write {value.lower()}")]
     try:
         return list(rule(key, value, config)) or [Line(key, Kind.NO_EFFECT, "empty: as if it were not there")]
-    except (
-        TypeError,
-        ValueError,
-        AttributeError,
-        KeyError,
-        IndexError,
-        ArithmeticError,
-    ):  # a list where a number belongs
+    except UNFIT:
         return [Line(key, Kind.UNSUPPORTED, f"{tool.name} takes no such value: correct it")]
 
 

@@ -143,10 +143,9 @@ def steps(field: str) -> Rule:
         elif isinstance(most, int | float) and most > 0:
             yield Line(key, Kind.OTHER_FIELD, "of max_steps", {field: math.ceil(share * most)})
         else:
-            text = "a share of all steps, which are not known before the rows are: give a number of steps"
-            yield Line(
-                key, Kind.UNSUPPORTED, f"{text} as {field}, or set {field.replace('_steps', '_strategy')}: epoch"
-            )
+            text = f"a share of all steps, which are not known before the rows are: give a number as {field}"
+            epoch = "" if "logging" in field else f", or set {field.replace('_steps', '_strategy')}: epoch"
+            yield Line(key, Kind.UNSUPPORTED, text + epoch)
 
     return sets(field)(rule)
 
@@ -197,7 +196,7 @@ def within(source: Mapping[str, Any], split: str = "train") -> list[dict[str, An
     if not os.path.isdir(path):
         asked = {"path": f"{path}/*{SPLITS.get(named, named).rpartition('|')[2]}*"} if named != "train" else {}
         return [{**rest, **asked}]
-    names = sorted(name for name in os.listdir(path) if is_local(name))
+    names = sorted(name for name in os.listdir(path) if is_local(name)) if os.access(path, os.R_OK) else []
     mine = [name for name in names if _is_of(name, SPLITS.get(named, re.escape(named)))]
     others = any(_is_of(name, words) for name in names for words in SPLITS.values())
     if mine:

@@ -92,8 +92,8 @@ def checked(made: Translation) -> str | None:
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "recipe.yaml"
-        write_translated(path, made, allow_unsupported=True)
         try:
+            write_translated(path, made, allow_unsupported=True)
             planned(load(path), gpu=24 * 2**30)
         except MissingError as error:
             return None if "model" in str(error) else f"missing: {error}"

@@ -30,6 +30,11 @@ TEMPLATES = {
     "alpaca-chat.jinja": templates.ALPACA_CHAT,
     "alpaca-phi.jinja": templates.ALPACA_PHI,
     "alpaca-chatml.jinja": templates.ALPACA_CHATML,
+    "alpaca-concise.jinja": templates.ALPACA_CONCISE,
+    "alpaca-turns.jinja": templates.ALPACA_TURNS,
+    "alpaca-unprompted.jinja": templates.ALPACA_UNPROMPTED,
+    "open-orca.jinja": templates.OPEN_ORCA,
+    "open-orca-chatml.jinja": templates.OPEN_ORCA_CHATML,
     "chatml.jinja": templates.CHATML,
 }
 UNKNOWN = ignored("Axolotl knows no such key, and says nothing")
@@ -46,7 +51,8 @@ def flat(values: Mapping[str, Any]) -> Mapping[str, Any]:
 def defaults(config: Config, fields: Mapping[str, Any]) -> Iterator[Line]:
     yield default("adapter.kind", "lora" if config.get("adapter") else "none", "adapter")
     yield default("data.max_length", 512, "sequence_len")
-    yield default("data.on_too_long", "skip", "excess_length_strategy")
+    texts = any(source.get("format") == "text" for source in fields.get("data.train", ()))
+    yield default("data.on_too_long", "stop" if texts else "skip", "excess_length_strategy")
     yield default("train.lr_scheduler_type", "cosine", "lr_scheduler")
     yield default("train.optim", "adamw_torch_fused", "optimizer")
     yield default("train.gradient_accumulation_steps", 1, "gradient_accumulation_steps")
@@ -83,7 +89,7 @@ DECIDED = {
     ),
     "experts are held as quant.mode says": "quantize_moe_experts llama4_linearized_experts",
     "found from the model's own files": (
-        "model_type type_of_model tokenizer_type tokenizer_config base_model_config tokenizer_use_fast "
+        "model_type type_of_model tokenizer_type tokenizer_use_fast "
         "tokenizer_legacy processor_type processor_kwargs is_falcon_derived_model is_llama_derived_model "
         "is_mistral_derived_model is_qwen_derived_model tokenizer_use_mistral_common lora_fan_in_fan_out "
         "tokenizer_save_jinja_files peft_layers_pattern"
@@ -92,7 +98,7 @@ DECIDED = {
         "dataset_prepared_path skip_prepare_dataset dataset_keep_in_memory num_dataset_shards_to_save "
         "remove_unused_columns dataset_shard_num dataset_shard_idx"
     ),
-    "qft train --resume goes on where a run ended": "resume_from_checkpoint auto_resume_from_checkpoints",
+    "qft train --resume goes on where a run ended": "auto_resume_from_checkpoints",
     "non-reentrant, always": "gradient_checkpointing_kwargs",
     "the end of each assistant turn is learnt, as the chat template writes it": "eot_tokens",
     "rows are shuffled once all sources are one": "shuffle_merged_datasets shuffle_before_merging_datasets",
@@ -152,15 +158,15 @@ REMEDIES = {
         "qgalore_proj_quant qgalore_proj_bits qgalore_proj_group_size qgalore_cos_threshold qgalore_gamma_proj "
         "qgalore_queue_size"
     ),
-    "export and publish afterwards: qft export": (
-        "hub_model_id hub_strategy hub_revision push_dataset_to_hub quantization hf_mlflow_log_artifacts"
-    ),
+    "export and publish afterwards: qft export": "hub_revision quantization hf_mlflow_log_artifacts",
+    "upload the rows by themselves: hf upload": "push_dataset_to_hub",
+    "train.matmul: fp8 multiplies gradients by frozen weights in float8": "fp8 fp8_enable_fsdp_float8_all_gather",
     "a model that comes quantized is taken as it is; see docs/models.md": (
         "gptq gptq_disable_exllama model_quantization_config model_quantization_config_kwargs use_onebitllms "
         "nonexpert_quantization"
     ),
     "quant.mode qat trains for a format: quant.target": (
-        "qat nvfp4_merge_aware nvfp4_merge_aware_start_step fp8 fp8_enable_fsdp_float8_all_gather "
+        "qat nvfp4_merge_aware nvfp4_merge_aware_start_step "
         "dsv4_fp4_grouped_mode use_dsv4_kernels use_glm_dsa_kernels gemma4_fp8_nonexpert gemma4_nf4_nonexpert "
         "dsv4_fp8_nonexpert_mode dsv4_fp8_lora_kernel dsv4_shared_mlp_lora_kernel dsv4_bf16_all"
     ),
@@ -169,8 +175,11 @@ REMEDIES = {
         "resize_token_embeddings_to_32x mean_resizing_embeddings shrink_embeddings fix_untrained_tokens "
         "reinit_weights scaling_softmax scaling_softmax_factor scaling_softmax_bias cls_model_config"
     ),
+    "plain texts: name them in data.train, each with format: text, and read them with data.streaming": (
+        "pretraining_dataset streaming"
+    ),
     "prepare the rows so": (
-        "pretraining_dataset streaming streaming_multipack_buffer_size pretrain_multipack_buffer_size "
+        "streaming_multipack_buffer_size pretrain_multipack_buffer_size "
         "pretrain_multipack_attn pretraining_sample_concatenation preprocess_iterable curriculum_sampling "
         "min_sample_len use_pose pose_split_on_token_ids pose_max_context_len pose_num_chunks "
         "dataset_exact_deduplication default_system_message eval_sequence_len role_boundaries s2_attention "
@@ -201,6 +210,8 @@ TABLE: dict[str, Rule] = {
     **many(NO_EFFECT, ignored),
     **many(REMEDIES, refused),
     "base_model": to("model.path"),
+    "tokenizer_config": shared.of_model("base_model", "save the model with such a tokenizer"),
+    "base_model_config": shared.of_model("base_model", "save the model with such a config.json"),
     "revision_of_model": to("model.revision"),
     "trust_remote_code": to("model.trust_remote_code"),
     "output_dir": to("output_dir"),
@@ -240,8 +251,8 @@ TABLE: dict[str, Rule] = {
     "excess_length_strategy": choose(
         "data.on_too_long", {"drop": "skip", "truncate": "truncate", "raise": "stop"}, "data.on_too_long"
     ),
-    "dataset_num_proc": to("data.num_proc"),
-    "dataset_processes": to("data.num_proc"),
+    "dataset_num_proc": shared.processes("data.num_proc"),
+    "dataset_processes": shared.processes("data.num_proc"),
     "micro_batch_size": to("train.per_device_train_batch_size"),
     "eval_batch_size": to("train.per_device_eval_batch_size"),
     "batch_size": rules.batch_size,
@@ -275,7 +286,7 @@ TABLE: dict[str, Rule] = {
         ]
     ),
     "group_by_length": when_on(choose("train.train_sampling_strategy", {True: "group_by_length"}, "")),
-    "dataloader_num_workers": to("train.dataloader_num_workers"),
+    "dataloader_num_workers": shared.processes("train.dataloader_num_workers"),
     "dataloader_pin_memory": to("train.dataloader_pin_memory"),
     "logging_steps": to("train.logging_steps"),
     "eval_strategy": to("train.eval_strategy", strategy),
@@ -291,6 +302,9 @@ TABLE: dict[str, Rule] = {
     "seed": to("seed"),
     "model_config": rules.router,
     "plugins": rules.plugins,
+    "resume_from_checkpoint": shared.resumed,
+    "hub_model_id": when_on(shared.pushed),
+    "hub_strategy": shared.beside("hub_model_id", Kind.DECIDED),
     "wandb_name": to("train.run_name", str),
     "mlflow_run_name": to("train.run_name", str),
     "trackio_run_name": to("train.run_name", str),
@@ -317,6 +331,6 @@ TABLE: dict[str, Rule] = {
             "mlflow_experiment_name",
             "trackio_space_id",
         ],
-        when_on(lambda key, value, config: [Line(key, Kind.UNSUPPORTED, f"set {key.upper()} in the environment")]),
+        when_on(shared.said_to_shell),
     ),
 }

@@ -4,9 +4,9 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from qft.arrive.axolotl_forms import OWN_PROMPT, WITH_INPUT, form
+from qft.arrive.axolotl_forms import NAMED, OWN_PROMPT, WITH_INPUT, form
 from qft.arrive.line import Config, Kind, Line, sets
-from qft.arrive.shared import LOADERS, is_file, part_of_file
+from qft.arrive.shared import LOADERS, is_file, part_of_file, within
 
 ONE_TEMPLATE = "one chat template renders all rows, and another source has another: train on them one after the other"
 
@@ -52,7 +52,7 @@ def sources(field: str) -> Any:
         if found:
             yield Line(key, Kind.OTHER_FIELD, sets={field: found})
         if field == "data.train" and templates and templates[0]:
-            text = "" if templates[0] == OWN_PROMPT else WITH_INPUT
+            text = "" if templates[0] in (OWN_PROMPT, *NAMED.values()) else WITH_INPUT
             yield Line(key, Kind.OTHER_FIELD, text, {"data.chat_template": templates[0]})
 
     return sets(field)(rule)
@@ -61,23 +61,24 @@ def sources(field: str) -> Any:
 def _dataset(
     key: str, dataset: Mapping[str, Any], config: Config, found: list[dict[str, Any]], templates: list[str | None]
 ) -> Iterator[Line]:
-    rows = form(key, dataset)
+    rows = form(key, dataset, str(config.get("chat_template", "")))
     yield rows.line
     if rows.format != "text" and templates and templates[0] != rows.template:
         yield Line(f"{key}.path", Kind.UNSUPPORTED, ONE_TEMPLATE)
         return
     if rows.format != "text":
         templates.append(rows.template)
-    paths, within = _paths(dataset)
+    paths, inside = _paths(dataset)
     asked = {name: dataset[name] for name in KEYS if dataset.get(name) is not None}
     of_file = any(map(is_file, paths))
     for name, value in asked.items():
         yield _of_file(f"{key}.{name}", value) if of_file else Line(f"{key}.{name}", Kind.SAME)
     yield from _others(key, dataset, config)
-    found.extend({"path": config.local(path), **rows.source, **({} if of_file else asked)} for path in paths)
+    for path in paths:
+        found.extend(within({"path": config.local(path), **rows.source, **({} if of_file else asked)}))
     files = "data_files" if dataset.get("data_files") else "path"
-    if within or not paths:
-        text = "a file within a hub data set: download it to where data.train has it" if within else "names no data set"
+    if inside or not paths:
+        text = "a file within a hub data set: download it to where data.train has it" if inside else "names no data set"
         yield Line(f"{key}.{files}", Kind.UNSUPPORTED, text)
     else:
         yield Line(f"{key}.path", Kind.SAME)
@@ -99,7 +100,9 @@ def _paths(dataset: Mapping[str, Any]) -> tuple[list[str], bool]:
         return ([path] if path else []), False
     if os.path.isdir(path):
         return [os.path.join(path, str(file)) for file in files], False
-    return [str(file) for file in files], path not in LOADERS
+    if is_file(path):
+        return [path], False
+    return [str(file) for file in files], path not in LOADERS and not all(os.path.isabs(str(file)) for file in files)
 
 
 def _others(key: str, dataset: Mapping[str, Any], config: Config) -> Iterator[Line]:
@@ -153,11 +156,11 @@ def _learnt(where: str, name: str, value: Any, dataset: Mapping[str, Any]) -> Li
         mine = dataset.get("field_thinking") == dataset.get("template_thinking_key")
         text = "the chat template gets it by its own name" if mine else "rename it to what the chat template reads"
         return Line(where, Kind.SAME if mine else Kind.UNSUPPORTED, text)
-    if name in ("chat_template", "chat_template_jinja"):
-        own = value == "tokenizer_default"
-        return Line(
-            where, Kind.SAME if own else Kind.UNSUPPORTED, "" if own else "give data.chat_template, for all rows"
-        )
-    if name == "conversation":
-        return Line(where, Kind.DECIDED, "turns are rendered by the chat template")
+    if name in ("chat_template", "conversation") and (value in NAMED or value == "tokenizer_default"):
+        return Line(where, Kind.SAME if value == "tokenizer_default" else Kind.OTHER_FIELD)
+    if name in ("chat_template", "conversation"):
+        text = f"the model's own chat template renders the turns: give {value} as data.chat_template if that is another"
+        return Line(where, Kind.DECIDED, text)
+    if name == "chat_template_jinja":
+        return Line(where, Kind.UNSUPPORTED, "give data.chat_template, for all rows")
     return Line(where, Kind.NO_EFFECT, "Axolotl knows no such key of a data set, and says nothing")

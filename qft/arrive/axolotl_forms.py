@@ -8,15 +8,29 @@ from qft.arrive.line import Kind, Line
 from qft.arrive.templates import prompt
 
 _ALPACA = ("alpaca", "alpaca.jinja")
+_ASKED = {"question": "instruction", "answer": "output"}
+_ORCA = {"question": "instruction", "response": "output", "system_prompt": "system"}
 TYPES: dict[str, tuple[str, str | None, Mapping[str, str]]] = {
     "alpaca": (*_ALPACA, {}),
     "alpaca:instruct": (*_ALPACA, {}),
     "alpaca:chat": ("alpaca", "alpaca-chat.jinja", {}),
     "alpaca:phi": ("alpaca", "alpaca-phi.jinja", {}),
     "alpaca:chatml": ("alpaca", "alpaca-chatml.jinja", {}),
-    "alpaca_chat.load_qa": ("alpaca", "alpaca-chat.jinja", {"question": "instruction", "answer": "output"}),
+    "alpaca_chat.load_qa": ("alpaca", "alpaca-concise.jinja", _ASKED),
+    "alpaca_chat.load_concise": ("alpaca", "alpaca-concise.jinja", {}),
+    "alpaca_chat.load_camel_ai": (
+        "alpaca",
+        "alpaca-concise.jinja",
+        {"message_1": "instruction", "message_2": "output"},
+    ),
+    "alpaca_chat.load_no_prompt": ("alpaca", "alpaca-turns.jinja", {}),
+    "alpaca_instruct.load_no_prompt": ("alpaca", "alpaca-unprompted.jinja", {}),
+    "alpaca_w_system.load_instruct": ("alpaca", "alpaca-unprompted.jinja", {}),
+    "alpaca_w_system.load": ("alpaca", "alpaca-turns.jinja", {}),
+    "alpaca_w_system.load_chat": ("alpaca", "alpaca-turns.jinja", {}),
+    "alpaca_w_system.load_open_orca": ("alpaca", "open-orca.jinja", _ORCA),
+    "alpaca_w_system.load_open_orca_chatml": ("alpaca", "open-orca-chatml.jinja", _ORCA),
     "gpteacher": (*_ALPACA, {"response": "output"}),
-    "sharegpt": ("sharegpt", None, {}),
     "completion": ("text", None, {}),
 }
 """A type -> the rows' format, the chat template that writes its prompt, and fields that the format calls otherwise."""
@@ -24,7 +38,12 @@ WITH_INPUT = (
     "the prompt is that of rows without an input; an input follows the instruction after an empty line, without a "
     "heading of its own"
 )
-CUT = "a longer text is cut into rows of sequence_len there: see data.on_too_long"
+SHAREGPT = (
+    "the chat template renders the turns; there FastChat's {conversation} did, of versions that still read the type"
+)
+NAMED = {"chatml": "chatml.jinja"}
+"""Chat templates by what Axolotl calls them; any other is taken to be the model's own."""
+CUT = "a longer text is cut into rows of sequence_len there; here it stops the run, and is to be cut before"
 MESSAGES = {("role", "content"): ("messages", "messages"), ("from", "value"): ("sharegpt", "conversations")}
 """What role and content of a turn are called -> format, and the field that it has the turns in."""
 RENAME = "qft reads turns of {'role', 'content'} or {'from', 'value'}: rename their fields in the rows"
@@ -54,11 +73,17 @@ class Form:
         return {name: value for name, value in made.items() if value}
 
 
-def form(key: str, dataset: Mapping[str, Any]) -> Form:
-    """The form of the data set at `key`."""
+def form(key: str, dataset: Mapping[str, Any], named: str) -> Form:
+    """The form of the data set at `key`; `named` is the chat template of those that name none."""
     kind, where = dataset.get("type"), f"{key}.type"
     if kind in ("chat_template", "chat_template.default"):
-        return _turns(key, dataset)
+        return _turns(key, dataset, named)
+    if str(kind).partition(":")[0] == "sharegpt":
+        told = dataset.get("conversation") or "vicuna_v1.1"
+        own = NAMED.get(str(told))
+        line = Line(where, Kind.OTHER_FIELD if own else Kind.DECIDED, "" if own else SHAREGPT.format(conversation=told))
+        turns = str(dataset.get("field_messages") or "conversations")
+        return Form(line, "sharegpt", own, {} if turns == "conversations" else {turns: "conversations"})
     if isinstance(kind, Mapping):
         return _own(where, kind)
     if not isinstance(kind, str) or kind not in TYPES:
@@ -70,7 +95,7 @@ def form(key: str, dataset: Mapping[str, Any]) -> Form:
     return Form(Line(where, Kind.OTHER_FIELD, CUT if name == "text" else ""), name, template, columns)
 
 
-def _turns(key: str, dataset: Mapping[str, Any]) -> Form:
+def _turns(key: str, dataset: Mapping[str, Any], named: str) -> Form:
     mapping = dataset.get("message_property_mappings") or {}
     role = mapping.get("role") or dataset.get("message_field_role") or "role"
     content = mapping.get("content") or dataset.get("message_field_content") or "content"
@@ -79,9 +104,9 @@ def _turns(key: str, dataset: Mapping[str, Any]) -> Form:
         return Form(Line(f"{key}.field_messages", Kind.UNSUPPORTED, RENAME))
     name, turns = MESSAGES[role, content]
     asked = str(dataset.get("field_messages") or "messages")
-    return Form(
-        Line(f"{key}.type", Kind.OTHER_FIELD, f"format {name}"), name, None, {} if asked == turns else {asked: turns}
-    )
+    columns = {} if asked == turns else {asked: turns}
+    template = NAMED.get(str(dataset.get("chat_template") or named))
+    return Form(Line(f"{key}.type", Kind.OTHER_FIELD, f"format {name}"), name, template, columns)
 
 
 def _own(where: str, kind: Mapping[str, Any]) -> Form:

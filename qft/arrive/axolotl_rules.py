@@ -1,11 +1,18 @@
 """What becomes of Axolotl's keys that depend on one another, or take more than a field's value."""
 
+import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from qft.arrive.line import Config, Kind, Line, Rule, sets
-from qft.arrive.shared import own_template, report_to
+from qft.arrive.line import Config, Kind, Line, Rule, number, sets
+from qft.arrive.shared import own_template, report_to, steps
 
+BNB = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_quant_storage": "uint8", "llm_int8_has_fp16_weight": False}
+"""What bitsandbytes is told anyway."""
+OFTEN = {"bos_token": "<s>", "eos_token": "</s>"}
+"""What Llama 2, Mistral and their kin call these tokens."""
 PROMPTED = "rows of that type are rendered by the prompt of the type"
 
 
@@ -52,7 +59,7 @@ def bnb_config(key: str, value: Any, config: Config) -> Iterator[Line]:
         elif name in names and name != "bnb_4bit_quant_type":
             yield Line(f"{key}.{name}", Kind.OTHER_FIELD, sets={names[name]: mine})
         else:
-            same = mine == {"bnb_4bit_quant_type": "nf4", "bnb_4bit_quant_storage": "uint8"}.get(name)
+            same = name in BNB and mine == BNB[name]
             yield Line(f"{key}.{name}", Kind.SAME if same else Kind.UNSUPPORTED, "" if same else "see quant")
 
 
@@ -86,10 +93,11 @@ def steps_between(strategy: str) -> Rule:
     def rule(key: str, value: Any, config: Config) -> Iterator[Line]:
         if strategy == "eval" and not (config.get("val_set_size") or config.get("test_datasets")):
             yield Line(key, Kind.NO_EFFECT, "no rows are held out")
-        elif value < 1:
-            yield Line(key, Kind.UNSUPPORTED, f"a share of all steps: give train.{strategy}_steps as a number of steps")
+        elif not number(value):
+            yield Line(key, Kind.NO_EFFECT, "0: as if it were not there")
         else:
-            yield Line(key, Kind.SAME, sets={f"train.{strategy}_strategy": "steps", f"train.{strategy}_steps": value})
+            for line in steps(f"train.{strategy}_steps")(key, value, config):
+                yield replace(line, sets={**line.sets, f"train.{strategy}_strategy": "steps"}) if line.sets else line
 
     return sets(f"train.{strategy}_strategy", f"train.{strategy}_steps")(rule)
 
@@ -149,9 +157,27 @@ def tokens(key: str, value: Any, config: Config) -> Iterator[Line]:
             yield Line(f"{key}.{name}", Kind.DECIDED, "padding is neither seen nor learnt, whatever its token")
         elif name == "additional_special_tokens":
             yield Line(f"{key}.{name}", Kind.OTHER_FIELD, sets={"model.add_special_tokens": token})
+        elif name == "unk_token":
+            yield Line(
+                f"{key}.{name}", Kind.DECIDED, "a text is split as the tokenizer does it, whatever that is called"
+            )
         else:
-            text = "the tokenizer's own tokens are used: if this is another, save the model with such a tokenizer"
-            yield Line(f"{key}.{name}", Kind.UNSUPPORTED, text)
+            yield _own_token(f"{key}.{name}", name, token, str(config.get("base_model")))
+
+
+def _own_token(key: str, name: str, token: str, model: str) -> Line:
+    """Of a token that begins or ends a text: compared with the tokenizer's where that is here."""
+    try:
+        told = json.loads((Path(model).expanduser() / "tokenizer_config.json").read_text("utf-8")).get(name)
+    except (OSError, ValueError, AttributeError):
+        text = f"taken to be the tokenizer's own, as Llama 2's and Mistral's {name} is: save the model with it if not"
+        if token == OFTEN.get(name):
+            return Line(key, Kind.DECIDED, text)
+    else:
+        if token == (told.get("content") if isinstance(told, Mapping) else told):
+            return Line(key, Kind.SAME, "the tokenizer's own")
+    text = "the tokenizer's own tokens are used: if this is another, save the model with such a tokenizer"
+    return Line(key, Kind.UNSUPPORTED, text)
 
 
 @sets("train.warmup_steps")
@@ -211,9 +237,13 @@ def loftq(key: str, value: Any, config: Config) -> Iterator[Line]:
 @sets("train.router_aux_loss_coef")
 def router(key: str, value: Any, config: Config) -> Iterator[Line]:
     for name, each in value.items():
-        if name == "output_router_logits":
-            text = "the experts' balance is in the loss as the checkpoint says; train.router_aux_loss_coef changes it"
-            yield Line(f"{key}.{name}", Kind.DECIDED, text)
+        if name == "output_router_logits" and each and "router_aux_loss_coef" in value:
+            yield Line(f"{key}.{name}", Kind.OTHER_FIELD, "with router_aux_loss_coef")
+        elif name == "output_router_logits" and each:
+            text = "the experts' balance counts what the checkpoint's router_aux_loss_coef says: give that as"
+            yield Line(f"{key}.{name}", Kind.UNSUPPORTED, f"{text} train.router_aux_loss_coef")
+        elif name == "output_router_logits":
+            yield Line(f"{key}.{name}", Kind.OTHER_FIELD, sets={"train.router_aux_loss_coef": 0.0})
         elif name == "router_aux_loss_coef":
             yield Line(f"{key}.{name}", Kind.SAME, sets={"train.router_aux_loss_coef": each})
         else:

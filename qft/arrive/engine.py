@@ -11,9 +11,10 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from qft.arrive import axolotl, llamafactory, torchtune, trl
-from qft.arrive.line import Config, Kind, Line, Rule, number, with_value
+from qft.arrive.given import is_empty, opened, require_filled_in
+from qft.arrive.line import Config, Kind, Line, Rule, fields_of, number, with_value
 from qft.errors import RecipeError
-from qft.recipe import Recipe, source
+from qft.recipe import Recipe
 from qft.recipe.rules import contradictions, unread_fields
 
 
@@ -40,6 +41,16 @@ TOOLS = {
     for module in (torchtune, axolotl, llamafactory, trl)
 }
 """By name, in the order in which they are asked whether a configuration is theirs."""
+ROWS = {"torchtune": "dataset", "Axolotl": "datasets", "LLaMA-Factory": "dataset", "TRL": "dataset_name"}
+"""Where each tool has its rows."""
+QUOTED = ("true", "false", "True", "False")
+"""What YAML reads as a text between quotes alone."""
+UNFIT = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError)
+"""What becomes of a list where a number belongs."""
+NO_ROWS = (
+    "names no rows to learn from ({key}); what answers, measures or merges is asked of a model by qft chat, qft eval "
+    "and qft export --to merged"
+)
 
 
 @dataclass
@@ -67,12 +78,17 @@ class Translation:
 
 def translate(path: Path) -> Translation:
     """Read the configuration of another tool. Raises RecipeError if it is none, MissingError without a file."""
-    if path.suffix in (".py", ".ipynb", ".sh"):
+    if path.suffix == ".sh":
+        raise RecipeError(
+            f"{path}: no script is run: write the options of its command as YAML, --name value as name: value"
+        )
+    if path.suffix in (".py", ".ipynb"):
         remedy = "write the arguments of its SFTConfig and LoraConfig as YAML, by the names that `trl sft` has for them"
         raise RecipeError(f"{path}: code is not read: {remedy} (docs/coming-from.md)")
-    tree = source.read(path, "configuration")
+    tree = opened(path)
     tool = _recognised(tree.values, path)
     config = Config(tree, path, tool.flat(tree.values))
+    require_filled_in(config)
     lines = [with_value(line, config) for key in config.values for line in _lines(tool, key, config)]
     fields, lines = _accepted(lines)
     for line in tool.defaults(config, dict(fields)):
@@ -81,7 +97,12 @@ def translate(path: Path) -> Translation:
             lines.append(line)
     fields.setdefault("output_dir", f"runs/{path.stem}")
     if "model.path" not in fields:
-        raise RecipeError(f"{path}: {tool.name}: names no model")
+        wrong = [
+            f"{config.at(line.key)}: {line.key}: {line.text}" for line in lines if line.text.startswith("model.path")
+        ]
+        raise RecipeError([f"{path}: {tool.name}: names no model", *wrong])
+    if "data.train" not in fields and not any(line.kind is Kind.UNSUPPORTED and "data" in line.key for line in lines):
+        raise RecipeError(f"{path}: {tool.name}: {NO_ROWS.format(key=ROWS[tool.name])}")
     lines = _settled(fields, lines)
     known = {**tool.templates, **{name: text for line in lines for name, text in line.templates.items()}}
     used = fields.get("data.chat_template")
@@ -106,8 +127,15 @@ def _recognised(values: Mapping[str, Any], path: Path) -> Tool:
         if tool.knows(values):
             return tool
     names = ", ".join(TOOLS)
+    inner = next((f"{name}.{key}" for name, section in values.items() if isinstance(section, Mapping)
+                  for key in ("base_model", "model_name_or_path") if key in section), "")  # fmt: skip
+    if any(key.startswith("top.") for key in values):
+        raise RecipeError(
+            f"{path}: settings of LlamaBoard's page: translate the training_args.yaml of its output folder"
+        )
+    nested_ = f"; {inner} is there, and they read no sections: write its keys at the top" if inner else ""
     raise RecipeError(f"{path}: no configuration of {names}: it names no model as they do (base_model, "
-                      "model_name_or_path, model._component_)")  # fmt: skip
+                      f"model_name_or_path, model._component_){nested_}")  # fmt: skip
 
 
 def _lines(tool: Tool, key: str, config: Config) -> Iterable[Line]:
@@ -116,11 +144,15 @@ def _lines(tool: Tool, key: str, config: Config) -> Iterable[Line]:
         meant = difflib.get_close_matches(key, tool.table, n=1, cutoff=0.8)
         asked = f"; meant is perhaps {meant[0]}" if meant else ""
         return [replace(line, text=line.text + asked) for line in tool.unknown(key, value, config)]
-    if value is None:
+    if is_empty(value):
         return [Line(key, Kind.NO_EFFECT, "empty: as if it were not there")]
+    if value == "None":
+        return [Line(key, Kind.UNSUPPORTED, "None is a word to YAML, and no value: write null, or remove the key")]
+    if isinstance(value, str) and value in QUOTED and fields_of(rule):
+        return [Line(key, Kind.UNSUPPORTED, f"a text, which is true to some whatever it says: write {value.lower()}")]
     try:
-        return list(rule(key, value, config))
-    except (TypeError, ValueError, AttributeError, KeyError, IndexError):  # a list where a number belongs
+        return list(rule(key, value, config)) or [Line(key, Kind.NO_EFFECT, "empty: as if it were not there")]
+    except UNFIT:
         return [Line(key, Kind.UNSUPPORTED, f"{tool.name} takes no such value: correct it")]
 
 
@@ -134,7 +166,7 @@ def _accepted(lines: Iterable[Line]) -> tuple[dict[str, Any], list[Line]]:
             taken, problem = _fitting(name, value)
             sets[name] = taken
             problems += [f"{name}: {problem}"] if problem else []
-            if fields.get(name, taken) != taken:
+            if name in fields and fields[name] != taken:
                 problems.append(f"{name} is {fields[name]!r} by another key already")
         if problems:
             kept.append(
@@ -176,7 +208,7 @@ def _problem(name: str, value: Any) -> str | None:
         owner.model_validate({inner or section: value})
     except ValidationError as error:
         found = [item["msg"] for item in error.errors() if item["loc"][0] == (inner or section)]
-        return found[0] if found else None
+        return " or ".join(dict.fromkeys(found)) or None
     return None
 
 
@@ -202,7 +234,7 @@ def _broken(recipe: Recipe) -> Iterator[tuple[str, str, Kind]]:
     for name, text in unread_fields(recipe).items():
         yield name, text, Kind.NO_EFFECT
     for name, text in contradictions(recipe):
-        yield name, text, Kind.UNSUPPORTED
+        yield name, "no rows are left that qft reads: name them" if name == "data.train" else text, Kind.UNSUPPORTED
 
 
 def _without(name: str, text: str, kind: Kind, lines: Iterable[Line]) -> Iterator[Line]:

@@ -20,8 +20,8 @@ from qft.arrive.line import (
     to,
     when_on,
 )
-from qft.arrive.llamafactory_data import sources
-from qft.arrive.shared import SEVERAL, held_out
+from qft.arrive.llamafactory_data import mixing, sources
+from qft.arrive.shared import SEVERAL, beside, held_out, processes
 from qft.arrive.trainer import TRAINER, trainer_defaults
 
 NAME = "LLaMA-Factory"
@@ -33,10 +33,13 @@ TEMPLATES = {
 UNKNOWN = refused("LLaMA-Factory refuses a key that it does not know: remove it")
 MARKS = ("stage", "finetuning_type", "template", "cutoff_len", "lora_rank", "dataset_dir", "quantization_bit")
 """Keys that no other tool with model_name_or_path has."""
+OTHERS = ("dataset_name", "use_peft", "lora_r", "lora_target_modules", "load_in_4bit", "load_in_8bit", "max_seq_length")
+"""TRL's."""
 
 
 def knows(values: Mapping[str, Any]) -> bool:
-    return "model_name_or_path" in values and any(mark in values for mark in MARKS)
+    ours, theirs = (sum(mark in values for mark in marks) for marks in (MARKS, OTHERS))
+    return "model_name_or_path" in values and ours > theirs
 
 
 def flat(values: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -69,7 +72,9 @@ def targets(key: str, value: Any, config: Config) -> Iterator[Line]:
 
 @sets("data.chat_template")
 def template(key: str, value: Any, config: Config) -> Iterator[Line]:
-    if f"{value}.jinja" in TEMPLATES:
+    if config.get("stage") == "pt":
+        yield Line(key, Kind.NO_EFFECT, "texts are not rendered")
+    elif f"{value}.jinja" in TEMPLATES:
         text = "a line break behind the end token is there learnt with it"
         yield Line(key, Kind.OTHER_FIELD, text, {"data.chat_template": f"{value}.jinja"})
     elif value == "empty":
@@ -89,6 +94,20 @@ def pissa(key: str, value: Any, config: Config) -> Iterator[Line]:
 def thinking(key: str, value: Any, config: Config) -> Iterator[Line]:
     text = "what the model's own chat template does with reasoning; data.template_kwargs {enable_thinking: …} tells it"
     yield Line(key, Kind.DECIDED, text)
+
+
+@sets("data.loss_on", "data.packing")
+def stage(key: str, value: Any, config: Config) -> Iterator[Line]:
+    if value != "pt":
+        yield from choose("adapter.kind", {"sft": None}, "qft learns from demonstrations: stage sft")(
+            key, value, config
+        )
+        return
+    fields: dict[str, Any] = {"data.loss_on": "all"}
+    text = "plain texts, of which all is learnt"
+    if config.get("packing", True):
+        text += ": there cut into blocks of cutoff_len, here whole; a longer one stops the run, and is to be cut before"
+    yield Line(key, Kind.OTHER_FIELD, text, fields if "packing" in config.values else {**fields, "data.packing": True})
 
 
 @sets("adapter.kind")
@@ -111,6 +130,15 @@ def checkpointing(key: str, value: Any, config: Config) -> Iterator[Line]:
     yield Line(key, Kind.OTHER_FIELD, sets={"train.gradient_checkpointing": not value})
 
 
+@sets("train.gradient_checkpointing")
+def asked_of_trainer(key: str, value: Any, config: Config) -> Iterator[Line]:
+    """The Trainer's own switch, which turns on what is on already."""
+    if value:
+        yield Line(key, Kind.SAME, sets={"train.gradient_checkpointing": True})
+    else:
+        yield Line(key, Kind.NO_EFFECT, "is on there all the same: disable_gradient_checkpointing: true says no")
+
+
 def media(key: str, value: Any, config: Config) -> Iterator[Line]:
     """Where images lie; here in the folder of the rows' file, or wherever its rows say."""
     same = str(value).rstrip("/") == str(config.get("dataset_dir", "data")).rstrip("/")
@@ -124,20 +152,12 @@ def frozen(key: str, value: Any, config: Config) -> Iterator[Line]:
     yield Line(key, Kind.SAME if value else Kind.UNSUPPORTED, text or "towers stay as they are")
 
 
-def with_key(other: str) -> Rule:
-    """Said by another key's line."""
-    return lambda key, value, config: (
-        [Line(key, Kind.OTHER_FIELD, f"with {other}")]
-        if config.get(other)
-        else [Line(key, Kind.NO_EFFECT, f"is read only with {other}")]
-    )
-
-
 def defaults(config: Config, fields: Mapping[str, Any]) -> Iterator[Line]:
     yield default("adapter.r", 8, "lora_rank")
     yield default("adapter.lora_alpha", 2 * fields.get("adapter.r", 8), "lora_alpha")
     yield default("data.max_length", 2048, "cutoff_len")
-    yield default("data.on_too_long", "truncate", "cutoff_len")
+    cut = config.get("stage") == "pt" and config.get("packing", True)
+    yield default("data.on_too_long", "stop" if cut else "truncate", "cutoff_len")
     yield default("train.gradient_checkpointing", True, "disable_gradient_checkpointing")
     yield default("train.bf16", False, "bf16")
     yield default("train.learning_rate", 5e-5, "learning_rate")
@@ -147,11 +167,10 @@ def defaults(config: Config, fields: Mapping[str, Any]) -> Iterator[Line]:
 DECIDED = {
     SEVERAL: (
         "ray_num_workers ray_init_kwargs master_addr master_port use_mca use_megatron_bridge megatron_bridge_args "
-        "use_hyper_parallel hyper_parallel_args hyper_parallel_cp_size"
+        "use_hyper_parallel hyper_parallel_args hyper_parallel_cp_size ray_run_name ray_storage_path "
+        "ray_storage_filesystem resources_per_worker placement_strategy"
     ),
-    "found from the model's own files": (
-        "use_fast_tokenizer model_max_length rope_scaling_type tokenizer_name_or_path"
-    ),
+    "found from the model's own files": ("use_fast_tokenizer model_max_length"),
     "prepared rows are kept within the run folder": (
         "overwrite_cache tokenized_path preprocessing_batch_size data_shared_file_system"
     ),
@@ -183,6 +202,7 @@ NO_EFFECT = {
         "infer_backend infer_dtype use_kv_cache vllm_maxlen vllm_gpu_util vllm_enforce_eager vllm_max_lora_rank "
         "vllm_config sglang_maxlen sglang_mem_fraction sglang_tp_size sglang_config sglang_lora_backend"
     ),
+    "of older versions, and no longer read": "visual_inputs reserved_label_len",
     "another method's": (
         "freeze_trainable_layers freeze_trainable_modules freeze_extra_modules oft_rank oft_block_size oft_target "
         "module_dropout"
@@ -215,10 +235,13 @@ REMEDIES = {
     ),
     "go on from the merged model: qft export --to merged": "adapter_name_or_path adapter_folder create_new_adapter",
     "write a system turn into the rows": "default_system",
-    "prepare the rows so": "streaming buffer_size interleave_probs eval_on_each_dataset disable_shuffling",
+    "prepare the rows so": "eval_on_each_dataset",
+    "train.matmul: fp8 multiplies gradients by frozen weights in float8": (
+        "fp8 fp8_backend fp8_enable_fsdp_float8_all_gather"
+    ),
     "adapter.target_modules names layers": "use_llama_pro freeze_language_model",
     "bitsandbytes and LLM.int8() hold the base: quant.mode": (
-        "fp8 fp8_backend fp8_enable_fsdp_float8_all_gather use_kt kt_config kt_cpu_activation kt_weight_path "
+        "use_kt kt_config kt_cpu_activation kt_weight_path "
         "kt_non_expert_weight_path kt_expert_checkpoint_path kt_use_lora_experts kt_lora_expert_num "
         "kt_lora_expert_intermediate_size"
     ),
@@ -243,7 +266,7 @@ TABLE: dict[str, Rule] = {
     "model_name_or_path": to("model.path"),
     "model_revision": to("model.revision"),
     "trust_remote_code": to("model.trust_remote_code"),
-    "stage": choose("adapter.kind", {"sft": None}, "qft learns from demonstrations: stage sft"),
+    "stage": stage,
     "do_train": choose("adapter.kind", {True: None}, "qft eval and qft chat take what is trained"),
     "do_eval": decided("held-out rows are evaluated before and after, and by train.eval_strategy"),
     "do_predict": refused("qft eval RECIPE"),
@@ -258,29 +281,35 @@ TABLE: dict[str, Rule] = {
     "use_rslora": to("adapter.use_rslora"),
     "use_dora": to("adapter.use_dora"),
     "pissa_init": when_on(pissa),
-    "pissa_iter": with_key("pissa_init"),
+    "pissa_iter": beside("pissa_init"),
     "pissa_convert": when_on(refused("qft export --to merged adds the adapter to its own base weights")),
     "quantization_bit": bits,
-    "quantization_method": with_key("quantization_bit"),
-    "quantization_type": with_key("quantization_bit"),
-    "double_quantization": with_key("quantization_bit"),
+    "quantization_method": beside("quantization_bit"),
+    "quantization_type": beside("quantization_bit"),
+    "double_quantization": beside("quantization_bit"),
     "pure_bf16": when_on(choose("model.dtype", {True: "bfloat16"}, "model.dtype")),
     "flash_attn": attention,
     "moe_aux_loss_coef": to("train.router_aux_loss_coef"),
     "disable_gradient_checkpointing": checkpointing,
+    "gradient_checkpointing": asked_of_trainer,
     "dataset": sources("data.train"),
     "eval_dataset": sources("data.eval"),
     "media_dir": media,
     "freeze_vision_tower": frozen,
     "freeze_multi_modal_projector": frozen,
     "dataset_dir": decided("where dataset_info.json lies, by which the data sets are found"),
-    "mix_strategy": choose("adapter.kind", {"concat": None}, "give data.train.weight to each source"),
-    "max_samples": with_key("dataset"),
+    "split": choose("adapter.kind", {"train": None}, "give it as the split of a source in data.train"),
+    "mix_strategy": mixing,
+    "interleave_probs": beside("mix_strategy"),
+    "streaming": to("data.streaming"),
+    "buffer_size": beside("streaming"),
+    "disable_shuffling": when_on(choose("train.train_sampling_strategy", {True: "sequential"}, "")),
+    "max_samples": beside("dataset"),
     "template": template,
     "cutoff_len": to("data.max_length"),
     "train_on_prompt": when_on(choose("data.loss_on", {True: "all"}, "data.loss_on")),
     "mask_history": when_on(choose("data.loss_on", {True: "last_assistant"}, "data.loss_on")),
-    "preprocessing_num_workers": to("data.num_proc"),
+    "preprocessing_num_workers": processes("data.num_proc"),
     "val_size": when_on(held_out),
     "packing": to("data.packing", text="packed rows see each other there, unless neat_packing is set"),
     "neat_packing": to("data.packing"),

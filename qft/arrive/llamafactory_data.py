@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +25,68 @@ TAGS: dict[str, dict[str, str]] = {
                "observation_tag": "tool", "function_tag": "tool_calls", "system_tag": "system"},
 }  # fmt: skip
 FORMATS = {"alpaca": "alpaca", "sharegpt": "sharegpt", "openai": "messages"}
+MIXED: Mapping[str, Callable[[Iterable[float]], float]] = {"interleave_under": min, "interleave_over": max}
+"""Ways to mix data sets by shares -> which of them ends it."""
 RENAME = "rename the fields in the rows, as docs/rows.md has them"
+
+
+def between_commas(value: Any) -> list[str]:
+    """What is listed, or stands between commas."""
+    return [str(name) for name in value] if isinstance(value, list) else [n.strip() for n in str(value).split(",")]
 
 
 def sources(field: str) -> Rule:
     """The rule of `dataset` (data.train) and `eval_dataset` (data.eval)."""
 
     def rule(key: str, value: Any, config: Config) -> Iterator[Line]:
-        names = value if isinstance(value, list) else [name.strip() for name in str(value).split(",")]
+        names = between_commas(value)
         info = _info(config)
         found: list[dict[str, Any]] = []
         for name in names:
             yield _source(f"{key}.{name}", info.get(name), config, found, cut=field == "data.train")
         if found:
+            weights = _interleaved(found, config) if field == "data.train" else None
+            for source, weight in zip(found, weights or [], strict=False):
+                source["weight"] = weight
             yield Line(key, Kind.OTHER_FIELD, f"as {INFO} has them", {field: found})
 
     return sets(field)(rule)
+
+
+def mixing(key: str, value: Any, config: Config) -> Iterator[Line]:
+    """How the rows of several data sets make one."""
+    names = config.get("dataset", "")
+    several = len(names if isinstance(names, list) else str(names).split(",")) > 1
+    if value in ("concat", "interleave_once") or (value in MIXED and not several):
+        yield Line(key, Kind.SAME, "each row once, in an order that is drawn")
+    elif value in MIXED:
+        info = _info(config)
+        found: list[dict[str, Any]] = []
+        for name in between_commas(names):
+            _source(name, info.get(name), config, found, cut=True)
+        told = bool(_interleaved(found, config))
+        text = (
+            "as weights of the sources, by the sizes of their files"
+            if told
+            else ("the sizes of the files are not known here: give each source its weight in data.train")
+        )
+        yield Line(key, Kind.OTHER_FIELD if told else Kind.UNSUPPORTED, text)
+    else:
+        yield Line(key, Kind.UNSUPPORTED, "LLaMA-Factory takes no such value: correct it")
+
+
+def _interleaved(found: list[dict[str, Any]], config: Config) -> list[float] | None:
+    """The weights of the sources that are mixed until the first, or the last, has no more rows; None: as they are."""
+    ends = MIXED.get(str(config.get("mix_strategy", "concat")))
+    sizes = [_count(Path(source["path"])) for source in found]
+    shares = between_commas(config.get("interleave_probs") or ",".join("1" for _ in found))
+    if ends is None or len(found) < 2 or len(shares) != len(found) or not all(sizes):
+        return None
+    whole = [size for size in sizes if size]
+    total = sum(map(float, shares))
+    parts = [float(share) / total for share in shares]
+    rows = ends(size * source.get("weight", 1) / part for size, source, part in zip(whole, found, parts, strict=True))
+    return [round(part * rows / size, 6) for part, size in zip(parts, whole, strict=True)]
 
 
 def _info(config: Config) -> Mapping[str, Any]:
@@ -48,7 +94,7 @@ def _info(config: Config) -> Mapping[str, Any]:
     folder = str(config.get("dataset_dir", "data"))
     for base in (Path.cwd(), *config.path.resolve().parents):
         path = base / os.path.expanduser(folder) / INFO
-        if path.is_file():
+        if os.path.isfile(path):  # where a path is none, too
             try:
                 read = json.loads(path.read_text("utf-8"))
             except ValueError as error:
@@ -62,7 +108,7 @@ def _source(key: str, entry: Any, config: Config, found: list[dict[str, Any]], c
     """The line of one name, whose source is added to those that are found."""
     if entry is None:
         return _unexplained(key, str(config.get("dataset_dir", "data")), found)
-    form = _form(entry)
+    form = _form(entry, config)
     path = _path(entry)
     problem = _problem(entry, form) or (
         "" if path else "it is made by code, or on another hub: save the rows as .jsonl"
@@ -100,9 +146,11 @@ def _unexplained(key: str, folder: str, found: list[dict[str, Any]]) -> Line:
     return Line(key, Kind.UNSUPPORTED, f"no {folder}/{INFO} explains it: name its file in data.train, or put it there")
 
 
-def _form(entry: Mapping[str, Any]) -> str | None:
+def _form(entry: Mapping[str, Any], config: Config) -> str | None:
     """The rows' format, by how they are laid out: OpenAI's, where sharegpt is told such tags."""
     formatting = entry.get("formatting", "alpaca")
+    if config.get("stage") == "pt":
+        return "text" if formatting == "alpaca" else None
     columns, tags = entry.get("columns") or {}, entry.get("tags") or {}
     if formatting == "sharegpt" and tags.get("role_tag") == "role":
         return "messages"
@@ -123,8 +171,10 @@ def _problem(entry: Mapping[str, Any], form: str | None) -> str:
     columns, tags = entry.get("columns") or {}, entry.get("tags") or {}
     if {"videos", "audios", "kto_tag", "chosen"} & columns.keys():
         return "rows of text and images alone: videos, audios and judged answers are not read"
-    wrong = [name for name in columns if name not in COLUMNS[like]]
-    wrong += [name for name, mine in tags.items() if TAGS.get(like, {}).get(name) != mine]
+    wrong = [
+        name for name in ("messages", "prompt", "query", "response") if name in columns and name not in COLUMNS[like]
+    ]
+    wrong += [name for name, mine in tags.items() if TAGS.get(like, {}).get(name, mine) != mine]
     return f"{RENAME}: {', '.join(wrong)}" if wrong else ""
 
 
@@ -135,7 +185,8 @@ def _like(form: str) -> str:
 def _renamed(entry: Mapping[str, Any], form: str) -> dict[str, str]:
     """What the rows call a field -> what the format does."""
     ours = COLUMNS[_like(form)]
-    return {mine: ours[name] for name, mine in (entry.get("columns") or {}).items() if mine != ours[name]}
+    columns = entry.get("columns") or ({"prompt": "instruction"} if form == "text" else {})
+    return {mine: ours[name] for name, mine in columns.items() if name in ours and mine != ours[name]}
 
 
 def _path(entry: Mapping[str, Any]) -> str | None:

@@ -47,6 +47,17 @@ ALPACA = _template(
 ALPACA_CHAT = _template(
     "SYSTEM: {{ m.content }}\n", "USER: {{ m.content }}\n", _ANSWER, "ASSISTANT:", f"SYSTEM: {_PREAMBLE}\n"
 )
+CONCISE = (
+    "Below is an instruction from a USER that describes a task. The ASSISTANT writes a response that appropriately and "
+    "concisely completes the request.\n\n"
+)
+USER = "USER: {{ m.content }}\n"
+ALPACA_CONCISE = _template("SYSTEM: {{ m.content }}\n", USER, _ANSWER, "ASSISTANT:", f"SYSTEM: {CONCISE}\n")
+ALPACA_UNPROMPTED = _template(
+    "### System:\n{{ m.content }}\n\n", "### Instruction:\n{{ m.content }}\n\n", _ANSWER, "### Response:\n"
+)
+ALPACA_TURNS = _template("SYSTEM: {{ m.content }}\n", USER, _ANSWER, "ASSISTANT:")
+OPEN_ORCA = _template("### System:\n{{ m.content }}\n", "### Human:\n{{ m.content }}\n", _ANSWER, "### Assistant:\n")
 ALPACA_PHI = _template(
     "<|system|>\n{{ m.content }}<|end|>\n",
     "<|user|>\n{{ m.content }}<|end|>\n",
@@ -63,6 +74,7 @@ ALPACA_CHATML = "{% if messages[0].role != 'system' %}" + f"<|im_start|>system\n
     "{% endif %}" + CHATML.replace("'<|im_end|>' }}{% endgeneration %}", "eos_token }}{% endgeneration %}")
 )  # fmt: skip
 """Its answers end with the tokenizer's end token."""
+OPEN_ORCA_CHATML = CHATML.replace("'<|im_end|>' }}{% endgeneration %}", "eos_token }}{% endgeneration %}")
 
 DEFAULT = _template(
     "System: {{ m.content }}{{ eos_token }}\n",

@@ -1,36 +1,13 @@
 """What becomes of torchtune's components: models, data sets, optimizers and schedules by the names of functions."""
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qft.arrive.line import Config, Kind, Line, sets
-from qft.arrive.shared import LOADERS, is_file, part_of_file
+from qft.arrive.shared import report_to
 
-ALPACA = {"format": "alpaca"}
-ASKED = {"format": "prompt_completion"}
-DATASETS: dict[str, tuple[str | None, dict[str, Any], bool]] = {
-    "alpaca_dataset": ("tatsu-lab/alpaca", ALPACA, True),
-    "alpaca_cleaned_dataset": ("yahma/alpaca-cleaned", ALPACA, True),
-    "slimorca_dataset": ("Open-Orca/SlimOrca-Dedup", {"format": "sharegpt"}, False),
-    "chat_dataset": (None, {}, False),
-    "text_completion_dataset": (None, {"format": "text"}, True),
-    "instruct_dataset": (None, ASKED, False),
-    "grammar_dataset": ("liweili/c4_200m", ASKED, False),
-    "samsum_dataset": ("Samsung/samsum", ASKED, False),
-}
-"""Builder -> the hub data set that it stands for, the source's fields, and whether prompts are learnt by default."""
-OTHERS = {
-    "the_cauldron_dataset": "HuggingFaceM4/the_cauldron",
-    "llava_instruct_dataset": "liuhaotian/LLaVA-Instruct-150K",
-}
-"""Builder of rows that are not read as they are -> the hub data set that it stands for."""
-STYLES = {"sharegpt": "sharegpt", "openai": "messages"}
-COLUMNS = {"sharegpt": "conversations", "openai": "messages"}
-OURS = {"input": "prompt", "output": "completion"}
-"""What torchtune calls the parts of rows that hold a question and an answer -> what the format does."""
-WITHIN = "a file within a hub data set: download it to where data.train has it"
-SAMSUM = {"input": "dialogue", "output": "summary"}
 FUSED = ("phi3", "phi4")
 """Families whose checkpoints have one layer for what torchtune has several."""
 NAMES = {"output_proj": "o_proj"}
@@ -45,14 +22,31 @@ def leaves(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{name}", value
 
 
-def interpolated(value: Any, found: Mapping[str, Any]) -> Any:
-    """With what ${key} stands for."""
-    if not isinstance(value, str):
+PLACE = re.compile(r"\$\{([^${}]+)\}")
+MOST = 100
+"""Places in one text, each of which may stand for a long one."""
+
+
+def interpolated(value: Any, found: Mapping[str, Any], depth: int = 0) -> Any:
+    """With what ${key} and ${oc.env:NAME,default} stand for, as OmegaConf has it; as it is where that is nothing, or is
+    built to grow without end."""
+    if isinstance(value, list) and depth == 0:
+        return [interpolated(each, found, 1) for each in value]
+    if not isinstance(value, str) or depth > 9 or value.count("${") > MOST:
         return value
-    whole = re.fullmatch(r"\$\{([\w.]+)\}", value)
+    whole = PLACE.fullmatch(value)
     if whole:
-        return found.get(whole[1], value)
-    return re.sub(r"\$\{([\w.]+)\}", lambda match: str(found.get(match[1], match[0])), value)
+        told = _stands_for(whole[1], found)
+        return value if told is None or told == value else interpolated(told, found, depth + 1)
+    made = PLACE.sub(lambda match: str(match[0] if (told := _stands_for(match[1], found)) is None else told), value)
+    return value if made == value or len(made) > 10_000 else interpolated(made, found, depth + 1)
+
+
+def _stands_for(place: str, found: Mapping[str, Any]) -> Any:
+    if not place.startswith("oc.env:"):
+        return found.get(place)
+    name, _, default = place.removeprefix("oc.env:").partition(",")
+    return os.environ.get(name.strip(), default.strip() or None)
 
 
 @sets("quant.mode", "adapter.kind")
@@ -106,75 +100,67 @@ def prompt_template(key: str, value: Any, config: Config) -> Iterator[Line]:
     yield Line(key, Kind.UNSUPPORTED, "write it as a Jinja file, and name that as data.chat_template")
 
 
-@sets("data.train")
-def dataset(key: str, value: Any, config: Config) -> Iterator[Line]:
-    builder = str(value).rpartition(".")[2]
-    hub, fields, all_learnt = DATASETS.get(builder, (OTHERS.get(builder), {}, False))
-    path = config.get("dataset.source", hub)
-    files = config.get("dataset.data_files")
-    within = bool(files) and path not in LOADERS
-    path = files or path
-    wrong = WITHIN if within else _unread(builder, config)
-    if not isinstance(path, str):
-        yield Line(key, Kind.UNSUPPORTED, wrong or "names no one file: list them in data.train")
-        return
-    if builder == "chat_dataset":
-        fields = {"format": STYLES.get(_style(config), "auto")}
-    columns = _columns(builder, config)
-    source = {"path": path, **fields, **({"columns": columns} if columns else {})}
-    name = config.get("dataset.name") or config.get("dataset.subset")
-    source |= {"name": name} if name else {}
-    split = config.get("dataset.split", "train")
-    of_file = is_file(path)
-    made: dict[str, Any] = {"data.train": [source if split == "train" or of_file else {**source, "split": split}]}
-    if builder in DATASETS and not {"dataset.train_on_input", "dataset.masking_strategy"} & config.values.keys():
-        made["data.loss_on"] = "all" if all_learnt else "assistant"
-    if builder.startswith("alpaca"):
-        made["data.chat_template"] = "alpaca.jinja"
-    if config.get("dataset_val._component_") == value:
-        made["data.eval"] = [{**source, "split": config.get("dataset_val.split", "validation")}]
-    yield Line(key, Kind.OTHER_FIELD, _said(builder, all_learnt), made)
-    if of_file and split != "train":
-        yield part_of_file("dataset.split", split)
-    if wrong:
-        yield Line(key, Kind.UNSUPPORTED, wrong)
+LEARNT = ("CrossEntropy", "CEWithChunked")
+"""In the names of losses that are the likelihood of the tokens."""
 
 
-def _style(config: Config) -> str:
-    return str(config.get("dataset.conversation_style", "sharegpt"))
-
-
-def _unread(builder: str, config: Config) -> str:
-    """Why the rows cannot be read as they are; empty if they can."""
-    if builder not in DATASETS:
-        return "the rows are read as their own fields say: messages, alpaca, or prompt and completion"
-    if builder == "chat_dataset" and _style(config) not in STYLES:
-        return "rename the columns in the rows: conversations (from, value) or messages (role, content)"
-    return ""
-
-
-def _columns(builder: str, config: Config) -> dict[str, str]:
-    """What the rows call a field -> what the format does."""
-    if builder == "chat_dataset":
-        ours = COLUMNS.get(_style(config), "conversations")
-        named = {ours: config.get("dataset.conversation_column", ours)}
-    elif builder == "text_completion_dataset":
-        named = {"text": config.get("dataset.column", "text")}
+def loss(key: str, value: Any, config: Config) -> Iterator[Line]:
+    if any(part in str(value) for part in LEARNT):
+        yield Line(key, Kind.DECIDED, "logits of some thousand tokens at a time, the same loss (train.chunked_loss)")
     else:
-        inner = {name: config.get(f"dataset.column_map.{name}") for name in ("instruction", "input", "output")}
-        given = {
-            **(SAMSUM if builder == "samsum_dataset" else {}),
-            **{name: mine for name, mine in inner.items() if mine},
-        }
-        asked = DATASETS.get(builder, (None, {}, False))[1] is ASKED
-        named = {OURS[name]: given.get(name, name) for name in OURS} if asked else given
-    return {str(mine): name for name, mine in named.items() if mine != name}
+        text = "qft learns from demonstrations by the likelihood of their tokens: train on the chosen answers"
+        yield Line(key, Kind.UNSUPPORTED, text)
 
 
-def _said(builder: str, all_learnt: bool) -> str:
-    learnt = "the prompt is learnt, too, by its default" if all_learnt and "alpaca" in builder else ""
-    joined = "an input follows the instruction without a heading of its own" if "alpaca" in builder else ""
-    return "; ".join(text for text in (learnt, joined) if text)
+@sets("train.report_to")
+def logger(key: str, value: Any, config: Config) -> Iterator[Line]:
+    name = str(value).rpartition(".")[2]
+    where = {"WandBLogger": "wandb", "TensorBoardLogger": "tensorboard", "MLFlowLogger": "mlflow"}.get(name)
+    project = config.get("metric_logger.project")
+    shell = f"and WANDB_PROJECT={project} in the environment" if where == "wandb" and project else ""
+    if where:
+        yield report_to(key, [where], shell)
+    elif name == "CometLogger":
+        yield Line(key, Kind.UNSUPPORTED, "train.report_to: tensorboard, wandb, mlflow or trackio")
+    else:
+        yield Line(key, Kind.DECIDED, "the run folder is output_dir, and its report has the curves")
+
+
+WITHIN = {
+    "metric_logger": (Kind.DECIDED, "with metric_logger._component_"),
+    "profiler": (Kind.DECIDED, "memory and tokens a second are always reported"),
+    "checkpointer": (Kind.DECIDED, "checkpoints are those of the run folder"),
+    "tokenizer.prompt_template": (Kind.UNSUPPORTED, "write it as a Jinja file, and name that as data.chat_template"),
+}
+"""What becomes of any other argument of a component."""
+
+
+def unknown(key: str, value: Any, config: Config) -> Iterator[Line]:
+    """A key that no table has: an argument of a component, a component of another recipe, or one that nobody reads."""
+    kind, text = next((told for name, told in WITHIN.items() if key.startswith(f"{name}.")), (None, ""))
+    owner = key.partition(".")[0]
+    built = config.get(f"{owner}._component_")
+    if kind:
+        yield Line(key, kind, text)
+    elif key.endswith("._component_"):
+        yield Line(key, Kind.UNSUPPORTED, "the LoRA recipes build no such part: it is of another recipe of torchtune's")
+    elif built:
+        yield Line(key, Kind.UNSUPPORTED, f"an argument of {built}, which qft does not build")
+    else:
+        yield Line(key, Kind.NO_EFFECT, "the LoRA recipes of torchtune read no such key, and say nothing")
+
+
+@sets("train.save_strategy", "train.save_steps")
+def saved(key: str, value: Any, config: Config) -> Iterator[Line]:
+    yield Line(key, Kind.OTHER_FIELD, sets={"train.save_strategy": "steps", "train.save_steps": value})
+
+
+def resumed(key: str, value: Any, config: Config) -> Iterator[Line]:
+    if value is True:
+        text = "a run of torchtune's is not gone on with: merge its adapter into the model, and name that as model.path"
+        yield Line(key, Kind.UNSUPPORTED, text)
+    else:
+        yield Line(key, Kind.SAME, "off: qft train --resume goes on where a run of its own ended")
 
 
 @sets("train.eval_strategy")

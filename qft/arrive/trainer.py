@@ -19,7 +19,7 @@ from qft.arrive.line import (
     to,
     when_on,
 )
-from qft.arrive.shared import SEVERAL, optimizer, report_to
+from qft.arrive.shared import SEVERAL, beside, optimizer, processes, pushed, report_to, resumed, steps
 
 SCHEDULERS = (
     "linear",
@@ -80,10 +80,10 @@ DECIDED = {
         "parallelism_config"
     ),
     "an earlier run is replaced by qft train --overwrite": "overwrite_output_dir",
-    "qft train --resume goes on where a run ended": "resume_from_checkpoint",
     "checkpoints hold the optimizer too, so that a run can go on": "save_only_model save_on_each_node",
     "non-reentrant, always": "gradient_checkpointing_kwargs",
     "the eval loss is what the best is chosen by": "metric_for_best_model greater_is_better",
+    "held-out rows are measured as the training computes": "bf16_full_eval",
     "evaluated once before the training, too": "eval_on_start",
     "only the loss is kept of an evaluation": (
         "prediction_loss_only eval_accumulation_steps include_for_metrics eval_do_concat_batches "
@@ -111,9 +111,6 @@ DECIDED = {
 REMEDIES = {
     "train.lr_scheduler_type names the shapes that there are": "lr_scheduler_kwargs",
     "train.optim and its adam_* fields are what an optimizer is told": "optim_args optim_target_modules",
-    "export and publish afterwards: qft export": (
-        "push_to_hub hub_model_id hub_strategy hub_token hub_private_repo hub_always_push hub_revision"
-    ),
     "set torch's own environment variables": (
         "torch_compile_backend torch_compile_mode torch_empty_cache_steps jit_mode_eval"
     ),
@@ -126,7 +123,7 @@ REMEDIES = {
     "evaluated after as many steps each time: train.eval_steps": "eval_delay",
     "a checkpoint's adapter is continued by --resume alone": "restore_callback_states_from_checkpoint",
     "group by length alone: train.train_sampling_strategy": "length_column_name",
-    "float32 sums": "bf16_full_eval fp16_full_eval half_precision_backend fp16_opt_level",
+    "float32 sums": "fp16_full_eval half_precision_backend fp16_opt_level",
 }
 TRAINER: dict[str, Rule] = {
     **many(DECIDED, decided),
@@ -163,21 +160,27 @@ TRAINER: dict[str, Rule] = {
     "label_smoothing_factor": to("train.label_smoothing_factor"),
     "train_sampling_strategy": to("train.train_sampling_strategy"),
     "group_by_length": when_on(choose("train.train_sampling_strategy", {True: "group_by_length"}, "")),
-    "dataloader_num_workers": to("train.dataloader_num_workers"),
+    "dataloader_num_workers": processes("train.dataloader_num_workers"),
     "dataloader_pin_memory": to("train.dataloader_pin_memory"),
-    "logging_steps": to("train.logging_steps"),
+    "logging_steps": steps("train.logging_steps"),
     "logging_strategy": decided("every train.logging_steps steps"),
     "eval_strategy": to("train.eval_strategy", strategy),
     "evaluation_strategy": to("train.eval_strategy", strategy),
-    "eval_steps": to("train.eval_steps"),
+    "eval_steps": steps("train.eval_steps"),
     "save_strategy": to("train.save_strategy", strategy),
-    "save_steps": to("train.save_steps"),
+    "save_steps": steps("train.save_steps"),
     "save_total_limit": to("train.save_total_limit"),
     "load_best_model_at_end": to("train.load_best_model_at_end"),
     "full_determinism": to("train.full_determinism"),
     "report_to": trackers,
     "run_name": to("train.run_name"),
     "project": ignored("trackio's own"),
+    "resume_from_checkpoint": resumed,
+    "push_to_hub": when_on(pushed),
+    **dict.fromkeys(
+        ["hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push", "hub_revision"],
+        beside("push_to_hub", Kind.DECIDED),
+    ),
     "use_cache": ignored("a training keeps no keys and values"),
     **many({"read by scripts, and not by the Trainer": "do_train do_eval do_predict"}, ignored),
     **many(

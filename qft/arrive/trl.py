@@ -19,9 +19,9 @@ from qft.arrive.line import (
     to,
     when_on,
 )
-from qft.arrive.shared import LOADERS, SEVERAL, attention, experts, held_out
+from qft.arrive.shared import LOADERS, SEVERAL, attention, experts, held_out, is_place, processes, within
 from qft.arrive.trainer import TRAINER, trainer_defaults
-from qft.arrive.trl_scripts import EVERY_COLUMN, SCRIPTS, evaluates
+from qft.arrive.trl_scripts import EVERY_COLUMN, OTHER_TRAINERS, SCRIPTS, evaluates
 
 NAME = "TRL"
 TEMPLATES: dict[str, str] = {}
@@ -84,12 +84,22 @@ def dataset(key: str, value: Any, config: Config) -> Iterator[Line]:
     if config.get("datasets"):
         yield Line(key, Kind.NO_EFFECT, "trl reads datasets, and not this beside them")
         return
-    made = {"name": config.get("dataset_config"), "split": config.get("dataset_train_split")}
+    name = None if is_place(value) else config.get("dataset_config")
+    made = {"name": name, "split": config.get("dataset_train_split")}
     source = {"path": config.local(value), **{name: each for name, each in made.items() if each}}
-    yield Line(key, Kind.OTHER_FIELD, sets={"data.train": [source]})
+    yield Line(key, Kind.OTHER_FIELD, sets={"data.train": within(source)})
     if evaluates(config):
         split = {**source, "split": config.get("dataset_test_split", "test")}
-        yield Line(key, Kind.OTHER_FIELD, "held-out rows", {"data.eval": [split]})
+        yield Line(key, Kind.OTHER_FIELD, "held-out rows", {"data.eval": within(split)})
+
+
+def configuration(key: str, value: Any, config: Config) -> Iterator[Line]:
+    if not is_place(str(config.get("dataset_name", ""))):
+        yield Line(key, Kind.DECIDED, "with dataset_name: data.train.name")
+    elif value == "default":
+        yield Line(key, Kind.NO_EFFECT, "a folder has but one")
+    else:
+        yield Line(key, Kind.UNSUPPORTED, "a folder is read without its configurations: name the files in data.train")
 
 
 MIXED = {
@@ -115,7 +125,8 @@ def mixture(key: str, value: Any, config: Config) -> Iterator[Line]:
         wrong = [(*MIXED.get(name, (Kind.UNSUPPORTED, "trl refuses it: remove it")), name) for name in others
                  if not (name == "data_files" and read)]  # fmt: skip
         made = {name: each[name] for name in ("name", "split") if each.get(name)}
-        found += [{"path": config.local(str(path)), **made} for path in files or [each.get("path")] if path]
+        for path in files or [each.get("path")]:
+            found += within({"path": config.local(str(path)), **made}) if path else []
         for kind, text, name in wrong or [(Kind.OTHER_FIELD, "", "")]:
             yield Line(f"{key}.{i}", kind, f"{name}: {text}" if name else "")
     if found:
@@ -195,6 +206,28 @@ def dtype(key: str, value: Any, config: Config) -> Iterator[Line]:
     yield from choose("model.dtype", DTYPES, "model.dtype: auto, float32, bfloat16 or float16")(key, value, config)
 
 
+LOADING = {
+    "dtype": dtype,
+    "torch_dtype": dtype,
+    "attn_implementation": attention,
+    "trust_remote_code": to("model.trust_remote_code"),
+    "revision": to("model.revision"),
+    **many({"how a model is loaded": "device_map low_cpu_mem_usage use_cache"}, decided),
+}
+"""What from_pretrained is told, of which trl reads some as keys of its own too."""
+
+
+@sets("model.dtype", "model.attn_implementation")
+def loading(key: str, value: Any, config: Config) -> Iterator[Line]:
+    """model_init_kwargs."""
+    for name, each in value.items():
+        rule = LOADING.get(name, refused("qft tells from_pretrained what the fields of model say: remove it"))
+        if each is None:
+            yield Line(f"{key}.{name}", Kind.NO_EFFECT, "empty: as if it were not there")
+        else:
+            yield from rule(f"{key}.{name}", each, config)
+
+
 def defaults(config: Config, fields: Mapping[str, Any]) -> Iterator[Line]:
     yield default("adapter.kind", "none", "use_peft")
     if fields.get("adapter.kind") == "lora":
@@ -225,7 +258,6 @@ DECIDED = {
 REMEDIES = {
     "the tokenizer's own end token is used: save the model with such a tokenizer": "eos_token",
     "save the rows as a file": "dataset_streaming streaming",
-    "model.dtype, model.attn_implementation": "model_init_kwargs",
     "set them in the shell that runs qft": "env",
 }
 TABLE: dict[str, Rule] = {
@@ -233,9 +265,14 @@ TABLE: dict[str, Rule] = {
     **SCRIPTS,
     **many(DECIDED, decided),
     **many(REMEDIES, refused),
+    **many(
+        {"of another trainer than SFT; qft learns from demonstrations: train on the chosen answers": OTHER_TRAINERS},
+        refused,
+    ),
     "model_name_or_path": to("model.path"),
     "model_revision": to("model.revision"),
     "trust_remote_code": to("model.trust_remote_code"),
+    "model_init_kwargs": loading,
     "dtype": dtype,
     "torch_dtype": dtype,
     "attn_implementation": attention,
@@ -254,12 +291,12 @@ TABLE: dict[str, Rule] = {
     "use_bnb_nested_quant": decided("with load_in_4bit: quant.double_quant"),
     "router_aux_loss_coef": to("train.router_aux_loss_coef"),
     "dataset_name": dataset,
-    "dataset_config": decided("with dataset_name: data.train.name"),
+    "dataset_config": configuration,
     "dataset_train_split": decided("with dataset_name: data.train.split"),
     "dataset_test_split": decided("with dataset_name and eval_strategy: data.eval.split"),
     "datasets": mixture,
     "dataset_text_field": text_field,
-    "dataset_num_proc": to("data.num_proc"),
+    "dataset_num_proc": processes("data.num_proc"),
     "chat_template_path": template,
     "max_length": length,
     "loss_type": loss,

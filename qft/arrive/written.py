@@ -27,9 +27,11 @@ def write_translated(path: Path, made: Translation, allow_unsupported: bool = Fa
     """
     if path.exists():
         raise RecipeError(f"{path}: exists already, and is not overwritten")
-    if made.unsupported and not allow_unsupported:
+    rows = "data.train" in made.fields
+    if made.unsupported and not (allow_unsupported and rows):
         told = [f"{made.config.at(line.key)}: {line.key}: not supported: {line.text}" for line in made.unsupported]
-        raise GateError("\n".join([*told, "--allow-unsupported writes the recipe without these"]))
+        without = "--allow-unsupported writes the recipe without these"
+        raise GateError("\n".join([*told, without if rows else "no rows are left to learn from: no recipe is written"]))
     for name, text in made.templates.items():
         beside = path.parent / name
         if beside.exists() and beside.read_text("utf-8") != text:
@@ -86,7 +88,7 @@ def _moved(name: str, value: Any, folder: Path) -> Any:
 
 
 def _if_local(path: str, folder: Path) -> str:
-    local = os.path.isabs(path) or path.startswith(("./", "../", "~"))
+    local = os.path.isabs(path) or path.startswith(("./", "../", "~")) or (path.count("/") > 1 and ":" not in path)
     inside = "/" in path and path.lower().endswith(DATA_SUFFIXES)
     return _relative(path, folder) if local or inside or os.path.exists(path) else path
 

@@ -121,7 +121,8 @@ def read(path: Path, kind: str = "recipe") -> Tree:
 
 
 def parse(text: str, name: str, kind: str = "recipe") -> Tree:
-    """Parse YAML `text`; `name` stands for the file in messages."""
+    """Parse YAML `text`, of which JSON is a kind but for its tabs; `name` stands for the file in messages."""
+    text = text.replace("\t", " ") if name.endswith(".json") else text
     try:
         loader = _Loader(text)
         node = loader.get_single_node()

@@ -43,7 +43,7 @@ def test_what_is_said_to_be_read_by_a_library_is_a_field_of_it() -> None:
 
 def test_other_tools_names() -> None:
     assert explain("data.max_length").peers == {
-        "torchtune": ("tokenizer.max_seq_len",),
+        "torchtune": ("tokenizer.max_seq_len", "dataset.max_seq_len"),
         "Axolotl": ("sequence_len",),
         "LLaMA-Factory": ("cutoff_len",),
         "TRL": ("max_length", "max_seq_length"),

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pytest
 
 from qft.arrive import Kind
@@ -164,3 +165,148 @@ def test_a_tracker_that_is_not_installed_is_told_and_left_out(
 )
 def test_what_torchtune_does_and_qft_does_not_is_named(change: dict[str, Any], key: str, tmp_path: Path) -> None:
     assert [line.key for line in translated(tmp_path, {**TUNE, **change}).unsupported] == [key]
+
+
+def test_of_a_folder_a_split_is_what_its_files_are_called_after(tmp_path: Path) -> None:
+    """`datasets` tells them by their names; else what is held out would be trained on."""
+    for name in ("train-00.jsonl", "train-01.jsonl", "dev.jsonl", "test.jsonl"):
+        (tmp_path / name).write_text("{}\n")
+    asked = {"dataset_name": str(tmp_path), "dataset_train_split": None, "eval_strategy": "epoch"}
+    made = translated(tmp_path, {**TRL, **asked, "dataset_test_split": "validation", "dataset_config": "default"})
+    assert made.unsupported == []
+    assert made.fields["data.train"] == [{"path": str(tmp_path / f"train-0{i}.jsonl")} for i in range(2)]
+    assert made.fields["data.eval"] == [{"path": str(tmp_path / "dev.jsonl")}]
+    away = translated(tmp_path, {**TRL, **asked, "dataset_name": "/away/rows", "dataset_test_split": "test"})
+    assert away.fields["data.train"] == [{"path": "/away/rows"}]
+    assert away.fields["data.eval"] == [{"path": "/away/rows/*test*"}]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "probabilities", "weights"),
+    [
+        ("interleave_under", None, [0.4, 1.0]),
+        ("interleave_over", None, [1.0, 2.5]),
+        ("interleave_under", "0.8, 0.2", [1.0, 0.625]),
+        ("interleave_over", "0.8, 0.2", [1.6, 1.0]),
+        ("interleave_once", None, [None, None]),
+        ("concat", None, [None, None]),
+    ],
+)
+def test_data_sets_that_are_interleaved_get_weights_by_their_sizes(
+    strategy: str, probabilities: str | None, weights: list[float | None], rows: Path
+) -> None:
+    sizes = {"many": 10, "few": 4}
+    for name, size in sizes.items():
+        (rows / "data" / f"{name}.jsonl").write_text('{"instruction": "a", "output": "b"}\n' * size)
+    info = {name: {"file_name": f"{name}.jsonl"} for name in sizes}
+    (rows / "data" / "dataset_info.json").write_text(json.dumps(info))
+    mixed = {"mix_strategy": strategy, "interleave_probs": probabilities, "max_samples": None}
+    made = translated(rows, {**LLAMA, "dataset": "many,few", **mixed})
+    assert made.unsupported == []
+    assert [source.get("weight") for source in made.fields["data.train"]] == weights
+
+
+def test_sizes_that_are_not_known_make_no_weights(rows: Path) -> None:
+    (rows / "data" / "dataset_info.json").write_text(
+        json.dumps({"a": {"hf_hub_url": "a/b"}, "b": {"hf_hub_url": "c/d"}})
+    )
+    made = translated(rows, {**LLAMA, "dataset": "a,b", "max_samples": None, "mix_strategy": "interleave_over"})
+    assert [line.key for line in made.unsupported] == ["mix_strategy"]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "template", "kind"),
+    [
+        ({"type": "sharegpt", "conversation": "chatml"}, "chatml.jinja", Kind.OTHER_FIELD),
+        ({"type": "sharegpt"}, None, Kind.DECIDED),
+        ({"type": "chat_template", "chat_template": "chatml"}, "chatml.jinja", Kind.OTHER_FIELD),
+        ({"type": "chat_template", "chat_template": "llama3"}, None, Kind.OTHER_FIELD),
+        ({"type": "alpaca_chat.load_qa"}, "alpaca-concise.jinja", Kind.OTHER_FIELD),
+        ({"type": "alpaca_w_system.load_open_orca"}, "open-orca.jinja", Kind.OTHER_FIELD),
+    ],
+    ids=str,
+)
+def test_the_chat_template_is_that_of_the_data_set(
+    dataset: dict[str, str], template: str | None, kind: Kind, tmp_path: Path
+) -> None:
+    """And the type's line tells where another prompt was there than what renders the rows here."""
+    made = translated(tmp_path, {**AXOLOTL, "datasets": [{"path": "a/b", **dataset}, {"path": "c/d", **dataset}]})
+    assert made.unsupported == []
+    assert made.fields.get("data.chat_template") == template
+    assert kinds(made)["datasets.0.type"] is kind
+
+
+def test_a_file_that_data_files_names_in_full_is_within_no_hub_data_set(tmp_path: Path) -> None:
+    rows = str(tmp_path / "rows.json")
+    made = translated(tmp_path, {**AXOLOTL, "datasets": [{"path": rows, "data_files": [rows], "type": "alpaca"}]})
+    assert made.fields["data.train"] == [{"path": rows, "format": "alpaca"}]
+    dataset = {"_component_": "torchtune.datasets.alpaca_cleaned_dataset", "data_files": rows}
+    made = translated(tmp_path, {**TUNE, "dataset": dataset})
+    assert made.unsupported == []
+    assert made.fields["data.train"] == [{"path": rows, "format": "alpaca"}]
+
+
+def test_several_data_sets_of_torchtune_are_as_many_sources(tmp_path: Path) -> None:
+    one = {"_component_": "torchtune.datasets.instruct_dataset", "source": "a/b", "packed": True}
+    made = translated(tmp_path, {**TUNE, "dataset": [one, {**one, "source": "c/d", "split": "train[:9]"}]})
+    assert made.unsupported == []
+    assert [source["path"] for source in made.fields["data.train"]] == ["a/b", "c/d"]
+    assert (made.fields["data.packing"], made.fields["data.loss_on"]) == (True, "assistant")
+    assert kinds(made)["dataset.1.source"] is Kind.DECIDED
+
+
+def test_data_sets_of_torchtune_that_are_rendered_otherwise_are_not_mixed(tmp_path: Path) -> None:
+    several = [{"_component_": "torchtune.datasets.alpaca_dataset"}, {"_component_": "torchtune.datasets.chat_dataset"}]
+    made = translated(tmp_path, {**TUNE, "dataset": several})
+    assert {"dataset", "dataset.1._component_"} <= {line.key for line in made.unsupported}
+
+
+def test_plain_texts_of_llama_factory(rows: Path) -> None:
+    """Its stage pt, whose blocks of texts qft does not cut: a longer one is told instead of dropped or cut off."""
+    info = {"one": {"file_name": "one.jsonl", "columns": {"prompt": "text"}}, "two": {"hf_hub_url": "a/b"}}
+    (rows / "data" / "dataset_info.json").write_text(json.dumps(info))
+    made = translated(rows, {**LLAMA, "stage": "pt", "dataset": "one,two", "max_samples": None})
+    assert made.unsupported == []
+    assert made.fields["data.train"] == [
+        {"path": str(rows / "data" / "one.jsonl"), "format": "text"},
+        {"path": "a/b", "format": "text", "columns": {"instruction": "text"}},
+    ]
+    assert [made.fields[f"data.{name}"] for name in ("loss_on", "packing", "on_too_long")] == ["all", True, "stop"]
+    assert "data.chat_template" not in made.fields
+
+
+def test_a_long_text_of_axolotl_is_not_dropped(tmp_path: Path) -> None:
+    made = translated(tmp_path, {**AXOLOTL, "datasets": [{"path": "a/b", "type": "completion"}]})
+    assert made.fields["data.on_too_long"] == "stop"
+
+
+@pytest.mark.parametrize(
+    ("tool", "key"),
+    [("Axolotl", "dataset_processes"), ("LLaMA-Factory", "preprocessing_num_workers"), ("TRL", "dataset_num_proc")],
+)
+def test_more_processes_than_a_machine_is_for_are_left_out(tool: str, key: str, rows: Path) -> None:
+    made = translated(rows, {**ALL[tool], key: 4096})
+    assert kinds(made)[key] is Kind.DECIDED
+    assert translated(rows, {**ALL[tool], key: 2}).fields["data.num_proc"] == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("alpaca_chat.load_no_prompt", "USER: Q?\nASSISTANT:A.</s>"),
+        ("alpaca_instruct.load_no_prompt", "### Instruction:\nQ?\n\n### Response:\nA.</s>"),
+        ("alpaca_w_system.load_open_orca", "### Human:\nQ?\n### Assistant:\nA.</s>"),
+        ("alpaca_w_system.load_open_orca_chatml",
+         "<|im_start|>user\nQ?<|im_end|>\n<|im_start|>assistant\nA.</s>\n"),
+        ("alpaca_chat.load_concise",
+         "SYSTEM: Below is an instruction from a USER that describes a task. The ASSISTANT writes a response that "
+         "appropriately and concisely completes the request.\n\n\nUSER: Q?\nASSISTANT:A.</s>"),
+    ],
+)  # fmt: skip
+def test_prompts_are_those_of_axolotls_prompters(kind: str, expected: str, tmp_path: Path) -> None:
+    """Source: axolotl/prompters.py and prompt_strategies/alpaca_{chat,instruct,w_system}.py of 0.18."""
+    made = translated(tmp_path, {**AXOLOTL, "datasets": [{"path": "a/b", "type": kind}]})
+    (text,) = made.templates.values()
+    text = text.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    turns = [{"role": "user", "content": "Q?"}, {"role": "assistant", "content": "A."}]
+    assert jinja2.Template(text, keep_trailing_newline=True).render(messages=turns, eos_token="</s>") == expected

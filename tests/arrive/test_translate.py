@@ -231,12 +231,6 @@ def test_a_chat_template_that_is_text_becomes_a_file(tmp_path: Path) -> None:
     assert Path(named).read_text() == text
 
 
-def test_several_data_sets_of_torchtune_are_no_key_of_nothing(tmp_path: Path) -> None:
-    several = [{"_component_": "torchtune.datasets.alpaca_dataset"}, {"_component_": "torchtune.datasets.chat_dataset"}]
-    made = translated(tmp_path, {**TUNE, "dataset": several})
-    assert "dataset" in [line.key for line in made.unsupported]
-
-
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("other.yaml").write_text(yaml.safe_dump({**AXOLOTL, "optimizer": "muon"}))

@@ -39,6 +39,7 @@ from qft.quant.rounding_state import state_of
 from qft.quant.share import measured_share
 from qft.run.checkpoint import is_over, step_of
 from qft.run.folder import Run, record_base
+from qft.run.lock import require_ours
 from qft.training.evaluation import HeldOut
 from qft.training.fusing import fuse
 from qft.training.qat import RoundingSchedule, require_observed
@@ -46,6 +47,7 @@ from qft.training.recorder import Recorder
 from qft.training.sharding import shard
 from qft.training.stages import Border, free, stages_left, told_of
 from qft.training.surviving import SurvivingTrainer
+from qft.training.workers import workers_heard
 
 
 def train_model(run: Run, recorder: Recorder, signals: Signals) -> Path:
@@ -81,7 +83,8 @@ def _train_stage(run: Run, recorder: Recorder, signals: Signals, offload: Offloa
     recorder.loaded(model)
     # Under autocast a LoRA layer need not cast its input to float32 first, which would be kept for backward.
     mixed = plan.training["bf16"] or plan.training["fp16"]
-    with memory_guard("training", trainer.still_to_do()), disable_input_dtype_casting(model, active=mixed):
+    guard = memory_guard("training", trainer.still_to_do())
+    with guard, workers_heard(), disable_input_dtype_casting(model, active=mixed):
         held_out = HeldOut(trainer, run)
         if checkpoint:
             held_out.recall("before")
@@ -267,6 +270,7 @@ def _callbacks(plan: Plan, run: Run) -> list[TrainerCallback]:
 
 def _save(trainer: SurvivingTrainer, run: Run) -> Path:
     plan, model = trainer.recorder.plan, trainer.accelerator.unwrap_model(trainer.model)
+    world().first_does(lambda: require_ours(run.folder))
     if learnt := state_of(model):
         require_observed(learnt)
     if plan.lora is None:

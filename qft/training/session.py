@@ -11,7 +11,6 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.integrations import TensorBoardCallback
 
 from qft.checkpoint.skeleton import find_blocks
 from qft.data.batch import Collator, pad_token_id
@@ -35,12 +34,14 @@ from qft.model.on_cpu import join_adapters
 from qft.model.sharded import load_for_sharding
 from qft.plan import Plan
 from qft.plan.rows import UNWEIGHTED
+from qft.progress import View
 from qft.quant.rounding_state import state_of
 from qft.quant.share import measured_share
 from qft.run.checkpoint import is_over, step_of
 from qft.run.folder import Run, record_base
 from qft.run.lock import require_ours
 from qft.training.evaluation import HeldOut
+from qft.training.events import Events
 from qft.training.fusing import fuse
 from qft.training.qat import RoundingSchedule, require_observed
 from qft.training.recorder import Recorder
@@ -208,7 +209,7 @@ def _trainer(model: Any, run: Run, recorder: Recorder, signals: Signals) -> Surv
         eval_dataset=plan.data.eval and plan.data.eval.remove_columns("weights"),
         data_collator=_collator(plan, model),
         processing_class=plan.model.tokenizer,
-        callbacks=_callbacks(plan, run),
+        callbacks=_callbacks(plan, run, recorder.view),
     )
     trainer.remove_callback(PrinterCallback)
     if not trainer.model_accepts_loss_kwargs and plan.recipe.train.gradient_accumulation_steps > 1:
@@ -254,7 +255,7 @@ def _require_apart(model: Any, plan: Plan) -> None:
         )
 
 
-def _callbacks(plan: Plan, run: Run) -> list[TrainerCallback]:
+def _callbacks(plan: Plan, run: Run, view: View) -> list[TrainerCallback]:
     patience, callbacks = plan.recipe.train.early_stopping_patience, []
     if patience:
         callbacks.append(EarlyStoppingCallback(patience))
@@ -263,8 +264,7 @@ def _callbacks(plan: Plan, run: Run) -> list[TrainerCallback]:
     if plan.leads_on:
         callbacks.append(Border(plan))
     if "tensorboard" in plan.recipe.train.report_to:
-        callbacks.append(TensorBoardCallback())
-        callbacks[-1].logging_dir = str(run.events)
+        callbacks.append(Events(run.events, view))
     return callbacks
 
 

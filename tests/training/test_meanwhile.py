@@ -79,6 +79,18 @@ def test_what_is_removed_of_a_run_at_work_is_written_again(lost: str, recipe_fil
     assert f"somebody removed {names} while" in again
 
 
+def test_events_that_cannot_be_written_end_no_training(
+    recipe_file: RecipeFile, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    events = tmp_path / "run" / "events"
+    recipe = recipe_file(train=FEW | {"max_steps": 6, "save_steps": 6, "report_to": ["tensorboard"]})
+    view = Meanwhile(lambda: shutil.rmtree(events))
+    assert train(load(recipe), view).loss.history[-1][0] == 6
+    [told] = [note for note in view.notes if "TensorBoard" in note]
+    assert told.endswith("No such file or directory. TensorBoard's events end here, and the training goes on")
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_a_folder_that_another_command_has_by_now_is_left_to_it(recipe_file: RecipeFile, tmp_path: Path) -> None:
     folder, ready = tmp_path / "run", tmp_path / "ready"
     began = list[Any]()

@@ -54,6 +54,7 @@ KILLED = (
 TEXTS: list[tuple[str, type[QftError], str]] = [
     (r"can't allocate memory", OutOfMemoryError, "this machine has no memory left"),
     (r"subprocesses has abruptly died", OutOfMemoryError, KILLED),
+    (r"DataLoader worker .*killed by signal", OutOfMemoryError, "this machine has no memory left, it seems"),
     (r"Too many open files", RunError, REFUSALS["EMFILE"]),
     (r"TMPDIR is set to", RunError, "temporary files cannot be written"),
 ]

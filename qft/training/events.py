@@ -14,7 +14,7 @@ _others = threading.excepthook
 
 
 class Events(TensorBoardCallback):
-    """Writes into `folder` until that fails, which is said once. At the start OSError is raised: no work is lost yet."""
+    """Writes into `folder` until that fails, which is said once. At the start it raises OSError: no work is lost."""
 
     def __init__(self, folder: Path, view: View) -> None:
         super().__init__()

@@ -1,8 +1,9 @@
 """What a process that prepares batches fails at, told as if it were this one."""
 
 import re
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from qft.errors import OutOfMemoryError, first_line
 
@@ -11,6 +12,7 @@ CAUGHT = re.compile(r"Caught (\w+) in DataLoader worker process \d+\.\nOriginal 
 OF_SYSTEM = re.compile(r"\[Errno (\d+)\] (.*?): '(.*)'", re.DOTALL)
 """The system's number, what it says, and the file."""
 ENDED = re.compile(r"DataLoader worker .*(killed by signal|exited unexpectedly)")
+PAUSE = 0.2
 KILLED = (
     "a process that prepares batches was ended from outside, as systems do that run out of memory: set fewer "
     "train.dataloader_num_workers, or give the machine more memory; from a checkpoint, --resume goes on"
@@ -24,6 +26,8 @@ def workers_heard() -> Iterator[None]:
     try:
         yield
     except (ConnectionError, EOFError) as error:
+        with suppress(RuntimeError):  # which torch raises where the signal comes, and that may be later
+            time.sleep(PAUSE)
         raise OutOfMemoryError(f"{KILLED} ({first_line(error)})") from error
     except Exception as error:
         if isinstance(error, RuntimeError) and ENDED.search(str(error)):

@@ -117,6 +117,7 @@ def test_what_the_system_refuses_names_the_file(
         (torch.OutOfMemoryError("CUDA out of memory."), 9, "the device has no memory left: CUDA out of memory."),
         (OfflineModeIsEnabled("offline"), 3, "the hub cannot be reached"),
         (RuntimeError("One of the subprocesses has abruptly died during map operation."), 9, "set fewer data.num_proc"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), 9, "no memory left, it seems: DataLo"),
         (RuntimeError("unable to open file <w> in read-only mode: Too many open files (24)"), 7, "`ulimit -n`"),
         (FileNotFoundError("No such file or directory: run/weights"), 3, "run/weights"),
         (OSError("TMPDIR is set to '/file' but it is not a directory."), 7, "cannot be written: TMPDIR is set to '/f"),

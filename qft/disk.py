@@ -40,7 +40,7 @@ OF_DISK = (
 """What the system refuses, rather than that a program asks for the wrong thing."""
 WRAPPED = [
     (re.escape(f"(os error {number})") + "|" + re.escape(os.strerror(number)), number)
-    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE)
 ]
 """How libraries tell of the system's errors in their own."""
 TORCH_FAILED = r"PytorchStreamWriter|unexpected pos \d+ vs|iostream error"

@@ -41,16 +41,18 @@ def not_a_file(path: Path) -> str | None:
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling file that becomes `path` on success and vanishes on failure: `path` holds the old
-    content or the new one, never a part."""
+    content or the new one, never a part. Who may read it is as the umask says, whatever a library that writes it has
+    made of that."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=_prefix(path.name))
+    temporary = path.with_name(temporary_name(path.name))
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    mode = stat.S_IMODE(os.fstat(handle).st_mode)
     os.close(handle)
-    temporary = Path(name)
     try:
         yield temporary
         with temporary.open("rb") as stream:
             os.fsync(stream.fileno())
-        temporary.chmod(0o644)
+        temporary.chmod(mode)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -71,12 +73,18 @@ def write_json(path: Path, document: Any) -> None:
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling folder that becomes `path` on success and vanishes on failure. What was there before is
-    moved aside first: at any moment `path` is the old one whole, the new one whole, or absent."""
+    moved aside first: at any moment `path` is the old one whole, the new one whole, or absent. Raises
+    NotADirectoryError for what is there and is no folder."""
+    if os.path.lexists(path) and not path.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=_prefix(path.name)))
+    temporary = path.with_name(temporary_name(path.name))
+    temporary.mkdir()
     try:
         yield temporary
-        temporary.chmod(0o755)
+        for file in files_of(temporary).values():
+            if not file.is_symlink():
+                file.chmod(temporary.stat().st_mode & 0o666)
         _put_in_place(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -89,7 +97,11 @@ def _put_in_place(folder: Path, path: Path) -> None:
         os.replace(folder, path)
         return
     old = Path(tempfile.mkdtemp(dir=path.parent, prefix=_prefix(path.name, "old-")))
-    os.replace(path, old)
+    try:
+        os.replace(path, old)
+    except BaseException:
+        old.rmdir()
+        raise
     try:
         os.replace(folder, path)
     except BaseException:

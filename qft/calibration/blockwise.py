@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from qft.calibration.distill import distill, requantized
+from qft.calibration.finished import damage, record
 from qft.calibration.finite import require_finite, require_finite_states, require_finite_windows
 from qft.calibration.layer_errors import block_errors, inputs_seen
 from qft.calibration.quantizer import EngineProcess, QuantizeTask, Schemes, Trial
@@ -116,6 +117,9 @@ class BlockQuantizer:
             errors = self._quantize_block(number, streams)
             write_json(self.folder / f"errors-{number:05}.json", [error.model_dump() for error in errors])
             streams.save(self._streams(number + 1))
+            stem = f"{number:05}"
+            left = [self._shard(number, 0), *(self.folder / f"{kind}-{stem}.json" for kind in ("errors", "experts"))]
+            record(self.folder, number, [*left, left[0].with_suffix(".json"), self._streams(number + 1)])
             self._streams(number).unlink(missing_ok=True)
             self.block_seconds.append(time.perf_counter() - started)
             self._tell(number, errors)
@@ -198,7 +202,12 @@ class BlockQuantizer:
     def _resume(self) -> tuple[int, _Streams]:
         """Blocks that are finished, and what stands behind them."""
         finished = [int(path.stem.partition("-")[2]) for path in self.folder.glob("streams-*.safetensors")]
-        if finished:
+        if finished and (wrong := damage(self.folder, max(finished))):
+            told = f"not what was written: {', '.join(wrong)}; all blocks are quantized again"
+            self.view.note(f"Of what was finished in {self.folder}, {told}")
+            shutil.rmtree(self.folder)
+            self.folder.mkdir()
+        elif finished:
             done = max(finished)
             streams = _Streams.load(self._streams(done))
             for ids in [*self.task.windows[:1], *(row["input_ids"] for row in self.task.rows)]:

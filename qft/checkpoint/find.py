@@ -297,7 +297,8 @@ def _snapshot(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
     except tuple(problems) as error:
         problem = next(text for kind, text in problems.items() if isinstance(error, kind))
         raise MissingError(f"model.{problem}") from None
-    except (hf.LocalEntryNotFoundError, hf.OfflineModeIsEnabled, OSError) as error:
+    except (hf.LocalEntryNotFoundError, hf.OfflineModeIsEnabled, OSError, ImportError, ValueError) as error:
+        # The last two are of a proxy: httpx needs a package for SOCKS, and refuses what it has not heard of.
         reason = f"is not on this machine, and the hub cannot be reached: {first_line(error)}"
         raise MissingError(f"model.path: {name} {reason}") from error
 

@@ -15,7 +15,7 @@ from qft.cli.report import report
 from qft.cli.serve import serve
 from qft.cli.shell import register
 from qft.cli.targets import chat, evaluate
-from qft.machine.streams import outlive_readers
+from qft.machine.streams import open_closed, outlive_readers
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -27,6 +27,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point of `qft`: what libraries warn of is shown to those who ask for it (`-W`, PYTHONWARNINGS, --debug)."""
+    open_closed()
     outlive_readers()
     if not sys.warnoptions and "--debug" not in sys.argv:
         warnings.simplefilter("ignore")

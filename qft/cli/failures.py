@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import tempfile
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
 from qft.cli.shell import NAMES
-from qft.disk import refusal
+from qft.disk import REFUSALS, refusal
 from qft.errors import (
     InternalError,
     MissingError,
@@ -47,6 +48,20 @@ LIBRARIES: dict[str, tuple[type[QftError], str]] = {
     "requests.exceptions.ConnectionError": (MissingError, UNREACHABLE),
 }
 """By the full name of a class, so that no library is imported for it: what it becomes, and what to say."""
+KILLED = (
+    "a process that encodes rows was ended from outside, as systems do that run out of memory: set fewer "
+    "data.num_proc, or give the machine more"
+)
+TEXTS: list[tuple[str, type[QftError], str]] = [
+    (r"can't allocate memory", OutOfMemoryError, "this machine has no memory left"),
+    (r"subprocesses has abruptly died", OutOfMemoryError, KILLED),
+    (r"DataLoader worker .*killed by signal", OutOfMemoryError, "this machine has no memory left, it seems"),
+    (r"Too many open files", RunError, REFUSALS["EMFILE"]),
+    (r"TMPDIR is set to", RunError, "temporary files cannot be written"),
+]
+"""What a RuntimeError, or an OSError without a number, says by which it is known, as for the classes."""
+KINDS = {FileNotFoundError: errno.ENOENT, PermissionError: errno.EACCES, IsADirectoryError: errno.EISDIR}
+"""Numbers of the system's errors that libraries raise without one."""
 ABSENT = ("ENOENT", "ENXIO", "ENODEV")
 
 
@@ -59,12 +74,22 @@ def explained(error: BaseException) -> QftError | None:
             if name in LIBRARIES:
                 kind, text = LIBRARIES[name]
                 return kind(f"{text}: {first_line(cause)}" if str(cause) else text)
-        if isinstance(cause, RuntimeError) and "can't allocate memory" in str(cause):
-            return OutOfMemoryError(f"this machine has no memory left: {first_line(cause)}")
+        if told := _by_text(cause):
+            return told
         if isinstance(cause, ValueError) and "not JSON compliant" in str(cause):
             return NonFiniteError(NOT_FINITE)
         if isinstance(cause, OSError) and cause.errno:
             return _of_system(cause)
+        if isinstance(cause, OSError) and type(cause) in KINDS:
+            return _of_system(type(cause)(KINDS[type(cause)], first_line(cause)))
+    return None
+
+
+def _by_text(error: BaseException) -> QftError | None:
+    if isinstance(error, RuntimeError) or (isinstance(error, OSError) and not error.errno):
+        for pattern, kind, text in TEXTS:
+            if re.search(pattern, str(error)):
+                return kind(f"{text}: {first_line(error)}")
     return None
 
 

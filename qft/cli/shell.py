@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qft.errors import Elsewhere, Interrupted, is_failure
+from qft.errors import Elsewhere, Interrupted, MissingError, is_failure
 from qft.views.words import CONTROLS
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ def messages(
     that its reader has closed is no failure."""
     _take_any_character()
     try:
+        _require_place()
         yield
         sys.stdout.flush()
     except (typer.Exit, typer.Abort, typer.BadParameter):
@@ -93,6 +94,15 @@ def say(text: str) -> None:
     """A line on standard error, in which nothing commands the terminal."""
     with suppress(OSError):  # nobody reads it, and the exit code says it, too
         typer.echo(text.translate(CONTROLS), err=True)
+
+
+def _require_place() -> None:
+    """Raise MissingError where nothing relative can be found, nor asked for by libraries."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        text = "the folder in which this command was started is not there any more; `cd` to one that is"
+        raise MissingError(text) from None
 
 
 def _take_any_character() -> None:

@@ -12,7 +12,6 @@ from qft.calibration.source import Source
 from qft.checkpoint.digest import digest
 from qft.data.prepare import Prepared
 from qft.documents.calibration import CalibrationRecord, CalibrationReport
-from qft.documents.manifest import Manifest
 from qft.documents.recorded import record_of, require_whole_run, unverified
 from qft.errors import GateError, MissingError, RunError
 from qft.files import write_json, write_text
@@ -107,7 +106,7 @@ def _calibrate(loaded: LoadedRecipe, view: View, *, resume: bool, overwrite: boo
         if plan.engine.whole_model:
             shutil.rmtree(run.work, ignore_errors=True)
     write_json(run.report, report.model_dump(mode="json"))
-    run.note(Manifest(status="complete" if accepted else "refused", files=run.hashes()))
+    run.end("complete" if accepted else "refused", view)
     if not accepted:
         resumable = "" if plan.engine.whole_model else "; --resume then takes the blocks as they are"
         raise GateError(f"{acceptance.refusal(run.folder)}{resumable}")
@@ -124,7 +123,7 @@ def _begin(plan: CalibrationPlan, source: Source, run: Run, view: View) -> Accep
 
 def _record(run: Run, plan: CalibrationPlan, quantizer: Quantizer, folder: Path) -> None:
     """Note beside the model what it was made of."""
-    manifest = run.manifest()
+    manifest = run.manifest() or run.noted
     assert manifest is not None
     record = CalibrationRecord(
         base=manifest.base,

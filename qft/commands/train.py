@@ -79,7 +79,7 @@ def _train(loaded: LoadedRecipe, view: View, signals: Signals, lead: Lead, *, re
         signals.wait("the report is written, which completes the run")
         report = recorder.report(run, result)
         write_json(run.report, report.model_dump(mode="json"))
-        run.note(Manifest(status="complete", files=run.hashes()))
+        run.end("complete", view)
     # A resumed run has no answers from before. Last: a picture must not cost a result.
     answers = {moment.capitalize(): recorder.answers.get(moment, []) for moment in ("before", "after")}
     write_text(run.page, training_page(report, side_by_side(answers, plan.data.place), plan.document().data))

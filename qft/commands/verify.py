@@ -7,7 +7,7 @@ from qft.checkpoint.digest import described
 from qft.documents.manifest import Acceptance, Base, Manifest
 from qft.documents.recorded import EXPORT, Record, record_of, record_of_run
 from qft.documents.verification import FileVerdict, RunVerification
-from qft.errors import MissingError, RunError
+from qft.errors import RunError
 from qft.files import now, sha256
 from qft.registry.base import base_file
 from qft.run.folder import Run
@@ -61,9 +61,10 @@ def accept(folder: Path) -> RunVerification:
 
 
 def _manifest(folder: Path) -> Manifest:
-    manifest = Run(folder).manifest()
+    run = Run(folder)
+    manifest = run.manifest()
     if manifest is None:
-        raise MissingError(f"{folder}: is no run of qft")
+        raise run.no_run()
     return manifest
 
 

@@ -32,7 +32,7 @@ from qft.data.hub import fetched
 from qft.data.packed import unpacked
 from qft.data.sql import rows_of
 from qft.disk import refusal
-from qft.errors import DataError, MissingError, QftError, RunError, causes, first_line
+from qft.errors import DataError, MissingError, OutOfMemoryError, QftError, RunError, causes, first_line
 from qft.files import not_a_file, read_json_text, require_pulled, sha256
 from qft.recipe import Source
 from qft.recipe.spread import DATABASES, is_saved, kind
@@ -191,6 +191,8 @@ def _named(error: QftError, read: Path, path: Path) -> QftError:
 def _unreadable(path: Path, error: Exception) -> QftError:
     """Of a data file; where `datasets` could not write what it keeps of it, the file is not at fault."""
     for cause in causes(error):
+        if isinstance(cause, MemoryError):  # in whatever `datasets` makes of it
+            return OutOfMemoryError(f"{path}: this machine has no memory left to read it: {first_line(cause)}")
         if isinstance(cause, UnicodeDecodeError):
             return DataError(not_utf8(path))
         if isinstance(cause, OSError) and cause.errno:

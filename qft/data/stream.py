@@ -8,6 +8,7 @@ and a number say which one it is, whichever process asks for it, and a run goes 
 """
 
 import hashlib
+import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -54,16 +55,22 @@ class Lines:
     """Byte of each block's first line; then the file's size."""
     lines: int
     digest: str
+    sums: NDArray[np.uint32]
+    """CRC-32 of each block, by which it is known when it is read again, hours later."""
 
     @property
     def column(self) -> str:
         return COLUMN[Path(self.source.path).suffix.lower()]
 
     def read(self, block: int, most: int = BLOCK) -> list[str]:
-        """Its lines, without their ends. Raises DataError for a line that is no UTF-8."""
+        """Its lines, without their ends. Raises DataError for a line that is no UTF-8, and where the file has changed
+        since it was first read."""
         with open(self.source.path, "rb") as stream:
             stream.seek(int(self.starts[block]))
             raw = stream.read(int(self.starts[block + 1] - self.starts[block]))
+        if zlib.crc32(raw) != self.sums[block]:
+            way = "put back what was there, and a training goes on by --resume"
+            raise DataError(f"{self.place(block * BLOCK)}: the file has changed since it was first read; {way}")
         lines = raw.removeprefix(b"\xef\xbb\xbf" if block == 0 else b"").removesuffix(b"\n").split(b"\n")
         return [self._text(line, block * BLOCK + at) for at, line in enumerate(lines[:most])]
 
@@ -144,18 +151,25 @@ def find_lines(source: Source) -> Lines:
     if not path.is_file():
         raise missing(path)
     digest, starts, lines, at, size = hashlib.sha256(), [np.zeros(1, np.int64)], 0, 0, path.stat().st_size
+    sums, under_way = list[int](), 0
     with path.open("rb") as stream:
-        while chunk := stream.read(2**22):
+        while chunk := stream.read(min(2**22, size - at)):
             digest.update(chunk)
             ends = np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n"))
             first = -(lines + 1) % BLOCK
             starts.append(ends[first::BLOCK] + at + 1)
+            begin = 0
+            for end in (ends[first::BLOCK] + 1).tolist():
+                sums.append(zlib.crc32(memoryview(chunk)[begin:end], under_way))
+                begin, under_way = end, 0
+            under_way = zlib.crc32(memoryview(chunk)[begin:], under_way)
             lines, at, last = lines + len(ends), at + len(chunk), chunk[-1:]
     if not size:
         raise DataError(f"{path}: the file is empty")
     found = np.concatenate(starts)
     found = np.append(found[found < size], size)
-    return Lines(source, found, lines + (last != b"\n"), digest.hexdigest())
+    of_blocks = np.array([*sums, under_way][: len(found) - 1], np.uint32)
+    return Lines(source, found, lines + (last != b"\n"), digest.hexdigest(), of_blocks)
 
 
 @dataclass(frozen=True)

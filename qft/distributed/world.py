@@ -18,6 +18,8 @@ from qft.errors import Elsewhere, Interrupted, QftError, RunError, first_line
 T = TypeVar("T")
 ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
 """Variables that say where the first process listens."""
+COUNTED = ("LOCAL_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Variables by which accelerate tells that a process is one of several."""
 UNTIL_PREPARED = timedelta(days=7)
 """How long processes wait while the first reads and encodes rows; that it ends ends them too."""
 
@@ -153,7 +155,8 @@ def joined(found: Ranks | None, kind: str, timeout: int) -> Iterator[World]:
     """Be one of the processes that variables tell of, on a GPU of its own (`kind` cuda) or on the CPU; alone, if there
     are none. What fails in one process says so, and in which."""
     if found is None or found.size == 1:
-        yield ALONE
+        with _unnamed():
+            yield ALONE
         return
     if kind == "cuda":
         torch.cuda.set_device(local_gpu(found))
@@ -168,6 +171,16 @@ def joined(found: Ranks | None, kind: str, timeout: int) -> Iterator[World]:
     finally:
         _worlds.pop()
         dist.destroy_process_group()
+
+
+@contextmanager
+def _unnamed() -> Iterator[None]:
+    """Without what has accelerate look for other processes, as schedulers and launchers set it for one alone, too."""
+    before = {name: os.environ.pop(name) for name in COUNTED if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(before)
 
 
 def _meet(backend: str, timeout: timedelta, found: Ranks) -> None:

@@ -115,7 +115,6 @@ def _export(job: Job, name: str, expected: Reference | None) -> ExportDocument:
         job.run.require_same(job.target.manifest)
         shutil.rmtree(failed, ignore_errors=True)
         if gate.passed is False:
-            folder.chmod(0o755)
             os.replace(folder, failed)
             raise GateError(_refusal(gate, failed))
         shutil.rmtree(staging_folder(final), ignore_errors=True)  # its links lead to the files that are now replaced
@@ -140,8 +139,9 @@ def _document(
     job: Job, name: str, folder: Path, told: Path, gate: Gate, quantization: dict[str, Any] | None
 ) -> ExportDocument:
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in SIDE)
-    base = job.run.base
-    assert base is not None  # the run is complete
+    manifest = job.target.manifest
+    assert manifest
+    assert manifest.base  # the run is complete
     return ExportDocument(
         target=name,
         path=str(told),
@@ -149,7 +149,7 @@ def _document(
         passed=gate.passed,
         bytes=sum(path.stat().st_size for path in files),
         sha256={str(path.relative_to(folder)): sha256(path) for path in files},
-        base=base,
+        base=manifest.base,
         merge_into=job.merge_into if FORMS[name].merges else None,
         dtype=job.dtype,
         quantization=quantization,

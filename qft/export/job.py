@@ -8,7 +8,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 from qft.documents.recorded import require_whole_run
-from qft.errors import MissingError, RecipeError, RunError
+from qft.errors import RecipeError, RunError
 from qft.files import temporary_name
 from qft.model.handover import Handover, decided
 from qft.model.merge import read_adapter
@@ -20,6 +20,7 @@ from qft.quant.layer import Settled
 from qft.recipe import LoadedRecipe, load
 from qft.recipe.schema import MergeInto
 from qft.run.folder import Run
+from qft.run.lock import require_free
 
 
 @dataclass(frozen=True)
@@ -78,10 +79,10 @@ class Job(Handover):
 
 
 def load_run(folder: Path, overrides: Sequence[str]) -> LoadedRecipe:
-    """The run's recipe. Raises MissingError without a run, RecipeError for what can no longer be set."""
+    """The run's recipe. Raises MissingError without a run, DamagedError, RecipeError for what can no longer be set."""
     run = Run(folder)
     if not run.manifest():
-        raise MissingError(f"{folder}: is no run of qft")
+        raise run.no_run()
     for text in overrides:
         if text.partition(".")[0] not in ("export", "calibrate"):
             raise RecipeError(f"--set {text}: the run is done; only export.* and calibrate.* can still be set")
@@ -90,11 +91,12 @@ def load_run(folder: Path, overrides: Sequence[str]) -> LoadedRecipe:
 
 
 def find_job(folder: Path, loaded: LoadedRecipe, options: ExportOptions, view: View) -> Job:
-    """What a run is to an exporter. Raises RunError if it did not complete."""
+    """What a run is to an exporter. Raises RunError if it did not complete, BusyError if it is still at work."""
     run = Run(folder)
     manifest = run.manifest()
     status = manifest.status if manifest else None
     if status != "complete":
+        require_free(folder)
         raise RunError(f"{folder}: the run is {status}, not complete; finish it with `qft train --resume`")
     if run.base is None:
         raise RunError(f"{folder}: its manifest.json does not say what base it was trained on; it is damaged")

@@ -26,6 +26,14 @@ def outlive_readers() -> None:
             setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(raw), **ways))
 
 
+def open_closed() -> None:
+    """Have what was closed when this process was started (`2>&-`) lead nowhere: a file would get its number, and with
+    it what a library of C writes to standard error."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
+
+
 @contextmanager
 def while_it_lasts() -> Iterator[None]:
     """Within it no output's end is that of the work: Ctrl-C on `qft train recipe.yaml | tee log` reaches tee, too, and

@@ -27,6 +27,7 @@ from qft.recipe import LoadedRecipe, load
 from qft.recipe.load import from_values
 from qft.recipe.training import OF_FILES, QuantSection
 from qft.run.folder import Run
+from qft.run.lock import require_free
 
 LLAMACPP = "llama.cpp"
 VLLM = "vllm"
@@ -176,8 +177,11 @@ def _find(path: str, data: str | None) -> tuple[LoadedRecipe, Path | None]:
             made = dict.fromkeys(OF_FILES[2:], ()) | {"path": str(run.full_model.resolve()), "dequantize": False}
             return loaded.having(model=made), None
         if not run.adapter.is_dir() and not record_of(run.adapter):
+            require_free(run.folder)
             raise MissingError(f"{path}: the run has no adapter; it did not complete")
         return loaded, run.adapter
+    if not isinstance(damaged := run.no_run(), MissingError):
+        raise damaged
     if Path(path).suffix in {".yaml", ".yml"}:
         return load(Path(path)), None
     return from_values({"model": {"path": path}, "data": {"train": data or ()}, "output_dir": "."}), None

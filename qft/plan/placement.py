@@ -29,6 +29,8 @@ class Placement:
 
 
 ALONE = Placement()
+ON, OFF = ("true", "1", "t", "y", "yes", "on"), ("false", "0", "f", "n", "no", "off")
+"""How accelerate reads variables."""
 
 
 def shared(loaded: LoadedRecipe) -> LoadedRecipe:
@@ -47,6 +49,7 @@ def placement_problems(loaded: LoadedRecipe, found: Ranks) -> Iterator[Problem]:
     if asked.nodes != found.nodes:
         text = f"{asked.nodes}, and processes were started on {found.nodes}: start them on all (docs/scale.md)"
         yield "distributed.nodes", text
+    yield from _contradicted(recipe)
     if found.size == 1:
         return
     if asked.strategy == "none":
@@ -59,7 +62,6 @@ def placement_problems(loaded: LoadedRecipe, found: Ranks) -> Iterator[Problem]:
             f"an update has {count} {rows}, which {found.size} GPUs cannot share; give a multiple of {found.size}",
         )
     yield from only_alone(loaded)
-    yield from _contradicted(recipe)
 
 
 def sharding_problems(loaded: LoadedRecipe) -> Iterator[Problem]:
@@ -104,9 +106,19 @@ def compute_dtype(recipe: Recipe) -> str:
 
 def _contradicted(recipe: Recipe) -> Iterator[Problem]:
     """What variables of accelerate say against the recipe, which alone says how it is trained."""
-    for name in ("USE_FSDP", "USE_DEEPSPEED", "USE_MEGATRON_LM", "USE_PARALLELISM_CONFIG"):
-        if os.environ.get(f"ACCELERATE_{name}", "false").lower() in ("true", "1"):
+    for name in ("USE_FSDP", "USE_DEEPSPEED", "USE_MEGATRON_LM", "USE_PARALLELISM_CONFIG", "USE_SAGEMAKER"):
+        if os.environ.get(f"ACCELERATE_{name}", "false").lower() not in OFF:
             yield "distributed.strategy", f"the variable ACCELERATE_{name} asks for another; unset it"
+    if os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in (
+        *OFF,
+        *(ON if recipe.model.device == "cpu" else ()),
+    ):
+        yield (
+            "model.device",
+            f"{recipe.model.device}, beside the variable ACCELERATE_USE_CPU; unset it, or set this to cpu",
+        )
+    if (device := os.environ.get("ACCELERATE_TORCH_DEVICE", recipe.model.device)) != recipe.model.device:
+        yield "model.device", f"the variable ACCELERATE_TORCH_DEVICE says {device}; unset it, and say it in the recipe"
     others = {"DYNAMO_BACKEND": ("no",), "GRADIENT_ACCUMULATION_STEPS": ("1",), "MIXED_PRECISION": ("no", "bf16")}
     if recipe.train.fp16:
         others["MIXED_PRECISION"] = ("no", "fp16")

@@ -4,6 +4,7 @@ qft_checkpoint.json, written last, has the hashes of all that the rest of a trai
 
 import json
 import os
+import re
 import shutil
 import zipfile
 from collections.abc import Iterator
@@ -27,8 +28,10 @@ WORDS = {"changed": "is not what was written", "missing": "is missing", "unreada
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """Those that were written to their end, damaged ones among them, by their steps."""
-    found = (path for path in folder.glob("checkpoint-*") if path.name.partition("-")[2].isdecimal())
+    """Those that were written to their end, damaged ones among them, by their steps. Raises OSError for a folder that
+    cannot be read: it may hold some."""
+    names = re.compile(r"checkpoint-\d+")
+    found = (path for path in (folder.iterdir() if folder.is_dir() else ()) if names.fullmatch(path.name))
     return sorted((path for path in found if (path / TRAINER_STATE).exists() or (path / HASHES).exists()), key=step_of)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from qft.disk import disk_failures
 from qft.documents.manifest import Work
-from qft.errors import RunError
+from qft.errors import MissingError, RunError
 from qft.files import TEMPORARY, remove_leftovers
 from qft.progress import View
 from qft.recipe import LoadedRecipe
@@ -58,6 +58,7 @@ def _check(loaded: LoadedRecipe, folder: Path, work: Work, *, resume: bool, over
         if not overwrite:
             raise RunError(f"{folder}: output_dir is not empty; use --resume, --overwrite, or another output_dir")
         if not run.manifest():
+            _require_undamaged(run)
             raise RunError(f"{folder}: output_dir is not empty and not a run of qft, so it is not overwritten")
         _require_work(run, work)
         refuse_to_resume(loaded, _inputs_within(loaded, folder))
@@ -65,10 +66,17 @@ def _check(loaded: LoadedRecipe, folder: Path, work: Work, *, resume: bool, over
 
 def _require_resumable(run: Run, work: Work) -> None:
     if not run.manifest():
+        _require_undamaged(run)
         raise RunError(f"{run.folder}: there is no run to resume; leave --resume away to start one")
     _require_work(run, work)
     if not checkpoints_in(run.checkpoints) and not run.work.is_dir():
         raise RunError(no_checkpoint(run))
+
+
+def _require_undamaged(run: Run) -> None:
+    """Raise DamagedError or RunError for what would be a run, had it its manifest."""
+    if not isinstance(damaged := run.no_run(), MissingError):
+        raise damaged
 
 
 def _require_work(run: Run, work: Work) -> None:

@@ -21,18 +21,19 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import Literal
 
-from qft.disk import disk_failure, require_free_space
+from qft.disk import disk_failure, refusal, require_free_space
 from qft.documents.manifest import Base, Hardware, Manifest, PluginFile, Work, is_manifest
 from qft.documents.plan import CalibrationPlanDocument, PlanDocument, PlannedStage
 from qft.documents.recorded import RESULTS, record_of_run
-from qft.errors import BusyError, QftError, RunError
+from qft.errors import BusyError, DamagedError, MissingError, QftError, RunError
 from qft.files import files_of, now, read_file, sha256, write_json, write_text
 from qft.machine.device import describe, versions
 from qft.progress import View
-from qft.recipe import LoadedRecipe, dump, load
+from qft.recipe import LoadedRecipe, Recipe, dump, load
 from qft.run.checkpoint import INITIAL, STATE, best_of, best_problem, is_over, newest_whole, step_of
-from qft.run.lock import release_room
+from qft.run.lock import release_room, require_ours
 from qft.run.replaced import MANIFEST, replacing
 from qft.run.resume import ANEW, Before, Planned, compare, refuse_to_resume
 
@@ -62,6 +63,10 @@ class Run:
         self.report = folder / "report.json"
         self.checkpoint: Path | None = None
         """From which a training goes on, once start_run has looked."""
+        self.begun: dict[str, str] = {}
+        """What this process wrote first, by its name."""
+        self.noted: Manifest | None = None
+        """The manifest as this process wrote it last."""
 
     def manifest(self) -> Manifest | None:
         """None if the folder is no run."""
@@ -78,6 +83,23 @@ class Run:
             raise BusyError(
                 f"{self.folder}: another command has changed or replaced the run while it was read; try again"
             )
+
+    def no_run(self) -> QftError:
+        """Why the folder, which has no manifest, is no run."""
+        if self._planned() is None:
+            return MissingError(f"{self.folder}: is no run of qft")
+        ways = "put back what was written, or move the folder away"
+        try:
+            read_file(self.folder / MANIFEST)
+        except FileNotFoundError:
+            what = "is missing"
+        except OSError as error:
+            return RunError(refusal(error, self.folder / MANIFEST))
+        else:
+            what = "is damaged"
+        return DamagedError(
+            f"{self.folder / MANIFEST}: {what}, without which nobody can tell what the run is of; {ways}"
+        )
 
     def kind_of_work(self) -> Work | None:
         """What the run is of: as it says itself, or by its plan if an older qft wrote it. None if it is no run."""
@@ -111,12 +133,33 @@ class Run:
         return {name: sha256(path) for name, path in files.items() if name.split("/")[0] in HASHED}
 
     def note(self, news: Manifest) -> None:
-        """Write the fields that `news` sets into the manifest."""
+        """Write the fields that `news` sets into the manifest. Raises BusyError if the folder is another process's."""
         if not self.writes:
             return
+        require_ours(self.folder)
         changes = {name: getattr(news, name) for name in news.model_fields_set} | {"updated": now()}
-        manifest = (self.manifest() or Manifest()).model_copy(update=changes)
-        write_json(self.folder / MANIFEST, manifest.model_dump(mode="json"))
+        self.noted = (self.manifest() or self.noted or Manifest()).model_copy(update=changes)
+        write_json(self.folder / MANIFEST, self.noted.model_dump(mode="json"))
+
+    def begin(self, facts: Manifest, recipe: Recipe, plan: Planned) -> None:
+        """Write what a run begins with; the manifest first: whatever is cut off from then on leaves a run."""
+        document = json.dumps(plan.model_dump(mode="json"), indent=2, ensure_ascii=False, allow_nan=False)
+        self.begun = {"recipe.yaml": dump(recipe), "plan.json": f"{document}\n"}
+        self.note(facts)
+        for name, text in self.begun.items():
+            write_text(self.folder / name, text)
+
+    def end(self, status: Literal["complete", "refused"], view: View) -> None:
+        """Note how the run ended, and its hashes. What it began with and somebody has removed since is written again,
+        and said: without that, it would be no run."""
+        lost = [MANIFEST] if self.manifest() is None else []
+        for name, text in self.begun.items():
+            if not (self.folder / name).is_file():
+                lost.append(name)
+                write_text(self.folder / name, text)
+        if lost:
+            view.note(f"{self.folder}: somebody removed {', '.join(lost)} while the run was at work: written again")
+        self.note(Manifest(status=status, files=self.hashes()))
 
     @contextmanager
     def failure_noted(self) -> Iterator[None]:
@@ -160,9 +203,7 @@ def start_run(
         facts = facts.model_copy(update={"resumed_from": _taken_up(run, loaded, plan, facts, view)})
     require_free_space(run.folder, *room)
     with replacing(run.folder) if overwrite else nullcontext() as earlier:
-        run.note(facts)  # first: whatever is cut off from here on leaves a run
-        write_text(run.folder / "recipe.yaml", dump(recipe))
-        write_json(run.folder / "plan.json", plan.model_dump(mode="json"))
+        run.begin(facts, recipe, plan)
     if earlier:
         view.note(f"The earlier run waits in {earlier} until this one is complete")
     return run
@@ -222,7 +263,10 @@ def _checkpoint(run: Run, view: View) -> Path:
 
 def no_checkpoint(run: Run) -> str:
     """That there is none, and what to do."""
-    text = f"{run.folder}: the run was cut off before it had a whole checkpoint to resume from"
+    manifest = run.manifest()
+    complete = "is complete, and holds no checkpoint from which it could go on"
+    cut_off = "was cut off before it had a whole checkpoint to resume from"
+    text = f"{run.folder}: the run {complete if manifest and manifest.status == 'complete' else cut_off}"
     try:
         if load(run.folder / "recipe.yaml").recipe.train.save_strategy == "no":
             text += " (train.save_strategy is no)"
@@ -237,7 +281,8 @@ def _before(run: Run, plan: Planned) -> Before:
     try:
         was = type(plan).model_validate_json((run.folder / "plan.json").read_bytes())
     except (OSError, ValueError):
-        raise RunError(f"{run.folder}: its plan.json is no {plan.kind}; start anew with --overwrite") from None
+        what = f"is no {plan.kind}" if (run.folder / "plan.json").exists() else "is missing"
+        raise RunError(f"{run.folder}: its plan.json {what}; put back what was written, {ANEW}") from None
     return Before(load(run.folder / "recipe.yaml").recipe, was, run.manifest() or Manifest())
 
 

@@ -96,6 +96,20 @@ def require_free(*folders: Path) -> None:
             os.close(handle)
 
 
+def require_ours(folder: Path) -> None:
+    """Raise BusyError if another process holds the folder by now: it was moved or removed while this one is at work in
+    it, and writes there again."""
+    for name in (LOCK, HELD):
+        with suppress(OSError):
+            there = os.stat(folder / name)
+            if any(os.path.samestat(os.fstat(handle), there) for handle in _HANDLES):
+                return
+    try:
+        require_free(folder)
+    except BusyError as error:
+        raise BusyError(f"{error} (the folder that this command held was moved away or removed)") from None
+
+
 def _acquire(folder: Path, command: str) -> int:
     """The handle of the locked file, which says whose it is."""
     while True:

@@ -21,6 +21,7 @@ from qft.model.rounded import read_learnt, write_learnt
 from qft.plan import Plan
 from qft.quant.rounded import measure_scales
 from qft.run.checkpoint import INITIAL, STATE, TRAINER_STATE, best_of, best_problem, discard, rotate, seal, step_of
+from qft.run.lock import require_ours
 from qft.run.resume import ANEW
 from qft.training.recorder import Recorder
 
@@ -235,7 +236,12 @@ class ResumingTrainer(Trainer):
         """The library's, its hashes, and then fewer old ones."""
         folder = Path(self.args.output_dir)
         checkpoint, initial = folder / f"checkpoint-{self.state.global_step}", folder / INITIAL
-        world().first_does(lambda: discard(checkpoint))  # a damaged one would lend it its other files
+
+        def begun() -> None:
+            require_ours(folder.parent)
+            discard(checkpoint)  # a damaged one would lend it its other files
+
+        world().first_does(begun)
         self._best_before = self.state.best_model_checkpoint
         super()._save_checkpoint(model, trial)
         world().wait()

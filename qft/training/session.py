@@ -11,7 +11,6 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.integrations import TensorBoardCallback
 
 from qft.checkpoint.skeleton import find_blocks
 from qft.data.batch import Collator, pad_token_id
@@ -35,17 +34,21 @@ from qft.model.on_cpu import join_adapters
 from qft.model.sharded import load_for_sharding
 from qft.plan import Plan
 from qft.plan.rows import UNWEIGHTED
+from qft.progress import View
 from qft.quant.rounding_state import state_of
 from qft.quant.share import measured_share
 from qft.run.checkpoint import is_over, step_of
 from qft.run.folder import Run, record_base
+from qft.run.lock import require_ours
 from qft.training.evaluation import HeldOut
+from qft.training.events import Events
 from qft.training.fusing import fuse
 from qft.training.qat import RoundingSchedule, require_observed
 from qft.training.recorder import Recorder
 from qft.training.sharding import shard
 from qft.training.stages import Border, free, stages_left, told_of
 from qft.training.surviving import SurvivingTrainer
+from qft.training.workers import workers_heard
 
 
 def train_model(run: Run, recorder: Recorder, signals: Signals) -> Path:
@@ -81,7 +84,8 @@ def _train_stage(run: Run, recorder: Recorder, signals: Signals, offload: Offloa
     recorder.loaded(model)
     # Under autocast a LoRA layer need not cast its input to float32 first, which would be kept for backward.
     mixed = plan.training["bf16"] or plan.training["fp16"]
-    with memory_guard("training", trainer.still_to_do()), disable_input_dtype_casting(model, active=mixed):
+    guard = memory_guard("training", trainer.still_to_do())
+    with guard, workers_heard(), disable_input_dtype_casting(model, active=mixed):
         held_out = HeldOut(trainer, run)
         if checkpoint:
             held_out.recall("before")
@@ -205,7 +209,7 @@ def _trainer(model: Any, run: Run, recorder: Recorder, signals: Signals) -> Surv
         eval_dataset=plan.data.eval and plan.data.eval.remove_columns("weights"),
         data_collator=_collator(plan, model),
         processing_class=plan.model.tokenizer,
-        callbacks=_callbacks(plan, run),
+        callbacks=_callbacks(plan, run, recorder.view),
     )
     trainer.remove_callback(PrinterCallback)
     if not trainer.model_accepts_loss_kwargs and plan.recipe.train.gradient_accumulation_steps > 1:
@@ -251,7 +255,7 @@ def _require_apart(model: Any, plan: Plan) -> None:
         )
 
 
-def _callbacks(plan: Plan, run: Run) -> list[TrainerCallback]:
+def _callbacks(plan: Plan, run: Run, view: View) -> list[TrainerCallback]:
     patience, callbacks = plan.recipe.train.early_stopping_patience, []
     if patience:
         callbacks.append(EarlyStoppingCallback(patience))
@@ -260,13 +264,13 @@ def _callbacks(plan: Plan, run: Run) -> list[TrainerCallback]:
     if plan.leads_on:
         callbacks.append(Border(plan))
     if "tensorboard" in plan.recipe.train.report_to:
-        callbacks.append(TensorBoardCallback())
-        callbacks[-1].logging_dir = str(run.events)
+        callbacks.append(Events(run.events, view))
     return callbacks
 
 
 def _save(trainer: SurvivingTrainer, run: Run) -> Path:
     plan, model = trainer.recorder.plan, trainer.accelerator.unwrap_model(trainer.model)
+    world().first_does(lambda: require_ours(run.folder))
     if learnt := state_of(model):
         require_observed(learnt)
     if plan.lora is None:

@@ -116,6 +116,46 @@ def test_an_interrupted_calibration_resumes_to_the_same_bits(engine: str, recipe
     assert report.layers == whole.layers
 
 
+def _flipped(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "harm"),
+    [
+        ("block-00000-0.safetensors", _flipped),
+        ("block-00000-0.json", Path.unlink),
+        ("errors-00000.json", lambda path: path.write_text("{}{")),
+        ("streams-00001.safetensors", lambda path: os.truncate(path, 50)),
+        ("done-00000.json", lambda path: path.write_text("")),
+    ],
+)
+def test_a_finished_block_that_was_damaged_is_not_taken(
+    name: str, harm: Callable[[Path], object], recipe: Recipe, tmp_path: Path
+) -> None:
+    class Told(View):
+        def __init__(self) -> None:
+            self.notes = list[str]()
+
+        def note(self, text: str) -> None:
+            self.notes.append(text)
+
+    path = recipe(calibrate={"engine": "rtn", "bits": 8})
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(load(path), Cut(after=1))
+    harm(tmp_path / "run" / "work" / name)
+    view = Told()
+    report = calibrate(load(path), view, resume=True)
+    assert len(report.block_seconds) == 2
+    [told] = [note for note in view.notes if "quantized again" in note]
+    assert f"not what was written: {name}; all blocks" in told
+    resumed = weights(tmp_path / "run" / "model")
+    calibrate(load(path), View(), overwrite=True)
+    assert weights(tmp_path / "run" / "model") == resumed
+
+
 @pytest.mark.parametrize(("moment", "code"), [("Reading", 143), ("block 1 ", 75)])
 def test_a_signal_keeps_the_finished_blocks(moment: str, code: int, recipe: Recipe, tmp_path: Path) -> None:
     class Sender(View):

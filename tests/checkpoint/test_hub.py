@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
-from huggingface_hub import constants
+from huggingface_hub import close_session, constants
 
 from qft.checkpoint.find import find_checkpoint
 from qft.errors import DamagedError
@@ -151,3 +152,20 @@ def test_a_hub_dataset_is_read_by_configuration_split_and_revision(cache: Path, 
     code, _, err = check(tmp_path, "data.train={path: org/rows, name: large}")
     assert code == 3
     assert "large" in err
+
+
+@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:9", "nonsense://127.0.0.1:9"])
+def test_a_proxy_that_cannot_be_used_is_told(
+    proxy: str, hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask_hub(hub, tmp_path / "cache", monkeypatch)
+    monkeypatch.setenv("HTTP_PROXY", proxy)
+    monkeypatch.setenv("NO_PROXY", "")
+    close_session()  # which has read the variables
+    try:
+        found = qft("check", recipe_of(tmp_path))
+    finally:
+        close_session()
+    if importlib.util.find_spec("socksio") is None or proxy.startswith("nonsense"):
+        assert found.exit_code == 3, found.output
+        assert "model.path: org/tiny is not on this machine, and the hub cannot be reached: " in found.stderr

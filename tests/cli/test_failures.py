@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import OfflineModeIsEnabled
 from safetensors import SafetensorError
 
@@ -116,6 +117,11 @@ def test_what_the_system_refuses_names_the_file(
         (UnpicklingError("invalid load key"), 7, "is damaged or cut off"),
         (torch.OutOfMemoryError("CUDA out of memory."), 9, "the device has no memory left: CUDA out of memory."),
         (OfflineModeIsEnabled("offline"), 3, "the hub cannot be reached"),
+        (RuntimeError("One of the subprocesses has abruptly died during map operation."), 9, "set fewer data.num_proc"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), 9, "no memory left, it seems: DataLo"),
+        (RuntimeError("unable to open file <w> in read-only mode: Too many open files (24)"), 7, "`ulimit -n`"),
+        (FileNotFoundError("No such file or directory: run/weights"), 3, "run/weights"),
+        (OSError("TMPDIR is set to '/file' but it is not a directory."), 7, "cannot be written: TMPDIR is set to '/f"),
     ],
 )
 def test_what_a_library_is_known_to_raise(
@@ -201,6 +207,16 @@ def test_a_closed_pipe_ends_quietly_and_ends_no_training(recipe_file: RecipeFile
     assert shell("qft schema >&-").returncode == 0
 
 
+def test_no_file_gets_the_number_of_a_closed_stream(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import os, sys\nfrom qft.machine.streams import open_closed\nopen_closed()\n"
+        "file = open(sys.argv[1], 'w')\nos.write(2, b'of a library')\nfile.write(str(file.fileno() > 2))"
+    )
+    line = f"{sys.executable} {tmp_path / 'mine.py'} {tmp_path / 'file'} <&- >&- 2>&-"
+    subprocess.run(["bash", "-c", line], env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
+    assert (tmp_path / "file").read_text() == "True"
+
+
 def test_the_cache_is_blamed_and_not_the_data(
     recipe_file: RecipeFile, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -212,6 +228,32 @@ def test_the_cache_is_blamed_and_not_the_data(
     assert str(tmp_path / "file") in done.stderr
     assert "HF_DATASETS_CACHE names another place" in done.stderr
     assert "chats.jsonl" not in done.stderr
+
+
+def test_a_folder_that_is_gone_is_told(recipe_file: RecipeFile, tmp_path: Path) -> None:
+    recipe, here = recipe_file(), tmp_path / "here"
+
+    def work() -> None:
+        here.mkdir()
+        os.chdir(here)
+        here.rmdir()
+        command("check", recipe)()
+
+    done = ended(work)
+    assert done.returncode == 3
+    assert done.stderr.startswith(b"error: the folder in which this command was started is not there any more")
+
+
+def test_a_lack_of_memory_is_not_the_datas_fault(
+    recipe_file: RecipeFile, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise DatasetsError("An error occurred while generating the dataset") from MemoryError()
+
+    monkeypatch.setattr("qft.data.sources.load_dataset", fail)
+    done = qft("check", recipe_file())
+    assert done.exit_code == 9
+    assert f"{tmp_path / 'chats.jsonl'}: this machine has no memory left to read it" in done.stderr
 
 
 class PanicException(BaseException):

@@ -71,6 +71,19 @@ def test_blocks_begin_where_lines_do(tmp_path: Path) -> None:
             assert len(lines.starts) == 5
 
 
+def test_blocks_of_a_file_that_is_read_in_parts_are_known_again(tmp_path: Path) -> None:
+    path = tmp_path / "rows.txt"
+    texts = [f"{i} " * 40 for i in range(2**15)]
+    path.write_text("\n".join(texts))
+    assert path.stat().st_size > 2**22
+    lines = find_lines(Source(path=str(path)))
+    assert [text for block in range(len(lines.sums)) for text in lines.read(block)] == texts
+    path.write_text("\n".join([*texts[:-1], "x" * len(texts[-1])]))
+    assert lines.read(0) == texts[:BLOCK]
+    with pytest.raises(DataError, match=f"rows.txt:{2**15 - BLOCK + 1}: the file has changed since it was first read"):
+        lines.read(len(lines.sums) - 1)
+
+
 def test_bytes_that_are_no_text_are_told_when_they_come(tmp_path: Path) -> None:
     raw = [b"\xff" if i == 300 else b"text" for i in range(ROWS)]
     texts = pa.Array.from_buffers(pa.string(), ROWS, pa.array(raw).buffers())

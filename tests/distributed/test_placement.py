@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate.state import AcceleratorState  # type: ignore[import-untyped]
 
 from qft.distributed.asked import processes
 from qft.distributed.world import Ranks, joined, ranks
@@ -16,6 +18,7 @@ from qft.machine.device import absent_gpu
 from qft.plan import Plan, make_plan
 from qft.plan.gpus import plan_gpus
 from qft.recipe import load
+from tests.support.runs import run
 
 RecipeFile = Callable[..., Path]
 TWO, GIB = Ranks(0, 2, 0, 2), 2**30
@@ -84,13 +87,35 @@ def test_sharded_weights_are_packed_in_what_is_computed_in(recipe_file: RecipeFi
     assert set(plan.kernels.values()) == {"weights are sharded (fsdp2)"}
 
 
-@pytest.mark.parametrize("name", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+@pytest.mark.parametrize("found", [TWO, None], ids=["two", "alone"])
+@pytest.mark.parametrize(
+    ("name", "value", "field"),
+    [
+        ("USE_FSDP", "true", "distributed.strategy"),
+        ("USE_DEEPSPEED", "yes", "distributed.strategy"),
+        ("DYNAMO_BACKEND", "inductor", "train.torch_compile"),
+        ("USE_CPU", "maybe", "model.device"),
+        ("TORCH_DEVICE", "cuda:1", "model.device"),
+    ],
+)
 def test_variables_that_contradict_are_refused(
+    name: str, value: str, field: str, found: Ranks | None, recipe_file: RecipeFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    with pytest.raises(RecipeError, match=rf"{field}: .*variable ACCELERATE_{name}"):
+        make_plan(load(recipe_file(train=TRAIN)), found=found)
+
+
+@pytest.mark.parametrize("name", ["LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"])
+def test_a_process_alone_looks_for_no_others(
     name: str, recipe_file: RecipeFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(name, "true")
-    with pytest.raises(RecipeError, match=f"distributed.strategy: the variable {name}"):
-        plan_of(recipe_file(train=TRAIN))
+    monkeypatch.setenv(name, "2")
+    for other in ("MASTER_ADDR", "RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(other, raising=False)
+    AcceleratorState._reset_state(reset_partial_state=True)  # of a training before, in this process
+    assert run(recipe_file()).resumed_from == []
+    assert os.environ[name] == "2"
 
 
 def test_one_process_is_started_where_only_one_can_do_it(

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import socket
+import stat
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,7 @@ from typing import Any, TextIO
 import pytest
 
 from qft.errors import BusyError
-from qft.files import atomic_file, atomic_folder, process_start, temporary_name
+from qft.files import atomic_file, atomic_folder, process_start, temporary_name, write_json
 from qft.run.lock import HELD, LOCK, Holder, locked, release_room, require_free
 from tests.support.forked import fork
 
@@ -206,3 +207,26 @@ def test_a_long_name_has_a_temporary_one_that_is_not_longer(tmp_path: Path) -> N
         pass
     assert [path.name for path in tmp_path.iterdir()] == [final.name]
     assert [*final.iterdir()] == []
+
+
+@pytest.mark.parametrize(("mask", "file_mode", "folder_mode"), [(0o022, 0o644, 0o755), (0o077, 0o600, 0o700)])
+def test_who_may_read_is_as_the_umask_says(mask: int, file_mode: int, folder_mode: int, tmp_path: Path) -> None:
+    before = os.umask(mask)
+    try:
+        write_json(tmp_path / "report.json", {})
+        with atomic_folder(tmp_path / "adapter") as folder:
+            (folder / "weights").touch(0o600)  # as safetensors does, whoever may read the rest
+            (folder / "config").touch(0o666)
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob("*")}
+    files = dict.fromkeys(("report.json", "weights", "config"), file_mode)
+    assert modes == files | {"adapter": folder_mode}
+
+
+def test_a_file_in_the_place_of_a_folder_stays_and_is_named(tmp_path: Path) -> None:
+    (tmp_path / "adapter").write_text("mine")
+    with pytest.raises(NotADirectoryError) as caught, atomic_folder(tmp_path / "adapter"):
+        raise AssertionError
+    assert caught.value.filename == str(tmp_path / "adapter")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]

@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -18,8 +19,9 @@ from qft.documents.training import Report, read_report
 from qft.errors import RunError
 from qft.progress import Step, View
 from qft.recipe import load
-from qft.run.checkpoint import HASHES, STATE, TRAINER_STATE, newest_whole
+from qft.run.checkpoint import HASHES, STATE, TRAINER_STATE, checkpoints_in, newest_whole
 from qft.run.lock import LOCK
+from tests.support.forked import ended
 from tests.support.once import once
 from tests.support.rows import chat, write_jsonl
 from tests.support.runs import Leaves, adapter, run
@@ -306,3 +308,23 @@ def test_without_checkpoints_it_says_what_to_do(recipe: RecipeFile, tmp_path: Pa
     run(path, overwrite=True)
     with pytest.raises(RunError, match=r"adapter, to which it came, was written, .*`qft eval`.*--overwrite"):
         run(path, resume=True)
+
+
+def test_checkpoints_that_may_not_be_read_are_not_taken_for_none() -> None:
+    with TemporaryDirectory() as place:
+        Path(place).chmod(0o755)  # to be entered by another user
+        folder = Path(place, "checkpoints")
+        (folder / "checkpoint-1").mkdir(parents=True)
+        (folder / "checkpoint-1" / TRAINER_STATE).touch()
+        folder.chmod(0)
+
+        def look() -> None:
+            if os.getuid() == 0:
+                os.setuid(2**16 - 2)
+            try:
+                checkpoints_in(folder)
+            except PermissionError:
+                raise SystemExit(7) from None
+
+        assert ended(look).returncode == 7
+        folder.chmod(0o700)

@@ -24,7 +24,10 @@ def render(report: Report) -> Group:
 
 def _from_here(path: str) -> str:
     """The path as one would type it here."""
-    here = os.path.relpath(path)
+    try:
+        here = os.path.relpath(path)
+    except OSError:  # the folder where the command was started is gone
+        return path
     return path if here.startswith("..") else here
 
 

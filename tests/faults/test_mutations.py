@@ -31,7 +31,7 @@ from tests.support.rows import chat, write_jsonl
 from tests.support.runs import trained
 from tests.support.versions import artifact
 
-COUNT = int(os.environ.get("QFT_FUZZ", "16"))
+COUNT = int(os.environ.get("QFT_FUZZ", "12"))
 FROM = int(os.environ.get("QFT_FUZZ_FROM", "0"))
 DOCUMENTED = {0, 2, 3, 4, 5, 6, 7, 8, 9, 10}
 LONGEST = 60

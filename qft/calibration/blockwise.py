@@ -117,9 +117,9 @@ class BlockQuantizer:
             errors = self._quantize_block(number, streams)
             write_json(self.folder / f"errors-{number:05}.json", [error.model_dump() for error in errors])
             streams.save(self._streams(number + 1))
-            stem = f"{number:05}"
-            left = [self._shard(number, 0), *(self.folder / f"{kind}-{stem}.json" for kind in ("errors", "experts"))]
-            record(self.folder, number, [*left, left[0].with_suffix(".json"), self._streams(number + 1)])
+            shard = self._shard(number, 0)
+            told = [self.folder / f"{kind}-{number:05}.json" for kind in ("errors", "experts")]
+            record(self.folder, number, [shard, shard.with_suffix(".json"), *told, self._streams(number + 1)])
             self._streams(number).unlink(missing_ok=True)
             self.block_seconds.append(time.perf_counter() - started)
             self._tell(number, errors)

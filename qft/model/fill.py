@@ -71,10 +71,12 @@ def _compute_buffers(model: PreTrainedModel, module: nn.Module, device: str) -> 
         for key in part._non_persistent_buffers_set
         if part._buffers[key] is not None and part._buffers[key].is_meta
     ]
+    if not lacking:
+        return
     for _, part, key in lacking:
         part._buffers[key] = torch.full_like(part._buffers[key], _unset(part._buffers[key]), device=device)
     owners = {part: own for own in model.modules() if isinstance(own, PreTrainedModel) for part in own.modules()}
-    for part in reversed([*module.modules()] if lacking else []):
+    for part in reversed([*module.modules()]):
         with suppress(Exception), torch.no_grad():  # it may want weights that layers in few bits have not
             owners.get(part, model)._init_weights(part)
     for name, part, key in lacking:

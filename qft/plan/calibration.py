@@ -9,7 +9,6 @@ from transformers.quantizers import base as quantizers
 
 from qft.checkpoint.bypassed import bypassed_linears, deep_linears, initialized_linears
 from qft.checkpoint.language import beside_language
-from qft.checkpoint.passing import passing_problem
 from qft.data.calibration import CalibrationData, calibration_data
 from qft.data.prepare import Prepared
 from qft.documents.plan import CalibrationPart, CalibrationPlanDocument, LayerPart
@@ -169,9 +168,8 @@ def plan_layers(loaded: LoadedRecipe, model: ModelPlan | None = None) -> tuple[M
     matched, problems = match_own("calibrate.skip_modules", calibrate.skip_modules, skeleton)
     refuse(loaded, problems)
     linears, blocks = model.linears
-    stack: Any = skeleton.get_submodule(blocks)
-    if not CATALOGUE[calibrate.engine].whole_model and (problem := passing_problem(skeleton, stack)):
-        refuse(loaded, [("model.path", problem)])
+    if not CATALOGUE[calibrate.engine].whole_model and model.unstreamed:
+        refuse(loaded, [("model.path", model.unstreamed)])
     able = {name for name in _plain_linears(skeleton) if name.startswith(f"{blocks}.")} - {*bypassed_linears(skeleton)}
     if calibrate.engine == "bitsandbytes" and calibrate.bits == 8:
         able -= {*deep_linears(skeleton)}

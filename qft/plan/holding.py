@@ -19,6 +19,7 @@ from qft.quant.layer import skip_entry
 from qft.quant.rounding import TARGETS
 from qft.quant.share import Held, count_weights
 from qft.recipe import Recipe
+from qft.recipe.calibration import COMPRESSED
 from qft.recipe.training import ModelSection, QuantSection
 
 
@@ -59,7 +60,7 @@ def _kept_whole(model: PreTrainedModel, quant: QuantSection) -> list[str]:
     """What is never held in few bits, as transformers matches it: what sees, which would lose precision for which
     nothing that is learnt from text makes up, layers whose weights other code reads, and those that the mode cannot."""
     kept = {*bypassed_linears(model), *(deep_linears(model) if quant.mode == "8bit" else ())}
-    if quant.target and TARGETS[quant.target].form == "compressed-tensors":
+    if quant.target and TARGETS[quant.target].form == COMPRESSED:
         kept |= {*initialized_linears(model)}
     linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)]
     left, others = ([name for name in linears if (name in kept) is is_kept] for is_kept in (True, False))

@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from qft.checkpoint.find import Checkpoint, find_checkpoint, load_tokenizer, require_written
 from qft.checkpoint.language import beside_language
 from qft.checkpoint.layout import unmergeable
+from qft.checkpoint.passing import passing_problem
 from qft.checkpoint.require import require_weights
 from qft.checkpoint.skeleton import find_blocks, without_contents
 from qft.data.pictures import Pictures
@@ -123,6 +124,11 @@ class ModelPlan:
             raise ModelError(f"{self.checkpoint.path}: {reason}")
         linears = {name: m.in_features for name, m in self.skeleton.named_modules() if isinstance(m, nn.Linear)}
         return linears, find_blocks(self.skeleton, self.shape.layers)[0]
+
+    @cached_property
+    def unstreamed(self) -> str | None:
+        """Why its blocks cannot be run one at a time, as `passing_problem` tells."""
+        return passing_problem(self.skeleton, find_blocks(self.skeleton, self.shape.layers)[1])
 
     def longest_row(self, data: DataSection) -> int:
         """data.max_length, in tokens, as it is decided for this model."""

@@ -109,15 +109,10 @@ def _contradicted(recipe: Recipe) -> Iterator[Problem]:
     for name in ("USE_FSDP", "USE_DEEPSPEED", "USE_MEGATRON_LM", "USE_PARALLELISM_CONFIG", "USE_SAGEMAKER"):
         if os.environ.get(f"ACCELERATE_{name}", "false").lower() not in OFF:
             yield "distributed.strategy", f"the variable ACCELERATE_{name} asks for another; unset it"
-    if os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in (
-        *OFF,
-        *(ON if recipe.model.device == "cpu" else ()),
-    ):
-        yield (
-            "model.device",
-            f"{recipe.model.device}, beside the variable ACCELERATE_USE_CPU; unset it, or set this to cpu",
-        )
-    if (device := os.environ.get("ACCELERATE_TORCH_DEVICE", recipe.model.device)) != recipe.model.device:
+    asked = recipe.model.device
+    if os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in (OFF + ON if asked == "cpu" else OFF):
+        yield "model.device", f"{asked}, beside the variable ACCELERATE_USE_CPU; unset it, or set this to cpu"
+    if (device := os.environ.get("ACCELERATE_TORCH_DEVICE", asked)) != asked:
         yield "model.device", f"the variable ACCELERATE_TORCH_DEVICE says {device}; unset it, and say it in the recipe"
     others = {"DYNAMO_BACKEND": ("no",), "GRADIENT_ACCUMULATION_STEPS": ("1",), "MIXED_PRECISION": ("no", "bf16")}
     if recipe.train.fp16:

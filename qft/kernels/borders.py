@@ -23,29 +23,30 @@ def _border_kernel(  # type: ignore[no-untyped-def]
     """The first programs write the columns behind ROWS rows each, the others COLUMNS columns of the rows below. Of each
     layer: A, B, bias, scaling, rank, rows."""
     program = tl.program_id(0)
-    last = tl.arange(0, BORDER)
     if program < row_programs:
         row = program * ROWS + tl.arange(0, ROWS)
-        value = tl.zeros((ROWS, BORDER), dtype=tl.float32)
-        start, rank = 0, 0
-        for i in tl.static_range(COUNT):
-            b = b0 if i == 0 else b1 if i == 1 else b2 if i == 2 else b3
-            c = c0 if i == 0 else c1 if i == 1 else c2 if i == 2 else c3
-            s = s0 if i == 0 else s1 if i == 1 else s2 if i == 2 else s3
-            r = r0 if i == 0 else r1 if i == 1 else r2 if i == 2 else r3
-            m = m0 if i == 0 else m1 if i == 1 else m2 if i == 2 else m3
-            own = (row[:, None] >= start) & (row[:, None] < start + m)
-            mine = own & (last[None, :] >= rank) & (last[None, :] < rank + r)
-            place = (row[:, None] - start) * r + last[None, :] - rank
-            found = tl.load(b + place, mask=mine, other=0).to(tl.float32)
-            value = tl.where(mine, found if SCALE_A else found * s, value)
-            if (BIASED >> i) & 1:
-                at = own & (last[None, :] == BIAS)
-                value = tl.where(at, tl.load(c + row[:, None] - start, mask=at, other=0).to(tl.float32), value)
-            start += m
-            rank += r
-        target = right + row.to(tl.int64)[:, None] * right_stride + last[None, :]
-        tl.store(target, value.to(right.dtype.element_ty), mask=row[:, None] < rows)
+        for first in tl.static_range(0, BORDER, 64):
+            last = first + tl.arange(0, 64)
+            value = tl.zeros((ROWS, 64), dtype=tl.float32)
+            start, rank = 0, 0
+            for i in tl.static_range(COUNT):
+                b = b0 if i == 0 else b1 if i == 1 else b2 if i == 2 else b3
+                c = c0 if i == 0 else c1 if i == 1 else c2 if i == 2 else c3
+                s = s0 if i == 0 else s1 if i == 1 else s2 if i == 2 else s3
+                r = r0 if i == 0 else r1 if i == 1 else r2 if i == 2 else r3
+                m = m0 if i == 0 else m1 if i == 1 else m2 if i == 2 else m3
+                own = (row[:, None] >= start) & (row[:, None] < start + m)
+                mine = own & (last[None, :] >= rank) & (last[None, :] < rank + r)
+                place = (row[:, None] - start) * r + last[None, :] - rank
+                found = tl.load(b + place, mask=mine, other=0).to(tl.float32)
+                value = tl.where(mine, found if SCALE_A else found * s, value)
+                if (BIASED >> i) & 1:
+                    at = own & (last[None, :] == BIAS)
+                    value = tl.where(at, tl.load(c + row[:, None] - start, mask=at, other=0).to(tl.float32), value)
+                start += m
+                rank += r
+            target = right + row.to(tl.int64)[:, None] * right_stride + last[None, :]
+            tl.store(target, value.to(right.dtype.element_ty), mask=row[:, None] < rows)
     else:
         column = (program - row_programs) * COLUMNS + tl.arange(0, COLUMNS)
         within = column[None, :] < columns

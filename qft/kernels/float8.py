@@ -191,6 +191,7 @@ def write(weight: torch.Tensor, state: Any, out: torch.Tensor, scale: float) -> 
     tensor cores take what is summed over as the last dimension."""
     if isinstance(out, FakeTensor):
         return
+    weight = weight.data
     (columns, rows), (tall, wide) = out.shape, TILE
     if not by_triton(out):
         whole = weight if state is None else dequantized(weight, state, rows, columns)

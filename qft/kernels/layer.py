@@ -180,7 +180,7 @@ class Stack:
         weight, _ = SCRATCH.matrix(self.columns, self.rows, device, float8.E4M3, self)
         scale = 1.0 if isinstance(weight, FakeTensor) else self.scale
         for layer, part in zip(self.layers, self.row_parts, strict=True):
-            float8.write(layer.base.weight.data, layer.state, weight[:, part], scale)
+            float8.write(layer.base.weight, layer.state, weight[:, part], scale)
         right = torch.empty(self.rows, self.border, dtype=self.dtype, device=device)
         below = torch.empty(self.border, self.columns, dtype=self.dtype, device=device)
         borders.write(right, below, self, forward=False)

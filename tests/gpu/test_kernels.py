@@ -129,6 +129,19 @@ def test_products(held: str, bias: bool, rows: int) -> None:
     )
 
 
+@pytest.mark.parametrize("r", [64, 100, 160])
+def test_adapters_of_any_rank(r: int) -> None:
+    three = layers((512, 256), (128, 256), (192, 256), bias=True, r=r)
+    stack, x = Stack(three), torch.randn(1, 77, 256, device="cuda", dtype=BF16)
+    compared(
+        lambda x: torch.cat(project(x, stack), -1),
+        lambda x: torch.cat([each.module(x) for each in three], -1),
+        lambda x: torch.cat([exact(each, x) for each in three], -1),
+        x,
+        pairs(*three),
+    )
+
+
 @pytest.mark.parametrize("kind", REFERENCES)
 @pytest.mark.parametrize("rows", [1, 333])
 def test_mlps(kind: str, rows: int) -> None:

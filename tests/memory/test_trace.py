@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from qft.checkpoint.skeleton import find_blocks
-from qft.kernels import LINEAR
+from qft.kernels import FLOAT8, LINEAR, MLP
 from qft.machine.device import absent_gpu
 from qft.memory.ledger import Ledger, Peak
 from qft.memory.predict import Source, predictor
@@ -225,6 +225,14 @@ def test_layers_that_are_given_float32_are_fused_where_there_is_autocast() -> No
         return three - two
 
     assert block(()) - block((LINEAR,)) >= 2 * copy
+
+
+def test_a_step_in_float8_is_traced() -> None:
+    scheme = SCHEMES["4bit"](QuantSection.model_validate({"mode": "4bit"}), "bfloat16", ("lm_head",))
+    asked = work("4bit", on_gpu=True, mixed=torch.bfloat16, kernels=(MLP, LINEAR, FLOAT8), scheme=scheme)
+    half = dataclasses.replace(asked, kernels=(MLP, LINEAR))
+    for step in (ONCE, AGAIN):
+        assert of("llama", asked, step)["last blocks"].total != of("llama", half, step)["last blocks"].total
 
 
 def test_optimizers_keep_what_they_keep() -> None:

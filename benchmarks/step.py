@@ -116,25 +116,27 @@ def pieces_in_float8(rows: int, shape: tuple[int, int]) -> None:
 
     weight = random(*shape) * 0.02
     packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
-    turned = torch.empty(*shape[::-1], device="cuda", dtype=float8.E4M3)
+    straight, turned = (torch.empty(*s, device="cuda", dtype=float8.E4M3) for s in (shape, shape[::-1]))
     scale = float(float8.power_for(float8.largest(packed, state)))
-    g, border, below = random(rows, shape[0]), random(rows, 64), random(64, shape[1])
-    scales, one = torch.full((1, shape[1]), scale, device="cuda"), torch.ones((), device="cuda")
-    g8, g_scales = float8.quantized_rows(g)
-    float8.write(packed, state, turned, scale)
-    out = float8.multiply(g8, g_scales, turned, scales, torch.bfloat16)
-    wanted = g.float() @ bnb.functional.dequantize_4bit(packed, state).float()
-    mm = functools.partial(torch._scaled_mm, g8, turned.t(), out_dtype=torch.bfloat16)
+    x, border, right = random(rows, shape[1]), random(rows, 64), random(shape[0], 64)
+    scales, one = torch.full((1, shape[0]), scale, device="cuda"), torch.ones((), device="cuda")
+    x8, x_scales = float8.quantized_rows(x)
+    float8.write(packed, state, straight, scale, turned=False)
+    out = float8.multiply(x8, x_scales, straight, scales, torch.bfloat16)
+    wanted = x.float() @ bnb.functional.dequantize_4bit(packed, state).float().t()
+    mm = functools.partial(torch._scaled_mm, x8, straight.t(), out_dtype=torch.bfloat16)
     told(
         float8=shape, error=round(float((out.float() - wanted).norm() / wanted.norm()), 4),
-        in_16_bits=timed(lambda: torch.mm(g, weight)),
-        by_rows=timed(lambda: mm(scale_a=g_scales, scale_b=scales, use_fast_accum=True)),
-        by_rows_slow=timed(lambda: mm(scale_a=g_scales, scale_b=scales, use_fast_accum=False)),
+        in_16_bits=timed(lambda: torch.mm(x, weight.t())),
+        by_rows=timed(lambda: mm(scale_a=x_scales, scale_b=scales, use_fast_accum=True)),
+        by_rows_slow=timed(lambda: mm(scale_a=x_scales, scale_b=scales, use_fast_accum=False)),
         by_tensor=timed(lambda: mm(scale_a=one, scale_b=one, use_fast_accum=True)),
-        quantize=timed(lambda: float8.quantized_rows(g)),
-        write=timed(lambda: float8.write(packed, state, turned, scale)),
-        add=timed(lambda: float8.add_product(out, border, below, 16)),
-        add_by_torch=timed(lambda: out.addmm_(border, below)),
+        by_tensor_slow=timed(lambda: mm(scale_a=one, scale_b=one, use_fast_accum=False)),
+        quantize=timed(lambda: float8.quantized_rows(x)),
+        straight=timed(lambda: float8.write(packed, state, straight, scale, turned=False)),
+        turned=timed(lambda: float8.write(packed, state, turned, scale, turned=True)),
+        add=timed(lambda: float8.add_product(out, border, right.t(), 16)),
+        add_by_torch=timed(lambda: out.addmm_(border, right.t())),
     )  # fmt: skip
 
 

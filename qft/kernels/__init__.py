@@ -1,6 +1,6 @@
 """Kernels for the training of adapters: parts of a model in fewer passes over memory than its own code takes."""
 
 from qft.kernels.attach import FLOAT8, LINEAR, MLP, NORM, ROTARY, Applied, apply, expect
-from qft.kernels.keep import Keep, keep
+from qft.kernels.keep import keep
 
-__all__ = ["FLOAT8", "LINEAR", "MLP", "NORM", "ROTARY", "Applied", "Keep", "apply", "expect", "keep"]
+__all__ = ["FLOAT8", "LINEAR", "MLP", "NORM", "ROTARY", "Applied", "apply", "expect", "keep"]

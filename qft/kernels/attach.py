@@ -15,6 +15,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from qft.errors import first_line
+from qft.kernels import float8
 from qft.kernels.buffers import SCRATCH
 from qft.kernels.check import Check
 from qft.kernels.keep import Keep
@@ -76,7 +77,7 @@ class Applied:
     def in_float8(self, *, on: bool) -> None:
         """Have frozen products be in float8 where they can, or none."""
         SCRATCH.clear()
-        stacks = [stack for of_kind in self.stacks.values() for stack in of_kind]
+        stacks = self._stacks()
         for stack in stacks:
             stack.float8 = on and stack.why_not_float8() is None
             stack.expect()
@@ -86,6 +87,14 @@ class Applied:
                 if reason := stack.why_not_float8():
                     self.plain[f"{FLOAT8}: {reason}"] += len(stack.layers)
         self.fused += Counter()  # without those of which there is none
+
+    def begin_step(self, step: int) -> None:
+        """Have what is rounded to float8 be rounded otherwise than in the last step."""
+        for number, stack in enumerate(self._stacks()):
+            stack.dither = float8.dither(step, number)
+
+    def _stacks(self) -> list[Stack]:
+        return [stack for of_kind in self.stacks.values() for stack in of_kind]
 
 
 def apply(model: nn.Module, blocks: nn.ModuleList, kinds: Collection[str], mixed: torch.dtype | None) -> Applied:

@@ -1,9 +1,9 @@
-"""Products in float8 (e4m3): rows of gradients, each with a scale, times weights with one scale, summed in float32.
-Scales are powers of two: numbers of four bits lose nothing, and what is infinite becomes NaN."""
+"""Products in float8 (e4m3): rows of activations and gradients, each with a scale, times weights with one scale, summed
+in float32. Scales are powers of two: numbers of four bits lose nothing, and what is infinite becomes NaN. On the way
+forward that of a weight is another in each step (`dither`)."""
 
 # Triton reads annotations, which must be no strings.
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,14 +13,15 @@ from qft.kernels.dequantize import dequantized
 from qft.kernels.jit import by_triton, ceil_div, jit, launch, power_of_2, tl
 
 E4M3 = torch.float8_e4m3fn
-SUMMED_TO = (torch.bfloat16,)
-"""The dtypes of what it takes the place of."""
 MULTIPLE = 16
 """Of rows and columns, as tensor cores take them."""
 LARGEST = 7
 """Exponent that the largest number is brought to: 128 to 256 of 448."""
 SPAN, WARPS = 4096, 8
 """Columns of a row at once, and by how many warps."""
+LONG = 16384
+"""Columns of a row from which on so many are taken at once: fewer rows at a time, that are still near when they are
+read again."""
 TILE = 128, 64
 """Rows and columns of a weight that is turned."""
 ADD = 32, 256, 4
@@ -82,6 +83,14 @@ def largest(weight: torch.Tensor, state: Any) -> torch.Tensor:
     return bound
 
 
+def dither(step: int, number: int) -> float:
+    """What the scale of the weight of that number is multiplied with on the way forward in that step, 1 to 2. Weights
+    that are frozen would be rounded to the same in each step, and adapters learn what the rounded ones lack; rounded
+    otherwise each time, they are right in the mean. Of the sequence R2 (Roberts, "The unreasonable effectiveness of
+    quasirandom sequences", 2018)."""
+    return float(2 ** ((step * 0.7548776662466927 + number * 0.5698402909980532) % 1))
+
+
 @jit
 def _scale_of(absmax, code2, absmax2, offset, number, there, BLOCK2: tl.constexpr, NESTED: tl.constexpr):  # type: ignore[no-untyped-def]
     """Of blocks of 4-bit codes by their numbers."""
@@ -118,6 +127,14 @@ SHIFTS = tuple(8 * byte + nibble for byte in range(4) for nibble in (4, 0))
 """Of eight codes in a word, in the order of their columns."""
 
 
+def _straight() -> str:
+    """From eight codes in $2, a scale in $3, and the book at $4: eight numbers in $0 and $1."""
+    lines = [_book().format("$4")]
+    for word in range(2):
+        lines += [_number(i, 2, SHIFTS[4 * word + i], 3) for i in range(4)] + [_four(word)]
+    return "\n".join(["{", *lines, "}"])
+
+
 def _turned() -> str:
     """From eight codes of each of four rows in $8 to $11, their scales in $12 to $15, and the book at $16: the four
     numbers of each of eight columns in $0 to $7."""
@@ -127,11 +144,35 @@ def _turned() -> str:
     return "\n".join(["{", *lines, "}"])
 
 
-TURNED = _turned()
+STRAIGHT, TURNED = _straight(), _turned()
 
 
 @jit
 def _codes_kernel(  # type: ignore[no-untyped-def]
+    packed, code, absmax, code2, absmax2, offset, out, columns, inverse,
+    BLOCK: tl.constexpr, BLOCK2: tl.constexpr, NESTED: tl.constexpr, SIZE: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Row program_id(0), columns from program_id(1) * SIZE on."""
+    row = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1) * (SIZE // BLOCK) + tl.arange(0, SIZE // BLOCK)
+    blocks = columns // BLOCK
+    there = block < blocks
+    scale = _scale_of(absmax, code2, absmax2, offset, (row * blocks).to(tl.int32) + block, there, BLOCK2, NESTED)
+    word = block[:, None] * (BLOCK // 8) + tl.arange(0, BLOCK // 8)[None, :]
+    source = packed.to(tl.pointer_type(tl.int32)) + row * (columns // 8)
+    codes = tl.load(source + word, mask=there[:, None], other=0)
+    scales = tl.broadcast_to((scale * inverse)[:, None], (SIZE // BLOCK, BLOCK // 8))
+    book = code.to(tl.int64) + tl.zeros_like(codes)
+    a, b = tl.inline_asm_elementwise(
+        ASM, "=r,=r,r,r,l", [codes, scales, book], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
+    )
+    fours = tl.reshape(tl.join(a, b), (SIZE // BLOCK, BLOCK // 4))
+    place = block[:, None] * (BLOCK // 4) + tl.arange(0, BLOCK // 4)[None, :]
+    tl.store(out.to(tl.pointer_type(tl.int32)) + row * (columns // 4) + place, fours, mask=there[:, None])
+
+
+@jit
+def _codes_turned_kernel(  # type: ignore[no-untyped-def]
     packed, code, absmax, code2, absmax2, offset, out, rows, columns, stride, inverse,
     BLOCK: tl.constexpr, BLOCK2: tl.constexpr, NESTED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, ASM: tl.constexpr,
@@ -176,63 +217,53 @@ def _codes_kernel(  # type: ignore[no-untyped-def]
 
 @jit
 def _half_kernel(  # type: ignore[no-untyped-def]
-    weight, out, rows, columns, weight_stride, stride, inverse, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """The same for a weight of 16 bits."""
+    weight, out, rows, columns, weight_stride, stride, inverse,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TURN: tl.constexpr,
+):  # fmt: skip
+    """The same for a weight of 16 bits, turned or not."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     there = (row < rows) & (column < columns)
     value = tl.load(weight + row * weight_stride + column, mask=there, other=0).to(tl.float32) * inverse
-    tl.store(out + column.to(tl.int64) * stride + row, value.to(tl.float8e4nv), mask=there)
+    target = out + column.to(tl.int64) * stride + row if TURN else out + row * stride + column
+    tl.store(target, value.to(tl.float8e4nv), mask=there)
 
 
-def write(weight: torch.Tensor, state: Any, out: torch.Tensor, scale: float) -> None:
-    """The weight [rows, columns] divided by `scale` into `out` [columns, rows], in float8, whose rows may lie apart:
-    tensor cores take what is summed over as the last dimension."""
+def write(weight: torch.Tensor, state: Any, out: torch.Tensor, scale: float, *, turned: bool) -> None:
+    """The weight divided by `scale` into `out`, in float8: [rows, columns], one row behind the other, or `turned`
+    [columns, rows], whose rows may lie apart."""
     if isinstance(out, FakeTensor):
         return
     weight = weight.data
-    (columns, rows), (tall, wide) = out.shape, TILE
+    columns, rows = out.shape if turned else out.shape[::-1]
+    inverse, (tall, wide) = 1 / scale, TILE
     if not by_triton(out):
         whole = weight if state is None else dequantized(weight, state, rows, columns)
-        out.copy_(whole.t() / scale)
+        out.copy_(whole.t() / scale if turned else whole / scale)
         return
     if state is None:
         grid = (ceil_div(rows, tall), ceil_div(columns, wide))
-        launch(_half_kernel, grid, weight, out, rows, columns, weight.stride(0), out.stride(0), 1 / scale,
-            ROWS=tall, COLUMNS=wide,
+        launch(_half_kernel, grid, weight, out, rows, columns, weight.stride(0), out.stride(0), inverse,
+            ROWS=tall, COLUMNS=wide, TURN=turned,
         )  # fmt: skip
         return
     second = state.state2 if state.nested else None
-    wide = min(wide, state.blocksize)
-    launch(_codes_kernel, (ceil_div(rows, tall), columns // wide),
+    given = (
         weight.view(torch.uint8), state.code, state.absmax,
         second.code if second else state.code, second.absmax if second else state.absmax,
-        state.offset if second else state.code, out, rows, columns, out.stride(0), 1 / scale,
-        BLOCK=state.blocksize, BLOCK2=second.blocksize if second else 1, NESTED=state.nested,
-        ROWS=tall, COLUMNS=wide, ASM=TURNED, num_warps=4,
+        state.offset if second else state.code, out,
     )  # fmt: skip
-
-
-@dataclass
-class Turned:
-    """What gradients of outputs are multiplied with: [g | s g B] to g W + s (g B) A."""
-
-    weight: torch.Tensor
-    """Wᵀ divided by `scale` in float8, [columns, rows]."""
-    scale: float
-    right: torch.Tensor
-    """s B, [rows, border]."""
-    below: torch.Tensor
-    """A, [border, columns]."""
-    rank: int
-
-    def multiply(self, whole: torch.Tensor) -> torch.Tensor:
-        """[g | s g B] [tokens, rows + border] to [tokens, columns]."""
-        columns, rows = self.weight.shape
-        scales = torch.full((1, columns), self.scale, device=whole.device)
-        found = multiply(*quantized_rows(whole[:, :rows]), self.weight, scales, whole.dtype)
-        return add_product(found, whole[:, rows:], self.below, self.rank)
+    held = {"BLOCK": state.blocksize, "BLOCK2": second.blocksize if second else 1, "NESTED": state.nested}
+    if turned:
+        wide = min(wide, state.blocksize)
+        launch(_codes_turned_kernel, (ceil_div(rows, tall), columns // wide),
+            *given, rows, columns, out.stride(0), inverse, **held, ROWS=tall, COLUMNS=wide, ASM=TURNED, num_warps=4,
+        )  # fmt: skip
+    else:
+        size = min(SPAN, max(power_of_2(columns), state.blocksize))
+        launch(_codes_kernel, (rows, ceil_div(columns, size)),
+            *given, columns, inverse, **held, SIZE=size, ASM=STRAIGHT, num_warps=2,
+        )  # fmt: skip
 
 
 def multiply(

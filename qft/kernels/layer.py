@@ -91,6 +91,8 @@ class Layer:
 
 
 HALF = (torch.bfloat16, torch.float16)
+WIDE = (torch.bfloat16,)
+"""What products in float8 are summed up to."""
 
 
 def layer_of(module: nn.Module) -> Layer | str:
@@ -134,6 +136,21 @@ def _adapted(module: Any, base: nn.Module) -> Layer | str:
     return Layer(module, base, name, float(module.scaling[name]), a.weight.shape[0])
 
 
+@dataclass
+class Matrix:
+    """What a product is taken with."""
+
+    weight: torch.Tensor
+    """[rows + border, columns + border]: W, B behind it and A below it. In float8 W alone, [rows, columns], or on the
+    way back [columns, rows]."""
+    right: torch.Tensor
+    """B, [rows, border]."""
+    below: torch.Tensor
+    """A, [border, columns]."""
+    scales: torch.Tensor | None = None
+    """Of each row of a weight in float8, [1, rows of it] in float32."""
+
+
 class Stack:
     """Layers of the same input, whose matrices lie one above the other, each with its own columns of the border."""
 
@@ -150,41 +167,47 @@ class Stack:
             offsets.append(offsets[-1] + layer.rank)
         self.row_parts = [slice(a, b) for a, b in pairwise(starts)]
         self.rank_parts = [slice(a, b) for a, b in pairwise(offsets)]
-        self.float8 = False
-        """Whether frozen products are on the way back."""
+        self.float8, self.dither = False, 1.0
+        """Whether frozen products are, and what their scale is multiplied with on the way forward."""
         self.expect()
 
     def expect(self) -> None:
         """Say what memory will be asked for."""
-        SCRATCH.expect(self.rows + self.border, self.columns + self.border)
+        border = 0 if self.float8 else self.border
+        SCRATCH.expect(self.rows + border, self.columns + border)
 
     @property
     def pairs(self) -> list[torch.Tensor | None]:
         """A and B of each layer."""
         return [tensor for layer in self.layers for tensor in layer.pair]
 
-    def matrix(self, device: torch.device, *, forward: bool) -> torch.Tensor:
-        """[rows + border, columns + border] in memory that the next one takes: W, B behind it and A below it, of which
-        one is scaled: A on the way forward, B on the way back. Forward, the column behind the ranks is the bias."""
+    def matrix(self, device: torch.device, *, forward: bool) -> Matrix:
+        """In memory that the next one takes; A is scaled on the way forward, B on the way back. Forward, the column
+        behind the ranks is the bias."""
+        made = self._in_float8(device, turned=not forward) if self.float8 else self._in_half(device)
+        borders.write(made.right, made.below, self, forward=forward)
+        return made
+
+    def _in_half(self, device: torch.device) -> Matrix:
         shape = (self.rows + self.border, self.columns + self.border)
         whole, is_there = SCRATCH.matrix(*shape, device, self.dtype, self)
         for layer, part in zip(self.layers, self.row_parts, strict=True):
             if not is_there:
                 layer.write(whole[part, : self.columns])
-        right, below = whole[: self.rows, self.columns :], whole[self.rows :, : self.columns]
-        borders.write(right, below, self, forward=forward)
-        return whole
+        return Matrix(whole, whole[: self.rows, self.columns :], whole[self.rows :, : self.columns])
 
-    def turned(self, device: torch.device) -> float8.Turned:
-        """W in float8, as the way back takes it."""
-        weight, _ = SCRATCH.matrix(self.columns, self.rows, device, float8.E4M3, self)
-        scale = 1.0 if isinstance(weight, FakeTensor) else self.scale
+    def _in_float8(self, device: torch.device, *, turned: bool) -> Matrix:
+        shape = (self.columns, self.rows) if turned else (self.rows, self.columns)
+        weight, _ = SCRATCH.matrix(*shape, device, float8.E4M3, self)
+        scale = 1.0 if isinstance(weight, FakeTensor) else self.scale * (1.0 if turned else self.dither)
         for layer, part in zip(self.layers, self.row_parts, strict=True):
-            float8.write(layer.base.weight, layer.state, weight[:, part], scale)
-        right = torch.empty(self.rows, self.border, dtype=self.dtype, device=device)
-        below = torch.empty(self.border, self.columns, dtype=self.dtype, device=device)
-        borders.write(right, below, self, forward=False)
-        return float8.Turned(weight, scale, right, below, self.rank)
+            place = weight[:, part] if turned else weight[part]
+            float8.write(layer.base.weight, layer.state, place, scale, turned=turned)
+        right, below = (
+            torch.empty(shape, dtype=self.dtype, device=device)
+            for shape in ((self.rows, self.border), (self.border, self.columns))
+        )
+        return Matrix(weight, right, below, torch.full((1, shape[0]), scale, device=device))
 
     @cached_property
     def scale(self) -> float:
@@ -194,7 +217,7 @@ class Stack:
 
     def why_not_float8(self) -> str | None:
         """Why its frozen products cannot be in float8; None: they can."""
-        if self.dtype not in float8.SUMMED_TO:
+        if self.dtype not in WIDE:
             return f"float8 is for what multiplies in bfloat16, not {str(self.dtype).removeprefix('torch.')}"
         if any(size % float8.MULTIPLE for layer in self.layers for size in (layer.rows, layer.columns)):
             return f"float8 is for rows and columns that are multiples of {float8.MULTIPLE}"

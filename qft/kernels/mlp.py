@@ -14,7 +14,7 @@ from qft.kernels.buffers import rows_of
 from qft.kernels.jit import by_triton
 from qft.kernels.keep import Keep
 from qft.kernels.layer import Stack
-from qft.kernels.project import Project, back, gradients, joint, project_joint, with_lora
+from qft.kernels.project import Project, back, gradients, joint, multiplier, project_joint
 
 
 @dataclass
@@ -44,12 +44,9 @@ class Down(torch.autograd.Function):
         if ctx.first is None:  # nobody keeps them for us
             ctx.save_for_backward(both)
         h = activate(rows_of(both), mlp.kind, down.border)
-        matrix = down.matrix(h.device, forward=True)
         # Some hundred KB, and no tensor that a checkpointed block would have to be computed again for.
-        whole, ctx.inner = with_lora(h, down, matrix)
-        out = both.new_empty(*both.shape[:-1], down.rows)
-        torch.mm(whole, matrix[: down.rows].t(), out=out.view(len(h), -1))
-        return out
+        multiply, ctx.inner = multiplier(h, down)
+        return multiply(slice(0, down.rows)).view(*both.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable

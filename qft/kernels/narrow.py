@@ -60,13 +60,14 @@ def extend(
     fill: int = 0,
     one: int = -1,
     inner: torch.Tensor | None = None,
+    copies: bool | None = None,
 ) -> None:
     """Write x [rows, columns] into `out` [rows, more], unless it is what is there, and x N, for a `narrow` N [columns,
     rank], into the columns from border + at on, and into `inner` [rows, rank] too. Of the `fill` columns from border
-    on, the others become 0, and the one numbered `one` 1."""
-    copies, rank = not _begins_with(out, x), narrow.shape[1]
+    on, the others become 0, and the one numbered `one` 1. `copies` False: `out` is for the product alone."""
+    copies, rank = not _begins_with(out, x) if copies is None else copies, narrow.shape[1]
     if not by_triton(x) or rank > WIDEST:
-        _by_torch(x, out, narrow, border, at, fill, one, inner)
+        _by_torch(x, out, narrow, border, at, fill, one, inner, copies)
         return
     wide = max(16, power_of_2(rank))
     launch(_extend_kernel, (ceil_div(len(x), LINES),),
@@ -98,10 +99,11 @@ def _by_torch(
     fill: int,
     one: int,
     inner: torch.Tensor | None,
+    copies: bool,
 ) -> None:
     """The reference."""
     product = torch.mm(x, narrow)
-    if not _begins_with(out, x):
+    if copies:
         out[:, : x.shape[1]] = x
     out[:, border : border + fill] = 0
     out[:, border + at : border + at + narrow.shape[1]] = product

@@ -1,22 +1,24 @@
 """Products of one input with one or several layers and their LoRA: out = x Wᵀ + s (x Aᵀ) Bᵀ + bias, exact but for how
 16-bit numbers round, with sums in float32.
 
-Forward it is [x | s x Aᵀ] [W | B]ᵀ, back [g | s g B] [W ; A]: nothing is added to an output in a pass of its own. In
-float8 (float8.py), g W is, and what the adapter adds to it is added in 16 bits.
+Forward it is [x | s x Aᵀ] [W | B]ᵀ, back [g | s g B] [W ; A]: nothing is added to an output in a pass of its own.
+In float8 (see float8.py) x Wᵀ and g W are, and what the adapter adds is added in 16 bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
+from qft.kernels import float8
 from qft.kernels.buffers import bordered_empty, rows_of, with_border
 from qft.kernels.keep import source_of
-from qft.kernels.layer import Stack
+from qft.kernels.layer import Matrix, Stack
 from qft.kernels.narrow import extend
 
 Back = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
@@ -37,19 +39,48 @@ def project_joint(x: torch.Tensor, stack: Stack, *, kept: bool = True) -> torch.
 
 def joint(x: torch.Tensor, stack: Stack) -> tuple[torch.Tensor, torch.Tensor]:
     """All outputs side by side, and s x Aᵀ [rows, rank]."""
-    flat, matrix = rows_of(x), stack.matrix(x.device, forward=True)
-    whole, inner = with_lora(flat, stack, matrix)
+    multiply, inner = multiplier(rows_of(x), stack)
+    if stack.float8:
+        return multiply(slice(0, stack.rows)).view(*x.shape[:-1], -1), inner
     out = bordered_empty((*x.shape[:-1], stack.rows), stack.border, x)
-    torch.mm(whole, matrix[: stack.rows].t(), out=rows_of(out))
+    multiply(slice(0, stack.rows), rows_of(out))
     return out, inner
 
 
 def each(x: torch.Tensor, stack: Stack) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
     """The outputs one by one, and s x Aᵀ."""
-    flat, matrix = rows_of(x), stack.matrix(x.device, forward=True)
-    whole, inner = with_lora(flat, stack, matrix)
-    products = (in_dtype(whole, matrix[part].t(), stack.made) for part in stack.row_parts)
-    return tuple(product.view(*x.shape[:-1], -1) for product in products), inner
+    multiply, inner = multiplier(rows_of(x), stack)
+    return tuple(multiply(part).view(*x.shape[:-1], -1) for part in stack.row_parts), inner
+
+
+Multiply = Callable[..., torch.Tensor]
+"""From a part of a stack's rows, and where to if not into a new tensor: the outputs [rows, rows of that part]."""
+
+
+def multiplier(x: torch.Tensor, stack: Stack) -> tuple[Multiply, torch.Tensor]:
+    """What multiplies x [rows, columns] until the next matrix is made, and s x Aᵀ [rows, rank]."""
+    matrix = stack.matrix(x.device, forward=True)
+    if matrix.scales is None:
+        whole, inner = with_lora(x, stack, matrix)
+        return partial(_in_half, whole, matrix.weight, stack.made), inner
+    border, inner = x.new_empty(len(x), stack.border), x.new_empty(len(x), stack.rank)
+    a, one = matrix.below[: stack.rank].t(), stack.rank if stack.has_bias else -1
+    extend(x, border, a, 0, fill=stack.border, one=one, inner=inner, copies=False)
+    return partial(_in_float8, float8.quantized_rows(x), border, matrix, stack), inner
+
+
+def _in_half(
+    whole: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype, part: slice, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    return in_dtype(whole, weight[part].t(), dtype) if out is None else torch.mm(whole, weight[part].t(), out=out)
+
+
+def _in_float8(
+    rows: tuple[torch.Tensor, torch.Tensor], border: torch.Tensor, matrix: Matrix, stack: Stack, part: slice
+) -> torch.Tensor:
+    assert matrix.scales is not None
+    out = float8.multiply(*rows, matrix.weight[part], matrix.scales[:, part], border.dtype)
+    return float8.add_product(out, border, matrix.right[part].t(), stack.rank + stack.has_bias).to(stack.made)
 
 
 def in_dtype(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -63,12 +94,12 @@ def in_dtype(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tens
     return torch.mm(a.to(dtype), b.to(dtype))
 
 
-def with_lora(x: torch.Tensor, stack: Stack, matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def with_lora(x: torch.Tensor, stack: Stack, matrix: Matrix) -> tuple[torch.Tensor, torch.Tensor]:
     """[x | s x Aᵀ | 1 for a bias], x itself where it has a border, and s x Aᵀ [rows, rank]."""
     whole = with_border(x, stack.border)
     if whole is None:
         whole = bordered(x, stack.columns, stack.border)
-    inner, a = x.new_empty(len(x), stack.rank), matrix[stack.rows : stack.rows + stack.rank, : stack.columns].t()
+    inner, a = x.new_empty(len(x), stack.rank), matrix.below[: stack.rank].t()
     one = stack.rank if stack.has_bias else -1
     extend(x, whole, a, stack.columns, fill=stack.border, one=one, inner=inner)
     return whole, inner
@@ -100,7 +131,12 @@ def gradients(
 def back(stack: Stack, given: Sequence[torch.Tensor | None], rows: torch.Tensor, wanted: bool) -> Back:
     """Of the gradients [rows, rows of a layer] of each layer's output, or of all side by side: themselves side by side,
     s g B [rows, rank], and, if it is wanted, g W + s (g B) A [rows, columns]. `rows` is a tensor of as many rows."""
-    (right, multiply), whole = multiplier(stack, rows.device), None
+    matrix, whole = stack.matrix(rows.device, forward=False), None
+    if matrix.scales is not None and len(given) == 1 and given[0] is not None:
+        border = rows.new_empty(len(rows), stack.border)
+        extend(given[0], border, matrix.right[:, : stack.rank], 0, fill=stack.border, copies=False)
+        dx = _back_in_float8(given[0], border, matrix, stack) if wanted else None
+        return given[0], border[:, : stack.rank], dx
     if given[0] is not None:
         whole = with_border(given[0], stack.border, stack.rows)
     if whole is None:
@@ -111,24 +147,25 @@ def back(stack: Stack, given: Sequence[torch.Tensor | None], rows: torch.Tensor,
     )
     for number, (gradient, row, rank) in enumerate(zip(given, row_parts, rank_parts, strict=True)):
         part = whole[:, row.start :]
-        b = right[row, rank]
+        b = matrix.right[row, rank]
         fill = 0 if number else stack.border
         if gradient is None:
             part[:, : row.stop - row.start] = 0
             whole[:, stack.rows + rank.start : stack.rows + (rank.stop if number else stack.border)] = 0
         else:
             extend(gradient, part, b, stack.rows - row.start, rank.start, fill=fill)
-    dx = multiply(whole) if wanted else None
-    return whole[:, : stack.rows], whole[:, stack.rows : stack.rows + stack.rank], dx
+    g, border, dx = whole[:, : stack.rows], whole[:, stack.rows :], None
+    if wanted and matrix.scales is None:
+        dx = torch.mm(whole, matrix.weight[:, : stack.columns])
+    elif wanted:
+        dx = _back_in_float8(g, border, matrix, stack)
+    return g, border[:, : stack.rank], dx
 
 
-def multiplier(stack: Stack, device: torch.device) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
-    """s B [rows of all, border], and what makes g W + s (g B) A of [g | s g B], until the next matrix is made."""
-    if stack.float8:
-        turned = stack.turned(device)
-        return turned.right, turned.multiply
-    matrix = stack.matrix(device, forward=False)
-    return matrix[: stack.rows, stack.columns :], lambda whole: torch.mm(whole, matrix[:, : stack.columns])
+def _back_in_float8(g: torch.Tensor, border: torch.Tensor, matrix: Matrix, stack: Stack) -> torch.Tensor:
+    assert matrix.scales is not None
+    dx = float8.multiply(*float8.quantized_rows(g), matrix.weight, matrix.scales, g.dtype)
+    return float8.add_product(dx, border, matrix.below, stack.rank)
 
 
 class Project(torch.autograd.Function):

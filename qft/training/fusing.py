@@ -18,8 +18,7 @@ def fuse(model: Any, recorder: Recorder) -> None:
     if not kinds:
         return
     blocks = find_blocks(model.get_base_model() if plan.lora else model, plan.model.shape.layers)[1]
-    applied = apply(model, blocks, kinds, plan.mixed)
-    recorder.keeps = applied.keeps
+    applied = recorder.applied = apply(model, blocks, kinds, plan.mixed)
     recorder.kernels = Kernels(fused=dict(applied.fused), plain=dict(applied.plain))
     told = "; ".join(f"{count} modules: {reason}" for reason, count in applied.plain.items())
     if FLOAT8 in kinds and FLOAT8 not in applied.fused:

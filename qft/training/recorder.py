@@ -15,7 +15,7 @@ from qft.documents.manifest import Manifest
 from qft.documents.memory import Leak, PhaseMemory
 from qft.documents.skipped import SkippedModules
 from qft.documents.state import TrainingState, read_state
-from qft.kernels import Keep
+from qft.kernels import Applied
 from qft.machine.environment import allocator_settings
 from qft.measure.scores import Answer
 from qft.memory.leaks import FEWEST_STEPS, LeakWatch, growth_per_100_steps
@@ -64,8 +64,8 @@ class Recorder:
         self.logit_bytes: int | None = None
         """What logits take at once where the loss is computed from few of them."""
         self.kernels: documents.Kernels | None = None
-        self.keeps: list[Keep] = []
-        """What kernels keep of each block; none: they compute nothing."""
+        self.applied = Applied()
+        """What kernels compute."""
         self.balance: BalanceWatch | None = None
         """None: nothing is loaded yet."""
         self.largest_micro_batch = 0
@@ -113,7 +113,7 @@ class Recorder:
         self.bytes, self.bytes_elsewhere = dict.fromkeys(self.bytes, 0), 0
         self.logit_bytes = self.quantized_share = self.kernels = None
         self.fused_loss = self.unmasked = False
-        self.keeps = []
+        self.applied = Applied()
         if self.steps and self.steps[-1].step <= plan.start:
             self.recomputed = None
 

@@ -337,8 +337,11 @@ class _StepWatch(TrainerCallback):
             checkpoint_first(self.trainer.model, kept.count("inputs"))
         on_host = recorder.plan.checkpoints == "host"
         stash = stash_inputs(self.trainer.model, self.trainer.args.device) if on_host else None
-        if recorder.keeps and not all_since:
-            keep(recorder.keeps, kept, stash)
+        if recorder.applied.keeps and not all_since:
+            keep(recorder.applied.keeps, kept, stash)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.recorder.applied.begin_step(state.global_step)
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         self.trainer.before_update()

@@ -173,8 +173,9 @@ class Cut(View):
         {"train": {"optim": "paged_adamw_8bit"}},
         {"train": {"optim": "adamw_torch_fused", "gradient_checkpointing": True}},
         {"train": {"fp16": True}, "quant": {"compute_dtype": "float16"}, "model": {"dtype": "float16"}},
+        {"train": {"matmul": "fp8"}, "adapter": {"lora_dropout": 0.0}},
     ],
-    ids=["paged", "fused and checkpointed", "float16 with loss scaling"],
+    ids=["paged", "fused and checkpointed", "float16 with loss scaling", "float8"],
 )
 def test_a_resumed_run_is_the_unbroken_one_on_a_gpu(
     sections: dict[str, Any], recipe_file: RecipeFile, tmp_path: Path
@@ -186,7 +187,7 @@ def test_a_resumed_run_is_the_unbroken_one_on_a_gpu(
             f"{name}.yaml",
             model={"device": "cuda", **sections.get("model", {})},
             quant={"preset": "finetune", **sections.get("quant", {})},
-            adapter={"lora_dropout": 0.2},
+            adapter={"lora_dropout": 0.2, **sections.get("adapter", {})},
             train=steps | sections["train"],
             output_dir=str(tmp_path / name),
         )

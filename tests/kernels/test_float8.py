@@ -11,7 +11,7 @@ from torch import nn
 
 from qft.kernels import FLOAT8
 from qft.kernels.buffers import SCRATCH
-from qft.kernels.float8 import E4M3, largest, power_for, quantized_rows, write
+from qft.kernels.float8 import E4M3, dither, largest, power_for, quantized_rows, write
 from qft.kernels.layer import Layer, Stack, layer_of
 from qft.kernels.mlp import Mlp
 from qft.kernels.project import project
@@ -62,7 +62,7 @@ def test_what_float8_holds_is_multiplied_exactly_and_so_are_all_gradients(bias: 
         torch.testing.assert_close(found, other, rtol=1e-12, atol=1e-12)
 
 
-def test_other_numbers_keep_four_bits_in_gradients_and_all_of_them_in_outputs() -> None:
+def test_other_numbers_keep_four_bits_in_output_and_gradients() -> None:
     torch.manual_seed(0)
     gate_up, down = stacks((64, 48), (64, 48)), stacks((48, 64))
     mlp = Mlp(gate_up, down, "silu")
@@ -72,9 +72,10 @@ def test_other_numbers_keep_four_bits_in_gradients_and_all_of_them_in_outputs() 
     x, g = torch.randn(2, 40, 48, dtype=DOUBLE), torch.randn(2, 40, 48, dtype=DOUBLE)
     wanted = results(gate_up, mlp, x, g)
     gate_up.float8 = down.float8 = True
-    (out, *found), (same, *wanted) = results(gate_up, mlp, x, g), wanted
-    torch.testing.assert_close(out, same, rtol=1e-12, atol=1e-12)
-    errors = [float((a - b).norm() / b.norm()) for a, b in zip(found, wanted, strict=True)]
+    errors = [
+        float((a - b).detach().norm() / b.detach().norm())
+        for a, b in zip(results(gate_up, mlp, x, g), wanted, strict=True)
+    ]
     assert all(0.005 < error < 0.08 for error in errors), errors
 
 
@@ -93,9 +94,40 @@ def test_four_bits_in_float8(kind: str) -> None:
     packed, state = bnb.functional.quantize_4bit(weight, quant_type=kind, compress_statistics=True)
     scale = float(power_for(largest(packed, state)))
     wanted = bnb.functional.dequantize_4bit(packed, state)
-    out = torch.empty(128, 32, dtype=E4M3)
-    write(packed, state, out, scale)
-    torch.testing.assert_close(out.t().float() * scale, wanted, rtol=2**-4, atol=scale * 2**-10)
+    for turned in (False, True):
+        out = torch.empty(*((128, 32) if turned else (32, 128)), dtype=E4M3)
+        write(packed, state, out, scale, turned=turned)
+        torch.testing.assert_close(
+            (out.t() if turned else out).float() * scale, wanted, rtol=2**-4, atol=scale * 2**-10
+        )
+
+
+def test_what_is_frozen_is_rounded_otherwise_in_each_step_and_right_in_the_mean() -> None:
+    torch.manual_seed(0)
+    stack, x = stacks((64, 48)), of_four_bits(40, 48)
+    stack.layers[0].base.weight.normal_()
+    exactly = project(x, stack)[0]
+    stack.float8 = True
+
+    def off(step: int) -> torch.Tensor:
+        stack.dither = dither(step, 3)
+        return (project(x, stack)[0] - exactly).detach()
+
+    each = torch.stack([off(step) for step in range(64)])
+    assert torch.equal(off(5), each[5]), "of a block that is computed again"
+    assert each.mean(0).norm() < 0.2 * each[0].norm()
+
+
+def test_each_step_begins_with_scales_of_its_own() -> None:
+    applied = fused(adapted(tiny_llama()), kinds=(*KINDS, FLOAT8))
+    stacks = [stack for of_kind in applied.stacks.values() for stack in of_kind]
+    scales = []
+    for step in (1, 2, 1):
+        applied.begin_step(step)
+        scales.append([stack.dither for stack in stacks])
+    assert scales[0] == scales[2]
+    assert len({scale for step in scales for scale in step}) == 2 * len(stacks)
+    assert all(1 <= scale < 2 for step in scales for scale in step)
 
 
 def test_a_model_learns_in_float8_where_it_can_and_says_where_not() -> None:
@@ -106,8 +138,7 @@ def test_a_model_learns_in_float8_where_it_can_and_says_where_not() -> None:
     assert applied.fused[FLOAT8] == 2 * 4
     assert applied.plain == {f"{FLOAT8}: float8 is for rows and columns that are multiples of 16": 2 * 3}
     found = gradients(model, ids)
-    assert largest_error({"logits": found.pop("logits")}, {"logits": wanted.pop("logits")}) < 1e-5
-    assert 1e-4 < largest_error(found, wanted) < 0.1
+    assert 1e-4 < largest_error({"logits": found["logits"]}, {"logits": wanted["logits"]}) < 0.1
 
 
 def test_what_is_wrong_in_float8_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:

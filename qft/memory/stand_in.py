@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
@@ -74,6 +75,8 @@ class OnGpu(TorchFunctionMode):
             # Of two products half is masked; the backward pass has five, and is counted with the first forward pass.
             self.count(SLOWER * rows * heads * tokens * tokens * size * (1.0 if self.again else 3.5))
             return attention(*_cast(args, self.dtype) if mixed else args, **kwargs)
+        if func is functional.dropout:
+            return _dropout(*args, **kwargs)
         if mixed and func in self.in_float32:
             args, kwargs = _cast(args, torch.float32), _cast(kwargs, torch.float32)
         return func(*args, **kwargs)
@@ -88,6 +91,28 @@ class NoLayerDropped(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return 1.0 if func is torch.rand and args == ([],) else func(*args, **(kwargs or {}))
+
+
+class _Dropped(torch.autograd.Function):
+    """As a GPU's kernel drops numbers, which keeps a byte for each (aten/src/ATen/native/cuda/Dropout.cu)."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(torch.empty(x.shape, dtype=torch.bool))
+        return torch.empty_like(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, gradient: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(gradient)
+
+
+def _dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:  # noqa: A002
+    """Stands in for torch.nn.functional.dropout."""
+    if inplace or not (training and 0 < p < 1):
+        return functional.dropout(input, p, training, inplace)
+    out: torch.Tensor = _Dropped.apply(input)  # type: ignore[no-untyped-call]
+    return out
 
 
 def _cast(values: Any, dtype: torch.dtype | None) -> Any:

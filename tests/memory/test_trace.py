@@ -213,6 +213,18 @@ def test_where_numbers_are_in_the_way_shapes_are_followed(monkeypatch: pytest.Mo
     assert found.keys() == expected.keys()
 
 
+def test_what_a_gpu_drops_keeps_a_byte_of_each_number() -> None:
+    def block(dropout: float, *, on_gpu: bool) -> int:
+        lora = LORA | {"target_modules": ["q_proj"], "lora_dropout": dropout}
+        asked = work("4bit", on_gpu=on_gpu, mixed=torch.bfloat16, lora=lora)
+        two, three = (of("llama", asked, ONCE, layers)["forward"].total for layers in (2, 3))
+        return three - two
+
+    numbers = BATCH.rows * BATCH.tokens * COMMON["hidden_size"]
+    assert block(0.1, on_gpu=True) - block(0, on_gpu=True) == numbers
+    assert block(0.1, on_gpu=False) - block(0, on_gpu=False) == 2 * numbers
+
+
 def test_layers_that_are_given_float32_are_fused_where_there_is_autocast() -> None:
     """Layer norms make float32 then; q, k and v, which are given the same, keep one copy of it in 16 bits."""
     copy = BATCH.rows * BATCH.tokens * COMMON["hidden_size"] * torch.bfloat16.itemsize

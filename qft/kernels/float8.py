@@ -239,7 +239,8 @@ def write(weight: torch.Tensor, state: Any, out: torch.Tensor, scale: float, *, 
     inverse, (tall, wide) = 1 / scale, TILE
     if not by_triton(out):
         whole = weight if state is None else dequantized(weight, state, rows, columns)
-        out.copy_(whole.t() / scale if turned else whole / scale)
+        found = whole.to(torch.promote_types(whole.dtype, torch.float32)) / scale
+        out.copy_(found.t() if turned else found)
         return
     if state is None:
         grid = (ceil_div(rows, tall), ceil_div(columns, wide))

@@ -24,9 +24,9 @@ def _border_kernel(  # type: ignore[no-untyped-def]
     layer: A, B, bias, scaling, rank, rows."""
     program = tl.program_id(0)
     if program < row_programs:
-        row = program * ROWS + tl.arange(0, ROWS)
+        row = (program * ROWS + tl.arange(0, ROWS))[:, None]
         for first in tl.static_range(0, BORDER, 64):
-            last = first + tl.arange(0, 64)
+            last = (first + tl.arange(0, 64))[None, :]
             value = tl.zeros((ROWS, 64), dtype=tl.float32)
             start, rank = 0, 0
             for i in tl.static_range(COUNT):
@@ -35,18 +35,17 @@ def _border_kernel(  # type: ignore[no-untyped-def]
                 s = s0 if i == 0 else s1 if i == 1 else s2 if i == 2 else s3
                 r = r0 if i == 0 else r1 if i == 1 else r2 if i == 2 else r3
                 m = m0 if i == 0 else m1 if i == 1 else m2 if i == 2 else m3
-                own = (row[:, None] >= start) & (row[:, None] < start + m)
-                mine = own & (last[None, :] >= rank) & (last[None, :] < rank + r)
-                place = (row[:, None] - start) * r + last[None, :] - rank
-                found = tl.load(b + place, mask=mine, other=0).to(tl.float32)
+                own = (row >= start) & (row < start + m)
+                mine = own & (last >= rank) & (last < rank + r)
+                found = tl.load(b + (row - start) * r + last - rank, mask=mine, other=0).to(tl.float32)
                 value = tl.where(mine, found if SCALE_A else found * s, value)
                 if (BIASED >> i) & 1:
-                    at = own & (last[None, :] == BIAS)
-                    value = tl.where(at, tl.load(c + row[:, None] - start, mask=at, other=0).to(tl.float32), value)
+                    at = own & (last == BIAS)
+                    value = tl.where(at, tl.load(c + row - start, mask=at, other=0).to(tl.float32), value)
                 start += m
                 rank += r
-            target = right + row.to(tl.int64)[:, None] * right_stride + last[None, :]
-            tl.store(target, value.to(right.dtype.element_ty), mask=row[:, None] < rows)
+            target = right + row.to(tl.int64) * right_stride + last
+            tl.store(target, value.to(right.dtype.element_ty), mask=row < rows)
     else:
         column = (program - row_programs) * COLUMNS + tl.arange(0, COLUMNS)
         within = column[None, :] < columns
@@ -59,8 +58,8 @@ def _border_kernel(  # type: ignore[no-untyped-def]
                 factor = s0 if i == 0 else s1 if i == 1 else s2 if i == 2 else s3
                 width = r0 if i == 0 else r1 if i == 1 else r2 if i == 2 else r3
                 ours = (line[:, None] >= begin) & (line[:, None] < begin + width) & within
-                given = tl.load(a + (line[:, None] - begin) * columns + column[None, :], mask=ours, other=0)
-                given = given.to(tl.float32)
+                given = a + (line[:, None] - begin) * columns + column[None, :]
+                given = tl.load(given, mask=ours, other=0).to(tl.float32)
                 content = tl.where(ours, given * factor if SCALE_A else given, content)
                 begin += width
             lower = below + line.to(tl.int64)[:, None] * below_stride + column[None, :]

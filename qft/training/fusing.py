@@ -2,10 +2,12 @@
 
 from typing import Any
 
+from transformers import TrainerCallback
+
 from qft.checkpoint.skeleton import find_blocks
 from qft.documents.training import Kernels
 from qft.errors import ModelError
-from qft.kernels import FLOAT8, apply
+from qft.kernels import FLOAT8, Applied, apply
 from qft.training.recorder import Recorder
 
 
@@ -25,3 +27,13 @@ def fuse(model: Any, recorder: Recorder) -> None:
         raise ModelError(f"{plan.model.checkpoint.path}: no {FLOAT8}: {told}. Set train.matmul to 16bit")
     if applied.plain and plan.recipe.train.kernels == "fused":
         raise ModelError(f"{plan.model.checkpoint.path}: not all of it can be fused: {told}. Set train.kernels to auto")
+
+
+class RoundedAnew(TrainerCallback):
+    """Has weights in float8 be rounded otherwise in each step; see qft.kernels.float8.dither."""
+
+    def __init__(self, applied: Applied) -> None:
+        self.applied = applied
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.applied.begin_step(state.global_step)

@@ -18,6 +18,7 @@ from qft.distributed.gate import BitGate
 from qft.distributed.sharded import gathered, plugin_arguments, trained
 from qft.distributed.world import world
 from qft.errors import Interrupted, ModelError
+from qft.kernels import FLOAT8
 from qft.machine.environment import own_determinism
 from qft.machine.signals import Signals
 from qft.memory.chunked_loss import LOGITS, chunk_loss, rows_at_once
@@ -34,7 +35,6 @@ from qft.model.on_cpu import join_adapters
 from qft.model.sharded import load_for_sharding
 from qft.plan import Plan
 from qft.plan.rows import UNWEIGHTED
-from qft.progress import View
 from qft.quant.rounding_state import state_of
 from qft.quant.share import measured_share
 from qft.run.checkpoint import is_over, step_of
@@ -42,7 +42,7 @@ from qft.run.folder import Run, record_base
 from qft.run.lock import require_ours
 from qft.training.evaluation import HeldOut
 from qft.training.events import Events
-from qft.training.fusing import fuse
+from qft.training.fusing import RoundedAnew, fuse
 from qft.training.qat import RoundingSchedule, require_observed
 from qft.training.recorder import Recorder
 from qft.training.sharding import shard
@@ -209,7 +209,7 @@ def _trainer(model: Any, run: Run, recorder: Recorder, signals: Signals) -> Surv
         eval_dataset=plan.data.eval and plan.data.eval.remove_columns("weights"),
         data_collator=_collator(plan, model),
         processing_class=plan.model.tokenizer,
-        callbacks=_callbacks(plan, run, recorder.view),
+        callbacks=_callbacks(plan, run, recorder),
     )
     trainer.remove_callback(PrinterCallback)
     if not trainer.model_accepts_loss_kwargs and plan.recipe.train.gradient_accumulation_steps > 1:
@@ -255,16 +255,18 @@ def _require_apart(model: Any, plan: Plan) -> None:
         )
 
 
-def _callbacks(plan: Plan, run: Run, view: View) -> list[TrainerCallback]:
+def _callbacks(plan: Plan, run: Run, recorder: Recorder) -> list[TrainerCallback]:
     patience, callbacks = plan.recipe.train.early_stopping_patience, []
     if patience:
         callbacks.append(EarlyStoppingCallback(patience))
     if plan.recipe.quant.mode == "qat":
         callbacks.append(RoundingSchedule(plan.recipe.quant, plan.start))
+    if FLOAT8 in recorder.applied.fused:
+        callbacks.append(RoundedAnew(recorder.applied))
     if plan.leads_on:
         callbacks.append(Border(plan))
     if "tensorboard" in plan.recipe.train.report_to:
-        callbacks.append(Events(run.events, view))
+        callbacks.append(Events(run.events, recorder.view))
     return callbacks
 
 

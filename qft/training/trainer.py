@@ -340,9 +340,6 @@ class _StepWatch(TrainerCallback):
         if recorder.applied.keeps and not all_since:
             keep(recorder.applied.keeps, kept, stash)
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.recorder.applied.begin_step(state.global_step)
-
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         self.trainer.before_update()
 

@@ -15,9 +15,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from qft.errors import first_line
-from qft.kernels import float8
 from qft.kernels.buffers import SCRATCH
 from qft.kernels.check import Check
+from qft.kernels.float8 import Dither
 from qft.kernels.keep import Keep
 from qft.kernels.layer import Stack
 from qft.kernels.mlp import Mlp
@@ -54,6 +54,8 @@ class Applied:
     undo: dict[str, list[Callable[[], None]]] = field(default_factory=dict)
     stacks: dict[str, list[Stack]] = field(default_factory=dict)
     """What modules of a kind multiply with."""
+    dither: Dither = field(default_factory=Dither)
+    """By whose step weights in float8 are rounded otherwise in each."""
 
     def put(self, kind: str, module: nn.Module, forward: Callable[..., Any]) -> None:
         """Have `forward` in the place of the module's own."""
@@ -77,9 +79,9 @@ class Applied:
     def in_float8(self, *, on: bool) -> None:
         """Have frozen products be in float8 where they can, or none."""
         SCRATCH.clear()
-        stacks = self._stacks()
-        for stack in stacks:
-            stack.float8 = on and stack.why_not_float8() is None
+        stacks = [stack for of_kind in self.stacks.values() for stack in of_kind]
+        for number, stack in enumerate(stacks):
+            stack.float8, stack.dither = on and stack.why_not_float8() is None, partial(self.dither.of, number)
             stack.expect()
         if on:
             self.fused[FLOAT8] = sum(len(stack.layers) for stack in stacks if stack.float8)
@@ -87,14 +89,6 @@ class Applied:
                 if reason := stack.why_not_float8():
                     self.plain[f"{FLOAT8}: {reason}"] += len(stack.layers)
         self.fused += Counter()  # without those of which there is none
-
-    def begin_step(self, step: int) -> None:
-        """Have what is rounded to float8 be rounded otherwise than in the last step."""
-        for number, stack in enumerate(self._stacks()):
-            stack.dither = float8.dither(step, number)
-
-    def _stacks(self) -> list[Stack]:
-        return [stack for of_kind in self.stacks.values() for stack in of_kind]
 
 
 def apply(model: nn.Module, blocks: nn.ModuleList, kinds: Collection[str], mixed: torch.dtype | None) -> Applied:

@@ -1,9 +1,10 @@
 """Products in float8 (e4m3): rows of activations and gradients, each with a scale, times weights with one scale, summed
 in float32. Scales are powers of two: numbers of four bits lose nothing, and what is infinite becomes NaN. On the way
-forward that of a weight is another in each step (`dither`)."""
+forward that of a weight is another in each step (Dither)."""
 
 # Triton reads annotations, which must be no strings.
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,9 +20,6 @@ LARGEST = 7
 """Exponent that the largest number is brought to: 128 to 256 of 448."""
 SPAN, WARPS = 4096, 8
 """Columns of a row at once, and by how many warps."""
-LONG = 16384
-"""Columns of a row from which on so many are taken at once: fewer rows at a time, that are still near when they are
-read again."""
 TILE = 128, 64
 """Rows and columns of a weight that is turned."""
 ADD = 32, 256, 4
@@ -83,12 +81,18 @@ def largest(weight: torch.Tensor, state: Any) -> torch.Tensor:
     return bound
 
 
-def dither(step: int, number: int) -> float:
-    """What the scale of the weight of that number is multiplied with on the way forward in that step, 1 to 2. Weights
-    that are frozen would be rounded to the same in each step, and adapters learn what the rounded ones lack; rounded
-    otherwise each time, they are right in the mean. Of the sequence R2 (Roberts, "The unreasonable effectiveness of
-    quasirandom sequences", 2018)."""
-    return float(2 ** ((step * 0.7548776662466927 + number * 0.5698402909980532) % 1))
+@dataclass
+class Dither:
+    """What scales of weights are multiplied with on the way forward. Weights that are frozen would be rounded to the
+    same in each step, and adapters learn what the rounded ones lack; rounded otherwise each time, they are right in the
+    mean. Of the sequence R2 (Roberts, "The unreasonable effectiveness of quasirandom sequences", 2018)."""
+
+    step: int = 0
+    """Of the training."""
+
+    def of(self, number: int) -> float:
+        """Of the weight of that number: 1 to 2."""
+        return float(2 ** ((self.step * 0.7548776662466927 + number * 0.5698402909980532) % 1))
 
 
 @jit

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -167,8 +167,10 @@ class Stack:
             offsets.append(offsets[-1] + layer.rank)
         self.row_parts = [slice(a, b) for a, b in pairwise(starts)]
         self.rank_parts = [slice(a, b) for a, b in pairwise(offsets)]
-        self.float8, self.dither = False, 1.0
-        """Whether frozen products are, and what their scale is multiplied with on the way forward."""
+        self.float8 = False
+        """Whether frozen products are."""
+        self.dither: Callable[[], float] = lambda: 1.0
+        """What the scale of weights in float8 is multiplied with on the way forward."""
         self.expect()
 
     def expect(self) -> None:
@@ -199,7 +201,7 @@ class Stack:
     def _in_float8(self, device: torch.device, *, turned: bool) -> Matrix:
         shape = (self.columns, self.rows) if turned else (self.rows, self.columns)
         weight, _ = SCRATCH.matrix(*shape, device, float8.E4M3, self)
-        scale = 1.0 if isinstance(weight, FakeTensor) else self.scale * (1.0 if turned else self.dither)
+        scale = 1.0 if isinstance(weight, FakeTensor) else self.scale * (1.0 if turned else self.dither())
         for layer, part in zip(self.layers, self.row_parts, strict=True):
             place = weight[:, part] if turned else weight[part]
             float8.write(layer.base.weight, layer.state, place, scale, turned=turned)

@@ -7,7 +7,7 @@ from transformers import TrainerCallback
 from qft.checkpoint.skeleton import find_blocks
 from qft.documents.training import Kernels
 from qft.errors import ModelError
-from qft.kernels import FLOAT8, Applied, apply
+from qft.kernels import FLOAT8, Dither, apply
 from qft.training.recorder import Recorder
 
 
@@ -20,7 +20,8 @@ def fuse(model: Any, recorder: Recorder) -> None:
     if not kinds:
         return
     blocks = find_blocks(model.get_base_model() if plan.lora else model, plan.model.shape.layers)[1]
-    applied = recorder.applied = apply(model, blocks, kinds, plan.mixed)
+    applied = apply(model, blocks, kinds, plan.mixed)
+    recorder.keeps, recorder.dither = applied.keeps, applied.dither
     recorder.kernels = Kernels(fused=dict(applied.fused), plain=dict(applied.plain))
     told = "; ".join(f"{count} modules: {reason}" for reason, count in applied.plain.items())
     if FLOAT8 in kinds and FLOAT8 not in applied.fused:
@@ -30,10 +31,10 @@ def fuse(model: Any, recorder: Recorder) -> None:
 
 
 class RoundedAnew(TrainerCallback):
-    """Has weights in float8 be rounded otherwise in each step; see qft.kernels.float8.dither."""
+    """Has weights in float8 be rounded otherwise in each step."""
 
-    def __init__(self, applied: Applied) -> None:
-        self.applied = applied
+    def __init__(self, dither: Dither) -> None:
+        self.dither = dither
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.applied.begin_step(state.global_step)
+        self.dither.step = state.global_step

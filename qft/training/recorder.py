@@ -15,7 +15,7 @@ from qft.documents.manifest import Manifest
 from qft.documents.memory import Leak, PhaseMemory
 from qft.documents.skipped import SkippedModules
 from qft.documents.state import TrainingState, read_state
-from qft.kernels import Applied
+from qft.kernels import Dither, Keep
 from qft.machine.environment import allocator_settings
 from qft.measure.scores import Answer
 from qft.memory.leaks import FEWEST_STEPS, LeakWatch, growth_per_100_steps
@@ -64,8 +64,10 @@ class Recorder:
         self.logit_bytes: int | None = None
         """What logits take at once where the loss is computed from few of them."""
         self.kernels: documents.Kernels | None = None
-        self.applied = Applied()
-        """What kernels compute."""
+        self.keeps: list[Keep] = []
+        """What kernels keep of each block; none: they compute nothing."""
+        self.dither = Dither()
+        """How kernels round weights to float8."""
         self.balance: BalanceWatch | None = None
         """None: nothing is loaded yet."""
         self.largest_micro_batch = 0
@@ -113,7 +115,7 @@ class Recorder:
         self.bytes, self.bytes_elsewhere = dict.fromkeys(self.bytes, 0), 0
         self.logit_bytes = self.quantized_share = self.kernels = None
         self.fused_loss = self.unmasked = False
-        self.applied = Applied()
+        self.keeps = []
         if self.steps and self.steps[-1].step <= plan.start:
             self.recomputed = None
 

@@ -18,7 +18,6 @@ from qft.distributed.gate import BitGate
 from qft.distributed.sharded import gathered, plugin_arguments, trained
 from qft.distributed.world import world
 from qft.errors import Interrupted, ModelError
-from qft.kernels import FLOAT8
 from qft.machine.environment import own_determinism
 from qft.machine.signals import Signals
 from qft.memory.chunked_loss import LOGITS, chunk_loss, rows_at_once
@@ -261,8 +260,8 @@ def _callbacks(plan: Plan, run: Run, recorder: Recorder) -> list[TrainerCallback
         callbacks.append(EarlyStoppingCallback(patience))
     if plan.recipe.quant.mode == "qat":
         callbacks.append(RoundingSchedule(plan.recipe.quant, plan.start))
-    if FLOAT8 in recorder.applied.fused:
-        callbacks.append(RoundedAnew(recorder.applied))
+    if plan.recipe.train.matmul == "fp8":
+        callbacks.append(RoundedAnew(recorder.dither))
     if plan.leads_on:
         callbacks.append(Border(plan))
     if "tensorboard" in plan.recipe.train.report_to:

@@ -115,7 +115,7 @@ class SurvivingTrainer(QftTrainer):
 
     def _checkpoint(self, _: bool) -> None:
         enable_checkpointing(self.model)
-        keep(self.recorder.applied.keeps, ["inputs"] * len(self.recorder.applied.keeps))
+        keep(self.recorder.keeps, ["inputs"] * len(self.recorder.keeps))
 
     @property
     def accumulation(self) -> int:

@@ -337,8 +337,8 @@ class _StepWatch(TrainerCallback):
             checkpoint_first(self.trainer.model, kept.count("inputs"))
         on_host = recorder.plan.checkpoints == "host"
         stash = stash_inputs(self.trainer.model, self.trainer.args.device) if on_host else None
-        if recorder.applied.keeps and not all_since:
-            keep(recorder.applied.keeps, kept, stash)
+        if recorder.keeps and not all_since:
+            keep(recorder.keeps, kept, stash)
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         self.trainer.before_update()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import bitsandbytes as bnb
@@ -11,7 +12,7 @@ from torch import nn
 
 from qft.kernels import FLOAT8
 from qft.kernels.buffers import SCRATCH
-from qft.kernels.float8 import E4M3, dither, largest, power_for, quantized_rows, write
+from qft.kernels.float8 import E4M3, Dither, largest, power_for, quantized_rows, write
 from qft.kernels.layer import Layer, Stack, layer_of
 from qft.kernels.mlp import Mlp
 from qft.kernels.project import project
@@ -110,7 +111,7 @@ def test_what_is_frozen_is_rounded_otherwise_in_each_step_and_right_in_the_mean(
     stack.float8 = True
 
     def off(step: int) -> torch.Tensor:
-        stack.dither = dither(step, 3)
+        stack.dither = partial(Dither(step).of, 3)
         return (project(x, stack)[0] - exactly).detach()
 
     each = torch.stack([off(step) for step in range(64)])
@@ -123,8 +124,8 @@ def test_each_step_begins_with_scales_of_its_own() -> None:
     stacks = [stack for of_kind in applied.stacks.values() for stack in of_kind]
     scales = []
     for step in (1, 2, 1):
-        applied.begin_step(step)
-        scales.append([stack.dither for stack in stacks])
+        applied.dither.step = step
+        scales.append([stack.dither() for stack in stacks])
     assert scales[0] == scales[2]
     assert len({scale for step in scales for scale in step}) == 2 * len(stacks)
     assert all(1 <= scale < 2 for step in scales for scale in step)

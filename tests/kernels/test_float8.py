@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
+from qft.commands.train import train
 from qft.kernels import FLOAT8
 from qft.kernels.buffers import SCRATCH
 from qft.kernels.float8 import E4M3, Dither, largest, power_for, quantized_rows, write
 from qft.kernels.layer import Layer, Stack, layer_of
 from qft.kernels.mlp import Mlp
 from qft.kernels.project import project
+from qft.progress import Step, View
+from qft.recipe import load
 from tests.support.kernels import KINDS, adapted, fused, gradients, largest_error
 from tests.support.models import tiny_llama
+from tests.support.runs import HARD
 
 DOUBLE = torch.float64
 
@@ -154,3 +161,47 @@ def test_what_is_wrong_in_float8_is_taken_back(monkeypatch: pytest.MonkeyPatch) 
     [told] = applied.plain
     assert told.startswith(f"{FLOAT8}: they differ")
     assert largest_error(gradients(model, ids), wanted) < 1e-5
+
+
+class Cut(View):
+    def step(self, step: Step) -> None:
+        if step.step == 3:
+            raise KeyboardInterrupt
+
+
+def test_a_resumed_training_rounds_as_the_unbroken_one(
+    recipe_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for reason in ("_nowhere", "_no_float8"):
+        monkeypatch.setattr(f"qft.plan.kernels.{reason}", lambda model: None)
+    scales: list[float] = []
+
+    def noted(weight: torch.Tensor, state: Any, out: torch.Tensor, scale: float, *, turned: bool) -> None:
+        write(weight, state, out, scale, turned=turned)
+        if not (turned or isinstance(out, FakeTensor)):
+            scales.append(scale)
+
+    monkeypatch.setattr("qft.kernels.float8.write", noted)
+    steps = HARD | {
+        "bf16": True,
+        "matmul": "fp8",
+        "report_to": [],
+        "max_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 2,
+    }
+    paths = [
+        recipe_file(f"{name}.yaml", quant={"preset": "finetune"}, train=steps, output_dir=str(tmp_path / name))
+        for name in ("whole", "part")
+    ]
+    whole = train(load(paths[0]), View())
+    assert whole.kernels is not None
+    assert whole.kernels.fused[FLOAT8] == 14
+    rounded = scales[-4 * 14 :]
+    assert len({tuple(rounded[i : i + 14]) for i in range(0, 4 * 14, 14)}) == 4, "otherwise in each step"
+    with pytest.raises(KeyboardInterrupt):
+        train(load(paths[1]), Cut())
+    resumed = train(load(paths[1]), View(), resume=True)
+    assert resumed.resumed_from == [2]
+    assert scales[-2 * 14 :] == rounded[-2 * 14 :]
+    assert resumed.loss == whole.loss

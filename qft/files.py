@@ -71,10 +71,11 @@ def write_json(path: Path, document: Any) -> None:
 
 
 @contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path, stays: Callable[[str], bool] | None = None) -> Iterator[Path]:
     """Yield a temporary sibling folder that becomes `path` on success and vanishes on failure. What was there before is
-    moved aside first: at any moment `path` is the old one whole, the new one whole, or absent. Raises
-    NotADirectoryError for what is there and is no folder."""
+    moved aside first: at any moment `path` is the old one whole, the new one whole, or absent; files of it that `stays`
+    says so of, by their paths within it, are in the new one too. Raises NotADirectoryError for what is there and is no
+    folder."""
     if os.path.lexists(path) and not path.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,6 +83,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
+        for name, file in files_of(path).items() if stays else ():
+            if stays and stays(name) and not os.path.lexists(temporary / name):
+                (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(file, temporary / name, follow_symlinks=False)
         for file in files_of(temporary).values():
             if not file.is_symlink():
                 file.chmod(temporary.stat().st_mode & 0o666)

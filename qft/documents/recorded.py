@@ -26,6 +26,11 @@ Document = TypeVar("Document", bound=BaseModel)
 Read = Callable[[Path], str]
 
 
+def lies_beside(name: str) -> bool:
+    """Whether no loader could take a file of a result for part of it, nor qft wrote it: somebody's notes, say."""
+    return not name.endswith((*LOADED, *SIDE))
+
+
 class _Exported(BaseModel):
     sha256: dict[str, str]
 

@@ -25,6 +25,7 @@ from qft.checkpoint.finite import require_finite
 from qft.checkpoint.skeleton import without_contents
 from qft.checkpoint.weights import Weights
 from qft.disk import disk_failures
+from qft.documents.recorded import lies_beside
 from qft.errors import ModelError, QftError, first_line
 from qft.files import atomic_folder, read_json_text
 from qft.memory.guard import memory_guard, smaller_base
@@ -86,7 +87,7 @@ def save_adapter(
     config = model.peft_config["default"]
     config.base_model_name_or_path, config.revision = plan.model.checkpoint.path, plan.model.checkpoint.commit
     arguments: dict[str, Any] = {"state_dict": weights} if weights else {}
-    with atomic_folder(folder) as temporary, warnings.catch_warnings():
+    with atomic_folder(folder, lies_beside) as temporary, warnings.catch_warnings():
         # To subtract it, peft loads the initial adapter beside the trained one, and warns of what it is asked to do.
         warnings.filterwarnings("ignore", message=".*changes the base weights of the model", category=UserWarning)
         if initial:  # a copy, as peft writes to what it is given
@@ -101,7 +102,7 @@ def save_adapter(
 
 def save_full(model: PreTrainedModel, plan: Plan, folder: Path) -> None:
     """Write all weights and the tokenizer as safetensors, atomically."""
-    with atomic_folder(folder) as temporary:
+    with atomic_folder(folder, lies_beside) as temporary:
         model.save_pretrained(str(temporary))
         write_learnt(model, temporary)
         plan.model.checkpoint.save_reader(plan.model.tokenizer, temporary)

@@ -26,7 +26,7 @@ from typing import Literal
 from qft.disk import disk_failure, refusal, require_free_space
 from qft.documents.manifest import Base, Hardware, Manifest, PluginFile, Work, is_manifest
 from qft.documents.plan import CalibrationPlanDocument, PlanDocument, PlannedStage
-from qft.documents.recorded import RESULTS, record_of_run
+from qft.documents.recorded import RESULTS, lies_beside, record_of_run
 from qft.errors import BusyError, DamagedError, MissingError, QftError, RunError
 from qft.files import files_of, now, read_file, sha256, write_json, write_text
 from qft.machine.device import describe, versions
@@ -129,8 +129,12 @@ class Run:
 
     def hashes(self) -> dict[str, str]:
         """SHA-256 of each file of the result and of what tells of it, by its path in the folder. Reads them."""
-        files = files_of(self.folder)
-        return {name: sha256(path) for name, path in files.items() if name.split("/")[0] in HASHED}
+        files = ((name, path, name.split("/")[0]) for name, path in files_of(self.folder).items())
+        return {
+            name: sha256(path)
+            for name, path, top in files
+            if top in HASHED and not (top in RESULTS and lies_beside(name))
+        }
 
     def note(self, news: Manifest) -> None:
         """Write the fields that `news` sets into the manifest. Raises BusyError if the folder is another process's."""

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from qft.commands.train import train
+from qft.documents.recorded import record_of_run
 from qft.documents.training import Report, read_report
 from qft.errors import RunError
 from qft.progress import Step, View
@@ -158,6 +159,22 @@ def test_a_resumed_run_says_which_it_takes_and_why(cut: Path, whole: Report) -> 
     assert f"Going on from {folder / 'checkpoint-2'}" in view.told
     assert_same(whole, resumed)
     assert newest_whole(folder) == (folder / "checkpoint-6", [])
+
+
+def test_notes_beside_a_result_stay_and_are_nobodys(recipe: RecipeFile) -> None:
+    path = recipe(train={"max_steps": 2})
+    train(load(path), View())
+    run_folder = checkpoints(path).parent
+    notes = [run_folder / "adapter" / name for name in ("notes.md", "plots/loss.svg")]
+    notes[1].parent.mkdir()
+    for note in notes:
+        note.write_text("mine")
+    assert train(load(path, ["train.max_steps=4"]), View(), resume=True).steps == 4
+    assert [note.read_text() for note in notes] == ["mine", "mine"]
+    notes[0].write_text("mine, later")
+    record = record_of_run(run_folder)
+    assert record is not None
+    record.require_whole()
 
 
 def test_where_none_is_whole_each_is_told(cut: Path) -> None:

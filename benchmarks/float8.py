@@ -39,10 +39,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="two or more")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--same-order", action="store_true")
+    parser.add_argument("--length", type=int, default=512, help="most tokens of a row")
+    parser.add_argument("--emulated", action="store_true", help="on a CPU, by the references of the kernels: hours")
+    parser.add_argument("--train", metavar="RECIPE", help=argparse.SUPPRESS)
     parser.add_argument("--jobs", type=int, default=1, help="trainings at once")
     parser.add_argument("--bases", nargs="+", choices=BASES, default=[*BASES])
     parser.add_argument("--folder", type=Path, default=Path("runs/float8"))
     options = parser.parse_args()
+    if options.train:
+        emulated(options.train)
+        return
     options.folder.mkdir(parents=True, exist_ok=True)
     texts = library_texts()
     for part, count in (("train", ROWS * options.steps), ("eval", HELD_OUT)):
@@ -62,7 +68,8 @@ def learnt(options: argparse.Namespace, base: str, matmul: str, seed: int) -> di
     values = copy.deepcopy(load(options.recipe).tree.values)
     values |= {"quant": BASES[base], "seed": seed, "output_dir": str(folder / name), "eval": {}}
     values["data"] = {part: str(folder / f"{part}.jsonl") for part in ("train", "eval")}
-    values["data"] |= {"max_length": 512, "format": "text", "on_too_long": "truncate"}
+    values["data"] |= {"max_length": options.length, "format": "text", "on_too_long": "truncate"}
+    values["model"] = values.get("model", {}) | ({"device": "cpu"} if options.emulated else {})
     values["train"] = {
         "max_steps": options.steps,
         "learning_rate": options.learning_rate,
@@ -78,6 +85,8 @@ def learnt(options: argparse.Namespace, base: str, matmul: str, seed: int) -> di
     path = folder / f"{name}.yaml"
     path.write_text(json.dumps(values), "utf-8")
     command = [sys.executable, "-m", "qft", "train", str(path), "--json", "--overwrite"]
+    if options.emulated:
+        command = [sys.executable, __file__, "--train", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{name}: {done.stderr[-2000:]}")
@@ -85,6 +94,18 @@ def learnt(options: argparse.Namespace, base: str, matmul: str, seed: int) -> di
     points = {part: own.round(4).tolist() for part, own in curves(report).items()}
     print(json.dumps({"ran": name, "seconds": round(report["wall_seconds"]), **points}), flush=True)
     return report
+
+
+def emulated(recipe: str) -> None:
+    """Train as a GPU does: what its kernels compute, their references do, in the same numbers."""
+    from qft.cli import main
+    from qft.kernels import attach
+    from qft.plan import kernels
+
+    kernels._nowhere = kernels._no_float8 = lambda model: None
+    attach._on_gpu = lambda x: True
+    sys.argv = ["qft", "train", recipe, "--json", "--overwrite"]
+    main()
 
 
 def curves(report: dict[str, Any]) -> dict[str, np.ndarray[Any, Any]]:

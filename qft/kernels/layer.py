@@ -167,16 +167,20 @@ class Stack:
             offsets.append(offsets[-1] + layer.rank)
         self.row_parts = [slice(a, b) for a, b in pairwise(starts)]
         self.rank_parts = [slice(a, b) for a, b in pairwise(offsets)]
-        self.float8 = False
-        """Whether frozen products are."""
+        self.float8, self.both_ways = False, True
+        """Whether frozen products are, on the way back, and on the way forward, too."""
         self.dither: Callable[[], float] = lambda: 1.0
         """What the scale of weights in float8 is multiplied with on the way forward."""
         self.expect()
 
     def expect(self) -> None:
         """Say what memory will be asked for."""
-        border = 0 if self.float8 else self.border
+        border = 0 if self.forward_in_float8 else self.border
         SCRATCH.expect(self.rows + border, self.columns + border)
+
+    @property
+    def forward_in_float8(self) -> bool:
+        return self.float8 and self.both_ways
 
     @property
     def pairs(self) -> list[torch.Tensor | None]:
@@ -186,7 +190,8 @@ class Stack:
     def matrix(self, device: torch.device, *, forward: bool) -> Matrix:
         """In memory that the next one takes; A is scaled on the way forward, B on the way back. Forward, the column
         behind the ranks is the bias."""
-        made = self._in_float8(device, turned=not forward) if self.float8 else self._in_half(device)
+        eight = self.forward_in_float8 if forward else self.float8
+        made = self._in_float8(device, turned=not forward) if eight else self._in_half(device)
         borders.write(made.right, made.below, self, forward=forward)
         return made
 

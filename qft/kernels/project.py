@@ -40,7 +40,7 @@ def project_joint(x: torch.Tensor, stack: Stack, *, kept: bool = True) -> torch.
 def joint(x: torch.Tensor, stack: Stack) -> tuple[torch.Tensor, torch.Tensor]:
     """All outputs side by side, and s x Aᵀ [rows, rank]."""
     multiply, inner = multiplier(rows_of(x), stack)
-    if stack.float8:
+    if stack.forward_in_float8:
         return multiply(slice(0, stack.rows)).view(*x.shape[:-1], -1), inner
     out = bordered_empty((*x.shape[:-1], stack.rows), stack.border, x)
     multiply(slice(0, stack.rows), rows_of(out))

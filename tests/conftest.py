@@ -23,6 +23,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a core each: their threads would wait
     os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, by what is tested, too
 # MKL keeps buffers by the number of the thread, and in a process that was forked it may look for its own without end.
 os.environ["MKL_DISABLE_FAST_MM"] = "1"
 

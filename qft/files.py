@@ -83,10 +83,8 @@ def atomic_folder(path: Path, stays: Callable[[str], bool] | None = None) -> Ite
     temporary.mkdir()
     try:
         yield temporary
-        for name, file in files_of(path).items() if stays else ():
-            if stays and stays(name) and not os.path.lexists(temporary / name):
-                (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(file, temporary / name, follow_symlinks=False)
+        if stays:
+            _copy_missing(path, temporary, stays)
         for file in files_of(temporary).values():
             if not file.is_symlink():
                 file.chmod(temporary.stat().st_mode & 0o666)
@@ -94,6 +92,14 @@ def atomic_folder(path: Path, stays: Callable[[str], bool] | None = None) -> Ite
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _copy_missing(folder: Path, to: Path, stays: Callable[[str], bool]) -> None:
+    """Copy files of a folder that `stays` says so of, and that are not there yet."""
+    for name, file in files_of(folder).items():
+        if stays(name) and not os.path.lexists(to / name):
+            (to / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(file, to / name, follow_symlinks=False)
 
 
 def _put_in_place(folder: Path, path: Path) -> None:

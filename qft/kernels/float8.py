@@ -14,6 +14,8 @@ from qft.kernels.dequantize import dequantized
 from qft.kernels.jit import by_triton, ceil_div, jit, launch, power_of_2, tl
 
 E4M3 = torch.float8_e4m3fn
+SUMMED_TO = (torch.bfloat16,)
+"""The dtypes of what it takes the place of."""
 MULTIPLE = 16
 """Of rows and columns, as tensor cores take them."""
 LARGEST = 7

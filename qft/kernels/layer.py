@@ -91,8 +91,6 @@ class Layer:
 
 
 HALF = (torch.bfloat16, torch.float16)
-WIDE = (torch.bfloat16,)
-"""What products in float8 are summed up to."""
 
 
 def layer_of(module: nn.Module) -> Layer | str:
@@ -224,7 +222,7 @@ class Stack:
 
     def why_not_float8(self) -> str | None:
         """Why its frozen products cannot be in float8; None: they can."""
-        if self.dtype not in WIDE:
+        if self.dtype not in float8.SUMMED_TO:
             return f"float8 is for what multiplies in bfloat16, not {str(self.dtype).removeprefix('torch.')}"
         if any(size % float8.MULTIPLE for layer in self.layers for size in (layer.rows, layer.columns)):
             return f"float8 is for rows and columns that are multiples of {float8.MULTIPLE}"

@@ -2,7 +2,7 @@
 16-bit numbers round, with sums in float32.
 
 Forward it is [x | s x Aᵀ] [W | B]ᵀ, back [g | s g B] [W ; A]: nothing is added to an output in a pass of its own.
-In float8 (see float8.py) x Wᵀ and g W are, and what the adapter adds is added in 16 bits.
+Where g W is in float8, and of MLPs x Wᵀ (float8.py), what the adapter adds is added in 16 bits.
 """
 
 from __future__ import annotations

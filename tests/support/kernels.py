@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from qft.kernels import LINEAR, MLP, NORM, ROTARY, Applied, apply, attach, layer
+from qft.kernels import LINEAR, MLP, NORM, ROTARY, Applied, apply, attach, float8, layer
 
 KINDS = (MLP, LINEAR, NORM, ROTARY)
 
@@ -21,8 +21,8 @@ def everywhere() -> Iterator[None]:
     """Fused on a CPU, and in float32 and float64, too."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attach, "_on_gpu", lambda x: True)
-        for dtypes in ("HALF", "WIDE"):
-            patch.setattr(layer, dtypes, (torch.bfloat16, torch.float16, torch.float32, torch.float64))
+        for module, dtypes in ((layer, "HALF"), (float8, "SUMMED_TO")):
+            patch.setattr(module, dtypes, (torch.bfloat16, torch.float16, torch.float32, torch.float64))
         yield
 
 

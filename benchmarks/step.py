@@ -106,36 +106,64 @@ def micro() -> None:
 
 
 def in_float8() -> None:
+    summed(8192, 14336)
     for shape in ((28672, 4096), (4096, 14336), (4096, 28672), (4096, 4096), (1024, 4096)):
         pieces_in_float8(8192, shape)
 
 
+def summed(rows: int, columns: int) -> None:
+    """What adapters add, by the kernels of the activation and by one of its own."""
+    from qft.kernels import activation, float8
+
+    both, dh = random(rows, 2 * columns), random(rows, columns)
+    added = float8.Added(random(rows, 64), random(2 * columns, 64).t(), 32)
+    back = float8.Added(random(rows, 64), random(64, columns), 16)
+    ways = [(lines, size, warps) for lines in (16, 32) for size in (64, 128, 256) for warps in (4, 8)]
+    before, found = dict(activation.TILE), {}
+    for lines, size, warps in ways:
+        activation.TILE.update(LINES=lines, SIZE=size, num_warps=warps)
+        forth = timed(lambda: activation.activate(both, "silu", 64, added), 30)
+        found[f"{lines}/{size}/{warps}"] = (
+            forth,
+            timed(lambda: activation.activate_back(both, dh, "silu", back), 30),
+        )
+    activation.TILE.update(before)
+    told(
+        added=timed(lambda: added.to(both)), activate=timed(lambda: activation.activate(both, "silu", 64)),
+        added_back=timed(lambda: back.to(dh)), activate_back=timed(lambda: activation.activate_back(both, dh, "silu")),
+        best=dict(sorted(found.items(), key=lambda item: item[1][0])[:4]),
+        best_back=dict(sorted(found.items(), key=lambda item: item[1][1])[:4]),
+    )  # fmt: skip
+
+
 def pieces_in_float8(rows: int, shape: tuple[int, int]) -> None:
     """What a product in float8 takes, piece by piece, beside one in 16 bits."""
-    from qft.kernels import float8
+    from qft.kernels import float8, rounding
 
     weight = random(*shape) * 0.02
     packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
     straight, turned = (torch.empty(*s, device="cuda", dtype=float8.E4M3) for s in (shape, shape[::-1]))
-    scale = float(float8.power_for(float8.largest(packed, state)))
-    x, border, right = random(rows, shape[1]), random(rows, 64), random(shape[0], 64)
-    scales, one = torch.full((1, shape[0]), scale, device="cuda"), torch.ones((), device="cuda")
-    x8, x_scales = float8.quantized_rows(x)
-    float8.write(packed, state, straight, scale, turned=False)
-    out = float8.multiply(x8, x_scales, straight, scales, torch.bfloat16)
+    factor = float8.Factor(float(float8.power_for(float8.largest(packed, state))))
+    x, right, border = random(rows, shape[1]), random(shape[0], 64), random(rows, 64)
+    ones, one = torch.ones(1, shape[0], device="cuda"), torch.ones((), device="cuda")
+    made = rounding.rounded(x, factor)
+    most = (x.abs().amax(1).float().view(torch.int32)).contiguous()
+    float8.write(packed, state, straight, factor.weight, turned=False)
+    out = float8.multiply(made, straight, torch.bfloat16)
     wanted = x.float() @ bnb.functional.dequantize_4bit(packed, state).float().t()
-    mm = functools.partial(torch._scaled_mm, x8, straight.t(), out_dtype=torch.bfloat16)
+    mm = functools.partial(torch._scaled_mm, made.numbers, straight.t(), out_dtype=torch.bfloat16)
     told(
         float8=shape, error=round(float((out.float() - wanted).norm() / wanted.norm()), 4),
         in_16_bits=timed(lambda: torch.mm(x, weight.t())),
-        by_rows=timed(lambda: mm(scale_a=x_scales, scale_b=scales, use_fast_accum=True)),
-        by_rows_slow=timed(lambda: mm(scale_a=x_scales, scale_b=scales, use_fast_accum=False)),
+        by_rows=timed(lambda: mm(scale_a=made.scales, scale_b=ones, use_fast_accum=True)),
+        by_rows_slow=timed(lambda: mm(scale_a=made.scales, scale_b=ones, use_fast_accum=False)),
         by_tensor=timed(lambda: mm(scale_a=one, scale_b=one, use_fast_accum=True)),
         by_tensor_slow=timed(lambda: mm(scale_a=one, scale_b=one, use_fast_accum=False)),
-        quantize=timed(lambda: float8.quantized_rows(x)),
-        straight=timed(lambda: float8.write(packed, state, straight, scale, turned=False)),
-        turned=timed(lambda: float8.write(packed, state, turned, scale, turned=True)),
-        add=timed(lambda: float8.add_product(out, border, right.t(), 16)),
+        rounding=timed(lambda: rounding.rounded(x, factor)),
+        rounding_known=timed(lambda: rounding.rounded(x, factor, most)),
+        straight=timed(lambda: float8.write(packed, state, straight, factor.weight, turned=False)),
+        turned=timed(lambda: float8.write(packed, state, turned, factor.weight, turned=True)),
+        add=timed(lambda: float8.Added(border, right.t(), 16).to(out)),
         add_by_torch=timed(lambda: out.addmm_(border, right.t())),
     )  # fmt: skip
 

@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional
 
 from qft.kernels.buffers import bordered_empty
+from qft.kernels.float8 import Added
 from qft.kernels.jit import by_triton, ceil_div, jit, launch, tl
 
 REFERENCES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -72,11 +73,78 @@ def _act_back_kernel(  # type: ignore[no-untyped-def]
     tl.store(at_h, (value * up).to(kind), mask=there)
 
 
-def activate(both: torch.Tensor, kind: str, border: int) -> torch.Tensor:
-    """h [rows, columns] with a border, of gate and up in `both` [rows, 2 columns]."""
+TILE = {"LINES": 16, "SIZE": 128, "num_warps": 4, "num_stages": 1}
+"""Rows and columns of a program that adds a product to what it reads."""
+
+
+@jit
+def _act_sum_kernel(  # type: ignore[no-untyped-def]
+    both, out, x, narrow, rows, columns, stride, out_stride, x_stride, narrow_row, narrow_column,
+    KIND: tl.constexpr, RANK: tl.constexpr, LINES: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """x N added to gate and up in their place, and then as above."""
+    column, place = tl.program_id(1) * SIZE + tl.arange(0, SIZE), tl.arange(0, RANK)
+    within = column[None, :] < columns
+    source = narrow + place[:, None] * narrow_row + column.to(tl.int64)[None, :] * narrow_column
+    of_gate = tl.load(source, mask=within, other=0)
+    of_up = tl.load(source + columns.to(tl.int64) * narrow_column, mask=within, other=0)
+    row = (tl.program_id(0) * LINES + tl.arange(0, LINES)).to(tl.int64)[:, None]
+    there = (row < rows) & within
+    tile = tl.load(x + row * x_stride + place[None, :], mask=row < rows, other=0)
+    at_gate = both + row * stride + column[None, :]
+    gate = tl.load(at_gate, mask=there, other=0).to(tl.float32) + tl.dot(tile, of_gate, input_precision="ieee")
+    up = tl.load(at_gate + columns, mask=there, other=0).to(tl.float32) + tl.dot(tile, of_up, input_precision="ieee")
+    gate, up = gate.to(both.dtype.element_ty), up.to(both.dtype.element_ty)
+    tl.store(at_gate, gate, mask=there)
+    tl.store(at_gate + columns, up, mask=there)
+    value, _ = _act(gate.to(tl.float32), KIND)
+    target = out + row * out_stride + column[None, :]
+    tl.store(target, (value * up.to(tl.float32)).to(out.dtype.element_ty), mask=there)
+
+
+@jit
+def _act_back_sum_kernel(  # type: ignore[no-untyped-def]
+    both, gradient, x, narrow, most, rows, columns, stride, gradient_stride, x_stride, narrow_row, narrow_column,
+    KIND: tl.constexpr, RANK: tl.constexpr, LINES: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """x N added to the gradient of h, and then as above; and the bits of the largest gradient of each row."""
+    column, place = tl.program_id(1) * SIZE + tl.arange(0, SIZE), tl.arange(0, RANK)
+    within = column[None, :] < columns
+    source = narrow + place[:, None] * narrow_row + column.to(tl.int64)[None, :] * narrow_column
+    other = tl.load(source, mask=within, other=0)
+    kind = both.dtype.element_ty
+    line = tl.program_id(0) * LINES + tl.arange(0, LINES)
+    row = line.to(tl.int64)[:, None]
+    there = (row < rows) & within
+    tile = tl.load(x + row * x_stride + place[None, :], mask=row < rows, other=0)
+    at_gate, at_h = both + row * stride + column[None, :], gradient + row * gradient_stride + column[None, :]
+    g = tl.load(at_h, mask=there, other=0).to(tl.float32) + tl.dot(tile, other, input_precision="ieee")
+    g = g.to(kind).to(tl.float32)
+    gate = tl.load(at_gate, mask=there, other=0).to(tl.float32)
+    up = tl.load(at_gate + columns, mask=there, other=0).to(tl.float32)
+    value, slope = _act(gate, KIND)
+    of_gate, of_up = (g * up * slope).to(kind), (g * value).to(kind)
+    tl.store(at_gate, of_gate, mask=there)
+    tl.store(at_gate + columns, of_up, mask=there)
+    tl.store(at_h, (value * up).to(kind), mask=there)
+    bits = of_gate.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    bits = tl.maximum(bits, of_up.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+    tl.atomic_max(most + line, tl.max(bits, 1), mask=line < rows)
+
+
+def activate(both: torch.Tensor, kind: str, border: int, pending: Added | None = None) -> torch.Tensor:
+    """h [rows, columns] with a border, of gate and up in `both` [rows, 2 columns], which lack what is `pending`."""
     rows, columns = len(both), both.shape[1] // 2
+    if pending is not None and not pending.fits(both):
+        pending.to(both.data)  # as a kernel would: seen by no version counter
+        pending = None
     out = bordered_empty((rows, columns), border, both)
-    if by_triton(both):
+    if pending is not None:
+        launch(_act_sum_kernel, _grid(rows, columns),
+            both, out, pending.x, pending.narrow, rows, columns, both.stride(0), out.stride(0), pending.x.stride(0),
+            *pending.narrow.stride(), KIND=KINDS[kind], RANK=pending.wide, **TILE,
+        )  # fmt: skip
+    elif by_triton(both):
         grid = (rows, ceil_div(columns, COLUMNS))
         launch(_act_kernel, grid, both, out, columns, both.stride(0), out.stride(0), KIND=KINDS[kind], SIZE=COLUMNS)
     else:
@@ -85,19 +153,35 @@ def activate(both: torch.Tensor, kind: str, border: int) -> torch.Tensor:
     return out
 
 
-def activate_back(both: torch.Tensor, gradient: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of gate and up, side by side, and h, of gate and up in `both` and the gradient [rows, columns] of h. On
-    a GPU they take the place of what they are made of."""
+def activate_back(
+    both: torch.Tensor, gradient: torch.Tensor, kind: str, pending: Added | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Gradients of gate and up, side by side, and h, of gate and up in `both` and the gradient [rows, columns] of h,
+    which lacks what is `pending`. On a GPU they take the place of what they are made of. Where something was pending,
+    the bits of the largest gradient of each row, too, [rows] in int32."""
     rows, columns = gradient.shape
+    if pending is not None and pending.fits(gradient):
+        most = torch.zeros(rows, dtype=torch.int32, device=both.device)
+        launch(_act_back_sum_kernel, _grid(rows, columns),
+            both, gradient, pending.x, pending.narrow, most, rows, columns, both.stride(0), gradient.stride(0),
+            pending.x.stride(0), *pending.narrow.stride(), KIND=KINDS[kind], RANK=pending.wide, **TILE,
+        )  # fmt: skip
+        return both, gradient, most
+    if pending is not None:
+        pending.to(gradient)
     if by_triton(both):
         numbers, grid = (columns, both.stride(0), gradient.stride(0)), (rows, ceil_div(columns, COLUMNS))
         launch(_act_back_kernel, grid, both, gradient, *numbers, KIND=KINDS[kind], SIZE=COLUMNS)
-        return both, gradient
+        return both, gradient, None
     with torch.enable_grad():
         gate, up = (part.detach().requires_grad_() for part in _wide(both).chunk(2, 1))
         h = REFERENCES[kind](gate) * up
     found = torch.autograd.grad(h, (gate, up), gradient.to(h.dtype))
-    return torch.cat(found, 1).to(both.dtype), h.detach().to(both.dtype)
+    return torch.cat(found, 1).to(both.dtype), h.detach().to(both.dtype), None
+
+
+def _grid(rows: int, columns: int) -> tuple[int, int]:
+    return ceil_div(rows, TILE["LINES"]), ceil_div(columns, TILE["SIZE"])
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:

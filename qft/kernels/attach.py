@@ -77,13 +77,11 @@ class Applied:
         self.stacks.pop(kind, None)
 
     def in_float8(self, *, on: bool) -> None:
-        """Have frozen products be in float8 where they can, or none: of MLPs both ways, of others on the way back."""
+        """Have frozen products be in float8 where they can, or none."""
         SCRATCH.clear()
-        kinds = [(kind, stack) for kind, of_kind in self.stacks.items() for stack in of_kind]
-        stacks = [stack for _, stack in kinds]
-        for number, (kind, stack) in enumerate(kinds):
-            stack.float8, stack.both_ways = on and stack.why_not_float8() is None, kind == MLP
-            stack.dither = partial(self.dither.of, number)
+        stacks = [stack for of_kind in self.stacks.values() for stack in of_kind]
+        for number, stack in enumerate(stacks):
+            stack.float8, stack.dither = on and stack.why_not_float8() is None, partial(self.dither.of, number)
             stack.expect()
         if on:
             self.fused[FLOAT8] = sum(len(stack.layers) for stack in stacks if stack.float8)
@@ -161,6 +159,7 @@ def _put_mlp(seam: MlpSeam, applied: Applied, borders: dict[nn.Module, int], kee
     module, plain = seam.module, seam.module.forward
     mlp = Mlp(Stack(seam.layers[:2]), Stack(seam.layers[2:]), seam.kind, keep)
     stacks, dtype = (mlp.first, mlp.down), mlp.first.dtype
+    mlp.first.both_ways = True
     borders[module] = mlp.first.border
     applied.stacks.setdefault(MLP, []).extend(stacks)
 

@@ -1,10 +1,11 @@
-"""Products in float8 (e4m3): rows of activations and gradients, each with a scale, times weights with one scale, summed
-in float32. Scales are powers of two: numbers of four bits lose nothing, and what is infinite becomes NaN. On the way
-forward that of a weight is another in each step (Dither)."""
+"""Products in float8 (e4m3): rows of activations and gradients, each with a scale (rounding.py), times weights with one
+scale, summed in float32. Scales are powers of two, times what is another in each step (Dither), and what is infinite
+becomes NaN."""
 
 # Triton reads annotations, which must be no strings.
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,49 +21,14 @@ MULTIPLE = 16
 """Of rows and columns, as tensor cores take them."""
 LARGEST = 7
 """Exponent that the largest number is brought to: 128 to 256 of 448."""
-SPAN, WARPS = 4096, 8
-"""Columns of a row at once, and by how many warps."""
+SPAN = 4096
+"""Columns of a row at once."""
 TILE = 128, 64
 """Rows and columns of a weight that is turned."""
 ADD = 32, 256, 4
 """Rows, columns, and how often, of what is added by one program."""
 FAST = True
 """Whether tensor cores may add up in less than float32."""
-
-
-@jit
-def _rows_kernel(  # type: ignore[no-untyped-def]
-    x, out, scales, columns, x_stride, LARGEST: tl.constexpr, SPAN: tl.constexpr
-):
-    """Row program_id(0): its largest number, then each divided by the scale."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, SPAN)
-    most = tl.zeros((SPAN,), dtype=tl.int32)
-    for first in range(0, columns, SPAN):
-        value = tl.load(x + row * x_stride + first + column, mask=first + column < columns, other=0).to(tl.float32)
-        most = tl.maximum(most, value.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
-    exponent = tl.max(most, 0) >> 23
-    power = tl.maximum(exponent - LARGEST, 1)
-    inverse = ((254 - power) << 23).to(tl.float32, bitcast=True)
-    scale = tl.where(exponent == 255, 0x7FC00000, power << 23).to(tl.float32, bitcast=True)
-    tl.store(scales + row, scale)
-    for first in range(0, columns, SPAN):
-        mask = first + column < columns
-        value = tl.load(x + row * x_stride + first + column, mask=mask, other=0).to(tl.float32)
-        tl.store(out + row * columns + first + column, (value * inverse).to(tl.float8e4nv), mask=mask)
-
-
-def quantized_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [rows, columns] in float8, and what each row is to be multiplied by, [rows, 1] in float32."""
-    rows, columns = x.shape
-    out, scales = x.new_empty(rows, columns, dtype=E4M3), x.new_empty(rows, 1, dtype=torch.float32)
-    if by_triton(x):
-        span = min(SPAN, power_of_2(columns))
-        launch(_rows_kernel, (rows,), x, out, scales, columns, x.stride(0), LARGEST=LARGEST, SPAN=span, num_warps=WARPS)
-        return out, scales
-    most = x.abs().amax(1, keepdim=True).float()
-    scales = torch.where(most.isfinite(), power_for(most), torch.nan)
-    return (x / scales).to(E4M3), scales
 
 
 def power_for(most: torch.Tensor) -> torch.Tensor:
@@ -84,17 +50,28 @@ def largest(weight: torch.Tensor, state: Any) -> torch.Tensor:
 
 
 @dataclass
+class Factor:
+    """Of a product's two scales, what is the same for all rows."""
+
+    weight: float = 1.0
+    """The scale of the weight."""
+    dither: float = 1.0
+    """What each row's power of two is multiplied with."""
+
+
+@dataclass
 class Dither:
-    """What scales of weights are multiplied with on the way forward. Weights that are frozen would be rounded to the
-    same in each step, and adapters learn what the rounded ones lack; rounded otherwise each time, they are right in the
-    mean. Of the sequence R2 (Roberts, "The unreasonable effectiveness of quasirandom sequences", 2018)."""
+    """What scales are multiplied with. What is frozen would be rounded to the same in each step, and adapters learn
+    what the rounded weights lack; rounded otherwise each time, they are right in the mean, and so are inputs that are
+    nearly the same for all tokens. Of the sequence R2 (Roberts, "The unreasonable effectiveness of quasirandom
+    sequences", 2018)."""
 
     step: int = 0
     """Of the training."""
 
-    def of(self, number: int) -> float:
-        """Of the weight of that number: 1 to 2."""
-        return float(2 ** ((self.step * 0.7548776662466927 + number * 0.5698402909980532) % 1))
+    def of(self, number: int, part: int) -> float:
+        """Of the matrix of that number: 1 to 2. `part`: of its weights (0), of inputs (1) or of gradients (2)."""
+        return float(2 ** ((self.step * 0.7548776662466927 + (3 * number + part) * 0.5698402909980532) % 1))
 
 
 @jit
@@ -273,18 +250,24 @@ def write(weight: torch.Tensor, state: Any, out: torch.Tensor, scale: float, *, 
         )  # fmt: skip
 
 
-def multiply(
-    x: torch.Tensor, x_scales: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
-    """x Wᵀ [rows, others] in `dtype`, for x [rows, columns] and W [others, columns] in float8, whose rows are to be
-    multiplied by [rows, 1] and [1, others] in float32."""
+def multiply(rows: Any, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x Wᵀ [rows, others] in `dtype`, for `rows` (rounding.Rounded) and W [others, columns] in float8."""
+    x, scales = rows.numbers, rows.scales
     if isinstance(x, FakeTensor):  # which stands for one on a GPU
         return x.new_empty(len(x), len(weight), dtype=dtype)
     if not x.is_cuda:
         wide = torch.promote_types(dtype, torch.float32)
-        return ((x.to(wide) * x_scales) @ (weight.to(wide).t() * scales)).to(dtype)
-    found = torch._scaled_mm(x, weight.t(), x_scales, scales, out_dtype=torch.bfloat16, use_fast_accum=FAST)
-    return found.to(dtype)
+        made: torch.Tensor = ((x.to(wide) @ weight.to(wide).t()) * scales).to(dtype)
+        return made
+    ones = _ones(len(weight), x.device)
+    made = torch._scaled_mm(x, weight.t(), scales, ones, out_dtype=torch.bfloat16, use_fast_accum=FAST)
+    return made.to(dtype)
+
+
+@cache
+def _ones(count: int, device: torch.device) -> torch.Tensor:
+    """Scales of a weight's rows, which those of the other matrix hold already."""
+    return torch.ones(1, count, device=device)
 
 
 @jit
@@ -309,14 +292,32 @@ def _add_kernel(  # type: ignore[no-untyped-def]
         tl.store(target, total.to(out.dtype.element_ty), mask=mask)
 
 
-def add_product(out: torch.Tensor, x: torch.Tensor, narrow: torch.Tensor, rank: int) -> torch.Tensor:
-    """x N added to `out` [rows, columns] in its place, for x [rows, border] and N [border, columns], of which no more
-    than `rank` columns and rows are other than 0."""
-    wide = max(16, power_of_2(rank))
-    if rank == 0 or not by_triton(out) or wide > x.shape[1]:
-        return out.addmm_(x, narrow) if rank else out
-    grid = (ceil_div(out.shape[1], ADD[1]), ceil_div(len(out), ADD[0] * ADD[2]))
-    launch(_add_kernel, grid, out, x, narrow, *out.shape, out.stride(0), x.stride(0), *narrow.stride(),
-        RANK=wide, LINES=ADD[0], SIZE=ADD[1], TIMES=ADD[2], num_warps=4, num_stages=1,
-    )  # fmt: skip
-    return out
+@dataclass
+class Added:
+    """x N, which is to be added to an output."""
+
+    x: torch.Tensor
+    """[rows, border]."""
+    narrow: torch.Tensor
+    """N [border, columns]."""
+    rank: int
+    """Columns of x and rows of N that are other than 0."""
+
+    @property
+    def wide(self) -> int:
+        """Columns of x that a kernel takes."""
+        return max(16, power_of_2(self.rank))
+
+    def fits(self, out: torch.Tensor) -> bool:
+        """Whether a kernel may add it."""
+        return self.rank > 0 and by_triton(out) and self.wide <= self.x.shape[1]
+
+    def to(self, out: torch.Tensor) -> torch.Tensor:
+        """`out` [rows, columns] with the sum in its place."""
+        if not self.fits(out):
+            return out.addmm_(self.x, self.narrow) if self.rank else out
+        grid = (ceil_div(out.shape[1], ADD[1]), ceil_div(len(out), ADD[0] * ADD[2]))
+        launch(_add_kernel, grid, out, self.x, self.narrow, *out.shape, out.stride(0), self.x.stride(0),
+            *self.narrow.stride(), RANK=self.wide, LINES=ADD[0], SIZE=ADD[1], TIMES=ADD[2], num_warps=4, num_stages=1,
+        )  # fmt: skip
+        return out

@@ -50,8 +50,15 @@ class Layer:
         """A and B."""
         if self.adapter is None:
             return None, None
+        a, b = self._factors
+        return a.weight, b.weight
+
+    @cached_property
+    def _factors(self) -> tuple[Any, Any]:
+        """The layers of A and B: on the way through the adapter's modules, the host would take as long as for a
+        launch."""
         module: Any = self.module
-        return module.lora_A[self.adapter].weight, module.lora_B[self.adapter].weight
+        return module.lora_A[self.adapter], module.lora_B[self.adapter]
 
     @property
     def bias(self) -> torch.Tensor | None:
@@ -145,8 +152,8 @@ class Matrix:
     """B, [rows, border]."""
     below: torch.Tensor
     """A, [border, columns]."""
-    scales: torch.Tensor | None = None
-    """Of each row of a weight in float8, [1, rows of it] in float32."""
+    factor: float8.Factor | None = None
+    """Of scales, for a weight in float8."""
 
 
 class Stack:
@@ -165,10 +172,12 @@ class Stack:
             offsets.append(offsets[-1] + layer.rank)
         self.row_parts = [slice(a, b) for a, b in pairwise(starts)]
         self.rank_parts = [slice(a, b) for a, b in pairwise(offsets)]
-        self.float8, self.both_ways = False, True
-        """Whether frozen products are, on the way back, and on the way forward, too."""
-        self.dither: Callable[[], float] = lambda: 1.0
-        """What the scale of weights in float8 is multiplied with on the way forward."""
+        self.float8, self.both_ways = False, False
+        """Whether frozen products are, on the way back, and on the way forward, too, if outputs lie side by side."""
+        self.dither: Callable[[int], float] = lambda part: 1.0
+        """What scales in float8 are multiplied with: of the weights (0), of inputs (1) and of gradients (2)."""
+        self.pending: float8.Added | None = None
+        """What the outputs side by side lack yet."""
         self.expect()
 
     def expect(self) -> None:
@@ -185,11 +194,10 @@ class Stack:
         """A and B of each layer."""
         return [tensor for layer in self.layers for tensor in layer.pair]
 
-    def matrix(self, device: torch.device, *, forward: bool) -> Matrix:
+    def matrix(self, device: torch.device, *, forward: bool, in_float8: bool = False) -> Matrix:
         """In memory that the next one takes; A is scaled on the way forward, B on the way back. Forward, the column
         behind the ranks is the bias."""
-        eight = self.forward_in_float8 if forward else self.float8
-        made = self._in_float8(device, turned=not forward) if eight else self._in_half(device)
+        made = self._in_float8(device, turned=not forward) if in_float8 else self._in_half(device)
         borders.write(made.right, made.below, self, forward=forward)
         return made
 
@@ -204,15 +212,17 @@ class Stack:
     def _in_float8(self, device: torch.device, *, turned: bool) -> Matrix:
         shape = (self.columns, self.rows) if turned else (self.rows, self.columns)
         weight, _ = SCRATCH.matrix(*shape, device, float8.E4M3, self)
-        scale = 1.0 if isinstance(weight, FakeTensor) else self.scale * (1.0 if turned else self.dither())
+        factor = float8.Factor()
+        if not isinstance(weight, FakeTensor):
+            factor = float8.Factor(self.scale * self.dither(0), self.dither(2 if turned else 1))
         for layer, part in zip(self.layers, self.row_parts, strict=True):
             place = weight[:, part] if turned else weight[part]
-            float8.write(layer.base.weight, layer.state, place, scale, turned=turned)
+            float8.write(layer.base.weight, layer.state, place, factor.weight, turned=turned)
         right, below = (
             torch.empty(shape, dtype=self.dtype, device=device)
             for shape in ((self.rows, self.border), (self.border, self.columns))
         )
-        return Matrix(weight, right, below, torch.full((1, shape[0]), scale, device=device))
+        return Matrix(weight, right, below, factor)
 
     @cached_property
     def scale(self) -> float:

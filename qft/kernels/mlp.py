@@ -29,7 +29,7 @@ class Mlp:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[..., columns] -> [..., columns]"""
-        both = project_joint(x, self.first, kept=self.keep.gates)
+        both = project_joint(x, self.first, kept=self.keep.gates, pending=True)
         out: torch.Tensor = Down.apply(both, self, *self.down.pairs)  # type: ignore[no-untyped-call]
         return out
 
@@ -43,7 +43,8 @@ class Down(torch.autograd.Function):
         ctx.mlp, ctx.first = mlp, both.grad_fn
         if ctx.first is None:  # nobody keeps them for us
             ctx.save_for_backward(both)
-        h = activate(rows_of(both), mlp.kind, down.border)
+        pending, mlp.first.pending = mlp.first.pending, None
+        h = activate(rows_of(both), mlp.kind, down.border, pending)
         # Some hundred KB, and no tensor that a checkpointed block would have to be computed again for.
         multiply, ctx.inner = multiplier(h, down)
         return multiply(slice(0, down.rows)).view(*both.shape[:-1], -1)
@@ -53,10 +54,13 @@ class Down(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
         mlp: Mlp = ctx.mlp
         both = _kept(ctx)
-        g, gb, dh = back(mlp.down, [rows_of(gradient)], rows_of(gradient), wanted=True)
-        assert dh is not None
-        dboth, h = activate_back(rows_of(both), dh, mlp.kind)
-        return (dboth.view(both.shape), None, *gradients(mlp.down, g, gb, h, ctx.inner))
+        made = back(mlp.down, [rows_of(gradient)], rows_of(gradient), wanted=True, pending=True)
+        assert made.dx is not None
+        dboth, h, most = activate_back(rows_of(both), made.dx, mlp.kind, made.pending)
+        dboth = dboth.view(both.shape)
+        if most is not None and ctx.first is not None:
+            ctx.first.most = most, dboth.data_ptr(), dboth._version
+        return (dboth, None, *gradients(mlp.down, made.g, made.gb, h, ctx.inner))
 
 
 def _kept(ctx: Any) -> torch.Tensor:

@@ -65,7 +65,7 @@ def extend(
     """Write x [rows, columns] into `out` [rows, more], unless it is what is there, and x N, for a `narrow` N [columns,
     rank], into the columns from border + at on, and into `inner` [rows, rank] too. Of the `fill` columns from border
     on, the others become 0, and the one numbered `one` 1. `copies` False: `out` is for the product alone."""
-    copies, rank = not _begins_with(out, x) if copies is None else copies, narrow.shape[1]
+    copies, rank = not begins_with(out, x) if copies is None else copies, narrow.shape[1]
     if not by_triton(x) or rank > WIDEST:
         _by_torch(x, out, narrow, border, at, fill, one, inner, copies)
         return
@@ -113,7 +113,7 @@ def _by_torch(
         inner.copy_(product)
 
 
-def _begins_with(out: torch.Tensor, x: torch.Tensor) -> bool:
+def begins_with(out: torch.Tensor, x: torch.Tensor) -> bool:
     """Whether x is what is there."""
     same: bool = out.untyped_storage()._cdata == x.untyped_storage()._cdata
     return same and out.storage_offset() == x.storage_offset()

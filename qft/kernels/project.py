@@ -2,12 +2,13 @@
 16-bit numbers round, with sums in float32.
 
 Forward it is [x | s x Aᵀ] [W | B]ᵀ, back [g | s g B] [W ; A]: nothing is added to an output in a pass of its own.
-Where g W is in float8, and of MLPs x Wᵀ (float8.py), what the adapter adds is added in 16 bits.
+Where x Wᵀ or g W is in float8 (float8.py), what the adapter adds is added in 16 bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,32 +20,58 @@ from qft.kernels import float8
 from qft.kernels.buffers import bordered_empty, rows_of, with_border
 from qft.kernels.keep import source_of
 from qft.kernels.layer import Matrix, Stack
-from qft.kernels.narrow import extend
+from qft.kernels.narrow import begins_with, extend
+from qft.kernels.rounding import rounded
 
-Back = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+
+@dataclass
+class Back:
+    """Of a stack."""
+
+    g: torch.Tensor
+    """Gradients of its outputs, side by side, [rows, rows of all]."""
+    gb: torch.Tensor
+    """s g B, [rows, rank]."""
+    dx: torch.Tensor | None
+    """g W + s (g B) A, [rows, columns]; None: nobody wants it."""
+    pending: float8.Added | None = None
+    """What dx lacks yet."""
 
 
 def project(x: torch.Tensor, stack: Stack) -> tuple[torch.Tensor, ...]:
     """The outputs [..., rows] of each layer of the stack, for x [..., columns]."""
-    found: tuple[torch.Tensor, ...] = Project.apply(x, stack, None, *stack.pairs)  # type: ignore[no-untyped-call]
+    found: tuple[torch.Tensor, ...] = Project.apply(x, stack, None, False, *stack.pairs)  # type: ignore[no-untyped-call]
     return found
 
 
-def project_joint(x: torch.Tensor, stack: Stack, *, kept: bool = True) -> torch.Tensor:
+def project_joint(x: torch.Tensor, stack: Stack, *, kept: bool = True, pending: bool = False) -> torch.Tensor:
     """All outputs side by side, [..., rows of all], which are kept for the backward pass of what comes next, or made
-    again there."""
-    found: tuple[torch.Tensor] = Project.apply(x, stack, kept, *stack.pairs)  # type: ignore[no-untyped-call]
+    again there. `pending`: see `joint`."""
+    found: tuple[torch.Tensor] = Project.apply(x, stack, kept, pending, *stack.pairs)  # type: ignore[no-untyped-call]
     return found[0]
 
 
-def joint(x: torch.Tensor, stack: Stack) -> tuple[torch.Tensor, torch.Tensor]:
-    """All outputs side by side, and s x Aᵀ [rows, rank]."""
-    multiply, inner = multiplier(rows_of(x), stack)
+def joint(x: torch.Tensor, stack: Stack, *, pending: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """All outputs side by side, and s x Aᵀ [rows, rank]. `pending`: what an adapter adds to a product in float8 may be
+    left to whoever takes `stack.pending`."""
     if stack.forward_in_float8:
-        return multiply(slice(0, stack.rows)).view(*x.shape[:-1], -1), inner
+        return _joint_in_float8(x, stack, pending)
+    multiply, inner = multiplier(rows_of(x), stack)
     out = bordered_empty((*x.shape[:-1], stack.rows), stack.border, x)
     multiply(slice(0, stack.rows), rows_of(out))
     return out, inner
+
+
+def _joint_in_float8(x: torch.Tensor, stack: Stack, pending: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    matrix, flat = stack.matrix(x.device, forward=True, in_float8=True), rows_of(x)
+    assert matrix.factor is not None
+    border, inner = flat.new_empty(len(flat), stack.border), flat.new_empty(len(flat), stack.rank)
+    a, one = matrix.below[: stack.rank].t(), stack.rank if stack.has_bias else -1
+    extend(flat, border, a, 0, fill=stack.border, one=one, inner=inner, copies=False)
+    out = float8.multiply(rounded(flat, matrix.factor), matrix.weight, x.dtype)
+    added = float8.Added(border, matrix.right.t(), stack.rank + stack.has_bias)
+    stack.pending = added if pending else None
+    return (out if pending else added.to(out)).view(*x.shape[:-1], -1), inner
 
 
 def each(x: torch.Tensor, stack: Stack) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
@@ -60,27 +87,14 @@ Multiply = Callable[..., torch.Tensor]
 def multiplier(x: torch.Tensor, stack: Stack) -> tuple[Multiply, torch.Tensor]:
     """What multiplies x [rows, columns] until the next matrix is made, and s x Aᵀ [rows, rank]."""
     matrix = stack.matrix(x.device, forward=True)
-    if matrix.scales is None:
-        whole, inner = with_lora(x, stack, matrix)
-        return partial(_in_half, whole, matrix.weight, stack.made), inner
-    border, inner = x.new_empty(len(x), stack.border), x.new_empty(len(x), stack.rank)
-    a, one = matrix.below[: stack.rank].t(), stack.rank if stack.has_bias else -1
-    extend(x, border, a, 0, fill=stack.border, one=one, inner=inner, copies=False)
-    return partial(_in_float8, float8.quantized_rows(x), border, matrix, stack), inner
+    whole, inner = with_lora(x, stack, matrix)
+    return partial(_in_half, whole, matrix.weight, stack.made), inner
 
 
 def _in_half(
     whole: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype, part: slice, out: torch.Tensor | None = None
 ) -> torch.Tensor:
     return in_dtype(whole, weight[part].t(), dtype) if out is None else torch.mm(whole, weight[part].t(), out=out)
-
-
-def _in_float8(
-    rows: tuple[torch.Tensor, torch.Tensor], border: torch.Tensor, matrix: Matrix, stack: Stack, part: slice
-) -> torch.Tensor:
-    assert matrix.scales is not None
-    out = float8.multiply(*rows, matrix.weight[part], matrix.scales[:, part], border.dtype)
-    return float8.add_product(out, border, matrix.right[part].t(), stack.rank + stack.has_bias).to(stack.made)
 
 
 def in_dtype(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -128,15 +142,21 @@ def gradients(
     return found
 
 
-def back(stack: Stack, given: Sequence[torch.Tensor | None], rows: torch.Tensor, wanted: bool) -> Back:
-    """Of the gradients [rows, rows of a layer] of each layer's output, or of all side by side: themselves side by side,
-    s g B [rows, rank], and, if it is wanted, g W + s (g B) A [rows, columns]. `rows` is a tensor of as many rows."""
+def back(
+    stack: Stack,
+    given: Sequence[torch.Tensor | None],
+    rows: torch.Tensor,
+    wanted: bool,
+    *,
+    most: torch.Tensor | None = None,
+    pending: bool = False,
+) -> Back:
+    """From the gradients [rows, rows of a layer] of each layer's output, or of all side by side. `rows` is a tensor of
+    as many rows. `most`: bits of the largest of each row, if they are known (rounding.py). `pending`: of a product in
+    float8, what the adapter adds may be left to the caller."""
+    if stack.float8:
+        return _back_in_float8(stack, _side_by_side(stack, given, rows), wanted, most, pending)
     matrix, whole = stack.matrix(rows.device, forward=False), None
-    if matrix.scales is not None and len(given) == 1 and given[0] is not None:
-        border = rows.new_empty(len(rows), stack.border)
-        extend(given[0], border, matrix.right[:, : stack.rank], 0, fill=stack.border, copies=False)
-        dx = _back_in_float8(given[0], border, matrix, stack) if wanted else None
-        return given[0], border[:, : stack.rank], dx
     if given[0] is not None:
         whole = with_border(given[0], stack.border, stack.rows)
     if whole is None:
@@ -155,17 +175,36 @@ def back(stack: Stack, given: Sequence[torch.Tensor | None], rows: torch.Tensor,
         else:
             extend(gradient, part, b, stack.rows - row.start, rank.start, fill=fill)
     g, border, dx = whole[:, : stack.rows], whole[:, stack.rows :], None
-    if wanted and matrix.scales is None:
+    if wanted:
         dx = torch.mm(whole, matrix.weight[:, : stack.columns])
-    elif wanted:
-        dx = _back_in_float8(g, border, matrix, stack)
-    return g, border[:, : stack.rank], dx
+    return Back(g, border[:, : stack.rank], dx)
 
 
-def _back_in_float8(g: torch.Tensor, border: torch.Tensor, matrix: Matrix, stack: Stack) -> torch.Tensor:
-    assert matrix.scales is not None
-    dx = float8.multiply(*float8.quantized_rows(g), matrix.weight, matrix.scales, g.dtype)
-    return float8.add_product(dx, border, matrix.below, stack.rank)
+def _side_by_side(stack: Stack, given: Sequence[torch.Tensor | None], rows: torch.Tensor) -> torch.Tensor:
+    """Gradients of all outputs [rows, rows of all]: where the first one lies, if there is room behind it."""
+    if len(given) == 1 and given[0] is not None:
+        return given[0]
+    whole = None if given[0] is None else with_border(given[0], stack.border, stack.rows)
+    whole = rows.new_empty(len(rows), stack.rows) if whole is None else whole[:, : stack.rows]
+    for gradient, row in zip(given, stack.row_parts, strict=True):
+        if gradient is None:
+            whole[:, row] = 0
+        elif not begins_with(whole[:, row], gradient):
+            whole[:, row] = gradient
+    return whole
+
+
+def _back_in_float8(stack: Stack, g: torch.Tensor, wanted: bool, most: torch.Tensor | None, pending: bool) -> Back:
+    matrix = stack.matrix(g.device, forward=False, in_float8=True)
+    assert matrix.factor is not None
+    border = g.new_empty(len(g), stack.border)
+    extend(g, border, matrix.right[:, : stack.rank], 0, fill=stack.border, copies=False)
+    gb = border[:, : stack.rank]
+    if not wanted:
+        return Back(g, gb, None)
+    dx = float8.multiply(rounded(g, matrix.factor, most), matrix.weight, g.dtype)
+    added = float8.Added(border, matrix.below, stack.rank)
+    return Back(g, gb, dx, added) if pending else Back(g, gb, added.to(dx))
 
 
 class Project(torch.autograd.Function):
@@ -173,15 +212,16 @@ class Project(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, stack: Stack, kept: bool | None, *pairs: torch.Tensor | None
+        ctx: Any, x: torch.Tensor, stack: Stack, kept: bool | None, pending: bool, *pairs: torch.Tensor | None
     ) -> tuple[torch.Tensor, ...]:
         """`kept`: whether outputs that lie side by side are; None: they do not."""
         if kept is None:
             outs, inner = each(x, stack)
         else:
-            out, inner = joint(x, stack)
+            # Computed again, nothing comes behind it that would take what is pending.
+            out, inner = joint(x, stack, pending=pending and torch._C._current_graph_task_id() == -1)
             outs = (out,)
-        ctx.stack, ctx.given, ctx.spent, ctx.source = stack, None, False, source_of(x)
+        ctx.stack, ctx.given, ctx.spent, ctx.source, ctx.most = stack, None, False, source_of(x), None
         ctx.save_for_backward(None if ctx.source else x, inner, outs[0] if kept else None)
         ctx.set_materialize_grads(False)
         return outs
@@ -194,13 +234,20 @@ class Project(torch.autograd.Function):
         return ctx.source.again(ctx.stack.border) if ctx.source else x, inner, both
 
     @staticmethod
+    def most(ctx: Any, gradient: torch.Tensor | None) -> torch.Tensor | None:
+        """Bits of the largest number of each row, if it is the gradient they were noted of, and not changed."""
+        bits, place, version = ctx.most or (None, None, None)
+        same = gradient is not None and (gradient.data_ptr(), gradient._version) == (place, version)
+        return bits if same else None
+
+    @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients_of: torch.Tensor | None) -> tuple[Any, ...]:
         stack: Stack = ctx.stack
         x, inner = ctx.given or Project.kept(ctx)[:2]
-        ctx.given = None
-        flat = rows_of(x)
+        flat, most = rows_of(x), Project.most(ctx, gradients_of[0])
+        ctx.given = ctx.most = None
         given = [None if g is None else rows_of(g.to(stack.dtype)) for g in gradients_of]
-        g, gb, dx = back(stack, given, flat, ctx.needs_input_grad[0])
-        found = gradients(stack, g, gb, flat, inner)
-        return (dx.view(x.shape) if dx is not None else None, None, None, *found)
+        made = back(stack, given, flat, ctx.needs_input_grad[0], most=most)
+        found = gradients(stack, made.g, made.gb, flat, inner)
+        return (made.dx.view(x.shape) if made.dx is not None else None, None, None, None, *found)

@@ -74,13 +74,15 @@ def test_a_packed_row_is_learnt_as_its_examples_alone(
 
     monkeypatch.setattr("qft.memory.packed.varlen_attn", noted)
     model = (tiny_llama() if kind == "llama" else tiny(kind)).to("cuda", dtype).train()
+    tight = dtype == torch.float32
+    for module in model.modules():
+        if hasattr(module, "top_k") and not tight:
+            module.top_k = model.config.num_local_experts  # all: among some, a tie in 16 bits can fall otherwise
     assert packs_as_alone(model)
     given = batch(side_by_side=side_by_side)
     borders = [sum(given["lengths"], ())] if side_by_side else given["lengths"]
     loss, slope = learnt(model, given, borders)
     wanted, own = alone(model, given)
-    tight = dtype == torch.float32
     assert loss == pytest.approx(wanted, rel=1e-5 if tight else 2e-3)
-    # Of experts, a tie in 16 bits can fall otherwise.
-    assert (slope - own).norm() <= (1e-3 if tight else 0.05 if kind == "mixtral" else 0.03) * own.norm()
+    assert (slope - own).norm() <= (1e-3 if tight else 0.03) * own.norm()
     assert bool(calls) != tight, "16 bits by lengths, 32 by masks"

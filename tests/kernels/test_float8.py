@@ -16,10 +16,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 from qft.commands.train import train
 from qft.kernels import FLOAT8
 from qft.kernels.buffers import SCRATCH
-from qft.kernels.float8 import E4M3, Dither, largest, power_for, quantized_rows, write
+from qft.kernels.float8 import E4M3, Dither, Factor, largest, power_for, write
 from qft.kernels.layer import Layer, Stack, layer_of
 from qft.kernels.mlp import Mlp
-from qft.kernels.project import project
+from qft.kernels.project import project, project_joint
+from qft.kernels.rounding import rounded
 from qft.progress import Step, View
 from qft.recipe import load
 from tests.support.kernels import KINDS, adapted, fused, gradients, largest_error
@@ -53,17 +54,18 @@ def results(stack: Stack, run: Any, x: torch.Tensor, g: torch.Tensor) -> list[to
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_what_float8_holds_is_multiplied_exactly_and_so_are_all_gradients(bias: bool) -> None:
+@pytest.mark.parametrize("joint", [False, True])
+def test_what_float8_holds_is_multiplied_exactly_and_so_are_all_gradients(bias: bool, joint: bool) -> None:
     torch.manual_seed(0)
     stack = stacks((16, 32), (48, 32), (32, 32), bias=bias)
     x, g = of_four_bits(2, 5, 32), of_four_bits(2, 5, 96)
 
     def run(x: torch.Tensor) -> torch.Tensor:
-        return torch.cat(project(x, stack), -1)
+        return project_joint(x, stack, kept=False) if joint else torch.cat(project(x, stack), -1)
 
     wanted = results(stack, run, x, g)
     assert stack.why_not_float8() is None
-    stack.float8 = True
+    stack.float8 = stack.both_ways = True
     for place in SCRATCH._places.values():
         place.fill_(torch.nan)
     for found, other in zip(results(stack, run, x, g), wanted, strict=True):
@@ -79,7 +81,7 @@ def test_other_numbers_keep_four_bits_in_output_and_gradients() -> None:
             nn.init.normal_(layer.base.weight, 0, 0.1)
     x, g = torch.randn(2, 40, 48, dtype=DOUBLE), torch.randn(2, 40, 48, dtype=DOUBLE)
     wanted = results(gate_up, mlp, x, g)
-    gate_up.float8 = down.float8 = True
+    gate_up.float8 = gate_up.both_ways = down.float8 = True
     errors = [
         float((a - b).detach().norm() / b.detach().norm())
         for a, b in zip(results(gate_up, mlp, x, g), wanted, strict=True)
@@ -89,11 +91,13 @@ def test_other_numbers_keep_four_bits_in_output_and_gradients() -> None:
 
 def test_rows_have_scales_of_their_own_and_what_is_not_finite_stays_so() -> None:
     x = torch.tensor([[1e-30, -3e-30], [60000, 1], [0, 0], [torch.inf, 1], [torch.nan, 1]], dtype=torch.bfloat16)
-    found, scales = quantized_rows(x)
-    assert found.dtype == E4M3
-    back = found.float() * scales
-    torch.testing.assert_close(back[:3], x[:3].float(), rtol=2**-4, atol=0)
-    assert back[3:].isnan().all()
+    for dither in (1.0, 1.3):
+        found = rounded(x, Factor(8.0, dither))
+        assert found.numbers.dtype == E4M3
+        back = found.numbers.float() * found.scales / 8
+        finest = found.scales[:3] / 8 * 2**-10
+        assert ((back - x.float())[:3].abs() <= torch.maximum(x[:3].float().abs() * 2**-4, finest)).all()
+        assert back[3:].isnan().all()
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
@@ -114,12 +118,12 @@ def test_what_is_frozen_is_rounded_otherwise_in_each_step_and_right_in_the_mean(
     torch.manual_seed(0)
     stack, x = stacks((64, 48)), of_four_bits(40, 48)
     stack.layers[0].base.weight.normal_()
-    exactly = project(x, stack)[0]
-    stack.float8 = True
+    exactly = project_joint(x, stack)
+    stack.float8 = stack.both_ways = True
 
     def off(step: int) -> torch.Tensor:
         stack.dither = partial(Dither(step).of, 3)
-        return (project(x, stack)[0] - exactly).detach()
+        return (project_joint(x, stack) - exactly).detach()
 
     each = torch.stack([off(step) for step in range(64)])
     assert torch.equal(off(5), each[5]), "of a block that is computed again"
@@ -132,9 +136,9 @@ def test_each_step_begins_with_scales_of_its_own() -> None:
     scales = []
     for step in (1, 2, 1):
         applied.dither.step = step
-        scales.append([stack.dither() for stack in stacks])
+        scales.append([stack.dither(part) for stack in stacks for part in range(3)])
     assert scales[0] == scales[2]
-    assert len({scale for step in scales for scale in step}) == 2 * len(stacks)
+    assert len({scale for step in scales for scale in step}) == 2 * 3 * len(stacks)
     assert all(1 <= scale < 2 for step in scales for scale in step)
 
 
@@ -166,7 +170,7 @@ def test_what_is_wrong_in_float8_is_taken_back(monkeypatch: pytest.MonkeyPatch) 
     model = adapted(tiny_llama())
     wanted = gradients(model, ids)
     monkeypatch.setattr(
-        "qft.kernels.float8.multiply", lambda x, s, w, c, dtype: x.new_ones(len(x), len(w), dtype=dtype)
+        "qft.kernels.float8.multiply", lambda rows, w, dtype: w.new_ones(len(rows.numbers), len(w), dtype=dtype)
     )
     applied = fused(model, kinds=(*KINDS, FLOAT8))
     assert FLOAT8 not in applied.fused
@@ -209,11 +213,11 @@ def test_a_resumed_training_rounds_as_the_unbroken_one(
     whole = train(load(paths[0]), View())
     assert whole.kernels is not None
     assert whole.kernels.fused[FLOAT8] == 14
-    rounded = scales[-4 * 6 :]
-    assert len({tuple(rounded[i : i + 6]) for i in range(0, 4 * 6, 6)}) == 4, "otherwise in each step"
+    rounded = scales[-4 * 4 :]
+    assert len({tuple(rounded[i : i + 4]) for i in range(0, 4 * 4, 4)}) == 4, "otherwise in each step"
     with pytest.raises(KeyboardInterrupt):
         train(load(paths[1]), Cut())
     resumed = train(load(paths[1]), View(), resume=True)
     assert resumed.resumed_from == [2]
-    assert scales[-2 * 6 :] == rounded[-2 * 6 :]
+    assert scales[-2 * 4 :] == rounded[-2 * 4 :]
     assert resumed.loss == whole.loss

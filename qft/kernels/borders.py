@@ -73,13 +73,12 @@ def write(right: torch.Tensor, below: torch.Tensor, stack: Any, *, forward: bool
         _reference(right, below, stack, forward=forward)
         return
     arguments: list[Any] = []
-    for i in range(MOST):
-        layer = stack.layers[min(i, len(stack.layers) - 1)]
-        a, b = layer.pair
-        rank, rows = (layer.rank, layer.rows) if i < len(stack.layers) else (0, 0)
-        arguments += [right if tensor is None else tensor for tensor in (a, b, layer.bias)]
-        arguments += [layer.scaling, rank, rows]
-    biased = sum((layer.bias is not None) << i for i, layer in enumerate(stack.layers)) if forward else 0
+    biases = [layer.bias if stack.has_bias else None for layer in stack.layers]
+    for layer, bias in zip(stack.layers, biases, strict=True):
+        arguments += (right if tensor is None else tensor for tensor in (*layer.pair, bias))
+        arguments += (layer.scaling, layer.rank, layer.rows)
+    arguments += (right, right, right, 1.0, 0, 0) * (MOST - len(stack.layers))  # which the kernel does not look at
+    biased = sum((bias is not None) << i for i, bias in enumerate(biases)) if forward else 0
     row_programs, column_programs = ceil_div(stack.rows, ROWS), ceil_div(stack.columns, COLUMNS)
     launch(_border_kernel, (row_programs + column_programs,),
         right, below, stack.rows, stack.columns, right.stride(0), below.stride(0), row_programs, column_programs,

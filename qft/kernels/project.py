@@ -131,10 +131,10 @@ def gradients(
 ) -> list[torch.Tensor | None]:
     """Of A and B of each layer: g [rows, rows of all], gb = s g B and inner = s x Aᵀ [rows, rank]."""
     found: list[torch.Tensor | None] = []
-    a = next((a for a in stack.pairs[::2] if a is not None), None)
+    pairs = [layer.pair for layer in stack.layers]
+    a = next((a for a, _ in pairs if a is not None), None)
     of_a = None if a is None else in_dtype(gb.t(), x, a.dtype)
-    for layer, row, rank in zip(stack.layers, stack.row_parts, stack.rank_parts, strict=True):
-        _, b = layer.pair
+    for (_, b), row, rank in zip(pairs, stack.row_parts, stack.rank_parts, strict=True):
         if b is None or of_a is None:
             found += [None, None]
         else:

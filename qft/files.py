@@ -181,6 +181,21 @@ def _remove(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
+def remove_folder(folder: Path, stays: Callable[[str], bool]) -> list[Path]:
+    """Remove a folder but for the files and links that `stays` says so of, by their paths within it. Returns those."""
+    found = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
+    left = [path for path in found if stays(path.relative_to(folder).as_posix())]
+    if not left:
+        shutil.rmtree(folder, ignore_errors=True)
+        return []
+    for path in set(found) - set(left):
+        path.unlink(missing_ok=True)
+    for path in sorted(folder.rglob("*"), reverse=True):
+        with suppress(OSError):  # of one that is not empty, or no folder
+            path.rmdir()
+    return sorted(left)
+
+
 def is_living(pid: int, started: int) -> bool:
     """Whether the process of this machine that had that number then is still there, and no later one has it."""
     began = process_start(pid)

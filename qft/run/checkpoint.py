@@ -5,16 +5,17 @@ qft_checkpoint.json, written last, has the hashes of all that the rest of a trai
 import json
 import os
 import re
-import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from qft.documents.recorded import lies_beside
 from qft.documents.state import CheckpointHashes
-from qft.files import files_of, sha256, verdict, write_text
+from qft.files import files_of, remove_folder, sha256, verdict, write_text
 
 STATE = "qft_state.json"
 """What the run had measured by then: documents.state.TrainingState."""
@@ -23,6 +24,9 @@ TRAINER_STATE = "trainer_state.json"
 HASHES = "qft_checkpoint.json"
 INITIAL = "initial-adapter"
 """Beside the checkpoints, where the adapter's initialisation changed the base."""
+NAME = re.compile(r"checkpoint-\d+")
+WRITTEN = (".pt", ".pth", ".distcp", ".metadata")
+"""Endings of what the Trainer writes and no loader of models takes."""
 PARTS = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
 WORDS = {"changed": "is not what was written", "missing": "is missing", "unreadable": "cannot be read"}
 
@@ -30,8 +34,7 @@ WORDS = {"changed": "is not what was written", "missing": "is missing", "unreada
 def checkpoints_in(folder: Path) -> list[Path]:
     """Those that were written to their end, damaged ones among them, by their steps. Raises OSError for a folder that
     cannot be read: it may hold some."""
-    names = re.compile(r"checkpoint-\d+")
-    found = (path for path in (folder.iterdir() if folder.is_dir() else ()) if names.fullmatch(path.name))
+    found = (path for path in (folder.iterdir() if folder.is_dir() else ()) if NAME.fullmatch(path.name))
     return sorted((path for path in found if (path / TRAINER_STATE).exists() or (path / HASHES).exists()), key=step_of)
 
 
@@ -72,11 +75,33 @@ def seal(checkpoint: Path, *needed: Path) -> None:
     write_text(checkpoint / HASHES, hashes.model_dump_json(indent=2) + "\n")
 
 
+def beside(checkpoints: Path) -> Callable[[str], bool]:
+    """Whether a file, by its path in the folder of checkpoints, is no part of them: a note, say, or a copy of one."""
+    folders = [path for path in checkpoints.glob("checkpoint-*") if NAME.fullmatch(path.name)]
+    made = {path.name: names for path in folders if (names := _sealed(path))}
+
+    def is_beside(name: str) -> bool:
+        top, _, rest = name.partition("/")
+        if not rest or not (NAME.fullmatch(top) or top == INITIAL):
+            return True
+        return rest not in made[top] if top in made else lies_beside(rest) and not rest.endswith(WRITTEN)
+
+    return is_beside
+
+
+def _sealed(checkpoint: Path) -> set[str]:
+    """The files of a checkpoint that was finished, by their paths in it."""
+    with suppress(OSError, ValueError):
+        return {HASHES, *CheckpointHashes.model_validate_json((checkpoint / HASHES).read_bytes()).files}
+    return set()
+
+
 def discard(checkpoint: Path) -> None:
-    """Remove it; what a kill leaves of it is no checkpoint."""
+    """Remove it, but for what is no part of it; what a kill leaves of it is no checkpoint."""
+    stays = beside(checkpoint.parent)
     for name in (HASHES, TRAINER_STATE):
         (checkpoint / name).unlink(missing_ok=True)
-    shutil.rmtree(checkpoint, ignore_errors=True)
+    remove_folder(checkpoint, lambda name: stays(f"{checkpoint.name}/{name}"))
 
 
 def rotate(newest: Path, limit: int | None, best: Path | None) -> None:

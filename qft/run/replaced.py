@@ -2,12 +2,14 @@
 the new one is complete."""
 
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from qft.documents.export import export_in
+from qft.documents.recorded import RESULTS, lies_beside
+from qft.files import remove_folder
+from qft.run.checkpoint import beside
 from qft.run.lock import HELD, LOCK, require_free
 
 MANIFEST = "manifest.json"
@@ -72,9 +74,15 @@ def remove(aside: Path) -> list[Path]:
     artifacts = [] if exports.is_symlink() else [*exports.glob("*")]
     others = [path for path in artifacts if not export_in(path)]
     left = [path for path in aside.iterdir() if path.name not in OWN] + others
+    checkpoints, results = aside / "checkpoints", [aside / name for name in RESULTS]
+    stays = {checkpoints: beside(checkpoints)} | dict.fromkeys(results, lies_beside)
     for path in [*artifacts, *reversed(_manifest_first(aside))]:  # the manifest last: until then, it is a run to remove
-        if path not in left and not (path == exports and others):
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() and not path.is_symlink() else path.unlink()
+        if path in left or (path == exports and others):
+            continue
+        if path.is_symlink() or not path.is_dir():
+            path.unlink()
+        else:
+            left += remove_folder(path, stays.get(path, lambda name: False))
     if not left:
         aside.rmdir()
     return left

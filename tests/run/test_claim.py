@@ -16,6 +16,7 @@ from qft.commands.train import train
 from qft.errors import BusyError, NonFiniteError, RunError
 from qft.progress import View
 from qft.recipe import load
+from qft.run.checkpoint import checkpoints_in, discard, seal
 from qft.run.folder import Run
 from qft.run.lock import locked
 from qft.run.replaced import replacing
@@ -196,7 +197,12 @@ def test_an_earlier_run_waits_until_the_new_one_is_complete(
 
 
 def test_what_qft_did_not_write_into_a_run_is_not_deleted_with_it(finished: Path, recipe_file: RecipeFile) -> None:
-    mine = [finished / "notes.md", finished / "export" / "mine" / "weights"]
+    checkpoint = max(path.name for path in (finished / "checkpoints").glob("checkpoint-*"))
+    names = (
+        "notes.md", "export/mine/weights", "adapter/notes.md", "checkpoints/notes.md", "checkpoints/best/adapter.json",
+        f"checkpoints/{checkpoint}/notes.md", f"checkpoints/{checkpoint}/mine/plot.json",
+    )  # fmt: skip
+    mine = [finished / name for name in names]
     for path in mine:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("mine")
@@ -207,7 +213,7 @@ def test_what_qft_did_not_write_into_a_run_is_not_deleted_with_it(finished: Path
     view = Notes()
     train(load(recipe_file()), view, overwrite=True)
     assert not any(path.exists() for path in [*mine, made])
-    assert tree(finished / "replaced-1") == {"notes.md": b"mine", "export/mine/weights": b"mine"}
+    assert tree(finished / "replaced-1") == dict.fromkeys(names, b"mine")
     assert str(finished / "replaced-1" / "notes.md") in view.notes[-1]
 
 
@@ -257,3 +263,21 @@ def test_a_living_command_in_the_run_keeps_it(finished: Path, recipe_file: Recip
     with locked(finished / "export", "qft export"), pytest.raises(BusyError, match="qft export"):
         run(recipe_file(), overwrite=True)
     assert tree(finished) == before
+
+
+@pytest.mark.parametrize("sealed", [True, False])
+def test_what_lies_beside_a_checkpoint_outlives_it(sealed: bool, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint-3"
+    (checkpoint / "parts").mkdir(parents=True)
+    for name in ("optimizer.pt", "parts/a.distcp", "adapter_model.safetensors", "trainer_state.json"):
+        (checkpoint / name).write_text("{}")
+    if sealed:
+        seal(checkpoint)
+    (checkpoint / "mine").mkdir()
+    (checkpoint / "mine" / "plot.png").write_text("mine")
+    (checkpoint / "best").symlink_to(tmp_path)
+    discard(checkpoint)
+    assert sorted(path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*")) == [
+        "best", "mine", "mine/plot.png",
+    ]  # fmt: skip
+    assert not checkpoints_in(tmp_path)

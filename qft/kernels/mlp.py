@@ -59,7 +59,7 @@ class Down(torch.autograd.Function):
         dboth, h, most = activate_back(rows_of(both), made.dx, mlp.kind, made.pending)
         dboth = dboth.view(both.shape)
         if most is not None and ctx.first is not None:
-            ctx.first.most = most, dboth.data_ptr(), dboth._version
+            ctx.first.most = most, dboth, dboth._version
         return (dboth, None, *gradients(mlp.down, made.g, made.gb, h, ctx.inner))
 
 

@@ -236,9 +236,10 @@ class Project(torch.autograd.Function):
     @staticmethod
     def most(ctx: Any, gradient: torch.Tensor | None) -> torch.Tensor | None:
         """Bits of the largest number of each row, if it is the gradient they were noted of, and not changed."""
-        bits, place, version = ctx.most or (None, None, None)
-        same = gradient is not None and (gradient.data_ptr(), gradient._version) == (place, version)
-        return bits if same else None
+        if ctx.most is None or gradient is None:
+            return None
+        bits, noted, version = ctx.most
+        return bits if begins_with(noted, gradient) and gradient._version == version else None
 
     @staticmethod
     @once_differentiable

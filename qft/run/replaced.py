@@ -2,12 +2,13 @@
 the new one is complete."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
-from qft.documents.export import export_in
-from qft.documents.recorded import RESULTS, lies_beside
+from qft.documents.export import ExportMark, export_in
+from qft.documents.recorded import RESULTS, SIDE, lies_beside
 from qft.files import remove_folder
 from qft.run.checkpoint import beside
 from qft.run.lock import HELD, LOCK, require_free
@@ -72,12 +73,12 @@ def remove(aside: Path) -> list[Path]:
     """Delete an earlier run, but for what it holds that qft did not write. Returns what is left."""
     exports = aside / "export"
     artifacts = [] if exports.is_symlink() else [*exports.glob("*")]
-    others = [path for path in artifacts if not export_in(path)]
+    marks = {path: mark for path in artifacts if (mark := export_in(path))}
+    others = [path for path in artifacts if path not in marks]
     left = [path for path in aside.iterdir() if path.name not in OWN] + others
-    checkpoints, results = aside / "checkpoints", [aside / name for name in RESULTS]
-    stays = {checkpoints: beside(checkpoints)} | dict.fromkeys(results, lies_beside)
+    stays = _stays(aside, marks)
     for path in [*artifacts, *reversed(_manifest_first(aside))]:  # the manifest last: until then, it is a run to remove
-        if path in left or (path == exports and others):
+        if path in left or (path == exports and any(kept.is_relative_to(exports) for kept in left)):
             continue
         if path.is_symlink() or not path.is_dir():
             path.unlink()
@@ -86,6 +87,19 @@ def remove(aside: Path) -> list[Path]:
     if not left:
         aside.rmdir()
     return left
+
+
+def _stays(aside: Path, marks: Mapping[Path, ExportMark]) -> dict[Path, Callable[[str], bool]]:
+    """Of qft's own folders, whether a file, by its path in one, is somebody else's: their notes, say."""
+    checkpoints, results = aside / "checkpoints", [aside / name for name in RESULTS]
+    stays = {checkpoints: beside(checkpoints)} | dict.fromkeys(results, lies_beside)
+    stays[aside / "events"] = lambda name: "tfevents" not in name
+    stays[aside / "answers"] = lambda name: not name.endswith(".jsonl")
+    return stays | {path: partial(_is_none_of, {*mark.sha256, *SIDE}) for path, mark in marks.items()}
+
+
+def _is_none_of(names: Collection[str], name: str) -> bool:
+    return name not in names
 
 
 def _manifest_first(folder: Path) -> list[Path]:

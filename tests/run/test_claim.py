@@ -200,14 +200,14 @@ def test_what_qft_did_not_write_into_a_run_is_not_deleted_with_it(finished: Path
     checkpoint = max(path.name for path in (finished / "checkpoints").glob("checkpoint-*"))
     names = (
         "notes.md", "export/mine/weights", "adapter/notes.md", "checkpoints/notes.md", "checkpoints/best/adapter.json",
-        f"checkpoints/{checkpoint}/notes.md", f"checkpoints/{checkpoint}/mine/plot.json",
+        f"checkpoints/{checkpoint}/notes.md", f"checkpoints/{checkpoint}/mine/plot.json", "export/adapter/notes.md",
+        "events/notes.md", "answers/notes.md",
     )  # fmt: skip
     mine = [finished / name for name in names]
     for path in mine:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("mine")
     made = finished / "export" / "adapter" / "export.json"
-    made.parent.mkdir()
     mark = {"schema_version": 1, "kind": "export", "target": "adapter", "passed": True, "sha256": {}}
     made.write_text(json.dumps(mark))
     view = Notes()

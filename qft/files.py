@@ -189,7 +189,8 @@ def remove_folder(folder: Path, stays: Callable[[str], bool]) -> list[Path]:
         shutil.rmtree(folder, ignore_errors=True)
         return []
     for path in set(found) - set(left):
-        path.unlink(missing_ok=True)
+        with suppress(OSError):  # as above
+            path.unlink()
     for path in sorted(folder.rglob("*"), reverse=True):
         with suppress(OSError):  # of one that is not empty, or no folder
             path.rmdir()

@@ -55,7 +55,7 @@ class Applied:
     stacks: dict[str, list[Stack]] = field(default_factory=dict)
     """What modules of a kind multiply with."""
     dither: Dither = field(default_factory=Dither)
-    """By whose step weights in float8 are rounded otherwise in each."""
+    """By whose step what is in float8 is rounded otherwise in each."""
 
     def put(self, kind: str, module: nn.Module, forward: Callable[..., Any]) -> None:
         """Have `forward` in the place of the module's own."""
@@ -159,7 +159,6 @@ def _put_mlp(seam: MlpSeam, applied: Applied, borders: dict[nn.Module, int], kee
     module, plain = seam.module, seam.module.forward
     mlp = Mlp(Stack(seam.layers[:2]), Stack(seam.layers[2:]), seam.kind, keep)
     stacks, dtype = (mlp.first, mlp.down), mlp.first.dtype
-    mlp.first.both_ways = True
     borders[module] = mlp.first.border
     applied.stacks.setdefault(MLP, []).extend(stacks)
 

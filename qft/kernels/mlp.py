@@ -27,6 +27,9 @@ class Mlp:
     kind: str
     keep: Keep = field(default_factory=Keep)
 
+    def __post_init__(self) -> None:
+        self.first.both_ways = True
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[..., columns] -> [..., columns]"""
         both = project_joint(x, self.first, kept=self.keep.gates, pending=True)

@@ -213,8 +213,8 @@ class TrainSection(Section):
     of short rows in fewer passes; fused: on a GPU, and refused where the recipe does not allow it."""
     matmul: Literal["16bit", "fp8"] = "16bit"
     """In what kernels (train.kernels) multiply by frozen weights. 16bit: as bf16 and fp16 say. fp8: in float8 (e4m3, a
-    scale for each token) on the way back, and in MLPs on the way forward, too, their weights rounded anew in each step;
-    on NVIDIA GPUs from Hopper on. Adapters and output head stay in 16 bits."""
+    scale for each token) on the way back, and of gated MLPs gate and up on the way forward, too, all rounded anew in
+    each step; on NVIDIA GPUs from Hopper on. Adapters and output head stay in 16 bits."""
     router_aux_loss_coef: float | None = Field(None, ge=0)
     """What the loss that keeps a mixture's experts evenly used counts beside the other. 0: it is not computed. None: as
     the checkpoint's configuration says (output_router_logits)."""

@@ -75,18 +75,23 @@ def seal(checkpoint: Path, *needed: Path) -> None:
     write_text(checkpoint / HASHES, hashes.model_dump_json(indent=2) + "\n")
 
 
-def beside(checkpoints: Path) -> Callable[[str], bool]:
+def beside_all(checkpoints: Path) -> Callable[[str], bool]:
     """Whether a file, by its path in the folder of checkpoints, is no part of them: a note, say, or a copy of one."""
-    folders = [path for path in checkpoints.glob("checkpoint-*") if NAME.fullmatch(path.name)]
-    made = {path.name: names for path in folders if (names := _sealed(path))}
+    found = [path for path in checkpoints.glob("*") if NAME.fullmatch(path.name) or path.name == INITIAL]
+    stays = {path.name: beside(path) for path in found}
 
     def is_beside(name: str) -> bool:
         top, _, rest = name.partition("/")
-        if not rest or not (NAME.fullmatch(top) or top == INITIAL):
-            return True
-        return rest not in made[top] if top in made else lies_beside(rest) and not rest.endswith(WRITTEN)
+        return not rest or top not in stays or stays[top](rest)
 
     return is_beside
+
+
+def beside(checkpoint: Path) -> Callable[[str], bool]:
+    """The same of one, by the file's path in it."""
+    if made := _sealed(checkpoint):
+        return lambda name: name not in made
+    return lambda name: lies_beside(name) and not name.endswith(WRITTEN)
 
 
 def _sealed(checkpoint: Path) -> set[str]:
@@ -98,10 +103,10 @@ def _sealed(checkpoint: Path) -> set[str]:
 
 def discard(checkpoint: Path) -> None:
     """Remove it, but for what is no part of it; what a kill leaves of it is no checkpoint."""
-    stays = beside(checkpoint.parent)
+    stays = beside(checkpoint)
     for name in (HASHES, TRAINER_STATE):
         (checkpoint / name).unlink(missing_ok=True)
-    remove_folder(checkpoint, lambda name: stays(f"{checkpoint.name}/{name}"))
+    remove_folder(checkpoint, stays)
 
 
 def rotate(newest: Path, limit: int | None, best: Path | None) -> None:

@@ -2,15 +2,14 @@
 the new one is complete."""
 
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 
 from qft.documents.export import ExportMark, export_in
 from qft.documents.recorded import RESULTS, SIDE, lies_beside
 from qft.files import remove_folder
-from qft.run.checkpoint import beside
+from qft.run.checkpoint import beside_all
 from qft.run.lock import HELD, LOCK, require_free
 
 MANIFEST = "manifest.json"
@@ -92,14 +91,15 @@ def remove(aside: Path) -> list[Path]:
 def _stays(aside: Path, marks: Mapping[Path, ExportMark]) -> dict[Path, Callable[[str], bool]]:
     """Of qft's own folders, whether a file, by its path in one, is somebody else's: their notes, say."""
     checkpoints, results = aside / "checkpoints", [aside / name for name in RESULTS]
-    stays = {checkpoints: beside(checkpoints)} | dict.fromkeys(results, lies_beside)
+    stays = {checkpoints: beside_all(checkpoints)} | dict.fromkeys(results, lies_beside)
     stays[aside / "events"] = lambda name: "tfevents" not in name
     stays[aside / "answers"] = lambda name: not name.endswith(".jsonl")
-    return stays | {path: partial(_is_none_of, {*mark.sha256, *SIDE}) for path, mark in marks.items()}
+    return stays | {path: _beside_export(mark) for path, mark in marks.items()}
 
 
-def _is_none_of(names: Collection[str], name: str) -> bool:
-    return name not in names
+def _beside_export(mark: ExportMark) -> Callable[[str], bool]:
+    made = {*mark.sha256, *SIDE}
+    return lambda name: name not in made
 
 
 def _manifest_first(folder: Path) -> list[Path]:

@@ -31,7 +31,7 @@ def fuse(model: Any, recorder: Recorder) -> None:
 
 
 class RoundedAnew(TrainerCallback):
-    """Has weights in float8 be rounded otherwise in each step."""
+    """Has what is in float8 be rounded otherwise in each step."""
 
     def __init__(self, dither: Dither) -> None:
         self.dither = dither

@@ -67,7 +67,7 @@ class Recorder:
         self.keeps: list[Keep] = []
         """What kernels keep of each block; none: they compute nothing."""
         self.dither = Dither()
-        """How kernels round weights to float8."""
+        """How kernels round to float8."""
         self.balance: BalanceWatch | None = None
         """None: nothing is loaded yet."""
         self.largest_micro_batch = 0

@@ -156,7 +156,7 @@ def test_a_model_learns_in_float8_where_it_can_and_says_where_not() -> None:
     assert 1e-4 < largest_error(found, wanted) < 0.1
 
 
-def test_of_mlps_products_are_in_float8_both_ways() -> None:
+def test_gate_and_up_are_in_float8_both_ways() -> None:
     ids = torch.arange(66).view(2, 33)
     model = adapted(tiny_llama())
     wanted = gradients(model, ids)["logits"]

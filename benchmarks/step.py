@@ -81,10 +81,10 @@ def micro() -> None:
                 if size // 2 < warps * 32 * 2 or (shape[1] < size):
                     continue
                 out.fill_(float("nan"))
-                dequantize.dequantize_into(packed, state, out, size, warps)
+                dequantize.dequantize_into([(packed, state)], out, size, warps)
                 same = torch.equal(out, wanted)
                 name = f"{size}/{warps}" + ("" if same else " WRONG")
-                found[name] = timed(functools.partial(dequantize.dequantize_into, packed, state, out, size, warps))
+                found[name] = timed(functools.partial(dequantize.dequantize_into, [(packed, state)], out, size, warps))
         best = dict(sorted(found.items(), key=lambda item: item[1])[:4])
         told(dequantize=shape, bnb=found["bnb"], best=best, wrong=[n for n in found if "WRONG" in n])
     both, dh = random(rows, 2 * 14336 + 64)[:, : 2 * 14336], random(rows, 14336)
@@ -148,7 +148,7 @@ def pieces_in_float8(rows: int, shape: tuple[int, int]) -> None:
     ones, one = torch.ones(1, shape[0], device="cuda"), torch.ones((), device="cuda")
     made = rounding.rounded(x, factor)
     most = (x.abs().amax(1).float().view(torch.int32)).contiguous()
-    float8.write(packed, state, straight, factor.weight, turned=False)
+    float8.write([(packed, state)], straight, factor.weight, turned=False)
     out = float8.multiply(made, straight, torch.bfloat16)
     wanted = x.float() @ bnb.functional.dequantize_4bit(packed, state).float().t()
     mm = functools.partial(torch._scaled_mm, made.numbers, straight.t(), out_dtype=torch.bfloat16)
@@ -161,8 +161,8 @@ def pieces_in_float8(rows: int, shape: tuple[int, int]) -> None:
         by_tensor_slow=timed(lambda: mm(scale_a=one, scale_b=one, use_fast_accum=False)),
         rounding=timed(lambda: rounding.rounded(x, factor)),
         rounding_known=timed(lambda: rounding.rounded(x, factor, most)),
-        straight=timed(lambda: float8.write(packed, state, straight, factor.weight, turned=False)),
-        turned=timed(lambda: float8.write(packed, state, turned, factor.weight, turned=True)),
+        straight=timed(lambda: float8.write([(packed, state)], straight, factor.weight, turned=False)),
+        turned=timed(lambda: float8.write([(packed, state)], turned, factor.weight, turned=True)),
         add=timed(lambda: float8.Added(border, right.t(), 16).to(out)),
         add_by_torch=timed(lambda: out.addmm_(border, right.t())),
     )  # fmt: skip

@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 
+from qft.kernels.dequantize import MOST
 from qft.kernels.jit import by_triton, ceil_div, jit, launch, tl
 
-MOST = 4
-"""Layers that one matrix may hold."""
 ROWS, COLUMNS = 64, 512
 
 

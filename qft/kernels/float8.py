@@ -4,6 +4,7 @@ becomes NaN."""
 
 # Triton reads annotations, which must be no strings.
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from qft.kernels.dequantize import dequantized
+from qft.kernels.dequantize import Held, arguments_of, dequantized, pick, rows_in, scale_of, which
 from qft.kernels.jit import by_triton, ceil_div, jit, launch, power_of_2, tl
 
 E4M3 = torch.float8_e4m3fn
@@ -74,16 +75,6 @@ class Dither:
         return float(2 ** ((self.step * 0.7548776662466927 + (3 * number + part) * 0.5698402909980532) % 1))
 
 
-@jit
-def _scale_of(absmax, code2, absmax2, offset, number, there, BLOCK2: tl.constexpr, NESTED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Of blocks of 4-bit codes by their numbers."""
-    scale = tl.load(absmax + number, mask=there, other=0)
-    if NESTED:
-        outer = tl.load(absmax2 + number // BLOCK2, mask=there, other=0.0)
-        scale = tl.load(code2 + scale.to(tl.int32)) * outer + tl.load(offset)
-    return scale
-
-
 def _book() -> str:
     """PTX: the code book, a number of it in each lane of a warp, behind the last operand (dequantize.py)."""
     return (
@@ -132,15 +123,20 @@ STRAIGHT, TURNED = _straight(), _turned()
 
 @jit
 def _codes_kernel(  # type: ignore[no-untyped-def]
-    packed, code, absmax, code2, absmax2, offset, out, columns, inverse,
-    BLOCK: tl.constexpr, BLOCK2: tl.constexpr, NESTED: tl.constexpr, SIZE: tl.constexpr, ASM: tl.constexpr,
+    p0, a0, o0, f0, m0, p1, a1, o1, f1, m1, p2, a2, o2, f2, m2, p3, a3, o3, f3, m3, code, code2, out, columns, inverse,
+    COUNT: tl.constexpr, BLOCK: tl.constexpr, BLOCK2: tl.constexpr, NESTED: tl.constexpr,
+    SIZE: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """Row program_id(0), columns from program_id(1) * SIZE on."""
-    row = tl.program_id(0).to(tl.int64)
+    """Row program_id(0), columns from program_id(1) * SIZE on. Of each weight: codes, absmax, absmax of that, offset,
+    rows."""
+    number, first = which(tl.program_id(0), m0, m1, m2, COUNT)
+    packed, absmax = pick(number, p0, p1, p2, p3, COUNT), pick(number, a0, a1, a2, a3, COUNT)
+    absmax2, offset = pick(number, o0, o1, o2, o3, COUNT), pick(number, f0, f1, f2, f3, COUNT)
+    row = (tl.program_id(0) - first).to(tl.int64)
     block = tl.program_id(1) * (SIZE // BLOCK) + tl.arange(0, SIZE // BLOCK)
     blocks = columns // BLOCK
     there = block < blocks
-    scale = _scale_of(absmax, code2, absmax2, offset, (row * blocks).to(tl.int32) + block, there, BLOCK2, NESTED)
+    scale = scale_of(absmax, code2, absmax2, offset, (row * blocks).to(tl.int32) + block, there, BLOCK2, NESTED)
     word = block[:, None] * (BLOCK // 8) + tl.arange(0, BLOCK // 8)[None, :]
     source = packed.to(tl.pointer_type(tl.int32)) + row * (columns // 8)
     codes = tl.load(source + word, mask=there[:, None], other=0)
@@ -151,17 +147,23 @@ def _codes_kernel(  # type: ignore[no-untyped-def]
     )
     fours = tl.reshape(tl.join(a, b), (SIZE // BLOCK, BLOCK // 4))
     place = block[:, None] * (BLOCK // 4) + tl.arange(0, BLOCK // 4)[None, :]
-    tl.store(out.to(tl.pointer_type(tl.int32)) + row * (columns // 4) + place, fours, mask=there[:, None])
+    target = out.to(tl.pointer_type(tl.int32)) + tl.program_id(0).to(tl.int64) * (columns // 4)
+    tl.store(target + place, fours, mask=there[:, None])
 
 
 @jit
 def _codes_turned_kernel(  # type: ignore[no-untyped-def]
-    packed, code, absmax, code2, absmax2, offset, out, rows, columns, stride, inverse,
-    BLOCK: tl.constexpr, BLOCK2: tl.constexpr, NESTED: tl.constexpr,
+    p0, a0, o0, f0, m0, p1, a1, o1, f1, m1, p2, a2, o2, f2, m2, p3, a3, o3, f3, m3, code, code2, out, columns, stride,
+    inverse, COUNT: tl.constexpr, BLOCK: tl.constexpr, BLOCK2: tl.constexpr, NESTED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows, COLUMNS columns of one block, written as COLUMNS rows `stride` apart: four rows become a word."""
-    four = tl.program_id(0) * (ROWS // 4) + tl.arange(0, ROWS // 4)
+    number, begin = which(tl.program_id(0), tl.cdiv(m0, ROWS), tl.cdiv(m1, ROWS), tl.cdiv(m2, ROWS), COUNT)
+    packed, absmax = pick(number, p0, p1, p2, p3, COUNT), pick(number, a0, a1, a2, a3, COUNT)
+    absmax2, offset = pick(number, o0, o1, o2, o3, COUNT), pick(number, f0, f1, f2, f3, COUNT)
+    rows = pick(number, m0, m1, m2, m3, COUNT)
+    out += pick(number, 0, m0, m0 + m1, m0 + m1 + m2, COUNT)
+    four = (tl.program_id(0) - begin) * (ROWS // 4) + tl.arange(0, ROWS // 4)
     there = four * 4 < rows
     column = tl.program_id(1) * COLUMNS
     row = four.to(tl.int64) * 4
@@ -169,10 +171,10 @@ def _codes_turned_kernel(  # type: ignore[no-untyped-def]
     source = packed.to(tl.pointer_type(tl.int32)) + (row * (columns // 8) + column // 8)[:, None]
     source += tl.arange(0, COLUMNS // 8)[None, :]
     blocks, words, within = columns // BLOCK, columns // 8, there[:, None]
-    s0 = _scale_of(absmax, code2, absmax2, offset, number, there, BLOCK2, NESTED)
-    s1 = _scale_of(absmax, code2, absmax2, offset, number + blocks, there, BLOCK2, NESTED)
-    s2 = _scale_of(absmax, code2, absmax2, offset, number + 2 * blocks, there, BLOCK2, NESTED)
-    s3 = _scale_of(absmax, code2, absmax2, offset, number + 3 * blocks, there, BLOCK2, NESTED)
+    s0 = scale_of(absmax, code2, absmax2, offset, number, there, BLOCK2, NESTED)
+    s1 = scale_of(absmax, code2, absmax2, offset, number + blocks, there, BLOCK2, NESTED)
+    s2 = scale_of(absmax, code2, absmax2, offset, number + 2 * blocks, there, BLOCK2, NESTED)
+    s3 = scale_of(absmax, code2, absmax2, offset, number + 3 * blocks, there, BLOCK2, NESTED)
     c0 = tl.load(source, mask=within, other=0)
     c1 = tl.load(source + words, mask=within, other=0)
     c2 = tl.load(source + 2 * words, mask=within, other=0)
@@ -212,16 +214,16 @@ def _half_kernel(  # type: ignore[no-untyped-def]
     tl.store(target, value.to(tl.float8e4nv), mask=there)
 
 
-def write(weight: torch.Tensor, state: Any, out: torch.Tensor, scale: float, *, turned: bool) -> None:
-    """The weight divided by `scale` into `out`, in float8: [rows, columns], one row behind the other, or `turned`
-    [columns, rows], whose rows may lie apart."""
+def write(weights: Sequence[Held], out: torch.Tensor, scale: float, *, turned: bool) -> None:
+    """Weights of 4 bits that are alike, or one of 16, one above the other and divided by `scale` into `out`, in float8:
+    [rows, columns], one row behind the other, or `turned` [columns, rows], whose rows may lie apart."""
     if isinstance(out, FakeTensor):
         return
-    weight = weight.data
     columns, rows = out.shape if turned else out.shape[::-1]
     inverse, (tall, wide) = 1 / scale, TILE
+    weight, state = weights[0]
     if not by_triton(out):
-        whole = weight if state is None else dequantized(weight, state, rows, columns)
+        whole = weight.data if state is None else dequantized(weights, columns)
         found = whole.to(torch.promote_types(whole.dtype, torch.float32)) / scale
         out.copy_(found.t() if turned else found)
         return
@@ -231,22 +233,19 @@ def write(weight: torch.Tensor, state: Any, out: torch.Tensor, scale: float, *, 
             ROWS=tall, COLUMNS=wide, TURN=turned,
         )  # fmt: skip
         return
-    second = state.state2 if state.nested else None
-    given = (
-        weight.view(torch.uint8), state.code, state.absmax,
-        second.code if second else state.code, second.absmax if second else state.absmax,
-        state.offset if second else state.code, out,
-    )  # fmt: skip
-    held = {"BLOCK": state.blocksize, "BLOCK2": second.blocksize if second else 1, "NESTED": state.nested}
+    given, constants = arguments_of(weights, columns)
     if turned:
-        wide = min(wide, state.blocksize)
-        launch(_codes_turned_kernel, (ceil_div(rows, tall), columns // wide),
-            *given, rows, columns, out.stride(0), inverse, **held, ROWS=tall, COLUMNS=wide, ASM=TURNED, num_warps=4,
+        wide, programs = (
+            min(wide, state.blocksize),
+            sum(ceil_div(rows_in(packed, columns), tall) for packed, _ in weights),
+        )
+        launch(_codes_turned_kernel, (programs, columns // wide),
+            *given, out, columns, out.stride(0), inverse, **constants, ROWS=tall, COLUMNS=wide, ASM=TURNED, num_warps=4,
         )  # fmt: skip
     else:
         size = min(SPAN, max(power_of_2(columns), state.blocksize))
         launch(_codes_kernel, (rows, ceil_div(columns, size)),
-            *given, columns, inverse, **held, SIZE=size, ASM=STRAIGHT, num_warps=2,
+            *given, out, columns, inverse, **constants, SIZE=size, ASM=STRAIGHT, num_warps=2,
         )  # fmt: skip
 
 

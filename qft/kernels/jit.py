@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
+_LARGEST = 2**31 - 1
+"""Of whole numbers that a kernel takes in 32 bits."""
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 tl: Any = importlib.import_module("triton.language") if HAS_TRITON else SimpleNamespace(constexpr=int)
 
@@ -28,10 +31,55 @@ def by_triton(x: torch.Tensor) -> bool:
     return HAS_TRITON and (x.is_cuda or (x.is_cpu and os.environ.get("TRITON_INTERPRET") == "1"))
 
 
+_COMPILED: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
+"""Kernels that were compiled and their constants, by all that they were compiled for."""
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **settings: Any) -> None:
-    """Run a kernel; on tensors without contents there is nothing to run."""
-    if not isinstance(arguments[0], FakeTensor):
+    """Run a kernel on tensors, whole numbers and floats; its constants are among the settings. On tensors without
+    contents there is nothing to run.
+
+    Triton asks each argument anew what a kernel is to be compiled for, which takes the host twice as long as the launch
+    itself. So what it compiled is kept here, by what tells apart at least what Triton does."""
+    first = arguments[0]
+    if isinstance(first, FakeTensor):
+        return
+    if not first.is_cuda or torch.version.hip is not None:
         kernel[grid](*arguments, **settings)
+        return
+    key, values = _specialized(arguments)
+    known = (kernel, device := first.get_device(), *settings.values(), *key)
+    if (found := _COMPILED.get(known)) is None:
+        compiled = kernel[grid](*arguments, **settings)
+        _COMPILED[known] = compiled, tuple(settings[name] for name in kernel.arg_names[len(arguments) :])
+    else:
+        compiled, constants = found
+        compiled[*grid, 1, 1](*values, *constants, stream=_driver().active.get_current_stream(device))
+
+
+def _specialized(arguments: tuple[Any, ...]) -> tuple[list[Any], list[Any]]:
+    """What a kernel is compiled for: dtypes, addresses by their last bits, and of whole numbers whether they are 1, a
+    multiple of 16 or too large for 32 bits; and the arguments, with addresses for tensors."""
+    key: list[Any] = []
+    values: list[Any] = []
+    for argument in arguments:
+        kind = type(argument)
+        if kind is int:
+            key.append((argument & 15 and 2) + (argument == 1) + 4 * (argument > _LARGEST))
+            values.append(argument)
+        elif kind is float:
+            key.append(kind)
+            values.append(argument)
+        else:
+            place = argument.data_ptr()
+            key += (argument.dtype, place & 15)
+            values.append(place)
+    return key, values
+
+
+@cache
+def _driver() -> Any:
+    return importlib.import_module("triton.runtime").driver
 
 
 def ceil_div(count: int, size: int) -> int:

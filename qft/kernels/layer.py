@@ -16,8 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from qft.kernels import borders, float8
 from qft.kernels.buffers import SCRATCH, border_for
-from qft.kernels.dequantize import dequantize_into, dequantized, fits
-from qft.kernels.jit import by_triton
+from qft.kernels.dequantize import Held, alike, dequantize_into, fits
 
 
 @dataclass
@@ -66,9 +65,10 @@ class Layer:
         return bias
 
     @property
-    def state(self) -> Any:
-        """Of a 4-bit weight; None: it is held in 16 bits."""
-        return getattr(self.base.weight, "quant_state", None)
+    def held(self) -> Held:
+        """Its frozen weight."""
+        weight = self.base.weight
+        return weight, getattr(weight, "quant_state", None)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -83,18 +83,6 @@ class Layer:
         if self.adapter is None:
             return True
         return not module.disable_adapters and not module.merged_adapters and module.active_adapters == [self.adapter]
-
-    def write(self, out: torch.Tensor) -> None:
-        """The weight into `out` [rows, columns]."""
-        weight = self.base.weight
-        if isinstance(out, FakeTensor):
-            return
-        if self.state is None:
-            out.copy_(weight)
-        elif by_triton(out):
-            dequantize_into(weight.data, self.state, out)
-        else:
-            out.copy_(dequantized(weight.data, self.state, self.rows, self.columns))
 
 
 HALF = (torch.bfloat16, torch.float16)
@@ -204,9 +192,9 @@ class Stack:
     def _in_half(self, device: torch.device) -> Matrix:
         shape = (self.rows + self.border, self.columns + self.border)
         whole, is_there = SCRATCH.matrix(*shape, device, self.dtype, self)
-        for layer, part in zip(self.layers, self.row_parts, strict=True):
-            if not is_there:
-                layer.write(whole[part, : self.columns])
+        if not (is_there or isinstance(whole, FakeTensor)):
+            for weights, part in self._at_once():
+                dequantize_into(weights, whole[part, : self.columns])
         return Matrix(whole, whole[: self.rows, self.columns :], whole[self.rows :, : self.columns])
 
     def _in_float8(self, device: torch.device, *, turned: bool) -> Matrix:
@@ -215,19 +203,29 @@ class Stack:
         factor = float8.Factor()
         if not isinstance(weight, FakeTensor):
             factor = float8.Factor(self.scale * self.dither(0), self.dither(2 if turned else 1))
-        for layer, part in zip(self.layers, self.row_parts, strict=True):
-            place = weight[:, part] if turned else weight[part]
-            float8.write(layer.base.weight, layer.state, place, factor.weight, turned=turned)
+            for weights, part in self._at_once():
+                float8.write(weights, weight[:, part] if turned else weight[part], factor.weight, turned=turned)
         right, below = (
             torch.empty(shape, dtype=self.dtype, device=device)
             for shape in ((self.rows, self.border), (self.border, self.columns))
         )
         return Matrix(weight, right, below, factor)
 
+    def _at_once(self) -> list[tuple[list[Held], slice]]:
+        """The weights that one kernel writes, and their rows."""
+        weights = [layer.held for layer in self.layers]
+        if self._are_alike:
+            return [(weights, slice(0, self.rows))]
+        return [([weight], part) for weight, part in zip(weights, self.row_parts, strict=True)]
+
+    @cached_property
+    def _are_alike(self) -> bool:
+        return alike([layer.held for layer in self.layers])
+
     @cached_property
     def scale(self) -> float:
         """Of the weights in float8."""
-        weights = [(layer.base.weight.data, layer.state) for layer in self.layers]
+        weights = [layer.held for layer in self.layers]
         return float(float8.power_for(torch.stack([float8.largest(*each).float() for each in weights]).amax()))
 
     def why_not_float8(self) -> str | None:

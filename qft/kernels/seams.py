@@ -18,6 +18,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from qft.kernels.activation import REFERENCES
+from qft.kernels.dequantize import MOST
 from qft.kernels.layer import Layer, layer_of
 from qft.kernels.norm import MOST as WIDEST_NORM
 from qft.kernels.rotary import rotate
@@ -196,10 +197,10 @@ def _layer(module: nn.Module, seen: Seen) -> Layer | str:
 
 
 def _alike(layers: list[Layer], frozen: bool) -> Iterator[list[Layer]]:
-    """At most four of the same dtypes at once, some of them with an adapter unless `frozen`."""
+    """As many of the same dtypes at once as a matrix holds, some of them with an adapter unless `frozen`."""
     for dtypes in dict.fromkeys((layer.dtype, layer.made) for layer in layers):
         own = [layer for layer in layers if (layer.dtype, layer.made) == dtypes]
-        parts = [own[i : i + 4] for i in range(0, len(own), 4)]
+        parts = [own[i : i + MOST] for i in range(0, len(own), MOST)]
         yield from (part for part in parts if frozen or any(layer.adapter for layer in part))
 
 

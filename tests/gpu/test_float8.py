@@ -79,21 +79,24 @@ def test_what_is_pending_is_added_by_the_activation(kind: str, rows: int, column
     assert torch.equal(found[2].view(torch.float32), found[0].float().abs().amax(1))
 
 
-@pytest.mark.parametrize("shape", [(48, 64), (208, 1152), (272, 4096)])
+@pytest.mark.parametrize(("counts", "width"), [((48,), 64), ((208,), 1152), ((144, 16, 112), 4096), ((16, 304), 192)])
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "bf16"])
 @pytest.mark.parametrize("nested", [False, True])
-def test_weights_are_those_of_the_reference(shape: tuple[int, int], kind: str, nested: bool) -> None:
-    weight: Any = torch.randn(shape, device="cuda", dtype=BF16)
-    state: Any = None
-    if kind != "bf16":
-        weight, state = bnb.functional.quantize_4bit(weight, quant_type=kind, compress_statistics=nested)
-    scale = float(power_for(largest(weight, state)))
-    exactly = weight if state is None else dequantized(weight, state, *shape)
+def test_weights_are_those_of_the_reference(counts: tuple[int, ...], width: int, kind: str, nested: bool) -> None:
+    weights: Any = [(torch.randn(count, width, device="cuda", dtype=BF16), None) for count in counts]
+    if kind == "bf16":
+        weights = weights[:1]
+    else:
+        weights = [
+            bnb.functional.quantize_4bit(weight, quant_type=kind, compress_statistics=nested) for weight, _ in weights
+        ]
+    scale = max(float(power_for(largest(*held))) for held in weights)
+    exactly = weights[0][0] if kind == "bf16" else dequantized(weights, width)
     wanted = (exactly.float() / scale).to(E4M3).float()
     for turned in (False, True):
-        rows, columns = shape[::-1] if turned else shape
+        rows, columns = exactly.shape[::-1] if turned else exactly.shape
         whole = torch.zeros(rows, columns + (32 if turned else 0), device="cuda", dtype=E4M3)
-        write(weight, state, whole[:, :columns], scale, turned=turned)
+        write(weights, whole[:, :columns], scale, turned=turned)
         found = whole[:, :columns].float()
         assert torch.equal(found.t() if turned else found, wanted)
         assert not whole[:, columns:].float().any()

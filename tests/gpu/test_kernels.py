@@ -17,10 +17,10 @@ from qft.documents.plan import Kept
 from qft.kernels import keep
 from qft.kernels.activation import REFERENCES
 from qft.kernels.buffers import SCRATCH, with_border
-from qft.kernels.dequantize import dequantize_into
+from qft.kernels.dequantize import alike, dequantize_into
 from qft.kernels.layer import Layer, Stack, layer_of
 from qft.kernels.mlp import Mlp
-from qft.kernels.norm import rms_norm
+from qft.kernels.norm import normed, rms_norm
 from qft.kernels.project import project
 from qft.kernels.rotary import rotary
 from qft.memory.checkpointing import enable_checkpointing
@@ -77,9 +77,9 @@ def layers(*shapes: tuple[int, int], held: str = "nf4", bias: bool = False, r: i
 
 def exact(layer: Layer, x: torch.Tensor) -> torch.Tensor:
     """In float32 throughout."""
-    weight = layer.base.weight
-    if layer.state is not None:
-        weight = bnb.functional.dequantize_4bit(weight.data, layer.state)
+    weight, state = layer.held
+    if state is not None:
+        weight = bnb.functional.dequantize_4bit(weight.data, state)
     out = nn.functional.linear(x, weight.float(), None if layer.bias is None else layer.bias.float())
     a, b = layer.pair
     assert a is not None
@@ -204,16 +204,35 @@ def test_rotary_positions(tokens: int) -> None:
     compared(run, lambda x: turned(heads(x), BF16), lambda x: turned(heads(x), torch.float32), x, [])
 
 
-@pytest.mark.parametrize("shape", [(7, 64), (33, 1152), (5, 4096)])
+@pytest.mark.parametrize(("rows", "columns"), [((7,), 64), ((33, 5), 1152), ((5, 2, 19), 4096), ((3, 64, 1, 8), 192)])
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("nested", [False, True])
-def test_dequantized_weights_are_bitsandbytes_to_the_bit(shape: tuple[int, int], kind: str, nested: bool) -> None:
-    weight = torch.randn(shape, device="cuda", dtype=BF16)
-    packed, state = bnb.functional.quantize_4bit(weight, quant_type=kind, compress_statistics=nested)
-    out = torch.full((shape[0], shape[1] + 64), torch.nan, device="cuda", dtype=BF16)
-    dequantize_into(packed, state, out[:, : shape[1]])
-    assert torch.equal(out[:, : shape[1]], bnb.functional.dequantize_4bit(packed, state))
-    assert out[:, shape[1] :].isnan().all()
+@pytest.mark.parametrize("border", [64, 1])
+def test_dequantized_weights_are_bitsandbytes_to_the_bit(
+    rows: tuple[int, ...], columns: int, kind: str, nested: bool, border: int
+) -> None:
+    weights = [
+        bnb.functional.quantize_4bit(
+            torch.randn(count, columns, device="cuda", dtype=BF16) * size, quant_type=kind, compress_statistics=nested
+        )
+        for size, count in enumerate(rows, 1)
+    ]
+    assert alike(weights)
+    out = torch.full((sum(rows), columns + border), torch.nan, device="cuda", dtype=BF16)
+    dequantize_into(weights, out[:, :columns])
+    assert torch.equal(out[:, :columns], torch.cat([bnb.functional.dequantize_4bit(*held) for held in weights]))
+    assert out[:, columns:].isnan().all()
+
+
+def test_a_kernel_is_compiled_for_what_it_is_given() -> None:
+    """Addresses and strides that are multiples of 16 and others, one after the other, and back."""
+    x, w = torch.randn(5, 200, device="cuda", dtype=BF16), torch.randn(200, device="cuda", dtype=BF16)
+    for first, last in ((0, 192), (1, 193), (0, 200), (3, 4), (0, 192)):
+        given, weight = x[:, first:last], w[first:last]
+        found, _ = normed(given, weight, 1e-5, 0.0, BF16, 0)
+        wide = given.float()
+        wanted = (wide * (wide.square().mean(1, keepdim=True) + 1e-5).rsqrt() * weight.float()).to(BF16)
+        torch.testing.assert_close(found, wanted)
 
 
 def held_in_4_bits(model: Any) -> Any:

@@ -13,7 +13,7 @@ from torch import nn
 
 from qft.kernels.activation import REFERENCES
 from qft.kernels.buffers import SCRATCH, bordered_empty, with_border
-from qft.kernels.dequantize import dequantized
+from qft.kernels.dequantize import alike, dequantized
 from qft.kernels.layer import Layer, Stack, layer_of
 from qft.kernels.mlp import Down, Mlp
 from qft.kernels.norm import Norm, rms_norm
@@ -105,7 +105,20 @@ def test_the_border_of_somebody_elses_tensor_is_not_written_to() -> None:
 @pytest.mark.parametrize("nested", [False, True])
 def test_four_bits_are_what_bitsandbytes_makes_of_them(kind: str, nested: bool) -> None:
     packed, state = bnb.functional.quantize_4bit(torch.randn(6, 320), quant_type=kind, compress_statistics=nested)
-    assert torch.equal(dequantized(packed, state, 6, 320), bnb.functional.dequantize_4bit(packed, state))
+    assert torch.equal(dequantized([(packed, state)], 320), bnb.functional.dequantize_4bit(packed, state))
+
+
+def test_weights_are_read_together_only_if_one_kernel_reads_them() -> None:
+    def held(kind: str = "nf4", nested: bool = True, block: int = 64) -> Any:
+        weight = torch.randn(8, 128)
+        return bnb.functional.quantize_4bit(weight, quant_type=kind, compress_statistics=nested, blocksize=block)
+
+    assert alike([held(), held(), held()])
+    others: list[Any] = [held(kind="fp4"), held(nested=False), held(block=128), (torch.randn(8, 128), None)]
+    assert not any(alike([held(), other]) or alike([other, held()]) for other in others)
+    other = held()
+    other[1].state2.code = other[1].state2.code * 1.01
+    assert not alike([held(), other])
 
 
 LLAMA = Counter({"MLPs": 2, "linear layers": 8, "norms": 5, "rotary positions": 2})

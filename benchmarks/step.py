@@ -116,7 +116,8 @@ def summed(rows: int, columns: int) -> None:
     from qft.kernels import activation, float8
 
     both, dh = random(rows, 2 * columns), random(rows, columns)
-    added = float8.Added(random(rows, 64), random(2 * columns, 64).t(), 32)
+    whole = float8.Added(random(rows, 64), random(2 * columns, 64).t(), 32)
+    added = float8.Added(whole.x, whole.narrow, 32, 16)
     back = float8.Added(random(rows, 64), random(64, columns), 16)
     ways = [(lines, size, warps) for lines in (16, 32) for size in (64, 128, 256) for warps in (4, 8)]
     before, found = dict(activation.TILE), {}
@@ -125,11 +126,13 @@ def summed(rows: int, columns: int) -> None:
         forth = timed(lambda: activation.activate(both, "silu", 64, added), 30)
         found[f"{lines}/{size}/{warps}"] = (
             forth,
-            timed(lambda: activation.activate_back(both, dh, "silu", back), 30),
+            timed(lambda: activation.activate_back(both, dh, "silu", added, back), 30),
         )
     activation.TILE.update(before)
     told(
         added=timed(lambda: added.to(both)), activate=timed(lambda: activation.activate(both, "silu", 64)),
+        not_by_halves=timed(lambda: activation.activate(both, "silu", 64, whole)),
+        not_lacking=timed(lambda: activation.activate_back(both, dh, "silu", None, back)),
         added_back=timed(lambda: back.to(dh)), activate_back=timed(lambda: activation.activate_back(both, dh, "silu")),
         best=dict(sorted(found.items(), key=lambda item: item[1][0])[:4]),
         best_back=dict(sorted(found.items(), key=lambda item: item[1][1])[:4]),

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from qft.kernels.buffers import bordered_empty
-from qft.kernels.float8 import Added
+from qft.kernels.float8 import Added, taken
 from qft.kernels.jit import by_triton, ceil_div, jit, launch, tl
 
 REFERENCES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -78,50 +78,70 @@ TILE = {"LINES": 16, "SIZE": 128, "num_warps": 4, "num_stages": 1}
 
 
 @jit
+def _product(x, narrow, row, column, there, within, x_stride, narrow_row, narrow_column, RANK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """x N in float32, of some rows and columns."""
+    place = tl.arange(0, RANK)
+    left = tl.load(x + row * x_stride + place[None, :], mask=there, other=0)
+    right = narrow + place[:, None] * narrow_row + column.to(tl.int64)[None, :] * narrow_column
+    return tl.dot(left, tl.load(right, mask=within, other=0), input_precision="ieee")
+
+
+@jit
+def _summed(  # type: ignore[no-untyped-def]
+    both, x, narrow, row, column, rows, columns, half, stride, x_stride, narrow_row, narrow_column, RANK: tl.constexpr
+):
+    """gate and up with x N added, rounded as if they had been kept so; as they are if RANK is 0."""
+    there, within = row < rows, column[None, :] < columns
+    source = both + row * stride + column[None, :]
+    gate = tl.load(source, mask=there & within, other=0).to(tl.float32)
+    up = tl.load(source + columns, mask=there & within, other=0).to(tl.float32)
+    if RANK > 0:
+        kind = both.dtype.element_ty
+        of_up = narrow + half * narrow_row + columns.to(tl.int64) * narrow_column
+        gate += _product(x, narrow, row, column, there, within, x_stride, narrow_row, narrow_column, RANK)
+        up += _product(x + half, of_up, row, column, there, within, x_stride, narrow_row, narrow_column, RANK)
+        gate, up = gate.to(kind).to(tl.float32), up.to(kind).to(tl.float32)
+    return gate, up
+
+
+@jit
 def _act_sum_kernel(  # type: ignore[no-untyped-def]
-    both, out, x, narrow, rows, columns, stride, out_stride, x_stride, narrow_row, narrow_column,
+    both, out, x, narrow, rows, columns, half, stride, out_stride, x_stride, narrow_row, narrow_column,
     KIND: tl.constexpr, RANK: tl.constexpr, LINES: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """x N added to gate and up in their place, and then as above."""
-    column, place = tl.program_id(1) * SIZE + tl.arange(0, SIZE), tl.arange(0, RANK)
-    within = column[None, :] < columns
-    source = narrow + place[:, None] * narrow_row + column.to(tl.int64)[None, :] * narrow_column
-    of_gate = tl.load(source, mask=within, other=0)
-    of_up = tl.load(source + columns.to(tl.int64) * narrow_column, mask=within, other=0)
+    """The same of gate and up with x N added, which are left as they are."""
+    column = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
     row = (tl.program_id(0) * LINES + tl.arange(0, LINES)).to(tl.int64)[:, None]
-    there = (row < rows) & within
-    tile = tl.load(x + row * x_stride + place[None, :], mask=row < rows, other=0)
-    at_gate = both + row * stride + column[None, :]
-    gate = tl.load(at_gate, mask=there, other=0).to(tl.float32) + tl.dot(tile, of_gate, input_precision="ieee")
-    up = tl.load(at_gate + columns, mask=there, other=0).to(tl.float32) + tl.dot(tile, of_up, input_precision="ieee")
-    gate, up = gate.to(both.dtype.element_ty), up.to(both.dtype.element_ty)
-    tl.store(at_gate, gate, mask=there)
-    tl.store(at_gate + columns, up, mask=there)
-    value, _ = _act(gate.to(tl.float32), KIND)
-    target = out + row * out_stride + column[None, :]
-    tl.store(target, (value * up.to(tl.float32)).to(out.dtype.element_ty), mask=there)
+    gate, up = _summed(
+        both, x, narrow, row, column, rows, columns, half, stride, x_stride, narrow_row, narrow_column, RANK
+    )
+    value, _ = _act(gate, KIND)
+    target, there = out + row * out_stride + column[None, :], (row < rows) & (column[None, :] < columns)
+    tl.store(target, (value * up).to(out.dtype.element_ty), mask=there)
 
 
 @jit
 def _act_back_sum_kernel(  # type: ignore[no-untyped-def]
-    both, gradient, x, narrow, most, rows, columns, stride, gradient_stride, x_stride, narrow_row, narrow_column,
-    KIND: tl.constexpr, RANK: tl.constexpr, LINES: tl.constexpr, SIZE: tl.constexpr,
+    both, gradient, x, narrow, most, rows, columns, half, stride, x_stride, narrow_row, narrow_column,
+    gx, g_narrow, gradient_stride, gx_stride, g_row, g_column,
+    KIND: tl.constexpr, RANK: tl.constexpr, G_RANK: tl.constexpr, LINES: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """x N added to the gradient of h, and then as above; and the bits of the largest gradient of each row."""
-    column, place = tl.program_id(1) * SIZE + tl.arange(0, SIZE), tl.arange(0, RANK)
+    """x N added to gate and up, and the same to the gradient of h, and then as above; and the bits of the largest
+    gradient of each row."""
+    column = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
     within = column[None, :] < columns
-    source = narrow + place[:, None] * narrow_row + column.to(tl.int64)[None, :] * narrow_column
-    other = tl.load(source, mask=within, other=0)
     kind = both.dtype.element_ty
     line = tl.program_id(0) * LINES + tl.arange(0, LINES)
     row = line.to(tl.int64)[:, None]
     there = (row < rows) & within
-    tile = tl.load(x + row * x_stride + place[None, :], mask=row < rows, other=0)
     at_gate, at_h = both + row * stride + column[None, :], gradient + row * gradient_stride + column[None, :]
-    g = tl.load(at_h, mask=there, other=0).to(tl.float32) + tl.dot(tile, other, input_precision="ieee")
-    g = g.to(kind).to(tl.float32)
-    gate = tl.load(at_gate, mask=there, other=0).to(tl.float32)
-    up = tl.load(at_gate + columns, mask=there, other=0).to(tl.float32)
+    g = tl.load(at_h, mask=there, other=0).to(tl.float32)
+    if G_RANK > 0:
+        g += _product(gx, g_narrow, row, column, row < rows, within, gx_stride, g_row, g_column, G_RANK)
+        g = g.to(kind).to(tl.float32)
+    gate, up = _summed(
+        both, x, narrow, row, column, rows, columns, half, stride, x_stride, narrow_row, narrow_column, RANK
+    )
     value, slope = _act(gate, KIND)
     of_gate, of_up = (g * up * slope).to(kind), (g * value).to(kind)
     tl.store(at_gate, of_gate, mask=there)
@@ -132,17 +152,15 @@ def _act_back_sum_kernel(  # type: ignore[no-untyped-def]
     tl.atomic_max(most + line, tl.max(bits, 1), mask=line < rows)
 
 
-def activate(both: torch.Tensor, kind: str, border: int, pending: Added | None = None) -> torch.Tensor:
-    """h [rows, columns] with a border, of gate and up in `both` [rows, 2 columns], which lack what is `pending`."""
+def activate(both: torch.Tensor, kind: str, border: int, lacking: Added | None = None) -> torch.Tensor:
+    """h [rows, columns] with a border, of gate and up in `both` [rows, 2 columns], which are left as they are; they may
+    be lacking what a kernel adds."""
     rows, columns = len(both), both.shape[1] // 2
-    if pending is not None and not pending.fits(both):
-        pending.to(both.data)  # as a kernel would: seen by no version counter
-        pending = None
     out = bordered_empty((rows, columns), border, both)
-    if pending is not None:
+    if lacking is not None:
         launch(_act_sum_kernel, _grid(rows, columns),
-            both, out, pending.x, pending.narrow, rows, columns, both.stride(0), out.stride(0), pending.x.stride(0),
-            *pending.narrow.stride(), KIND=KINDS[kind], RANK=pending.wide, **TILE,
+            both, out, lacking.x, lacking.narrow, rows, columns, lacking.half, both.stride(0), out.stride(0),
+            lacking.x.stride(0), *lacking.narrow.stride(), KIND=KINDS[kind], RANK=_rank(lacking), **TILE,
         )  # fmt: skip
     elif by_triton(both):
         grid = (rows, ceil_div(columns, COLUMNS))
@@ -154,21 +172,30 @@ def activate(both: torch.Tensor, kind: str, border: int, pending: Added | None =
 
 
 def activate_back(
-    both: torch.Tensor, gradient: torch.Tensor, kind: str, pending: Added | None = None
+    both: torch.Tensor,
+    gradient: torch.Tensor,
+    kind: str,
+    lacking: Added | None = None,
+    pending: Added | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Gradients of gate and up, side by side, and h, of gate and up in `both` and the gradient [rows, columns] of h,
-    which lacks what is `pending`. On a GPU they take the place of what they are made of. Where something was pending,
-    the bits of the largest gradient of each row, too, [rows] in int32."""
+    which lack what is `lacking` and `pending`. On a GPU they take the place of what they are made of. Where something
+    was lacking or pending, the bits of the largest gradient of each row, too, [rows] in int32."""
     rows, columns = gradient.shape
-    if pending is not None and pending.fits(gradient):
+    if pending is not None and not pending.fits(gradient):
+        pending.to(gradient)
+        pending = None
+    if pending or lacking:
         most = torch.zeros(rows, dtype=torch.int32, device=both.device)
+        of_both = lacking or Added(both, both, 0)
+        of_g = pending or Added(gradient, gradient, 0)
         launch(_act_back_sum_kernel, _grid(rows, columns),
-            both, gradient, pending.x, pending.narrow, most, rows, columns, both.stride(0), gradient.stride(0),
-            pending.x.stride(0), *pending.narrow.stride(), KIND=KINDS[kind], RANK=pending.wide, **TILE,
+            both, gradient, of_both.x, of_both.narrow, most, rows, columns, of_both.half, both.stride(0),
+            of_both.x.stride(0), *of_both.narrow.stride(), of_g.x, of_g.narrow, gradient.stride(0),
+            of_g.x.stride(0), *of_g.narrow.stride(), KIND=KINDS[kind],
+            RANK=_rank(lacking), G_RANK=_rank(pending), **TILE,
         )  # fmt: skip
         return both, gradient, most
-    if pending is not None:
-        pending.to(gradient)
     if by_triton(both):
         numbers, grid = (columns, both.stride(0), gradient.stride(0)), (rows, ceil_div(columns, COLUMNS))
         launch(_act_back_kernel, grid, both, gradient, *numbers, KIND=KINDS[kind], SIZE=COLUMNS)
@@ -178,6 +205,11 @@ def activate_back(
         h = REFERENCES[kind](gate) * up
     found = torch.autograd.grad(h, (gate, up), gradient.to(h.dtype))
     return torch.cat(found, 1).to(both.dtype), h.detach().to(both.dtype), None
+
+
+def _rank(added: Added | None) -> int:
+    """Columns that a kernel takes at once of what it adds."""
+    return taken(added.half or added.rank) if added else 0
 
 
 def _grid(rows: int, columns: int) -> tuple[int, int]:

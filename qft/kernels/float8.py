@@ -291,6 +291,11 @@ def _add_kernel(  # type: ignore[no-untyped-def]
         tl.store(target, total.to(out.dtype.element_ty), mask=mask)
 
 
+def taken(rank: int) -> int:
+    """Columns that a kernel takes at once, of a matrix that is so wide."""
+    return max(16, power_of_2(rank))
+
+
 @dataclass
 class Added:
     """x N, which is to be added to an output."""
@@ -301,15 +306,13 @@ class Added:
     """N [border, columns]."""
     rank: int
     """Columns of x and rows of N that are other than 0."""
-
-    @property
-    def wide(self) -> int:
-        """Columns of x that a kernel takes."""
-        return max(16, power_of_2(self.rank))
+    half: int = 0
+    """As many of them are what the first half of N's columns has, and the next ones what the second has; 0: each may
+    have all."""
 
     def fits(self, out: torch.Tensor) -> bool:
         """Whether a kernel may add it."""
-        return self.rank > 0 and by_triton(out) and self.wide <= self.x.shape[1]
+        return self.rank > 0 and by_triton(out) and taken(self.rank) <= self.x.shape[1]
 
     def to(self, out: torch.Tensor) -> torch.Tensor:
         """`out` [rows, columns] with the sum in its place."""
@@ -317,6 +320,7 @@ class Added:
             return out.addmm_(self.x, self.narrow) if self.rank else out
         grid = (ceil_div(out.shape[1], ADD[1]), ceil_div(len(out), ADD[0] * ADD[2]))
         launch(_add_kernel, grid, out, self.x, self.narrow, *out.shape, out.stride(0), self.x.stride(0),
-            *self.narrow.stride(), RANK=self.wide, LINES=ADD[0], SIZE=ADD[1], TIMES=ADD[2], num_warps=4, num_stages=1,
+            *self.narrow.stride(),
+            RANK=taken(self.rank), LINES=ADD[0], SIZE=ADD[1], TIMES=ADD[2], num_warps=4, num_stages=1,
         )  # fmt: skip
         return out

@@ -164,8 +164,8 @@ class Stack:
         """Whether frozen products are, on the way back, and on the way forward, too, if outputs lie side by side."""
         self.dither: Callable[[int], float] = lambda part: 1.0
         """What scales in float8 are multiplied with: of the weights (0), of inputs (1) and of gradients (2)."""
-        self.pending: float8.Added | None = None
-        """What the outputs side by side lack yet."""
+        self.lacking: float8.Added | None = None
+        """What the outputs side by side lack that were made last."""
         self.expect()
 
     def expect(self) -> None:
@@ -205,11 +205,28 @@ class Stack:
             factor = float8.Factor(self.scale * self.dither(0), self.dither(2 if turned else 1))
             for weights, part in self._at_once():
                 float8.write(weights, weight[:, part] if turned else weight[part], factor.weight, turned=turned)
-        right, below = (
-            torch.empty(shape, dtype=self.dtype, device=device)
-            for shape in ((self.rows, self.border), (self.border, self.columns))
-        )
+        right, below = self._borders(device)
         return Matrix(weight, right, below, factor)
+
+    def _borders(self, device: torch.device) -> list[torch.Tensor]:
+        """Places of B and A [rows, border] and [border, columns], of their own."""
+        shapes = (self.rows, self.border), (self.border, self.columns)
+        return [torch.empty(shape, dtype=self.dtype, device=device) for shape in shapes]
+
+    def added(self, border: torch.Tensor, right: torch.Tensor | None = None) -> float8.Added:
+        """What adapters and biases add to the outputs side by side, for a border [rows, border] behind x and B [rows of
+        all, border], which is written anew if it is not given."""
+        if right is None:
+            right, below = self._borders(border.device)
+            borders.write(right, below, self, forward=True)
+        return float8.Added(border, right.t(), self.rank + self.has_bias, self._half)
+
+    @cached_property
+    def _half(self) -> int:
+        """The rank of both layers, if there are two and kernels can take the columns of each alone; else 0."""
+        rank = self.layers[0].rank
+        alone = len(self.layers) == 2 and self.layers[1].rank == rank and not self.has_bias
+        return rank if alone and rank + float8.taken(rank) <= self.border else 0
 
     def _at_once(self) -> list[tuple[list[Held], slice]]:
         """The weights that one kernel writes, and their rows."""

@@ -51,27 +51,31 @@ def project_joint(x: torch.Tensor, stack: Stack, *, kept: bool = True, pending: 
     return found[0]
 
 
-def joint(x: torch.Tensor, stack: Stack, *, pending: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """All outputs side by side, and s x Aᵀ [rows, rank]. `pending`: what an adapter adds to a product in float8 may be
-    left to whoever takes `stack.pending`."""
+Joint = tuple[torch.Tensor, torch.Tensor, float8.Added | None]
+"""All outputs side by side, s x Aᵀ in the first columns of a matrix, and what the outputs lack."""
+
+
+def joint(x: torch.Tensor, stack: Stack, *, pending: bool = False) -> Joint:
+    """`pending`: what an adapter adds to a product in float8 may be left to the caller."""
     if stack.forward_in_float8:
         return _joint_in_float8(x, stack, pending)
     multiply, inner = multiplier(rows_of(x), stack)
     out = bordered_empty((*x.shape[:-1], stack.rows), stack.border, x)
     multiply(slice(0, stack.rows), rows_of(out))
-    return out, inner
+    return out, inner, None
 
 
-def _joint_in_float8(x: torch.Tensor, stack: Stack, pending: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _joint_in_float8(x: torch.Tensor, stack: Stack, pending: bool) -> Joint:
     matrix, flat = stack.matrix(x.device, forward=True, in_float8=True), rows_of(x)
     assert matrix.factor is not None
-    border, inner = flat.new_empty(len(flat), stack.border), flat.new_empty(len(flat), stack.rank)
+    border = flat.new_empty(len(flat), stack.border)
     a, one = matrix.below[: stack.rank].t(), stack.rank if stack.has_bias else -1
-    extend(flat, border, a, 0, fill=stack.border, one=one, inner=inner, copies=False)
+    extend(flat, border, a, 0, fill=stack.border, one=one, copies=False)
     out = float8.multiply(rounded(flat, matrix.factor), matrix.weight, x.dtype)
-    added = float8.Added(border, matrix.right.t(), stack.rank + stack.has_bias)
-    stack.pending = added if pending else None
-    return (out if pending else added.to(out)).view(*x.shape[:-1], -1), inner
+    added = stack.added(border, matrix.right)
+    pending = pending and added.fits(out)
+    made = (out if pending else added.to(out)).view(*x.shape[:-1], -1)
+    return made, border, added if pending else None
 
 
 def each(x: torch.Tensor, stack: Stack) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
@@ -129,7 +133,7 @@ def bordered(like: torch.Tensor, columns: int, border: int) -> torch.Tensor:
 def gradients(
     stack: Stack, g: torch.Tensor, gb: torch.Tensor, x: torch.Tensor, inner: torch.Tensor
 ) -> list[torch.Tensor | None]:
-    """Of A and B of each layer: g [rows, rows of all], gb = s g B and inner = s x Aᵀ [rows, rank]."""
+    """Of A and B of each layer: g [rows, rows of all], gb = s g B and inner = s x Aᵀ [rows, rank or more]."""
     found: list[torch.Tensor | None] = []
     pairs = [layer.pair for layer in stack.layers]
     a = next((a for a, _ in pairs if a is not None), None)
@@ -215,12 +219,13 @@ class Project(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, stack: Stack, kept: bool | None, pending: bool, *pairs: torch.Tensor | None
     ) -> tuple[torch.Tensor, ...]:
         """`kept`: whether outputs that lie side by side are; None: they do not."""
+        lacking = None
         if kept is None:
             outs, inner = each(x, stack)
         else:
-            # Computed again, nothing comes behind it that would take what is pending.
-            out, inner = joint(x, stack, pending=pending and torch._C._current_graph_task_id() == -1)
+            out, inner, lacking = joint(x, stack, pending=pending)
             outs = (out,)
+        stack.lacking, ctx.lacks = lacking, lacking is not None
         ctx.stack, ctx.given, ctx.spent, ctx.source, ctx.most = stack, None, False, source_of(x), None
         ctx.save_for_backward(None if ctx.source else x, inner, outs[0] if kept else None)
         ctx.set_materialize_grads(False)
@@ -228,8 +233,8 @@ class Project(torch.autograd.Function):
 
     @staticmethod
     def kept(ctx: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """x, s x Aᵀ and the outputs side by side if they were kept; of a checkpointed block, they can be asked for
-        once."""
+        """x, s x Aᵀ in the first columns of a matrix, and the outputs side by side if they were kept; of a checkpointed
+        block, they can be asked for once."""
         x, inner, both = ctx.saved_tensors
         return ctx.source.again(ctx.stack.border) if ctx.source else x, inner, both
 

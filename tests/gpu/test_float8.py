@@ -59,24 +59,30 @@ def test_rows_are_those_of_the_reference(shape: tuple[int, int], known: bool) ->
 
 
 @pytest.mark.parametrize("kind", ["silu", "gelu", "gelu_tanh", "relu"])
-@pytest.mark.parametrize(("rows", "columns", "rank"), [(1, 16, 1), (77, 576, 33), (130, 14336, 16)])
-def test_what_is_pending_is_added_by_the_activation(kind: str, rows: int, columns: int, rank: int) -> None:
+@pytest.mark.parametrize(
+    ("rows", "columns", "rank", "half"), [(1, 16, 1, 0), (77, 576, 33, 0), (77, 576, 24, 12), (130, 14336, 32, 16)]
+)
+def test_what_is_lacking_is_added_by_the_activation(kind: str, rows: int, columns: int, rank: int, half: int) -> None:
     both = torch.randn(rows, 2 * columns + 64, device="cuda", dtype=BF16)[:, : 2 * columns]
     g, x = (torch.randn(rows, n, device="cuda", dtype=BF16) for n in (columns, 64))
     x[:, rank:] = 0
     right, below = torch.randn(2 * columns, 64, device="cuda", dtype=BF16) * 0.1, x.new_empty(64, columns).normal_()
-    whole = both.clone()
-    h = activate(whole, kind, 64, Added(x, right.t(), rank))
-    wanted = Added(x, right.t(), rank).to(both.clone())
-    torch.testing.assert_close(whole, wanted, rtol=2**-7, atol=2**-7)
-    assert torch.equal(h, activate(whole.clone(), kind, 64))
-    dh = Added(x, below, rank).to(g.clone())
-    found = activate_back(whole.clone(), g.clone(), kind, Added(x, below, rank))
-    expected = activate_back(whole.clone(), dh, kind)
-    for own, other in zip(found[:2], expected[:2], strict=True):
-        assert float((own.float() - other.float()).norm() / other.float().norm()) < 2e-3
-    assert found[2] is not None
-    assert torch.equal(found[2].view(torch.float32), found[0].float().abs().amax(1))
+    if half:
+        right[:columns, half:], right[columns:, :half] = 0, 0
+    lacking, pending = Added(x, right.t(), rank, half), Added(x, below, rank)
+    before, whole, dh = both.clone(), lacking.to(both.clone()), pending.to(g.clone())
+
+    def off(own: torch.Tensor, other: torch.Tensor) -> float:
+        return float((own.float() - other.float()).norm() / other.float().norm())
+
+    assert off(activate(both, kind, 64, lacking), activate(whole, kind, 64)) < 2e-3
+    assert torch.equal(both, before)
+    wanted = activate_back(whole.clone(), dh.clone(), kind)
+    for given, gradient, *added in ((both, g, lacking, pending), (both, dh, lacking, None), (whole, g, None, pending)):
+        found = activate_back(given.clone(), gradient.clone(), kind, *added)
+        assert max(off(own, other) for own, other in zip(found[:2], wanted[:2], strict=True)) < 2e-3
+        assert found[2] is not None
+        assert torch.equal(found[2].view(torch.float32), found[0].float().abs().amax(1))
 
 
 @pytest.mark.parametrize(("counts", "width"), [((48,), 64), ((208,), 1152), ((144, 16, 112), 4096), ((16, 304), 192)])

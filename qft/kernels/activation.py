@@ -73,35 +73,25 @@ def _act_back_kernel(  # type: ignore[no-untyped-def]
     tl.store(at_h, (value * up).to(kind), mask=there)
 
 
-TILE = {"LINES": 16, "SIZE": 128, "num_warps": 4, "num_stages": 1}
+TILE = {"LINES": 32, "SIZE": 64, "num_warps": 4, "num_stages": 1}
 """Rows and columns of a program that adds a product to what it reads."""
 
 
 @jit
-def _product(x, narrow, row, column, there, within, x_stride, narrow_row, narrow_column, RANK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """x N in float32, of some rows and columns."""
+def _factors(x, narrow, row, column, there, within, x_stride, narrow_row, narrow_column, RANK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of x N, for some rows and columns."""
     place = tl.arange(0, RANK)
-    left = tl.load(x + row * x_stride + place[None, :], mask=there, other=0)
     right = narrow + place[:, None] * narrow_row + column.to(tl.int64)[None, :] * narrow_column
-    return tl.dot(left, tl.load(right, mask=within, other=0), input_precision="ieee")
+    return tl.load(x + row * x_stride + place[None, :], mask=there, other=0), tl.load(right, mask=within, other=0)
 
 
 @jit
-def _summed(  # type: ignore[no-untyped-def]
-    both, x, narrow, row, column, rows, columns, half, stride, x_stride, narrow_row, narrow_column, RANK: tl.constexpr
-):
-    """gate and up with x N added, rounded as if they had been kept so; as they are if RANK is 0."""
-    there, within = row < rows, column[None, :] < columns
-    source = both + row * stride + column[None, :]
-    gate = tl.load(source, mask=there & within, other=0).to(tl.float32)
-    up = tl.load(source + columns, mask=there & within, other=0).to(tl.float32)
-    if RANK > 0:
-        kind = both.dtype.element_ty
-        of_up = narrow + half * narrow_row + columns.to(tl.int64) * narrow_column
-        gate += _product(x, narrow, row, column, there, within, x_stride, narrow_row, narrow_column, RANK)
-        up += _product(x + half, of_up, row, column, there, within, x_stride, narrow_row, narrow_column, RANK)
-        gate, up = gate.to(kind).to(tl.float32), up.to(kind).to(tl.float32)
-    return gate, up
+def _summed(number, left, right, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A sum in float32, rounded as if it had been kept."""
+    return (number.to(tl.float32) + tl.dot(left, right, input_precision="ieee")).to(KIND).to(tl.float32)
+
+
+# What is waited for is asked for first: what stands behind a product would be asked for when that is done.
 
 
 @jit
@@ -110,14 +100,21 @@ def _act_sum_kernel(  # type: ignore[no-untyped-def]
     KIND: tl.constexpr, RANK: tl.constexpr, LINES: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """The same of gate and up with x N added, which are left as they are."""
-    column = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
-    row = (tl.program_id(0) * LINES + tl.arange(0, LINES)).to(tl.int64)[:, None]
-    gate, up = _summed(
-        both, x, narrow, row, column, rows, columns, half, stride, x_stride, narrow_row, narrow_column, RANK
+    column = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    row = (tl.program_id(1) * LINES + tl.arange(0, LINES)).to(tl.int64)[:, None]
+    kind = both.dtype.element_ty
+    within = column[None, :] < columns
+    there = (row < rows) & within
+    at_gate, of_up = (
+        both + row * stride + column[None, :],
+        narrow + half * narrow_row + columns.to(tl.int64) * narrow_column,
     )
-    value, _ = _act(gate, KIND)
-    target, there = out + row * out_stride + column[None, :], (row < rows) & (column[None, :] < columns)
-    tl.store(target, (value * up).to(out.dtype.element_ty), mask=there)
+    gate, up = tl.load(at_gate, mask=there, other=0), tl.load(at_gate + columns, mask=there, other=0)
+    a, b = _factors(x, narrow, row, column, row < rows, within, x_stride, narrow_row, narrow_column, RANK)
+    c, d = _factors(x + half, of_up, row, column, row < rows, within, x_stride, narrow_row, narrow_column, RANK)
+    value, _ = _act(_summed(gate, a, b, kind), KIND)
+    h = (value * _summed(up, c, d, kind)).to(out.dtype.element_ty)
+    tl.store(out + row * out_stride + column[None, :], h, mask=there)
 
 
 @jit
@@ -128,20 +125,25 @@ def _act_back_sum_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """x N added to gate and up, and the same to the gradient of h, and then as above; and the bits of the largest
     gradient of each row."""
-    column = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
-    within = column[None, :] < columns
+    column = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    line = tl.program_id(1) * LINES + tl.arange(0, LINES)
     kind = both.dtype.element_ty
-    line = tl.program_id(0) * LINES + tl.arange(0, LINES)
-    row = line.to(tl.int64)[:, None]
+    row, within = line.to(tl.int64)[:, None], column[None, :] < columns
     there = (row < rows) & within
     at_gate, at_h = both + row * stride + column[None, :], gradient + row * gradient_stride + column[None, :]
-    g = tl.load(at_h, mask=there, other=0).to(tl.float32)
+    gate, up = tl.load(at_gate, mask=there, other=0), tl.load(at_gate + columns, mask=there, other=0)
+    g = tl.load(at_h, mask=there, other=0)
+    if RANK > 0:
+        of_up = narrow + half * narrow_row + columns.to(tl.int64) * narrow_column
+        a, b = _factors(x, narrow, row, column, row < rows, within, x_stride, narrow_row, narrow_column, RANK)
+        c, d = _factors(x + half, of_up, row, column, row < rows, within, x_stride, narrow_row, narrow_column, RANK)
     if G_RANK > 0:
-        g += _product(gx, g_narrow, row, column, row < rows, within, gx_stride, g_row, g_column, G_RANK)
-        g = g.to(kind).to(tl.float32)
-    gate, up = _summed(
-        both, x, narrow, row, column, rows, columns, half, stride, x_stride, narrow_row, narrow_column, RANK
-    )
+        e, f = _factors(gx, g_narrow, row, column, row < rows, within, gx_stride, g_row, g_column, G_RANK)
+    if RANK > 0:
+        gate, up = _summed(gate, a, b, kind), _summed(up, c, d, kind)
+    if G_RANK > 0:
+        g = _summed(g, e, f, kind)
+    gate, up, g = gate.to(tl.float32), up.to(tl.float32), g.to(tl.float32)
     value, slope = _act(gate, KIND)
     of_gate, of_up = (g * up * slope).to(kind), (g * value).to(kind)
     tl.store(at_gate, of_gate, mask=there)
@@ -213,7 +215,8 @@ def _rank(added: Added | None) -> int:
 
 
 def _grid(rows: int, columns: int) -> tuple[int, int]:
-    return ceil_div(rows, TILE["LINES"]), ceil_div(columns, TILE["SIZE"])
+    """Programs of the same rows one behind the other."""
+    return ceil_div(columns, TILE["SIZE"]), ceil_div(rows, TILE["LINES"])
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:

@@ -74,9 +74,10 @@ def write(right: torch.Tensor, below: torch.Tensor, stack: Any, *, forward: bool
     arguments: list[Any] = []
     biases = [layer.bias if stack.has_bias else None for layer in stack.layers]
     for layer, bias in zip(stack.layers, biases, strict=True):
-        arguments += (right if tensor is None else tensor for tensor in (*layer.pair, bias))
-        arguments += (layer.scaling, layer.rank, layer.rows)
-    arguments += (right, right, right, 1.0, 0, 0) * (MOST - len(stack.layers))  # which the kernel does not look at
+        a, b = layer.pair
+        arguments += (right, right) if a is None else (a, b)
+        arguments += (bias, layer.scaling, layer.rank, layer.rows)
+    arguments += (None,) * 6 * (MOST - len(stack.layers))
     biased = sum((bias is not None) << i for i, bias in enumerate(biases)) if forward else 0
     row_programs, column_programs = ceil_div(stack.rows, ROWS), ceil_div(stack.columns, COLUMNS)
     launch(_border_kernel, (row_programs + column_programs,),

@@ -170,10 +170,10 @@ def arguments_of(weights: Sequence[Held], columns: int) -> tuple[list[Any], dict
     for packed, state in weights:
         outer, offset = (state.state2.absmax, state.offset) if state.nested else (state.absmax, state.absmax)
         arguments += (packed, state.absmax, outer, offset, rows_in(packed, columns))
-    arguments += (*arguments[:4], 0) * (MOST - len(weights))  # which the kernel does not look at
+    arguments += (None, None, None, None, 0) * (MOST - len(weights))
     state = weights[0][1]
     second = state.state2 if state.nested else None
-    arguments += (state.code, second.code if second else state.code)
+    arguments += (state.code, second and second.code)
     blocks = {"BLOCK": state.blocksize, "BLOCK2": second.blocksize if second else 1, "NESTED": state.nested}
     return arguments, {"COUNT": len(weights), **blocks}
 

@@ -36,8 +36,8 @@ _COMPILED: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **settings: Any) -> None:
-    """Run a kernel on tensors, whole numbers and floats; its constants are among the settings. On tensors without
-    contents there is nothing to run.
+    """Run a kernel on tensors, whole numbers, floats, and None where it does not look; its constants are among the
+    settings. On tensors without contents there is nothing to run.
 
     Triton asks each argument anew what a kernel is to be compiled for, which takes the host twice as long as the launch
     itself. So what it compiled is kept here, by what tells apart at least what Triton does."""
@@ -67,7 +67,7 @@ def _specialized(arguments: tuple[Any, ...]) -> tuple[list[Any], list[Any]]:
         if kind is int:
             key.append((argument & 15 and 2) + (argument == 1) + 4 * (argument > _LARGEST))
             values.append(argument)
-        elif kind is float:
+        elif kind is float or argument is None:
             key.append(kind)
             values.append(argument)
         else:

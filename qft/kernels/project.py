@@ -21,7 +21,7 @@ from qft.kernels.buffers import bordered_empty, rows_of, with_border
 from qft.kernels.keep import source_of
 from qft.kernels.layer import Matrix, Stack
 from qft.kernels.narrow import begins_with, extend
-from qft.kernels.rounding import rounded
+from qft.kernels.rounding import WIDEST, rounded, rounded_beside
 
 
 @dataclass
@@ -202,11 +202,16 @@ def _back_in_float8(stack: Stack, g: torch.Tensor, wanted: bool, most: torch.Ten
     matrix = stack.matrix(g.device, forward=False, in_float8=True)
     assert matrix.factor is not None
     border = g.new_empty(len(g), stack.border)
-    extend(g, border, matrix.right[:, : stack.rank], 0, fill=stack.border, copies=False)
     gb = border[:, : stack.rank]
-    if not wanted:
-        return Back(g, gb, None)
-    dx = float8.multiply(rounded(g, matrix.factor, most), matrix.weight, g.dtype)
+    if wanted and most is not None and 0 < stack.rank <= WIDEST:
+        narrow = matrix.right[:, : float8.taken(stack.rank)]
+        small = rounded_beside(g, matrix.factor, most, narrow, border)
+    else:
+        extend(g, border, matrix.right[:, : stack.rank], 0, fill=stack.border, copies=False)
+        if not wanted:
+            return Back(g, gb, None)
+        small = rounded(g, matrix.factor, most)
+    dx = float8.multiply(small, matrix.weight, g.dtype)
     added = float8.Added(border, matrix.below, stack.rank)
     return Back(g, gb, dx, added) if pending else Back(g, gb, added.to(dx))
 

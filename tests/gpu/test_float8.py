@@ -17,10 +17,10 @@ from qft.kernels import FLOAT8
 from qft.kernels.activation import activate, activate_back
 from qft.kernels.buffers import SCRATCH
 from qft.kernels.dequantize import dequantized
-from qft.kernels.float8 import E4M3, Added, Factor, largest, power_for, write
+from qft.kernels.float8 import E4M3, Added, Factor, largest, power_for, taken, write
 from qft.kernels.layer import Layer, Stack, layer_of
 from qft.kernels.project import project, project_joint
-from qft.kernels.rounding import Rounded, rounded
+from qft.kernels.rounding import Rounded, rounded, rounded_beside
 from qft.progress import View
 from qft.recipe import load
 from tests.support.architectures import MODELS
@@ -106,6 +106,22 @@ def test_weights_are_those_of_the_reference(counts: tuple[int, ...], width: int,
         found = whole[:, :columns].float()
         assert torch.equal(found.t() if turned else found, wanted)
         assert not whole[:, columns:].float().any()
+
+
+@pytest.mark.parametrize(("rows", "columns", "rank"), [(1, 48, 1), (77, 2064, 33), (130, 28672, 32), (64, 4096, 64)])
+def test_rows_are_rounded_and_multiplied_in_one_pass(rows: int, columns: int, rank: int) -> None:
+    x, right = (
+        torch.randn(rows, columns, device="cuda", dtype=BF16),
+        torch.randn(columns, 64, device="cuda", dtype=BF16),
+    )
+    right[:, rank:] = 0
+    most = x.float().abs().amax(1).view(torch.int32)
+    border, narrow = x.new_full((rows, 128), torch.nan), right[:, : taken(rank)]
+    found, wanted = rounded_beside(x, Factor(2.0, 1.3), most, narrow, border), rounded(x, Factor(2.0, 1.3))
+    assert torch.equal(found.numbers.view(torch.uint8), wanted.numbers.view(torch.uint8))
+    assert torch.equal(found.scales, wanted.scales)
+    torch.testing.assert_close(border[:, :rank], (x.float() @ right[:, :rank].float()).to(BF16), rtol=2**-6, atol=0.05)
+    assert not border[:, rank:].any()
 
 
 def layers(*shapes: tuple[int, int], bias: bool) -> list[Layer]:

@@ -31,8 +31,8 @@ def by_triton(x: torch.Tensor) -> bool:
     return HAS_TRITON and (x.is_cuda or (x.is_cpu and os.environ.get("TRITON_INTERPRET") == "1"))
 
 
-_COMPILED: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
-"""Kernels that were compiled and their constants, by all that they were compiled for."""
+_COMPILED: dict[Any, tuple[Any, tuple[Any, ...], tuple[Any, ...]]] = {}
+"""What launches a kernel, the compiled kernel, and its constants, by all that it was compiled for."""
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **settings: Any) -> None:
@@ -44,17 +44,19 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **settings: Any)
     first = arguments[0]
     if isinstance(first, FakeTensor):
         return
-    if not first.is_cuda or torch.version.hip is not None:
+    if not first.is_cuda or torch.version.hip is not None or _is_watched():
         kernel[grid](*arguments, **settings)
         return
     key, values = _specialized(arguments)
     known = (kernel, device := first.get_device(), *settings.values(), *key)
     if (found := _COMPILED.get(known)) is None:
         compiled = kernel[grid](*arguments, **settings)
-        _COMPILED[known] = compiled, tuple(settings[name] for name in kernel.arg_names[len(arguments) :])
+        constants = tuple(settings[name] for name in kernel.arg_names[len(arguments) :])
+        _COMPILED[known] = compiled.run, (compiled.function, compiled.packed_metadata, None, None, None), constants
     else:
-        compiled, constants = found
-        compiled[*grid, 1, 1](*values, *constants, stream=_driver().active.get_current_stream(device))
+        run, made, constants = found
+        width, height = grid if len(grid) == 2 else (*grid, 1)
+        run(width, height, 1, _runtime().driver.active.get_current_stream(device), *made, *values, *constants)
 
 
 def _specialized(arguments: tuple[Any, ...]) -> tuple[list[Any], list[Any]]:
@@ -78,8 +80,19 @@ def _specialized(arguments: tuple[Any, ...]) -> tuple[list[Any], list[Any]]:
 
 
 @cache
-def _driver() -> Any:
-    return importlib.import_module("triton.runtime").driver
+def _runtime() -> Any:
+    return importlib.import_module("triton.runtime")
+
+
+@cache
+def _knobs() -> Any:
+    return importlib.import_module("triton.knobs").runtime
+
+
+def _is_watched() -> bool:
+    """Whether somebody, as a profiler, asked Triton to be told of each launch."""
+    hooks = (_knobs().launch_enter_hook, _knobs().launch_exit_hook)
+    return any(getattr(hook, "calls", hook) for hook in hooks)
 
 
 def ceil_div(count: int, size: int) -> int:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft.helpers import disable_input_dtype_casting
 from transformers import (
     EarlyStoppingCallback,
@@ -118,7 +119,9 @@ def _take_steps(trainer: SurvivingTrainer, checkpoint: Path | None) -> None:
     if checkpoint and (over or trainer.control.should_training_stop):
         trainer.finish(checkpoint)
     else:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        # torch has a thread of its own for the backward pass on a GPU, to which Python would be handed over.
+        with torch.autograd.set_multithreading_enabled(world().size > 1):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.agree()
 
 

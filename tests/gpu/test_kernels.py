@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -233,6 +234,21 @@ def test_a_kernel_is_compiled_for_what_it_is_given() -> None:
         wide = given.float()
         wanted = (wide * (wide.square().mean(1, keepdim=True) + 1e-5).rsqrt() * weight.float()).to(BF16)
         torch.testing.assert_close(found, wanted)
+
+
+def test_who_watches_launches_is_told_of_each() -> None:
+    x, w = torch.randn(4, 64, device="cuda", dtype=BF16), torch.ones(64, device="cuda", dtype=BF16)
+    told: list[Any] = []
+    hook = importlib.import_module("triton.knobs").runtime.launch_enter_hook
+    for watched in (False, True, False):
+        if watched:
+            hook.add(told.append)
+        for _ in range(2):
+            normed(x, w, 1e-5, 0.0, BF16, 0)
+        assert len(told) == 2 * watched
+        if watched:
+            hook.remove(told.append)
+            told.clear()
 
 
 def held_in_4_bits(model: Any) -> Any:

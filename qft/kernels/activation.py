@@ -4,6 +4,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -96,7 +97,7 @@ def _summed(number, left, right, KIND: tl.constexpr):  # type: ignore[no-untyped
 
 @jit
 def _act_sum_kernel(  # type: ignore[no-untyped-def]
-    both, out, x, narrow, rows, columns, half, stride, out_stride, x_stride, narrow_row, narrow_column,
+    both, out, rows, columns, stride, out_stride, half, x, narrow, x_stride, narrow_row, narrow_column,
     KIND: tl.constexpr, RANK: tl.constexpr, LINES: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """The same of gate and up with x N added, which are left as they are."""
@@ -105,10 +106,8 @@ def _act_sum_kernel(  # type: ignore[no-untyped-def]
     kind = both.dtype.element_ty
     within = column[None, :] < columns
     there = (row < rows) & within
-    at_gate, of_up = (
-        both + row * stride + column[None, :],
-        narrow + half * narrow_row + columns.to(tl.int64) * narrow_column,
-    )
+    at_gate = both + row * stride + column[None, :]
+    of_up = narrow + half * narrow_row + columns.to(tl.int64) * narrow_column
     gate, up = tl.load(at_gate, mask=there, other=0), tl.load(at_gate + columns, mask=there, other=0)
     a, b = _factors(x, narrow, row, column, row < rows, within, x_stride, narrow_row, narrow_column, RANK)
     c, d = _factors(x + half, of_up, row, column, row < rows, within, x_stride, narrow_row, narrow_column, RANK)
@@ -119,8 +118,8 @@ def _act_sum_kernel(  # type: ignore[no-untyped-def]
 
 @jit
 def _act_back_sum_kernel(  # type: ignore[no-untyped-def]
-    both, gradient, x, narrow, most, rows, columns, half, stride, x_stride, narrow_row, narrow_column,
-    gx, g_narrow, gradient_stride, gx_stride, g_row, g_column,
+    both, gradient, most, rows, columns, stride, gradient_stride,
+    half, x, narrow, x_stride, narrow_row, narrow_column, gx, g_narrow, gx_stride, g_row, g_column,
     KIND: tl.constexpr, RANK: tl.constexpr, G_RANK: tl.constexpr, LINES: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """x N added to gate and up, and the same to the gradient of h, and then as above; and the bits of the largest
@@ -161,8 +160,8 @@ def activate(both: torch.Tensor, kind: str, border: int, lacking: Added | None =
     out = bordered_empty((rows, columns), border, both)
     if lacking is not None:
         launch(_act_sum_kernel, _grid(rows, columns),
-            both, out, lacking.x, lacking.narrow, rows, columns, lacking.half, both.stride(0), out.stride(0),
-            lacking.x.stride(0), *lacking.narrow.stride(), KIND=KINDS[kind], RANK=_rank(lacking), **TILE,
+            both, out, rows, columns, both.stride(0), out.stride(0), lacking.half, *_asked(lacking),
+            KIND=KINDS[kind], RANK=_rank(lacking), **TILE,
         )  # fmt: skip
     elif by_triton(both):
         grid = (rows, ceil_div(columns, COLUMNS))
@@ -189,13 +188,10 @@ def activate_back(
         pending = None
     if pending or lacking:
         most = torch.zeros(rows, dtype=torch.int32, device=both.device)
-        of_both = lacking or Added(both, both, 0)
-        of_g = pending or Added(gradient, gradient, 0)
         launch(_act_back_sum_kernel, _grid(rows, columns),
-            both, gradient, of_both.x, of_both.narrow, most, rows, columns, of_both.half, both.stride(0),
-            of_both.x.stride(0), *of_both.narrow.stride(), of_g.x, of_g.narrow, gradient.stride(0),
-            of_g.x.stride(0), *of_g.narrow.stride(), KIND=KINDS[kind],
-            RANK=_rank(lacking), G_RANK=_rank(pending), **TILE,
+            both, gradient, most, rows, columns, both.stride(0), gradient.stride(0),
+            lacking.half if lacking else 0, *_asked(lacking), *_asked(pending),
+            KIND=KINDS[kind], RANK=_rank(lacking), G_RANK=_rank(pending), **TILE,
         )  # fmt: skip
         return both, gradient, most
     if by_triton(both):
@@ -207,6 +203,11 @@ def activate_back(
         h = REFERENCES[kind](gate) * up
     found = torch.autograd.grad(h, (gate, up), gradient.to(h.dtype))
     return torch.cat(found, 1).to(both.dtype), h.detach().to(both.dtype), None
+
+
+def _asked(added: Added | None) -> tuple[Any, ...]:
+    """x and N of what a kernel adds, and their strides."""
+    return (added.x, added.narrow, added.x.stride(0), *added.narrow.stride()) if added else (None, None, 0, 0, 0)
 
 
 def _rank(added: Added | None) -> int:

@@ -235,10 +235,8 @@ def write(weights: Sequence[Held], out: torch.Tensor, scale: float, *, turned: b
         return
     given, constants = arguments_of(weights, columns)
     if turned:
-        wide, programs = (
-            min(wide, state.blocksize),
-            sum(ceil_div(rows_in(packed, columns), tall) for packed, _ in weights),
-        )
+        wide = min(wide, state.blocksize)
+        programs = sum(ceil_div(rows_in(packed, columns), tall) for packed, _ in weights)
         launch(_codes_turned_kernel, (programs, columns // wide),
             *given, out, columns, out.stride(0), inverse, **constants, ROWS=tall, COLUMNS=wide, ASM=TURNED, num_warps=4,
         )  # fmt: skip

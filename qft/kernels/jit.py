@@ -48,7 +48,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **settings: Any)
         kernel[grid](*arguments, **settings)
         return
     key, values = _specialized(arguments)
-    known = (kernel, device := first.get_device(), *settings.values(), *key)
+    known = (kernel.fn, device := first.get_device(), *settings.values(), *key)
     if (found := _COMPILED.get(known)) is None:
         compiled = kernel[grid](*arguments, **settings)
         constants = tuple(settings[name] for name in kernel.arg_names[len(arguments) :])

@@ -36,7 +36,10 @@ def test_more_numbers_than_32_bits_count() -> None:
     exact = z[-1:].double()
     gradient_in_place(z, classes, Tail())
     gradient_in_torch(exact, classes[-1:], Tail())
-    assert (z[-1].double() - exact[0]).norm() <= 5e-3 * exact.norm()
+    off = float((z[-1].double() - exact[0]).norm() / exact.norm())
+    del z
+    torch.cuda.empty_cache()  # or what is small and stays would keep the 4 GB from tests that count what is reserved
+    assert off <= 5e-3
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from qft.documents.evaluation import EvalDocument
+from qft.documents.recorded import EVALUATION
 from qft.errors import RecipeError, RunError
 from qft.files import write_text
 from qft.measure.scores import Answer, as_jsonl
@@ -16,7 +17,8 @@ from qft.run.folder import Run
 from qft.views.html.page import evaluation_page, side_by_side
 from qft.views.marks import PAGE, is_marked
 
-DOCUMENT, REPORT, ANSWERS = "eval.json", "report.html", "answers"
+DOCUMENT, REPORT = EVALUATION
+ANSWERS = "answers"
 LONGEST = 200
 """Bytes of a target's name that a file's may have."""
 

@@ -149,7 +149,9 @@ def fits(state: Any, columns: int) -> bool:
 def alike(weights: Sequence[Held]) -> bool:
     """Whether all are of 4 bits, and one kernel reads them: in blocks of the same size, by the same code books."""
     states = [state for _, state in weights]
-    return all(state is not None for state in states) and all(_same(a, b) for a, b in pairwise(states))
+    one_dtype = len({packed.dtype for packed, _ in weights}) == 1
+    held = one_dtype and all(state is not None for state in states)
+    return held and all(_same(a, b) for a, b in pairwise(states))
 
 
 def _same(a: Any, b: Any) -> bool:

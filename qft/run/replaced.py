@@ -4,10 +4,11 @@ the new one is complete."""
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatch
 from pathlib import Path
 
 from qft.documents.export import ExportMark, export_in
-from qft.documents.recorded import RESULTS, SIDE, lies_beside
+from qft.documents.recorded import EVALUATION, RESULTS, SIDE, lies_beside
 from qft.files import remove_folder
 from qft.run.checkpoint import beside_all
 from qft.run.lock import HELD, LOCK, require_free
@@ -94,6 +95,7 @@ def _stays(aside: Path, marks: Mapping[Path, ExportMark]) -> dict[Path, Callable
     stays = {checkpoints: beside_all(checkpoints)} | dict.fromkeys(results, lies_beside)
     stays[aside / "events"] = lambda name: "tfevents" not in name
     stays[aside / "answers"] = lambda name: not name.endswith(".jsonl")
+    stays[aside / "eval"] = lambda name: name not in EVALUATION and not fnmatch(name, "answers/*.jsonl")
     return stays | {path: _beside_export(mark) for path, mark in marks.items()}
 
 

@@ -116,6 +116,8 @@ def test_weights_are_read_together_only_if_one_kernel_reads_them() -> None:
     assert alike([held(), held(), held()])
     others: list[Any] = [held(kind="fp4"), held(nested=False), held(block=128), (torch.randn(8, 128), None)]
     assert not any(alike([held(), other]) or alike([other, held()]) for other in others)
+    in_words = held()
+    assert not alike([held(), (in_words[0].flatten().view(torch.int16), in_words[1])])
     other = held()
     other[1].state2.code = other[1].state2.code * 1.01
     assert not alike([held(), other])

@@ -201,18 +201,21 @@ def test_what_qft_did_not_write_into_a_run_is_not_deleted_with_it(finished: Path
     names = (
         "notes.md", "export/mine/weights", "adapter/notes.md", "checkpoints/notes.md", "checkpoints/best/adapter.json",
         f"checkpoints/{checkpoint}/notes.md", f"checkpoints/{checkpoint}/mine/plot.json", "export/adapter/notes.md",
-        "events/notes.md", "answers/notes.md",
+        "events/notes.md", "answers/notes.md", "eval/notes.md", "eval/answers/plot.json",
     )  # fmt: skip
     mine = [finished / name for name in names]
     for path in mine:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("mine")
+    ours = [finished / "eval" / name for name in ("eval.json", "report.html", "answers/base.jsonl")]
+    for path in ours:
+        path.write_text("qft's")
     made = finished / "export" / "adapter" / "export.json"
     mark = {"schema_version": 1, "kind": "export", "target": "adapter", "passed": True, "sha256": {}}
     made.write_text(json.dumps(mark))
     view = Notes()
     train(load(recipe_file()), view, overwrite=True)
-    assert not any(path.exists() for path in [*mine, made])
+    assert not any(path.exists() for path in [*mine, *ours, made])
     assert tree(finished / "replaced-1") == dict.fromkeys(names, b"mine")
     assert str(finished / "replaced-1" / "notes.md") in view.notes[-1]
 

@@ -14,6 +14,7 @@ from torch import nn
 from qft.kernels.activation import REFERENCES
 from qft.kernels.buffers import SCRATCH, bordered_empty, with_border
 from qft.kernels.dequantize import alike, dequantized
+from qft.kernels.jit import _specialized
 from qft.kernels.layer import Layer, Stack, layer_of
 from qft.kernels.mlp import Down, Mlp
 from qft.kernels.norm import Norm, rms_norm
@@ -121,6 +122,18 @@ def test_weights_are_read_together_only_if_one_kernel_reads_them() -> None:
     other = held()
     other[1].state2.code = other[1].state2.code * 1.01
     assert not alike([held(), other])
+
+
+def test_what_triton_compiles_otherwise_is_known_apart() -> None:
+    def key(argument: Any) -> Any:
+        return tuple(_specialized((argument,))[0])
+
+    x = torch.zeros(64, dtype=torch.bfloat16)
+    apart = [x, x[1:], x.float(), 1, 2, 16, 2**31, 2**31 + 1, 1.5, None]
+    assert len({key(argument) for argument in apart}) == len(apart)
+    for same in ([x, x[8:], torch.ones(3, dtype=x.dtype)], [2, 3, 17, -1], [16, 0, 4096], [1.0, 2.5]):
+        assert len({key(argument) for argument in same}) == 1
+    assert _specialized((x, 3, 0.5, None))[1] == [x.data_ptr(), 3, 0.5, None]
 
 
 LLAMA = Counter({"MLPs": 2, "linear layers": 8, "norms": 5, "rotary positions": 2})

@@ -130,7 +130,8 @@ def _act_back_sum_kernel(  # type: ignore[no-untyped-def]
     row, within = line.to(tl.int64)[:, None], column[None, :] < columns
     there = (row < rows) & within
     at_gate, at_h = both + row * stride + column[None, :], gradient + row * gradient_stride + column[None, :]
-    gate, up = tl.load(at_gate, mask=there, other=0), tl.load(at_gate + columns, mask=there, other=0)
+    if RANK > 0:
+        gate, up = tl.load(at_gate, mask=there, other=0), tl.load(at_gate + columns, mask=there, other=0)
     g = tl.load(at_h, mask=there, other=0)
     if RANK > 0:
         of_up = narrow + half * narrow_row + columns.to(tl.int64) * narrow_column
@@ -142,6 +143,8 @@ def _act_back_sum_kernel(  # type: ignore[no-untyped-def]
         gate, up = _summed(gate, a, b, kind), _summed(up, c, d, kind)
     if G_RANK > 0:
         g = _summed(g, e, f, kind)
+    if RANK == 0:  # asked for before, they would be computed in the layout that the product has
+        gate, up = tl.load(at_gate, mask=there, other=0), tl.load(at_gate + columns, mask=there, other=0)
     gate, up, g = gate.to(tl.float32), up.to(tl.float32), g.to(tl.float32)
     value, slope = _act(gate, KIND)
     of_gate, of_up = (g * up * slope).to(kind), (g * value).to(kind)

@@ -24,7 +24,7 @@ def _border_kernel(  # type: ignore[no-untyped-def]
     program = tl.program_id(0)
     if program < row_programs:
         row = (program * ROWS + tl.arange(0, ROWS))[:, None]
-        for first in tl.static_range(0, BORDER, 64):
+        for first in range(0, BORDER, 64):
             last = (first + tl.arange(0, 64))[None, :]
             value = tl.zeros((ROWS, 64), dtype=tl.float32)
             start, rank = 0, 0
@@ -48,7 +48,7 @@ def _border_kernel(  # type: ignore[no-untyped-def]
     else:
         column = (program - row_programs) * COLUMNS + tl.arange(0, COLUMNS)
         within = column[None, :] < columns
-        for first in tl.static_range(0, BORDER, 16):
+        for first in range(0, BORDER, 16):
             line = first + tl.arange(0, 16)
             content = tl.zeros((16, COLUMNS), dtype=tl.float32)
             begin = 0

@@ -28,6 +28,8 @@ TILE = 128, 64
 """Rows and columns of a weight that is turned."""
 ADD = 32, 256, 4
 """Rows, columns, and how often, of what is added by one program."""
+WIDEST = 256
+"""Columns that a kernel takes of what is multiplied and added; a program's shared memory has room for no more."""
 FAST = True
 """Whether tensor cores may add up in less than float32."""
 
@@ -310,7 +312,7 @@ class Added:
 
     def fits(self, out: torch.Tensor) -> bool:
         """Whether a kernel may add it."""
-        return self.rank > 0 and by_triton(out) and taken(self.rank) <= self.x.shape[1]
+        return self.rank > 0 and by_triton(out) and taken(self.rank) <= min(WIDEST, self.x.shape[1])
 
     def to(self, out: torch.Tensor) -> torch.Tensor:
         """`out` [rows, columns] with the sum in its place."""

@@ -124,7 +124,7 @@ def test_rows_are_rounded_and_multiplied_in_one_pass(rows: int, columns: int, ra
     assert not border[:, rank:].any()
 
 
-def layers(*shapes: tuple[int, int], bias: bool) -> list[Layer]:
+def layers(*shapes: tuple[int, int], bias: bool, rank: int = 16) -> list[Layer]:
     torch.manual_seed(0)
     inner: Any = nn.ModuleList()
     for rows, columns in shapes:
@@ -132,17 +132,17 @@ def layers(*shapes: tuple[int, int], bias: bool) -> list[Layer]:
         made.weight = bnb.nn.Params4bit(torch.randn(rows, columns) * 0.05, requires_grad=False, quant_type="nf4")
         inner.append(made.requires_grad_(False).cuda())
     inner.is_loaded_in_4bit = True
-    model = adapted(inner, None, target_modules=[str(i) for i in range(len(shapes))], r=16).cuda()
+    model = adapted(inner, None, target_modules=[str(i) for i in range(len(shapes))], r=rank).cuda()
     return [layer_of(module) for module in model.base_model.model]  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("rows", [1, 77, 1024])
+@pytest.mark.parametrize(("rows", "rank"), [(1, 16), (77, 16), (1024, 16), (77, 64), (77, 170)])
 @pytest.mark.parametrize("shapes", [[(512, 256), (128, 256), (192, 256)], [(576, 1536)], [(1536, 576), (1536, 576)]])
 @pytest.mark.parametrize("joint", [False, True])
 def test_products_are_those_of_16_bits_but_for_four_bits_of_each_number(
-    shapes: list[tuple[int, int]], rows: int, joint: bool
+    shapes: list[tuple[int, int]], rows: int, rank: int, joint: bool
 ) -> None:
-    stack = Stack(layers(*shapes, bias=True))
+    stack = Stack(layers(*shapes, bias=True, rank=rank))
     x = torch.randn(1, rows, shapes[0][1], device="cuda", dtype=BF16)
     results, pairs = [], [tensor for tensor in stack.pairs if tensor is not None]
     for float8 in (False, True):

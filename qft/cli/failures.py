@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import sys
 import tempfile
 import traceback
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from qft.errors import (
 
 ROOT = Path(__file__).parents[1]
 DAMAGED = "a file of weights or state is damaged or cut off; copy or download it again"
+BARE = "Python was started without docstrings, which libraries read; unset PYTHONOPTIMIZE, or leave -OO away"
 NOT_FINITE = (
     "a figure of the result is NaN or infinite, and was not written: the model is so, or becomes so on these rows; "
     "look at both, or lower train.learning_rate"
@@ -74,7 +76,7 @@ def explained(error: BaseException) -> QftError | None:
             if name in LIBRARIES:
                 kind, text = LIBRARIES[name]
                 return kind(f"{text}: {first_line(cause)}" if str(cause) else text)
-        if told := _by_text(cause):
+        if told := _by_text(cause) or _of_environment(cause):
             return told
         if isinstance(cause, ValueError) and "not JSON compliant" in str(cause):
             return NonFiniteError(NOT_FINITE)
@@ -91,6 +93,27 @@ def _by_text(error: BaseException) -> QftError | None:
             if re.search(pattern, str(error)):
                 return kind(f"{text}: {first_line(error)}")
     return None
+
+
+def _of_environment(error: BaseException) -> QftError | None:
+    """A variable with a value that a library cannot read, by the line that failed; or Python without docstrings."""
+    if sys.flags.optimize > 1 and "docstring" in str(error):
+        return RunError(f"{BARE}: {first_line(error)}")
+    frames = traceback.extract_tb(error.__traceback__)
+    for name in re.findall(r"""["'](\w+)["']""", (frames[-1].line or "") if frames else ""):
+        value = os.environ.get(name)
+        if isinstance(error, ValueError) and value and repr(value) in str(error):
+            return RunError(
+                f"the environment variable {name} has a value that {_library(frames[-1].filename)} cannot read: "
+                f"{first_line(error)}; unset it, or give it another"
+            )
+    return None
+
+
+def _library(file: str) -> str:
+    """What a file belongs to."""
+    _, found, within = file.replace(os.sep, "/").rpartition("/site-packages/")
+    return within.partition("/")[0] if found else Path(file).name
 
 
 def _of_system(error: OSError) -> QftError:

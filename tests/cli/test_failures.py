@@ -135,6 +135,20 @@ def test_what_a_library_is_known_to_raise(
     assert text in found.stderr
 
 
+def test_a_variable_that_a_library_cannot_read_is_named(
+    recipe_file: RecipeFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "yesterday")
+    with pytest.raises(ValueError, match="yesterday") as raised:
+        int(os.environ.get("SOURCE_DATE_EPOCH", "0"))
+    failing(monkeypatch, raised.value)
+    found = qft("check", recipe_file())
+    assert found.exit_code == 7
+    assert "the environment variable SOURCE_DATE_EPOCH has a value that test_failures.py cannot read" in found.stderr
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1")
+    assert qft("check", recipe_file("other.yaml")).exit_code == 70, "it was not that"
+
+
 def test_what_a_models_own_code_refuses_is_told_as_its_own(chat_file: Path, tmp_path: Path) -> None:
     model = write_tiny_model(tmp_path / "xmod", "xmod")
     refused = qft("eval", f"{model}@float32", "--data", chat_file)

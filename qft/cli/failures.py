@@ -99,10 +99,10 @@ def _of_environment(error: BaseException) -> QftError | None:
     """A variable with a value that a library cannot read, by the line that failed; or Python without docstrings."""
     if sys.flags.optimize > 1 and "docstring" in str(error):
         return RunError(f"{BARE}: {first_line(error)}")
-    frames = traceback.extract_tb(error.__traceback__)
+    frames = traceback.extract_tb(error.__traceback__) if isinstance(error, ValueError) else []
     for name in re.findall(r"""["'](\w+)["']""", (frames[-1].line or "") if frames else ""):
         value = os.environ.get(name)
-        if isinstance(error, ValueError) and value and repr(value) in str(error):
+        if value and repr(value) in str(error):
             return RunError(
                 f"the environment variable {name} has a value that {_library(frames[-1].filename)} cannot read: "
                 f"{first_line(error)}; unset it, or give it another"

@@ -17,8 +17,7 @@ from qft.run.folder import Run
 from qft.views.html.page import evaluation_page, side_by_side
 from qft.views.marks import PAGE, is_marked
 
-DOCUMENT, REPORT = EVALUATION
-ANSWERS = "answers"
+DOCUMENT, REPORT, ANSWERS = EVALUATION
 LONGEST = 200
 """Bytes of a target's name that a file's may have."""
 

@@ -19,8 +19,8 @@ SIDE = (EXPORT, "README.md")
 """Files that tell of an export and are not part of what was hashed."""
 RESULTS = ("adapter", "model")
 """Folders of a run that hold what came of it."""
-EVALUATION = ("eval.json", "report.html")
-"""Files of an evaluation, beside its answers."""
+EVALUATION = ("eval.json", "report.html", "answers")
+"""Files of an evaluation, and the folder of its answers."""
 LOADED = (".bin", ".gguf", ".jinja", ".json", ".model", ".py", ".safetensors", ".tiktoken", ".txt")
 """Endings of what a loader could take for part of a model."""
 

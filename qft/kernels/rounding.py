@@ -120,7 +120,8 @@ def rounded(x: torch.Tensor, factor: Factor, most: torch.Tensor | None = None) -
 def rounded_beside(
     x: torch.Tensor, factor: Factor, most: torch.Tensor, narrow: torch.Tensor, border: torch.Tensor
 ) -> Rounded:
-    """As `rounded`, by a kernel, and x N into `border` [rows, columns of N]; N [columns, at most WIDEST]."""
+    """As `rounded`, by a kernel, and x N into the first columns of `border` [rows, border], with zeros behind it, for a
+    `narrow` N [columns, at most WIDEST]."""
     rows, columns = x.shape
     wide, programs = narrow.shape[1], ceil_div(columns, PART["WIDTH"])
     out, scales = x.new_empty(rows, columns, dtype=E4M3), x.new_empty(rows, 1, dtype=torch.float32)

@@ -95,7 +95,8 @@ def _stays(aside: Path, marks: Mapping[Path, ExportMark]) -> dict[Path, Callable
     stays = {checkpoints: beside_all(checkpoints)} | dict.fromkeys(results, lies_beside)
     stays[aside / "events"] = lambda name: "tfevents" not in name
     stays[aside / "answers"] = lambda name: not name.endswith(".jsonl")
-    stays[aside / "eval"] = lambda name: name not in EVALUATION and not fnmatch(name, "answers/*.jsonl")
+    *files, answers = EVALUATION
+    stays[aside / "eval"] = lambda name: name not in files and not fnmatch(name, f"{answers}/*.jsonl")
     return stays | {path: _beside_export(mark) for path, mark in marks.items()}
 
 

@@ -185,8 +185,10 @@ class Stack:
     def matrix(self, device: torch.device, *, forward: bool, in_float8: bool = False) -> Matrix:
         """In memory that the next one takes; A is scaled on the way forward, B on the way back. Forward, the column
         behind the ranks is the bias."""
-        made = self._in_float8(device, turned=not forward) if in_float8 else self._in_half(device)
-        borders.write(made.right, made.below, self, forward=forward)
+        # bitsandbytes' weights answer each question by way of Python, some twenty times as slowly as tensors do
+        with torch._C.DisableTorchFunctionSubclass():
+            made = self._in_float8(device, turned=not forward) if in_float8 else self._in_half(device)
+            borders.write(made.right, made.below, self, forward=forward)
         return made
 
     def _in_half(self, device: torch.device) -> Matrix:

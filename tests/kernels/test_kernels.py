@@ -124,6 +124,18 @@ def test_weights_are_read_together_only_if_one_kernel_reads_them() -> None:
     assert not alike([held(), other])
 
 
+def test_weights_of_bitsandbytes_are_not_asked_by_way_of_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    linear, calls = bnb.nn.Linear4bit(128, 64, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4").to("cpu"), []
+    weight, stack = linear.weight, Stack([layer_of(linear)])  # type: ignore[list-item]
+    wanted = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+    monkeypatch.setattr(bnb.nn.Params4bit, "__torch_function__", classmethod(lambda *args: calls.append(args)))
+    made = stack.matrix(torch.device("cpu"), forward=True)
+    assert not calls
+    assert torch.equal(made.weight[:64, :128], wanted.to(torch.bfloat16))
+    assert weight.nbytes is None  # so they would have told
+    assert len(calls) == 1
+
+
 def test_what_triton_compiles_otherwise_is_known_apart() -> None:
     def key(argument: Any) -> Any:
         return tuple(_specialized((argument,))[0])

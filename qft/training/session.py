@@ -43,6 +43,7 @@ from qft.run.lock import require_ours
 from qft.training.evaluation import HeldOut
 from qft.training.events import Events
 from qft.training.fusing import RoundedAnew, fuse
+from qft.training.modules import AskedLess
 from qft.training.qat import RoundingSchedule, require_observed
 from qft.training.recorder import Recorder
 from qft.training.sharding import shard
@@ -258,7 +259,7 @@ def _require_apart(model: Any, plan: Plan) -> None:
 
 
 def _callbacks(plan: Plan, run: Run, recorder: Recorder) -> list[TrainerCallback]:
-    patience, callbacks = plan.recipe.train.early_stopping_patience, []
+    patience, callbacks = plan.recipe.train.early_stopping_patience, [AskedLess()]
     if patience:
         callbacks.append(EarlyStoppingCallback(patience))
     if plan.recipe.quant.mode == "qat":

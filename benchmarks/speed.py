@@ -211,10 +211,11 @@ def recipe(arm: str, setting: str, folder: Path, options: argparse.Namespace) ->
 
 
 def of_report(report: dict[str, Any]) -> dict[str, Any]:
-    seconds = report["throughput"]["step_seconds_p50"]
+    of_a_step = report["tokens"] / report["steps"]
+    seconds = median(of_a_step / rate for step, rate in report["throughput"]["history"] if step > WARM)
     losses = [row[1] for row in report["loss"]["history"]]
     return {
-        "tokens_per_second": report["tokens"] / report["steps"] / seconds,
+        "tokens_per_second": of_a_step / seconds,
         "step_seconds": seconds,
         "peak_gib": (report["memory"]["phases"]["train"]["gpu_allocated_bytes"] or 0) / 2**30,
         "loss": sum(losses) / len(losses),

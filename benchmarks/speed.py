@@ -10,8 +10,9 @@ cannot, and are compared by what they do checkpointed. nf4 with double quantizat
 Arms: plain (transformers + peft + bitsandbytes), always; qft; liger and unsloth where they are installed (--unsloth: in
 a folder of its own, for that arm alone); float8 (qft with train.matmul fp8) if --arms names it. Each arm of each run is
 a process of its own, and the arms take turns. All are given the same tokens in the same order and the same nf4 weights.
-Tokens/s are of the median step, behind three that warm up; GiB are of max_memory_allocated behind the second step; the
-loss is the mean over all steps.
+Tokens/s are of the median step, behind those that warm up (--warm: a GPU is at its power limit within a second, and at
+the clock that it can keep there some seconds later, which is tens of steps of a small model); GiB are of
+max_memory_allocated behind the second step; the loss is the mean over all steps.
 One line a run as it ends, and then one an arm: medians over the repeats with (least to most), and ratios to each other
 arm that are taken within each repeat.
 """
@@ -36,8 +37,6 @@ import modes
 from shapes import SHAPES, make_model, place
 
 ROOT = Path(__file__).parent.parent
-WARM = 3
-"""Steps that are not counted."""
 
 
 def main() -> None:
@@ -48,6 +47,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=math.inf, help="seconds behind which no run begins")
     parser.add_argument("--folder", type=Path, help="keep what is made here")
     parser.add_argument("--steps", type=int, default=10, help="behind those that warm up")
+    parser.add_argument("--warm", type=int, default=3, help="steps that are not counted")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--optim", default="adamw_8bit", help="of the other arms; qft decides for itself")
     parser.add_argument("--arms", nargs="+", choices=ARMS)
@@ -133,7 +133,7 @@ def make(folder: Path, options: argparse.Namespace) -> None:
         return
     _, rows, length, _ = SHAPES[options.size]
     make_model(folder / "model", options.size)
-    modes.make_rows(folder / "rows.jsonl", rows * (options.steps + WARM), length)
+    modes.make_rows(folder / "rows.jsonl", rows * (options.steps + options.warm), length)
     ids = modes.token_ids(folder)
     (folder / "ids.json").write_text(json.dumps({"rows": rows, "input_ids": ids, "labels": ids}))
 
@@ -151,7 +151,7 @@ def make_quickstart(folder: Path, options: argparse.Namespace) -> None:
     model.save_pretrained(folder / "model")
     plan.model.tokenizer.save_pretrained(folder / "model")
     train = plan.recipe.train
-    count = train.micro_batch * (options.steps + WARM)
+    count = train.micro_batch * (options.steps + options.warm)
     rows = {name: plan.data.train[name][:count] for name in ("input_ids", "labels")}
     (folder / "ids.json").write_text(json.dumps({"rows": train.micro_batch, **rows}))
 
@@ -172,7 +172,7 @@ def run(arm: str, setting: str, folder: Path, options: argparse.Namespace) -> di
     if done.returncode:
         said = [line for line in done.stderr.strip().splitlines() if "memory" in line] or done.stderr.splitlines()
         return {"failed": done.returncode, "error": said[-1:][0][:200] if said else ""}
-    return of_report(json.loads(done.stdout)) if arm in BY_QFT else json.loads(done.stdout.splitlines()[-1])
+    return of_report(json.loads(done.stdout), options) if arm in BY_QFT else json.loads(done.stdout.splitlines()[-1])
 
 
 def recipe(arm: str, setting: str, folder: Path, options: argparse.Namespace) -> Path:
@@ -192,7 +192,7 @@ def recipe(arm: str, setting: str, folder: Path, options: argparse.Namespace) ->
         if options.size == "mixture":
             values["quant"] = {"allow_partial": True}  # with experts in 16 bits, as the other arms have them
     values["train"] |= {
-        "max_steps": options.steps + WARM,
+        "max_steps": options.steps + options.warm,
         "save_strategy": "no",
         "report_to": [],
         "train_sampling_strategy": "sequential",
@@ -210,9 +210,9 @@ def recipe(arm: str, setting: str, folder: Path, options: argparse.Namespace) ->
     return path
 
 
-def of_report(report: dict[str, Any]) -> dict[str, Any]:
+def of_report(report: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     of_a_step = report["tokens"] / report["steps"]
-    seconds = median(of_a_step / rate for step, rate in report["throughput"]["history"] if step > WARM)
+    seconds = median(of_a_step / rate for step, rate in report["throughput"]["history"] if step > options.warm)
     losses = [row[1] for row in report["loss"]["history"]]
     return {
         "tokens_per_second": of_a_step / seconds,
@@ -241,7 +241,7 @@ def peer(arm: str, setting: str, folder: Path, options: argparse.Namespace) -> d
     arguments = TrainingArguments(
         output_dir=str(folder / arm),
         per_device_train_batch_size=given["rows"],
-        max_steps=options.steps + WARM,
+        max_steps=options.steps + options.warm,
         optim=options.optim if on_gpu else "adamw_torch",
         learning_rate=1e-4,
         lr_scheduler_type="constant",
@@ -258,10 +258,10 @@ def peer(arm: str, setting: str, folder: Path, options: argparse.Namespace) -> d
         model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[modes.clock(times, 2)]
     )
     loss = trainer.train().training_loss
-    seconds = sorted(b - a for a, b in pairwise(times[WARM - 1 :]))
+    seconds = sorted(b - a for a, b in pairwise(times[options.warm - 1 :]))
     tokens = sum(map(len, given["input_ids"]))
     return {
-        "tokens_per_second": tokens / (options.steps + WARM) / median(seconds),
+        "tokens_per_second": tokens / (options.steps + options.warm) / median(seconds),
         "step_seconds": median(seconds),
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0,
         "loss": loss,

@@ -13,6 +13,8 @@ from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qft.cli import main
 
 
@@ -33,6 +35,7 @@ def fork(work: Callable[[], object], *, stdin: Any, stdout: Any, stderr: Any, **
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
             signal.signal(number, signal.SIG_IGN if number == signal.SIGPIPE else signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        torch.set_num_threads(1)  # those that the parent's would be waited for are not in this process
         work()
 
     process = multiprocessing.get_context("fork").Process(target=run)

@@ -149,6 +149,15 @@ def test_a_variable_that_a_library_cannot_read_is_named(
     assert qft("check", recipe_file("other.yaml")).exit_code == 70, "it was not that"
 
 
+@pytest.mark.parametrize("flag", ["-O", "-OO"])
+def test_python_without_docstrings_is_named(flag: str) -> None:
+    """What torch and transformers raise while they are imported so."""
+    line = "from qft.cli.failures import explained; print(explained(ValueError('No docstring found for forward')))"
+    known = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, flag, "-c", line], env=known, capture_output=True, text=True, check=True)
+    assert ("PYTHONOPTIMIZE" in done.stdout) is (flag == "-OO")
+
+
 def test_what_a_models_own_code_refuses_is_told_as_its_own(chat_file: Path, tmp_path: Path) -> None:
     model = write_tiny_model(tmp_path / "xmod", "xmod")
     refused = qft("eval", f"{model}@float32", "--data", chat_file)

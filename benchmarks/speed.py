@@ -10,9 +10,8 @@ cannot, and are compared by what they do checkpointed. nf4 with double quantizat
 Arms: plain (transformers + peft + bitsandbytes), always; qft; liger and unsloth where they are installed (--unsloth: in
 a folder of its own, for that arm alone); float8 (qft with train.matmul fp8) if --arms names it. Each arm of each run is
 a process of its own, and the arms take turns. All are given the same tokens in the same order and the same nf4 weights.
-Tokens/s are of the median step, behind those that warm up (--warm: a GPU is at its power limit within a second, and at
-the clock that it can keep there some seconds later, which is tens of steps of a small model); GiB are of
-max_memory_allocated behind the second step; the loss is the mean over all steps.
+Tokens/s are of the median step, behind those that warm up (--warm: the first ten of a small model's may take longer);
+GiB are of max_memory_allocated behind the second step; the loss is the mean over all steps.
 One line a run as it ends, and then one an arm: medians over the repeats with (least to most), and ratios to each other
 arm that are taken within each repeat.
 """

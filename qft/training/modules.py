@@ -1,5 +1,5 @@
 """What the Trainer asks of all modules and weights in each step, asked of those that it concerns: with adapters there
-are some thousand, which took the host as long as a tenth of a small model's step."""
+are some thousand, and what is launched next waits for them (docs/performance.md)."""
 
 from __future__ import annotations
 

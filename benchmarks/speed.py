@@ -53,6 +53,8 @@ def main() -> None:
     parser.add_argument("--peer", nargs=3, metavar=("ARM", "SETTING", "FOLDER"), help=argparse.SUPPRESS)
     parser.add_argument("--make", metavar="FOLDER", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.warm < 1:
+        parser.error("--warm: a step is timed from the end of the one before it")
     options.arms = options.arms or [arm for arm in ARMS if is_installed(arm) or (arm == "unsloth" and options.unsloth)]
     if options.make:
         make(Path(options.make), options)

@@ -38,15 +38,11 @@ def model_inputs(
     """input_ids and attention_mask of rows of token ids, padded on the right, or on the `left`, to the longest one
     rounded up to `multiple` tokens, where that is no more than `most`."""
     sizes = [len(row) for row in rows]
-    width = _width(sizes, multiple, most)
-    seen = _filled([[1] * size for size in sizes], 0, width, left=left)
-    return {"input_ids": _filled(rows, pad, width, left=left).to(device), "attention_mask": seen.to(device)}
-
-
-def _width(sizes: Sequence[int], multiple: int, most: int | None) -> int:
     longest = max(sizes)
     width = -(-longest // multiple) * multiple
-    return width if most is None else max(min(width, most), longest)
+    width = width if most is None else max(min(width, most), longest)
+    seen = _filled([[1] * size for size in sizes], 0, width, left=left)
+    return {"input_ids": _filled(rows, pad, width, left=left).to(device), "attention_mask": seen.to(device)}
 
 
 def _filled(rows: Sequence[Sequence[int]], fill: int, width: int, *, left: bool = False) -> torch.Tensor:
@@ -108,7 +104,7 @@ class Collator:
             raise DataError(UNFORESEEN)
         labels = [_labels(row) for row in packed]
         places = tuple(tuple((example["source"], example["row"]) for example in row) for row in packed)
-        learnt = tuple(len(row[1:]) - row[1:].count(IGNORED) for row in labels)
+        learnt = tuple(len(later) - later.count(IGNORED) for later in (row[1:] for row in labels))
         ids = [[*chain.from_iterable(example["input_ids"] for example in row)] for row in packed]
         known: dict[str, Any] = {"rows": places, "learnt_tokens": learnt}
         if not isinstance(rows[0], list):

@@ -80,7 +80,8 @@ Runs = dict[tuple[str, str], list[dict[str, Any]]]
 def compare(options: argparse.Namespace) -> None:
     begun, found = time.monotonic(), Runs()
     with tempfile.TemporaryDirectory(dir=place()) as made:
-        folder = options.folder or Path(made)
+        folder = (options.folder or Path(made)) / options.size  # two models in one folder would be no model
+        folder.mkdir(parents=True, exist_ok=True)
         subprocess.run([sys.executable, *sys.argv, "--make", str(folder)], check=True)
         asked = [(setting, arm) for setting in options.settings for arm in options.arms if has(arm, setting)]
         for setting, arm in asked * options.repeats:

@@ -96,7 +96,7 @@ def apply(model: nn.Module, blocks: nn.ModuleList, kinds: Collection[str], mixed
     random numbers are left as they were."""
     applied = Applied(keeps=[Keep() for _ in blocks])
     check = Check(model, blocks, mixed)
-    found = _found(model, blocks, kinds, check.run, applied)
+    found = _found(model, blocks, kinds, check, applied)
     for kind in found:
         applied.fused[kind] = len(found[kind])
     put: dict[str, Callable[[], None]] = {kind: partial(_put_all, parts) for kind, parts in found.items()}
@@ -116,7 +116,7 @@ def expect(model: nn.Module, blocks: nn.ModuleList, kinds: Collection[str], mixe
     if not kinds:
         return applied
     check = Check(model, blocks, mixed)
-    for kind, parts in _found(model, blocks, kinds, check.run, applied).items():
+    for kind, parts in _found(model, blocks, kinds, check, applied).items():
         applied.fused[kind] = len(parts)
         _put_all(parts)
     if FLOAT8 in kinds:
@@ -130,17 +130,17 @@ def _put_all(parts: list[Callable[[], None]]) -> None:
 
 
 def _found(
-    model: nn.Module, blocks: nn.ModuleList, kinds: Collection[str], run: Callable[[], Any], applied: Applied
+    model: nn.Module, blocks: nn.ModuleList, kinds: Collection[str], check: Check, applied: Applied
 ) -> dict[str, list[Callable[[], None]]]:
     """By kind, what puts a kernel in the place of each module; the kinds that others rest on first."""
     try:
-        seen = watch(model, run)
+        seen = watch(model, check.run)
     except Exception as error:  # a model can be anything
         applied.plain[f"the model runs on nothing but its own data: {first_line(error)}"] = 1
         return {}
     borders: dict[nn.Module, int] = {}
     stacks: dict[nn.Module | None, Stack] = {}
-    mlps = find_mlps(blocks, seen, applied.plain) if MLP in kinds else []
+    mlps = find_mlps(blocks, seen, applied.plain, check.in_training) if MLP in kinds else []
     taken = {layer.module for seam in mlps for layer in seam.layers}
     groups = find_groups(blocks, seen, taken, applied.plain, frozen=FLOAT8 in kinds) if LINEAR in kinds else []
     norms = find_norms(model, seen) if NORM in kinds else []

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.overrides import TorchFunctionMode
 
 from qft.errors import first_line
 
@@ -25,6 +27,39 @@ LEAST_WORDS = 64
 Results = dict[str, torch.Tensor]
 
 
+CHOICES = (torch.topk, torch.Tensor.topk, torch.argmax, torch.Tensor.argmax)
+
+
+class Choices(TorchFunctionMode):
+    """What is chosen by size is what was chosen the first time: a token whose experts are near a tie would go to others
+    by a difference in the last bit, and be wholly different."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._places: list[torch.Tensor] = []
+        self._left: list[torch.Tensor] | None = None
+        """Of this time; None: it is the first."""
+
+    def again(self) -> None:
+        """Go through them from the beginning."""
+        self._left = self._places[::-1] if self._places else None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        made = func(*args, **kwargs)
+        if func not in CHOICES:
+            return made
+        alone = isinstance(made, torch.Tensor)
+        if self._left is None:
+            self._places.append(made if alone else made.indices)
+            return made
+        places = self._left.pop()
+        if alone:
+            return places
+        x, dim = args[0] if args else kwargs["input"], kwargs.get("dim", args[2] if len(args) > 2 else -1)
+        return type(made)((x.gather(dim, places), places))
+
+
 class Check:
     """Runs a model on a few tokens, and blocks of it both ways."""
 
@@ -32,6 +67,7 @@ class Check:
         self.model, self.blocks, self.mixed = model, blocks, mixed
         self.device = next(blocks.parameters()).device
         self.asked: dict[nn.Module, tuple[Any, Any]] = {}
+        self.choices = Choices()
 
     def run(self) -> None:
         """The whole model, in evaluation, on two rows of an odd number of tokens."""
@@ -47,6 +83,22 @@ class Check:
                 hook.remove()
             for module in was:
                 module.training = True
+
+    def in_training(self, module: nn.Module, x: torch.Tensor) -> Any:
+        """What a module makes of `x` while it trains."""
+        was = [part for part in module.modules() if not part.training]
+        module.train()
+        try:
+            with self._own_random_numbers(x), torch.no_grad(), self._autocast():
+                return module(x)
+        finally:
+            for part in was:
+                part.training = False
+
+    def _own_random_numbers(self, x: torch.Tensor) -> Any:
+        """Those of everybody else are left as they were; a tensor without contents draws none."""
+        devices = [self.device] if self.device.type == "cuda" else []
+        return nullcontext() if isinstance(x, FakeTensor) else torch.random.fork_rng(devices)
 
     def _note(self, block: nn.Module, args: Any, kwargs: Any) -> None:
         self.asked[block] = (args, kwargs)
@@ -88,7 +140,6 @@ class Check:
         """B is not zero, random numbers are of their own, and gradients are nobody's."""
         kept = {}
         generator = torch.Generator().manual_seed(0)
-        devices = [self.device] if self.device.type == "cuda" else []
         for name, parameter in self.model.named_parameters():
             if "lora_B" in name and parameter.requires_grad:
                 kept[parameter] = parameter.detach().clone()
@@ -96,7 +147,7 @@ class Check:
         was = [module for module in self.model.modules() if not module.training]
         self.model.train()
         try:
-            with torch.random.fork_rng(devices):
+            with self._own_random_numbers(next(self.blocks.parameters())):
                 yield
         finally:
             for parameter, value in kept.items():
@@ -107,8 +158,10 @@ class Check:
     def _results(self, noise: float = 0.0) -> Results | str:
         """Outputs of the first block and the last, and all their gradients, or why there are none; with so much noise
         on what the blocks are given, as a share of it."""
+        self.choices.again()
         try:
-            return self._computed(noise)
+            with self.choices, torch.autograd.set_multithreading_enabled(False):  # a thread of its own has no modes
+                return self._computed(noise)
         except Exception as error:  # a model can be anything, and so can what a compiler makes of a kernel
             return f"one block alone cannot be computed: {first_line(error)}"
 

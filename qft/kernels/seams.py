@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import permutations
 from types import FunctionType
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from qft.kernels.activation import REFERENCES
 from qft.kernels.dequantize import MOST
@@ -109,8 +110,11 @@ def linears(root: nn.Module) -> Iterator[nn.Module]:
             yield from linears(module)
 
 
-def find_mlps(blocks: nn.Module, seen: Seen, plain: Counter[str]) -> list[MlpSeam]:
-    """MLPs that agree with their composition on what they were given. `plain` counts why others stay as they are."""
+def find_mlps(
+    blocks: nn.Module, seen: Seen, plain: Counter[str], in_training: Callable[[nn.Module, torch.Tensor], Any]
+) -> list[MlpSeam]:
+    """MLPs that agree with their composition on what they were given. `plain` counts why others stay as they are;
+    `in_training` tells what a module makes of a tensor while it trains."""
     found = []
     for module in list(blocks.modules()):
         own = list(linears(module))
@@ -128,6 +132,8 @@ def find_mlps(blocks: nn.Module, seen: Seen, plain: Counter[str]) -> list[MlpSea
             plain[f"MLPs: {reason}"] += 1
         elif len({dtype for layer in layers for dtype in (layer.dtype, layer.given, layer.made)}) > 1:
             plain["MLPs: they compute in float32 between their products"] += 1
+        elif not _ends_with(order[2], partial(in_training, module, seen.given[module])):
+            plain["MLPs: they change in training what their last product makes"] += 1
         else:
             found.append(MlpSeam(module, layers, kind))
     return found
@@ -140,13 +146,14 @@ def _activation(module: nn.Module) -> str | None:
     others = [m for m in others if not any(child in others for child in m.children())]
     if len(others) != 1 or any(True for _ in others[0].parameters()):
         return None
-    x = torch.linspace(-6, 6, 241)
-    try:
-        y = others[0](x)
-    except Exception:  # a module can be anything
-        return None
-    same = (name for name, act in REFERENCES.items() if y.shape == x.shape and _error(y, act(x)) < SAME)
-    return next(same, None)
+    with unset_fake_temporarily():
+        x = torch.linspace(-6, 6, 241)
+        try:
+            y = others[0](x)
+        except Exception:  # a module can be anything
+            return None
+        same = (name for name, act in REFERENCES.items() if y.shape == x.shape and _error(y, act(x)) < SAME)
+        return next(same, None)
 
 
 def _within_linear(root: nn.Module, module: nn.Module) -> bool:
@@ -163,6 +170,18 @@ def _composes(module: nn.Module, order: Sequence[nn.Module], kind: str, seen: Se
     same = inner.shape == given.shape and _error(given, inner) < CLOSE
     passed_on = all(seen.given[layer] is x for layer in (gate, up))
     return same and passed_on and seen.made[down] is y
+
+
+def _ends_with(layer: nn.Module, run: Callable[[], Any]) -> bool:
+    """Whether what comes of a run is what the layer made."""
+    made: list[Any] = []
+    hook = layer.register_forward_hook(lambda _, __, out: made.append(out))
+    try:
+        return run() is made[-1]
+    except Exception:  # a module can be anything
+        return False
+    finally:
+        hook.remove()
 
 
 def find_groups(
@@ -223,15 +242,17 @@ def find_norms(model: nn.Module, seen: Seen) -> list[NormSeam]:
     return found
 
 
+@unset_fake_temporarily()
 def _is_norm(seam: NormSeam, given: torch.Tensor) -> bool:
-    """On numbers of usual size, and on some so small that eps counts."""
-    weight: Any = next(seam.module.parameters())
+    """On numbers of usual size, and on some so small that eps counts, with other weights than its own."""
+    ((name, own),) = seam.module.named_parameters()
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(8, len(weight), generator=generator).to(given)
+    weight, x = (torch.randn(*lines, len(own), generator=generator).to(given.device) for lines in ((), (8,)))
+    weight, x = weight.to(own.dtype), x.to(given.dtype)
     for size in (1.0, 0.5 * seam.eps**0.5):
         try:
             with torch.no_grad():
-                out = seam.module(x * size).float()
+                out = torch.func.functional_call(seam.module, {name: weight}, (x * size,)).float()
         except Exception:  # a module can be anything: one with a gate beside its input, say
             return False
         wide = (x * size).float()
@@ -265,13 +286,14 @@ def _turns(function: Callable[..., Any]) -> bool:
         return False
     generator = torch.Generator().manual_seed(0)
     shapes = (2, 4, 5, 8), (2, 2, 5, 8), (2, 5, 8), (2, 5, 8)
-    q, k, cos, sin = (torch.randn(shape, generator=generator) for shape in shapes)
-    try:
-        found = function(q, k, cos, sin)
-        wanted = rotate(q, k, cos, sin)
-        return all(a.shape == b.shape and _error(a, b) < SAME for a, b in zip(found, wanted, strict=True))
-    except Exception:  # a function can be anything
-        return False
+    with unset_fake_temporarily():
+        q, k, cos, sin = (torch.randn(shape, generator=generator) for shape in shapes)
+        try:
+            found = function(q, k, cos, sin)
+            wanted = rotate(q, k, cos, sin)
+            return all(a.shape == b.shape and _error(a, b) < SAME for a, b in zip(found, wanted, strict=True))
+        except Exception:  # a function can be anything
+            return False
 
 
 def _error(found: torch.Tensor, wanted: torch.Tensor) -> float:

@@ -6,7 +6,7 @@ decoder's output, and again for the backward pass.
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -42,12 +42,47 @@ def chunk_loss(model: PreTrainedModel, rows: int) -> bool:
 
 def replace_forward(model: PreTrainedModel, rows: int, **again: Any) -> None:
     """As chunk_loss, whether it agrees or not; `again` are arguments of torch's checkpoint."""
-    model.forward = functools.wraps(model.forward)(_Chunked(model, rows, **again))
+    model.forward = functools.wraps(model.forward)(Chunked(model, rows, **again))
 
 
 def has_parts(model: PreTrainedModel) -> bool:
     """Whether the model is a decoder and what stands behind it, whose loss is one of tokens alone."""
-    return model.base_model is not model and not getattr(model.config, "output_router_logits", False)
+    return decoder_of(model) is not None and not getattr(model.config, "output_router_logits", False)
+
+
+class _Reached(Exception):
+    """A module was called."""
+
+
+def decoder_of(model: PreTrainedModel) -> nn.Module | None:
+    """What the model calls first of the modules around its input embeddings: not always its base model, which OPT, say,
+    goes past. Needs no weights."""
+
+    def reached(module: nn.Module) -> Callable[..., Any]:
+        def forward(*_: Any, **__: Any) -> Any:
+            raise _Reached(module)
+
+        return forward
+
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=model.device)
+    with ExitStack() as entered:
+        try:
+            for module in _around_embeddings(model):
+                entered.enter_context(in_place_of(module, reached(module)))
+            model.forward(input_ids=ids)
+        except _Reached as found:
+            decoder: nn.Module = found.args[0]
+            return decoder
+        except Exception:  # a model's code can be anything
+            return None
+    return None
+
+
+def _around_embeddings(model: PreTrainedModel) -> list[nn.Module]:
+    """From the outermost one within the model."""
+    table = model.get_input_embeddings()
+    path: list[str] = next((name.split(".") for name, module in model.named_modules() if module is table), [])
+    return [model.get_submodule(".".join(path[:length])) for length in range(1, len(path))]
 
 
 def _agrees(model: PreTrainedModel) -> bool:
@@ -59,17 +94,19 @@ def _agrees(model: PreTrainedModel) -> bool:
     asked = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill((mask == 0) | (ids % 5 == 1), -100)}
     try:
         with torch.no_grad():
-            one, other = (forward(**asked).loss.float() for forward in (model.forward, _Chunked(model, 8)))
+            one, other = (forward(**asked).loss.float() for forward in (model.forward, Chunked(model, 8)))
     except Exception:  # a model can be anything
         return False
     return bool(torch.isclose(one, other, rtol=1e-2, atol=1e-3))
 
 
-class _Chunked:
+class Chunked:
     """A model's forward pass: where labels are given, its loss alone."""
 
     def __init__(self, model: PreTrainedModel, rows: int, **again: Any) -> None:
-        self.decoder, self.whole, self.rows, self.again = model.base_model, model.forward, rows, again
+        decoder = decoder_of(model)
+        assert decoder is not None
+        self.decoder, self.whole, self.rows, self.again = decoder, model.forward, rows, again
 
     def __call__(self, *args: Any, labels: torch.Tensor | None = None, **kwargs: Any) -> Any:
         if labels is None or labels.numel() <= self.rows:

@@ -23,7 +23,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.utils import ModelOutput
 
 from qft.data.template import IGNORED
-from qft.memory.chunked_loss import decoded, has_parts, in_place_of, rows_at_once, vocabulary
+from qft.memory.chunked_loss import Chunked, decoded, decoder_of, has_parts, in_place_of, rows_at_once, vocabulary
 from qft.memory.softmax import Gradient, Tail, gradient_in_place
 
 WHOLE_TILES = 128
@@ -57,16 +57,39 @@ def replace_with(fused: FusedLoss) -> None:
 def tail_of(model: PreTrainedModel) -> Tail | None:
     """What the model does between its head and the cross-entropy of the next tokens; None: something else. Needs no
     weights: decoder and head are stood in for."""
-    if not has_parts(model) or model.get_output_embeddings() is None:
+    decoder, head = _parts(model)
+    if decoder is None or head is None:
         return None
     training, model.training = model.training, True
     try:
         with torch.no_grad():
-            return _tried(model)
+            return _tried(model, decoder, head)
     except Exception:  # a model's code can be anything
         return None
     finally:
         model.training = training
+
+
+def _parts(model: PreTrainedModel) -> tuple[nn.Module | None, nn.Module | None]:
+    """Decoder and output head."""
+    return (decoder_of(model), model.get_output_embeddings()) if has_parts(model) else (None, None)
+
+
+def allows_chunks(model: PreTrainedModel) -> bool:
+    """Whether the loss of few rows at a time is the model's own, as far as can be told without weights."""
+    decoder, head = _parts(model)
+    if decoder is None or head is None:
+        return False
+    draw = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(*shape, generator=draw) for shape in ((2, 12, 4), (4, vocabulary(model))))
+    labels = torch.arange(24).view(2, 12).masked_fill(torch.arange(12) % 5 == 1, IGNORED)
+    ways = model.forward, Chunked(model, 8)
+    try:
+        with torch.no_grad(), in_place_of(head, lambda given: given @ weight):
+            one, other = (_behind(decoder, hidden, whole, labels=labels).loss for whole in ways)
+    except Exception:  # a model's code can be anything
+        return False
+    return bool(torch.isclose(one, other, rtol=1e-3))
 
 
 @dataclass
@@ -81,25 +104,25 @@ class _Output(ModelOutput):  # type: ignore[misc]
         return None
 
 
-def _behind(model: PreTrainedModel, hidden: torch.Tensor, whole: Callable[..., Any], **asked: Any) -> Any:
-    """What the model makes of a decoder's output, `hidden`."""
+def _behind(decoder: nn.Module, hidden: torch.Tensor, whole: Callable[..., Any], **asked: Any) -> Any:
+    """What a model, whose forward pass is `whole`, makes of its decoder's output, `hidden`."""
     ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
-    with in_place_of(model.base_model, lambda *_, **__: _Output(last_hidden_state=hidden)):
+    with in_place_of(decoder, lambda *_, **__: _Output(last_hidden_state=hidden)):
         return whole(input_ids=ids, **asked)
 
 
-def _tried(model: PreTrainedModel) -> Tail | None:
+def _tried(model: PreTrainedModel, decoder: nn.Module, head: nn.Module) -> Tail | None:
     hidden, width = torch.ones(2, 6, 4), vocabulary(model)
     labels = torch.arange(12).view(2, 6).masked_fill(torch.arange(6) == 3, IGNORED)
     seen: list[torch.Tensor] = []
 
     def of(z: torch.Tensor, **asked: Any) -> Any:
-        def head(given: torch.Tensor) -> torch.Tensor:
+        def note(given: torch.Tensor) -> torch.Tensor:
             seen.append(given)
             return z.clone()
 
-        with in_place_of(model.get_output_embeddings(), head):
-            return _behind(model, hidden, model.forward, **asked)
+        with in_place_of(head, note):
+            return _behind(decoder, hidden, model.forward, **asked)
 
     z = torch.linspace(-40, 40, 12 * width).view(2, 6, width).flip(-1)
     ends = z.clone()
@@ -134,7 +157,7 @@ def _agrees(model: PreTrainedModel, fused: FusedLoss) -> bool:
         hidden = torch.randn(2, 12, weight.shape[1], generator=draw).to(model.device, weight.dtype).requires_grad_()
         with torch.enable_grad():
             for whole in (model.forward, fused):
-                loss = _behind(model, hidden, whole, labels=labels).loss
+                loss = _behind(fused.decoder, hidden, whole, labels=labels).loss
                 found.append((loss.detach().float(), torch.autograd.grad(loss, hidden)[0].float()))
     except Exception:  # a model's code can be anything
         return False
@@ -148,7 +171,9 @@ class FusedLoss:
 
     def __init__(self, model: PreTrainedModel, size: int, tail: Tail, gradient: Gradient = gradient_in_place) -> None:
         """`size`: bytes that logits in float32 may take at once; in 16 bits, as many rows take half."""
-        self.model, self.whole = model, model.forward
+        decoder = decoder_of(model)
+        assert decoder is not None
+        self.model, self.decoder, self.whole = model, decoder, model.forward
         self.size, self.tail, self.gradient = size, tail, gradient
         self.always = True
         """Whether it computes the loss of batches, too, of which the model may take all logits."""
@@ -167,7 +192,7 @@ class FusedLoss:
             return self.whole(*args, labels=labels, **kwargs)
         items = kwargs.pop("num_items_in_batch", None)
         with in_place_of(self.head, lambda hidden: hidden[..., :1]):
-            hidden = decoded(self.model.base_model, self.whole, args, kwargs)[0]
+            hidden = decoded(self.decoder, self.whole, args, kwargs)[0]
         loss = self.of(hidden, labels.to(hidden.device), None if counts is None else sum(counts), weights)
         if items is None:
             items = (labels[:, 1:] != IGNORED).sum() if weights is None else weights[:, 1:].sum()

@@ -1,40 +1,24 @@
-"""A model without contents whose every tensor is counted, and a machine that is not there: the paths that a GPU takes,
-on tensors that say they are on a CPU, since torch needs no GPU to compute their shapes."""
+"""A model without contents whose every tensor is counted, and that takes the paths which it takes on a GPU."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.function import FunctionCtx, once_differentiable
-from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
-from qft.memory.attention import attention
 from qft.memory.softmax import Tail
 from qft.quant.experts import owner
 from qft.quant.hold import Scheme
 from qft.quant.stacked import Stacked
-
-HALF = (torch.float16, torch.bfloat16)
-IN_FLOAT32 = [
-    "acos", "asin", "cosh", "erfinv", "exp", "expm1", "log", "log10", "log2", "log1p", "reciprocal", "rsqrt", "sinh",
-    "tan", "pow", "softplus", "layer_norm", "group_norm", "rms_norm", "cosine_similarity", "nll_loss", "cross_entropy",
-    "kl_div", "l1_loss", "smooth_l1_loss", "huber_loss", "mse_loss", "binary_cross_entropy_with_logits", "logsumexp",
-    "dist", "renorm", "prod", "softmax", "log_softmax", "cumprod", "cumsum", "sum", "norm",
-]  # fmt: skip
-"""What autocast computes in float32 on a GPU (aten/src/ATen/autocast_mode.h), and, for the most part, not on a CPU."""
-SLOWER = 1.5
-"""What attention's kernels take of the time for as much work, beside products of large matrices (H100, H200)."""
 
 
 class _Sdpa(str):
@@ -53,74 +37,11 @@ UNPADDED = _Sdpa("qft-unpadded")
 """Attention by torch's own kernels, of rows that fill their batch."""
 
 
-def _functions(names: Collection[str]) -> frozenset[Callable[..., Any]]:
-    places = (torch, torch.Tensor, functional)
-    return frozenset(getattr(place, name) for place in places for name in names if hasattr(place, name))
-
-
-class OnGpu(TorchFunctionMode):
-    """Attention by a GPU's kernels, and its autocast, in `dtype`; None: there is no autocast."""
-
-    def __init__(self, dtype: torch.dtype | None, count: Callable[[float], None], *, again: bool = False) -> None:
-        """`count` is told the work of attention, in multiplications with additions of a product of matrices that takes
-        as long; `again`: what it computes was computed before."""
-        super().__init__()
-        self.dtype, self.count, self.again = dtype, count, again
-        self.in_float32 = _functions(IN_FLOAT32)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, mixed = kwargs or {}, self.dtype is not None and torch.is_autocast_enabled("cpu")
-        if func is functional.scaled_dot_product_attention:
-            rows, heads, tokens, size = args[0].shape
-            # Of two products half is masked; the backward pass has five, and is counted with the first forward pass.
-            self.count(SLOWER * rows * heads * tokens * tokens * size * (1.0 if self.again else 3.5))
-            return attention(*_cast(args, self.dtype) if mixed else args, **kwargs)
-        if func is functional.dropout:
-            return _dropout(*args, **kwargs)
-        if mixed and func in self.in_float32:
-            args, kwargs = _cast(args, torch.float32), _cast(kwargs, torch.float32)
-        return func(*args, **kwargs)
-
-    def entered_again(self) -> tuple[Any, Any]:
-        """Contexts of a checkpointed block's first run and of its second: a backward pass enters no mode by itself."""
-        return nullcontext(), OnGpu(self.dtype, self.count, again=True)
-
-
 class NoLayerDropped(TorchFunctionMode):
     """LayerDrop (arXiv:1909.11556) draws a number for each block, and leaves out those whose number is small: none."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return 1.0 if func is torch.rand and args == ([],) else func(*args, **(kwargs or {}))
-
-
-class _Dropped(torch.autograd.Function):
-    """As a GPU's kernel drops numbers, which keeps a byte for each (aten/src/ATen/native/cuda/Dropout.cu)."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(torch.empty(x.shape, dtype=torch.bool))
-        return torch.empty_like(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, gradient: torch.Tensor) -> torch.Tensor:
-        return torch.empty_like(gradient)
-
-
-def _dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:  # noqa: A002
-    """Stands in for torch.nn.functional.dropout."""
-    if inplace or not (training and 0 < p < 1):
-        return functional.dropout(input, p, training, inplace)
-    out: torch.Tensor = _Dropped.apply(input)  # type: ignore[no-untyped-call]
-    return out
-
-
-def _cast(values: Any, dtype: torch.dtype | None) -> Any:
-    def cast(value: Any) -> Any:
-        wants = isinstance(value, torch.Tensor) and value.dtype in (*HALF, torch.float32) and value.dtype != dtype
-        return value.to(dtype) if wants else value
-
-    return tree_map(cast, values)
 
 
 @contextmanager

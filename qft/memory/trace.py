@@ -25,14 +25,15 @@ from qft.kernels import expect, keep
 from qft.kernels.buffers import SCRATCH
 from qft.memory.asked import answer, distilled, innermost, loss_of, masked
 from qft.memory.checkpointing import enable_checkpointing
-from qft.memory.chunked_loss import has_parts, replace_forward, rows_at_once
-from qft.memory.fused_loss import FusedLoss, replace_with, tail_of
+from qft.memory.chunked_loss import replace_forward, rows_at_once
+from qft.memory.fused_loss import FusedLoss, allows_chunks, replace_with, tail_of
 from qft.memory.known import Known
 from qft.memory.ledger import Ledger
 from qft.memory.offload import SLOTS
+from qft.memory.on_gpu import OnGpu
 from qft.memory.repeated import Pattern, pattern
 from qft.memory.softmax import gradient_in_place
-from qft.memory.stand_in import NoLayerDropped, OnGpu, fill, gradient_on_gpu, hold, peft_sees_autocast, set_attention
+from qft.memory.stand_in import NoLayerDropped, fill, gradient_on_gpu, hold, peft_sees_autocast, set_attention
 from qft.memory.stash import Stash, stash_inputs
 from qft.memory.unmasked import one_row_each
 from qft.memory.work import IMAGES, MIDDLE, UPDATE, Batch, Ends, Step, Traced, Work
@@ -158,7 +159,7 @@ def _adapted(model: PreTrainedModel, work: Work, gpu: OnGpu | None, *, checkpoin
     if work.neftune:
         noisy = model.get_input_embeddings()
         noisy.register_forward_hook(lambda _, __, out: out + torch.zeros_like(out).uniform_())
-    if work.logit_bytes and has_parts(model):
+    if work.logit_bytes:
         _divide_loss(model, work.logit_bytes, again, on_gpu=work.on_gpu)
     adapted: nn.Module = model
     roundings = work.scheme.roundings(model) if isinstance(work.scheme, Qat) else {}
@@ -178,7 +179,7 @@ def _divide_loss(model: PreTrainedModel, size: int, again: dict[str, Any], *, on
         fused = FusedLoss(model, size, tail, gradient_on_gpu if on_gpu else gradient_in_place)
         fused.always = False  # if it is, that takes less
         replace_with(fused)
-    else:
+    elif allows_chunks(model):
         replace_forward(model, rows_at_once(model, size), **again)
 
 

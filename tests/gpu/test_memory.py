@@ -16,6 +16,7 @@ from qft.plan import make_plan
 from qft.progress import Step, View
 from qft.recipe import load
 from tests.support.models import byte_tokenizer
+from tests.support.on_gpu import FUNCTIONS, measured, stood_in
 from tests.support.once import once
 from tests.support.rows import write_jsonl
 
@@ -29,7 +30,7 @@ SHAPE = {
 GIB = 2**30
 
 
-OPT = {"ffn_dim": 4096, "word_embed_proj_dim": 1024}
+OWN = {"opt": {"ffn_dim": 4096, "word_embed_proj_dim": 1024}, "bloom": {"n_layer": 12, "n_head": 16}}
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
     def make(folder: Path) -> None:
         torch.manual_seed(0)
-        config = AutoConfig.for_model(kind, **SHAPE | (OPT if kind == "opt" else {}))
+        config = AutoConfig.for_model(kind, **SHAPE | OWN.get(kind, {}))
         AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
         byte_tokenizer().save_pretrained(folder)
 
@@ -78,9 +79,18 @@ def test_the_peak_is_what_was_predicted(base: Path, tmp_path: Path, again: bool,
     is_as_predicted(recipe(tmp_path, base, TWICE | {"gradient_checkpointing": again, "optim": optim}))
 
 
-@pytest.mark.parametrize("base", ["gpt_neox", "phi", "opt"], indirect=True)
-def test_so_it_is_where_norms_make_float32_and_queries_lie_by_heads(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("base", ["gpt_neox", "phi", "opt", "cohere", "nemotron", "bloom"], indirect=True)
+def test_so_it_is_where_norms_make_float32_and_attention_or_mlps_are_others(base: Path, tmp_path: Path) -> None:
     is_as_predicted(recipe(tmp_path, base, TWICE))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_what_stands_in_for_a_gpu_takes_what_it_does(name: str, dtype: torch.dtype) -> None:
+    """But for what reductions take for themselves."""
+    (made, peak), (wanted, taken) = (of(FUNCTIONS[name], dtype, 2**24) for of in (stood_in, measured))
+    assert made == wanted
+    assert peak == pytest.approx(taken, rel=0.02)
 
 
 def is_as_predicted(path: Path) -> None:

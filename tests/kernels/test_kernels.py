@@ -10,9 +10,11 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from torch import nn
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from qft.kernels.activation import REFERENCES
 from qft.kernels.buffers import SCRATCH, bordered_empty, with_border
+from qft.kernels.check import Choices
 from qft.kernels.dequantize import alike, dequantized
 from qft.kernels.jit import _specialized
 from qft.kernels.layer import Layer, Stack, layer_of
@@ -269,6 +271,46 @@ def test_a_part_that_is_not_the_models_own_code_is_taken_back(
     assert told.startswith("rotary positions: ")
     assert reason in told
     assert largest_error(gradients(model, IDS), wanted) < 1e-5
+
+
+class Dropping(LlamaMLP):  # type: ignore[misc]
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = nn.functional.dropout(super().forward(x), 0.5, self.training)
+        return out
+
+
+def test_an_mlp_that_drops_in_training_is_plain() -> None:
+    model = tiny_llama()
+    for block in model.model.layers:
+        block.mlp.__class__ = Dropping
+    applied = fused(adapted(model))
+    assert applied.plain == {"MLPs: they change in training what their last product makes": 2}
+    assert "MLPs" not in applied.fused
+
+
+def test_tokens_near_a_tie_do_not_make_kernels_differ() -> None:
+    """Experts that are all alike to the router: the last bit decides."""
+    model = MODELS["mixtral"]()
+    for block in model.model.layers:
+        block.mlp.gate.weight.data.copy_(block.mlp.gate.weight[:1].expand(4, -1))
+    assert {"linear layers", "norms", "rotary positions"} <= fused(adapted(model, torch.float32)).fused.keys()
+
+
+def test_what_is_chosen_by_size_stays_chosen() -> None:
+    def chosen(x: torch.Tensor) -> list[torch.Tensor]:
+        with choices:
+            (values, places), named = x.topk(2), torch.topk(x, k=1, dim=0)
+            return [values, places, named.values, named.indices, x.argmax(-1)]
+
+    choices, x = Choices(), torch.tensor([[3.0, 2.0, 1.0], [4.0, 6.0, 5.0]])
+    choices.again()
+    first = chosen(x)
+    for _ in range(2):
+        choices.again()
+        values, places, top, tops, most = chosen(-x)
+        assert torch.equal(values, -first[0])
+        assert torch.equal(top, -first[2])
+        assert all(torch.equal(a, b) for a, b in ((places, first[1]), (tops, first[3]), (most, first[4])))
 
 
 def test_gradients_accumulate() -> None:

@@ -10,8 +10,11 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.llama4.modeling_llama4 import Llama4TextModel
+from transformers.models.opt.modeling_opt import OPTDecoder
 
-from qft.memory.fused_loss import COUNTS, FusedLoss, fuse_loss, replace_with, tail_of
+from qft.memory.chunked_loss import decoder_of
+from qft.memory.fused_loss import COUNTS, FusedLoss, allows_chunks, fuse_loss, replace_with, tail_of
 from qft.memory.ledger import Ledger
 from qft.memory.softmax import WIDE, Tail, gradient_in_torch
 from tests.support.models import tiny_llama
@@ -30,7 +33,9 @@ KINDS: dict[str, tuple[dict[str, Any], Tail | None]] = {
     "phi": ({}, Tail()),
     "gpt2": ({"n_embd": 32, "n_head": 4, "n_layer": 1}, Tail()),
     "mixtral": ({"num_local_experts": 4}, Tail()),
-    "opt": ({"ffn_dim": 64, "word_embed_proj_dim": 32}, None),
+    "opt": ({"ffn_dim": 64, "word_embed_proj_dim": 32}, Tail()),
+    "llama4_text": ({"head_dim": 8, "intermediate_size_mlp": 64, "num_local_experts": 2}, Tail()),
+    "bart": ({"d_model": 32, "decoder_layers": 1, "decoder_attention_heads": 4, "decoder_ffn_dim": 64}, None),
 }
 FEW = 4 * WIDTH * 5
 """Bytes of five rows of logits."""
@@ -71,6 +76,20 @@ def test_what_stands_behind_a_head_is_found_without_weights(kind: str) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **COMMON | KINDS[kind][0]))
     assert tail_of(model) == KINDS[kind][1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_whether_a_loss_can_be_taken_by_rows_is_told_without_weights(kind: str) -> None:
+    """Bart's labels are each of their own place."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **COMMON | KINDS[kind][0]))
+    assert allows_chunks(model) == (kind != "bart")
+
+
+def test_a_decoder_is_what_a_model_calls() -> None:
+    """OPT goes past its base model, and Llama 4 has none by the name that it gives."""
+    assert isinstance(decoder_of(model_of("opt")), OPTDecoder)
+    assert isinstance(decoder_of(model_of("llama4_text")), Llama4TextModel)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if KINDS[kind][1]])

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from qft.checkpoint.skeleton import find_blocks
-from qft.kernels import FLOAT8, LINEAR, MLP
+from qft.kernels import FLOAT8, LINEAR, MLP, NORM, ROTARY
 from qft.machine.device import absent_gpu
 from qft.memory.ledger import Ledger, Peak
 from qft.memory.predict import Source, predictor
@@ -34,6 +34,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "gpt_neox": {},
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32, "layerdrop": 1e-9},
     "falcon": {},
+    "cohere": {},
 }
 LORA = {"r": 4, "lora_alpha": 8.0, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 BATCH = Batch(2, 24, padded=True)
@@ -237,6 +238,13 @@ def test_layers_that_are_given_float32_are_fused_where_there_is_autocast() -> No
         return three - two
 
     assert block(()) - block((LINEAR,)) >= 2 * copy
+
+
+def test_of_kernels_no_more_is_expected_than_can_be_tried_without_weights() -> None:
+    """Cohere's norms take the mean off, and its positions turn neighbours."""
+    kinds = (NORM, ROTARY)
+    plain, fused = (of("cohere", work("4bit", on_gpu=True, mixed=torch.bfloat16, kernels=k), ONCE) for k in ((), kinds))
+    assert totals(plain) == totals(fused)
 
 
 def test_a_step_in_float8_is_traced() -> None:

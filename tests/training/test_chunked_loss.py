@@ -27,13 +27,13 @@ def test_a_run_learns_the_same(
     recipe_file: RecipeFile, chat_file: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
 ) -> None:
     calls: list[int] = []
-    real = chunked_loss._Chunked.__call__
+    real = chunked_loss.Chunked.__call__
 
     def called(self: Any, *args: Any, **kwargs: Any) -> Any:
         calls.append(self.rows)
         return real(self, *args, **kwargs)
 
-    monkeypatch.setattr(chunked_loss._Chunked, "__call__", called)
+    monkeypatch.setattr(chunked_loss.Chunked, "__call__", called)
     fused = not settings
     if not fused:
         monkeypatch.setattr("qft.training.session.fuse_loss", lambda *_, **__: False)

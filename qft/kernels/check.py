@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -30,19 +30,45 @@ Results = dict[str, torch.Tensor]
 CHOICES = (torch.topk, torch.Tensor.topk, torch.argmax, torch.Tensor.argmax)
 
 
-class Choices(TorchFunctionMode):
-    """What is chosen by size is what was chosen the first time: a token whose experts are near a tie would go to others
-    by a difference in the last bit, and be wholly different."""
+class Choices:
+    """What parts of a block choose by size is what they chose the first time: a token whose experts are near a tie
+    would go to others by a difference in the last bit, and be wholly different."""
 
+    def __init__(self) -> None:
+        self._of_parts: dict[int, _Chosen] = {}
+
+    @contextmanager
+    def of(self, block: nn.Module) -> Iterator[None]:
+        """While entered. Of its parts, since one that is checkpointed calls no forward pass of its own again."""
+        with ExitStack() as entered:
+            for number, part in enumerate(block.children()):
+                entered.enter_context(self._of_parts.setdefault(number, _Chosen()).within(part))
+            yield
+
+
+class _Chosen(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self._places: list[torch.Tensor] = []
         self._left: list[torch.Tensor] | None = None
-        """Of this time; None: it is the first."""
+        """Of this pass; None: it is the first."""
 
-    def again(self) -> None:
-        """Go through them from the beginning."""
-        self._left = self._places[::-1] if self._places else None
+    @contextmanager
+    def within(self, module: nn.Module) -> Iterator[None]:
+        own, before = module.forward, module.__dict__.get("forward")
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            self._left = self._places[::-1] if self._places else None
+            with self:
+                return own(*args, **kwargs)
+
+        module.forward = forward
+        try:
+            yield
+        finally:
+            del module.forward
+            if before:
+                module.forward = before
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -52,10 +78,10 @@ class Choices(TorchFunctionMode):
         alone = isinstance(made, torch.Tensor)
         if self._left is None:
             self._places.append(made if alone else made.indices)
-            return made
-        places = self._left.pop()
+        places = self._left.pop() if self._left is not None else self._places[-1]
         if alone:
             return places
+        # The first time, too: a block that is computed again keeps what it kept.
         x, dim = args[0] if args else kwargs["input"], kwargs.get("dim", args[2] if len(args) > 2 else -1)
         return type(made)((x.gather(dim, places), places))
 
@@ -67,7 +93,7 @@ class Check:
         self.model, self.blocks, self.mixed = model, blocks, mixed
         self.device = next(blocks.parameters()).device
         self.asked: dict[nn.Module, tuple[Any, Any]] = {}
-        self.choices = Choices()
+        self.choices: dict[nn.Module, Choices] = {block: Choices() for block in blocks}
 
     def run(self) -> None:
         """The whole model, in evaluation, on two rows of an odd number of tokens."""
@@ -158,10 +184,8 @@ class Check:
     def _results(self, noise: float = 0.0) -> Results | str:
         """Outputs of the first block and the last, and all their gradients, or why there are none; with so much noise
         on what the blocks are given, as a share of it."""
-        self.choices.again()
         try:
-            with self.choices, torch.autograd.set_multithreading_enabled(False):  # a thread of its own has no modes
-                return self._computed(noise)
+            return self._computed(noise)
         except Exception as error:  # a model can be anything, and so can what a compiler makes of a kernel
             return f"one block alone cannot be computed: {first_line(error)}"
 
@@ -174,13 +198,14 @@ class Check:
             hidden = args[0].detach() * (1 + noise * torch.randn(args[0].shape).to(args[0]))
             hidden = hidden.requires_grad_()
             trained = {name: p for name, p in block.named_parameters() if p.requires_grad}
-            with torch.enable_grad(), self._autocast():
-                out = block(hidden, *args[1:], **kwargs)
-                out = out[0] if isinstance(out, tuple | list) else out
-                weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
-                total = (out * weights).float().sum()
             names = ("its input", *trained)
-            grads = torch.autograd.grad(total, [hidden, *trained.values()], allow_unused=True)
+            with self.choices[block].of(block):
+                with torch.enable_grad(), self._autocast():
+                    out = block(hidden, *args[1:], **kwargs)
+                    out = out[0] if isinstance(out, tuple | list) else out
+                    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+                    total = (out * weights).float().sum()
+                grads = torch.autograd.grad(total, [hidden, *trained.values()], allow_unused=True)
             own = {"its output": out.detach()}
             own |= {f"the gradient of {name}": g for name, g in zip(names, grads, strict=True) if g is not None}
             found |= {f"{name} in block {number}": tensor for name, tensor in own.items()}

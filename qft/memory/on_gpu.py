@@ -39,7 +39,8 @@ def _functions(names: str) -> frozenset[Callable[..., Any]]:
 class OnGpu(TorchFunctionMode):
     """Attention by a GPU's kernels, and its autocast, in `dtype`; None: there is no autocast."""
 
-    in_float32, makes_float32, softmax = map(_functions, (IN_FLOAT32, MAKES_FLOAT32, "softmax"))
+    in_float32, makes_float32 = _functions(IN_FLOAT32), _functions(MAKES_FLOAT32)
+    softmax, log_softmax = _functions("softmax"), _functions("log_softmax")
 
     def __init__(self, dtype: torch.dtype | None, count: Callable[[float], None], *, again: bool = False) -> None:
         """`count` is told the work of attention, in multiplications with additions of a product of matrices that takes
@@ -60,7 +61,9 @@ class OnGpu(TorchFunctionMode):
             args, kwargs = _cast(args, torch.float32), _cast(kwargs, torch.float32)
         if mixed and func in self.makes_float32 and _dtype_asked(args, kwargs) is None and _is_half(args, kwargs):
             kwargs = kwargs | {"dtype": torch.float32}
-        return (_softmax if func in self.softmax else func)(*args, **kwargs)
+        if func in self.softmax or func in self.log_softmax:
+            return _softmax(*args, **kwargs, writes_product=func in self.softmax)
+        return func(*args, **kwargs)
 
     def entered_again(self) -> tuple[Any, Any]:
         """Contexts of a checkpointed block's first run and of its second: a backward pass enters no mode by itself."""
@@ -85,31 +88,32 @@ def _is_half(args: Any, kwargs: Any) -> bool:
 
 
 class _Softmax(torch.autograd.Function):
-    """Whose way back writes gradient · output down before it sums it (aten/src/ATen/native/cuda/SoftMax.cu)."""
+    """On the way back, softmax writes gradient · output down before it sums it, and log_softmax does not
+    (aten/src/ATen/native/cuda/SoftMax.cu)."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, dtype: torch.dtype, writes_product: bool) -> torch.Tensor:
         out = torch.empty(x.shape, dtype=dtype)
         ctx.save_for_backward(out)
-        ctx.given = x.dtype
+        ctx.given, ctx.writes_product = x.dtype, writes_product
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (out,) = ctx.saved_tensors
-        product = torch.empty_like(out)
+        product = torch.empty_like(out) if ctx.writes_product else None
         found = torch.empty(out.shape, dtype=ctx.given)
         del product
-        return found, None
+        return found, None, None
 
 
-def _softmax(*args: Any, **kwargs: Any) -> torch.Tensor:
-    """Stands in for softmax; float16 alone becomes float32 without a copy."""
+def _softmax(*args: Any, writes_product: bool, **kwargs: Any) -> torch.Tensor:
+    """Stands in for softmax and log_softmax; float16 alone becomes float32 without a copy."""
     x = args[0] if args else kwargs["input"]
     dtype = _dtype_asked(args, kwargs) or x.dtype
     x = x if (x.dtype, dtype) == (torch.float16, torch.float32) else x.to(dtype)
-    out: torch.Tensor = _Softmax.apply(x, dtype)  # type: ignore[no-untyped-call]
+    out: torch.Tensor = _Softmax.apply(x, dtype, writes_product)  # type: ignore[no-untyped-call]
     return out
 
 

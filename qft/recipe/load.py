@@ -110,6 +110,7 @@ def from_values(values: dict[str, Any]) -> LoadedRecipe:
     """A recipe that no file holds; relative paths are relative to the working directory."""
     _resolve_paths(values, Path())
     tree = Tree(values)
+    _apply_presets(tree)
     return LoadedRecipe(_validated(tree), tree)
 
 

@@ -19,6 +19,7 @@ from qft.distributed.gate import BitGate
 from qft.distributed.sharded import gathered, plugin_arguments, trained
 from qft.distributed.world import world
 from qft.errors import Interrupted, ModelError
+from qft.kernels.buffers import SCRATCH
 from qft.machine.environment import own_determinism
 from qft.machine.signals import Signals
 from qft.memory.chunked_loss import LOGITS, chunk_loss, rows_at_once
@@ -61,7 +62,7 @@ def train_model(run: Run, recorder: Recorder, signals: Signals) -> Path:
     with recorder.meter, own_determinism():
         for plan in stages_left(recorder.stages, run.checkpoint, recorder.earlier):
             recorder.take_up(plan)
-            with offloading(plan.model, run.folder) as offload:
+            with SCRATCH.apart(), offloading(plan.model, run.folder) as offload:
                 result = _train_stage(run, recorder, signals, offload)
             if plan.leads_on:
                 run.checkpoint = result

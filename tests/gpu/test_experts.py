@@ -28,17 +28,26 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("mode", ["nf4", "fp4", "8bit"])
-def test_experts_are_held_as_on_a_cpu(mode: str, tmp_path: Path) -> None:
+def test_experts_are_held_as_near_as_on_a_cpu(mode: str, tmp_path: Path) -> None:
+    """Weights of 16 bits lie half way between two numbers of fp4 now and then, and a GPU takes the other one."""
     folder = write_mixture(tmp_path / "model", "qwen3_moe")
-    values = {"quant": MODES[mode]["quant"], "data": {"train": "-"}, "output_dir": "-"}
-    held = []
-    for device in ("cpu", "cuda"):
+
+    def experts(device: str, quant: dict[str, Any]) -> list[torch.Tensor]:
+        values = {"quant": quant, "data": {"train": "-"}, "output_dir": "-"}
         plan = plan_model(from_values(values | {"model": {"path": str(folder), "device": device}}))
         model = load_base(plan)
-        names = sorted(plan.scheme.holds_experts(plan.skeleton))
-        held.append([model.get_parameter(name).view_of.whole().float().cpu() for name in names])
-    for here, there in zip(*held, strict=True):
-        torch.testing.assert_close(here, there, atol=0.01, rtol=0.01)
+        held = [model.get_parameter(name) for name in names]
+        return [(each.view_of.whole() if isinstance(each, Stacked) else each).float().cpu() for each in held]
+
+    names = [f"model.layers.{block}.mlp.experts.{name}" for block in range(2) for name in ("gate_up_proj", "down_proj")]
+    exactly = experts("cpu", {})
+    lost = [
+        [(own - exact).abs() for own, exact in zip(experts(device, MODES[mode]["quant"]), exactly, strict=True)]
+        for device in ("cpu", "cuda")
+    ]
+    assert all(each.any() for of_device in lost for each in of_device)
+    for here, there in zip(*lost, strict=True):
+        torch.testing.assert_close(here, there, atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss", "llama4_text"])

@@ -288,29 +288,36 @@ def test_an_mlp_that_drops_in_training_is_plain() -> None:
     assert "MLPs" not in applied.fused
 
 
-def test_tokens_near_a_tie_do_not_make_kernels_differ() -> None:
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_tokens_near_a_tie_do_not_make_kernels_differ(checkpointed: bool) -> None:
     """Experts that are all alike to the router: the last bit decides."""
     model = MODELS["mixtral"]()
     for block in model.model.layers:
         block.mlp.gate.weight.data.copy_(block.mlp.gate.weight[:1].expand(4, -1))
-    assert {"linear layers", "norms", "rotary positions"} <= fused(adapted(model, torch.float32)).fused.keys()
+    if checkpointed:
+        enable_checkpointing(model)
+        model.enable_input_require_grads()
+    applied = fused(adapted(model, torch.float32))
+    assert {"linear layers", "norms", "rotary positions"} <= applied.fused.keys(), applied.plain
+    assert all("forward" not in vars(block.mlp) for block in model.model.layers)
+
+
+class Chooses(nn.Module):
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        (values, places), named = x.topk(2), torch.topk(x, k=1, dim=0)
+        return [values, places, named.values, named.indices, x.argmax(-1)]
 
 
 def test_what_is_chosen_by_size_stays_chosen() -> None:
-    def chosen(x: torch.Tensor) -> list[torch.Tensor]:
-        with choices:
-            (values, places), named = x.topk(2), torch.topk(x, k=1, dim=0)
-            return [values, places, named.values, named.indices, x.argmax(-1)]
-
-    choices, x = Choices(), torch.tensor([[3.0, 2.0, 1.0], [4.0, 6.0, 5.0]])
-    choices.again()
-    first = chosen(x)
-    for _ in range(2):
-        choices.again()
-        values, places, top, tops, most = chosen(-x)
-        assert torch.equal(values, -first[0])
-        assert torch.equal(top, -first[2])
-        assert all(torch.equal(a, b) for a, b in ((places, first[1]), (tops, first[3]), (most, first[4])))
+    module, x = nn.Sequential(Chooses()), torch.tensor([[3.0, 2.0, 1.0], [4.0, 6.0, 5.0]])
+    with Choices().of(module):
+        first = module(x)
+        for _ in range(2):
+            values, places, top, tops, most = module(-x)
+            assert torch.equal(values, -first[0])
+            assert torch.equal(top, -first[2])
+            assert all(torch.equal(a, b) for a, b in ((places, first[1]), (tops, first[3]), (most, first[4])))
+    assert not torch.equal(module(-x)[1], first[1])
 
 
 def test_gradients_accumulate() -> None:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from qft.errors import RecipeError
 from qft.recipe import Recipe, load
+from qft.recipe.load import from_values
 from qft.recipe.training import AdapterSection
 from tests.support.paths import ROOT
 
@@ -207,6 +208,11 @@ PRESETS = {"inference": ("4bit", "fp4", "float32", False), "finetune": ("4bit", 
 def quant(*overrides: str) -> tuple[object, ...]:
     found = recipe(MINIMAL, *overrides).quant
     return found.mode, found.quant_type, found.compute_dtype, found.double_quant
+
+
+def test_a_recipe_that_no_file_holds_takes_its_preset() -> None:
+    quant = from_values({"model": {"path": "m"}, "quant": {"preset": "finetune"}, "output_dir": "-"}).recipe.quant
+    assert (quant.mode, quant.quant_type, quant.compute_dtype, quant.double_quant) == PRESETS["finetune"]
 
 
 @pytest.mark.parametrize("preset", PRESETS)

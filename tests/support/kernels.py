@@ -39,10 +39,14 @@ def adapted(model: nn.Module, dtype: torch.dtype | None = torch.float64, **chang
     return (made if dtype is None else made.to(dtype)).train()
 
 
+def blocks_of(model: nn.Module) -> nn.ModuleList:
+    stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    return max(stacks, key=lambda stack: len(list(stack.modules())))
+
+
 def fused(model: Any, mixed: torch.dtype | None = None, kinds: Sequence[str] = KINDS) -> Applied:
     """Everything that can be."""
-    stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
-    return apply(model, max(stacks, key=lambda stack: len(list(stack.modules()))), kinds, mixed)
+    return apply(model, blocks_of(model), kinds, mixed)
 
 
 def gradients(model: Any, ids: torch.Tensor, mixed: torch.dtype | None = None) -> dict[str, torch.Tensor]:

@@ -121,11 +121,11 @@ def main() -> None:
             except Exception as error:  # of a transformers version that does not have it
                 print(json.dumps({"family": name, "not made": f"{type(error).__name__}: {error}"[:200]}), flush=True)
                 continue
-            results: dict[str, dict[str, Any]] = {}
+            plain: dict[str, Any] = {}
             for arm in options.arms:
-                results[arm] = trained(Path(folder), arm, asked)
-                told = beside(results[arm], results.get("plain", {}))
-                print(json.dumps({"family": name, "arm": arm, **told}), flush=True)
+                result = trained(Path(folder), arm, asked)
+                print(json.dumps({"family": name, "arm": arm, **told(result, plain)}), flush=True)
+                plain = result if arm == "plain" else plain
                 gc.collect()
 
 
@@ -180,16 +180,16 @@ def trained(folder: Path, arm: str, asked: argparse.Namespace) -> dict[str, Any]
     }
 
 
-def beside(result: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
-    """With what it is to plain, for its losses."""
-    losses = result.pop("losses", [])
-    told = {**result, "loss": losses[-1:]}
-    if result is plain:
-        plain["losses"] = losses
-    elif losses and "losses" in plain:
-        told["ratio"] = round(result["tokens_per_second"] / plain["tokens_per_second"], 2)
-        told["loss_differs_by"] = round(max(abs(a - b) for a, b in zip(losses, plain["losses"], strict=True)), 4)
-    return told
+def told(result: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
+    """With its last loss alone, and what it is to plain, if that was trained before."""
+    if "losses" not in result:
+        return result
+    said = {name: value for name, value in result.items() if name != "losses"} | {"loss": result["losses"][-1]}
+    if "losses" in plain:
+        pairs = zip(result["losses"], plain["losses"], strict=True)
+        said["ratio"] = round(result["tokens_per_second"] / plain["tokens_per_second"], 2)
+        said["loss_differs_by"] = round(max(abs(a - b) for a, b in pairs), 4)
+    return said
 
 
 if __name__ == "__main__":

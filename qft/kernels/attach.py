@@ -18,6 +18,7 @@ from qft.errors import first_line
 from qft.kernels.buffers import SCRATCH
 from qft.kernels.check import Check
 from qft.kernels.float8 import Dither
+from qft.kernels.in_place import put_forward
 from qft.kernels.keep import Keep
 from qft.kernels.layer import Stack
 from qft.kernels.mlp import Mlp
@@ -59,16 +60,7 @@ class Applied:
 
     def put(self, kind: str, module: nn.Module, forward: Callable[..., Any]) -> None:
         """Have `forward` in the place of the module's own."""
-        before = module.__dict__.get("forward")
-
-        def undo() -> None:
-            if before is None:
-                del module.forward
-            else:
-                module.forward = before
-
-        module.forward = forward
-        self.undo.setdefault(kind, []).append(undo)
+        self.undo.setdefault(kind, []).append(put_forward(module, forward))
 
     def take_back(self, kind: str) -> None:
         """Let the modules of that kind take their own code again."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
 from qft.errors import first_line
+from qft.kernels.in_place import in_place_of
 
 TOLERANCE, NOISES = 0.03, 3
 """Largest error of an output or a gradient, relative to what the model's own code makes of it in 16 bits, and how many
@@ -26,7 +28,6 @@ LEAST_WORDS = 64
 
 Results = dict[str, torch.Tensor]
 
-
 CHOICES = (torch.topk, torch.Tensor.topk, torch.argmax, torch.Tensor.argmax)
 
 
@@ -35,14 +36,14 @@ class Choices:
     would go to others by a difference in the last bit, and be wholly different."""
 
     def __init__(self) -> None:
-        self._of_parts: dict[int, _Chosen] = {}
+        self._of_parts: defaultdict[int, _Chosen] = defaultdict(_Chosen)
 
     @contextmanager
     def of(self, block: nn.Module) -> Iterator[None]:
         """While entered. Of its parts, since one that is checkpointed calls no forward pass of its own again."""
         with ExitStack() as entered:
             for number, part in enumerate(block.children()):
-                entered.enter_context(self._of_parts.setdefault(number, _Chosen()).within(part))
+                entered.enter_context(self._of_parts[number].within(part))
             yield
 
 
@@ -53,22 +54,15 @@ class _Chosen(TorchFunctionMode):
         self._left: list[torch.Tensor] | None = None
         """Of this pass; None: it is the first."""
 
-    @contextmanager
-    def within(self, module: nn.Module) -> Iterator[None]:
-        own, before = module.forward, module.__dict__.get("forward")
+    def within(self, module: nn.Module) -> AbstractContextManager[None]:
+        own = module.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             self._left = self._places[::-1] if self._places else None
             with self:
                 return own(*args, **kwargs)
 
-        module.forward = forward
-        try:
-            yield
-        finally:
-            del module.forward
-            if before:
-                module.forward = before
+        return in_place_of(module, forward)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -76,9 +70,11 @@ class _Chosen(TorchFunctionMode):
         if func not in CHOICES:
             return made
         alone = isinstance(made, torch.Tensor)
-        if self._left is None:
-            self._places.append(made if alone else made.indices)
-        places = self._left.pop() if self._left is not None else self._places[-1]
+        if self._left is not None:
+            places = self._left.pop()
+        else:
+            places = made if alone else made.indices
+            self._places.append(places)
         if alone:
             return places
         # The first time, too: a block that is computed again keeps what it kept.
@@ -93,33 +89,23 @@ class Check:
         self.model, self.blocks, self.mixed = model, blocks, mixed
         self.device = next(blocks.parameters()).device
         self.asked: dict[nn.Module, tuple[Any, Any]] = {}
-        self.choices: dict[nn.Module, Choices] = {block: Choices() for block in blocks}
+        self.choices: defaultdict[nn.Module, Choices] = defaultdict(Choices)
 
     def run(self) -> None:
         """The whole model, in evaluation, on two rows of an odd number of tokens."""
         ids = (torch.arange(2 * 33, device=self.device) * 7 % LEAST_WORDS).view(2, 33)
         hooks = [block.register_forward_pre_hook(self._note, with_kwargs=True) for block in self.blocks]
-        was = [module for module in self.model.modules() if module.training]
-        self.model.eval()
         try:
-            with torch.no_grad(), self._autocast():
+            with _mode(self.model, training=False), torch.no_grad(), self._autocast():
                 self.model(input_ids=ids, use_cache=False)
         finally:
             for hook in hooks:
                 hook.remove()
-            for module in was:
-                module.training = True
 
     def in_training(self, module: nn.Module, x: torch.Tensor) -> Any:
         """What a module makes of `x` while it trains."""
-        was = [part for part in module.modules() if not part.training]
-        module.train()
-        try:
-            with self._own_random_numbers(x), torch.no_grad(), self._autocast():
-                return module(x)
-        finally:
-            for part in was:
-                part.training = False
+        with _mode(module, training=True), self._own_random_numbers(x), torch.no_grad(), self._autocast():
+            return module(x)
 
     def _own_random_numbers(self, x: torch.Tensor) -> Any:
         """Those of everybody else are left as they were; a tensor without contents draws none."""
@@ -170,16 +156,12 @@ class Check:
             if "lora_B" in name and parameter.requires_grad:
                 kept[parameter] = parameter.detach().clone()
                 parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
-        was = [module for module in self.model.modules() if not module.training]
-        self.model.train()
         try:
-            with self._own_random_numbers(next(self.blocks.parameters())):
+            with _mode(self.model, training=True), self._own_random_numbers(next(self.blocks.parameters())):
                 yield
         finally:
             for parameter, value in kept.items():
                 parameter.data.copy_(value)
-            for module in was:
-                module.training = False
 
     def _results(self, noise: float = 0.0) -> Results | str:
         """Outputs of the first block and the last, and all their gradients, or why there are none; with so much noise
@@ -210,6 +192,18 @@ class Check:
             own |= {f"the gradient of {name}": g for name, g in zip(names, grads, strict=True) if g is not None}
             found |= {f"{name} in block {number}": tensor for name, tensor in own.items()}
         return found
+
+
+@contextmanager
+def _mode(module: nn.Module, *, training: bool) -> Iterator[None]:
+    """While entered, all of it is in training, or in evaluation."""
+    others = [part for part in module.modules() if part.training != training]
+    module.train(training)
+    try:
+        yield
+    finally:
+        for part in others:
+            part.training = not training
 
 
 def _difference(found: Results | str, wanted: Results | str, noisy: Results | str, tolerance: float = TOLERANCE) -> str:

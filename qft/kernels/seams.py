@@ -139,6 +139,7 @@ def find_mlps(
     return found
 
 
+@unset_fake_temporarily()
 def _activation(module: nn.Module) -> str | None:
     """Its name, if beside linear layers and dropouts that drop nothing the module holds one and nothing else."""
     others = [m for m in module.modules() if m is not module and not _within_linear(module, m)]
@@ -146,14 +147,13 @@ def _activation(module: nn.Module) -> str | None:
     others = [m for m in others if not any(child in others for child in m.children())]
     if len(others) != 1 or any(True for _ in others[0].parameters()):
         return None
-    with unset_fake_temporarily():
-        x = torch.linspace(-6, 6, 241)
-        try:
-            y = others[0](x)
-        except Exception:  # a module can be anything
-            return None
-        same = (name for name, act in REFERENCES.items() if y.shape == x.shape and _error(y, act(x)) < SAME)
-        return next(same, None)
+    x = torch.linspace(-6, 6, 241)
+    try:
+        y = others[0](x)
+    except Exception:  # a module can be anything
+        return None
+    same = (name for name, act in REFERENCES.items() if y.shape == x.shape and _error(y, act(x)) < SAME)
+    return next(same, None)
 
 
 def _within_linear(root: nn.Module, module: nn.Module) -> bool:
@@ -247,8 +247,8 @@ def _is_norm(seam: NormSeam, given: torch.Tensor) -> bool:
     """On numbers of usual size, and on some so small that eps counts, with other weights than its own."""
     ((name, own),) = seam.module.named_parameters()
     generator = torch.Generator().manual_seed(0)
-    weight, x = (torch.randn(*lines, len(own), generator=generator).to(given.device) for lines in ((), (8,)))
-    weight, x = weight.to(own.dtype), x.to(given.dtype)
+    weight = torch.randn(len(own), generator=generator).to(given.device, own.dtype)
+    x = torch.randn(8, len(own), generator=generator).to(given.device, given.dtype)
     for size in (1.0, 0.5 * seam.eps**0.5):
         try:
             with torch.no_grad():
@@ -280,20 +280,20 @@ def find_rotary(blocks: nn.Module, seen: Seen) -> list[RotarySeam]:
     return found
 
 
+@unset_fake_temporarily()
 def _turns(function: Callable[..., Any]) -> bool:
     asked = [p.default for p in inspect.signature(function).parameters.values() if p.kind == p.POSITIONAL_OR_KEYWORD]
     if asked[:4] != [inspect.Parameter.empty] * 4 or inspect.Parameter.empty in asked[4:]:
         return False
     generator = torch.Generator().manual_seed(0)
     shapes = (2, 4, 5, 8), (2, 2, 5, 8), (2, 5, 8), (2, 5, 8)
-    with unset_fake_temporarily():
-        q, k, cos, sin = (torch.randn(shape, generator=generator) for shape in shapes)
-        try:
-            found = function(q, k, cos, sin)
-            wanted = rotate(q, k, cos, sin)
-            return all(a.shape == b.shape and _error(a, b) < SAME for a, b in zip(found, wanted, strict=True))
-        except Exception:  # a function can be anything
-            return False
+    q, k, cos, sin = (torch.randn(shape, generator=generator) for shape in shapes)
+    try:
+        found = function(q, k, cos, sin)
+        wanted = rotate(q, k, cos, sin)
+        return all(a.shape == b.shape and _error(a, b) < SAME for a, b in zip(found, wanted, strict=True))
+    except Exception:  # a function can be anything
+        return False
 
 
 def _error(found: torch.Tensor, wanted: torch.Tensor) -> float:

@@ -5,8 +5,8 @@ decoder's output, and again for the backward pass.
 """
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
+
+from qft.kernels.in_place import in_place_of
 
 LOGITS, FEW_LOGITS = 2**29, 2**27
 """Bytes that logits in float32 may take at once, and where memory is scarce; what the loss and its gradient make of
@@ -45,18 +47,16 @@ def replace_forward(model: PreTrainedModel, rows: int, **again: Any) -> None:
     model.forward = functools.wraps(model.forward)(Chunked(model, rows, **again))
 
 
-def has_parts(model: PreTrainedModel) -> bool:
-    """Whether the model is a decoder and what stands behind it, whose loss is one of tokens alone."""
-    return decoder_of(model) is not None and not getattr(model.config, "output_router_logits", False)
-
-
 class _Reached(Exception):
     """A module was called."""
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module | None:
     """What the model calls first of the modules around its input embeddings: not always its base model, which OPT, say,
-    goes past. Needs no weights."""
+    goes past. None: it is no decoder with something behind it, or its loss is not one of tokens alone. Needs no
+    weights."""
+    if getattr(model.config, "output_router_logits", False):
+        return None
 
     def reached(module: nn.Module) -> Callable[..., Any]:
         def forward(*_: Any, **__: Any) -> Any:
@@ -86,7 +86,7 @@ def _around_embeddings(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def _agrees(model: PreTrainedModel) -> bool:
-    if not has_parts(model):
+    if decoder_of(model) is None:
         return False
     ids = torch.arange(24, device=model.device).view(2, 12)
     mask = torch.ones_like(ids)
@@ -147,16 +147,3 @@ def _with_rows(output: Any, rows: torch.Tensor) -> Any:
     if isinstance(output, tuple):
         return (rows, *output[1:])
     return type(output)(**{**output, "last_hidden_state": rows})
-
-
-@contextmanager
-def in_place_of(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """While entered, the module's forward pass is `forward`."""
-    before = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-        if before:
-            module.forward = before

@@ -23,7 +23,8 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.utils import ModelOutput
 
 from qft.data.template import IGNORED
-from qft.memory.chunked_loss import Chunked, decoded, decoder_of, has_parts, in_place_of, rows_at_once, vocabulary
+from qft.kernels.in_place import in_place_of
+from qft.memory.chunked_loss import Chunked, decoded, decoder_of, rows_at_once, vocabulary
 from qft.memory.softmax import Gradient, Tail, gradient_in_place
 
 WHOLE_TILES = 128
@@ -57,7 +58,7 @@ def replace_with(fused: FusedLoss) -> None:
 def tail_of(model: PreTrainedModel) -> Tail | None:
     """What the model does between its head and the cross-entropy of the next tokens; None: something else. Needs no
     weights: decoder and head are stood in for."""
-    decoder, head = _parts(model)
+    decoder, head = decoder_of(model), model.get_output_embeddings()
     if decoder is None or head is None:
         return None
     training, model.training = model.training, True
@@ -70,14 +71,9 @@ def tail_of(model: PreTrainedModel) -> Tail | None:
         model.training = training
 
 
-def _parts(model: PreTrainedModel) -> tuple[nn.Module | None, nn.Module | None]:
-    """Decoder and output head."""
-    return (decoder_of(model), model.get_output_embeddings()) if has_parts(model) else (None, None)
-
-
 def allows_chunks(model: PreTrainedModel) -> bool:
     """Whether the loss of few rows at a time is the model's own, as far as can be told without weights."""
-    decoder, head = _parts(model)
+    decoder, head = decoder_of(model), model.get_output_embeddings()
     if decoder is None or head is None:
         return False
     draw = torch.Generator().manual_seed(0)

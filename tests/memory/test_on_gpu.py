@@ -38,5 +38,5 @@ def test_a_sum_makes_no_copy_and_softmax_of_float16_none_in_float32() -> None:
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_without_autocast_dtypes_stay(name: str) -> None:
-    wide = name in ("softmax asked for in float32",)
-    assert stood_in(FUNCTIONS[name], torch.bfloat16, 64, mixed=False)[0] == (torch.float32 if wide else torch.bfloat16)
+    dtype = torch.float32 if name == "softmax asked for in float32" else torch.bfloat16
+    assert stood_in(FUNCTIONS[name], torch.bfloat16, 64, mixed=False)[0] == dtype

@@ -36,9 +36,7 @@ FUNCTIONS: dict[str, Function] = {
 ROWS = 64
 
 
-def stood_in(
-    function: Callable[[Tensor], Tensor], dtype: torch.dtype, size: int, *, mixed: bool = True
-) -> tuple[torch.dtype, int]:
+def stood_in(function: Function, dtype: torch.dtype, size: int, *, mixed: bool = True) -> Found:
     """The dtype of what it makes of [ROWS, size / ROWS] numbers of `dtype`, and the bytes of the worst moment of both
     passes."""
     ledger = Ledger(lambda _, label: label)

@@ -30,7 +30,8 @@ from qft.calibration.streamed import StreamedModel
 from qft.checkpoint.stored import read_metadata
 from qft.checkpoint.weights import save_tensors, write_index
 from qft.documents.evaluation import LayerError
-from qft.files import write_json
+from qft.documents.recorded import lies_beside_work
+from qft.files import remove_folder, write_json
 from qft.measure.likelihood import Verification, compare
 from qft.progress import View
 from qft.quant.engines import Block, Engine, QuantizedLayer, find_engine, linear_of
@@ -205,8 +206,8 @@ class BlockQuantizer:
         if finished and (wrong := damage(self.folder, max(finished))):
             told = f"not what was written: {', '.join(wrong)}; all blocks are quantized again"
             self.view.note(f"Of what was finished in {self.folder}, {told}")
-            shutil.rmtree(self.folder)
-            self.folder.mkdir()
+            remove_folder(self.folder, lies_beside_work)
+            self.folder.mkdir(exist_ok=True)
         elif finished:
             done = max(finished)
             streams = _Streams.load(self._streams(done))

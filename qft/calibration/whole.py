@@ -168,7 +168,9 @@ def _plugin_plan(job: WholeQuantizer) -> ModelPlan:
 def write_by_llmcompressor(job: WholeQuantizer, folder: Path) -> EngineProcess:
     """By an algorithm of llm-compressor, in a process of calibrate.engine_python. Raises ModelError if it fails."""
     plan, calibrate = job.plan, job.plan.calibrate
-    source, windows = job.source.folder(), job.source.work / "windows.jsonl"
+    source, scratch = job.source.folder(), job.source.work / "engine"
+    scratch.mkdir(parents=True, exist_ok=True)  # what it leaves in the folder that it runs in is nobody's
+    windows = scratch / "windows.jsonl"
     write_text(windows, plan.data.as_jsonl())
     request = {
         "model": str(source.resolve()),  # it runs elsewhere
@@ -184,7 +186,7 @@ def write_by_llmcompressor(job: WholeQuantizer, folder: Path) -> EngineProcess:
     assert calibrate.engine_python is not None
     job.view.note(f"Quantizing the whole model by {calibrate.algorithm} of {calibrate.engine_python}")
     on_gpu = plan.model.device.kind == "cuda"
-    report = run_job(calibrate.engine_python, request, job.source.work, job.view.note, on_gpu=on_gpu)
+    report = run_job(calibrate.engine_python, request, scratch, job.view.note, on_gpu=on_gpu)
     if not calibrate.symmetric:
         # See CompressedTensors.config of qft.quant.engines, which says the same of models with zero points.
         config = json.loads((folder / "config.json").read_text("utf-8"))

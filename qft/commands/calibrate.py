@@ -1,6 +1,5 @@
 """`qft calibrate`: a trained model, quantized for inference, and proof of what it cost."""
 
-import shutil
 import time
 from pathlib import Path
 
@@ -12,9 +11,9 @@ from qft.calibration.source import Source
 from qft.checkpoint.digest import digest
 from qft.data.prepare import Prepared
 from qft.documents.calibration import CalibrationRecord, CalibrationReport
-from qft.documents.recorded import record_of, require_whole_run, unverified
+from qft.documents.recorded import lies_beside_work, record_of, require_whole_run, unverified
 from qft.errors import GateError, MissingError, RunError
-from qft.files import write_json, write_text
+from qft.files import remove_folder, write_json, write_text
 from qft.machine.device import versions
 from qft.machine.signals import Signals
 from qft.memory.guard import memory_guard, smaller_calibration
@@ -104,13 +103,13 @@ def _calibrate(loaded: LoadedRecipe, view: View, *, resume: bool, overwrite: boo
             report = _report(acceptance, run.full_model if accepted else None, meter, before, started)
     finally:
         if plan.engine.whole_model:
-            shutil.rmtree(run.work, ignore_errors=True)
+            remove_folder(run.work, lies_beside_work)
     write_json(run.report, report.model_dump(mode="json"))
     run.end("complete" if accepted else "refused", view)
     if not accepted:
         resumable = "" if plan.engine.whole_model else "; --resume then takes the blocks as they are"
         raise GateError(f"{acceptance.refusal(run.folder)}{resumable}")
-    shutil.rmtree(run.work, ignore_errors=True)
+    remove_folder(run.work, lies_beside_work)
     return report
 
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from shlex import quote
 from typing import TypeVar
@@ -21,6 +22,11 @@ RESULTS = ("adapter", "model")
 """Folders of a run that hold what came of it."""
 EVALUATION = ("eval.json", "report.html", "answers")
 """Files of an evaluation, and the folder of its answers."""
+WORK = (
+    "block-[0-9]*.json", "block-[0-9]*.safetensors", "done-[0-9]*.json", "errors-[0-9]*.json", "experts-[0-9]*.json",
+    "streams-[0-9]*.safetensors", "engine/*", "quantized/*", "unquantized/*",
+)  # fmt: skip
+"""What a calibration keeps in its run's work/ until it is complete, by paths below that."""
 LOADED = (".bin", ".gguf", ".jinja", ".json", ".model", ".py", ".safetensors", ".tiktoken", ".txt")
 """Endings of what a loader could take for part of a model."""
 
@@ -31,6 +37,11 @@ Read = Callable[[Path], str]
 def lies_beside(name: str) -> bool:
     """Whether no loader could take a file of a result for part of it, nor qft wrote it: somebody's notes, say."""
     return not name.endswith((*LOADED, *SIDE))
+
+
+def lies_beside_work(name: str) -> bool:
+    """The same of a file in a calibration's work/, by its path below that."""
+    return not any(fnmatch(name, made) for made in WORK)
 
 
 class _Exported(BaseModel):

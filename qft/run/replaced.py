@@ -8,7 +8,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from qft.documents.export import ExportMark, export_in
-from qft.documents.recorded import EVALUATION, RESULTS, SIDE, lies_beside
+from qft.documents.recorded import EVALUATION, RESULTS, SIDE, lies_beside, lies_beside_work
 from qft.files import remove_folder
 from qft.run.checkpoint import beside_all
 from qft.run.lock import HELD, LOCK, require_free
@@ -93,6 +93,7 @@ def _stays(aside: Path, marks: Mapping[Path, ExportMark]) -> dict[Path, Callable
     """Of qft's own folders, whether a file, by its path in one, is somebody else's: their notes, say."""
     checkpoints, results = aside / "checkpoints", [aside / name for name in RESULTS]
     stays = {checkpoints: beside_all(checkpoints)} | dict.fromkeys(results, lies_beside)
+    stays[aside / "work"] = lies_beside_work
     stays[aside / "events"] = lambda name: "tfevents" not in name
     stays[aside / "answers"] = lambda name: not name.endswith(".jsonl")
     *files, answers = EVALUATION

@@ -146,13 +146,17 @@ def test_a_finished_block_that_was_damaged_is_not_taken(
     with pytest.raises(KeyboardInterrupt):
         calibrate(load(path), Cut(after=1))
     harm(tmp_path / "run" / "work" / name)
+    notes = tmp_path / "run" / "work" / "notes.md"
+    notes.write_text("mine")
     view = Told()
     report = calibrate(load(path), view, resume=True)
     assert len(report.block_seconds) == 2
     [told] = [note for note in view.notes if "quantized again" in note]
     assert f"not what was written: {name}; all blocks" in told
     resumed = weights(tmp_path / "run" / "model")
+    assert [*notes.parent.iterdir()] == [notes]
     calibrate(load(path), View(), overwrite=True)
+    assert (tmp_path / "run" / "replaced-1" / "work" / "notes.md").read_text() == "mine"
     assert weights(tmp_path / "run" / "model") == resumed
 
 

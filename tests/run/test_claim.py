@@ -201,13 +201,14 @@ def test_what_qft_did_not_write_into_a_run_is_not_deleted_with_it(finished: Path
     names = (
         "notes.md", "export/mine/weights", "adapter/notes.md", "checkpoints/notes.md", "checkpoints/best/adapter.json",
         f"checkpoints/{checkpoint}/notes.md", f"checkpoints/{checkpoint}/mine/plot.json", "export/adapter/notes.md",
-        "events/notes.md", "answers/notes.md", "eval/notes.md", "eval/answers/plot.json",
+        "events/notes.md", "answers/notes.md", "eval/notes.md", "eval/answers/plot.json", "work/notes.md",
     )  # fmt: skip
     mine = [finished / name for name in names]
     for path in mine:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("mine")
     ours = [finished / "eval" / name for name in ("eval.json", "report.html", "answers/base.jsonl")]
+    ours += [finished / "work" / name for name in ("done-00000.json", "block-00000-0.safetensors")]
     for path in ours:
         path.write_text("qft's")
     made = finished / "export" / "adapter" / "export.json"

@@ -8,7 +8,7 @@ few steps of 4 x 2,048 tokens. Arms: plain (train.kernels plain, all logits at o
 train.matmul fp8), checkpointed (fused, and all blocks computed again). The arms take turns, and each training is a JSON
 line: tokens/s of the median step and of the fastest, their ratios to plain (the fastest of all repeats so far: of steps
 that take a GPU 27 ms, the others tell of the host), the largest difference of a step's loss to plain's, GiB measured
-and predicted, what is fused, and what is not. On a CPU the models are tiny, which shows no more than whether they train.
+and predicted, what is fused, and what is not. On a CPU the models are tiny, which shows whether they train.
 """
 
 from __future__ import annotations

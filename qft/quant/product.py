@@ -137,9 +137,10 @@ class _Product(torch.autograd.Function):
             out, read, end = x.new_empty(len(x), view.shape[-1]), _reader(view, x.dtype), 0
             for number, start, end in groups or ():
                 rows, part = x[start:end], out[start:end]
-                torch.mm(rows, read(number, number + 1)[0], out=part)
+                beside = None
                 if first is not None:
-                    part.addmm_(rows @ first[number].to(x.dtype), second[number].to(x.dtype), alpha=scaling)
+                    beside = scaling * (rows @ first[number].to(x.dtype)), second[number].to(x.dtype)
+                _multiply(rows, read(number, number + 1)[0], beside, part)
         out[end:] = 0
         return out
 
@@ -161,19 +162,28 @@ class _Product(torch.autograd.Function):
             return own, firsts, seconds, None, None, None, None
         own, end = gradient.new_empty(len(gradient), view.shape[-2]) if wanted else None, 0
         for number, start, end in groups:
-            rows = gradient[start:end]
-            if own is not None:
-                torch.mm(rows, back(number, number + 1)[0], out=own[start:end])
+            rows, beside = gradient[start:end], None
             if first is not None:
                 a, b = first[number].to(x.dtype), second[number].to(x.dtype)
                 inner, inputs = scaling * (rows @ b.mT), x[start:end]
                 firsts[number] += inputs.mT @ inner
                 seconds[number] += scaling * ((inputs @ a).mT @ rows)
-                if own is not None:
-                    own[start:end].addmm_(inner, a.mT)
+                beside = inner, a.mT
+            if own is not None:
+                _multiply(rows, back(number, number + 1)[0], beside, own[start:end])
         if own is not None:
             own[end:] = 0
         return own, firsts, seconds, None, None, None, None
+
+
+def _multiply(
+    rows: torch.Tensor, weight: torch.Tensor, beside: tuple[torch.Tensor, torch.Tensor] | None, out: torch.Tensor
+) -> None:
+    """Rows times weight, summed onto the product of the two beside it; why in this order, _Joined of on_cpu.py says."""
+    if beside is None:
+        torch.mm(rows, weight, out=out)
+    else:
+        torch.mm(*beside, out=out).addmm_(rows, weight)
 
 
 def _parts(x: torch.Tensor, first: Any, view: View, ends: Any) -> list[Chunk] | None:

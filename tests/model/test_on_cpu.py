@@ -13,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from qft.model.on_cpu import SHORT, join_adapters, short_attention
 from tests.support.architectures import MODELS
 from tests.support.models import tiny_llama
+from tests.support.rounding import assert_small_steps_kept
 
 IDS = torch.randint(0, 264, (2, 24), generator=torch.Generator().manual_seed(0))
 
@@ -148,3 +149,22 @@ def test_a_layer_in_4_bits_multiplies_in_the_dtype_that_is_asked(asked: torch.dt
     assert any(not torch.equal(*pair) for pair in zip(apart, joined, strict=True)) is changes
     for one, other in zip(joined, apart, strict=True):
         assert (one - other).norm() <= 0.01 * other.norm()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_an_adapter_s_first_small_steps_are_not_lost_in_rounding(bias: bool) -> None:
+    torch.manual_seed(0)
+    holder: Any = torch.nn.ModuleDict({"wide": torch.nn.Linear(256, 256, bias=bias, dtype=torch.bfloat16)})
+    layer: Any = get_peft_model(holder, LoraConfig(target_modules=["wide"], r=8)).train().base_model.model["wide"]
+    a, b = (getattr(layer, part)["default"].weight for part in ("lora_A", "lora_B"))
+    b.data.uniform_(-1e-4, 1e-4)
+    x = torch.randn(2048, 256).to(torch.bfloat16).requires_grad_()
+    slopes = torch.randn(2048, 256).to(torch.bfloat16)
+    assert join_adapters(holder) == 1
+    with torch.autocast("cpu", torch.bfloat16):
+        made = layer(x)
+    [of_x] = torch.autograd.grad(made, x, slopes)
+    with torch.no_grad():
+        base = layer.base_layer.double()
+        assert_small_steps_kept(made, base(x.double()), x.double() @ a.double().t() @ b.double().t())
+        assert_small_steps_kept(of_x, slopes.double() @ base.weight, slopes.double() @ b.double() @ a.double())

@@ -16,6 +16,7 @@ from qft.quant.hold import SCHEMES
 from qft.quant.product import Factors, View, Whole
 from qft.quant.stacked import Stacked
 from qft.recipe.training import QuantSection
+from tests.support.rounding import assert_small_steps_kept
 
 EXPERTS, A, B, RANK = 4, 10, 6, 3
 SECTIONS = {
@@ -134,6 +135,20 @@ def test_the_kernel_of_a_gpu_comes_to_the_same(at_once: int, way: str, monkeypat
         meant = slice(-2) if way.startswith("grouped") else slice(None)  # the last two rows are nobody's
         found.append((made[meant], *gradients[:2], gradients[2][meant]))
     torch.testing.assert_close(found[0], found[1], rtol=0.05, atol=0.1)
+
+
+def test_an_adapter_s_first_small_steps_are_not_lost_in_rounding() -> None:
+    torch.manual_seed(0)
+    weight = (torch.randn(2, 256, 256) / 16).to(torch.bfloat16)
+    left, right = torch.randn(2, 256, 8) / 16, torch.randn(2, 8, 256) * 1e-4
+    x = torch.randn(2048, 256, dtype=torch.bfloat16).requires_grad_()
+    slopes = torch.randn(2048, 256, dtype=torch.bfloat16)
+    made = x @ Stacked(View(Whole(weight), torch.bfloat16, None, Factors(left, right, 0.5)))[1]
+    [of_x] = torch.autograd.grad(made, x, slopes)
+    whole, delta = weight[1].double(), 0.5 * left[1].double() @ right[1].double()
+    with torch.no_grad():
+        assert_small_steps_kept(made, x.double() @ whole, x.double() @ delta)
+        assert_small_steps_kept(of_x, slopes.double() @ whole.t(), slopes.double() @ delta.t())
 
 
 @pytest.mark.parametrize("how", SECTIONS)

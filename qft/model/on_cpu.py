@@ -57,7 +57,7 @@ def _pair(module: Any) -> tuple[nn.Parameter, nn.Parameter] | None:
     name, base = module.active_adapters[0], module.base_layer
     if name not in module.lora_A or not isinstance(base, nn.Linear) or not _is_plain(base):
         return None
-    if not isinstance(module.lora_dropout[name], nn.Identity):
+    if type(module.lora_dropout[name]) not in (nn.Identity, nn.Dropout):
         return None
     if module._forward_hooks or any("forward" in vars(each) or each._forward_pre_hooks for each in (module, base)):
         return None  # somebody else has a hand in it
@@ -88,12 +88,15 @@ def _joined(module: Any, x: torch.Tensor) -> torch.Tensor:
     name = module.active_adapters[0]
     a, b = module.lora_A[name].weight, module.lora_B[name].weight
     rows = x.reshape(-1, x.shape[-1])  # out here: a model may add to what comes out of a layer in its place
-    made: torch.Tensor = _Joined.apply(rows, a, b, module.base_layer, _scaling(module))  # type: ignore[no-untyped-call]
+    dropout = module.lora_dropout[name]
+    left = dropout(torch.ones_like(rows)) if isinstance(dropout, nn.Dropout) else None
+    made: torch.Tensor = _Joined.apply(rows, left, a, b, module.base_layer, _scaling(module))  # type: ignore[no-untyped-call]
     return made.view(*x.shape[:-1], -1)
 
 
 class _Joined(torch.autograd.Function):
-    """x · Wᵀ + bias + scaling · (x · Aᵀ) · Bᵀ, with W as its layer holds it; x: [rows, in].
+    """x · Wᵀ + bias + scaling · ((left · x) Aᵀ) · Bᵀ, with W as its layer holds it; x: [rows, in], and left, as large,
+    what dropout leaves of each number for the adapter; None: all.
 
     The adapter's part comes first and the wide product is summed onto it, in float32, to be rounded once. Added to what
     is rounded already, it would vanish wherever it is less than half of that's last bit, as it is in the first steps.
@@ -101,28 +104,31 @@ class _Joined(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: torch.Tensor, a: torch.Tensor, b: torch.Tensor, layer: Any, scaling: float
+        ctx: Any, rows: torch.Tensor, left: Any, a: torch.Tensor, b: torch.Tensor, layer: Any, scaling: float
     ) -> torch.Tensor:
         dtype, weight = rows.dtype, dequantized_weight(layer).to(rows.dtype)
         narrow, wide = a.to(dtype), (b * scaling).to(dtype)
-        within = rows @ narrow.t()
+        within = (rows if left is None else rows * left) @ narrow.t()
         made = (within @ wide.t()).addmm_(rows, weight.t())
         if layer.bias is not None:
             made += layer.bias.to(dtype)
-        ctx.save_for_backward(rows, within, narrow, wide)
+        ctx.save_for_backward(rows, left, within, narrow, wide)
         ctx.layer, ctx.scaling, ctx.dtypes = layer, scaling, (a.dtype, b.dtype)
         return made
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, slopes: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        rows, within, narrow, wide = ctx.saved_tensors
+        rows, left, within, narrow, wide = ctx.saved_tensors
         back = slopes @ wide
-        of_a, of_b = (back.t() @ rows).to(ctx.dtypes[0]), (slopes.t() @ within).to(ctx.dtypes[1]) * ctx.scaling
+        of_a = (back.t() @ (rows if left is None else rows * left)).to(ctx.dtypes[0])
+        of_b = (slopes.t() @ within).to(ctx.dtypes[1]) * ctx.scaling
         of_x = None
         if ctx.needs_input_grad[0]:
-            of_x = (back @ narrow).addmm_(slopes, dequantized_weight(ctx.layer).to(slopes.dtype))
-        return of_x, of_a, of_b, None, None
+            of_x = back @ narrow
+            of_x = of_x if left is None else of_x.mul_(left)
+            of_x.addmm_(slopes, dequantized_weight(ctx.layer).to(slopes.dtype))
+        return of_x, None, of_a, of_b, None, None
 
 
 def _agrees(module: Any, a: nn.Parameter, b: nn.Parameter) -> bool:
@@ -135,7 +141,8 @@ def _agrees(module: Any, a: nn.Parameter, b: nn.Parameter) -> bool:
         module.train()
         b.data.copy_(torch.randn(b.shape, generator=draw) * was.shape[1] ** -0.5)
         for way in (module.forward, partial(_joined, module)):
-            with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16):
+            with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16), torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)  # for dropout
                 made = way(x)
             slope = torch.randn(made.shape, generator=draw.manual_seed(1)).to(made.dtype)
             found.append((made.detach(), *torch.autograd.grad(made, (x, a, b), slope)))

@@ -40,7 +40,7 @@ def lies_beside(name: str) -> bool:
 
 
 def lies_beside_work(name: str) -> bool:
-    """The same of a file in a calibration's work/, by its path below that."""
+    """Whether a file in a run's work/, by its path below that, is no calibration's."""
     return not any(fnmatch(name, made) for made in WORK)
 
 

@@ -130,8 +130,8 @@ def test_the_peak_of_the_host_is_what_the_system_says(recipe_file: Callable[...,
     done = ended(functools.partial(tell_peak, path))
     memory = read_report(tmp_path / "run").memory
     told = int(done.stdout)
-    # The system counts pages by CPU, and adds those up when it pleases.
-    assert 0.999 * told < memory.peak_host_bytes < 1.01 * told
+    # The process lives on behind its report: once in a suite it took 96 KiB more.
+    assert told - 2**20 < memory.peak_host_bytes < 1.01 * told
     assert max(phase.host_resident_bytes for phase in memory.phases.values()) > 0.97 * told
     assert memory.phases["load"].host_measured == "system"
     assert memory.phases["load"].host_resident_bytes > memory.moments["before_load"].host_resident_bytes + 2**27
